@@ -1,0 +1,1 @@
+"""The nouns that the scripts under recipes/, eval/, app/ and slurm/ share."""

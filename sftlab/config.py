@@ -1,0 +1,271 @@
+"""One way in for configuration: the recipe (flat YAML, `--config`) and the command line, which beats it.
+
+Field names are those of trl's ModelConfig and SFTConfig; `DataArguments` adds the few that they lack.
+"""
+
+import dataclasses
+import difflib
+import json
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+from trl import ModelConfig, SFTConfig, TrlParser
+
+from sftlab.launch import COMPUTE_DTYPE, PRECISIONS, Launch
+
+SHAPE_NAMES = ["openorca", "dolly", "alpaca", "gsm8k", "sharegpt", "messages", "prompt_completion"]
+
+# Fields that trl accepts and this project decides elsewhere: setting one would be ignored, so it is refused.
+_REFUSED = {
+    "resume_from_checkpoint": "an interrupted run continues by itself when the same command is started again",
+    "do_train": "sft.py always trains",
+    "do_eval": "use eval_strategy",
+    "do_predict": "use the scripts in eval/",
+    "fsdp": "the launch config decides: accelerate_configs/fsdp.yaml",
+    "fsdp_config": "the launch config decides: accelerate_configs/fsdp.yaml",
+    "deepspeed": "the launch config decides",
+    "use_cpu": "the launch config decides: accelerate_configs/cpu.yaml",
+    "bf16_full_eval": "the launch config decides the precision",
+    "fp16_full_eval": "the launch config decides the precision",
+    "push_to_hub": "upload the finished adapter instead: hf upload NAME RUN/adapter",
+    "auto_find_batch_size": "a batch size found by trial makes runs that cannot be compared",
+}
+
+_SECRET_FIELDS = ("hub_token", "local_rank", "parallelism_config")
+
+
+@dataclass
+class DataArguments:
+    """The data set, how much of it, its splits, and the run's own switches."""
+
+    dataset_name: str | None = field(default=None, metadata={"help": "Hub data set or local file."})
+    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a hub data set."})
+    dataset_train_split: str = field(
+        default="train", metadata={"help": "The hub split that rows are taken from; the project splits it itself."}
+    )
+    dataset_streaming: bool = field(default=False, metadata={"help": "Read rows as they come; needs max_steps."})
+    dataset_shape: str | None = field(
+        default=None,
+        metadata={"help": "Shape of the rows; recognised by the columns if unset.", "choices": SHAPE_NAMES},
+    )
+    dataset_fraction: float = field(
+        default=1.0, metadata={"help": "Share of the rows to use, from the first on (0.01: the first one per cent)."}
+    )
+    split_fractions: list[float] = field(
+        default_factory=lambda: [0.8, 0.1, 0.1], metadata={"help": "Shares of train, validation and test."}
+    )
+    streaming_eval_rows: int = field(
+        default=1000, metadata={"help": "Rows of validation and of test that are kept when streaming."}
+    )
+    global_batch_size: int | None = field(
+        default=None,
+        metadata={
+            "help": "Rows (packed sequences, when packing) per optimizer step over all processes; accumulation "
+            "follows from it. 0 or unset: per_device_train_batch_size x accumulation x processes."
+        },
+    )
+    overwrite: bool = field(default=False, metadata={"help": "Replace a finished run in output_dir."})
+
+
+@dataclass
+class ModelArguments(ModelConfig):
+    """trl's ModelConfig; `dtype` unset follows the launch config's precision."""
+
+    dtype: str | None = field(
+        default=None,
+        metadata={
+            "help": "dtype of the frozen weights; unset: float32 under fp32, float16 under fp16, else bfloat16.",
+            "choices": ["bfloat16", "float16", "float32"],
+        },
+    )
+
+
+@dataclass
+class TrainingArguments(SFTConfig):
+    """trl's SFTConfig, with the launch config deciding the precision and NaN losses shown as they are."""
+
+    bf16: bool | None = field(default=None, metadata={"help": "Unset: the launch config decides."})
+    fp16: bool | None = field(default=None, metadata={"help": "Unset: the launch config decides."})
+    logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Hide NaN losses from the logs."})
+    report_to: str | None = field(default="tensorboard", metadata={"help": "Where the curves go."})
+    ddp_find_unused_parameters: bool | None = field(
+        default=False, metadata={"help": "LoRA uses every parameter it trains; looking for unused ones costs time."}
+    )
+    eval_packing: bool | None = field(default=False, metadata={"help": "Pack the validation rows."})
+
+    def __post_init__(self) -> None:
+        asked = "bf16" if self.bf16 else "fp16" if self.fp16 else None
+        launched = Launch.from_environment().precision
+        if asked and launched and asked != launched:
+            raise ValueError(
+                f"the recipe asks for {asked} and the launch config for {launched}: leave bf16 and fp16 out of the "
+                f"recipe and let the launch config (or --mixed_precision) decide"
+            )
+        # The launch config's precision reaches transformers through the environment, and only where both are off.
+        self.bf16, self.fp16 = (False, False) if launched else (bool(self.bf16), bool(self.fp16))
+        super().__post_init__()
+
+
+class Recipe(NamedTuple):
+    """A parsed recipe: `given` holds what YAML and command line set, `path` the YAML's, if any."""
+
+    data: DataArguments
+    training: TrainingArguments
+    model: ModelArguments
+    given: dict[str, Any]
+    path: str | None
+
+    def facts(self) -> dict[str, Any]:
+        """Every field with its resolved value, for run.json."""
+        training = {k: v for k, v in self.training.to_dict().items() if k not in _SECRET_FIELDS}
+        return {**training, **dataclasses.asdict(self.model), **dataclasses.asdict(self.data)}
+
+
+class _Parser(TrlParser):
+    """argparse exits on an error after 300 lines of usage; a ValueError says it in one."""
+
+    def error(self, message: str) -> None:
+        raise ValueError(f"{message} (see recipes/ for examples)")
+
+
+def parse_recipe(argv: list[str], launch: Launch) -> Recipe:
+    """Parse `--config RECIPE.yaml` and command line fields, check what can be checked without data or model.
+
+    Raises ValueError with one sentence for an unknown field, a wrong type or value, a field that would be ignored,
+    or a recipe that contradicts the launch config.
+    """
+    argv = list(argv)
+    path = _take_config(argv)
+    settings = read_yaml(path) if path else {}
+    parser = _Parser((DataArguments, TrainingArguments, ModelArguments), allow_abbrev=False)
+    known = {action.dest for action in parser._actions} - {"help"}
+    _refuse_unknown(list(settings) + [a[2:].split("=")[0] for a in argv if a.startswith("--")], known)
+    parser.set_defaults(**{key: None for key, value in settings.items() if value is None})
+    arguments = [item for key, value in settings.items() if value is not None for item in _as_arguments(key, value)]
+    data, training, model, rest = parser.parse_args_and_config(arguments + argv, return_remaining_strings=True)
+    if rest:
+        raise ValueError(f"cannot read {' '.join(rest)!r}: every option is --field value")
+    given = {**settings, **{a[2:].split("=")[0]: None for a in argv if a.startswith("--")}}
+    recipe = Recipe(data, training, model, {k: _value(k, (data, training, model)) for k in given}, path)
+    _check(recipe, launch)
+    return recipe
+
+
+def read_yaml(path: str | os.PathLike) -> dict[str, Any]:
+    """Read a flat YAML mapping; ValueError if the file is missing, is not YAML or is no mapping."""
+    if not Path(path).is_file():
+        raise ValueError(
+            f"recipe {path} not found: give the path of a YAML file, for example recipes/demo/attn_r16.yaml"
+        )
+    try:
+        settings = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(settings, dict):
+        raise ValueError(f"{path} must hold 'field: value' lines, got {type(settings).__name__}")
+    return settings
+
+
+def _take_config(argv: list[str]) -> str | None:
+    for index, argument in enumerate(argv):
+        if argument == "--config":
+            if index + 1 == len(argv):
+                raise ValueError("--config needs the path of a recipe")
+            path = argv[index + 1]
+            del argv[index : index + 2]
+            return path
+        if argument.startswith("--config="):
+            return argv.pop(index).split("=", 1)[1]
+    return None
+
+
+def _refuse_unknown(names: list[str], known: set[str]) -> None:
+    for name in names:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise ValueError(f"unknown field {name!r}{hint}")
+
+
+def _as_arguments(key: str, value: Any) -> list[str]:
+    if isinstance(value, dict):
+        return [f"--{key}", json.dumps(value)]
+    if isinstance(value, list):
+        return [f"--{key}", *map(str, value)]
+    return [f"--{key}={value}"]
+
+
+def _value(name: str, groups: tuple) -> Any:
+    return next(getattr(group, name) for group in groups if hasattr(group, name))
+
+
+def _check(recipe: Recipe, launch: Launch) -> None:
+    data, training, model = recipe.data, recipe.training, recipe.model
+    for name, instead in _REFUSED.items():
+        default = next(f.default for f in dataclasses.fields(TrainingArguments) if f.name == name)
+        if recipe.given.get(name, default) not in (default, None, False, ""):
+            raise ValueError(f"{name} is not used here: {instead}")
+    for name in ("model_name_or_path", "dataset_name"):
+        if not _value(name, recipe[:3]):
+            raise ValueError(f"{name} is missing: set it in the recipe or pass --{name}")
+    if "output_dir" not in recipe.given:
+        raise ValueError("output_dir is missing: set it in the recipe or pass --output_dir runs/NAME")
+    if model.lora_r <= 0:
+        raise ValueError(f"lora_r is {model.lora_r}: the rank must be 1 or more")
+    if model.lora_alpha <= 0:
+        raise ValueError(f"lora_alpha is {model.lora_alpha}: it must be positive (usual is twice lora_r)")
+    if model.use_peft and not model.lora_target_modules:
+        raise ValueError(
+            "lora_target_modules is unset (PEFT would silently take q_proj and v_proj only): name the modules"
+        )
+    if not 0 < data.dataset_fraction <= 1:
+        raise ValueError(f"dataset_fraction is {data.dataset_fraction}: it must be above 0 and at most 1")
+    fractions = data.split_fractions
+    if len(fractions) != 3 or min(fractions) < 0 or fractions[0] <= 0 or abs(sum(fractions) - 1) > 1e-6:
+        raise ValueError(
+            f"split_fractions is {fractions}: give three shares, train, validation and test, that sum to 1"
+        )
+    if data.dataset_streaming and training.max_steps <= 0:
+        raise ValueError("dataset_streaming needs max_steps: the length of a stream is not known beforehand")
+    _settle_precision(recipe)
+    _settle_batch(recipe, launch.world_size)
+
+
+def _settle_precision(recipe: Recipe) -> None:
+    """Refuse a recipe whose dtype contradicts the launch config's precision; fill in `dtype` where it is unset."""
+    model = recipe.model
+    precision = PRECISIONS[recipe.training.mixed_precision]
+    compute = COMPUTE_DTYPE[precision]
+    if model.dtype not in (None, compute, "float32"):
+        raise ValueError(
+            f"the recipe's dtype is {model.dtype} and the launch config's precision {precision}: they contradict each "
+            f"other; launch with {'bf16' if model.dtype == 'bfloat16' else 'fp16'}.yaml or leave dtype out"
+        )
+    model.dtype = model.dtype or compute
+
+
+def _settle_batch(recipe: Recipe, world_size: int) -> None:
+    """Derive micro-batch and accumulation from `global_batch_size`, so that the launch config does not change it."""
+    data, training = recipe.data, recipe.training
+    per_device, total = training.per_device_train_batch_size, data.global_batch_size
+    if not total:
+        data.global_batch_size = per_device * training.gradient_accumulation_steps * world_size
+        return
+    if total % world_size:
+        raise ValueError(f"global_batch_size {total} does not divide into {world_size} processes")
+    per_device = min(per_device, total // world_size)
+    accumulation, rest = divmod(total, per_device * world_size)
+    if rest:
+        raise ValueError(
+            f"global_batch_size {total} is not a multiple of per_device_train_batch_size {per_device} x "
+            f"{world_size} processes"
+        )
+    if "gradient_accumulation_steps" in recipe.given and training.gradient_accumulation_steps != accumulation:
+        raise ValueError(
+            f"gradient_accumulation_steps {training.gradient_accumulation_steps} and global_batch_size {total} "
+            f"contradict each other (it would take {accumulation}): give one of the two"
+        )
+    training.per_device_train_batch_size, training.gradient_accumulation_steps = per_device, accumulation

@@ -1,0 +1,44 @@
+"""Stop on a signal at the end of a step, on all ranks at once, with one complete checkpoint."""
+
+import os
+import signal
+from types import FrameType
+
+import torch
+import torch.distributed as dist
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+
+
+class StopOnSignal(TrainerCallback):
+    """TERM, USR1 and INT set a flag; the ranks agree on it at the end of a step, before the next one draws randomness.
+
+    `received` is the signal's number once the run has stopped for it, else 0. A second Ctrl-C stops at once.
+    """
+
+    def __init__(self) -> None:
+        self._pending = 0
+        self.received = 0
+        for number in SIGNALS:
+            signal.signal(number, self._note)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if self._pending and number == signal.SIGINT:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+            os.kill(os.getpid(), signal.SIGINT)
+        self._pending = number
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> TrainerControl:
+        """Agree on the flag; save and stop if any rank was signalled."""
+        number = self._pending
+        if dist.is_initialized() and dist.get_world_size() > 1:
+            flag = torch.tensor([number], device=args.device)
+            dist.all_reduce(flag, op=dist.ReduceOp.MAX)
+            number = int(flag)
+        if number and state.global_step < state.max_steps:
+            self.received = number
+            control.should_save = control.should_training_stop = True
+        return control

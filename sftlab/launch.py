@@ -1,0 +1,106 @@
+"""The launch config as it reached this process, and whether this machine can run it.
+
+`accelerate launch` hands its config to the script through environment variables; this module is the only reader.
+"""
+
+import os
+from dataclasses import asdict, dataclass
+
+PRECISIONS = {"no": "fp32", "fp16": "fp16", "bf16": "bf16", "fp8": "fp8"}
+COMPUTE_DTYPE = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16", "fp8": "bfloat16"}
+FP8_CAPABILITY = (8, 9)
+BF16_CAPABILITY = (8, 0)
+_RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "ROLE_RANK")
+
+
+@dataclass(frozen=True)
+class Launch:
+    """What the launch config asks for.
+
+    `precision` is fp32, fp16, bf16 or fp8, or None without a launcher; `strategy` single, ddp or fsdp.
+    `settings` holds the variables themselves, for the record.
+    """
+
+    precision: str | None
+    strategy: str
+    world_size: int
+    local_world_size: int
+    hides_gpus: bool
+    settings: dict[str, str]
+
+    @classmethod
+    def from_environment(cls) -> "Launch":
+        """Read the launch config that `accelerate launch` exported. Without a launcher: one process."""
+        env = os.environ
+        world_size = int(env.get("WORLD_SIZE", 1))
+        fsdp = env.get("ACCELERATE_USE_FSDP") == "true"
+        precision = env.get("ACCELERATE_MIXED_PRECISION")
+        return cls(
+            precision=None if precision is None else PRECISIONS[precision],
+            strategy="fsdp" if fsdp else "ddp" if world_size > 1 else "single",
+            world_size=world_size,
+            local_world_size=int(env.get("LOCAL_WORLD_SIZE", 1)),
+            hides_gpus=env.get("CUDA_VISIBLE_DEVICES", "").startswith("-1"),
+            settings={k: v for k, v in sorted(env.items()) if k.startswith(("ACCELERATE_", "FSDP_"))},
+        )
+
+    def facts(self) -> dict:
+        """The launch config for run.json."""
+        return asdict(self)
+
+
+def settle_single_process(launch: Launch) -> None:
+    """Make a launch of one process a plain single process on one device. Call before accelerate is used.
+
+    torchrun's variables would make it DDP with itself, and several visible GPUs `nn.DataParallel`.
+    """
+    if launch.strategy != "single":
+        return
+    for name in _RANK_VARIABLES:
+        os.environ.pop(name, None)
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0")
+    os.environ["CUDA_VISIBLE_DEVICES"] = visible.split(",")[0]
+
+
+def check_devices(launch: Launch) -> None:
+    """Raise ValueError where this machine cannot run the launch config: too few devices, or no such precision."""
+    import torch
+
+    gpus = torch.cuda.device_count()
+    if gpus == 0:
+        if launch.strategy == "fsdp":
+            raise ValueError(
+                "FSDP needs GPUs and this machine shows none (on CPUs accelerate would run DDP instead without a "
+                "word): use accelerate_configs/cpu_ddp.yaml for several CPU processes"
+            )
+        if launch.precision is not None and not launch.hides_gpus and not torch.accelerator.is_available():
+            raise ValueError(
+                "the launch config asks for a GPU and this machine shows none: use accelerate_configs/cpu.yaml "
+                "(one process) or cpu_ddp.yaml (two)"
+            )
+        if launch.precision in ("fp16", "fp8"):
+            raise ValueError(
+                f"{launch.precision} does not run on a CPU: use fp32 (mixed_precision: 'no') or bf16, or a GPU"
+            )
+        return
+    if launch.local_world_size > gpus:
+        raise ValueError(
+            f"the launch config starts {launch.local_world_size} processes on this machine, which shows {gpus} "
+            f"GPU{'s' if gpus > 1 else ''}: pass --num_processes {gpus}"
+        )
+    capability = torch.cuda.get_device_capability(0)
+    needed = {"fp8": FP8_CAPABILITY, "bf16": BF16_CAPABILITY}.get(launch.precision or "", (0, 0))
+    if capability < needed:
+        name = torch.cuda.get_device_name(0)
+        raise ValueError(
+            f"{launch.precision} needs compute capability {needed[0]}.{needed[1]} or newer; {name} has "
+            f"{capability[0]}.{capability[1]}: use {'bf16 or fp16' if launch.precision == 'fp8' else 'fp16'}"
+        )
+
+
+def use_all_cpu_cores(launch: Launch) -> None:
+    """Give each CPU process its share of the cores; `accelerate launch` sets one thread a process."""
+    import torch
+
+    if not torch.cuda.is_available():
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // launch.local_world_size))

@@ -1,0 +1,78 @@
+"""The base model: what can be checked before its weights are loaded, and how they are loaded."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub.errors import GatedRepoError, OfflineModeIsEnabled, RepositoryNotFoundError
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
+
+from sftlab.config import ModelArguments, TrainingArguments
+
+
+def load_tokenizer(name: str, revision: str, training: TrainingArguments) -> PreTrainedTokenizerBase:
+    """The base model's tokenizer; ValueError says what to do where the model cannot be had."""
+    tokenizer = _from_hub(AutoTokenizer, name, revision=revision, trust_remote_code=training.trust_remote_code)
+    if training.eos_token is not None:
+        if training.eos_token not in tokenizer.get_vocab():
+            raise ValueError(f"eos_token {training.eos_token!r} is not in the vocabulary of {name}")
+        tokenizer.eos_token = training.eos_token
+    return tokenizer
+
+
+def load_config(name: str, revision: str, training: TrainingArguments) -> PreTrainedConfig:
+    """The base model's config, with the overrides of `model_init_kwargs` (for instance num_hidden_layers: 1)."""
+    overrides = training.model_init_kwargs or {}
+    return _from_hub(AutoConfig, name, revision=revision, trust_remote_code=training.trust_remote_code, **overrides)
+
+
+def check_target_modules(config: PreTrainedConfig, targets: str | list[str], trust_remote_code: bool) -> None:
+    """Raise ValueError, listing what the model has, where a LoRA target is not among its linear layers."""
+    if targets == "all-linear":
+        return
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    has = sorted(
+        {n.rpartition(".")[2] for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)} - {"lm_head"}
+    )
+    missing = [t for t in ([targets] if isinstance(targets, str) else targets) if t.rpartition(".")[2] not in has]
+    if missing:
+        raise ValueError(
+            f"lora_target_modules {', '.join(missing)}: {type(model).__name__} has no such linear layer; it has "
+            f"{', '.join(has)}"
+        )
+
+
+def model_init_kwargs(model: ModelArguments, training: TrainingArguments) -> dict[str, Any]:
+    """Keyword arguments of `from_pretrained` for trl's SFTTrainer. Weights come as safetensors only."""
+    kwargs = {
+        "revision": model.model_revision,
+        "trust_remote_code": training.trust_remote_code,
+        "dtype": model.dtype,
+        "use_safetensors": True,
+    }
+    if model.attn_implementation is not None:
+        kwargs["attn_implementation"] = model.attn_implementation
+    return kwargs | (training.model_init_kwargs or {})
+
+
+def _from_hub(auto_class: Any, name: str, **kwargs: Any) -> Any:
+    if not Path(name).exists() and (name.count("/") > 1 or name.startswith((".", "data/"))):
+        hint = ": `python recipes/demo/build.py` makes it" if "demo" in name else ""
+        raise ValueError(f"base model {name} not found (looked in {Path.cwd()}){hint}")
+    try:
+        return auto_class.from_pretrained(name, **kwargs)
+    except OSError as error:
+        cause = error.__cause__ or error
+        if isinstance(cause, GatedRepoError):
+            raise ValueError(
+                f"{name} is gated: ask for access on its page, then log in with `hf auth login`"
+            ) from error
+        if isinstance(cause, RepositoryNotFoundError):
+            raise ValueError(f"{name} is not on the hub, or private: log in with `hf auth login`") from error
+        if isinstance(cause, OfflineModeIsEnabled) or "offline" in str(error) or "connect" in str(error):
+            raise ValueError(
+                f"base model {name} is neither a local folder nor in the cache, and the hub cannot be reached; a gated "
+                f"model also needs `hf auth login`"
+            ) from error
+        raise ValueError(f"base model {name} cannot be read: {str(error).splitlines()[0]}") from error

@@ -1,0 +1,14 @@
+"""Silences, when imported, what libraries say that means nothing to the person at the terminal; named one by one.
+
+Import it before torch, transformers or trl: some of it is said while they are imported.
+"""
+
+import logging
+import warnings
+
+# CUDA extensions that a CPU build cannot load, and optional kernels that nothing here uses
+for _name in ("torchao", "bitsandbytes", "torch.utils._pytree"):
+    logging.getLogger(_name).setLevel(logging.ERROR)
+# the field's older name is kept because both supported transformers releases know it
+warnings.filterwarnings("ignore", message=".*gradient_checkpointing.*is deprecated", category=FutureWarning)
+warnings.filterwarnings("ignore", message=".*pin_memory.*no accelerator is found", category=UserWarning)

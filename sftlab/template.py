@@ -1,0 +1,54 @@
+"""The chat template: one text for training, evaluation, the app and the harness."""
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+INSTRUCTION_TEMPLATE = Path(__file__).parent.parent / "recipes" / "templates" / "instruction.jinja"
+
+
+def set_template(tokenizer: PreTrainedTokenizerBase, path: str | None = None) -> str:
+    """Give `tokenizer` its chat template and return where it comes from.
+
+    `path` if given; else the model's own; else the Instruction / Context / Response form. Raises ValueError where the
+    file is missing, or the tokenizer has no end token (the model could not learn to stop).
+    """
+    if tokenizer.eos_token is None:
+        raise ValueError("the tokenizer has no end-of-sequence token: set eos_token in the recipe")
+    if path is not None:
+        if not Path(path).is_file():
+            raise ValueError(f"chat_template_path {path} not found: give a .jinja file")
+        tokenizer.chat_template = Path(path).read_text(encoding="utf-8")
+        return str(path)
+    if tokenizer.chat_template:
+        return "the model's own"
+    tokenizer.chat_template = INSTRUCTION_TEMPLATE.read_text(encoding="utf-8")
+    return INSTRUCTION_TEMPLATE.name
+
+
+def template_hash(tokenizer: PreTrainedTokenizerBase) -> str:
+    """SHA-256 of the template's text (hexadecimal, 16 digits)."""
+    return hashlib.sha256(str(tokenizer.chat_template).encode()).hexdigest()[:16]
+
+
+def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: list[dict[str, str]]) -> list[int]:
+    """Token ids of a conversation up to where the response begins: what generation is given."""
+    return tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=True, return_dict=True)[
+        "input_ids"
+    ]
+
+
+def encode(tokenizer: PreTrainedTokenizerBase, row: dict[str, Any], max_length: int | None) -> dict[str, list[int]]:
+    """`input_ids` and `labels` (-100 on the prompt) of a prompt/completion row, each cut to `max_length` tokens.
+
+    The same ids and labels as trl's SFTTrainer makes of the row (`SFTTrainer._prepare_dataset`, trl 1.16).
+    """
+    start = prompt_ids(tokenizer, row["prompt"])
+    ids = tokenizer.apply_chat_template(row["prompt"] + row["completion"], tokenize=True, return_dict=True)["input_ids"]
+    prompt_length = next(
+        (i for i, (a, b) in enumerate(zip(start, ids, strict=False)) if a != b), min(len(start), len(ids))
+    )
+    labels = [-100] * prompt_length + ids[prompt_length:]
+    return {"input_ids": ids[:max_length], "labels": labels[:max_length]}

@@ -1,0 +1,139 @@
+"""trl's SFTTrainer with an eye on it: it counts tokens and notes what really ran. Nothing of it is rewritten."""
+
+from typing import Any
+
+import numpy as np
+import pyarrow.compute as pc
+import torch
+from accelerate.utils import AORecipeKwargs, DistributedType
+from peft.tuners.lora import LoraLayer
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from trl import SFTTrainer
+
+from sftlab.launch import COMPUTE_DTYPE, Launch
+from sftlab.measure import Meter
+
+
+class LabTrainer(SFTTrainer):
+    """SFTTrainer that feeds a `Meter` and records, in its first step, the dtype its frozen linears compute in."""
+
+    def __init__(self, *args: Any, meter: Meter, **kwargs: Any) -> None:
+        self.meter = meter
+        self.observed: dict[str, str] = {}
+        super().__init__(*args, **kwargs)
+        if not self.model_accepts_loss_kwargs:
+            raise RuntimeError(
+                "transformers would not hand the number of tokens of the global batch to this model's loss, and "
+                "accumulation would become a mean of means: its forward must accept **kwargs"
+            )
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
+        """One micro-batch."""
+        self.meter.count(inputs)
+        if self.observed:
+            return super().training_step(model, inputs, *args, **kwargs)
+        linear = frozen_linear(model)
+        hook = linear.register_forward_hook(self._observe)
+        try:
+            return super().training_step(model, inputs, *args, **kwargs)
+        finally:
+            hook.remove()
+
+    def _observe(self, module: nn.Module, inputs: Any, output: torch.Tensor) -> None:
+        self.observed = {"linear": type(module).__name__, "output_dtype": str(output.dtype).removeprefix("torch.")}
+
+    def _build_accelerator_args(self, **kwargs: Any) -> dict[str, Any]:
+        built = super()._build_accelerator_args(**kwargs)
+        if self.args.mixed_precision == "fp8":
+            # accelerate would convert the LoRA matrices too, whose rank is too small for float8 to pay
+            built["kwargs_handlers"].append(AORecipeKwargs(module_filter_func=is_base_linear))
+        return built
+
+
+def is_base_linear(module: nn.Module, name: str) -> bool:
+    """Whether fp8 converts this module: a frozen linear inside the decoder, its sizes multiples of 16."""
+    if not isinstance(module, nn.Linear) or "lora_" in name or "lm_head" in name:
+        return False
+    return module.in_features % 16 == 0 and module.out_features % 16 == 0
+
+
+def frozen_linear(model: nn.Module) -> nn.Linear:
+    """The first linear layer, in its base form where LoRA wraps it; the dtype it computes in is the run's precision."""
+    return next(m for n, m in model.named_modules() if isinstance(m, nn.Linear) and "lora_" not in n)
+
+
+def what_ran(trainer: LabTrainer, launch: Launch) -> dict[str, Any]:
+    """Precision, dtypes, strategy and sizes as they are, for run.json.
+
+    Raises RuntimeError where the precision or strategy that ran is not the one that the launch config asked for.
+    """
+    model, accelerator = trainer.model, trainer.accelerator
+    counts: dict[bool, dict[str, int]] = {True: {}, False: {}}
+    for parameter in model.parameters():
+        dtype = str(parameter.dtype).removeprefix("torch.")
+        counts[parameter.requires_grad][dtype] = counts[parameter.requires_grad].get(dtype, 0) + parameter.numel()
+    trainable = sum(counts[True].values())
+    facts = {
+        "precision": accelerator.mixed_precision.replace("no", "fp32"),
+        "compute": trainer.observed,
+        "tf32": torch.backends.cuda.matmul.allow_tf32 if torch.cuda.is_available() else None,
+        "trainable_parameters": trainable,
+        "trainable_dtypes": sorted(counts[True]),
+        "frozen_dtypes": sorted(counts[False]),
+        "quantization": _quantization(model),
+        "strategy": strategy(trainer),
+        "world_size": accelerator.num_processes,
+        "device": str(accelerator.device.type),
+        "lora_scale": lora_scale(model),
+        "attn_implementation": model.config._attn_implementation,
+        "micro_batch": trainer.args.per_device_train_batch_size,
+        "accumulation": trainer.args.gradient_accumulation_steps,
+    }
+    _verify(facts, launch)
+    return facts
+
+
+def strategy(trainer: SFTTrainer) -> str:
+    """single, ddp, fsdp1 or fsdp2, from the wrapped model itself."""
+    if trainer.accelerator.distributed_type == DistributedType.FSDP:
+        return f"fsdp{trainer.accelerator.state.fsdp_plugin.fsdp_version}"
+    wrapped = isinstance(trainer.model_wrapped, DistributedDataParallel)
+    return "ddp" if wrapped else "single" if trainer.accelerator.num_processes == 1 else "none"
+
+
+def lora_scale(model: nn.Module) -> list[float]:
+    """The factors that the LoRA updates are multiplied with (alpha / r; one value unless layers differ)."""
+    return sorted({scale for m in model.modules() if isinstance(m, LoraLayer) for scale in m.scaling.values()})
+
+
+def _quantization(model: nn.Module) -> str | None:
+    if getattr(model, "is_loaded_in_4bit", False):
+        return "4bit"
+    return "8bit" if getattr(model, "is_loaded_in_8bit", False) else None
+
+
+def _verify(facts: dict[str, Any], launch: Launch) -> None:
+    asked = launch.precision or facts["precision"]
+    computed = facts["compute"].get("output_dtype")
+    if facts["precision"] != asked or (computed and computed != COMPUTE_DTYPE[asked]):
+        raise RuntimeError(
+            f"the launch config asks for {asked}; accelerate ran {facts['precision']} and the linears computed in "
+            f"{computed}"
+        )
+    if asked == "fp8" and facts["compute"] and facts["compute"]["linear"] != "Float8Linear":
+        raise RuntimeError(f"the launch config asks for fp8; the linears ran as {facts['compute']['linear']}")
+    if not facts["strategy"].startswith(launch.strategy) or facts["world_size"] != launch.world_size:
+        raise RuntimeError(
+            f"the launch config asks for {launch.strategy} over {launch.world_size} processes; {facts['strategy']} ran "
+            f"over {facts['world_size']}"
+        )
+
+
+def length_facts(trainer: SFTTrainer) -> dict[str, int]:
+    """Rows and tokens that training sees, and the rows that `max_length` cut (their end token is lost)."""
+    lengths = pc.list_value_length(trainer.train_dataset.with_format("arrow")[:]["input_ids"]).to_numpy()
+    at_limit = np.flatnonzero(lengths == trainer.args.max_length) if not trainer.args.packing else []
+    eos = trainer.processing_class.eos_token_id
+    cut = sum(trainer.train_dataset[int(i)]["input_ids"][-1] != eos for i in at_limit)
+    return {"sequences": len(lengths), "tokens": int(lengths.sum()), "longest": int(lengths.max()), "cut": cut}
