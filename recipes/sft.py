@@ -101,6 +101,7 @@ def train(recipe: Recipe, launch: Launch, run: Run, checkpoint: str | None, toke
         peft_config=get_peft_config(recipe.model),
         callbacks=[meter, stop],
         meter=meter,
+        launch=launch,
     )
     flops = flops_per_token(trainer.model)
     if not isinstance(trainer.train_dataset, IterableDataset):
@@ -108,7 +109,7 @@ def train(recipe: Recipe, launch: Launch, run: Run, checkpoint: str | None, toke
     started = time.perf_counter()
     result = trainer.train(resume_from_checkpoint=checkpoint)
 
-    ran = what_ran(trainer, launch)
+    ran = what_ran(trainer)
     measured = meter.facts(flops) | {"peak_memory": peak_memory(), "train_loss": result.training_loss}
     measured |= {"train_seconds": round(time.perf_counter() - started, 2), "global_step": result.global_step}
     facts = {"ran": ran | {"global_batch": recipe.data.global_batch_size, "seed": args.seed}}

@@ -98,7 +98,9 @@ class TrainingArguments(SFTConfig):
 
     def __post_init__(self) -> None:
         asked = "bf16" if self.bf16 else "fp16" if self.fp16 else None
-        launched = Launch.from_environment().precision
+        launch = Launch.from_environment()
+        launched = launch.precision
+        self.use_cpu = launch.hides_gpus
         if asked and launched and asked != launched:
             raise ValueError(
                 f"the recipe asks for {asked} and the launch config for {launched}: leave bf16 and fp16 out of the "
@@ -230,6 +232,11 @@ def _check(recipe: Recipe, launch: Launch) -> None:
         )
     if data.dataset_streaming and training.max_steps <= 0:
         raise ValueError("dataset_streaming needs max_steps: the length of a stream is not known beforehand")
+    if launch.strategy == "fsdp" and any(word in training.optim for word in ("paged", "bnb", "8bit", "lion")):
+        raise ValueError(
+            f"optim {training.optim} is bitsandbytes', which does not update the sharded parameters of FSDP2: pass "
+            f"--optim adamw_torch_fused"
+        )
     _settle_precision(recipe)
     _settle_batch(recipe, launch.world_size)
 

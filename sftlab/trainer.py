@@ -8,31 +8,40 @@ import torch
 from accelerate.utils import AORecipeKwargs, DistributedType
 from peft.tuners.lora import LoraLayer
 from torch import nn
+from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.nn.parallel import DistributedDataParallel
 from trl import SFTTrainer
 
-from sftlab.launch import COMPUTE_DTYPE, Launch
+from sftlab.launch import COMPUTE_DTYPE, PRECISIONS, Launch
 from sftlab.measure import Meter
 
 
 class LabTrainer(SFTTrainer):
-    """SFTTrainer that feeds a `Meter` and records, in its first step, the dtype its frozen linears compute in."""
+    """SFTTrainer that feeds a `Meter` and stops at once where what runs is not what the launch config asked for.
 
-    def __init__(self, *args: Any, meter: Meter, **kwargs: Any) -> None:
+    Raises RuntimeError for another number of processes or strategy, for linears that compute in another dtype, and for
+    a model whose loss would not be given the number of tokens of the global batch.
+    """
+
+    def __init__(self, *args: Any, meter: Meter, launch: Launch, **kwargs: Any) -> None:
         self.meter = meter
+        self.launch = launch
         self.observed: dict[str, str] = {}
         super().__init__(*args, **kwargs)
         if not self.model_accepts_loss_kwargs:
-            raise RuntimeError(
-                "transformers would not hand the number of tokens of the global batch to this model's loss, and "
-                "accumulation would become a mean of means: its forward must accept **kwargs"
-            )
+            raise RuntimeError("accumulation would become a mean of means: the model's forward must accept **kwargs")
+        plugin = self.accelerator.state.fsdp_plugin if self.is_fsdp_enabled else None
+        if plugin is not None and plugin.fsdp_version == 2 and plugin.mixed_precision_policy is not None:
+            # accelerate would reduce gradients and return losses in the compute dtype; DDP does neither
+            compute = plugin.mixed_precision_policy.param_dtype
+            plugin.mixed_precision_policy = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32)
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
-        """One micro-batch."""
+        """One micro-batch; the first one checks the strategy and the precision."""
         self.meter.count(inputs)
         if self.observed:
             return super().training_step(model, inputs, *args, **kwargs)
+        _verify_strategy(self)
         linear = frozen_linear(model)
         hook = linear.register_forward_hook(self._observe)
         try:
@@ -42,6 +51,7 @@ class LabTrainer(SFTTrainer):
 
     def _observe(self, module: nn.Module, inputs: Any, output: torch.Tensor) -> None:
         self.observed = {"linear": type(module).__name__, "output_dtype": str(output.dtype).removeprefix("torch.")}
+        _verify_precision(self)
 
     def _build_accelerator_args(self, **kwargs: Any) -> dict[str, Any]:
         built = super()._build_accelerator_args(**kwargs)
@@ -63,19 +73,16 @@ def frozen_linear(model: nn.Module) -> nn.Linear:
     return next(m for n, m in model.named_modules() if isinstance(m, nn.Linear) and "lora_" not in n)
 
 
-def what_ran(trainer: LabTrainer, launch: Launch) -> dict[str, Any]:
-    """Precision, dtypes, strategy and sizes as they are, for run.json.
-
-    Raises RuntimeError where the precision or strategy that ran is not the one that the launch config asked for.
-    """
+def what_ran(trainer: LabTrainer) -> dict[str, Any]:
+    """Precision, dtypes, strategy and sizes as they are, for run.json."""
     model, accelerator = trainer.model, trainer.accelerator
     counts: dict[bool, dict[str, int]] = {True: {}, False: {}}
     for parameter in model.parameters():
         dtype = str(parameter.dtype).removeprefix("torch.")
         counts[parameter.requires_grad][dtype] = counts[parameter.requires_grad].get(dtype, 0) + parameter.numel()
     trainable = sum(counts[True].values())
-    facts = {
-        "precision": accelerator.mixed_precision.replace("no", "fp32"),
+    return {
+        "precision": PRECISIONS[accelerator.mixed_precision],
         "compute": trainer.observed,
         "tf32": torch.backends.cuda.matmul.allow_tf32 if torch.cuda.is_available() else None,
         "trainable_parameters": trainable,
@@ -83,6 +90,7 @@ def what_ran(trainer: LabTrainer, launch: Launch) -> dict[str, Any]:
         "frozen_dtypes": sorted(counts[False]),
         "quantization": _quantization(model),
         "strategy": strategy(trainer),
+        "gradients_reduced_in": _reduce_dtype(trainer),
         "world_size": accelerator.num_processes,
         "device": str(accelerator.device.type),
         "lora_scale": lora_scale(model),
@@ -90,8 +98,6 @@ def what_ran(trainer: LabTrainer, launch: Launch) -> dict[str, Any]:
         "micro_batch": trainer.args.per_device_train_batch_size,
         "accumulation": trainer.args.gradient_accumulation_steps,
     }
-    _verify(facts, launch)
-    return facts
 
 
 def strategy(trainer: SFTTrainer) -> str:
@@ -113,21 +119,33 @@ def _quantization(model: nn.Module) -> str | None:
     return "8bit" if getattr(model, "is_loaded_in_8bit", False) else None
 
 
-def _verify(facts: dict[str, Any], launch: Launch) -> None:
-    asked = launch.precision or facts["precision"]
-    computed = facts["compute"].get("output_dtype")
-    if facts["precision"] != asked or (computed and computed != COMPUTE_DTYPE[asked]):
+def _reduce_dtype(trainer: SFTTrainer) -> str | None:
+    if trainer.accelerator.num_processes == 1:
+        return None
+    plugin = trainer.accelerator.state.fsdp_plugin if trainer.is_fsdp_enabled else None
+    policy = plugin.mixed_precision_policy if plugin is not None else None
+    trained = next(p.dtype for p in trainer.model.parameters() if p.requires_grad)
+    return str(getattr(policy, "reduce_dtype", None) or trained).removeprefix("torch.")
+
+
+def _verify_strategy(trainer: LabTrainer) -> None:
+    launch, ran, processes = trainer.launch, strategy(trainer), trainer.accelerator.num_processes
+    if not ran.startswith(launch.strategy) or processes != launch.world_size:
         raise RuntimeError(
-            f"the launch config asks for {asked}; accelerate ran {facts['precision']} and the linears computed in "
-            f"{computed}"
+            f"the launch config asks for {launch.strategy} over {launch.world_size} processes; what runs is {ran} over "
+            f"{processes}"
         )
-    if asked == "fp8" and facts["compute"] and facts["compute"]["linear"] != "Float8Linear":
-        raise RuntimeError(f"the launch config asks for fp8; the linears ran as {facts['compute']['linear']}")
-    if not facts["strategy"].startswith(launch.strategy) or facts["world_size"] != launch.world_size:
+
+
+def _verify_precision(trainer: LabTrainer) -> None:
+    precision = PRECISIONS[trainer.accelerator.mixed_precision]
+    asked, linear, dtype = trainer.launch.precision or precision, *trainer.observed.values()
+    if precision != asked or dtype != COMPUTE_DTYPE[asked]:
         raise RuntimeError(
-            f"the launch config asks for {launch.strategy} over {launch.world_size} processes; {facts['strategy']} ran "
-            f"over {facts['world_size']}"
+            f"the launch config asks for {asked}; accelerate runs {precision} and the linears compute in {dtype}"
         )
+    if asked == "fp8" and linear != "Float8Linear":
+        raise RuntimeError(f"the launch config asks for fp8; the linears run as {linear}")
 
 
 def length_facts(trainer: SFTTrainer) -> dict[str, int]:
