@@ -144,14 +144,16 @@ def parse_recipe(argv: list[str], launch: Launch) -> Recipe:
     settings = read_yaml(path) if path else {}
     parser = _Parser((DataArguments, TrainingArguments, ModelArguments), allow_abbrev=False)
     known = {action.dest for action in parser._actions} - {"help"}
-    _refuse_unknown(list(settings) + [a[2:].split("=")[0] for a in argv if a.startswith("--")], known)
-    parser.set_defaults(**{key: None for key, value in settings.items() if value is None})
-    arguments = [item for key, value in settings.items() if value is not None for item in _as_arguments(key, value)]
+    named = [a[2:].split("=")[0].replace("-", "_") for a in argv if a.startswith("--")]
+    _refuse_unknown([*settings, *named], known)
+    _refuse_unused([*(key for key, value in settings.items() if value), *named])
+    settings = {key: value for key, value in settings.items() if value is not None}
+    arguments = [item for key, value in settings.items() for item in _as_arguments(key, value)]
     data, training, model, rest = parser.parse_args_and_config(arguments + argv, return_remaining_strings=True)
     if rest:
         raise ValueError(f"cannot read {' '.join(rest)!r}: every option is --field value")
-    given = {**settings, **{a[2:].split("=")[0]: None for a in argv if a.startswith("--")}}
-    recipe = Recipe(data, training, model, {k: _value(k, (data, training, model)) for k in given}, path)
+    given = {name: _value(name, (data, training, model)) for name in [*settings, *named]}
+    recipe = Recipe(data, training, model, given, path)
     _check(recipe, launch)
     return recipe
 
@@ -192,6 +194,12 @@ def _refuse_unknown(names: list[str], known: set[str]) -> None:
             raise ValueError(f"unknown field {name!r}{hint}")
 
 
+def _refuse_unused(names: list[str]) -> None:
+    for name in names:
+        if name in _REFUSED:
+            raise ValueError(f"{name} is not used here: {_REFUSED[name]}")
+
+
 def _as_arguments(key: str, value: Any) -> list[str]:
     if isinstance(value, dict):
         return [f"--{key}", json.dumps(value)]
@@ -206,10 +214,6 @@ def _value(name: str, groups: tuple) -> Any:
 
 def _check(recipe: Recipe, launch: Launch) -> None:
     data, training, model = recipe.data, recipe.training, recipe.model
-    for name, instead in _REFUSED.items():
-        default = next(f.default for f in dataclasses.fields(TrainingArguments) if f.name == name)
-        if recipe.given.get(name, default) not in (default, None, False, ""):
-            raise ValueError(f"{name} is not used here: {instead}")
     for name in ("model_name_or_path", "dataset_name"):
         if not _value(name, recipe[:3]):
             raise ValueError(f"{name} is missing: set it in the recipe or pass --{name}")

@@ -1,0 +1,43 @@
+# make demo    the main job on a CPU, from nothing to base against tuned
+# make test    the tests (no hub, no GPU, no network)
+# make lint    ruff: lint and format
+# make setup   the virtual environment alone
+.PHONY: demo test lint setup clean
+
+PYTHON ?= python3
+BIN := .venv/bin
+STAMP := .venv/installed
+TORCH := $(shell sed -n 's/^torch==//p' requirements.txt)
+DEMO := runs/demo-attn_r16
+
+setup: $(STAMP)
+
+# A machine without a GPU gets torch's CPU build: from where pip is told to look, else by uv, which knows the place.
+$(STAMP): requirements.txt pyproject.toml
+	$(PYTHON) -m venv .venv
+	@if [ "$$(uname)" = Linux ] && ! command -v nvidia-smi >/dev/null; then \
+	  $(BIN)/pip install -q "torch==$(TORCH)+cpu" 2>/dev/null \
+	  || { $(BIN)/pip install -q uv && $(BIN)/uv pip install -q --python $(BIN)/python --torch-backend cpu "torch==$(TORCH)"; } \
+	  || echo "torch's CPU build is not to be had: installing the default build"; fi
+	$(BIN)/pip install -q -r requirements.txt
+	@touch $@
+
+demo: $(STAMP)
+	$(BIN)/python recipes/demo/build.py
+	@if grep -qs '"status": "succeeded"' $(DEMO)/run.json; then echo "$(DEMO) is there already"; \
+	else $(BIN)/accelerate launch --config_file accelerate_configs/cpu.yaml recipes/sft.py --config recipes/demo/attn_r16.yaml; fi
+	$(BIN)/python eval/quality.py --run $(DEMO)
+	@echo
+	@echo "Next: look at the curves      .venv/bin/tensorboard --logdir runs"
+	@echo "      another recipe          .venv/bin/accelerate launch --config_file accelerate_configs/cpu.yaml recipes/sft.py --config recipes/demo/all_r16.yaml"
+	@echo "      your own data           ... --dataset_name FILE.jsonl --output_dir runs/NAME"
+
+test: $(STAMP)
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+clean:
+	rm -rf .venv runs data

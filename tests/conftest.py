@@ -1,0 +1,117 @@
+"""A tiny random base model with a byte-level tokenizer, rows for it, and the launcher as a user types it."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+ROOT = Path(__file__).parent.parent
+SHARED = ROOT.parent / "shared" / "data"
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _offline():
+    os.environ["HF_HUB_OFFLINE"] = "1"
+
+
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """A byte-level tokenizer of 259 tokens: the bytes and bos, eos, pad."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocab = {token: i for i, token in enumerate([*alphabet, "<bos>", "<eos>", "<pad>"])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<bos>", eos_token="<eos>", pad_token="<pad>", model_max_length=512
+    )
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> PreTrainedTokenizerFast:
+    return byte_tokenizer()
+
+
+@pytest.fixture(scope="session")
+def base(tmp_path_factory) -> Path:
+    """Folder of a random two-layer Llama of hidden size 32 (float32)."""
+    folder = tmp_path_factory.mktemp("models") / "base"
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=259, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, max_position_embeddings=512, bos_token_id=256, eos_token_id=257, pad_token_id=258,
+        initializer_range=0.1,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def instruction_rows(count: int) -> list[dict[str, str]]:
+    return [
+        {"instruction": f"Repeat the number {i} in words.", "context": "", "response": f"It is {i}{'!' * (i % 17)}"}
+        for i in range(count)
+    ]
+
+
+def write_jsonl(path: Path, rows: list[dict]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="session")
+def rows(tmp_path_factory) -> Path:
+    """200 rows in Dolly's shape."""
+    return write_jsonl(tmp_path_factory.mktemp("rows") / "rows.jsonl", instruction_rows(200))
+
+
+@pytest.fixture
+def fields(base, rows, tmp_path) -> dict[str, str]:
+    """Overrides that turn recipes/demo/attn_r16.yaml into a run of seconds."""
+    return {
+        "model_name_or_path": str(base), "dataset_name": str(rows), "output_dir": str(tmp_path / "run"),
+        "max_steps": "6", "global_batch_size": "8", "per_device_train_batch_size": "8", "max_length": "128",
+        "logging_steps": "1", "warmup_steps": "1", "save_steps": "3", "learning_rate": "0.01",
+    }  # fmt: skip
+
+
+def arguments(fields: dict[str, str], recipe: str = "recipes/demo/attn_r16.yaml") -> list[str]:
+    return ["--config", str(ROOT / recipe), *(f"--{k}={v}" for k, v in fields.items())]
+
+
+def launch_command(config: str, fields: dict[str, str], flags: tuple[str, ...] = ()) -> list[str]:
+    """`accelerate launch --config_file accelerate_configs/CONFIG.yaml FLAGS recipes/sft.py --config ...`"""
+    return [
+        str(Path(sys.executable).parent / "accelerate"), "launch",
+        *("--config_file", str(ROOT / "accelerate_configs" / f"{config}.yaml"), *flags),
+        *(str(ROOT / "recipes" / "sft.py"), *arguments(fields)),
+    ]  # fmt: skip
+
+
+def launch(config: str, fields: dict[str, str], flags: tuple[str, ...] = ()) -> subprocess.CompletedProcess:
+    command = launch_command(config, fields, flags)
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=300)
+
+
+def read(folder: str | Path) -> dict:
+    return json.loads((Path(folder) / "run.json").read_text())
+
+
+def load_script(path: str):
+    """A script of the project as a module."""
+    spec = importlib.util.spec_from_file_location(Path(path).stem, ROOT / path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="session")
+def sft():
+    """recipes/sft.py in this process, for input that it must refuse before it loads anything."""
+    return load_script("recipes/sft.py")
