@@ -4,6 +4,9 @@
 # make setup   the virtual environment alone
 .PHONY: demo test lint setup clean
 
+# Spinning OpenMP threads stall one another where the cores are shared.
+export OMP_WAIT_POLICY ?= PASSIVE
+
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/installed

@@ -1,0 +1,102 @@
+"""Build the demo base model and the demo data set, on a CPU and without a network.
+
+python recipes/demo/build.py
+
+Writes data/demo/base/ (a small Llama with its tokenizer, pre-trained here) and data/demo/instructions.jsonl
+(columns instruction, context, response). What is complete already is kept; --overwrite builds it anew.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import tempfile
+import time
+from pathlib import Path
+
+# GNU OpenMP threads spin while they wait, which on busy cores costs several times the work itself.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+from tqdm import tqdm
+
+BASE_FILES = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
+
+
+def parse_arguments() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("data/demo"), help="directory to write")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--steps", type=int, default=1700, help="of 1,024 tokens")
+    parser.add_argument("--rows", type=int, default=4000, help="instruction rows")
+    parser.add_argument("--overwrite", action="store_true", help="build again what is there already")
+    return parser.parse_args()
+
+
+def is_complete(out: Path) -> bool:
+    """Whether both parts are there; instructions.jsonl is put last, so it marks the end of a build."""
+    wanted = [out / "instructions.jsonl", *(out / "base" / name for name in BASE_FILES)]
+    return all(path.is_file() for path in wanted)
+
+
+def build_base(folder: Path, steps: int, seed: int) -> str:
+    """Train tokenizer and model, write them to `folder`; returns a line of figures."""
+    # Imported here, as torch and transformers take seconds that a build already complete need not wait for.
+    from sftlab import demo
+
+    texts = demo.pretraining_text(40_000, seed)
+    tokenizer = demo.train_tokenizer(texts)
+    blocks = demo.pack(tokenizer, texts)
+    model = demo.build_model(tokenizer, seed)
+    with tqdm(total=steps, desc="pre-training", unit="step") as bar:
+
+        def advance(_: int, loss: float) -> None:
+            bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
+            bar.update()
+
+        losses = demo.pretrain(model, blocks, steps, advance, seed)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    last = losses[-20:]
+    return (
+        f"{model.num_parameters():,} parameters, {steps * demo.BATCH * demo.BLOCK:,} tokens seen, "
+        f"final loss {sum(last) / len(last):.3f}"
+    )
+
+
+def write_rows(path: Path, count: int, seed: int) -> None:
+    """`count` instruction rows, one JSON object a line."""
+    from sftlab import demo
+
+    with path.open("w", encoding="utf-8") as file:
+        file.writelines(json.dumps(row) + "\n" for row in demo.instruction_rows(count, seed))
+
+
+def install(built: Path, out: Path) -> None:
+    """Move both parts from `built` into `out`, the mark of completeness last."""
+    (out / "instructions.jsonl").unlink(missing_ok=True)
+    if (out / "base").exists():
+        shutil.rmtree(out / "base")
+    os.rename(built / "base", out / "base")
+    os.rename(built / "instructions.jsonl", out / "instructions.jsonl")
+
+
+def main() -> None:
+    """Build in a temporary directory beside the result, then move it into place."""
+    arguments = parse_arguments()
+    out = arguments.out
+    if is_complete(out) and not arguments.overwrite:
+        print(f"{out} is complete already; --overwrite builds it again")
+        return
+    start = time.perf_counter()
+    out.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".building-", dir=out) as name:
+        built = Path(name)
+        figures = build_base(built / "base", arguments.steps, arguments.seed)
+        write_rows(built / "instructions.jsonl", arguments.rows, arguments.seed)
+        install(built, out)
+    print(f"{out}: {figures}, {arguments.rows:,} rows, {time.perf_counter() - start:.0f} s")
+
+
+if __name__ == "__main__":
+    main()

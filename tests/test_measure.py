@@ -1,0 +1,129 @@
+"""What a run measures: real tokens, the steady state alone, FLOPs that LoRA really needs; exact likelihoods."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
+
+from sftlab import measure
+from sftlab.likelihood import RowNll, bootstrap_perplexity, row_nll, with_fused_head
+from sftlab.measure import Meter, flops_per_token
+
+
+def test_flops_are_four_a_frozen_and_six_a_trained_parameter():
+    with torch.device("meta"):
+        config = LlamaConfig(
+            vocab_size=128256, hidden_size=2048, intermediate_size=8192, num_hidden_layers=16, num_attention_heads=32,
+            num_key_value_heads=8, head_dim=64, tie_word_embeddings=True,
+        )  # fmt: skip
+        model = LlamaForCausalLM(config)
+        layer = 2048 * (2048 + 512 + 512 + 2048) + 3 * 2048 * 8192
+        matrices = 16 * layer + 128256 * 2048
+        tuned = get_peft_model(model, LoraConfig(r=16, target_modules=["q_proj", "v_proj", "o_proj"]))
+    lora = 16 * 16 * ((2048 + 2048) + (2048 + 512) + (2048 + 2048))
+    assert flops_per_token(tuned) == 4 * matrices + 6 * lora
+    assert abs(matrices - 1.236e9) < 1e6
+
+
+class Clock:
+    def __init__(self, monkeypatch):
+        self.now = 0.0
+        monkeypatch.setattr(measure.time, "perf_counter", lambda: self.now)
+        monkeypatch.setattr(measure, "gather_object", lambda values: values)
+
+
+def test_the_meter_counts_real_tokens_and_leaves_out_warm_up_evaluation_and_saving(monkeypatch):
+    clock, meter = Clock(monkeypatch), Meter()
+    state = SimpleNamespace(global_step=0, max_steps=20)
+    mask = torch.tensor([[1, 1, 1, 0], [1, 0, 0, 0]])
+    for step in range(20):
+        control = SimpleNamespace(should_evaluate=step == 9, should_save=step == 14, should_training_stop=False)
+        meter.on_step_begin(None, state, control)
+        clock.now += 100.0 if step < 5 else 2.0
+        for _ in range(2):
+            meter.count({"input_ids": torch.zeros_like(mask), "attention_mask": mask})
+        state.global_step += 1
+        meter.on_step_end(None, state, control)
+        clock.now += 1000.0 if step in (9, 14) else 0.0
+    facts = meter.facts(flops_per_token=3e12)
+    assert facts["timed_steps"] == 15
+    assert facts["timed_seconds"] == 30.0
+    assert facts["tokens_per_s"] == 15 * 2 * 4 / 30.0
+    assert facts["rows_per_s"] == 15 * 2 * 2 / 30.0
+    assert facts["step_time_s"] == 2.0
+    assert facts["model_tflops_per_s"] == 12.0
+
+
+def test_packed_rows_are_counted_singly():
+    meter = Meter()
+    meter.count({"input_ids": torch.zeros(1, 7), "position_ids": torch.tensor([[0, 1, 2, 0, 1, 0, 1]])})
+    assert (int(meter._tokens), int(meter._rows)) == (7, 3)
+
+
+def test_a_run_too_short_to_time_says_so(monkeypatch):
+    monkeypatch.setattr(measure, "gather_object", lambda values: values)
+    assert Meter().facts(1.0)["tokens_per_s"] is None
+
+
+@pytest.fixture
+def scored_model(base):
+    return with_fused_head(AutoModelForCausalLM.from_pretrained(base)).eval()
+
+
+def encoded_rows(count=23):
+    rng = np.random.default_rng(0)
+    rows = []
+    for _ in range(count):
+        ids = rng.integers(0, 255, rng.integers(8, 60)).tolist()
+        cut = int(rng.integers(1, len(ids) - 1))
+        rows.append({"input_ids": ids, "labels": [-100] * cut + ids[cut:]})
+    return rows
+
+
+def batches(rows, size):
+    collate = DataCollatorForLanguageModeling(pad_token_id=258)
+    return [collate(rows[i : i + size]) for i in range(0, len(rows), size)]
+
+
+def test_the_likelihood_is_the_shifted_masked_sum_and_does_not_depend_on_the_batch(scored_model):
+    rows = encoded_rows()
+    expected = []
+    for row in rows:
+        logits = scored_model(torch.tensor([row["input_ids"]])).logits.detach()[0, :-1].double().log_softmax(-1)
+        labels = torch.tensor(row["labels"][1:])
+        picked = logits.gather(1, labels.clamp(min=0)[:, None])[:, 0]
+        expected.append(-float(picked[labels != -100].sum()))
+    for size in (1, 4, 16):
+        scores = row_nll(scored_model, batches(rows, size))
+        np.testing.assert_allclose(scores.nll, expected, rtol=2e-6)
+        assert scores.tokens.tolist() == [sum(label != -100 for label in r["labels"]) for r in rows]
+        assert abs(scores.mean - sum(expected) / scores.tokens.sum()) < 1e-6
+
+
+def test_a_loss_that_is_not_finite_names_its_row(scored_model):
+    with torch.no_grad():
+        scored_model.get_input_embeddings().weight[7] = float("nan")
+    rows = [{"input_ids": [1, 2, 3], "labels": [1, 2, 3]}, {"input_ids": [1, 7, 3], "labels": [1, 7, 3]}]
+    with pytest.raises(ValueError, match="row 1 has a loss of nan"):
+        row_nll(scored_model, batches(rows, 1))
+
+
+def test_the_bootstrap_covers_and_pairs():
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(5, 50, 400)
+    base = RowNll(tokens * rng.normal(2.0, 0.3, 400), tokens)
+    (interval, same), resampled = bootstrap_perplexity([base, base])
+    assert interval == same
+    assert interval[0] < base.perplexity < interval[1]
+    assert (resampled[0] == resampled[1]).all()
+    covered = 0
+    for trial in range(100):
+        drawn = np.random.default_rng(trial)
+        rows = RowNll(drawn.normal(2.0, 0.5, 200), np.ones(200, dtype=int))
+        ((low, high),), _ = bootstrap_perplexity([rows], resamples=500, seed=trial)
+        covered += low <= np.exp(2.0) <= high
+    assert covered >= 88

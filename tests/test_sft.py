@@ -1,0 +1,299 @@
+"""What a user types: launches on the CPU, interruption and continuation, and input that is refused at once."""
+
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, SHARED, arguments, instruction_rows, launch, launch_command, read, write_jsonl
+from peft import PeftModel
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+FACTS = {"status", "recipe", "launch", "ran", "measured", "data", "template", "versions", "git_commit", "hardware"}
+
+
+def weights_hash(run):
+    return hashlib.sha256((Path(run) / "adapter" / "adapter_model.safetensors").read_bytes()).hexdigest()
+
+
+def losses(run):
+    return dict(map(tuple, read(run)["losses"]))
+
+
+def launched(config, fields, flags=()):
+    done = launch(config, fields, flags)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done
+
+
+@pytest.fixture(scope="module")
+def finished(base, rows, tmp_path_factory):
+    """One undisturbed run of six steps under cpu.yaml, evaluation on, and what it printed."""
+    folder = tmp_path_factory.mktemp("runs") / "finished"
+    fields = {
+        "model_name_or_path": str(base), "dataset_name": str(rows), "output_dir": str(folder), "max_steps": "6",
+        "global_batch_size": "8", "per_device_train_batch_size": "8", "max_length": "128", "logging_steps": "1",
+        "warmup_steps": "1", "save_steps": "3", "learning_rate": "0.01", "lora_dropout": "0.1",
+    }  # fmt: skip
+    return folder, fields, launched("cpu", fields)
+
+
+def test_a_run_directory_holds_what_the_contract_says(finished, base):
+    folder, _, done = finished
+    record = read(folder)
+    assert record["status"] == "succeeded"
+    assert set(record) >= FACTS
+    assert record["ran"]["precision"] == "fp32"
+    assert record["ran"]["compute"] == {"linear": "Linear", "output_dtype": "float32"}
+    assert (record["ran"]["strategy"], record["ran"]["world_size"]) == ("single", 1)
+    assert record["ran"]["lora_scale"] == [2.0]
+    assert record["ran"]["trainable_parameters"] == 2 * 16 * ((32 + 32) + (32 + 16) + (32 + 32))
+    assert record["recipe"]["lora_r"] == 16
+    measured = record["measured"]
+    assert measured["tokens_per_s"] > 0
+    assert 0 < measured["share_of_limit"] < 1
+    assert measured["peak_memory"][0]["resident_gb"] > 0
+    assert measured["validation_loss"] > 0
+    sizes = [record["data"][name]["rows"] for name in ("train", "validation", "test")]
+    assert sum(sizes) == 200
+    assert (folder / "tensorboard").is_dir()
+    assert not list(folder.rglob("adapter/*.bin"))
+    assert "succeeded" in done.stdout
+    assert "real tokens/s" in done.stdout
+    curve = EventAccumulator(str(folder / "tensorboard")).Reload().Scalars("train/loss")
+    assert [(e.step, pytest.approx(e.value, rel=1e-6)) for e in curve] == [(s, losses(folder)[s]) for s in range(1, 7)]
+
+
+def test_the_adapter_loads_with_plain_peft_and_changes_the_model(finished, base):
+    folder, _, _ = finished
+    tokenizer = AutoTokenizer.from_pretrained(folder / "adapter")
+    assert "### Response:" in tokenizer.chat_template
+    ids = tokenizer("Repeat", return_tensors="pt").input_ids
+    model = AutoModelForCausalLM.from_pretrained(base)
+    before = model(ids).logits
+    tuned = PeftModel.from_pretrained(model, folder / "adapter")
+    assert (tuned(ids).logits - before).abs().max() > 1e-3
+    with tuned.disable_adapter():
+        assert torch.equal(tuned(ids).logits, before)
+
+
+def test_a_finished_run_is_not_overwritten_by_the_same_command(finished):
+    folder, fields, _ = finished
+    before = weights_hash(folder)
+    done = launch("cpu", fields)
+    assert done.returncode != 0
+    assert "error: " in done.stderr
+    assert "--overwrite" in done.stderr
+    assert weights_hash(folder) == before
+    assert read(folder)["status"] == "succeeded"
+
+
+def test_two_processes_give_the_losses_of_one(finished, tmp_path):
+    _, fields, _ = finished
+    own = {**fields, "lora_dropout": "0", "save_strategy": "no"}
+    launched("cpu", {**own, "output_dir": str(tmp_path / "one"), "per_device_train_batch_size": "2"})
+    launched("cpu_ddp", {**own, "output_dir": str(tmp_path / "two")})
+    one, two = read(tmp_path / "one"), read(tmp_path / "two")
+    assert (one["ran"]["micro_batch"], one["ran"]["accumulation"]) == (2, 4)
+    assert (two["ran"]["strategy"], two["ran"]["world_size"]) == ("ddp", 2)
+    assert len(two["measured"]["peak_memory"]) == 2
+    assert one["data"] == two["data"]
+    first, second = losses(tmp_path / "one"), losses(tmp_path / "two")
+    assert first.keys() == second.keys() == set(range(1, 7))
+    assert max(abs(first[s] - second[s]) for s in first) < 1e-4
+    assert abs(one["measured"]["validation_loss"] - two["measured"]["validation_loss"]) < 1e-4
+
+
+def stopped_after(fields, step, number=signal.SIGTERM, config="cpu"):
+    """Start, signal the training process once a step's loss is logged, and wait for the end."""
+    process = subprocess.Popen(
+        launch_command(config, {**fields, "disable_tqdm": "true"}), cwd=ROOT, stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT, text=True, start_new_session=True,
+    )  # fmt: skip
+    seen, output = 0, []
+    for line in process.stdout:
+        output.append(line)
+        seen += "'loss'" in line
+        if seen == step and "'loss'" in line:
+            os.kill(read(fields["output_dir"])["host_pid"][1], number)
+    process.wait(120)
+    return process.returncode, "".join(output)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+def test_a_stopped_run_is_interrupted_and_continues_bit_for_bit(finished, tmp_path, number):
+    _, fields, _ = finished
+    own = {**fields, "output_dir": str(tmp_path / "run"), "max_steps": "60", "save_strategy": "no"}
+    if number == signal.SIGTERM:
+        launched("cpu", {**own, "output_dir": str(tmp_path / "whole")})
+    code, output = stopped_after(own, 4, number)
+    record = read(own["output_dir"])
+    assert record["status"] == "interrupted", output[-3000:]
+    assert f"signal {int(number)} at step" in record["reason"]
+    assert code != 0
+    assert not (tmp_path / "run" / "adapter").exists()
+    if number != signal.SIGTERM:
+        return
+    launched("cpu", {**own, "disable_tqdm": "true"})
+    record = read(own["output_dir"])
+    assert record["status"] == "succeeded"
+    assert [i["status"] for i in record["interruptions"]] == ["interrupted"]
+    assert weights_hash(own["output_dir"]) == weights_hash(tmp_path / "whole")
+    assert record["measured"]["validation_loss"] == read(tmp_path / "whole")["measured"]["validation_loss"]
+    curve = EventAccumulator(str(tmp_path / "run" / "tensorboard")).Reload().Scalars("train/loss")
+    assert sorted({e.step for e in curve}) == list(range(1, 61))
+
+
+def test_a_killed_run_continues_from_its_checkpoint(finished, tmp_path):
+    _, fields, _ = finished
+    own = {**fields, "output_dir": str(tmp_path / "run"), "max_steps": "60"}
+    stopped_after(own, 10, signal.SIGKILL)
+    assert read(own["output_dir"])["status"] == "running"
+    launched("cpu", {**own, "disable_tqdm": "true"})
+    record = read(own["output_dir"])
+    assert record["status"] == "succeeded"
+    assert record["interruptions"][0]["status"] == "running"
+
+
+FAULTY = """
+import os, sys
+sys.path.insert(0, {folder!r})
+import sft
+plain = sft.LabTrainer.training_step
+def training_step(self, *args, **kwargs):
+    if os.environ["RANK"] == "1" and self.state.global_step == 2:
+        raise RuntimeError("the second rank broke")
+    return plain(self, *args, **kwargs)
+sft.LabTrainer.training_step = training_step
+sft.main(sys.argv[1:])
+"""
+
+
+def test_a_failing_rank_fails_the_run_with_its_reason(finished, tmp_path):
+    _, fields, _ = finished
+    script = tmp_path / "faulty.py"
+    script.write_text(FAULTY.format(folder=str(ROOT / "recipes")))
+    command = launch_command("cpu_ddp", {**fields, "output_dir": str(tmp_path / "run")})
+    command[command.index(str(ROOT / "recipes" / "sft.py"))] = str(script)
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=200)
+    record = read(tmp_path / "run")
+    assert done.returncode != 0
+    assert (record["status"], record["failed_rank"]) == ("failed", 1)
+    assert record["reason"] == "RuntimeError: the second rank broke"
+
+
+def test_num_processes_on_the_command_line_really_starts_them(finished, tmp_path):
+    _, fields, _ = finished
+    launched("cpu", {**fields, "output_dir": str(tmp_path / "run"), "max_steps": "2"}, ("--num_processes", "2"))
+    assert read(tmp_path / "run")["ran"]["strategy"] == "ddp"
+
+
+def test_mixed_precision_on_the_command_line_really_runs(finished, tmp_path):
+    _, fields, _ = finished
+    launched("cpu", {**fields, "output_dir": str(tmp_path / "run"), "max_steps": "2"}, ("--mixed_precision", "bf16"))
+    ran = read(tmp_path / "run")["ran"]
+    assert ran["precision"] == "bf16"
+    assert ran["compute"]["output_dtype"] == "bfloat16"
+    assert ran["frozen_dtypes"] == ["bfloat16"]
+    assert ran["trainable_dtypes"] == ["float32"]
+
+
+def test_a_one_layer_cut_trains_from_a_stream(finished, tmp_path):
+    _, fields, _ = finished
+    own = {
+        **fields, "output_dir": str(tmp_path / "run"), "max_steps": "3", "dataset_streaming": "true",
+        "streaming_eval_rows": "10", "model_init_kwargs": '{"num_hidden_layers": 1}',
+    }  # fmt: skip
+    launched("cpu", own)
+    record = read(tmp_path / "run")
+    assert record["ran"]["trainable_parameters"] == 16 * ((32 + 32) + (32 + 16) + (32 + 32))
+    assert record["data"]["streaming"] is True
+
+
+def test_quality_compares_base_and_tuned_on_the_test_split(finished):
+    folder, _, _ = finished
+    command = [sys.executable, str(ROOT / "eval" / "quality.py"), "--run", str(folder)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=200)
+    assert done.returncode == 0, done.stderr[-3000:]
+    report = json.loads((folder / "eval" / "quality.json").read_text())
+    perplexity = report["response_perplexity"]
+    records = [json.loads(line) for line in (folder / "eval" / "quality.jsonl").read_text().splitlines()]
+    assert len(records) == report["test_rows"] == read(folder)["data"]["test"]["rows"]
+    for name in ("base", "tuned"):
+        total = sum(r[f"{name}_nll"] for r in records) / sum(r["response_tokens"] for r in records)
+        assert perplexity[name]["value"] == pytest.approx(torch.tensor(total).exp().item(), rel=1e-6)
+        low, high = perplexity[name]["interval_95"]
+        assert low < perplexity[name]["value"] < high
+    assert perplexity["tuned"]["value"] < perplexity["base"]["value"]
+    assert "95 % interval" in done.stdout
+
+
+def test_quality_refuses_a_changed_data_set_and_an_unfinished_run(finished, tmp_path, base):
+    folder, _, _ = finished
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    record = read(folder)
+    record["recipe"]["dataset_name"] = str(write_jsonl(tmp_path / "other.jsonl", instruction_rows(150)))
+    command = [sys.executable, str(ROOT / "eval" / "quality.py"), "--run", str(copy)]
+    for change, message in (({}, "has changed since the run"), ({"status": "failed"}, "did not succeed")):
+        (copy / "run.json").write_text(json.dumps(record | change))
+        done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=100)
+        assert done.returncode != 0
+        assert message in done.stderr
+        assert "Traceback" not in done.stderr
+
+
+BAD_INPUT = [
+    ({"lora_target_modules": "query"}, {}, "it has down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj"),
+    ({"dataset_name": "nowhere.jsonl"}, {}, "data file nowhere.jsonl not found"),
+    ({"model_name_or_path": "data/nowhere"}, {}, "base model data/nowhere not found"),
+    ({"model_name_or_path": "nobody/nothing"}, {}, "hf auth login"),
+    ({"chat_template_path": "nowhere.jinja"}, {}, "chat_template_path nowhere.jinja not found"),
+    ({"lora_r": "0"}, {}, "lora_r is 0"),
+    ({"eos_token": "<end>"}, {}, "eos_token '<end>' is not in the vocabulary"),
+    ({}, {"ACCELERATE_MIXED_PRECISION": "fp16"}, "fp16 does not run on a CPU"),
+    ({}, {"ACCELERATE_MIXED_PRECISION": "fp8"}, "fp8 does not run on a CPU"),
+    ({}, {"ACCELERATE_USE_FSDP": "true"}, "FSDP needs GPUs"),
+    ({}, {"ACCELERATE_MIXED_PRECISION": "bf16", "CUDA_VISIBLE_DEVICES": ""}, "shows none"),
+]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU machine these launches are right or differently wrong")
+@pytest.mark.parametrize(("change", "environment", "message"), BAD_INPUT)
+def test_bad_input_is_one_sentence_before_any_model_is_loaded(sft, fields, monkeypatch, change, environment, message):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "-1")
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", "")
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(sft, "LabTrainer", lambda *a, **k: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(sft, "use_all_cpu_cores", lambda launch: None)
+    with pytest.raises(SystemExit) as caught:
+        sft.main(arguments(fields | change))
+    text = str(caught.value.code)
+    assert text.startswith("error: ")
+    assert message in text
+    assert "\n" not in text
+    if (Path(fields["output_dir"]) / "run.json").is_file():
+        assert read(fields["output_dir"])["status"] == "failed"
+        assert message in read(fields["output_dir"])["reason"]
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason="the shared data sets are not beside this checkout")
+def test_real_data_train_alike_on_one_and_two_processes(finished, tmp_path):
+    _, fields, _ = finished
+    own = {**fields, "dataset_name": str(SHARED / "alpaca_en_1k.json"), "lora_dropout": "0", "save_strategy": "no"}
+    for config in ("cpu", "cpu_ddp"):
+        launched(config, {**own, "output_dir": str(tmp_path / config)})
+    one, two = losses(tmp_path / "cpu"), losses(tmp_path / "cpu_ddp")
+    assert max(abs(one[s] - two[s]) for s in range(1, 7)) < 1e-3
+    started = time.time()
+    launched("cpu", {**own, "dataset_name": str(SHARED / "gsm8k_train.jsonl"), "output_dir": str(tmp_path / "gsm8k")})
+    assert read(tmp_path / "gsm8k")["data"]["shape"] == "gsm8k"
+    assert time.time() - started < 200

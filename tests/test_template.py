@@ -1,0 +1,126 @@
+"""Training and inference see the same tokens; the loss is on the response and its end token alone."""
+
+import pytest
+from conftest import SHARED, load_script  # noqa: F401
+from datasets import Dataset
+from transformers import AutoTokenizer
+from trl import SFTConfig, SFTTrainer
+
+from sftlab.config import DataArguments
+from sftlab.data import load_splits
+from sftlab.template import encode, prompt_ids, set_template, template_hash
+
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}{{ eos_token }}\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+ROWS = [
+    ("Say hello.", "Hello!"),
+    ("  Spaces around. \n", "\n  An answer with spaces around.  \n"),
+    ("Many\n\nlines\n### Response:\nhere", "one\n\ntwo"),
+    ("Ünïcödé ☃", "日本語 🙂"),
+    ("Sum up.\n\n### Context:\nA text.", "Short."),
+]
+
+
+def row(prompt, response):
+    return {
+        "prompt": [{"role": "user", "content": prompt}],
+        "completion": [{"role": "assistant", "content": response}],
+    }
+
+
+def conversation():
+    prompt = [("system", "Be brief."), ("user", "q1"), ("assistant", "a1"), ("user", "q2")]
+    return {
+        "prompt": [{"role": r, "content": c} for r, c in prompt],
+        "completion": [{"role": "assistant", "content": "a2"}],
+    }
+
+
+@pytest.fixture(params=["instruction.jinja", "chatml"])
+def templated(request, base):
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    if request.param == "chatml":
+        tokenizer.chat_template = CHATML
+    set_template(tokenizer)
+    return tokenizer
+
+
+def trl_rows(base, tokenizer, rows, tmp_path, max_length=256):
+    config = SFTConfig(
+        output_dir=str(tmp_path), bf16=False, max_length=max_length, report_to="none", gradient_checkpointing=False
+    )
+    trainer = SFTTrainer(str(base), config, train_dataset=Dataset.from_list(rows), processing_class=tokenizer)
+    return trainer.train_dataset
+
+
+def test_what_training_sees_is_what_generation_sees(base, templated, tmp_path):
+    rows = [row(*r) for r in ROWS] + [conversation()]
+    for given, seen in zip(rows, trl_rows(base, templated, rows, tmp_path), strict=True):
+        prompt = prompt_ids(templated, given["prompt"])
+        length = len(prompt)
+        assert seen["input_ids"][:length] == prompt
+        assert seen["labels"][:length] == [-100] * length
+        assert seen["labels"][length:] == seen["input_ids"][length:]
+        first = templated.decode(seen["input_ids"][length:][:12])
+        assert first.strip()[:1] == given["completion"][0]["content"].strip()[:1]
+        assert templated.eos_token_id in seen["labels"][length:]
+        assert seen["labels"].count(templated.eos_token_id) == 1
+
+
+def test_evaluation_encodes_as_trl_does(base, templated, tmp_path):
+    rows = [row(*r) for r in ROWS] + [conversation()]
+    for max_length in (256, 60):
+        seen = list(trl_rows(base, templated, rows, tmp_path, max_length))
+        own = [encode(templated, r, max_length) for r in rows]
+        own = [r for r in own if any(label != -100 for label in r["labels"])]
+        assert [(r["input_ids"], r["labels"]) for r in own] == [(r["input_ids"], r["labels"]) for r in seen]
+
+
+def test_the_instruction_template_is_the_published_form(base):
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    set_template(tokenizer)
+    text = tokenizer.apply_chat_template(conversation()["prompt"], add_generation_prompt=True, tokenize=False)
+    assert text == (
+        "<bos>Be brief.\n\n### Instruction:\nq1\n\n### Response:\na1<eos>\n\n### Instruction:\nq2\n\n### Response:\n"
+    )
+
+
+def test_a_model_with_a_template_keeps_it_and_a_named_one_replaces_it(base, tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    assert set_template(tokenizer) == "instruction.jinja"
+    tokenizer.chat_template = CHATML
+    assert set_template(tokenizer) == "the model's own"
+    own = template_hash(tokenizer)
+    named = tmp_path / "t.jinja"
+    named.write_text("{{ messages[0]['content'] }}")
+    assert set_template(tokenizer, str(named)) == str(named)
+    assert template_hash(tokenizer) != own
+    with pytest.raises(ValueError, match="not found"):
+        set_template(tokenizer, str(tmp_path / "missing.jinja"))
+
+
+def test_a_tokenizer_without_an_end_token_is_refused(base):
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    tokenizer.eos_token = None
+    with pytest.raises(ValueError, match="no end-of-sequence token"):
+        set_template(tokenizer)
+
+
+def test_the_template_travels_with_the_tokenizer(base, tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    set_template(tokenizer)
+    tokenizer.save_pretrained(tmp_path)
+    assert template_hash(AutoTokenizer.from_pretrained(tmp_path)) == template_hash(tokenizer)
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason="the shared data sets are not beside this checkout")
+def test_no_prompt_of_the_real_data_merges_with_its_response(base):
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    set_template(tokenizer)
+    for name in ("alpaca_en_1k.json", "gsm8k_test.jsonl"):
+        rows = load_splits(DataArguments(dataset_name=str(SHARED / name), split_fractions=[1.0, 0.0, 0.0])).train
+        for given in rows.select(range(300)):
+            encoded = encode(tokenizer, given, None)
+            assert encoded["labels"].count(-100) == len(prompt_ids(tokenizer, given["prompt"]))
