@@ -4,12 +4,11 @@ python results/launch_matrix.py --tokenizer DIR --dataset FILE [--out results] [
 
 A random-initialised model of Llama-3.2-1B's shape is saved once and trained for 30 steps a cell by `accelerate launch
 recipes/sft.py`, at one global batch and data order. Needs two GPUs for the cells with two processes. One-process cells
-run two at a time where there are two GPUs. Writes launch_matrix.csv.
+run two at a time where there are two GPUs. A cell that succeeded already is not run again. Writes launch_matrix.csv.
 """
 
 import argparse
 import csv
-import json
 import os
 import subprocess
 import sys
@@ -22,6 +21,8 @@ from typing import Any, NamedTuple
 import torch
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
+from sftlab.run import read_run
+
 ROOT = Path(__file__).parent.parent
 QLORA = {
     "load_in_4bit": "true",
@@ -33,6 +34,7 @@ QLORA = {
 }
 STEPS = 30
 COMPARED = 20
+ADAPTER_CHECKED = ("ddp", "fsdp", "fsdp_qlora")
 
 
 class Cell(NamedTuple):
@@ -59,8 +61,9 @@ CELLS = {
     "bf16_two_processes": Cell("bf16", 2, ("--num_processes", "2")),
     "ddp_fp16": Cell("ddp", 2, ("--mixed_precision", "fp16")),
     "ddp_qlora": Cell("ddp", 2, overrides=QLORA),
-    "fsdp_qlora": Cell("fsdp", 2, overrides=QLORA),
+    "fsdp_qlora": Cell("fsdp", 2, overrides={**QLORA, "optim": "adamw_torch_fused"}),
     "fsdp_fp16": Cell("fsdp", 2, ("--mixed_precision", "fp16")),
+    "more_processes_than_gpus": Cell("ddp", 2, ("--num_processes", "99")),
 }
 
 
@@ -85,6 +88,10 @@ def main() -> None:
         if name not in runs:
             runs[name] = run_cell(name, base, arguments.dataset, None)
     rows = [row(name, command, run, runs) for name, (command, run) in runs.items()]
+    for line in rows:
+        adapter = ROOT / "runs" / f"matrix-{line['cell']}" / "adapter"
+        if line["cell"] in ADAPTER_CHECKED and adapter.is_dir():
+            line["adapter_changes_a_logit_by"] = round(adapter_effect(base, adapter), 3)
     with (arguments.out / "launch_matrix.csv").open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, fieldnames=list(rows[0]), lineterminator="\n")
         writer.writeheader()
@@ -136,6 +143,9 @@ def run_cell(name: str, base: Path, dataset: str, gpus: "Queue[str] | None") -> 
     gpu = gpus.get() if gpus else None
     if gpu is not None and cell.config != "cpu":
         environment["CUDA_VISIBLE_DEVICES"] = gpu
+    shown = " ".join(command).replace(str(base), "BASE").replace(dataset, "ROWS").replace(str(ROOT) + "/", "")
+    if (folder / "run.json").is_file() and read_run(folder)["status"] == "succeeded":
+        return shown, read_run(folder)
     started = time.time()
     launcher = [sys.executable, "-m", "accelerate.commands.accelerate_cli", *command[1:]]
     done = subprocess.run(launcher, cwd=ROOT, env=environment, capture_output=True, text=True)
@@ -149,7 +159,7 @@ def run_cell(name: str, base: Path, dataset: str, gpus: "Queue[str] | None") -> 
         f"{name}: {run['status']} ({run.get('reason')}), exit {done.returncode}, {time.time() - started:.0f} s",
         flush=True,
     )
-    if run["status"] != "succeeded":
+    if run["status"] == "failed":
         print(done.stdout[-1500:], done.stderr[-3000:], flush=True)
     return shown, run
 
@@ -183,6 +193,8 @@ def row(name: str, command: str, run: dict[str, Any], runs: dict[str, tuple[str,
         "loss_20": losses.get(COMPARED),
         "largest_loss_difference_to_bf16_20_steps": apart if len(steps) == COMPARED else None,
         "validation_loss": measured.get("validation_loss"),
+        "gradients_reduced_in": ran.get("gradients_reduced_in"),
+        "adapter_changes_a_logit_by": None,
         "hardware": run.get("hardware", {}).get("gpu"),
         "versions": " ".join(f"{k} {v}" for k, v in versions.items()),
         "command": command,
@@ -190,11 +202,11 @@ def row(name: str, command: str, run: dict[str, Any], runs: dict[str, tuple[str,
 
 
 @torch.no_grad()
-def adapter_effect(base: Path, run: Path) -> float:
+def adapter_effect(base: Path, adapter: Path) -> float:
     """Largest absolute difference that the saved adapter makes to the logits of one prompt."""
     from peft import PeftModel
 
-    tokenizer = AutoTokenizer.from_pretrained(run / "adapter")
+    tokenizer = AutoTokenizer.from_pretrained(adapter)
     model = LlamaForCausalLM.from_pretrained(base, dtype="float32", device_map="cuda")
     ids = tokenizer.apply_chat_template(
         [{"role": "user", "content": "Name a colour."}],
@@ -203,7 +215,7 @@ def adapter_effect(base: Path, run: Path) -> float:
         return_dict=True,
     )["input_ids"].to("cuda")
     before = model(ids).logits
-    after = PeftModel.from_pretrained(model, run / "adapter")(ids).logits
+    after = PeftModel.from_pretrained(model, adapter)(ids).logits
     return float((after - before).abs().max())
 
 
