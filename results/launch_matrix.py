@@ -96,13 +96,6 @@ def main() -> None:
         writer = csv.DictWriter(file, fieldnames=list(rows[0]), lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
-    for name in ("fsdp", "ddp", "fsdp_qlora"):
-        if runs.get(name, (None, {}))[1].get("status") == "succeeded":
-            print(
-                name,
-                "adapter loads; largest change of a logit:",
-                adapter_effect(base, ROOT / "runs" / f"matrix-{name}"),
-            )
 
 
 def save_random_model(folder: Path, tokenizer: str) -> None:
@@ -139,26 +132,25 @@ def run_cell(name: str, base: Path, dataset: str, gpus: "Queue[str] | None") -> 
         *("recipes/sft.py", "--config", "recipes/llama3.2-1b/attn_r16.yaml"),
         *(item for key, value in fields.items() for item in (f"--{key}", value)),
     ]
+    shown = " ".join(command).replace(str(base), "BASE").replace(dataset, "ROWS").replace(str(ROOT) + "/", "")
+    if (folder / "run.json").is_file() and read_run(folder)["status"] == "succeeded":
+        return shown, read_run(folder)
     environment = dict(os.environ)
     gpu = gpus.get() if gpus else None
     if gpu is not None and cell.config != "cpu":
         environment["CUDA_VISIBLE_DEVICES"] = gpu
-    shown = " ".join(command).replace(str(base), "BASE").replace(dataset, "ROWS").replace(str(ROOT) + "/", "")
-    if (folder / "run.json").is_file() and read_run(folder)["status"] == "succeeded":
-        return shown, read_run(folder)
     started = time.time()
     launcher = [sys.executable, "-m", "accelerate.commands.accelerate_cli", *command[1:]]
     done = subprocess.run(launcher, cwd=ROOT, env=environment, capture_output=True, text=True)
-    if gpus and gpu is not None:
+    if gpus:
         gpus.put(gpu)
-    run = (
-        json.loads((folder / "run.json").read_text()) if (folder / "run.json").is_file() else {"status": "no run.json"}
-    )
-    shown = " ".join(command).replace(str(base), "BASE").replace(dataset, "ROWS").replace(str(ROOT) + "/", "")
-    print(
-        f"{name}: {run['status']} ({run.get('reason')}), exit {done.returncode}, {time.time() - started:.0f} s",
-        flush=True,
-    )
+    if (folder / "run.json").is_file():
+        run = read_run(folder)
+    else:
+        refusal = next((line for line in done.stderr.splitlines() if line.startswith("error: ")), None)
+        run = {"status": "refused" if refusal else "failed", "reason": refusal}
+    took = time.time() - started
+    print(f"{name}: {run['status']} ({run.get('reason')}), exit {done.returncode}, {took:.0f} s", flush=True)
     if run["status"] == "failed":
         print(done.stdout[-1500:], done.stderr[-3000:], flush=True)
     return shown, run
