@@ -82,6 +82,14 @@ def one(config_file: str, script: list[str], fields: list[str]) -> None:
         sys.exit(done.stdout + done.stderr)
 
 
+def write(path: Path, rows: list[dict]) -> None:
+    """The table so far."""
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, fieldnames=list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
 def main() -> None:
     """Run the pairs, in changing order, and write one row a pair and the median."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
@@ -120,10 +128,7 @@ def main() -> None:
                 }
             )
             print(rows[-1]["ratio"], flush=True)
-    with arguments.out.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, fieldnames=list(rows[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
+            write(arguments.out, rows)
     ratios = [row["ratio"] for row in rows]
     print(f"sft.py over plain SFTTrainer: median {statistics.median(ratios)}, {min(ratios)} to {max(ratios)}")
 
