@@ -20,7 +20,7 @@ $(STAMP): requirements.txt pyproject.toml
 	$(PYTHON) -m venv .venv
 	@if [ "$$(uname)" = Linux ] && ! command -v nvidia-smi >/dev/null; then \
 	  $(BIN)/pip install -q "torch==$(TORCH)+cpu" 2>/dev/null \
-	  || { $(BIN)/pip install -q uv && $(BIN)/uv pip install -q --python $(BIN)/python --torch-backend cpu "torch==$(TORCH)"; } \
+	  || { $(BIN)/pip install -q uv==0.13.9 && $(BIN)/uv pip install -q --python $(BIN)/python --torch-backend cpu "torch==$(TORCH)"; } \
 	  || echo "torch's CPU build is not to be had: installing the default build"; fi
 	$(BIN)/pip install -q -r requirements.txt
 	@touch $@

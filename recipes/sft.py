@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from accelerate.utils import broadcast_object_list
 from datasets import IterableDataset
-from transformers import set_seed
+from transformers import PreTrainedTokenizerBase, set_seed
 from trl import get_peft_config, get_quantization_config
 
 from sftlab.config import Recipe, parse_recipe
@@ -74,7 +74,7 @@ def begin(recipe: Recipe, launch: Launch, rank: int) -> tuple[Run, str | None]:
     return run, found[0]
 
 
-def prepare_tokenizer(recipe: Recipe):  # noqa: ANN201
+def prepare_tokenizer(recipe: Recipe) -> tuple[PreTrainedTokenizerBase, str]:
     """Tokenizer with its template, after checking that the model has what the recipe targets. No weights yet."""
     name, revision = recipe.model.model_name_or_path, recipe.model.model_revision
     tokenizer = load_tokenizer(name, revision, recipe.training)
@@ -85,7 +85,9 @@ def prepare_tokenizer(recipe: Recipe):  # noqa: ANN201
     return tokenizer, template
 
 
-def train(recipe: Recipe, launch: Launch, run: Run, checkpoint: str | None, tokenizer, splits: Splits) -> None:  # noqa: ANN001
+def train(
+    recipe: Recipe, launch: Launch, run: Run, checkpoint: str | None, tokenizer: PreTrainedTokenizerBase, splits: Splits
+) -> None:
     """Train, save the adapter, measure, and write the run's end."""
     args = recipe.training
     args.model_init_kwargs = model_init_kwargs(recipe.model, args)

@@ -1,141 +1,116 @@
-"""What recipes/sft.py costs over plain SFTTrainer with the same settings: step times in pairs, run in turn.
+"""What recipes/sft.py's trainer costs over plain SFTTrainer with the same settings: step times in pairs, run in turn.
 
-python results/overhead.py --config recipes/demo/attn_r16.yaml --config_file accelerate_configs/cpu.yaml \
-    [--pairs 5] [--max_steps 100] [--out results/overhead_cpu.csv] [--any_field value]
+accelerate launch --config_file accelerate_configs/cpu.yaml results/overhead.py --pairs 15 \
+    --table results/overhead_cpu.csv --config recipes/demo/attn_r16.yaml --max_steps 100 [--any_field value]
 
-Both are launched by accelerate, train on the same tokens in the same order and log to TensorBoard. A step's time is the
-wall clock from the beginning of step 6 to the end of the last, over the steps between, in both.
+Both trainers live in one process, as separate processes differ by more than the effect. They train on the same tokens
+in the same order and log to TensorBoard; one stopwatch times both, from the beginning of step 6 to the end of the last.
 """
+
+import sftlab.quiet  # noqa: F401, I001  (before the libraries that it quiets)
 
 import argparse
 import csv
-import json
 import os
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import TrainerCallback
 from trl import SFTTrainer, get_peft_config
 
-ROOT = Path(__file__).parent.parent
+from sftlab.config import Recipe, parse_recipe
+from sftlab.data import load_splits
+from sftlab.interrupt import StopOnSignal
+from sftlab.launch import Launch, check_devices, settle_single_process, use_all_cpu_cores
+from sftlab.measure import Meter
+from sftlab.model import load_tokenizer, model_init_kwargs
+from sftlab.run import environment
+from sftlab.template import set_template
+from sftlab.trainer import LabTrainer
+
 WARMUP_STEPS = 5
 
 
 class Stopwatch(TrainerCallback):
-    """Seconds a step after the warm-up, of the plain trainer."""
+    """Seconds a step after the warm-up."""
 
-    def on_step_begin(self, args, state, control, **kwargs):  # noqa: ANN001, ANN201
+    step_time_s = 0.0
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Start."""
         if state.global_step == WARMUP_STEPS:
-            self._synchronize()
-            self.started = time.perf_counter()
+            self._started = self._now()
 
-    def on_step_end(self, args, state, control, **kwargs):  # noqa: ANN001, ANN201
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Stop."""
         if state.global_step == state.max_steps:
-            self._synchronize()
-            self.step_time_s = (time.perf_counter() - self.started) / (state.max_steps - WARMUP_STEPS)
+            self.step_time_s = (self._now() - self._started) / (state.max_steps - WARMUP_STEPS)
 
     @staticmethod
-    def _synchronize() -> None:
+    def _now() -> float:
         if torch.cuda.is_available():
             torch.cuda.synchronize()
+        return time.perf_counter()
 
 
-def plain(argv: list[str], out: Path) -> None:
-    """Plain SFTTrainer, with the recipe read by the project's parser so that the settings are the same."""
-    from sftlab.config import parse_recipe
-    from sftlab.data import load_splits
-    from sftlab.launch import Launch, settle_single_process, use_all_cpu_cores
-    from sftlab.model import load_tokenizer, model_init_kwargs
-    from sftlab.template import set_template
-
-    launch = Launch.from_environment()
-    settle_single_process(launch)
-    use_all_cpu_cores(launch)
-    recipe = parse_recipe(argv, launch)
+def build(argv: list[str], launch: Launch, lab: bool) -> tuple[SFTTrainer, Stopwatch]:
+    """The project's trainer as recipes/sft.py builds it, or plain SFTTrainer."""
+    recipe: Recipe = parse_recipe(argv, launch)
     tokenizer = load_tokenizer(recipe.model.model_name_or_path, recipe.model.model_revision, recipe.training)
     set_template(tokenizer, recipe.training.chat_template_path)
-    splits = load_splits(recipe.data)
     recipe.training.model_init_kwargs = model_init_kwargs(recipe.model, recipe.training)
-    watch = Stopwatch()
-    trainer = SFTTrainer(
-        recipe.model.model_name_or_path,
-        recipe.training,
-        train_dataset=splits.train,
-        processing_class=tokenizer,
-        peft_config=get_peft_config(recipe.model),
-        callbacks=[watch],
-    )
-    result = trainer.train()
-    out.write_text(json.dumps({"step_time_s": watch.step_time_s, "train_loss": result.training_loss}))
-
-
-def one(config_file: str, script: list[str], fields: list[str]) -> None:
-    """Launch one of the two and wait; its output is shown only if it fails."""
-    launcher = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--config_file", config_file]
-    done = subprocess.run([*launcher, *script, *fields], cwd=ROOT, capture_output=True, text=True)
-    if done.returncode:
-        sys.exit(done.stdout + done.stderr)
-
-
-def write(path: Path, rows: list[dict]) -> None:
-    """The table so far."""
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, fieldnames=list(rows[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
+    watch, meter = Stopwatch(), Meter()
+    shared = {
+        "model": recipe.model.model_name_or_path,
+        "args": recipe.training,
+        "train_dataset": load_splits(recipe.data).train,
+        "processing_class": tokenizer,
+        "peft_config": get_peft_config(recipe.model),
+    }
+    if lab:
+        return LabTrainer(**shared, callbacks=[watch, meter, StopOnSignal()], meter=meter, launch=launch), watch
+    return SFTTrainer(**shared, callbacks=[watch]), watch
 
 
 def main() -> None:
-    """Run the pairs, in changing order, and write one row a pair and the median."""
+    """Run the pairs, in changing order, and write a row a pair."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.add_argument("--config", required=True)
-    parser.add_argument("--config_file", required=True)
-    parser.add_argument("--pairs", type=int, default=5)
-    parser.add_argument("--max_steps", type=int, default=100)
-    parser.add_argument("--out", type=Path, default=ROOT / "results" / "overhead_cpu.csv")
+    parser.add_argument("--pairs", type=int, default=15)
+    parser.add_argument("--table", type=Path, required=True)
     arguments, rest = parser.parse_known_args()
+    launch = Launch.from_environment()
+    settle_single_process(launch)
+    check_devices(launch)
+    use_all_cpu_cores(launch)
     rows = []
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ["TENSORBOARD_LOGGING_DIR"] = folder
+        argv = [*rest, "--output_dir", folder, "--eval_strategy", "no", "--save_strategy", "no", "--disable_tqdm=true"]
+        trainers = {name: build(argv, launch, name == "sft.py") for name in ("sft.py", "plain")}
         for pair in range(arguments.pairs):
-            fields = ["--config", arguments.config, *rest, "--max_steps", str(arguments.max_steps)]
-            fields += ["--eval_strategy", "no", "--save_strategy", "no", "--overwrite"]
-            mine = ["recipes/sft.py"], [*fields, "--output_dir", str(folder / "run")]
-            theirs = (
-                ["results/overhead.py", "plain", str(folder / "p.json")],
-                [*fields, "--output_dir", str(folder / "p")],
-            )
-            for script, own in (mine, theirs) if pair % 2 == 0 else (theirs, mine):
-                one(arguments.config_file, script, own)
-            run = json.loads((folder / "run" / "run.json").read_text())
-            other = json.loads((folder / "p.json").read_text())
-            ours = run["measured"]["step_time_s"]
-            rows.append(
-                {
-                    "pair": pair + 1,
-                    "sft_py_step_s": ours,
-                    "plain_sfttrainer_step_s": round(other["step_time_s"], 5),
-                    "ratio": round(ours / other["step_time_s"], 4),
-                    "same_train_loss": abs(run["measured"]["train_loss"] - other["train_loss"]) < 1e-3,
-                    "hardware": run["hardware"].get("gpu") or f"{run['hardware']['cpu_cores']} CPU cores",
-                    "versions": " ".join(f"{k} {v}" for k, v in run["versions"].items()),
-                    "command": f"python results/overhead.py {' '.join(sys.argv[1:])}",
-                }
-            )
-            print(rows[-1]["ratio"], flush=True)
-            write(arguments.out, rows)
+            losses = {}
+            for name in trainers if pair % 2 == 0 else reversed(trainers):
+                losses[name] = trainers[name][0].train().training_loss
+            ours, plain = (trainers[name][1].step_time_s for name in ("sft.py", "plain"))
+            rows.append({"pair": pair + 1, "sft_py_step_s": round(ours, 6), "plain_step_s": round(plain, 6)})
+            rows[-1] |= {"ratio": round(ours / plain, 4), "loss_difference": abs(losses["sft.py"] - losses["plain"])}
+    facts = environment()
+    hardware = facts["hardware"].get("gpu") or f"{facts['hardware']['cpu_cores']} CPU cores"
+    versions = " ".join(f"{k} {v}" for k, v in facts["versions"].items())
+    with arguments.table.open("w", newline="", encoding="utf-8") as file:
+        fields = [*rows[0], "hardware", "versions", "arguments"]
+        writer = csv.DictWriter(file, fieldnames=fields, lineterminator="\n")
+        writer.writeheader()
+        for row in rows:
+            writer.writerow(row | {"hardware": hardware, "versions": versions, "arguments": " ".join(sys.argv[1:])})
     ratios = [row["ratio"] for row in rows]
     print(f"sft.py over plain SFTTrainer: median {statistics.median(ratios)}, {min(ratios)} to {max(ratios)}")
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["plain"]:
-        os.environ["TENSORBOARD_LOGGING_DIR"] = tempfile.mkdtemp()
-        plain(sys.argv[3:], Path(sys.argv[2]))
-    else:
-        main()
+    main()

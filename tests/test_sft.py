@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -263,6 +264,14 @@ BAD_INPUT = [
     ({}, {"ACCELERATE_USE_FSDP": "true"}, "FSDP needs GPUs"),
     ({}, {"ACCELERATE_MIXED_PRECISION": "bf16", "CUDA_VISIBLE_DEVICES": ""}, "shows none"),
 ]
+
+
+def test_pickled_weights_are_refused(sft, fields, base, tmp_path, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "-1")
+    copy = shutil.copytree(base, tmp_path / "pickled", ignore=shutil.ignore_patterns("*.safetensors"))
+    torch.save({}, copy / "pytorch_model.bin")
+    with pytest.raises(SystemExit, match=r"holds no \.safetensors file"):
+        sft.main(arguments(fields | {"model_name_or_path": str(copy)}))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU machine these launches are right or differently wrong")
