@@ -17,6 +17,7 @@ setup: $(STAMP)
 
 # A machine without a GPU gets torch's CPU build: from where pip is told to look, else by uv, which knows the place.
 $(STAMP): requirements.txt pyproject.toml
+	@echo "installing into .venv: some minutes"
 	$(PYTHON) -m venv .venv
 	@if [ "$$(uname)" = Linux ] && ! command -v nvidia-smi >/dev/null; then \
 	  $(BIN)/pip install -q "torch==$(TORCH)+cpu" 2>/dev/null \

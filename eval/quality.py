@@ -17,10 +17,11 @@ from typing import Any
 import numpy as np
 import torch
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from trl import get_quantization_config
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
-from sftlab.config import DataArguments
+from sftlab.config import DataArguments, ModelArguments
 from sftlab.data import Splits, load_splits
 from sftlab.likelihood import RowNll, bootstrap_perplexity, row_nll, with_fused_head
 from sftlab.run import read_run, write_json
@@ -89,20 +90,16 @@ def load_models(run: dict[str, Any], adapter: Path) -> PeftModel:
     """The base model with the adapter on it, on the GPU if there is one, in the dtype that the run trained in."""
     recipe = run["recipe"]
     kwargs: dict[str, Any] = dict(recipe["model_init_kwargs"] or {})
-    if recipe["load_in_4bit"]:
-        kwargs["quantization_config"] = BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_compute_dtype=recipe["dtype"],
-            bnb_4bit_quant_type=recipe["bnb_4bit_quant_type"],
-            bnb_4bit_use_double_quant=recipe["use_bnb_nested_quant"],
-            bnb_4bit_quant_storage=recipe["bnb_4bit_quant_storage"],
-        )
+    kwargs["quantization_config"] = get_quantization_config(
+        ModelArguments(**{name: recipe[name] for name in ModelArguments.__dataclass_fields__})
+    )
     device = "cuda" if torch.cuda.is_available() else "cpu"
     name = recipe["model_name_or_path"]
     try:
         base = AutoModelForCausalLM.from_pretrained(
             name,
             revision=recipe["model_revision"],
+            trust_remote_code=recipe["trust_remote_code"],
             dtype=recipe["dtype"],
             use_safetensors=True,
             device_map=device,

@@ -10,6 +10,7 @@ same command again after an interruption, and it continues. A finished run is re
 
 import sftlab.quiet  # noqa: F401, I001  (before the libraries that it quiets)
 
+import math
 import os
 import shutil
 import sys
@@ -120,6 +121,10 @@ def train(
         reason = f"signal {stop.received} at step {result.global_step} of {trainer.state.max_steps}"
         run.finish("interrupted", reason=reason, measured=measured, **facts)
         sys.exit(128 + stop.received)
+    if not math.isfinite(result.training_loss):
+        raise RuntimeError(
+            f"diverged: the mean training loss is {result.training_loss}; the curve shows where it broke"
+        )
     save_adapter(trainer, run)
     if trainer.eval_dataset is not None:
         trainer.model.eval()

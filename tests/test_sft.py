@@ -112,8 +112,8 @@ def test_two_processes_give_the_losses_of_one(finished, tmp_path):
     assert abs(one["measured"]["validation_loss"] - two["measured"]["validation_loss"]) < 1e-4
 
 
-def stopped_after(fields, step, number=signal.SIGTERM, config="cpu"):
-    """Start, signal the training process once a step's loss is logged, and wait for the end."""
+def stopped_after(fields, step, number=signal.SIGTERM, whom="worker", config="cpu"):
+    """Start, signal the training process (or its launcher, or all as Ctrl-C does) at a step, wait for the end."""
     process = subprocess.Popen(
         launch_command(config, {**fields, "disable_tqdm": "true"}), cwd=ROOT, stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT, text=True, start_new_session=True,
@@ -123,25 +123,32 @@ def stopped_after(fields, step, number=signal.SIGTERM, config="cpu"):
         output.append(line)
         seen += "'loss'" in line
         if seen == step and "'loss'" in line:
-            os.kill(read(fields["output_dir"])["host_pid"][1], number)
+            worker = read(fields["output_dir"])["host_pid"][1]
+            if whom == "group":
+                for pid in (process.pid, worker):
+                    os.kill(pid, number)
+            else:
+                os.kill(worker if whom == "worker" else process.pid, number)
     process.wait(120)
     return process.returncode, "".join(output)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
-def test_a_stopped_run_is_interrupted_and_continues_bit_for_bit(finished, tmp_path, number):
+STOPS = [("worker", signal.SIGTERM), ("worker", signal.SIGUSR1), ("launcher", signal.SIGTERM), ("group", signal.SIGINT)]
+
+
+@pytest.mark.parametrize(("whom", "number"), STOPS)
+def test_a_stopped_run_is_interrupted_and_continues_bit_for_bit(finished, tmp_path, whom, number):
     _, fields, _ = finished
     own = {**fields, "output_dir": str(tmp_path / "run"), "max_steps": "60", "save_strategy": "no"}
-    if number == signal.SIGTERM:
-        launched("cpu", {**own, "output_dir": str(tmp_path / "whole")})
-    code, output = stopped_after(own, 4, number)
+    code, output = stopped_after(own, 4, number, whom)
     record = read(own["output_dir"])
     assert record["status"] == "interrupted", output[-3000:]
-    assert f"signal {int(number)} at step" in record["reason"]
+    assert " at step " in record["reason"]
     assert code != 0
     assert not (tmp_path / "run" / "adapter").exists()
-    if number != signal.SIGTERM:
+    if (whom, number) != STOPS[0]:
         return
+    launched("cpu", {**own, "output_dir": str(tmp_path / "whole")})
     launched("cpu", {**own, "disable_tqdm": "true"})
     record = read(own["output_dir"])
     assert record["status"] == "succeeded"
@@ -188,6 +195,14 @@ def test_a_failing_rank_fails_the_run_with_its_reason(finished, tmp_path):
     assert done.returncode != 0
     assert (record["status"], record["failed_rank"]) == ("failed", 1)
     assert record["reason"] == "RuntimeError: the second rank broke"
+
+
+def test_a_diverged_run_fails(finished, tmp_path):
+    _, fields, _ = finished
+    done = launch("cpu", {**fields, "output_dir": str(tmp_path / "run"), "learning_rate": "1e30", "max_grad_norm": "0"})
+    assert done.returncode != 0
+    assert read(tmp_path / "run")["status"] == "failed"
+    assert "diverged" in read(tmp_path / "run")["reason"]
 
 
 def test_num_processes_on_the_command_line_really_starts_them(finished, tmp_path):
