@@ -2,6 +2,7 @@
 
 import os
 import signal
+import time
 from types import FrameType
 
 import torch
@@ -9,6 +10,8 @@ import torch.distributed as dist
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+# One Ctrl-C arrives twice: from the terminal, and from the launcher that passes it on.
+ONE_PRESS_S = 2.0
 
 
 class StopOnSignal(TrainerCallback):
@@ -18,16 +21,17 @@ class StopOnSignal(TrainerCallback):
     """
 
     def __init__(self) -> None:
-        self._pending = 0
+        self._pending, self._noted = 0, 0.0
         self.received = 0
         for number in SIGNALS:
             signal.signal(number, self._note)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        if self._pending and number == signal.SIGINT:
+        if self._pending and number == signal.SIGINT and time.monotonic() - self._noted > ONE_PRESS_S:
             signal.signal(signal.SIGINT, signal.SIG_DFL)
             os.kill(os.getpid(), signal.SIGINT)
-        self._pending = number
+        if not self._pending:
+            self._pending, self._noted = number, time.monotonic()
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
