@@ -87,6 +87,14 @@ def test_the_instruction_template_is_the_published_form(base):
     )
 
 
+def test_white_space_around_a_turn_cannot_merge_into_its_frame(base):
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    set_template(tokenizer)
+    given = row("\n Ask. \n", "\n  Tell. \n")
+    text = tokenizer.apply_chat_template(given["prompt"] + given["completion"], tokenize=False)
+    assert text == "<bos>### Instruction:\nAsk.\n\n### Response:\nTell.<eos>"
+
+
 def test_a_model_with_a_template_keeps_it_and_a_named_one_replaces_it(base, tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(base)
     assert set_template(tokenizer) == "instruction.jinja"
