@@ -107,8 +107,9 @@ def train(
         launch=launch,
     )
     flops = flops_per_token(trainer.model)
-    if not isinstance(trainer.train_dataset, IterableDataset):
-        run.update(data=splits.facts | {"tokenized": length_facts(trainer)})
+    streaming = isinstance(trainer.train_dataset, IterableDataset)
+    lengths = None if streaming else length_facts(trainer, len(splits.train))
+    run.update(data=splits.facts | {"tokenized": lengths})
     started = time.perf_counter()
     result = trainer.train(resume_from_checkpoint=checkpoint)
 
@@ -134,7 +135,7 @@ def train(
     measured |= share_of_limit(measured, trainer.accelerator.device, compute, launch.world_size)
     run.finish("succeeded", measured=measured, **facts)
     if run.is_main:
-        print_summary(run, ran, measured, splits)
+        print_summary(run, ran, measured, splits.facts | {"tokenized": lengths})
     trainer.accelerator.end_training()
 
 
@@ -149,15 +150,16 @@ def save_adapter(trainer: LabTrainer, run: Run) -> None:
     trainer.accelerator.wait_for_everyone()
 
 
-def print_summary(run: Run, ran: dict, measured: dict, splits: Splits) -> None:
+def print_summary(run: Run, ran: dict, measured: dict, data: dict) -> None:
     """The run in a table."""
     memory = " ".join(str(rank.get("reserved_gb", rank.get("resident_gb"))) for rank in measured["peak_memory"])
-    sizes = ", ".join(f"{name} {splits.facts[name]['rows']}" for name in ("train", "validation", "test"))
-    share = measured["share_of_limit"]
+    sizes = ", ".join(f"{name} {data[name]['rows']}" for name in ("train", "validation", "test"))
+    share, lengths = measured["share_of_limit"], data["tokenized"] or {}
     rows = {
         "precision, strategy": f"{ran['precision']}, {ran['strategy']} over {ran['world_size']}",
         "trainable parameters": f"{ran['trainable_parameters']:,} ({', '.join(ran['trainable_dtypes'])})",
         "rows": sizes,
+        "cut, dropped at max_length": f"{lengths.get('cut')}, {lengths.get('dropped')} train rows",
         "global batch": f"{ran['micro_batch']} x {ran['accumulation']} x {ran['world_size']}",
         "real tokens/s, rows/s": f"{measured['tokens_per_s']}, {measured['rows_per_s']}",
         "share of the limit": f"{share:.1%} of a {measured['limit']}" if share else "not measured: too few steps",
@@ -168,7 +170,7 @@ def print_summary(run: Run, ran: dict, measured: dict, splits: Splits) -> None:
     }
     print(f"\n{run.folder}: succeeded")
     for name, value in rows.items():
-        print(f"  {name:<26}{value}")
+        print(f"  {name:<28}{value}")
     print(f"\nNext: python eval/quality.py --run {Path(run.folder)}")
 
 

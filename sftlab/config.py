@@ -143,7 +143,7 @@ def parse_recipe(argv: list[str], launch: Launch) -> Recipe:
     path = _take_config(argv)
     settings = read_yaml(path) if path else {}
     parser = _Parser((DataArguments, TrainingArguments, ModelArguments), allow_abbrev=False)
-    known = {action.dest for action in parser._actions} - {"help"}
+    known = {action.dest for action in parser._actions}
     named = [a[2:].split("=")[0].replace("-", "_") for a in argv if a.startswith("--")]
     _refuse_unknown([*settings, *named], known)
     _refuse_unused([*(key for key, value in settings.items() if value), *named])

@@ -255,7 +255,10 @@ def _refuse_empty(rows: int, split: str, args: DataArguments, total: int) -> Non
 
 
 def _split_stream(dataset: IterableDataset, convert: _Converter, args: DataArguments, facts: dict[str, Any]) -> Splits:
-    """Train stays a stream; validation and test are its first `streaming_eval_rows` rows each, held in memory."""
+    """Train stays a stream; validation and test are its first `streaming_eval_rows` rows each, held in memory.
+
+    What is not known before the end of the stream (rows, dropped responses) is None in the facts.
+    """
     if args.dataset_fraction < 1:
         splits = dataset.info.splits or {}
         if args.dataset_train_split not in splits:
@@ -273,7 +276,7 @@ def _split_stream(dataset: IterableDataset, convert: _Converter, args: DataArgum
     train = rows.filter(_InSplit(0)).remove_columns(["split", "row_hash"])
     if next(iter(train), None) is None:
         _refuse_empty(0, "train", args, 0)
-    facts |= {"streaming": True, "train": {"rows": None, "fingerprint": None}}
+    facts |= {"streaming": True, "empty_responses_dropped": None, "train": {"rows": None, "fingerprint": None}}
     return Splits(train, *parts, facts)
 
 

@@ -148,10 +148,19 @@ def _verify_precision(trainer: LabTrainer) -> None:
         raise RuntimeError(f"the launch config asks for fp8; the linears run as {linear}")
 
 
-def length_facts(trainer: SFTTrainer) -> dict[str, int]:
-    """Rows and tokens that training sees, and the rows that `max_length` cut (their end token is lost)."""
+def length_facts(trainer: SFTTrainer, rows: int) -> dict[str, int]:
+    """Sequences and tokens that training sees of `rows` rows, and what `max_length` did to them.
+
+    `cut` rows lost the end of their response and so their end token; `dropped` rows had no response token left.
+    """
+    packed = trainer.args.packing
     lengths = pc.list_value_length(trainer.train_dataset.with_format("arrow")[:]["input_ids"]).to_numpy()
-    at_limit = np.flatnonzero(lengths == trainer.args.max_length) if not trainer.args.packing else []
+    at_limit = [] if packed else np.flatnonzero(lengths == trainer.args.max_length)
     eos = trainer.processing_class.eos_token_id
-    cut = sum(trainer.train_dataset[int(i)]["input_ids"][-1] != eos for i in at_limit)
-    return {"sequences": len(lengths), "tokens": int(lengths.sum()), "longest": int(lengths.max()), "cut": cut}
+    return {
+        "sequences": len(lengths),
+        "tokens": int(lengths.sum()),
+        "longest": int(lengths.max()),
+        "cut": sum(trainer.train_dataset[int(i)]["input_ids"][-1] != eos for i in at_limit),
+        "dropped": 0 if packed else rows - len(lengths),
+    }

@@ -83,6 +83,15 @@ def test_a_broken_recipe_is_one_sentence(text, tmp_path):
     assert "\n" not in str(caught.value)
 
 
+def test_help_lists_the_fields(capsys):
+    with pytest.raises(SystemExit) as caught:
+        parse_recipe(["--help"], Launch.from_environment())
+    assert caught.value.code == 0
+    text = capsys.readouterr().out
+    for name in ("--lora_r", "--max_length", "--dataset_fraction", "--global_batch_size"):
+        assert name in text
+
+
 def test_missing_targets_and_missing_names_are_refused(tmp_path):
     path = tmp_path / "r.yaml"
     path.write_text("model_name_or_path: a\ndataset_name: b\noutput_dir: c\nuse_peft: true\n")

@@ -17,6 +17,9 @@ from peft import PeftModel
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from sftlab.config import DataArguments
+from sftlab.data import load_splits
+
 FACTS = {"status", "recipe", "launch", "ran", "measured", "data", "template", "versions", "git_commit", "hardware"}
 
 
@@ -195,6 +198,25 @@ def test_a_failing_rank_fails_the_run_with_its_reason(finished, tmp_path):
     assert done.returncode != 0
     assert (record["status"], record["failed_rank"]) == ("failed", 1)
     assert record["reason"] == "RuntimeError: the second rank broke"
+
+
+def test_what_max_length_cuts_and_drops_is_counted(finished, tmp_path):
+    _, fields, _ = finished
+    questions = [f"q{i}" + "?" * (200 if i % 5 == 0 else 0) for i in range(200)]
+    long = [{"instruction": q, "response": "a" * (1 + i % 100)} for i, q in enumerate(questions)]
+    rows = write_jsonl(tmp_path / "long.jsonl", long)
+    own = {**fields, "dataset_name": str(rows), "output_dir": str(tmp_path / "run"), "max_steps": "1"}
+    done = launched("cpu", {**own, "max_length": "100"})
+    facts = read(tmp_path / "run")["data"]["tokenized"]
+    # one token a character, and bos, the frame of the template, eos
+    frame = 1 + len("### Instruction:\n\n\n### Response:\n")
+    train = load_splits(DataArguments(dataset_name=str(rows))).train
+    lengths = [(frame + len(r["prompt"][0]["content"]), len(r["completion"][0]["content"]) + 1) for r in train]
+    kept = [prompt + response for prompt, response in lengths if prompt < 100]
+    assert facts["dropped"] == len(lengths) - len(kept) > 0
+    assert facts["cut"] == sum(length > 100 for length in kept) > 0
+    assert facts["tokens"] == sum(min(length, 100) for length in kept)
+    assert f"{facts['cut']}, {facts['dropped']} train rows" in done.stdout
 
 
 def test_a_diverged_run_fails(finished, tmp_path):
