@@ -116,7 +116,7 @@ def train(
     ran = what_ran(trainer)
     measured = meter.facts(flops) | {"peak_memory": peak_memory(), "train_loss": result.training_loss}
     measured |= {"train_seconds": round(time.perf_counter() - started, 2), "global_step": result.global_step}
-    facts = {"ran": ran | {"global_batch": recipe.data.global_batch_size, "seed": args.seed}}
+    facts: dict = {"ran": ran | {"seed": args.seed}}
     facts["losses"] = [[e["step"], e["loss"]] for e in trainer.state.log_history if "loss" in e]
     if stop.received:
         reason = f"signal {stop.received} at step {result.global_step} of {trainer.state.max_steps}"

@@ -6,10 +6,12 @@ import numpy as np
 import pyarrow.compute as pc
 import torch
 from accelerate.utils import AORecipeKwargs, DistributedType
+from datasets import Dataset
 from peft.tuners.lora import LoraLayer
 from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import RandomSampler, Sampler, SequentialSampler
 from trl import SFTTrainer
 
 from sftlab.launch import COMPUTE_DTYPE, PRECISIONS, Launch
@@ -48,6 +50,25 @@ class LabTrainer(SFTTrainer):
             return super().training_step(model, inputs, *args, **kwargs)
         finally:
             hook.remove()
+
+    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler | None:
+        # A last, partial batch would be filled up with repeated rows under DDP and not on one process. Whole global
+        # batches alone are the same under every world size; the rows left over are others in every epoch.
+        sampler = super()._get_train_sampler(train_dataset)
+        if type(sampler) not in (RandomSampler, SequentialSampler):
+            return sampler
+        whole = len(sampler) - len(sampler) % self.global_batch
+        if whole == 0:
+            raise ValueError(f"{len(sampler)} training sequences do not fill one global batch of {self.global_batch}")
+        if isinstance(sampler, RandomSampler):
+            return RandomSampler(sampler.data_source, num_samples=whole)
+        return SequentialSampler(range(whole))
+
+    @property
+    def global_batch(self) -> int:
+        """Rows (packed sequences, when packing) an optimizer step, over all processes."""
+        args = self.args
+        return args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
 
     def _observe(self, module: nn.Module, inputs: Any, output: torch.Tensor) -> None:
         self.observed = {"linear": type(module).__name__, "output_dtype": str(output.dtype).removeprefix("torch.")}
@@ -97,6 +118,7 @@ def what_ran(trainer: LabTrainer) -> dict[str, Any]:
         "attn_implementation": model.config._attn_implementation,
         "micro_batch": trainer.args.per_device_train_batch_size,
         "accumulation": trainer.args.gradient_accumulation_steps,
+        "global_batch": trainer.global_batch,
     }
 
 
@@ -163,4 +185,5 @@ def length_facts(trainer: SFTTrainer, rows: int) -> dict[str, int]:
         "longest": int(lengths.max()),
         "cut": sum(trainer.train_dataset[int(i)]["input_ids"][-1] != eos for i in at_limit),
         "dropped": 0 if packed else rows - len(lengths),
+        "left_over_an_epoch": len(lengths) % trainer.global_batch,
     }

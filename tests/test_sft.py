@@ -101,7 +101,7 @@ def test_a_finished_run_is_not_overwritten_by_the_same_command(finished):
 
 def test_two_processes_give_the_losses_of_one(finished, tmp_path):
     _, fields, _ = finished
-    own = {**fields, "lora_dropout": "0", "save_strategy": "no"}
+    own = {**fields, "lora_dropout": "0", "save_strategy": "no", "max_steps": "45"}
     launched("cpu", {**own, "output_dir": str(tmp_path / "one"), "per_device_train_batch_size": "2"})
     launched("cpu_ddp", {**own, "output_dir": str(tmp_path / "two")})
     one, two = read(tmp_path / "one"), read(tmp_path / "two")
@@ -110,8 +110,11 @@ def test_two_processes_give_the_losses_of_one(finished, tmp_path):
     assert len(two["measured"]["peak_memory"]) == 2
     assert one["data"] == two["data"]
     first, second = losses(tmp_path / "one"), losses(tmp_path / "two")
-    assert first.keys() == second.keys() == set(range(1, 7))
-    assert max(abs(first[s] - second[s]) for s in first) < 1e-4
+    assert first.keys() == second.keys() == set(range(1, 46))
+    assert max(abs(first[s] - second[s]) for s in first) < 1e-3
+    # three epochs, none of which ends in a whole batch
+    assert one["data"]["train"]["rows"] // 8 * 2 < 45
+    assert one["data"]["tokenized"]["left_over_an_epoch"] == one["data"]["train"]["rows"] % 8 > 0
     assert abs(one["measured"]["validation_loss"] - two["measured"]["validation_loss"]) < 1e-4
 
 
@@ -198,6 +201,14 @@ def test_a_failing_rank_fails_the_run_with_its_reason(finished, tmp_path):
     assert done.returncode != 0
     assert (record["status"], record["failed_rank"]) == ("failed", 1)
     assert record["reason"] == "RuntimeError: the second rank broke"
+
+
+def test_fewer_rows_than_a_global_batch_are_refused(finished, tmp_path):
+    _, fields, _ = finished
+    own = {**fields, "output_dir": str(tmp_path / "run")}
+    done = launch("cpu", {**own, "global_batch_size": "200", "per_device_train_batch_size": "200"})
+    assert done.returncode != 0
+    assert "do not fill one global batch of 200" in read(tmp_path / "run")["reason"]
 
 
 def test_what_max_length_cuts_and_drops_is_counted(finished, tmp_path):
@@ -335,10 +346,11 @@ def test_bad_input_is_one_sentence_before_any_model_is_loaded(sft, fields, monke
 def test_real_data_train_alike_on_one_and_two_processes(finished, tmp_path):
     _, fields, _ = finished
     own = {**fields, "dataset_name": str(SHARED / "alpaca_en_1k.json"), "lora_dropout": "0", "save_strategy": "no"}
+    own |= {"max_steps": "60", "global_batch_size": "16", "max_length": "256"}
     for config in ("cpu", "cpu_ddp"):
         launched(config, {**own, "output_dir": str(tmp_path / config)})
     one, two = losses(tmp_path / "cpu"), losses(tmp_path / "cpu_ddp")
-    assert max(abs(one[s] - two[s]) for s in range(1, 7)) < 1e-3
+    assert max(abs(one[s] - two[s]) for s in range(1, 61)) < 1e-3
     started = time.time()
     launched("cpu", {**own, "dataset_name": str(SHARED / "gsm8k_train.jsonl"), "output_dir": str(tmp_path / "gsm8k")})
     assert read(tmp_path / "gsm8k")["data"]["shape"] == "gsm8k"
