@@ -24,6 +24,7 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 from sftlab.config import DataArguments, ModelArguments
 from sftlab.data import Splits, load_splits
 from sftlab.likelihood import RowNll, bootstrap_perplexity, row_nll, with_fused_head
+from sftlab.model import model_init_kwargs
 from sftlab.run import read_run, write_json
 from sftlab.template import encode, template_hash
 
@@ -89,22 +90,12 @@ def test_split(run: dict[str, Any]) -> Splits:
 def load_models(run: dict[str, Any], adapter: Path) -> PeftModel:
     """The base model with the adapter on it, on the GPU if there is one, in the dtype that the run trained in."""
     recipe = run["recipe"]
-    kwargs: dict[str, Any] = dict(recipe["model_init_kwargs"] or {})
-    kwargs["quantization_config"] = get_quantization_config(
-        ModelArguments(**{name: recipe[name] for name in ModelArguments.__dataclass_fields__})
-    )
+    arguments = ModelArguments(**{name: recipe[name] for name in ModelArguments.__dataclass_fields__})
+    kwargs = model_init_kwargs(arguments, recipe["trust_remote_code"], recipe["model_init_kwargs"])
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    name = recipe["model_name_or_path"]
+    name, quantization = recipe["model_name_or_path"], get_quantization_config(arguments)
     try:
-        base = AutoModelForCausalLM.from_pretrained(
-            name,
-            revision=recipe["model_revision"],
-            trust_remote_code=recipe["trust_remote_code"],
-            dtype=recipe["dtype"],
-            use_safetensors=True,
-            device_map=device,
-            **kwargs,
-        )
+        base = AutoModelForCausalLM.from_pretrained(name, device_map=device, quantization_config=quantization, **kwargs)
     except OSError as error:
         raise ValueError(f"the base model {name} of the run cannot be loaded: {str(error).splitlines()[0]}") from error
     return PeftModel.from_pretrained(with_fused_head(base), adapter).eval()

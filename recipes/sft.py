@@ -91,7 +91,7 @@ def train(
 ) -> None:
     """Train, save the adapter, measure, and write the run's end."""
     args = recipe.training
-    args.model_init_kwargs = model_init_kwargs(recipe.model, args)
+    args.model_init_kwargs = model_init_kwargs(recipe.model, args.trust_remote_code, args.model_init_kwargs)
     set_seed(args.seed)
     meter, stop = Meter(), StopOnSignal()
     trainer = LabTrainer(
@@ -154,12 +154,14 @@ def print_summary(run: Run, ran: dict, measured: dict, data: dict) -> None:
     """The run in a table."""
     memory = " ".join(str(rank.get("reserved_gb", rank.get("resident_gb"))) for rank in measured["peak_memory"])
     sizes = ", ".join(f"{name} {data[name]['rows']}" for name in ("train", "validation", "test"))
-    share, lengths = measured["share_of_limit"], data["tokenized"] or {}
+    share, lengths = measured["share_of_limit"], data["tokenized"]
     rows = {
         "precision, strategy": f"{ran['precision']}, {ran['strategy']} over {ran['world_size']}",
         "trainable parameters": f"{ran['trainable_parameters']:,} ({', '.join(ran['trainable_dtypes'])})",
         "rows": sizes,
-        "cut, dropped at max_length": f"{lengths.get('cut')}, {lengths.get('dropped')} train rows",
+        "cut, dropped at max_length": f"{lengths['cut']}, {lengths['dropped']} train rows"
+        if lengths
+        else "not known: a stream",
         "global batch": f"{ran['micro_batch']} x {ran['accumulation']} x {ran['world_size']}",
         "real tokens/s, rows/s": f"{measured['tokens_per_s']}, {measured['rows_per_s']}",
         "share of the limit": f"{share:.1%} of a {measured['limit']}" if share else "not measured: too few steps",

@@ -63,11 +63,12 @@ def build(argv: list[str], launch: Launch, lab: bool) -> tuple[SFTTrainer, Stopw
     recipe: Recipe = parse_recipe(argv, launch)
     tokenizer = load_tokenizer(recipe.model.model_name_or_path, recipe.model.model_revision, recipe.training)
     set_template(tokenizer, recipe.training.chat_template_path)
-    recipe.training.model_init_kwargs = model_init_kwargs(recipe.model, recipe.training)
+    args = recipe.training
+    args.model_init_kwargs = model_init_kwargs(recipe.model, args.trust_remote_code, args.model_init_kwargs)
     watch, meter = Stopwatch(), Meter()
     shared = {
         "model": recipe.model.model_name_or_path,
-        "args": recipe.training,
+        "args": args,
         "train_dataset": load_splits(recipe.data).train,
         "processing_class": tokenizer,
         "peft_config": get_peft_config(recipe.model),

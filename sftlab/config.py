@@ -112,13 +112,12 @@ class TrainingArguments(SFTConfig):
 
 
 class Recipe(NamedTuple):
-    """A parsed recipe: `given` holds what YAML and command line set, `path` the YAML's, if any."""
+    """A parsed recipe; `given` holds what YAML and command line set."""
 
     data: DataArguments
     training: TrainingArguments
     model: ModelArguments
     given: dict[str, Any]
-    path: str | None
 
     def facts(self) -> dict[str, Any]:
         """Every field with its resolved value, for run.json."""
@@ -153,7 +152,7 @@ def parse_recipe(argv: list[str], launch: Launch) -> Recipe:
     if rest:
         raise ValueError(f"cannot read {' '.join(rest)!r}: every option is --field value")
     given = {name: _value(name, (data, training, model)) for name in [*settings, *named]}
-    recipe = Recipe(data, training, model, given, path)
+    recipe = Recipe(data, training, model, given)
     _check(recipe, launch)
     return recipe
 

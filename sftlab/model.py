@@ -45,17 +45,19 @@ def check_target_modules(config: PreTrainedConfig, targets: str | list[str], tru
         )
 
 
-def model_init_kwargs(model: ModelArguments, training: TrainingArguments) -> dict[str, Any]:
-    """Keyword arguments of `from_pretrained` for trl's SFTTrainer. Weights come as safetensors only."""
+def model_init_kwargs(
+    model: ModelArguments, trust_remote_code: bool, overrides: dict[str, Any] | None
+) -> dict[str, Any]:
+    """Keyword arguments of `from_pretrained`, for training and evaluation. Weights come as safetensors only."""
     kwargs = {
         "revision": model.model_revision,
-        "trust_remote_code": training.trust_remote_code,
+        "trust_remote_code": trust_remote_code,
         "dtype": model.dtype,
         "use_safetensors": True,
     }
     if model.attn_implementation is not None:
         kwargs["attn_implementation"] = model.attn_implementation
-    return kwargs | (training.model_init_kwargs or {})
+    return kwargs | (overrides or {})
 
 
 def _from_hub(auto_class: Any, name: str, **kwargs: Any) -> Any:

@@ -97,21 +97,18 @@ def frozen_linear(model: nn.Module) -> nn.Linear:
 def what_ran(trainer: LabTrainer) -> dict[str, Any]:
     """Precision, dtypes, strategy and sizes as they are, for run.json."""
     model, accelerator = trainer.model, trainer.accelerator
-    counts: dict[bool, dict[str, int]] = {True: {}, False: {}}
-    for parameter in model.parameters():
-        dtype = str(parameter.dtype).removeprefix("torch.")
-        counts[parameter.requires_grad][dtype] = counts[parameter.requires_grad].get(dtype, 0) + parameter.numel()
-    trainable = sum(counts[True].values())
+    trained = [p for p in model.parameters() if p.requires_grad]
+    frozen = [p for p in model.parameters() if not p.requires_grad]
     return {
         "precision": PRECISIONS[accelerator.mixed_precision],
         "compute": trainer.observed,
         "tf32": torch.backends.cuda.matmul.allow_tf32 if torch.cuda.is_available() else None,
-        "trainable_parameters": trainable,
-        "trainable_dtypes": sorted(counts[True]),
-        "frozen_dtypes": sorted(counts[False]),
+        "trainable_parameters": sum(p.numel() for p in trained),
+        "trainable_dtypes": _dtypes(trained),
+        "frozen_dtypes": _dtypes(frozen),
         "quantization": _quantization(model),
         "strategy": strategy(trainer),
-        "gradients_reduced_in": _reduce_dtype(trainer),
+        "gradients_reduced_in": _reduce_dtype(trainer, trained),
         "world_size": accelerator.num_processes,
         "device": str(accelerator.device.type),
         "lora_scale": lora_scale(model),
@@ -141,13 +138,15 @@ def _quantization(model: nn.Module) -> str | None:
     return "8bit" if getattr(model, "is_loaded_in_8bit", False) else None
 
 
-def _reduce_dtype(trainer: SFTTrainer) -> str | None:
+def _dtypes(parameters: list[nn.Parameter]) -> list[str]:
+    return sorted({str(p.dtype).removeprefix("torch.") for p in parameters})
+
+
+def _reduce_dtype(trainer: SFTTrainer, trained: list[nn.Parameter]) -> str | None:
     if trainer.accelerator.num_processes == 1:
         return None
-    plugin = trainer.accelerator.state.fsdp_plugin if trainer.is_fsdp_enabled else None
-    policy = plugin.mixed_precision_policy if plugin is not None else None
-    trained = next(p.dtype for p in trainer.model.parameters() if p.requires_grad)
-    return str(getattr(policy, "reduce_dtype", None) or trained).removeprefix("torch.")
+    policy = trainer.accelerator.state.fsdp_plugin.mixed_precision_policy if trainer.is_fsdp_enabled else None
+    return str(getattr(policy, "reduce_dtype", None) or trained[0].dtype).removeprefix("torch.")
 
 
 def _verify_strategy(trainer: LabTrainer) -> None:

@@ -14,6 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 ROOT = Path(__file__).parent.parent
 SHARED = ROOT.parent / "shared" / "data"
+needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="the shared data sets are not beside this checkout")
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -71,14 +72,18 @@ def rows(tmp_path_factory) -> Path:
     return write_jsonl(tmp_path_factory.mktemp("rows") / "rows.jsonl", instruction_rows(200))
 
 
-@pytest.fixture
-def fields(base, rows, tmp_path) -> dict[str, str]:
+def short_fields(base: Path, rows: Path, folder: Path) -> dict[str, str]:
     """Overrides that turn recipes/demo/attn_r16.yaml into a run of seconds."""
     return {
-        "model_name_or_path": str(base), "dataset_name": str(rows), "output_dir": str(tmp_path / "run"),
+        "model_name_or_path": str(base), "dataset_name": str(rows), "output_dir": str(folder),
         "max_steps": "6", "global_batch_size": "8", "per_device_train_batch_size": "8", "max_length": "128",
         "logging_steps": "1", "warmup_steps": "1", "save_steps": "3", "learning_rate": "0.01",
     }  # fmt: skip
+
+
+@pytest.fixture
+def fields(base, rows, tmp_path) -> dict[str, str]:
+    return short_fields(base, rows, tmp_path / "run")
 
 
 def arguments(fields: dict[str, str], recipe: str = "recipes/demo/attn_r16.yaml") -> list[str]:

@@ -4,7 +4,7 @@ import json
 
 import pandas as pd
 import pytest
-from conftest import SHARED, instruction_rows, write_jsonl
+from conftest import SHARED, instruction_rows, needs_shared, write_jsonl
 
 from sftlab.config import DataArguments
 from sftlab.data import SPLITS, load_splits, split_index
@@ -178,7 +178,7 @@ def test_an_empty_split_is_refused_and_an_unwanted_one_is_not(tmp_path):
         load(path, split_fractions=[0.4, 0.3, 0.3])
 
 
-@pytest.mark.skipif(not SHARED.is_dir(), reason="the shared data sets are not beside this checkout")
+@needs_shared
 def test_real_data_sets_are_recognised():
     alpaca = load(SHARED / "alpaca_en_1k.json", split_fractions=[0.8, 0.1, 0.1])
     assert alpaca.facts["shape"] == "alpaca"

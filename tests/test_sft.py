@@ -1,9 +1,8 @@
-"""What a user types: launches on the CPU, interruption and continuation, and input that is refused at once."""
+"""What a user types: launches on the CPU, interruption and continuation, and the evaluation after them."""
 
 import hashlib
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -12,7 +11,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, SHARED, arguments, instruction_rows, launch, launch_command, read, write_jsonl
+from conftest import (
+    ROOT,
+    SHARED,
+    instruction_rows,
+    launch,
+    launch_command,
+    needs_shared,
+    read,
+    short_fields,
+    write_jsonl,
+)
 from peft import PeftModel
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -41,11 +50,7 @@ def launched(config, fields, flags=()):
 def finished(base, rows, tmp_path_factory):
     """One undisturbed run of six steps under cpu.yaml, evaluation on, and what it printed."""
     folder = tmp_path_factory.mktemp("runs") / "finished"
-    fields = {
-        "model_name_or_path": str(base), "dataset_name": str(rows), "output_dir": str(folder), "max_steps": "6",
-        "global_batch_size": "8", "per_device_train_batch_size": "8", "max_length": "128", "logging_steps": "1",
-        "warmup_steps": "1", "save_steps": "3", "learning_rate": "0.01", "lora_dropout": "0.1",
-    }  # fmt: skip
+    fields = {**short_fields(base, rows, folder), "lora_dropout": "0.1"}
     return folder, fields, launched("cpu", fields)
 
 
@@ -299,50 +304,7 @@ def test_quality_refuses_a_changed_data_set_and_an_unfinished_run(finished, tmp_
         assert "Traceback" not in done.stderr
 
 
-BAD_INPUT = [
-    ({"lora_target_modules": "query"}, {}, "it has down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj"),
-    ({"dataset_name": "nowhere.jsonl"}, {}, "data file nowhere.jsonl not found"),
-    ({"model_name_or_path": "data/nowhere"}, {}, "base model data/nowhere not found"),
-    ({"model_name_or_path": "nobody/nothing"}, {}, "hf auth login"),
-    ({"chat_template_path": "nowhere.jinja"}, {}, "chat_template_path nowhere.jinja not found"),
-    ({"lora_r": "0"}, {}, "lora_r is 0"),
-    ({"eos_token": "<end>"}, {}, "eos_token '<end>' is not in the vocabulary"),
-    ({}, {"ACCELERATE_MIXED_PRECISION": "fp16"}, "fp16 does not run on a CPU"),
-    ({}, {"ACCELERATE_MIXED_PRECISION": "fp8"}, "fp8 does not run on a CPU"),
-    ({}, {"ACCELERATE_USE_FSDP": "true"}, "FSDP needs GPUs"),
-    ({}, {"ACCELERATE_MIXED_PRECISION": "bf16", "CUDA_VISIBLE_DEVICES": ""}, "shows none"),
-]
-
-
-def test_pickled_weights_are_refused(sft, fields, base, tmp_path, monkeypatch):
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "-1")
-    copy = shutil.copytree(base, tmp_path / "pickled", ignore=shutil.ignore_patterns("*.safetensors"))
-    torch.save({}, copy / "pytorch_model.bin")
-    with pytest.raises(SystemExit, match=r"holds no \.safetensors file"):
-        sft.main(arguments(fields | {"model_name_or_path": str(copy)}))
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU machine these launches are right or differently wrong")
-@pytest.mark.parametrize(("change", "environment", "message"), BAD_INPUT)
-def test_bad_input_is_one_sentence_before_any_model_is_loaded(sft, fields, monkeypatch, change, environment, message):
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "-1")
-    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", "")
-    for name, value in environment.items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.setattr(sft, "LabTrainer", lambda *a, **k: pytest.fail("a model was loaded"))
-    monkeypatch.setattr(sft, "use_all_cpu_cores", lambda launch: None)
-    with pytest.raises(SystemExit) as caught:
-        sft.main(arguments(fields | change))
-    text = str(caught.value.code)
-    assert text.startswith("error: ")
-    assert message in text
-    assert "\n" not in text
-    if (Path(fields["output_dir"]) / "run.json").is_file():
-        assert read(fields["output_dir"])["status"] == "failed"
-        assert message in read(fields["output_dir"])["reason"]
-
-
-@pytest.mark.skipif(not SHARED.is_dir(), reason="the shared data sets are not beside this checkout")
+@needs_shared
 def test_real_data_train_alike_on_one_and_two_processes(finished, tmp_path):
     _, fields, _ = finished
     own = {**fields, "dataset_name": str(SHARED / "alpaca_en_1k.json"), "lora_dropout": "0", "save_strategy": "no"}

@@ -1,7 +1,7 @@
 """Training and inference see the same tokens; the loss is on the response and its end token alone."""
 
 import pytest
-from conftest import SHARED, load_script  # noqa: F401
+from conftest import SHARED, needs_shared
 from datasets import Dataset
 from transformers import AutoTokenizer
 from trl import SFTConfig, SFTTrainer
@@ -123,7 +123,7 @@ def test_the_template_travels_with_the_tokenizer(base, tmp_path):
     assert template_hash(AutoTokenizer.from_pretrained(tmp_path)) == template_hash(tokenizer)
 
 
-@pytest.mark.skipif(not SHARED.is_dir(), reason="the shared data sets are not beside this checkout")
+@needs_shared
 def test_no_prompt_of_the_real_data_merges_with_its_response(base):
     tokenizer = AutoTokenizer.from_pretrained(base)
     set_template(tokenizer)
