@@ -1,160 +1,294 @@
-"""Base against tuned on the untouched test split: response perplexity with 95 % intervals.
+"""Base against tuned on the untouched test split: perplexity, BLEU and ROUGE with 95 % intervals.
 
-python eval/quality.py --run runs/demo-attn_r16 [--samples 1000] [--batch_size 16]
+python eval/quality.py --run runs/demo-attn_r16 [--samples 1000] [--batch_size 32] [--max_new_tokens 256]
 
 Both models answer for the same rows, with the run's own template and mask, from one load of the weights (the adapter
-switched off and on). Writes RUN/eval/quality.json and, one record a row, RUN/eval/quality.jsonl.
+switched off and on). Writes RUN/eval/quality.json and, one record a row, RUN/eval/quality.jsonl. Answers are kept in
+RUN/eval/answers-*.jsonl as they are generated: started again after a kill, it goes on from there.
 """
 
 import sftlab.quiet  # noqa: F401, I001  (before the libraries that it quiets)
 
 import argparse
 import json
+import re
 import sys
+import time
+from collections.abc import Iterator
+from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
-from trl import get_quantization_config
+from tqdm import tqdm
+from transformers import PreTrainedTokenizerBase
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
-from sftlab.config import DataArguments, ModelArguments
-from sftlab.data import Splits, load_splits
-from sftlab.likelihood import RowNll, bootstrap_perplexity, row_nll, with_fused_head
-from sftlab.model import model_init_kwargs
-from sftlab.run import read_run, write_json
-from sftlab.template import encode, template_hash
+from sftlab.generate import AnswerFile, Generator, NotANumber, Sampling, generation_facts, longest_prompt
+from sftlab.heldout import HeldOut, held_out
+from sftlab.likelihood import Likelihood, likelihood
+from sftlab.pair import SIDES, adapter_hash, answering, finished_run, load_pair, run_tokenizer
+from sftlab.run import environment, write_json
+from sftlab.scores import NAMES, ROUGE_SIGNATURE, Bleu, paired_scores, score_texts
+from sftlab.significance import FEW_ROWS, RESAMPLES, add_holm, compare
+from sftlab.table import interval, p_value, preview
+from sftlab.template import encode, prompt_ids
 
-RESAMPLES = 10_000
-FEW_ROWS = 30
+SHOWN_PROMPTS = 3
+# Compiling takes about as long as six batches of 64 rows and 256 tokens without it (a 1B model on an H200).
+BATCHES_WORTH_COMPILING = 6
 
 
-def main() -> None:
-    """Load the run, score the test split with the base and the tuned model, compare, write, print."""
+class Rows(NamedTuple):
+    """The rows that are scored, longest prompt first: number in the held-out set, row, token ids, prompt's ids."""
+
+    numbers: list[int]
+    rows: list[dict[str, Any]]
+    encoded: list[dict[str, list[int]]]
+    prompts: list[list[int]]
+    left_out: dict[str, int]
+
+    def batches(self, size: int) -> Iterator[slice]:
+        """Slices of `size` rows."""
+        return (slice(start, start + size) for start in range(0, len(self.numbers), size))
+
+
+def main(argv: list[str]) -> None:
+    """Load the run, let both models answer, score, compare, write, print."""
+    arguments = parse_arguments(argv)
+    try:
+        evaluate(arguments)
+    except ValueError as error:
+        sys.exit(f"error: {error}")
+    except torch.OutOfMemoryError:
+        sys.exit(f"error: out of memory at --batch_size {arguments.batch_size}: take a smaller one; answers are kept")
+
+
+def parse_arguments(argv: list[str]) -> argparse.Namespace:
+    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--run", required=True, type=Path, help="a finished run's directory")
     parser.add_argument("--samples", type=int, default=0, help="the first n test rows (default: all)")
-    parser.add_argument("--batch_size", type=int, default=16)
-    arguments = parser.parse_args()
-    try:
-        run = read_run(arguments.run)
-        if run["status"] != "succeeded":
-            raise ValueError(
-                f"{arguments.run} did not succeed (status {run['status']}: {run['reason']}): train it first"
-            )
-        splits = test_split(run)
-        test = splits.test.select(range(min(arguments.samples or len(splits.test), len(splits.test))))
-        tokenizer = AutoTokenizer.from_pretrained(arguments.run / "adapter")
-        if template_hash(tokenizer) != run["template"]["hash"]:
-            raise ValueError(f"the template in {arguments.run / 'adapter'} is not the one that the run trained with")
-        rows = [encode(tokenizer, row, run["recipe"]["max_length"]) for row in test]
-        scored = [i for i, row in enumerate(rows) if any(label != -100 for label in row["labels"])]
-        model = load_models(run, arguments.run / "adapter")
-        batches = collate([rows[i] for i in scored], tokenizer, arguments.batch_size, model.device)
-        tuned = row_nll(model, batches)
-        with model.disable_adapter():
-            base = row_nll(model, batches)
-    except ValueError as error:
-        sys.exit(f"error: {error}")
-    report = compare(base, tuned) | {
+    parser.add_argument("--batch_size", type=int, default=32)
+    parser.add_argument("--no_compile", action="store_true", help="never compile the decoding step (GPU, many batches)")
+    parser.add_argument("--max_new_tokens", type=int, default=256, help="longest answer")
+    parser.add_argument("--temperature", type=float, default=0.0, help="0 (default) is greedy")
+    parser.add_argument("--top_p", type=float, default=1.0)
+    parser.add_argument("--seed", type=int, default=0, help="of sampling; greedy needs none")
+    parser.add_argument("--bleu_tokenize", default="13a", help="sacrebleu's tokenizer (13a, intl, zh, char, ...)")
+    parser.add_argument("--dataset_name", help="judge on all rows of this data set instead of the run's test split")
+    parser.add_argument("--dataset_config", help="configuration of that hub data set")
+    parser.add_argument("--dataset_split", default="train", help="split of that hub data set")
+    return parser.parse_args(argv)
+
+
+def evaluate(arguments: argparse.Namespace) -> None:
+    """The whole evaluation; ValueError says in one sentence why it cannot be done."""
+    if arguments.samples < 0 or arguments.batch_size < 1:
+        raise ValueError("--samples must be 0 (all) or more and --batch_size at least 1")
+    sampling = Sampling(arguments.max_new_tokens, arguments.temperature, arguments.top_p, arguments.seed)
+    bleu = Bleu(arguments.bleu_tokenize)
+    run = finished_run(arguments.run)
+    dataset = held_out(run, arguments.dataset_name, arguments.dataset_config, arguments.dataset_split)
+    tokenizer = run_tokenizer(arguments.run, run)
+    model = load_pair(arguments.run, run)
+    rows = select(dataset, arguments.samples, tokenizer, run["recipe"]["max_length"], longest_prompt(model, sampling))
+    compiled = model.device.type == "cuda" and not arguments.no_compile
+    compiled &= len(rows.numbers) > BATCHES_WORTH_COMPILING * arguments.batch_size
+    generator = Generator(model, tokenizer, sampling, static_rows=arguments.batch_size if compiled else None)
+    memory = {"weights": allocated_gb()}
+    nll = {}
+    for side in SIDES:
+        with answering(model, side):
+            nll[side] = scored_likelihood(model, rows, tokenizer, arguments.batch_size, side)
+    memory["likelihood_peak"] = allocated_gb(peak=True)
+    facts = generation_facts(sampling, generator.turn) | {"compiled": compiled}
+    answers = AnswerFile(arguments.run / "eval", answer_settings(arguments, run, dataset, facts))
+    for side in SIDES:
+        generate(generator, rows, answers, side, arguments.batch_size)
+    memory["generation_peak"] = allocated_gb(peak=True)
+
+    records = score(rows, nll, answers, bleu)
+    scores = compare(paired_scores(*([record[side] for record in records] for side in SIDES)))
+    add_holm(scores)
+    report = {
         "run": str(arguments.run),
-        "test_rows": len(test),
-        "rows_without_a_response_token": len(test) - len(scored),
-        "test_fingerprint": splits.facts["test"]["fingerprint"],
-        "resamples": RESAMPLES,
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "adapter": adapter_hash(arguments.run),
+        "rows": len(records),
+        "held_out": dataset.facts | rows.left_out,
+        "scores": scores,
+        "answers": {side: answer_facts(records, side) | answers.pace(side) for side in SIDES},
+        "generation": facts | {"batch_size": arguments.batch_size, "file": answers.path.name},
+        "bleu": bleu.signature(),
+        "rouge": ROUGE_SIGNATURE,
+        "statistics": f"paired bootstrap over rows, {RESAMPLES} resamples; p_holm: Holm over {len(scores)} scores",
+        "gpu_memory_gb": memory if torch.cuda.is_available() else None,
+        **environment(),
     }
-    folder = arguments.run / "eval"
-    folder.mkdir(exist_ok=True)
-    write_rows(folder / "quality.jsonl", test, scored, base, tuned)
-    write_json(folder / "quality.json", report)
-    print_report(report)
+    report["warnings"] = warnings(report, dataset.unchecked)
+    other = arguments.dataset_name and re.sub(r"[^a-zA-Z0-9.]+", "-", arguments.dataset_name).strip("-.")
+    name = f"quality-{other}" if other else "quality"
+    text = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+    (arguments.run / "eval" / f"{name}.jsonl").write_text(text, encoding="utf-8")
+    write_json(arguments.run / "eval" / f"{name}.json", report)
+    print_report(report, records[:SHOWN_PROMPTS])
 
 
-def test_split(run: dict[str, Any]) -> Splits:
-    """The run's test split, made again from its recipe; ValueError where the data are no longer the same."""
-    fields = DataArguments.__dataclass_fields__
-    splits = load_splits(DataArguments(**{k: v for k, v in run["recipe"].items() if k in fields}))
-    then, now = run["data"]["test"]["fingerprint"], splits.facts["test"]["fingerprint"]
-    if then != now:
+def select(
+    dataset: HeldOut, samples: int, tokenizer: PreTrainedTokenizerBase, max_length: int | None, longest_prompt: int
+) -> Rows:
+    """Of the first `samples` rows those with a response token within `max_length` and room left for an answer."""
+    test = dataset.rows.select(range(min(samples or len(dataset.rows), len(dataset.rows))))
+    chosen, cut, no_room, no_response = [], 0, 0, 0
+    for number, row in enumerate(test):
+        encoded, prompt = encode(tokenizer, row, None), prompt_ids(tokenizer, row["prompt"])
+        kept = {key: ids[:max_length] for key, ids in encoded.items()}
+        if all(label == -100 for label in kept["labels"]):
+            no_response += 1
+        elif len(prompt) > longest_prompt:
+            no_room += 1
+        else:
+            cut += len(kept["labels"]) < len(encoded["labels"])
+            chosen.append((number, row, kept, prompt))
+    if not chosen:
         raise ValueError(
-            f"the test split of {run['recipe']['dataset_name']} has changed since the run ({then}, now {now})"
+            f"none of {len(test)} rows can be scored: {no_response} have no response token within max_length "
+            f"{max_length}, {no_room} no room for an answer (a prompt may have {longest_prompt} tokens)"
         )
-    if len(splits.test) == 0:
-        raise ValueError("the run's recipe has no test split (split_fractions)")
-    return splits
+    chosen.sort(key=lambda one: -len(one[3]))
+    counts = {"rows_without_a_response_token": no_response, "rows_without_room": no_room, "references_cut": cut}
+    return Rows(*map(list, zip(*chosen, strict=True)), counts)
 
 
-def load_models(run: dict[str, Any], adapter: Path) -> PeftModel:
-    """The base model with the adapter on it, on the GPU if there is one, in the dtype that the run trained in."""
-    recipe = run["recipe"]
-    arguments = ModelArguments(**{name: recipe[name] for name in ModelArguments.__dataclass_fields__})
-    kwargs = model_init_kwargs(arguments, recipe["trust_remote_code"], recipe["model_init_kwargs"])
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    name, quantization = recipe["model_name_or_path"], get_quantization_config(arguments)
+def scored_likelihood(
+    model: PeftModel, rows: Rows, tokenizer: PreTrainedTokenizerBase, size: int, side: str
+) -> Likelihood:
+    """Likelihood of the references, right-padded as in training."""
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    collator = DataCollatorForLanguageModeling(pad_token_id=pad)
+    batches = ({k: v.to(model.device) for k, v in collator(rows.encoded[part]).items()} for part in rows.batches(size))
     try:
-        base = AutoModelForCausalLM.from_pretrained(name, device_map=device, quantization_config=quantization, **kwargs)
-    except OSError as error:
-        raise ValueError(f"the base model {name} of the run cannot be loaded: {str(error).splitlines()[0]}") from error
-    return PeftModel.from_pretrained(with_fused_head(base), adapter).eval()
+        return likelihood(model, batches, names=rows.numbers)
+    except ValueError as error:
+        raise ValueError(f"{side} model, {error}") from error
 
 
-def collate(
-    rows: list[dict[str, list[int]]], tokenizer: PreTrainedTokenizerBase, size: int, device: torch.device
-) -> list[dict[str, torch.Tensor]]:
-    """Right-padded batches of `size` rows, as in training."""
-    collator = DataCollatorForLanguageModeling(pad_token_id=tokenizer.pad_token_id or tokenizer.eos_token_id)
-    groups = [rows[i : i + size] for i in range(0, len(rows), size)]
-    return [{k: v.to(device) for k, v in collator(group).items()} for group in groups]
+def answer_settings(
+    arguments: argparse.Namespace, run: dict[str, Any], dataset: HeldOut, generation: dict[str, Any]
+) -> dict[str, Any]:
+    """Whatever decides what the answers are. Batches matter where tokens are drawn, not where they are greedy."""
+    names = ("model_name_or_path", "model_revision", "dtype", "load_in_4bit", "load_in_8bit", "model_init_kwargs")
+    settings = {name: run["recipe"][name] for name in names} | dataset.facts | generation
+    settings |= {"adapter": adapter_hash(arguments.run), "template": run["template"]["hash"]}
+    if arguments.temperature > 0:
+        settings |= {"samples": arguments.samples, "batch_size": arguments.batch_size}
+    return settings
 
 
-def compare(base: RowNll, tuned: RowNll) -> dict[str, Any]:
-    """Perplexities, their ratio base / tuned, 95 % intervals and the bootstrap p-value of 'no difference'."""
-    intervals, resampled = bootstrap_perplexity([base, tuned], RESAMPLES)
-    ratios = resampled[0] / resampled[1]
-    low, high = np.percentile(ratios, [2.5, 97.5])
-    # two-sided, with the observed sample counted (Davison and Hinkley 1997, equation 4.11)
-    beyond = min((ratios <= 1).sum(), (ratios >= 1).sum())
+def generate(generator: Generator, rows: Rows, answers: AnswerFile, side: str, size: int) -> None:
+    """Answer what is not answered yet, a batch at a time."""
+    with answering(generator.model, side), tqdm(total=len(rows.numbers), desc=f"{side} answers", unit="row") as bar:
+        for part in rows.batches(size):
+            batch = list(zip(rows.numbers, rows.prompts, strict=True))[part]
+            missing = [(number, prompt) for number, prompt in batch if (side, number) not in answers.found]
+            if missing:
+                numbers, prompts = zip(*missing, strict=True)
+                started = time.perf_counter()
+                try:
+                    new = generator.answers(prompts, seed=part.start)
+                except NotANumber as error:
+                    raise ValueError(
+                        f"{side} model, row {numbers[error.position]}: NaN logits while it answers"
+                    ) from error
+                answers.add(side, numbers, new, time.perf_counter() - started)
+            bar.update(len(batch))
+
+
+def score(rows: Rows, nll: dict[str, Likelihood], answers: AnswerFile, bleu: Bleu) -> list[dict[str, Any]]:
+    """One record a row, in the order of the held-out set."""
+    references = [row["completion"][0]["content"].strip() for row in rows.rows]
+    scored = {}
+    for side in SIDES:
+        found = [answers.found[side, number] for number in rows.numbers]
+        overlaps = score_texts([answer.text for answer in found], references, bleu)
+        scored[side] = [
+            answer._asdict() | {"response_nll": response.tolist(), "text_nll": text.tolist()} | overlap
+            for answer, response, text, overlap in zip(found, *nll[side], overlaps, strict=True)
+        ]
+    records = [
+        {"row": number, "prompt": row["prompt"], "reference": reference, "base": base, "tuned": tuned}
+        for number, row, reference, base, tuned in zip(
+            rows.numbers, rows.rows, references, scored["base"], scored["tuned"], strict=True
+        )
+    ]
+    return sorted(records, key=lambda record: record["row"])
+
+
+def answer_facts(records: list[dict[str, Any]], side: str) -> dict[str, Any]:
+    """How the answers of `side` ended."""
+    answers = [record[side] for record in records]
     return {
-        "response_perplexity": {
-            "base": {"value": base.perplexity, "interval_95": intervals[0]},
-            "tuned": {"value": tuned.perplexity, "interval_95": intervals[1]},
-            "ratio": {"value": base.perplexity / tuned.perplexity, "interval_95": [low, high]},
-            "p_value": min(1.0, 2 * (beyond + 1) / (len(ratios) + 1)),
-        },
-        "response_tokens": int(base.tokens.sum()),
+        "empty": sum(not answer["text"] for answer in answers),
+        "cut_at_max_new_tokens": sum(answer["finish"] == "length" for answer in answers),
+        "repeat_the_last_prompt_token": sum(answer["repeats"] for answer in answers),
+        "mean_tokens": round(sum(answer["tokens"] for answer in answers) / len(answers), 1),
     }
 
 
-def write_rows(path: Path, test: Any, scored: list[int], base: RowNll, tuned: RowNll) -> None:
-    """One record a scored row: prompt, reference, and each model's summed negative log-likelihood in nats."""
-    with path.open("w", encoding="utf-8") as file:
-        for position, index in enumerate(scored):
-            record = {
-                "row": index,
-                "prompt": test[index]["prompt"],
-                "reference": test[index]["completion"][0]["content"],
-                "response_tokens": int(base.tokens[position]),
-                "base_nll": float(base.nll[position]),
-                "tuned_nll": float(tuned.nll[position]),
-            }
-            file.write(json.dumps(record, ensure_ascii=False) + "\n")
+def warnings(report: dict[str, Any], unchecked: str | None) -> list[str]:
+    """What a reader must know before believing the table."""
+    found = [unchecked] if unchecked else []
+    rows, likelihoods = report["rows"], report["scores"]["response_perplexity"]
+    if rows < FEW_ROWS:
+        found.append(f"fewer than {FEW_ROWS} rows: the intervals are rough")
+    rises = likelihoods["difference"]["interval_95"][0] > 0
+    repeating = report["answers"]["tuned"]["repeat_the_last_prompt_token"]
+    if repeating > rows / 2:
+        found.append(
+            f"{repeating} of {rows} tuned answers repeat the last token of their prompt"
+            + (" and perplexity rose" if rises else "")
+            + ": so does a model that was trained on labels not shifted by one token"
+        )
+    elif rises:
+        found.append("the tuned model's response perplexity is higher than the base model's")
+    return found
 
 
-def print_report(report: dict[str, Any]) -> None:
-    """The comparison in a table."""
-    perplexity = report["response_perplexity"]
-    print(f"\n{report['run']}: response perplexity on {report['test_rows']} test rows that no training saw")
-    print(f"  {'':<14}{'value':>10}   95 % interval")
-    for name, label in (("base", "base"), ("tuned", "tuned"), ("ratio", "base / tuned")):
-        value, (low, high) = perplexity[name]["value"], perplexity[name]["interval_95"]
-        print(f"  {label:<14}{value:>10.3f}   {low:.3f} to {high:.3f}")
-    print(f"  p-value of no difference (paired bootstrap over rows): {perplexity['p_value']:.2g}")
-    if report["test_rows"] < FEW_ROWS:
-        print(f"  fewer than {FEW_ROWS} rows: the intervals are rough")
+def print_report(report: dict[str, Any], shown: list[dict[str, Any]]) -> None:
+    """The comparison in a table, and the first prompts with both answers."""
+    print(f"\n{report['run']}: base against tuned on {report['rows']} held-out rows ({report['held_out']['dataset']})")
+    print(f"  {'':<22}{'base':<28}{'tuned':<28}{'tuned - base':<30}p")
+    for name, one in report["scores"].items():
+        columns = f"{interval(one['base']):<28}{interval(one['tuned']):<28}{interval(one['difference']):<30}"
+        print(f"  {NAMES[name]:<22}{columns}{p_value(one['p_holm'])}")
+    print(f"  in brackets 95 % intervals; {report['statistics'].replace('p_holm', 'p')}")
+    limit = report["generation"]["max_new_tokens"]
+    for side in SIDES:
+        facts = report["answers"][side]
+        ended = f"{facts['empty']} empty, {facts['cut_at_max_new_tokens']} cut at {limit} tokens"
+        print(f"  {side} answers: {ended}, {facts['mean_tokens']} tokens on average")
+    for what in ("rows_without_a_response_token", "rows_without_room", "references_cut"):
+        if report["held_out"][what]:
+            print(f"  {what.replace('_', ' ')}: {report['held_out'][what]}")
+    for warning in report["warnings"]:
+        print(f"  warning: {warning}")
+    for record in shown:
+        print(f"\n  row {record['row']}: {preview(record['prompt'][-1]['content'])}")
+        print(f"    reference  {preview(record['reference'])}")
+        for side in SIDES:
+            print(f"    {side:<11}{preview(record[side]['text']) or '(empty)'}")
+
+
+def allocated_gb(peak: bool = False) -> float | None:
+    """GPU memory in GB (2**30 bytes): allocated now, or at most since the last call."""
+    if not torch.cuda.is_available():
+        return None
+    size = torch.cuda.max_memory_allocated() if peak else torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    return round(size / 2**30, 3)
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

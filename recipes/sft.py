@@ -27,7 +27,7 @@ from sftlab.config import Recipe, parse_recipe
 from sftlab.data import Splits, load_splits
 from sftlab.interrupt import StopOnSignal
 from sftlab.launch import COMPUTE_DTYPE, PRECISIONS, Launch, check_devices, settle_single_process, use_all_cpu_cores
-from sftlab.likelihood import row_nll
+from sftlab.likelihood import likelihood, nats_per_token
 from sftlab.measure import Meter, flops_per_token, peak_memory, share_of_limit
 from sftlab.model import check_target_modules, load_config, load_tokenizer, model_init_kwargs
 from sftlab.run import Run
@@ -129,8 +129,9 @@ def train(
     save_adapter(trainer, run)
     if trainer.eval_dataset is not None:
         trainer.model.eval()
-        validation = row_nll(trainer.model, trainer.get_eval_dataloader(), trainer.accelerator.gather_for_metrics)
-        measured |= {"validation_loss": validation.mean, "validation_perplexity": validation.perplexity}
+        gather = trainer.accelerator.gather_for_metrics
+        loss = nats_per_token(likelihood(trainer.model, trainer.get_eval_dataloader(), gather).response)
+        measured |= {"validation_loss": loss, "validation_perplexity": math.exp(loss)}
     compute = getattr(torch, COMPUTE_DTYPE[PRECISIONS[args.mixed_precision]])
     measured |= share_of_limit(measured, trainer.accelerator.device, compute, launch.world_size)
     run.finish("succeeded", measured=measured, **facts)

@@ -76,14 +76,18 @@ def fingerprint(row_hashes: Any) -> str:
     return digest.hexdigest()[:16]
 
 
+def opening(prompt: list[Message]) -> str:
+    """The first user message of a prompt, white space folded."""
+    return " ".join(next((m["content"] for m in prompt if m["role"] == "user"), prompt[0]["content"]).split())
+
+
 def split_index(prompt: list[Message], fractions: tuple[float, ...]) -> int:
     """The split (0 train, 1 validation, 2 test) of a prompt.
 
-    It depends on the first user message alone, with white space folded: the same on every machine and for every
-    subset, the same for duplicates, for all turns of a conversation and for one question under several system prompts.
+    It depends on the opening alone: the same on every machine and for every subset, the same for duplicates, for all
+    turns of a conversation and for one question under several system prompts.
     """
-    opening = next((m["content"] for m in prompt if m["role"] == "user"), prompt[0]["content"])
-    digest = hashlib.sha256(" ".join(opening.split()).encode()).digest()
+    digest = hashlib.sha256(opening(prompt).encode()).digest()
     position = int.from_bytes(digest[:8], "big") / 2**64
     return int(np.searchsorted(np.cumsum(fractions)[:2], position, side="right"))
 

@@ -2,7 +2,7 @@
 
 import hashlib
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
@@ -52,3 +52,35 @@ def encode(tokenizer: PreTrainedTokenizerBase, row: dict[str, Any], max_length: 
     )
     labels = [-100] * prompt_length + ids[prompt_length:]
     return {"input_ids": ids[:max_length], "labels": labels[:max_length]}
+
+
+class Turn(NamedTuple):
+    """What ends an assistant's turn: token ids, and texts that begin the next turn."""
+
+    end_tokens: list[int]
+    stop_strings: list[str]
+
+
+def end_of_turn(tokenizer: PreTrainedTokenizerBase, model_ends: int | list[int] | None = None) -> Turn:
+    """Where an answer ends under the tokenizer's template: its end token, those of the model, or the next turn's head.
+
+    A head of plain text ('### Instruction:') is a stop string; where a special token begins the head, that token is an
+    end token, and the words behind it ('user') are none.
+    """
+    ends = {tokenizer.eos_token_id, *([model_ends] if isinstance(model_ends, int) else model_ends or [])}
+    special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    edges = {tokenizer.bos_token_id, tokenizer.eos_token_id}
+    question, answer = {"role": "user", "content": "One?"}, {"role": "assistant", "content": "Two."}
+    asked = tokenizer.apply_chat_template([question], tokenize=False)
+    dialogue = tokenizer.apply_chat_template([question, answer, question], tokenize=False)
+    next_question = dialogue.partition(answer["content"])[2].partition(question["content"])[0]
+    answer_begins = tokenizer.apply_chat_template([question], tokenize=False, add_generation_prompt=True)
+    stops = set()
+    for head in (next_question, answer_begins.removeprefix(asked)):
+        found = special & set(tokenizer(head, add_special_tokens=False)["input_ids"])
+        ends |= found
+        if found <= edges:
+            for edge in edges & found:
+                head = head.replace(tokenizer.decode([edge]), "")
+            stops.add(head.strip())
+    return Turn(sorted(ends), sorted(stops - {""}))

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -120,3 +121,25 @@ def load_script(path: str):
 def sft():
     """recipes/sft.py in this process, for input that it must refuse before it loads anything."""
     return load_script("recipes/sft.py")
+
+
+@pytest.fixture(scope="session")
+def finished(base, rows, tmp_path_factory) -> tuple[Path, dict[str, str], subprocess.CompletedProcess]:
+    """Folder, fields and output of one undisturbed run of six steps under cpu.yaml, evaluation on."""
+    folder = tmp_path_factory.mktemp("runs") / "finished"
+    fields = {**short_fields(base, rows, folder), "lora_dropout": "0.1"}
+    done = launch("cpu", fields)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return folder, fields, done
+
+
+def copy_of(run: Path, folder: Path) -> Path:
+    """A run directory without what evaluations found."""
+    shutil.copytree(run / "adapter", folder / "adapter")
+    shutil.copy(run / "run.json", folder / "run.json")
+    return folder
+
+
+def records(folder: Path) -> list[dict]:
+    """The lines of quality.jsonl."""
+    return [json.loads(line) for line in (folder / "eval" / "quality.jsonl").read_text().splitlines()]

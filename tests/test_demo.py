@@ -7,10 +7,16 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, launch, load_script, read
-from transformers import AutoTokenizer
+import torch
+from conftest import ROOT, copy_of, launch, load_script, read
+from peft import PeftConfig, get_peft_model
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from sftlab import demo
+from sftlab.config import DataArguments
+from sftlab.data import load_splits
+from sftlab.template import encode
 
 
 def build(out: Path, *flags: str) -> subprocess.CompletedProcess:
@@ -26,21 +32,58 @@ def built(tmp_path_factory):
     return out
 
 
-def test_tuning_lowers_the_response_perplexity_at_least_threefold(built, tmp_path):
-    fields = {
-        "model_name_or_path": str(built / "base"),
-        "dataset_name": str(built / "instructions.jsonl"),
-        "output_dir": str(tmp_path / "run"),
-    }
-    done = launch("cpu", fields)
+@pytest.fixture(scope="module")
+def tuned(built, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs") / "tuned"
+    data, base = built / "instructions.jsonl", built / "base"
+    done = launch("cpu", {"model_name_or_path": base, "dataset_name": data, "output_dir": folder})
     assert done.returncode == 0, done.stderr[-2000:]
-    quality = [sys.executable, str(ROOT / "eval" / "quality.py"), "--run", str(tmp_path / "run")]
+    return folder
+
+
+def judge(run):
+    quality = [sys.executable, str(ROOT / "eval" / "quality.py"), "--run", str(run)]
     done = subprocess.run(quality, capture_output=True, text=True, cwd=ROOT, timeout=200)
     assert done.returncode == 0, done.stderr[-2000:]
-    report = json.loads((tmp_path / "run" / "eval" / "quality.json").read_text())
-    assert report["response_perplexity"]["ratio"]["interval_95"][0] > 3
-    assert report["test_rows"] >= 300
-    assert read(tmp_path / "run")["measured"]["timed_steps"] > 400
+    return json.loads((run / "eval" / "quality.json").read_text()), done.stdout
+
+
+def test_tuning_lowers_the_response_perplexity_and_teaches_the_answers(tuned):
+    report, text = judge(tuned)
+    perplexity, bleu = (report["scores"][name] for name in ("response_perplexity", "bleu"))
+    assert perplexity["tuned"]["interval_95"][1] * 3 < perplexity["base"]["interval_95"][0]
+    assert bleu["base"]["interval_95"][1] < 10
+    assert bleu["tuned"]["interval_95"][0] > 80
+    assert all(one["p_holm"] < 0.01 for one in report["scores"].values())
+    assert report["rows"] >= 300
+    assert report["warnings"] == []
+    assert read(tuned)["measured"]["timed_steps"] > 400
+    assert "tuned      The " in text
+
+
+def test_a_model_tuned_on_unshifted_labels_is_detected(tuned, tmp_path):
+    folder = copy_of(tuned, tmp_path / "unshifted")
+    tokenizer = AutoTokenizer.from_pretrained(folder / "adapter")
+    model = AutoModelForCausalLM.from_pretrained(read(tuned)["recipe"]["model_name_or_path"])
+    config = PeftConfig.from_pretrained(folder / "adapter")
+    config.inference_mode = False
+    model = get_peft_model(model, config)
+    arguments = {k: v for k, v in read(tuned)["recipe"].items() if k in DataArguments.__dataclass_fields__}
+    rows = [encode(tokenizer, row, 256) for row in load_splits(DataArguments(**arguments)).train.select(range(640))]
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.01)
+    for row in (rows[i : i + 16] for i in range(0, len(rows), 16)):
+        batch = DataCollatorForLanguageModeling(pad_token_id=tokenizer.pad_token_id)(row)
+        logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+        torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch["labels"].flatten()).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    model.save_pretrained(folder / "adapter")
+    report, text = judge(folder)
+    perplexity = report["scores"]["response_perplexity"]
+    assert perplexity["difference"]["interval_95"][0] > 0
+    assert report["answers"]["tuned"]["repeat_the_last_prompt_token"] > report["rows"] / 2
+    assert "warning:" in text
+    assert "labels not shifted by one token" in text
 
 
 def test_a_second_build_keeps_what_is_there(built):

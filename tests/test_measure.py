@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from sftlab import measure
-from sftlab.likelihood import RowNll, bootstrap_perplexity, row_nll, with_fused_head
+from sftlab.likelihood import likelihood, with_fused_head
 from sftlab.measure import Meter, flops_per_token
 
 
@@ -94,36 +94,22 @@ def test_the_likelihood_is_the_shifted_masked_sum_and_does_not_depend_on_the_bat
     expected = []
     for row in rows:
         logits = scored_model(torch.tensor([row["input_ids"]])).logits.detach()[0, :-1].double().log_softmax(-1)
-        labels = torch.tensor(row["labels"][1:])
-        picked = logits.gather(1, labels.clamp(min=0)[:, None])[:, 0]
-        expected.append(-float(picked[labels != -100].sum()))
+        picked = -logits.gather(1, torch.tensor(row["input_ids"][1:])[:, None])[:, 0]
+        response = torch.tensor(row["labels"][1:]) != -100
+        expected.append([picked[response].sum().item(), response.sum().item(), picked.sum().item(), len(picked)])
+    expected = np.array(expected)
     for size in (1, 4, 16):
-        scores = row_nll(scored_model, batches(rows, size))
-        np.testing.assert_allclose(scores.nll, expected, rtol=2e-6)
-        assert scores.tokens.tolist() == [sum(label != -100 for label in r["labels"]) for r in rows]
-        assert abs(scores.mean - sum(expected) / scores.tokens.sum()) < 1e-6
+        found = np.hstack(likelihood(scored_model, batches(rows, size)))
+        np.testing.assert_allclose(found, expected, rtol=2e-6)
+        for nats in (0, 2):
+            mean = found[:, nats].sum() / found[:, nats + 1].sum()
+            assert abs(mean - expected[:, nats].sum() / expected[:, nats + 1].sum()) < 1e-6
 
 
 def test_a_loss_that_is_not_finite_names_its_row(scored_model):
     with torch.no_grad():
         scored_model.get_input_embeddings().weight[7] = float("nan")
     rows = [{"input_ids": [1, 2, 3], "labels": [1, 2, 3]}, {"input_ids": [1, 7, 3], "labels": [1, 7, 3]}]
-    with pytest.raises(ValueError, match="row 1 has a loss of nan"):
-        row_nll(scored_model, batches(rows, 1))
-
-
-def test_the_bootstrap_covers_and_pairs():
-    rng = np.random.default_rng(0)
-    tokens = rng.integers(5, 50, 400)
-    base = RowNll(tokens * rng.normal(2.0, 0.3, 400), tokens)
-    (interval, same), resampled = bootstrap_perplexity([base, base])
-    assert interval == same
-    assert interval[0] < base.perplexity < interval[1]
-    assert (resampled[0] == resampled[1]).all()
-    covered = 0
-    for trial in range(100):
-        drawn = np.random.default_rng(trial)
-        rows = RowNll(drawn.normal(2.0, 0.5, 200), np.ones(200, dtype=int))
-        ((low, high),), _ = bootstrap_perplexity([rows], resamples=500, seed=trial)
-        covered += low <= np.exp(2.0) <= high
-    assert covered >= 88
+    for names, number in ((None, 1), ([40, 50], 50)):
+        with pytest.raises(ValueError, match=f"row {number}: the model gives no finite probability"):
+            likelihood(scored_model, batches(rows, 1), names=names)

@@ -1,11 +1,9 @@
 """What a user types: launches on the CPU, interruption and continuation, and the evaluation after them."""
 
 import hashlib
-import json
 import os
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -14,12 +12,10 @@ import torch
 from conftest import (
     ROOT,
     SHARED,
-    instruction_rows,
     launch,
     launch_command,
     needs_shared,
     read,
-    short_fields,
     write_jsonl,
 )
 from peft import PeftModel
@@ -44,14 +40,6 @@ def launched(config, fields, flags=()):
     done = launch(config, fields, flags)
     assert done.returncode == 0, done.stderr[-3000:]
     return done
-
-
-@pytest.fixture(scope="module")
-def finished(base, rows, tmp_path_factory):
-    """One undisturbed run of six steps under cpu.yaml, evaluation on, and what it printed."""
-    folder = tmp_path_factory.mktemp("runs") / "finished"
-    fields = {**short_fields(base, rows, folder), "lora_dropout": "0.1"}
-    return folder, fields, launched("cpu", fields)
 
 
 def test_a_run_directory_holds_what_the_contract_says(finished, base):
@@ -269,39 +257,6 @@ def test_a_one_layer_cut_trains_from_a_stream(finished, tmp_path):
     record = read(tmp_path / "run")
     assert record["ran"]["trainable_parameters"] == 16 * ((32 + 32) + (32 + 16) + (32 + 32))
     assert record["data"]["streaming"] is True
-
-
-def test_quality_compares_base_and_tuned_on_the_test_split(finished):
-    folder, _, _ = finished
-    command = [sys.executable, str(ROOT / "eval" / "quality.py"), "--run", str(folder)]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=200)
-    assert done.returncode == 0, done.stderr[-3000:]
-    report = json.loads((folder / "eval" / "quality.json").read_text())
-    perplexity = report["response_perplexity"]
-    records = [json.loads(line) for line in (folder / "eval" / "quality.jsonl").read_text().splitlines()]
-    assert len(records) == report["test_rows"] == read(folder)["data"]["test"]["rows"]
-    for name in ("base", "tuned"):
-        total = sum(r[f"{name}_nll"] for r in records) / sum(r["response_tokens"] for r in records)
-        assert perplexity[name]["value"] == pytest.approx(torch.tensor(total).exp().item(), rel=1e-6)
-        low, high = perplexity[name]["interval_95"]
-        assert low < perplexity[name]["value"] < high
-    assert perplexity["tuned"]["value"] < perplexity["base"]["value"]
-    assert "95 % interval" in done.stdout
-
-
-def test_quality_refuses_a_changed_data_set_and_an_unfinished_run(finished, tmp_path, base):
-    folder, _, _ = finished
-    copy = tmp_path / "copy"
-    copy.mkdir()
-    record = read(folder)
-    record["recipe"]["dataset_name"] = str(write_jsonl(tmp_path / "other.jsonl", instruction_rows(150)))
-    command = [sys.executable, str(ROOT / "eval" / "quality.py"), "--run", str(copy)]
-    for change, message in (({}, "has changed since the run"), ({"status": "failed"}, "did not succeed")):
-        (copy / "run.json").write_text(json.dumps(record | change))
-        done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=100)
-        assert done.returncode != 0
-        assert message in done.stderr
-        assert "Traceback" not in done.stderr
 
 
 @needs_shared

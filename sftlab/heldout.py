@@ -1,0 +1,63 @@
+"""The rows that a run is judged on: its test split, or another data set, none of them trained on."""
+
+from typing import Any, NamedTuple
+
+from datasets import Dataset
+
+from sftlab.config import DataArguments
+from sftlab.data import Splits, load_splits, opening
+
+
+class HeldOut(NamedTuple):
+    """Rows (columns prompt and completion), what they are for the records, and what could not be checked."""
+
+    rows: Dataset
+    facts: dict[str, Any]
+    unchecked: str | None
+
+
+def held_out(
+    run: dict[str, Any], dataset: str | None = None, config: str | None = None, split: str = "train"
+) -> HeldOut:
+    """The test split of the run's own data, made again, or all rows of `split` of another data set.
+
+    Raises ValueError where the run's data have changed since, where there is no test split, and where a question of
+    the rows is among those that the run was trained or validated on.
+    """
+    recipe = run["recipe"]
+    splits = _load(recipe)
+    for name in ("test", "train"):
+        then, now = run["data"][name]["fingerprint"], splits.facts[name]["fingerprint"]
+        if then != now:
+            raise ValueError(
+                f"the {name} split of {recipe['dataset_name']} has changed since the run ({then}, now {now})"
+            )
+    if dataset is None:
+        rows, facts, origin = splits.test, splits.facts["test"], f"{recipe['dataset_name']}, test split"
+        if len(rows) == 0:
+            raise ValueError("the run's recipe has no test split (split_fractions)")
+    else:
+        changes = {"dataset_name": dataset, "dataset_config": config, "dataset_train_split": split}
+        whole = {"split_fractions": [0.0, 0.0, 1.0], "dataset_fraction": 1.0, "dataset_streaming": False}
+        other = _load(recipe | changes | whole | {"dataset_shape": None})
+        rows, facts, origin = other.test, other.facts["test"], dataset
+    facts = {"dataset": origin, "fingerprint": facts["fingerprint"]}
+    if recipe["dataset_streaming"]:
+        unchecked = "the run read a stream: that no row was trained on rests on the split by hash alone"
+        return HeldOut(rows, facts, unchecked)
+    _refuse_overlap(rows, splits, origin)
+    return HeldOut(rows, facts, None)
+
+
+def _load(fields: dict[str, Any]) -> Splits:
+    return load_splits(DataArguments(**{name: fields[name] for name in DataArguments.__dataclass_fields__}))
+
+
+def _refuse_overlap(rows: Dataset, splits: Splits, origin: str) -> None:
+    seen = {opening(prompt) for part in (splits.train, splits.validation) for prompt in part["prompt"]}
+    known = [index for index, prompt in enumerate(rows["prompt"]) if opening(prompt) in seen]
+    if known:
+        raise ValueError(
+            f"{len(known)} of {len(rows)} rows of {origin} ask what the run was trained or validated on (the first is "
+            f"row {known[0]}): a score on them would say nothing"
+        )

@@ -1,0 +1,74 @@
+"""The base and the tuned model of a finished run, under one load of the weights."""
+
+import hashlib
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from trl import get_quantization_config
+
+from sftlab.config import ModelArguments
+from sftlab.likelihood import with_fused_head
+from sftlab.model import model_init_kwargs
+from sftlab.run import read_run
+from sftlab.template import template_hash
+
+SIDES = ("base", "tuned")
+
+
+def finished_run(folder: Path) -> dict[str, Any]:
+    """run.json of a run that succeeded; ValueError otherwise."""
+    run = read_run(folder)
+    if run["status"] != "succeeded":
+        raise ValueError(f"{folder} did not succeed (status {run['status']}: {run['reason']}): train it first")
+    return run
+
+
+def run_tokenizer(folder: Path, run: dict[str, Any]) -> PreTrainedTokenizerBase:
+    """The tokenizer saved with the adapter, its template the one that the run trained with."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder / "adapter")
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{folder / 'adapter'} holds no tokenizer: {str(error).splitlines()[0]}") from error
+    if template_hash(tokenizer) != run["template"]["hash"]:
+        raise ValueError(f"the template in {folder / 'adapter'} is not the one that the run trained with")
+    return tokenizer
+
+
+def load_pair(folder: Path, run: dict[str, Any]) -> PeftModel:
+    """The base model with the run's adapter on it, on the GPU if there is one, in the dtype that the run trained in.
+
+    `answering` says which of the two answers. ValueError where the base model or the adapter cannot be loaded.
+    """
+    recipe = run["recipe"]
+    arguments = ModelArguments(**{name: recipe[name] for name in ModelArguments.__dataclass_fields__})
+    kwargs = model_init_kwargs(arguments, recipe["trust_remote_code"], recipe["model_init_kwargs"])
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    name, quantization = recipe["model_name_or_path"], get_quantization_config(arguments)
+    try:
+        base = AutoModelForCausalLM.from_pretrained(name, device_map=device, quantization_config=quantization, **kwargs)
+    except OSError as error:
+        raise ValueError(f"the base model {name} of the run cannot be loaded: {str(error).splitlines()[0]}") from error
+    try:
+        model = PeftModel.from_pretrained(with_fused_head(base), folder / "adapter")
+    except (OSError, ValueError, RuntimeError) as error:
+        raise ValueError(f"{folder / 'adapter'} does not load on {name}: {str(error).splitlines()[0]}") from error
+    return model.eval()
+
+
+def answering(model: PeftModel, side: str) -> AbstractContextManager:
+    """Inside it the model answers as `side`: base (the adapter switched off) or tuned."""
+    assert side in SIDES
+    return model.disable_adapter() if side == "base" else nullcontext()
+
+
+def adapter_hash(folder: Path) -> str:
+    """SHA-256 of the adapter's weights (hexadecimal, 16 digits)."""
+    weights = folder / "adapter" / "adapter_model.safetensors"
+    if not weights.is_file():
+        raise ValueError(f"{weights} is missing: train the run again")
+    with weights.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:16]

@@ -1,0 +1,96 @@
+"""How sure a paired comparison is: bootstrap intervals over rows, p-values, Holm's correction.
+
+Every score here is a function of sums over rows: a mean is (sum, count), perplexity (nats, tokens), BLEU its ten n-gram
+counts. So a resample is one matrix product, and corpus scores are resampled as the corpus scores that they are.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+from scipy.stats import binomtest
+
+RESAMPLES = 10_000
+FEW_ROWS = 30
+_CHUNK = 500
+
+
+class Paired(NamedTuple):
+    """One score of two models on the same rows: per-row parts [rows, k] each, and sums [..., k] -> score [...]."""
+
+    score: Callable[[np.ndarray], np.ndarray]
+    base: np.ndarray
+    tuned: np.ndarray
+
+
+def mean(sums: np.ndarray) -> np.ndarray:
+    """Sums (value, count) [..., 2] to the mean."""
+    return sums[..., 0] / sums[..., 1]
+
+
+def perplexity(sums: np.ndarray) -> np.ndarray:
+    """Sums (nats, tokens) [..., 2] to exp of nats a token."""
+    return np.exp(mean(sums))
+
+
+def with_counts(values: np.ndarray) -> np.ndarray:
+    """Per-row values [rows] to the parts [rows, 2] whose `mean` is theirs."""
+    return np.stack([values, np.ones(len(values))], axis=1)
+
+
+def compare(scores: dict[str, Paired], resamples: int = RESAMPLES, seed: int = 0) -> dict[str, dict[str, Any]]:
+    """Both models' values, their difference (tuned - base), 95 % percentile intervals, and its p-value, per score.
+
+    Rows are drawn with replacement, the same ones for both models and for every score (paired bootstrap; Efron and
+    Tibshirani 1993, chapter 13). The p-value of 'no difference' is two-sided and counts the observed sample (Davison
+    and Hinkley 1997, equation 4.11). All scores must have the same number of rows.
+    """
+    parts = {name: (np.asarray(s.base, float), np.asarray(s.tuned, float)) for name, s in scores.items()}
+    rows = {len(part) for pair in parts.values() for part in pair}
+    if len(rows) != 1:
+        raise ValueError(f"paired scores need the same rows for both models, got {sorted(rows)}")
+    count = rows.pop()
+    if count == 0:
+        raise ValueError("nothing to compare: no rows")
+    drawn = {name: np.empty((2, resamples)) for name in scores}
+    rng = np.random.default_rng(seed)
+    for start in range(0, resamples, _CHUNK):
+        chunk = slice(start, min(start + _CHUNK, resamples))
+        counts = rng.multinomial(count, np.full(count, 1 / count), size=chunk.stop - start).astype(float)
+        for name, pair in parts.items():
+            for side in (0, 1):
+                drawn[name][side, chunk] = scores[name].score(counts @ pair[side])
+    return {
+        name: _summary([float(scores[name].score(part.sum(axis=0))) for part in pair], drawn[name])
+        for name, pair in parts.items()
+    }
+
+
+def _summary(values: list[float], drawn: np.ndarray) -> dict[str, Any]:
+    differences = drawn[1] - drawn[0]
+    beyond = min((differences <= 0).sum(), (differences >= 0).sum())
+    return {
+        "base": _with_interval(values[0], drawn[0]),
+        "tuned": _with_interval(values[1], drawn[1]),
+        "difference": _with_interval(values[1] - values[0], differences),
+        "p_value": min(1.0, float(2 * (beyond + 1) / (len(differences) + 1))),
+    }
+
+
+def _with_interval(value: float, drawn: np.ndarray) -> dict[str, Any]:
+    return {"value": value, "interval_95": np.percentile(drawn, [2.5, 97.5]).tolist()}
+
+
+def mcnemar(base: np.ndarray, tuned: np.ndarray) -> float:
+    """Exact two-sided p-value that right answers (0 or 1, [rows]) are equally frequent (McNemar 1947, binomial)."""
+    lost, won = int(((base == 1) & (tuned == 0)).sum()), int(((base == 0) & (tuned == 1)).sum())
+    return float(binomtest(won, won + lost).pvalue) if won + lost else 1.0
+
+
+def add_holm(comparisons: dict[str, dict[str, Any]]) -> None:
+    """Add `p_holm` to each: its p-value corrected for their number (Holm 1979)."""
+    ordered = sorted(comparisons.values(), key=lambda one: one["p_value"])
+    largest = 0.0
+    for position, one in enumerate(ordered):
+        largest = max(largest, min(1.0, (len(ordered) - position) * one["p_value"]))
+        one["p_holm"] = largest

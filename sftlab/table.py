@@ -1,0 +1,31 @@
+"""How figures are written for a person: values with their intervals, p-values, the beginning of a text."""
+
+from typing import Any
+
+
+def figure(value: float) -> str:
+    """Four significant digits, without an exponent: 1.03, 255.4, 12,345."""
+    return (
+        f"{value:,.0f}"
+        if abs(value) >= 1000
+        else f"{value:.4g}"
+        if abs(value) >= 1e-4 or value == 0
+        else f"{value:.1e}"
+    )
+
+
+def interval(one: dict[str, Any]) -> str:
+    """A `value` with its `interval_95`: 255.4 [214.0, 305.7]."""
+    low, high = one["interval_95"]
+    return f"{figure(one['value'])} [{figure(low)}, {figure(high)}]"
+
+
+def p_value(p: float) -> str:
+    """Three decimals, or that it is smaller."""
+    return "<0.001" if p < 0.001 else f"{p:.3f}"
+
+
+def preview(text: str, width: int = 100) -> str:
+    """The beginning of a text on one line."""
+    line = " ".join(text.split())
+    return line if len(line) <= width else line[: width - 3] + "..."

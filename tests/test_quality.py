@@ -1,0 +1,246 @@
+"""eval/quality.py as a user types it: the figures, what it refuses, and an evaluation killed in its midst."""
+
+import json
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, copy_of, instruction_rows, load_script, read, records, write_jsonl
+from rouge_score.rouge_scorer import RougeScorer
+from sacrebleu.metrics import BLEU
+from safetensors.torch import load_file, save_file
+
+from sftlab.generate import Answer, Generator
+from sftlab.pair import load_pair
+
+SCORES = ["response_perplexity", "text_perplexity", "bleu", "rouge1", "rouge2", "rougeL"]
+SHORT = ("--max_new_tokens", "16")
+
+
+@pytest.fixture(scope="module")
+def quality():
+    return load_script("eval/quality.py")
+
+
+@pytest.fixture
+def run(finished, tmp_path):
+    return copy_of(finished[0], tmp_path / "run")
+
+
+def report(run, name="quality"):
+    return json.loads((run / "eval" / f"{name}.json").read_text())
+
+
+def change_adapter(run, change):
+    path = run / "adapter" / "adapter_model.safetensors"
+    save_file({name: change(name, tensor) for name, tensor in load_file(path).items()}, path)
+
+
+def change_run(run, **recipe):
+    record = read(run)
+    record["recipe"] |= recipe
+    (run / "run.json").write_text(json.dumps(record))
+
+
+def command(run, *flags):
+    return [sys.executable, str(ROOT / "eval" / "quality.py"), "--run", str(run), *flags]
+
+
+def test_the_table_the_file_and_the_records_agree(run):
+    done = subprocess.run(command(run, *SHORT), capture_output=True, text=True, cwd=ROOT, timeout=200)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found, rows = report(run), records(run)
+    assert found["rows"] == len(rows) == read(run)["data"]["test"]["rows"]
+    assert [row["row"] for row in rows] == list(range(len(rows)))
+    assert list(found["scores"]) == SCORES
+    references = [row["reference"] for row in rows]
+    for side in ("base", "tuned"):
+        texts = [row[side]["text"] for row in rows]
+        values = {name: one[side]["value"] for name, one in found["scores"].items()}
+        for name, kind in (("response_perplexity", "response_nll"), ("text_perplexity", "text_nll")):
+            nats, tokens = np.array([row[side][kind] for row in rows]).sum(axis=0)
+            assert values[name] == pytest.approx(np.exp(nats / tokens), rel=1e-9)
+        assert values["bleu"] == pytest.approx(BLEU().corpus_score(texts, [references]).score, abs=1e-9)
+        scorer = RougeScorer(["rougeL"])
+        rouge = [scorer.score(r, t)["rougeL"].fmeasure for r, t in zip(references, texts, strict=True)]
+        assert values["rougeL"] == pytest.approx(np.mean(rouge), abs=1e-9)
+        for one in found["scores"].values():
+            low, high = one[side]["interval_95"]
+            assert low <= one[side]["value"] <= high
+    one = found["scores"]["response_perplexity"]
+    assert one["tuned"]["value"] < one["base"]["value"]
+    assert one["p_holm"] >= one["p_value"]
+    assert found["generation"]["max_new_tokens"] == 16
+    assert found["generation"]["temperature"] == 0
+    assert "version:" in found["bleu"]
+    assert len(re.findall(r"^  row \d", done.stdout, re.M)) == 3
+    assert "95 % intervals" in done.stdout
+    assert "Holm over 6 scores" in done.stdout
+
+
+def test_the_batch_size_changes_nothing(quality, finished, tmp_path):
+    found = {}
+    for size in (1, 4, 16):
+        run = copy_of(finished[0], tmp_path / str(size))
+        quality.main(["--run", str(run), "--batch_size", str(size), *SHORT])
+        found[size] = report(run)["scores"], [[r[s]["text"] for s in ("base", "tuned")] for r in records(run)]
+    for size in (4, 16):
+        assert found[size][1] == found[1][1]
+        for name in SCORES:
+            for side in ("base", "tuned"):
+                assert found[size][0][name][side]["value"] == pytest.approx(found[1][0][name][side]["value"], rel=1e-6)
+
+
+def test_base_against_base_is_exactly_no_difference(quality, run):
+    change_adapter(run, lambda name, tensor: tensor * 0 if "lora_B" in name else tensor)
+    quality.main(["--run", str(run), *SHORT])
+    for one in report(run)["scores"].values():
+        assert one["difference"] == {"value": 0.0, "interval_95": [0.0, 0.0]}
+        assert one["p_value"] == one["p_holm"] == 1.0
+
+
+def test_answers_are_scored_as_they_are_and_empty_ones_counted(quality, run, monkeypatch):
+    model = load_pair(run, read(run))
+    tokenizer = quality.run_tokenizer(run, read(run))
+    asked = {}
+    for row in quality.held_out(read(run)).rows:
+        asked[tuple(quality.prompt_ids(tokenizer, row["prompt"]))] = row["completion"][0]["content"]
+
+    def canned(self, prompts, seed=0):
+        tuned = self.model.get_base_model().model.layers[0].self_attn.q_proj.disable_adapters is False
+        texts = [asked[tuple(prompt)] if tuned else "" for prompt in prompts]
+        return [Answer(text, 3, "stop", False) for text in texts]
+
+    monkeypatch.setattr(quality, "load_pair", lambda *_: model)
+    monkeypatch.setattr(Generator, "answers", canned)
+    quality.main(["--run", str(run)])
+    found = report(run)
+    assert found["answers"]["base"]["empty"] == found["rows"]
+    assert found["answers"]["tuned"]["empty"] == 0
+    assert found["scores"]["bleu"]["base"]["value"] == 0
+    assert found["scores"]["bleu"]["tuned"]["value"] == pytest.approx(100)
+    assert found["scores"]["rouge1"]["tuned"] == {"value": 1.0, "interval_95": [1.0, 1.0]}
+    assert found["scores"]["rougeL"]["base"]["value"] == 0
+
+
+def test_a_killed_evaluation_goes_on_where_it_stopped(quality, finished, tmp_path):
+    flags = ("--max_new_tokens", "100", "--batch_size", "2")
+    whole, killed = (copy_of(finished[0], tmp_path / name) for name in ("whole", "killed"))
+    quality.main(["--run", str(whole), *flags])
+    process = subprocess.Popen(command(killed, *flags), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    deadline = time.time() + 120
+    while time.time() < deadline:
+        files = list((killed / "eval").glob("answers-*.jsonl"))
+        if files and files[0].read_bytes().count(b"\n") >= 4:
+            break
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    kept = files[0].read_bytes()
+    kept = kept[: kept.rfind(b"\n") + 1]
+    assert not (killed / "eval" / "quality.json").exists()
+    quality.main(["--run", str(killed), *flags])
+    assert files[0].read_bytes().startswith(kept)
+    assert records(killed) == records(whole)
+    assert files[0].read_bytes().count(b"\n") == (whole / "eval" / files[0].name).read_bytes().count(b"\n")
+
+
+def test_scoring_again_generates_nothing(quality, run, monkeypatch):
+    quality.main(["--run", str(run), *SHORT])
+    first = report(run)
+    monkeypatch.setattr(Generator, "answers", lambda *_, **__: pytest.fail("generated again"))
+    quality.main(["--run", str(run), *SHORT, "--bleu_tokenize", "char"])
+    assert report(run)["scores"]["rougeL"] == first["scores"]["rougeL"]
+    assert report(run)["answers"] == first["answers"]
+    assert "tok:char" in report(run)["bleu"]
+
+
+def test_few_rows_are_said_and_intervals_still_given(quality, run, capsys):
+    quality.main(["--run", str(run), "--samples", "5", *SHORT])
+    found = report(run)
+    assert found["rows"] == 5
+    assert "fewer than 30 rows" in " ".join(found["warnings"])
+    assert "fewer than 30 rows" in capsys.readouterr().out
+    assert all(one["difference"]["interval_95"] for one in found["scores"].values())
+
+
+def test_another_data_set_is_judged_unless_it_was_trained_on(quality, run, rows, tmp_path):
+    fresh = [row | {"instruction": f"Say {i} backwards."} for i, row in enumerate(instruction_rows(40))]
+    other = write_jsonl(tmp_path / "fresh.jsonl", fresh)
+    quality.main(["--run", str(run), "--dataset_name", str(other), *SHORT])
+    name = next(path.stem for path in (run / "eval").glob("quality-*.json"))
+    assert report(run, name)["rows"] == 40
+    with pytest.raises(SystemExit, match=r"\d+ of 200 rows .* ask what the run was trained or validated on") as caught:
+        quality.main(["--run", str(run), "--dataset_name", str(rows), *SHORT])
+    assert "\n" not in str(caught.value.code)
+
+
+def spoil_status(run, tmp_path):
+    record = read(run) | {"status": "interrupted", "reason": "signal 15 at step 3 of 6"}
+    (run / "run.json").write_text(json.dumps(record))
+
+
+def spoil_data(run, tmp_path):
+    change_run(run, dataset_name=str(write_jsonl(tmp_path / "other.jsonl", instruction_rows(150))))
+
+
+def spoil_splits(run, tmp_path):
+    change_run(run, split_fractions=[0.5, 0.4, 0.1])
+
+
+def spoil_template(run, tmp_path):
+    path = run / "adapter" / "chat_template.jinja"
+    path.write_text(path.read_text() + " ")
+
+
+BAD_RUNS = [
+    (spoil_status, (), "did not succeed (status interrupted: signal 15 at step 3 of 6)"),
+    (spoil_data, (), "has changed since the run"),
+    (spoil_splits, (), "the train split of"),
+    (spoil_template, (), "is not the one that the run trained with"),
+    (lambda run, _: change_run(run, model_name_or_path="data/gone"), (), "base model data/gone of the run cannot be"),
+    (lambda run, _: (run / "adapter" / "adapter_model.safetensors").unlink(), (), "does not load on"),
+    (lambda run, _: shutil.rmtree(run), (), "is no run directory"),
+    (lambda run, _: change_adapter(run, lambda n, t: t * float("nan")), (), "tuned model, row"),
+    (lambda run, _: None, ("--max_new_tokens", "0"), "max_new_tokens must be at least 1"),
+    (lambda run, _: None, ("--max_new_tokens", "500"), "no room for an answer"),
+    (lambda run, _: None, ("--bleu_tokenize", "13b"), "unknown to sacrebleu"),
+    (lambda run, _: None, ("--samples", "-1"), "--samples must be 0 (all) or more"),
+    (lambda run, _: None, ("--batch_size", "0"), "--batch_size at least 1"),
+    (lambda run, _: None, ("--dataset_name", "nowhere.jsonl"), "data file nowhere.jsonl not found"),
+]
+
+
+@pytest.mark.parametrize(("spoil", "flags", "message"), BAD_RUNS)
+def test_bad_input_is_one_sentence(quality, run, tmp_path, spoil, flags, message):
+    spoil(run, tmp_path)
+    with pytest.raises(SystemExit) as caught:
+        quality.main(["--run", str(run), *flags])
+    text = str(caught.value.code)
+    assert text.startswith("error: ")
+    assert message in text
+    assert "\n" not in text
+    assert not (run / "eval" / "quality.json").exists()
+
+
+def test_out_of_memory_keeps_the_answers_and_says_what_to_do(quality, run, monkeypatch):
+    answers = Generator.answers
+
+    def runs_out(self, prompts, seed=0):
+        if seed >= 8:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return answers(self, prompts, seed)
+
+    monkeypatch.setattr(Generator, "answers", runs_out)
+    with pytest.raises(SystemExit, match="out of memory at --batch_size 4"):
+        quality.main(["--run", str(run), "--batch_size", "4", *SHORT])
+    assert next((run / "eval").glob("answers-*.jsonl")).read_text().count('"side"') == 2
+    monkeypatch.setattr(Generator, "answers", answers)
+    quality.main(["--run", str(run), "--batch_size", "2", *SHORT])
+    assert len(list((run / "eval").glob("answers-*.jsonl"))) == 1

@@ -1,0 +1,133 @@
+"""Paired comparisons: exact where they must be, and as often wrong as they say."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+from conftest import SHARED, needs_shared
+from sacrebleu.metrics import BLEU
+
+from sftlab.scores import Bleu, paired_scores, rouge, score_texts
+from sftlab.significance import Paired, add_holm, compare, mcnemar, mean, perplexity, with_counts
+
+TEXT = "the a cat dog sat ran on under mat tree and then slept quickly while rain fell over old quiet houses"
+WORDS = TEXT.split()
+
+
+def noisy_records(count, noise, seed=0):
+    """Records of answers that keep each word of their reference with probability 1 - noise."""
+    rng = np.random.default_rng(seed)
+    references = [" ".join(rng.choice(WORDS, rng.integers(6, 25))) for _ in range(count)]
+    answers = [
+        " ".join(word if rng.random() > noise else rng.choice(WORDS) for word in text.split()) for text in references
+    ]
+    scored = score_texts(answers, references, Bleu())
+    for record, text in zip(scored, references, strict=True):
+        tokens = len(text.split())
+        record |= {
+            "response_nll": [float(rng.gamma(2.0, 1.0) * tokens), tokens],
+            "text_nll": [3.0 * tokens + rng.normal(), 2 * tokens],
+        }
+    return scored
+
+
+def test_a_model_against_itself_differs_by_exactly_nothing():
+    records = noisy_records(60, 0.3)
+    for one in compare(paired_scores(records, records)).values():
+        assert one["difference"] == {"value": 0.0, "interval_95": [0.0, 0.0]}
+        assert one["p_value"] == 1.0
+        assert one["base"] == one["tuned"]
+
+
+def test_a_real_difference_is_found_and_has_the_right_sign():
+    for name, one in compare(paired_scores(noisy_records(200, 0.6), noisy_records(200, 0.1))).items():
+        if name in ("bleu", "rouge1", "rouge2", "rougeL"):
+            assert one["difference"]["interval_95"][0] > 0
+            assert one["p_value"] < 0.01
+
+
+def test_random_halves_of_the_same_outputs_are_significant_in_a_twentieth_of_trials():
+    records, trials = np.array(noisy_records(400, 0.3)), 200
+    significant = dict.fromkeys(paired_scores(records[:2], records[:2]), 0)
+    for trial in range(trials):
+        shuffled = np.random.default_rng(trial).permutation(records)
+        for name, one in compare(paired_scores(shuffled[:200], shuffled[200:]), 400, seed=trial).items():
+            significant[name] += one["p_value"] < 0.05
+    # a binomial of 200 trials at 5 % lies within 4 and 18 in 99 of 100 cases
+    assert all(3 <= hits <= 18 for hits in significant.values()), significant
+
+
+def test_intervals_cover_the_truth():
+    covered = 0
+    for trial in range(100):
+        values = np.random.default_rng(trial).normal(2.0, 0.5, 200)
+        one = compare({"x": Paired(perplexity, with_counts(values), with_counts(values))}, 500, seed=trial)["x"]
+        low, high = one["base"]["interval_95"]
+        covered += low <= math.exp(2.0) <= high
+    assert covered >= 88
+
+
+def test_pairing_is_used():
+    rng = np.random.default_rng(0)
+    base = rng.normal(0, 10, 300)
+    tuned = base + rng.normal(0.2, 0.1, 300)
+    one = compare({"x": Paired(mean, with_counts(base), with_counts(tuned))})["x"]
+    assert one["difference"]["interval_95"][0] > 0.18
+    assert one["base"]["interval_95"][1] > one["tuned"]["interval_95"][0]
+
+
+def test_unequal_or_no_rows_are_refused():
+    ones = with_counts(np.ones(3))
+    with pytest.raises(ValueError, match="the same rows"):
+        compare({"x": Paired(mean, ones, ones[:2])})
+    with pytest.raises(ValueError, match="no rows"):
+        compare({"x": Paired(mean, ones[:0], ones[:0])})
+
+
+def test_holm_is_the_step_down_correction():
+    found = {name: {"p_value": p} for name, p in {"a": 0.01, "b": 0.04, "c": 0.03, "d": 0.9}.items()}
+    add_holm(found)
+    assert {n: round(one["p_holm"], 6) for n, one in found.items()} == {"a": 0.04, "b": 0.09, "c": 0.09, "d": 0.9}
+
+
+def test_mcnemar_counts_the_pairs_that_disagree():
+    base, tuned = np.array([1, 1, 0, 0, 0, 0, 0, 0]), np.array([1, 0, 1, 1, 1, 1, 1, 1])
+    assert mcnemar(base, tuned) == pytest.approx(2 * (1 + 7) / 2**7)
+    assert mcnemar(base, base) == 1.0
+
+
+def test_references_against_themselves_are_perfect_and_shuffled_near_nothing():
+    references = [f"{a} {b} {c} {d} {e}" for a, b, c, d, e in np.random.default_rng(0).choice(WORDS, (200, 5))]
+    check_canaries(references, near_bleu=3, near_rouge=0.35)
+
+
+@needs_shared
+def test_real_references_against_themselves_are_perfect_and_shuffled_near_nothing():
+    rows = json.loads((SHARED / "alpaca_en_1k.json").read_text())
+    check_canaries([row["output"] for row in rows if row["output"].strip()][:300], near_bleu=1, near_rouge=0.15)
+
+
+def check_canaries(references, near_bleu, near_rouge):
+    bleu = Bleu()
+    assert Bleu.score(bleu.parts(references, references).sum(axis=0)) == pytest.approx(100)
+    worded = [text for text in references if any(c.isascii() and c.isalnum() for c in text)]
+    assert rouge(worded, worded)[:, [0, 2]].min() == 1
+    shuffled = references[1:] + references[:1]
+    assert Bleu.score(bleu.parts(shuffled, references).sum(axis=0)) < near_bleu
+    assert rouge(shuffled, references)[:, 1].mean() < near_rouge / 2
+    empty = [""] * len(references)
+    assert Bleu.score(bleu.parts(empty, references).sum(axis=0)) == 0
+    assert rouge(empty, references).max() == 0
+
+
+def test_bleu_of_the_parts_is_sacrebleus_corpus_score():
+    rng = np.random.default_rng(0)
+    texts = [[" ".join(rng.choice(WORDS, rng.integers(1, 12))) for _ in range(80)] for _ in range(2)]
+    for tokenize in ("13a", "char"):
+        mine = Bleu(tokenize)
+        expected = BLEU(tokenize=tokenize).corpus_score(texts[0], [texts[1]]).score
+        assert Bleu.score(mine.parts(*texts).sum(axis=0)) == pytest.approx(expected, abs=1e-9)
+        assert f"tok:{tokenize}" in mine.signature()
+    with pytest.raises(ValueError, match="unknown to sacrebleu"):
+        Bleu("13b")
