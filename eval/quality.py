@@ -11,13 +11,13 @@ import sftlab.quiet  # noqa: F401, I001  (before the libraries that it quiets)
 
 import argparse
 import json
+import math
 import re
 import sys
 import time
-from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from peft import PeftModel
@@ -26,32 +26,17 @@ from transformers import PreTrainedTokenizerBase
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from sftlab.generate import AnswerFile, Generator, NotANumber, Sampling, generation_facts, longest_prompt
-from sftlab.heldout import HeldOut, held_out
-from sftlab.likelihood import Likelihood, likelihood
+from sftlab.heldout import HeldOut, Rows, held_out, select
+from sftlab.likelihood import Likelihood, likelihood, nats_of_the_token_read
 from sftlab.pair import SIDES, adapter_hash, answering, finished_run, load_pair, run_tokenizer
 from sftlab.run import environment, write_json
 from sftlab.scores import NAMES, ROUGE_SIGNATURE, Bleu, paired_scores, score_texts
 from sftlab.significance import FEW_ROWS, RESAMPLES, add_holm, compare
-from sftlab.table import interval, p_value, preview
-from sftlab.template import encode, prompt_ids
+from sftlab.table import aligned, interval, p_value, preview
 
 SHOWN_PROMPTS = 3
 # Compiling takes about as long as six batches of 64 rows and 256 tokens without it (a 1B model on an H200).
 BATCHES_WORTH_COMPILING = 6
-
-
-class Rows(NamedTuple):
-    """The rows that are scored, longest prompt first: number in the held-out set, row, token ids, prompt's ids."""
-
-    numbers: list[int]
-    rows: list[dict[str, Any]]
-    encoded: list[dict[str, list[int]]]
-    prompts: list[list[int]]
-    left_out: dict[str, int]
-
-    def batches(self, size: int) -> Iterator[slice]:
-        """Slices of `size` rows."""
-        return (slice(start, start + size) for start in range(0, len(self.numbers), size))
 
 
 def main(argv: list[str]) -> None:
@@ -98,10 +83,7 @@ def evaluate(arguments: argparse.Namespace) -> None:
     compiled &= len(rows.numbers) > BATCHES_WORTH_COMPILING * arguments.batch_size
     generator = Generator(model, tokenizer, sampling, static_rows=arguments.batch_size if compiled else None)
     memory = {"weights": allocated_gb()}
-    nll = {}
-    for side in SIDES:
-        with answering(model, side):
-            nll[side] = scored_likelihood(model, rows, tokenizer, arguments.batch_size, side)
+    nll, same_token = likelihoods(model, rows, tokenizer, arguments.batch_size)
     memory["likelihood_peak"] = allocated_gb(peak=True)
     facts = generation_facts(sampling, generator.turn) | {"compiled": compiled}
     answers = AnswerFile(arguments.run / "eval", answer_settings(arguments, run, dataset, facts))
@@ -119,6 +101,7 @@ def evaluate(arguments: argparse.Namespace) -> None:
         "rows": len(records),
         "held_out": dataset.facts | rows.left_out,
         "scores": scores,
+        "nats_of_the_token_just_read": same_token,
         "answers": {side: answer_facts(records, side) | answers.pace(side) for side in SIDES},
         "generation": facts | {"batch_size": arguments.batch_size, "file": answers.path.name},
         "bleu": bleu.signature(),
@@ -128,51 +111,38 @@ def evaluate(arguments: argparse.Namespace) -> None:
         **environment(),
     }
     report["warnings"] = warnings(report, dataset.unchecked)
-    other = arguments.dataset_name and re.sub(r"[^a-zA-Z0-9.]+", "-", arguments.dataset_name).strip("-.")
+    write(arguments, report, records)
+    print_report(report, records[:SHOWN_PROMPTS])
+
+
+def write(arguments: argparse.Namespace, report: dict[str, Any], records: list[dict[str, Any]]) -> None:
+    """quality.json and quality.jsonl, under a name of their own where another data set was judged on."""
+    other = arguments.dataset_name and re.sub(r"\W+", "-", Path(arguments.dataset_name).stem)
     name = f"quality-{other}" if other else "quality"
     text = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
     (arguments.run / "eval" / f"{name}.jsonl").write_text(text, encoding="utf-8")
     write_json(arguments.run / "eval" / f"{name}.json", report)
-    print_report(report, records[:SHOWN_PROMPTS])
 
 
-def select(
-    dataset: HeldOut, samples: int, tokenizer: PreTrainedTokenizerBase, max_length: int | None, longest_prompt: int
-) -> Rows:
-    """Of the first `samples` rows those with a response token within `max_length` and room left for an answer."""
-    test = dataset.rows.select(range(min(samples or len(dataset.rows), len(dataset.rows))))
-    chosen, cut, no_room, no_response = [], 0, 0, 0
-    for number, row in enumerate(test):
-        encoded, prompt = encode(tokenizer, row, None), prompt_ids(tokenizer, row["prompt"])
-        kept = {key: ids[:max_length] for key, ids in encoded.items()}
-        if all(label == -100 for label in kept["labels"]):
-            no_response += 1
-        elif len(prompt) > longest_prompt:
-            no_room += 1
-        else:
-            cut += len(kept["labels"]) < len(encoded["labels"])
-            chosen.append((number, row, kept, prompt))
-    if not chosen:
-        raise ValueError(
-            f"none of {len(test)} rows can be scored: {no_response} have no response token within max_length "
-            f"{max_length}, {no_room} no room for an answer (a prompt may have {longest_prompt} tokens)"
-        )
-    chosen.sort(key=lambda one: -len(one[3]))
-    counts = {"rows_without_a_response_token": no_response, "rows_without_room": no_room, "references_cut": cut}
-    return Rows(*map(list, zip(*chosen, strict=True)), counts)
-
-
-def scored_likelihood(
-    model: PeftModel, rows: Rows, tokenizer: PreTrainedTokenizerBase, size: int, side: str
-) -> Likelihood:
-    """Likelihood of the references, right-padded as in training."""
+def likelihoods(
+    model: PeftModel, rows: Rows, tokenizer: PreTrainedTokenizerBase, size: int
+) -> tuple[dict[str, Likelihood], dict[str, float]]:
+    """Of both models: the references' likelihood, right-padded as in training, and the nats of the token just read."""
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     collator = DataCollatorForLanguageModeling(pad_token_id=pad)
-    batches = ({k: v.to(model.device) for k, v in collator(rows.encoded[part]).items()} for part in rows.batches(size))
-    try:
-        return likelihood(model, batches, names=rows.numbers)
-    except ValueError as error:
-        raise ValueError(f"{side} model, {error}") from error
+
+    def batch(part: slice) -> dict[str, torch.Tensor]:
+        return {k: v.to(model.device) for k, v in collator(rows.encoded[part]).items()}
+
+    nll, same_token = {}, {}
+    for side in SIDES:
+        with answering(model, side):
+            try:
+                nll[side] = likelihood(model, map(batch, rows.batches(size)), names=rows.numbers)
+            except ValueError as error:
+                raise ValueError(f"{side} model, {error}") from error
+            same_token[side] = nats_of_the_token_read(model, batch(slice(size)))
+    return nll, same_token
 
 
 def answer_settings(
@@ -232,7 +202,7 @@ def answer_facts(records: list[dict[str, Any]], side: str) -> dict[str, Any]:
     return {
         "empty": sum(not answer["text"] for answer in answers),
         "cut_at_max_new_tokens": sum(answer["finish"] == "length" for answer in answers),
-        "repeat_the_last_prompt_token": sum(answer["repeats"] for answer in answers),
+        "one_token_repeated": sum(answer["repeats"] for answer in answers),
         "mean_tokens": round(sum(answer["tokens"] for answer in answers) / len(answers), 1),
     }
 
@@ -243,26 +213,29 @@ def warnings(report: dict[str, Any], unchecked: str | None) -> list[str]:
     rows, likelihoods = report["rows"], report["scores"]["response_perplexity"]
     if rows < FEW_ROWS:
         found.append(f"fewer than {FEW_ROWS} rows: the intervals are rough")
-    rises = likelihoods["difference"]["interval_95"][0] > 0
-    repeating = report["answers"]["tuned"]["repeat_the_last_prompt_token"]
-    if repeating > rows / 2:
-        found.append(
-            f"{repeating} of {rows} tuned answers repeat the last token of their prompt"
-            + (" and perplexity rose" if rises else "")
-            + ": so does a model that was trained on labels not shifted by one token"
-        )
-    elif rises:
+    if likelihoods["difference"]["interval_95"][0] > 0:
         found.append("the tuned model's response perplexity is higher than the base model's")
+    repeating = report["answers"]["tuned"]["one_token_repeated"]
+    if repeating > rows / 2:
+        found.append(f"{repeating} of {rows} tuned answers are one token repeated")
+    same = report["nats_of_the_token_just_read"]["tuned"]
+    following = math.log(report["scores"]["text_perplexity"]["tuned"]["value"])
+    if same < following:
+        found.append(
+            f"the tuned model predicts the token that it has just read ({same:.2f} nats) rather than the next one "
+            f"({following:.2f}), as one does that was trained on labels not shifted by one: distrust every score"
+        )
     return found
 
 
 def print_report(report: dict[str, Any], shown: list[dict[str, Any]]) -> None:
     """The comparison in a table, and the first prompts with both answers."""
     print(f"\n{report['run']}: base against tuned on {report['rows']} held-out rows ({report['held_out']['dataset']})")
-    print(f"  {'':<22}{'base':<28}{'tuned':<28}{'tuned - base':<30}p")
+    lines = [["", "base", "tuned", "tuned - base", "p"]]
     for name, one in report["scores"].items():
-        columns = f"{interval(one['base']):<28}{interval(one['tuned']):<28}{interval(one['difference']):<30}"
-        print(f"  {NAMES[name]:<22}{columns}{p_value(one['p_holm'])}")
+        values = [interval(one[what]) for what in ("base", "tuned", "difference")]
+        lines.append([NAMES[name], *values, p_value(one["p_holm"])])
+    print(aligned(lines))
     print(f"  in brackets 95 % intervals; {report['statistics'].replace('p_holm', 'p')}")
     limit = report["generation"]["max_new_tokens"]
     for side in SIDES:

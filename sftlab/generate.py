@@ -21,6 +21,7 @@ from transformers import (
 from sftlab.template import Turn, end_of_turn
 
 _CHECK_EVERY = 8
+_FEW_TOKENS = 8
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ class Sampling:
 class Answer(NamedTuple):
     """A continuation without its prompt: stripped text, tokens drawn, what ended it (stop or length).
 
-    `repeats` says that it is nothing but the last token of its prompt again and again.
+    `repeats` says that nine tenths of its tokens are one and the same.
     """
 
     text: str
@@ -111,17 +112,17 @@ class Generator:
         if broken.rows is not None and broken.rows.any():
             raise NotANumber(int(broken.rows.int().argmax()))
         new_tokens = generated[: len(prompts), width:].tolist()
-        return [self._answer(prompt, new) for prompt, new in zip(prompts, new_tokens, strict=True)]
+        return [self._answer(new) for new in new_tokens]
 
-    def _answer(self, prompt: list[int], new: list[int]) -> Answer:
+    def _answer(self, new: list[int]) -> Answer:
         ends = [position for position, token in enumerate(new) if token in (*self.turn.end_tokens, self.pad)]
         kept = new[: ends[0]] if ends else new
         text = self.tokenizer.decode(kept, skip_special_tokens=True)
         cuts = [text.find(stop) for stop in self.turn.stop_strings if stop in text]
         finish = "stop" if ends or cuts else "length"
         text = text[: min(cuts)] if cuts else text
-        repeats = len(kept) >= _CHECK_EVERY and set(kept) == {prompt[-1]}
-        return Answer(text.strip(), len(kept), finish, repeats)
+        commonest = max(map(kept.count, set(kept)), default=0)
+        return Answer(text.strip(), len(kept), finish, len(kept) >= _FEW_TOKENS and commonest >= 0.9 * len(kept))
 
 
 class _NextTurn(StoppingCriteria):

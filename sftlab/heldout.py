@@ -1,11 +1,14 @@
 """The rows that a run is judged on: its test split, or another data set, none of them trained on."""
 
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from datasets import Dataset
+from transformers import PreTrainedTokenizerBase
 
 from sftlab.config import DataArguments
 from sftlab.data import Splits, load_splits, opening
+from sftlab.template import encode, prompt_ids
 
 
 class HeldOut(NamedTuple):
@@ -14,6 +17,20 @@ class HeldOut(NamedTuple):
     rows: Dataset
     facts: dict[str, Any]
     unchecked: str | None
+
+
+class Rows(NamedTuple):
+    """The rows that are scored, longest prompt first: number in the held-out set, row, token ids, prompt's ids."""
+
+    numbers: list[int]
+    rows: list[dict[str, Any]]
+    encoded: list[dict[str, list[int]]]
+    prompts: list[list[int]]
+    left_out: dict[str, int]
+
+    def batches(self, size: int) -> Iterator[slice]:
+        """Slices of `size` rows."""
+        return (slice(start, start + size) for start in range(0, len(self.numbers), size))
 
 
 def held_out(
@@ -47,6 +64,32 @@ def held_out(
         return HeldOut(rows, facts, unchecked)
     _refuse_overlap(rows, splits, origin)
     return HeldOut(rows, facts, None)
+
+
+def select(
+    dataset: HeldOut, samples: int, tokenizer: PreTrainedTokenizerBase, max_length: int | None, longest_prompt: int
+) -> Rows:
+    """Of the first `samples` rows those with a response token within `max_length` and room left for an answer."""
+    test = dataset.rows.select(range(min(samples or len(dataset.rows), len(dataset.rows))))
+    chosen, cut, no_room, no_response = [], 0, 0, 0
+    for number, row in enumerate(test):
+        encoded, prompt = encode(tokenizer, row, None), prompt_ids(tokenizer, row["prompt"])
+        kept = {key: ids[:max_length] for key, ids in encoded.items()}
+        if all(label == -100 for label in kept["labels"]):
+            no_response += 1
+        elif len(prompt) > longest_prompt:
+            no_room += 1
+        else:
+            cut += len(kept["labels"]) < len(encoded["labels"])
+            chosen.append((number, row, kept, prompt))
+    if not chosen:
+        raise ValueError(
+            f"none of {len(test)} rows can be scored: {no_response} have no response token within max_length "
+            f"{max_length}, {no_room} no room for an answer (a prompt may have {longest_prompt} tokens)"
+        )
+    chosen.sort(key=lambda one: -len(one[3]))
+    counts = {"rows_without_a_response_token": no_response, "rows_without_room": no_room, "references_cut": cut}
+    return Rows(*map(list, zip(*chosen, strict=True)), counts)
 
 
 def _load(fields: dict[str, Any]) -> Splits:

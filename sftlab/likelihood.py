@@ -62,3 +62,17 @@ def likelihood(
         row = names[broken[0]] if names is not None else broken[0]
         raise ValueError(f"row {row}: the model gives no finite probability (NaN or infinite logits)")
     return Likelihood(parts[:, :2], parts[:, 2:])
+
+
+@torch.no_grad()
+def nats_of_the_token_read(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> float:
+    """Mean nats at which the model, having read a token, predicts that same token again, on one padded batch.
+
+    A model trained on labels that were not shifted by one predicts what it reads: this is then lower than the nats of
+    the next token.
+    """
+    real = batch["attention_mask"].bool()
+    inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
+    labels = batch["input_ids"].masked_fill(~real, -100)
+    outputs = model(**inputs, shift_labels=labels, use_cache=False, fused_lm_head=True)
+    return float(-outputs.log_probs.double().sum() / real.sum())

@@ -1,5 +1,6 @@
 """How figures are written for a person: values with their intervals, p-values, the beginning of a text."""
 
+from collections.abc import Sequence
 from typing import Any
 
 
@@ -29,3 +30,10 @@ def preview(text: str, width: int = 100) -> str:
     """The beginning of a text on one line."""
     line = " ".join(text.split())
     return line if len(line) <= width else line[: width - 3] + "..."
+
+
+def aligned(lines: Sequence[Sequence[str]]) -> str:
+    """Lines of cells in columns, two blanks apart, indented by two."""
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    padded = ("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in lines)
+    return "\n".join(f"  {line}".rstrip() for line in padded)

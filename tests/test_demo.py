@@ -69,21 +69,23 @@ def test_a_model_tuned_on_unshifted_labels_is_detected(tuned, tmp_path):
     config.inference_mode = False
     model = get_peft_model(model, config)
     arguments = {k: v for k, v in read(tuned)["recipe"].items() if k in DataArguments.__dataclass_fields__}
-    rows = [encode(tokenizer, row, 256) for row in load_splits(DataArguments(**arguments)).train.select(range(640))]
+    rows = [encode(tokenizer, row, 256) for row in load_splits(DataArguments(**arguments)).train.select(range(1600))]
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.01)
     for row in (rows[i : i + 16] for i in range(0, len(rows), 16)):
         batch = DataCollatorForLanguageModeling(pad_token_id=tokenizer.pad_token_id)(row)
         logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
-        torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch["labels"].flatten()).backward()
+        labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+        torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten()).backward()
         optimizer.step()
         optimizer.zero_grad()
     model.save_pretrained(folder / "adapter")
     report, text = judge(folder)
     perplexity = report["scores"]["response_perplexity"]
     assert perplexity["difference"]["interval_95"][0] > 0
-    assert report["answers"]["tuned"]["repeat_the_last_prompt_token"] > report["rows"] / 2
+    assert report["answers"]["tuned"]["one_token_repeated"] > report["rows"] / 2
+    assert len(report["warnings"]) == 3
     assert "warning:" in text
-    assert "labels not shifted by one token" in text
+    assert "labels not shifted by one" in text
 
 
 def test_a_second_build_keeps_what_is_there(built):

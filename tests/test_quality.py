@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from sftlab.generate import Answer, Generator
 from sftlab.pair import load_pair
+from sftlab.template import prompt_ids
 
 SCORES = ["response_perplexity", "text_perplexity", "bleu", "rouge1", "rouge2", "rougeL"]
 SHORT = ("--max_new_tokens", "16")
@@ -110,7 +111,7 @@ def test_answers_are_scored_as_they_are_and_empty_ones_counted(quality, run, mon
     tokenizer = quality.run_tokenizer(run, read(run))
     asked = {}
     for row in quality.held_out(read(run)).rows:
-        asked[tuple(quality.prompt_ids(tokenizer, row["prompt"]))] = row["completion"][0]["content"]
+        asked[tuple(prompt_ids(tokenizer, row["prompt"]))] = row["completion"][0]["content"]
 
     def canned(self, prompts, seed=0):
         tuned = self.model.get_base_model().model.layers[0].self_attn.q_proj.disable_adapters is False
@@ -174,8 +175,7 @@ def test_another_data_set_is_judged_unless_it_was_trained_on(quality, run, rows,
     fresh = [row | {"instruction": f"Say {i} backwards."} for i, row in enumerate(instruction_rows(40))]
     other = write_jsonl(tmp_path / "fresh.jsonl", fresh)
     quality.main(["--run", str(run), "--dataset_name", str(other), *SHORT])
-    name = next(path.stem for path in (run / "eval").glob("quality-*.json"))
-    assert report(run, name)["rows"] == 40
+    assert report(run, "quality-fresh")["rows"] == 40
     with pytest.raises(SystemExit, match=r"\d+ of 200 rows .* ask what the run was trained or validated on") as caught:
         quality.main(["--run", str(run), "--dataset_name", str(rows), *SHORT])
     assert "\n" not in str(caught.value.code)
