@@ -52,14 +52,17 @@ def compare(scores: dict[str, Paired], resamples: int = RESAMPLES, seed: int = 0
     count = rows.pop()
     if count == 0:
         raise ValueError("nothing to compare: no rows")
+    # equal rows are drawn together: of right and wrong answers there are four kinds, whatever the number of documents
+    everything = np.hstack([part for pair in parts.values() for part in pair])
+    _, first, sizes = np.unique(everything, axis=0, return_index=True, return_counts=True)
     drawn = {name: np.empty((2, resamples)) for name in scores}
     rng = np.random.default_rng(seed)
     for start in range(0, resamples, _CHUNK):
         chunk = slice(start, min(start + _CHUNK, resamples))
-        counts = rng.multinomial(count, np.full(count, 1 / count), size=chunk.stop - start).astype(float)
+        counts = rng.multinomial(count, sizes / count, size=chunk.stop - start).astype(float)
         for name, pair in parts.items():
             for side in (0, 1):
-                drawn[name][side, chunk] = scores[name].score(counts @ pair[side])
+                drawn[name][side, chunk] = scores[name].score(counts @ pair[side][first])
     return {
         name: _summary([float(scores[name].score(part.sum(axis=0))) for part in pair], drawn[name])
         for name, pair in parts.items()
