@@ -35,7 +35,7 @@ from lm_eval.tasks import TaskManager
 from sftlab.config import ModelArguments
 from sftlab.pair import SIDES, adapter_hash, answering, finished_run, load_pair, run_tokenizer
 from sftlab.run import environment, write_json
-from sftlab.significance import FEW_ROWS, Paired, add_holm, compare, mcnemar, mean, with_counts
+from sftlab.significance import FEW_ROWS, Paired, add_holm, compare, compare_rates, mean, with_counts
 from sftlab.table import aligned, interval, p_value
 
 LOCAL_TASKS = str(Path(__file__).parent / "tasks")
@@ -242,10 +242,10 @@ def compare_items(name: str, records: list[Record], figures: dict[str, Any], mea
             )
             raise ValueError(f"{name}, {key}: {given} are not the means of the documents: {hint}")
     compared = compare({key: Paired(mean, *map(with_counts, rows)) for key, rows in values.items()})
-    for key, one in compared.items():
-        one["p_from"] = "paired bootstrap"
-        if np.isin(values[key], (0, 1)).all():
-            one |= {"p_value": mcnemar(*values[key]), "p_from": "exact McNemar"}
+    for key, rows in values.items():
+        rates = np.isin(rows, (0, 1)).all()
+        compared[key]["statistics"] = "Wilson, Newcombe, exact McNemar" if rates else "paired bootstrap"
+        compared[key] |= compare_rates(*rows) if rates else {}
     return compared
 
 
@@ -280,8 +280,8 @@ def print_table(folder: Path, entries: list[Entry]) -> None:
             rows.append((*about, *cells, p_value(one["p_holm"]) if "p_holm" in one else ""))
             about = ("", "", "")
     print(aligned(rows))
-    print("  in brackets 95 % intervals (paired bootstrap over documents); p: exact McNemar where scores are 0 or 1,")
-    print(f"  else the bootstrap's; p (Holm): corrected for {len(entries)} task(s), each by its first line")
+    print("  in brackets 95 % intervals: where scores are 0 or 1 Wilson's and Newcombe's, and p is McNemar's (exact);")
+    print(f"  else both by paired bootstrap; p (Holm): corrected for {len(entries)} task(s), each by its first line")
     for entry in entries:
         if entry["limit"]:
             print(f"  {entry['task']}: the first documents only (--limit), no random sample")

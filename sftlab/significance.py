@@ -4,6 +4,7 @@ Every score here is a function of sums over rows: a mean is (sum, count), perple
 counts. So a resample is one matrix product, and corpus scores are resampled as the corpus scores that they are.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -84,10 +85,33 @@ def _with_interval(value: float, drawn: np.ndarray) -> dict[str, Any]:
     return {"value": value, "interval_95": np.percentile(drawn, [2.5, 97.5]).tolist()}
 
 
-def mcnemar(base: np.ndarray, tuned: np.ndarray) -> float:
-    """Exact two-sided p-value that right answers (0 or 1, [rows]) are equally frequent (McNemar 1947, binomial)."""
-    lost, won = int(((base == 1) & (tuned == 0)).sum()), int(((base == 0) & (tuned == 1)).sum())
-    return float(binomtest(won, won + lost).pvalue) if won + lost else 1.0
+def compare_rates(base: np.ndarray, tuned: np.ndarray) -> dict[str, Any]:
+    """`compare` for right answers [rows] of 0 or 1, where a bootstrap of none or all right would claim certainty.
+
+    Wilson's score intervals (1927); for the paired difference Newcombe's hybrid of them (Statistics in Medicine 17,
+    1998, pages 2635 to 2650, method 10); p-value by McNemar's exact test (1947).
+    """
+    n = len(base)
+    both, lost, won = (int(((base == b) & (tuned == t)).sum()) for b, t in ((1, 1), (1, 0), (0, 1)))
+    neither = n - both - lost - won
+    rates = {"base": (both + lost) / n, "tuned": (both + won) / n}
+    limits = {name: binomtest(round(rate * n), n).proportion_ci(method="wilson") for name, rate in rates.items()}
+    found = {name: {"value": rates[name], "interval_95": list(limits[name])} for name in rates}
+    margins = math.prod((both + lost, won + neither, both + won, lost + neither))
+    agreement = both * neither - won * lost
+    if agreement > 0:
+        agreement = max(agreement - n / 2, 0.0)
+    phi = agreement / math.sqrt(margins) if margins else 0.0
+    below, above = ({name: abs(limits[name][end] - rates[name]) for name in rates} for end in (0, 1))
+
+    def reach(tuned_side: float, base_side: float) -> float:
+        return math.sqrt(max(tuned_side**2 - 2 * phi * tuned_side * base_side + base_side**2, 0.0))
+
+    difference = (won - lost) / n
+    low, high = difference - reach(below["tuned"], above["base"]), difference + reach(above["tuned"], below["base"])
+    found["difference"] = {"value": difference, "interval_95": [low, high]}
+    found["p_value"] = float(binomtest(won, won + lost).pvalue) if won + lost else 1.0
+    return found
 
 
 def add_holm(comparisons: dict[str, dict[str, Any]]) -> None:

@@ -10,7 +10,7 @@ from conftest import SHARED, needs_shared
 from sacrebleu.metrics import BLEU
 
 from sftlab.scores import Bleu, paired_scores, rouge, score_texts
-from sftlab.significance import Paired, add_holm, compare, mcnemar, mean, perplexity, with_counts
+from sftlab.significance import Paired, add_holm, compare, compare_rates, mean, perplexity, with_counts
 
 TEXT = "the a cat dog sat ran on under mat tree and then slept quickly while rain fell over old quiet houses"
 WORDS = TEXT.split()
@@ -105,10 +105,38 @@ def test_holm_is_the_step_down_correction():
     assert {n: round(one["p_holm"], 6) for n, one in found.items()} == {"a": 0.04, "b": 0.09, "c": 0.09, "d": 0.9}
 
 
-def test_mcnemar_counts_the_pairs_that_disagree():
+def test_rates_are_compared_by_the_pairs_that_disagree():
     base, tuned = np.array([1, 1, 0, 0, 0, 0, 0, 0]), np.array([1, 0, 1, 1, 1, 1, 1, 1])
-    assert mcnemar(base, tuned) == pytest.approx(2 * (1 + 7) / 2**7)
-    assert mcnemar(base, base) == 1.0
+    one = compare_rates(base, tuned)
+    assert one["p_value"] == pytest.approx(2 * (1 + 7) / 2**7)
+    assert one["difference"]["value"] == pytest.approx((7 - 2) / 8)
+    assert compare_rates(base, base)["p_value"] == 1
+    assert compare_rates(base, base)["difference"]["value"] == 0
+
+
+def test_newcombes_published_example():
+    # Statistics in Medicine 17 (1998), table II, case (a): 36, 12, 2 and 0 of 50 pairs; method 10
+    base = np.array([1] * 36 + [0] * 2 + [1] * 12)
+    tuned = np.array([1] * 36 + [1] * 2 + [0] * 12)
+    low, high = compare_rates(tuned, base)["difference"]["interval_95"]
+    assert (low, high) == pytest.approx((0.0569, 0.3404), abs=5e-5)
+
+
+def test_no_right_answer_in_fifty_is_not_taken_for_certainty():
+    none = compare_rates(np.zeros(50), np.zeros(50))
+    assert none["base"]["interval_95"] == pytest.approx([0, 0.0713], abs=1e-4)
+    assert none["difference"]["interval_95"] == pytest.approx([-0.0713, 0.0713], abs=1e-4)
+    assert none["p_value"] == 1
+
+
+def test_the_interval_of_a_paired_difference_of_rates_covers_the_truth():
+    rng, covered = np.random.default_rng(0), 0
+    kinds = np.array([(1, 1), (1, 0), (0, 1), (0, 0)])
+    for _ in range(400):
+        base, tuned = kinds[rng.choice(4, 100, p=(0.5, 0.1, 0.2, 0.2))].T
+        low, high = compare_rates(base, tuned)["difference"]["interval_95"]
+        covered += low <= 0.1 <= high
+    assert 370 <= covered <= 392
 
 
 def test_references_against_themselves_are_perfect_and_shuffled_near_nothing():
