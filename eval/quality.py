@@ -28,8 +28,8 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 from sftlab.generate import AnswerFile, Generator, NotANumber, Sampling, generation_facts, longest_prompt
 from sftlab.heldout import HeldOut, Rows, held_out, select
 from sftlab.likelihood import Likelihood, likelihood, nats_of_the_token_read
-from sftlab.pair import SIDES, adapter_hash, answering, finished_run, load_pair, run_tokenizer
-from sftlab.run import environment, write_json
+from sftlab.pair import SIDES, answering, finished_run, load_pair, run_tokenizer
+from sftlab.run import adapter_hash, environment, write_json
 from sftlab.scores import NAMES, ROUGE_SIGNATURE, Bleu, paired_scores, score_texts
 from sftlab.significance import FEW_ROWS, RESAMPLES, add_holm, compare
 from sftlab.table import aligned, interval, p_value, preview
@@ -97,7 +97,7 @@ def evaluate(arguments: argparse.Namespace) -> None:
     report = {
         "run": str(arguments.run),
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "adapter": adapter_hash(arguments.run),
+        "adapter_hash": adapter_hash(arguments.run),
         "rows": len(records),
         "held_out": dataset.facts | rows.left_out,
         "scores": scores,
@@ -151,7 +151,7 @@ def answer_settings(
     """Whatever decides what the answers are. Batches matter where tokens are drawn, not where they are greedy."""
     names = ("model_name_or_path", "model_revision", "dtype", "load_in_4bit", "load_in_8bit", "model_init_kwargs")
     settings = {name: run["recipe"][name] for name in names} | dataset.facts | generation
-    settings |= {"adapter": adapter_hash(arguments.run), "template": run["template"]["hash"]}
+    settings |= {"adapter_hash": adapter_hash(arguments.run), "template": run["template"]["hash"]}
     if arguments.temperature > 0:
         settings |= {"samples": arguments.samples, "batch_size": arguments.batch_size}
     return settings
@@ -220,7 +220,7 @@ def warnings(report: dict[str, Any], unchecked: str | None) -> list[str]:
         found.append(f"{repeating} of {rows} tuned answers are one token repeated")
     same = report["nats_of_the_token_just_read"]["tuned"]
     following = math.log(report["scores"]["text_perplexity"]["tuned"]["value"])
-    if same < following:
+    if same < following / 2:
         found.append(
             f"the tuned model predicts the token that it has just read ({same:.2f} nats) rather than the next one "
             f"({following:.2f}), as one does that was trained on labels not shifted by one: distrust every score"

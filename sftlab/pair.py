@@ -1,6 +1,5 @@
 """The base and the tuned model of a finished run, under one load of the weights."""
 
-import hashlib
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -63,12 +62,3 @@ def answering(model: PeftModel, side: str) -> AbstractContextManager:
     """Inside it the model answers as `side`: base (the adapter switched off) or tuned."""
     assert side in SIDES
     return model.disable_adapter() if side == "base" else nullcontext()
-
-
-def adapter_hash(folder: Path) -> str:
-    """SHA-256 of the adapter's weights (hexadecimal, 16 digits)."""
-    weights = folder / "adapter" / "adapter_model.safetensors"
-    if not weights.is_file():
-        raise ValueError(f"{weights} is missing: train the run again")
-    with weights.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()[:16]

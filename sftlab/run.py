@@ -1,5 +1,6 @@
 """The run directory and its run.json: the contract between training, evaluation, report and app."""
 
+import hashlib
 import json
 import os
 import platform
@@ -35,6 +36,15 @@ def read_run(folder: str | os.PathLike) -> dict[str, Any]:
     if not path.is_file():
         raise ValueError(f"{folder} is no run directory: it has no run.json")
     return json.loads(path.read_text(encoding="utf-8"))
+
+
+def adapter_hash(folder: str | os.PathLike) -> str | None:
+    """SHA-256 of the weights of a run's adapter (hexadecimal, 16 digits); None where there are none."""
+    weights = Path(folder) / "adapter" / "adapter_model.safetensors"
+    if not weights.is_file():
+        return None
+    with weights.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
 
 
 class Run:
