@@ -1,8 +1,9 @@
 # make demo    the main job on a CPU, from nothing to base against tuned
+# make results the demo's recipes, trained and evaluated, their report, and the README's figures (15 minutes)
 # make test    the tests (no hub, no GPU, no network)
 # make lint    ruff: lint and format
 # make setup   the virtual environment alone
-.PHONY: demo test lint setup clean
+.PHONY: demo results test lint setup clean
 
 # Spinning OpenMP threads stall one another where the cores are shared.
 export OMP_WAIT_POLICY ?= PASSIVE
@@ -12,6 +13,7 @@ BIN := .venv/bin
 STAMP := .venv/installed
 TORCH := $(shell sed -n 's/^torch==//p' requirements.txt)
 DEMO := runs/demo-attn_r16
+RECIPES := $(sort $(basename $(notdir $(wildcard recipes/demo/*.yaml))))
 
 setup: $(STAMP)
 
@@ -32,9 +34,19 @@ demo: $(STAMP)
 	else $(BIN)/accelerate launch --config_file accelerate_configs/cpu.yaml recipes/sft.py --config recipes/demo/attn_r16.yaml; fi
 	$(BIN)/python eval/quality.py --run $(DEMO)
 	@echo
-	@echo "Next: look at the curves      .venv/bin/tensorboard --logdir runs"
+	@echo "Next: runs side by side       .venv/bin/python eval/report.py --runs runs"
+	@echo "      look at the curves      .venv/bin/tensorboard --logdir runs"
 	@echo "      another recipe          .venv/bin/accelerate launch --config_file accelerate_configs/cpu.yaml recipes/sft.py --config recipes/demo/all_r16.yaml"
 	@echo "      your own data           ... --dataset_name FILE.jsonl --output_dir runs/NAME"
+
+results: $(STAMP)
+	$(BIN)/python recipes/demo/build.py
+	@set -e; for recipe in $(RECIPES); do \
+	  grep -qs '"status": "succeeded"' runs/demo-$$recipe/run.json \
+	  || $(BIN)/accelerate launch --config_file accelerate_configs/cpu.yaml recipes/sft.py --config recipes/demo/$$recipe.yaml; \
+	  $(BIN)/python eval/quality.py --run runs/demo-$$recipe; done
+	$(BIN)/python eval/report.py --runs $(RECIPES:%=runs/demo-%) --axis lora_target_modules lora_r --out results/demo
+	$(BIN)/python results/readme.py
 
 test: $(STAMP)
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest

@@ -56,14 +56,16 @@ def recipes_table() -> str:
         perplexity, bleu = (scored(row, f"tuned {score}") for score in ("response_perplexity", "bleu"))
         cells = [row["run"].removeprefix("demo-"), row["axis lora_target_modules"].replace("_proj", "")]
         cells += [row["axis lora_r"], f"{int(row['trainable_parameters']):,}", f"{float(row['tokens_per_s']):,.0f}"]
-        lines.append(f"| {' | '.join([*cells, f'{float(row["peak_memory_gb"]):.2f}', perplexity, bleu])} |")
+        cells += [f"{float(row['peak_memory_gb']):.2f}", perplexity, bleu]
+        lines.append(f"| {' | '.join(cells)} |")
     about = f"{run['hardware']['cpu_cores']} CPU cores, {versions}; in brackets 95 % intervals over the test rows."
     return "\n".join([*lines, "", about]) + "\n"
 
 
 def scored(row: dict[str, str], name: str) -> str:
     """A score of the CSV with its interval."""
-    return interval({"value": float(row[name]), "interval_95": [float(row[f"{name} {end}"]) for end in ("low", "high")]})
+    ends = [float(row[f"{name} {end}"]) for end in ("low", "high")]
+    return interval({"value": float(row[name]), "interval_95": ends})
 
 
 if __name__ == "__main__":

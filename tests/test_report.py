@@ -368,13 +368,14 @@ def test_runs_that_failed_are_rows(make, report, capsys, tmp_path):
     printed = run_report(report, capsys, "--runs", tmp_path / "runs", "--out", tmp_path / "out")
     text, rows = (tmp_path / "out" / "report.md").read_text(), read_csv(tmp_path / "out")
     statuses = {
-        "ok": "succeeded", "memory": "out of memory", "nan": "diverged", "rising": "diverged", "noisy": "succeeded", "broken": "failed",
+        "ok": "succeeded", "memory": "out of memory", "nan": "diverged", "rising": "diverged", "noisy": "succeeded",
+            "broken": "failed",
         "stopped": "interrupted", "going": "running",
     }  # fmt: skip
     assert {name: row["status"] for name, row in rows.items()} == statuses
     assert rows["memory"]["tokens_per_s"] == ""
     assert "| diverged: the loss is nan at step 10 |" in table_row(text, "nan")
-    assert "above the first" in table_row(text, "rising")
+    assert "grew from 5.2 to 8.1" in table_row(text, "rising")
     assert "KeyError: 'x \\| y' in rows.jsonl" in table_row(text, "broken")
     assert all(name in printed for name in made)
     assert "not compared" not in printed  # one run with scores: nothing is compared
