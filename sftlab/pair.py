@@ -46,6 +46,8 @@ def load_pair(folder: Path, run: dict[str, Any]) -> PeftModel:
     arguments = ModelArguments(**{name: recipe[name] for name in ModelArguments.__dataclass_fields__})
     kwargs = model_init_kwargs(arguments, recipe["trust_remote_code"], recipe["model_init_kwargs"])
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    # cuDNN's attention gives other values from call to call (H200, torch 2.11): greedy texts would differ each time
+    torch.backends.cuda.enable_cudnn_sdp(False)
     name, quantization = recipe["model_name_or_path"], get_quantization_config(arguments)
     try:
         base = AutoModelForCausalLM.from_pretrained(name, device_map=device, quantization_config=quantization, **kwargs)

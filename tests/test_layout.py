@@ -1,6 +1,7 @@
 """The rules of the house: where code stands and what it is called."""
 
 import ast
+import csv
 import re
 import subprocess
 import sys
@@ -81,3 +82,17 @@ def test_the_working_tree_ignores_what_runs_write():
     for name in ("runs/x/run.json", "data/x", ".venv/x"):
         done = subprocess.run(["git", "check-ignore", "-q", name], cwd=ROOT)
         assert done.returncode in (0, 128), name
+
+
+def test_the_readmes_figures_are_those_of_the_report():
+    text = (ROOT / "README.md").read_text()
+    with (ROOT / "results" / "demo" / "runs.csv").open(newline="") as file:
+        rows = {row["run"]: row for row in csv.DictReader(file)}
+    table = text.partition("<!-- recipes:")[2].partition("<!-- end of recipes -->")[0]
+    assert {f"demo-{path.stem}" for path in (ROOT / "recipes" / "demo").glob("*.yaml")} == set(rows)
+    for name, row in rows.items():
+        line = next(line for line in table.splitlines() if line.startswith(f"| {name.removeprefix('demo-')} |"))
+        assert f"{float(row['tokens_per_s']):,.0f}" in line
+        assert f"{float(row['tuned bleu']):.4g} [" in line
+    demo = text.partition("<!-- demo:")[2].partition("<!-- end of demo -->")[0]
+    assert f"{float(rows['demo-attn_r16']['base response_perplexity']):.4g} [" in demo
