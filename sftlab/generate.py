@@ -168,15 +168,13 @@ class AnswerFile:
         self.path = folder / f"answers-{hashlib.sha256(text.encode()).hexdigest()[:12]}.jsonl"
         self.found: dict[tuple[str, int], Answer] = {}
         self.seconds: dict[str, float] = {}
-        if not self.path.is_file():
+        lines = self.path.read_bytes().splitlines(keepends=True) if self.path.is_file() else []
+        whole = [line for line in lines if line.endswith(b"\n")] or [text.encode() + b"\n"]
+        if whole != lines:  # new, or torn by a kill in the midst of writing
             folder.mkdir(parents=True, exist_ok=True)
-            self.path.write_text(text + "\n", encoding="utf-8")
-            return
-        lines = self.path.read_bytes().splitlines(keepends=True)
-        whole = [line for line in lines if line.endswith(b"\n")]
-        if len(whole) < len(lines):
-            with self.path.open("r+b") as file:
-                file.truncate(sum(map(len, whole)))
+            mended = self.path.with_suffix(".part")
+            mended.write_bytes(b"".join(whole))
+            mended.replace(self.path)
         for line in whole[1:]:
             self._take(json.loads(line))
 

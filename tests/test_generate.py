@@ -151,5 +151,9 @@ def test_kept_answers_survive_a_torn_line_and_other_settings_have_another_file(t
     assert again.pace("base") == {"seconds": 0.5, "rows_per_s": 4.0}
     assert again.path.read_bytes() == whole
     assert json.loads(whole.splitlines()[0]) == {"adapter": "a"}
+    again.path.write_bytes(b'{"adapt')
+    torn = AnswerFile(tmp_path, {"adapter": "a"})
+    torn.add("base", [4, 7], answers, 0.5)
+    assert AnswerFile(tmp_path, {"adapter": "a"}).found == torn.found != {}
     assert AnswerFile(tmp_path, {"adapter": "b"}).found == {}
     assert len(list(Path(tmp_path).iterdir())) == 2
