@@ -21,7 +21,6 @@ from transformers import (
 from sftlab.template import Turn, end_of_turn
 
 _CHECK_EVERY = 8
-_FEW_TOKENS = 8
 
 
 @dataclass(frozen=True)
@@ -45,7 +44,7 @@ class Sampling:
 class Answer(NamedTuple):
     """A continuation without its prompt: stripped text, tokens drawn, what ended it (stop or length).
 
-    `repeats` says that nine tenths of its tokens are one and the same.
+    `repeats` says that it goes round in circles: at most a tenth as many different tokens as tokens.
     """
 
     text: str
@@ -121,8 +120,7 @@ class Generator:
         cuts = [text.find(stop) for stop in self.turn.stop_strings if stop in text]
         finish = "stop" if ends or cuts else "length"
         text = text[: min(cuts)] if cuts else text
-        commonest = max(map(kept.count, set(kept)), default=0)
-        return Answer(text.strip(), len(kept), finish, len(kept) >= _FEW_TOKENS and commonest >= 0.9 * len(kept))
+        return Answer(text.strip(), len(kept), finish, len(kept) >= 10 * len(set(kept)) > 0)
 
 
 class _NextTurn(StoppingCriteria):

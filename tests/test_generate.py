@@ -117,12 +117,14 @@ def test_nan_logits_name_the_prompt(model, tokenizer):
     assert caught.value.position == 2
 
 
-def test_an_answer_of_one_token_repeated_is_marked(model, tokenizer):
+def test_an_answer_that_goes_round_in_circles_is_marked(model, tokenizer):
     generator = Generator(model, tokenizer, Sampling(max_new_tokens=16))
     assert generator._answer([5] * 16).repeats
-    assert generator._answer([6] + [5] * 15).repeats
-    assert not generator._answer([6] * 4 + [5] * 12).repeats
+    assert generator._answer([5, 6] * 10).repeats
+    assert not generator._answer([5, 6] * 9).repeats
+    assert not generator._answer(list(range(20))).repeats
     assert not generator._answer([5] * 3).repeats
+    assert not generator._answer([]).repeats
 
 
 def test_turns_end_as_their_template_says(tokenizer):
