@@ -3,8 +3,8 @@
 import csv
 import json
 import math
-import re
 import os
+import re
 import socket
 import subprocess
 import sys
