@@ -25,14 +25,15 @@ from trl import get_peft_config, get_quantization_config
 
 from sftlab.config import Recipe, parse_recipe
 from sftlab.data import Splits, load_splits
+from sftlab.fastpath import FastPath, choose
 from sftlab.interrupt import StopOnSignal
 from sftlab.launch import COMPUTE_DTYPE, PRECISIONS, Launch, check_devices, settle_single_process, use_all_cpu_cores
-from sftlab.likelihood import likelihood, nats_per_token
-from sftlab.measure import Meter, flops_per_token, peak_memory, share_of_limit
+from sftlab.measure import Meter, peak_memory, share_of_limit
 from sftlab.model import check_target_modules, load_config, load_tokenizer, model_init_kwargs
+from sftlab.ran import length_facts, what_ran
 from sftlab.run import Run
 from sftlab.template import set_template, template_hash
-from sftlab.trainer import LabTrainer, length_facts, what_ran
+from sftlab.trainer import LabTrainer
 
 
 def main(argv: list[str]) -> None:
@@ -46,7 +47,7 @@ def main(argv: list[str]) -> None:
         use_all_cpu_cores(launch)
         recipe = parse_recipe(argv, launch)
         run, checkpoint = begin(recipe, launch, rank)
-        tokenizer, template = prepare_tokenizer(recipe)
+        tokenizer, template, fast = prepare(recipe)
         with recipe.training.main_process_first(desc="reading the data set"):
             splits = load_splits(recipe.data, recipe.training.dataset_num_proc)
     except ValueError as error:
@@ -55,7 +56,7 @@ def main(argv: list[str]) -> None:
         sys.exit(f"error: {error}" if rank == 0 else 2)
     try:
         run.update(data=splits.facts, template={"source": template, "hash": template_hash(tokenizer)})
-        train(recipe, launch, run, checkpoint, tokenizer, splits)
+        train(recipe, launch, run, checkpoint, tokenizer, splits, fast)
     except KeyboardInterrupt:
         run.finish("interrupted", reason="stopped before the first step or at once")
         raise
@@ -75,23 +76,32 @@ def begin(recipe: Recipe, launch: Launch, rank: int) -> tuple[Run, str | None]:
     return run, found[0]
 
 
-def prepare_tokenizer(recipe: Recipe) -> tuple[PreTrainedTokenizerBase, str]:
-    """Tokenizer with its template, after checking that the model has what the recipe targets. No weights yet."""
+def prepare(recipe: Recipe) -> tuple[PreTrainedTokenizerBase, str, FastPath]:
+    """Tokenizer with its template, and the fast path, after checking what the recipe targets. No weights yet."""
     name, revision = recipe.model.model_name_or_path, recipe.model.model_revision
     tokenizer = load_tokenizer(name, revision, recipe.training)
     config = load_config(name, revision, recipe.training)
     if recipe.model.use_peft:
         check_target_modules(config, recipe.model.lora_target_modules, recipe.training.trust_remote_code)
     template = set_template(tokenizer, recipe.training.chat_template_path)
-    return tokenizer, template
+    return tokenizer, template, choose(recipe, config)
 
 
 def train(
-    recipe: Recipe, launch: Launch, run: Run, checkpoint: str | None, tokenizer: PreTrainedTokenizerBase, splits: Splits
+    recipe: Recipe,
+    launch: Launch,
+    run: Run,
+    checkpoint: str | None,
+    tokenizer: PreTrainedTokenizerBase,
+    splits: Splits,
+    fast: FastPath,
 ) -> None:
     """Train, save the adapter, measure, and write the run's end."""
     args = recipe.training
     args.model_init_kwargs = model_init_kwargs(recipe.model, args.trust_remote_code, args.model_init_kwargs)
+    if fast.attn_implementation:
+        args.model_init_kwargs["attn_implementation"] = fast.attn_implementation
+    args.packing = False  # trl's own would change which rows a step has
     set_seed(args.seed)
     meter, stop = Meter(), StopOnSignal()
     trainer = LabTrainer(
@@ -105,8 +115,11 @@ def train(
         callbacks=[meter, stop],
         meter=meter,
         launch=launch,
+        fast=fast,
     )
-    flops = flops_per_token(trainer.model)
+    if run.is_main:
+        for part, why in fast.reasons.items():
+            print(f"{part} is off: {why}")
     streaming = isinstance(trainer.train_dataset, IterableDataset)
     lengths = None if streaming else length_facts(trainer, len(splits.train))
     run.update(data=splits.facts | {"tokenized": lengths})
@@ -114,7 +127,7 @@ def train(
     result = trainer.train(resume_from_checkpoint=checkpoint)
 
     ran = what_ran(trainer)
-    measured = meter.facts(flops) | {"peak_memory": peak_memory(), "train_loss": result.training_loss}
+    measured = meter.facts(trainer.flops) | {"peak_memory": peak_memory(), "train_loss": result.training_loss}
     measured |= {"train_seconds": round(time.perf_counter() - started, 2), "global_step": result.global_step}
     facts: dict = {"ran": ran | {"seed": args.seed}}
     facts["losses"] = [[e["step"], e["loss"]] for e in trainer.state.log_history if "loss" in e]
@@ -128,9 +141,7 @@ def train(
         )
     save_adapter(trainer, run)
     if trainer.eval_dataset is not None:
-        trainer.model.eval()
-        gather = trainer.accelerator.gather_for_metrics
-        loss = nats_per_token(likelihood(trainer.model, trainer.get_eval_dataloader(), gather).response)
+        loss = trainer.validation_loss()
         measured |= {"validation_loss": loss, "validation_perplexity": math.exp(loss)}
     compute = getattr(torch, COMPUTE_DTYPE[PRECISIONS[args.mixed_precision]])
     measured |= share_of_limit(measured, trainer.accelerator.device, compute, launch.world_size)

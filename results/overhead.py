@@ -1,4 +1,4 @@
-"""What recipes/sft.py's trainer costs over plain SFTTrainer with the same settings: step times in pairs, run in turn.
+"""What recipes/sft.py's trainer costs over plain SFTTrainer, the fast path switched off: step times in pairs, in turn.
 
 accelerate launch --config_file accelerate_configs/cpu.yaml results/overhead.py --pairs 15 \
     --table results/overhead_cpu.csv --config recipes/demo/attn_r16.yaml --max_steps 100 [--any_field value]
@@ -25,6 +25,7 @@ from trl import SFTTrainer, get_peft_config
 
 from sftlab.config import Recipe, parse_recipe
 from sftlab.data import load_splits
+from sftlab.fastpath import FastPath
 from sftlab.interrupt import StopOnSignal
 from sftlab.launch import Launch, check_devices, settle_single_process, use_all_cpu_cores
 from sftlab.measure import Meter
@@ -74,7 +75,8 @@ def build(argv: list[str], launch: Launch, lab: bool) -> tuple[SFTTrainer, Stopw
         "peft_config": get_peft_config(recipe.model),
     }
     if lab:
-        return LabTrainer(**shared, callbacks=[watch, meter, StopOnSignal()], meter=meter, launch=launch), watch
+        extras = {"meter": meter, "launch": launch, "fast": FastPath(False, False, False, None)}
+        return LabTrainer(**shared, callbacks=[watch, meter, StopOnSignal()], **extras), watch
     return SFTTrainer(**shared, callbacks=[watch]), watch
 
 

@@ -31,6 +31,10 @@ _REFUSED = {
     "bf16_full_eval": "the launch config decides the precision",
     "fp16_full_eval": "the launch config decides the precision",
     "push_to_hub": "upload the finished adapter instead: hf upload NAME RUN/adapter",
+    "packing_strategy": "packing lays whole rows end to end and keeps the rows of a step",
+    "padding_free": "packing decides",
+    "eval_packing": "packing decides",
+    "use_liger_kernel": "compile_layers and fused_loss do its work",
     "auto_find_batch_size": "a batch size found by trial makes runs that cannot be compared",
 }
 
@@ -63,8 +67,8 @@ class DataArguments:
     global_batch_size: int | None = field(
         default=None,
         metadata={
-            "help": "Rows (packed sequences, when packing) per optimizer step over all processes; accumulation "
-            "follows from it. 0 or unset: per_device_train_batch_size x accumulation x processes."
+            "help": "Rows per optimizer step over all processes; accumulation follows from it. 0 or unset: "
+            "per_device_train_batch_size x accumulation x processes."
         },
     )
     overwrite: bool = field(default=False, metadata={"help": "Replace a finished run in output_dir."})
@@ -94,7 +98,27 @@ class TrainingArguments(SFTConfig):
     ddp_find_unused_parameters: bool | None = field(
         default=False, metadata={"help": "LoRA uses every parameter it trains; looking for unused ones costs time."}
     )
-    eval_packing: bool | None = field(default=False, metadata={"help": "Pack the validation rows."})
+    packing: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Lay the rows of a micro-batch end to end instead of padding them; a step has the same rows either "
+            "way. Unset: wherever attention can keep the rows apart."
+        },
+    )
+    accelerator_config: dict | str | None = field(
+        default_factory=lambda: {"dispatch_batches": False, "non_blocking": True},
+        metadata={"help": "How accelerate loads data: every process reads for itself, copies wait for nothing."},
+    )
+    compile_layers: bool | None = field(
+        default=None, metadata={"help": "Compile each decoder layer. Unset: on a GPU, unless torch_compile is set."}
+    )
+    fused_loss: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Compute the loss over a frozen head chunk by chunk, its gradient with it. Unset: wherever the "
+            "head allows."
+        },
+    )
 
     def __post_init__(self) -> None:
         asked = "bf16" if self.bf16 else "fp16" if self.fp16 else None

@@ -52,7 +52,7 @@ FOLLOWS = {
     **dict.fromkeys(("per_device_train_batch_size", "gradient_accumulation_steps"), _BATCH),
     "global_batch_size": f"global_batch {_BATCH}",
     "max_length": "tokens",
-    "packing": "tokens packing_strategy",
+    "packing": "attn_implementation",
     "gradient_checkpointing": "gradient_checkpointing_kwargs",
     "torch_compile": "torch_compile_*",
     "use_liger_kernel": "liger_kernel_config",

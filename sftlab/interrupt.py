@@ -23,6 +23,7 @@ class StopOnSignal(TrainerCallback):
     def __init__(self) -> None:
         self._pending, self._noted = 0, 0.0
         self.received = 0
+        self._group: dist.ProcessGroup | None = None
         for number in SIGNALS:
             signal.signal(number, self._note)
 
@@ -33,14 +34,21 @@ class StopOnSignal(TrainerCallback):
         if not self._pending:
             self._pending, self._noted = number, time.monotonic()
 
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
+        """The ranks agree over CPU memory: a flag on the GPU would be read only once all work queued there is done."""
+        if dist.is_initialized() and dist.get_world_size() > 1:
+            self._group = dist.new_group(backend="gloo")
+
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
     ) -> TrainerControl:
         """Agree on the flag; save and stop if any rank was signalled."""
         number = self._pending
-        if dist.is_initialized() and dist.get_world_size() > 1:
-            flag = torch.tensor([number], device=args.device)
-            dist.all_reduce(flag, op=dist.ReduceOp.MAX)
+        if self._group is not None:
+            flag = torch.tensor([number])
+            dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=self._group)
             number = int(flag)
         if number and state.global_step < state.max_steps:
             self.received = number

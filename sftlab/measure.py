@@ -2,8 +2,9 @@
 
 import resource
 import time
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import psutil
 import torch
 from accelerate.utils import gather_object
@@ -16,28 +17,21 @@ WARMUP_STEPS = 5
 class Meter(TrainerCallback):
     """Counts real tokens and rows over the steady state: warm-up, evaluation and saving excluded.
 
-    Tokens are counted on the device and read once at the end, so that a step waits for nothing. The clock stops where
-    an evaluation or a checkpoint follows a step and starts again with the next step.
+    The clock stops where an evaluation or a checkpoint follows a step and starts again with the next step.
     """
 
     def __init__(self) -> None:
         self.first_step_s: float | None = None
-        self._tokens: torch.Tensor | int = 0
-        self._rows: torch.Tensor | int = 0
+        self._counts, self._counted = np.zeros(3), np.zeros(3)
+        self._began = self._warmed_up = 0.0
         self._seconds = 0.0
         self._steps = 0
         self._window: tuple[float, int] | None = None
-        self._counted_tokens: torch.Tensor | int = 0
-        self._counted_rows: torch.Tensor | int = 0
         self._first_global_step: int | None = None
 
-    def count(self, inputs: dict[str, Any]) -> None:
-        """Add one micro-batch: its tokens that are not padding, and its rows (packed rows counted singly)."""
-        if inputs.get("attention_mask") is not None:
-            tokens, rows = inputs["attention_mask"].sum(), inputs["input_ids"].shape[0]
-        else:
-            tokens, rows = inputs["input_ids"].numel(), (inputs["position_ids"] == 0).sum()
-        self._tokens, self._rows = self._tokens + tokens, self._rows + rows
+    def count(self, tokens: int, rows: int, loss_tokens: int) -> None:
+        """Add one micro-batch: its tokens that are not padding, its rows, and its tokens that are in the loss."""
+        self._counts += (tokens, rows, loss_tokens)
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -45,33 +39,37 @@ class Meter(TrainerCallback):
         """Open a window once the warm-up is over."""
         if self._first_global_step is None:
             self._first_global_step = state.global_step
+            self._began = time.perf_counter()
         warmup = min(WARMUP_STEPS, max(1, (state.max_steps - self._first_global_step) // 4))
         if self._window is None and state.global_step >= self._first_global_step + warmup:
-            _synchronize()
-            self._tokens = self._rows = 0
+            synchronize()
+            if not self._warmed_up:
+                self._warmed_up, self._warmup_steps = time.perf_counter() - self._began, warmup
+            self._counts[:] = 0
             self._window = (time.perf_counter(), state.global_step)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Close the window before an evaluation, a checkpoint or the end."""
         if self.first_step_s is None:
-            _synchronize()
+            synchronize()
             self.first_step_s = time.time() - psutil.Process().create_time()
         pause = control.should_evaluate or control.should_save or control.should_training_stop
         if self._window and (pause or state.global_step >= state.max_steps):
-            _synchronize()
+            synchronize()
             started, first = self._window
             self._seconds += time.perf_counter() - started
             self._steps += state.global_step - first
-            self._counted_tokens = self._counted_tokens + self._tokens
-            self._counted_rows = self._counted_rows + self._rows
+            self._counted += self._counts
             self._window = None
 
-    def facts(self, flops_per_token: float) -> dict[str, Any]:
-        """Throughput over all processes for run.json; every process calls it. None where no step was timed."""
-        mine = {"tokens": int(self._counted_tokens), "rows": int(self._counted_rows), "seconds": self._seconds}
-        ranks = gather_object([mine])
-        seconds = max(r["seconds"] for r in ranks)
-        tokens, rows = sum(r["tokens"] for r in ranks), sum(r["rows"] for r in ranks)
+    def facts(self, flops: "Flops") -> dict[str, Any]:
+        """Throughput over all processes for run.json; every process calls it. None where no step was timed.
+
+        `warm_up_s` is what the first steps took longer than as many steady ones: compilation, first allocations.
+        """
+        ranks = gather_object([[*self._counted.tolist(), self._seconds]])
+        tokens, rows, loss_tokens, _ = (sum(column) for column in zip(*ranks, strict=True))
+        seconds = max(rank[3] for rank in ranks)
         facts: dict[str, Any] = {
             "time_to_first_step_s": self.first_step_s and round(self.first_step_s, 2),
             "timed_steps": self._steps,
@@ -79,33 +77,41 @@ class Meter(TrainerCallback):
             "tokens_per_s": None,
             "rows_per_s": None,
             "step_time_s": None,
+            "warm_up_s": None,
         }
         if seconds > 0:
             facts["tokens_per_s"] = round(tokens / seconds, 1)
             facts["rows_per_s"] = round(rows / seconds, 3)
             facts["step_time_s"] = round(seconds / self._steps, 5)
-            facts["model_tflops_per_s"] = round(flops_per_token * tokens / seconds / 1e12, 3)
+            facts["warm_up_s"] = round(self._warmed_up - self._warmup_steps * seconds / self._steps, 2)
+            work = flops.token * tokens + flops.loss_token * loss_tokens
+            facts["model_tflops_per_s"] = round(work / seconds / 1e12, 3)
         return facts
 
 
-def flops_per_token(model: nn.Module) -> float:
+class Flops(NamedTuple):
+    """Model FLOPs of a token, and what a token in the loss takes beyond them: the head's."""
+
+    token: float
+    loss_token: float
+
+
+def flops_per_token(model: nn.Module) -> Flops:
     """Model FLOPs a token, forward and backward.
 
     4 for each frozen matrix parameter (2 forward, 2 for the gradient of its input) and 6 for each trainable one (2 more
-    for its own gradient). The embedding is a lookup; the head counts, tied or not. Attention scores and recomputation
-    under checkpointing are left out. 6N for every parameter would count gradients that LoRA never computes.
+    for its own gradient). The embedding is a lookup; the head, tied or not, counts where a token is in the loss.
+    Attention scores and recomputation under checkpointing are left out. 6N for every parameter would count gradients
+    that LoRA never computes.
     """
-    frozen = trainable = 0
-    lookups = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
-    for parameter in model.parameters():
-        if parameter.ndim < 2 or id(parameter) in lookups:
-            continue
-        size = parameter.numel() * (_packed_factor(parameter))
-        frozen, trainable = (frozen, trainable + size) if parameter.requires_grad else (frozen + size, trainable)
-    head = model.get_output_embeddings()
-    if head is not None and id(head.weight) in lookups:
-        frozen += head.weight.numel()
-    return 4.0 * frozen + 6.0 * trainable
+    head = model.get_output_embeddings().weight
+    left_out = {id(head), *(id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding))}
+    matrices = [p for p in model.parameters() if p.ndim > 1 and id(p) not in left_out]
+    return Flops(sum(map(_flops, matrices)), _flops(head))
+
+
+def _flops(parameter: nn.Parameter) -> float:
+    return (6.0 if parameter.requires_grad else 4.0) * parameter.numel() * _packed_factor(parameter)
 
 
 def _packed_factor(parameter: nn.Parameter) -> float:
@@ -120,10 +126,10 @@ def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     times = []
     for _ in range(repeats):
-        _synchronize()
+        synchronize()
         start = time.perf_counter()
         a @ b
-        _synchronize()
+        synchronize()
         times.append(time.perf_counter() - start)
     return 2 * size**3 / min(times)
 
@@ -151,6 +157,7 @@ def peak_memory() -> list[dict[str, float]]:
     return gather_object([mine])
 
 
-def _synchronize() -> None:
+def synchronize() -> None:
+    """Wait for the GPU, if there is one."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()

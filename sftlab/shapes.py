@@ -1,9 +1,14 @@
 """Random-initialised models of published shapes: what speed and memory are measured on where no weights can be had."""
 
+import json
+import re
 from pathlib import Path
 
+import numpy as np
 import torch
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
+
+from sftlab.template import encode, set_template
 
 
 def save_random_llama(folder: Path, tokenizer: str) -> None:
@@ -24,3 +29,24 @@ def save_random_llama(folder: Path, tokenizer: str) -> None:
         model = LlamaForCausalLM(config).to(torch.bfloat16)
     model.save_pretrained(folder)
     AutoTokenizer.from_pretrained(tokenizer).save_pretrained(folder)
+
+
+def write_rows(path: Path, tokenizer: PreTrainedTokenizerBase, count: int, longest: int, seed: int = 0) -> None:
+    """Rows in Dolly's shape of random words, with lognormal(5.75, 0.7) tokens cut to 16..`longest`.
+
+    Mean near 315 tokens at 512. Nearly all of a row is its response; its words are one token each under `tokenizer`.
+    """
+    set_template(tokenizer)
+    generator = np.random.default_rng(seed)
+    lengths = np.clip(generator.lognormal(5.75, 0.7, count).astype(int), 16, longest)
+    texts = (tokenizer.decode([i]) for i in range(256, 30_000))
+    words = [
+        t for t in texts if re.fullmatch(" [a-z]{3,}", t) and len(tokenizer.encode(t, add_special_tokens=False)) == 1
+    ]
+    prompt = {"role": "user", "content": "1000"}
+    row = {"prompt": [prompt], "completion": [{"role": "assistant", "content": words[0].strip()}]}
+    around = len(encode(tokenizer, row, None)["input_ids"]) - 1
+    with path.open("w", encoding="utf-8") as file:
+        for number, length in enumerate(lengths):
+            text = "".join(generator.choice(words, max(1, length - around))).strip()
+            file.write(json.dumps({"instruction": f"{number}", "context": "", "response": text}) + "\n")

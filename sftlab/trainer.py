@@ -1,34 +1,47 @@
-"""trl's SFTTrainer with an eye on it: it counts tokens and notes what really ran. Nothing of it is rewritten."""
+"""trl's SFTTrainer on the fast path: packed rows, compiled layers, a loss without whole logits, no waiting for the GPU.
+
+It also counts tokens and notes what really ran. Batches, order and loss are SFTTrainer's.
+"""
 
 from typing import Any
 
-import numpy as np
-import pyarrow.compute as pc
 import torch
-from accelerate.utils import AORecipeKwargs, DistributedType
+from accelerate.data_loader import SeedableRandomSampler
+from accelerate.utils import AORecipeKwargs
 from datasets import Dataset
-from peft.tuners.lora import LoraLayer
 from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
-from torch.nn.parallel import DistributedDataParallel
+from torch.nn.functional import pad
 from torch.utils.data import RandomSampler, Sampler, SequentialSampler
+from transformers.trainer_utils import EvalLoopOutput
 from trl import SFTTrainer
 
-from sftlab.launch import COMPUTE_DTYPE, PRECISIONS, Launch
-from sftlab.measure import Meter
+from sftlab import loss, varlen
+from sftlab.fastpath import FastPath, compile_layers
+from sftlab.fp8 import freeze_in_float8, is_base_linear
+from sftlab.launch import Launch
+from sftlab.likelihood import nats_per_token
+from sftlab.measure import Meter, flops_per_token
+from sftlab.packing import BalancedSampler, Collator
+from sftlab.ran import frozen_linear, row_lengths, verify_precision, verify_strategy
+
+# What the collator adds for the loss and the meter; the model does not know it.
+_EXTRAS = ("loss_positions", "targets", "loss_rows", "real_tokens", "real_rows")
 
 
 class LabTrainer(SFTTrainer):
-    """SFTTrainer that feeds a `Meter` and stops at once where what runs is not what the launch config asked for.
+    """SFTTrainer that takes the fast path, feeds a `Meter`, and stops where what runs is not what was asked for.
 
     Raises RuntimeError for another number of processes or strategy, for linears that compute in another dtype, and for
     a model whose loss would not be given the number of tokens of the global batch.
     """
 
-    def __init__(self, *args: Any, meter: Meter, launch: Launch, **kwargs: Any) -> None:
-        self.meter = meter
-        self.launch = launch
+    def __init__(self, *args: Any, meter: Meter, launch: Launch, fast: FastPath, **kwargs: Any) -> None:
+        self.meter, self.launch, self.fast = meter, launch, fast
         self.observed: dict[str, str] = {}
+        self._sums: torch.Tensor | None = None
+        self._real_tokens, self._held_out = 0, []
+        varlen.register()
         super().__init__(*args, **kwargs)
         if not self.model_accepts_loss_kwargs:
             raise RuntimeError("accumulation would become a mean of means: the model's forward must accept **kwargs")
@@ -37,19 +50,125 @@ class LabTrainer(SFTTrainer):
             # accelerate would reduce gradients and return losses in the compute dtype; DDP does neither
             compute = plugin.mixed_precision_policy.param_dtype
             plugin.mixed_precision_policy = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32)
+        self.data_collator = Collator(self.processing_class.pad_token_id, fast.packing)
+        self.flops = flops_per_token(self.model)
+        self._take_fast_path()
+
+    def _take_fast_path(self) -> None:
+        base = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
+        why = loss.why_not(base) or ("of label smoothing" if self.args.label_smoothing_factor else None)
+        why = why or (f"of loss_type {self.args.loss_type}" if self.args.loss_type != "nll" else None)
+        if why and self.fast.fused_loss:
+            raise ValueError(f"fused_loss is not possible here because {why}: leave it out of the recipe")
+        if why and self.fast.fused_loss is None:
+            self.fast.reasons["fused_loss"] = why
+        self.fast.fused_loss = not why and self.fast.fused_loss is not False
+        if self.fast.fused_loss:
+            loss.add_frozen_head_loss(base)
+        if self.args.mixed_precision == "fp8" and not self.is_fsdp_enabled:
+            freeze_in_float8(self.model)
+        if self.fast.compile_layers:
+            compile_layers(base)
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
-        """One micro-batch; the first one checks the strategy and the precision."""
-        self.meter.count(inputs)
-        if self.observed:
-            return super().training_step(model, inputs, *args, **kwargs)
-        _verify_strategy(self)
+        """One micro-batch; before the first one the strategy and the precision are checked."""
+        self.meter.count(inputs["real_tokens"], inputs["real_rows"], len(inputs["targets"]))
+        if not self.observed:
+            verify_strategy(self)
+            self._observe(model, inputs)
+        return super().training_step(model, inputs, *args, **kwargs)
+
+    def _observe(self, model: nn.Module, inputs: dict[str, Any]) -> None:
+        """See in one uncompiled forward in which dtype a frozen linear computes. Leaves the random state alone."""
         linear = frozen_linear(model)
-        hook = linear.register_forward_hook(self._observe)
+
+        def note(module: nn.Module, inputs: Any, output: torch.Tensor) -> None:
+            self.observed = {"linear": type(module).__name__, "output_dtype": str(output.dtype).removeprefix("torch.")}
+
+        hook = linear.register_forward_hook(note)
+        devices = [self.args.device] if self.args.device.type == "cuda" else []
         try:
-            return super().training_step(model, inputs, *args, **kwargs)
+            with torch.random.fork_rng(devices), torch.no_grad(), torch.compiler.set_stance("force_eager"):
+                self._token_losses(model.train(), self._prepare_inputs(inputs))
         finally:
             hook.remove()
+        verify_precision(self)
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | None = None,
+    ) -> Any:
+        """Nats of the tokens in the loss over the number of such tokens in the global batch, as trl computes it."""
+        if not self.fast.fused_loss or return_outputs:
+            return super().compute_loss(model, _plain(inputs), return_outputs, num_items_in_batch)
+        nats, entropies, hits = self._token_losses(model, inputs)
+        sums = torch.stack([entropies.sum(), hits.sum(), torch.ones_like(hits).sum()])
+        self._sums = sums if self._sums is None else self._sums + sums
+        self._real_tokens += inputs["real_tokens"]
+        if num_items_in_batch is None:
+            return nats.sum() / max(1, len(nats))
+        return nats.sum() / num_items_in_batch.clamp(min=1) * self._processes_averaged
+
+    @property
+    def _processes_averaged(self) -> int:
+        # num_items_in_batch counts the tokens of every process, and DDP averages their gradients
+        return self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
+
+    def _token_losses(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[torch.Tensor, ...]:
+        """Nats, entropies and hits of every token in the loss, each [n]."""
+        plain = _plain(inputs)
+        positions = inputs["loss_positions"]
+        if self.fast.fused_loss:
+            del plain["labels"]
+            return model(**plain, loss_positions=positions, targets=inputs["targets"])
+        outputs = model(**plain, use_cache=False, fused_lm_head=True)
+        fields = (-outputs.log_probs, outputs.entropy, outputs.is_top1.float())
+        return tuple(pad(field, (0, 1)).flatten()[positions] for field in fields)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """trl's metrics, summed on the device and read here alone."""
+        if self._sums is not None and self.model.training:
+            sums = torch.cat([self._sums.double(), self._sums.new_tensor([self._real_tokens], dtype=torch.float64)])
+            entropy, hits, tokens, real = self.accelerator.reduce(sums, reduction="sum").tolist()
+            self._total_train_tokens += int(real)
+            self._sums, self._real_tokens = None, 0
+            for name, value in (("entropy", entropy / tokens), ("mean_token_accuracy", hits / tokens)):
+                self._metrics["train"][name].append(value)
+            self._metrics["train"]["num_tokens"] = [self._total_train_tokens]
+        super().log(logs, start_time)
+
+    def prediction_step(
+        self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: list[str] | None = None
+    ) -> tuple[torch.Tensor, None, None]:
+        """Nats and tokens of every row are kept, so that the evaluation's loss is the corpus's."""
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            nats = self._token_losses(model, inputs)[0].double()
+        rows = inputs["loss_rows"]
+        parts = nats.new_zeros(inputs["real_rows"], 2).index_add_(
+            0, rows, torch.stack([nats, torch.ones_like(nats)], 1)
+        )
+        self._held_out.append(self.accelerator.gather_for_metrics(parts))
+        return nats.sum() / max(1, len(nats)), None, None
+
+    def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> EvalLoopOutput:
+        """transformers' loop with the exact loss: all nats over all tokens, not a mean of the batches' means."""
+        self._held_out = []
+        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        output.metrics[f"{metric_key_prefix}_loss"] = nats_per_token(torch.cat(self._held_out).cpu().numpy())
+        return output
+
+    def validation_loss(self) -> float:
+        """Nats per response token of the validation rows."""
+        loop = self.evaluation_loop(self.get_eval_dataloader(), "validation", prediction_loss_only=True)
+        return loop.metrics["eval_loss"]
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> float:
+        """FLOPs of a micro-batch; transformers would walk over all modules at every step to say 6 a parameter."""
+        return self.flops.token * inputs["real_tokens"] + self.flops.loss_token * len(inputs["targets"])
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler | None:
         # A last, partial batch would be filled up with repeated rows under DDP and not on one process. Whole global
@@ -59,130 +178,38 @@ class LabTrainer(SFTTrainer):
             return sampler
         whole = len(sampler) - len(sampler) % self.global_batch
         if whole == 0:
-            raise ValueError(f"{len(sampler)} training sequences do not fill one global batch of {self.global_batch}")
-        if isinstance(sampler, RandomSampler):
-            return RandomSampler(sampler.data_source, num_samples=whole)
-        return SequentialSampler(range(whole))
+            raise ValueError(f"{len(sampler)} training rows do not fill one global batch of {self.global_batch}")
+        shuffled, source = isinstance(sampler, RandomSampler), sampler.data_source
+        if not self.fast.packing:
+            return RandomSampler(source, num_samples=whole) if shuffled else SequentialSampler(range(whole))
+        # accelerate would put the seedable sampler in by itself, and does not see into the balanced one
+        seed = self.args.data_seed
+        order = SeedableRandomSampler(source, num_samples=whole, data_seed=seed) if shuffled else range(whole)
+        micro_batch = self.args.per_device_train_batch_size
+        return BalancedSampler(order, row_lengths(self.train_dataset), micro_batch, self.global_batch // micro_batch)
 
     @property
     def global_batch(self) -> int:
-        """Rows (packed sequences, when packing) an optimizer step, over all processes."""
+        """Rows an optimizer step, over all processes."""
         args = self.args
         return args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
-
-    def _observe(self, module: nn.Module, inputs: Any, output: torch.Tensor) -> None:
-        self.observed = {"linear": type(module).__name__, "output_dtype": str(output.dtype).removeprefix("torch.")}
-        _verify_precision(self)
 
     def _build_accelerator_args(self, **kwargs: Any) -> dict[str, Any]:
         built = super()._build_accelerator_args(**kwargs)
         if self.args.mixed_precision == "fp8":
-            # accelerate would convert the LoRA matrices too, whose rank is too small for float8 to pay
-            built["kwargs_handlers"].append(AORecipeKwargs(module_filter_func=is_base_linear))
+            # accelerate would convert the LoRA matrices too, whose rank is too small for float8 to pay. Outside FSDP,
+            # which shards torchao's weights and not ours, the linears are frozen in float8 instead.
+            sharded = self.launch.strategy == "fsdp"
+            built["kwargs_handlers"].append(
+                AORecipeKwargs(module_filter_func=is_base_linear if sharded else _no_linear)
+            )
         return built
 
 
-def is_base_linear(module: nn.Module, name: str) -> bool:
-    """Whether fp8 converts this module: a frozen linear inside the decoder, its sizes multiples of 16."""
-    if not isinstance(module, nn.Linear) or "lora_" in name or "lm_head" in name:
-        return False
-    return module.in_features % 16 == 0 and module.out_features % 16 == 0
+def _plain(inputs: dict[str, Any]) -> dict[str, Any]:
+    """What the model itself takes."""
+    return {name: value for name, value in inputs.items() if name not in _EXTRAS}
 
 
-def frozen_linear(model: nn.Module) -> nn.Linear:
-    """The first linear layer, in its base form where LoRA wraps it; the dtype it computes in is the run's precision."""
-    return next(m for n, m in model.named_modules() if isinstance(m, nn.Linear) and "lora_" not in n)
-
-
-def what_ran(trainer: LabTrainer) -> dict[str, Any]:
-    """Precision, dtypes, strategy and sizes as they are, for run.json."""
-    model, accelerator = trainer.model, trainer.accelerator
-    trained = [p for p in model.parameters() if p.requires_grad]
-    frozen = [p for p in model.parameters() if not p.requires_grad]
-    return {
-        "precision": PRECISIONS[accelerator.mixed_precision],
-        "compute": trainer.observed,
-        "tf32": torch.backends.cuda.matmul.allow_tf32 if torch.cuda.is_available() else None,
-        "trainable_parameters": sum(p.numel() for p in trained),
-        "trainable_dtypes": _dtypes(trained),
-        "frozen_dtypes": _dtypes(frozen),
-        "quantization": _quantization(model),
-        "strategy": strategy(trainer),
-        "gradients_reduced_in": _reduce_dtype(trainer, trained),
-        "world_size": accelerator.num_processes,
-        "device": str(accelerator.device.type),
-        "lora_scale": lora_scale(model),
-        "attn_implementation": model.config._attn_implementation,
-        "micro_batch": trainer.args.per_device_train_batch_size,
-        "accumulation": trainer.args.gradient_accumulation_steps,
-        "global_batch": trainer.global_batch,
-    }
-
-
-def strategy(trainer: SFTTrainer) -> str:
-    """single, ddp, fsdp1 or fsdp2, from the wrapped model itself."""
-    if trainer.accelerator.distributed_type == DistributedType.FSDP:
-        return f"fsdp{trainer.accelerator.state.fsdp_plugin.fsdp_version}"
-    wrapped = isinstance(trainer.model_wrapped, DistributedDataParallel)
-    return "ddp" if wrapped else "single" if trainer.accelerator.num_processes == 1 else "none"
-
-
-def lora_scale(model: nn.Module) -> list[float]:
-    """The factors that the LoRA updates are multiplied with (alpha / r; one value unless layers differ)."""
-    return sorted({scale for m in model.modules() if isinstance(m, LoraLayer) for scale in m.scaling.values()})
-
-
-def _quantization(model: nn.Module) -> str | None:
-    if getattr(model, "is_loaded_in_4bit", False):
-        return "4bit"
-    return "8bit" if getattr(model, "is_loaded_in_8bit", False) else None
-
-
-def _dtypes(parameters: list[nn.Parameter]) -> list[str]:
-    return sorted({str(p.dtype).removeprefix("torch.") for p in parameters})
-
-
-def _reduce_dtype(trainer: SFTTrainer, trained: list[nn.Parameter]) -> str | None:
-    if trainer.accelerator.num_processes == 1:
-        return None
-    policy = trainer.accelerator.state.fsdp_plugin.mixed_precision_policy if trainer.is_fsdp_enabled else None
-    return str(getattr(policy, "reduce_dtype", None) or trained[0].dtype).removeprefix("torch.")
-
-
-def _verify_strategy(trainer: LabTrainer) -> None:
-    launch, ran, processes = trainer.launch, strategy(trainer), trainer.accelerator.num_processes
-    if not ran.startswith(launch.strategy) or processes != launch.world_size:
-        raise RuntimeError(
-            f"the launch config asks for {launch.strategy} over {launch.world_size} processes; what runs is {ran} over "
-            f"{processes}"
-        )
-
-
-def _verify_precision(trainer: LabTrainer) -> None:
-    precision = PRECISIONS[trainer.accelerator.mixed_precision]
-    asked, linear, dtype = trainer.launch.precision or precision, *trainer.observed.values()
-    if precision != asked or dtype != COMPUTE_DTYPE[asked]:
-        raise RuntimeError(
-            f"the launch config asks for {asked}; accelerate runs {precision} and the linears compute in {dtype}"
-        )
-    if asked == "fp8" and linear != "Float8Linear":
-        raise RuntimeError(f"the launch config asks for fp8; the linears run as {linear}")
-
-
-def length_facts(trainer: SFTTrainer, rows: int) -> dict[str, int]:
-    """Sequences and tokens that training sees of `rows` rows, and what `max_length` did to them.
-
-    `cut` rows lost the end of their response and so their end token; `dropped` rows had no response token left.
-    """
-    packed = trainer.args.packing
-    lengths = pc.list_value_length(trainer.train_dataset.with_format("arrow")[:]["input_ids"]).to_numpy()
-    at_limit = [] if packed else np.flatnonzero(lengths == trainer.args.max_length)
-    eos = trainer.processing_class.eos_token_id
-    return {
-        "sequences": len(lengths),
-        "tokens": int(lengths.sum()),
-        "longest": int(lengths.max()),
-        "cut": sum(trainer.train_dataset[int(i)]["input_ids"][-1] != eos for i in at_limit),
-        "dropped": 0 if packed else rows - len(lengths),
-        "left_over_an_epoch": len(lengths) % trainer.global_batch,
-    }
+def _no_linear(module: nn.Module, name: str) -> bool:
+    return False

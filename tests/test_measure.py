@@ -11,7 +11,7 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from sftlab import measure
 from sftlab.likelihood import likelihood, with_fused_head
-from sftlab.measure import Meter, flops_per_token
+from sftlab.measure import Flops, Meter, flops_per_token
 
 
 def test_flops_are_four_a_frozen_and_six_a_trained_parameter():
@@ -25,7 +25,9 @@ def test_flops_are_four_a_frozen_and_six_a_trained_parameter():
         matrices = 16 * layer + 128256 * 2048
         tuned = get_peft_model(model, LoraConfig(r=16, target_modules=["q_proj", "v_proj", "o_proj"]))
     lora = 16 * 16 * ((2048 + 2048) + (2048 + 512) + (2048 + 2048))
-    assert flops_per_token(tuned) == 4 * matrices + 6 * lora
+    flops = flops_per_token(tuned)
+    assert flops.loss_token == 4 * 128256 * 2048
+    assert sum(flops) == 4 * matrices + 6 * lora
     assert abs(matrices - 1.236e9) < 1e6
 
 
@@ -39,17 +41,16 @@ class Clock:
 def test_the_meter_counts_real_tokens_and_leaves_out_warm_up_evaluation_and_saving(monkeypatch):
     clock, meter = Clock(monkeypatch), Meter()
     state = SimpleNamespace(global_step=0, max_steps=20)
-    mask = torch.tensor([[1, 1, 1, 0], [1, 0, 0, 0]])
     for step in range(20):
         control = SimpleNamespace(should_evaluate=step == 9, should_save=step == 14, should_training_stop=False)
         meter.on_step_begin(None, state, control)
         clock.now += 100.0 if step < 5 else 2.0
         for _ in range(2):
-            meter.count({"input_ids": torch.zeros_like(mask), "attention_mask": mask})
+            meter.count(tokens=4, rows=2, loss_tokens=3)
         state.global_step += 1
         meter.on_step_end(None, state, control)
         clock.now += 1000.0 if step in (9, 14) else 0.0
-    facts = meter.facts(flops_per_token=3e12)
+    facts = meter.facts(Flops(token=1.5e12, loss_token=2e12))
     assert facts["timed_steps"] == 15
     assert facts["timed_seconds"] == 30.0
     assert facts["tokens_per_s"] == 15 * 2 * 4 / 30.0
@@ -58,15 +59,9 @@ def test_the_meter_counts_real_tokens_and_leaves_out_warm_up_evaluation_and_savi
     assert facts["model_tflops_per_s"] == 12.0
 
 
-def test_packed_rows_are_counted_singly():
-    meter = Meter()
-    meter.count({"input_ids": torch.zeros(1, 7), "position_ids": torch.tensor([[0, 1, 2, 0, 1, 0, 1]])})
-    assert (int(meter._tokens), int(meter._rows)) == (7, 3)
-
-
 def test_a_run_too_short_to_time_says_so(monkeypatch):
     monkeypatch.setattr(measure, "gather_object", lambda values: values)
-    assert Meter().facts(1.0)["tokens_per_s"] is None
+    assert Meter().facts(Flops(1.0, 0.0))["tokens_per_s"] is None
 
 
 @pytest.fixture

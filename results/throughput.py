@@ -1,0 +1,173 @@
+"""Training throughput of this project, of trl and of the published loop, side by side on one GPU or several.
+
+python results/throughput.py --tokenizer DIR [--variants NAME ...] [--out results/throughput.csv]
+
+Random-initialised Llama-3.2-1B, rows of random words with lognormal(5.75, 0.7) tokens. Every variant is a process of
+its own (results/turnstile.py); those of a group are started at once, warm up, and are then let through a turnstile one
+at a time, `--repeats` times round, so that every repeat has one of each. `sft.py` variants are recipes/sft.py itself,
+TensorBoard on; DDP and FSDP2 take every GPU, with as much work for each. Only tokens that are not padding count. Of the
+`sft.py` variants one more turn is profiled, by class of kernel (throughput_profile.csv). The share of the limit is
+model FLOPs (4 for each frozen parameter and token, the head at the tokens in the loss alone) over the rate of a matrix
+product measured in the same command.
+"""
+
+import argparse
+import csv
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoTokenizer
+
+from sftlab.measure import matrix_rate
+from sftlab.run import environment
+from sftlab.shapes import save_random_llama, write_rows
+
+ROOT = Path(__file__).parent.parent
+BASE = "data/llama3.2-1b-random"
+ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+BODY_FLOPS, HEAD_FLOPS = 4 * 0.9731e9, 4 * 0.2627e9
+Variant = tuple[str, str, dict[str, Any]]
+
+
+def sft(launch: str, rows: int = 32, longest: int = 512, **fields: Any) -> Variant:
+    """recipes/sft.py under a launch config, with `rows` a process and step."""
+    fields |= {"per_device_train_batch_size": rows, "max_length": longest, "dataset_name": f"data/rows{longest}.jsonl"}
+    return "sft", launch, fields
+
+
+# name: kind, launch config, fields of the recipe, of trl's SFTConfig, or of the loop
+VARIANTS: dict[str, Variant] = {
+    "sft.py bf16": sft("single"),
+    "sft.py fp8": sft("fp8"),
+    "sft.py bf16, all linears": sft("single", lora_target_modules=ALL),
+    "sft.py fp8, all linears": sft("fp8", lora_target_modules=ALL),
+    "sft.py bf16, 20 rows": sft("single", rows=20),
+    "sft.py bf16, dropout 0.05": sft("single", lora_dropout=0.05),
+    "sft.py bf16, not compiled": sft("single", compile_layers="false"),
+    "sft.py bf16, loss not fused": sft("single", rows=20, fused_loss="false"),
+    "sft.py bf16, not packed": sft("single", rows=20, packing="false"),
+    "sft.py bf16, rows to 1024": sft("single", rows=24, longest=1024),
+    "sft.py bf16, rows to 4096": sft("single", rows=16, longest=4096),
+    "sft.py fp8, rows to 4096": sft("fp8", rows=16, longest=4096),
+    "sft.py bf16, DDP": sft("ddp"),
+    "sft.py bf16, FSDP2": sft("fsdp"),
+    "published loop, fp16": ("loop", "single", {"autocast": "float16"}),
+    "published loop, fp32": ("loop", "single", {"autocast": None}),
+    "trl as it comes": ("trl", "single", {"dtype": "float32", "gradient_checkpointing": True}),
+    "trl bf16": ("trl", "single", {}),
+    "trl bf16, compiled": ("trl", "single", {"torch_compile": True}),
+    "trl bf16, packed, sdpa": ("trl", "single", {"packing": True}),
+}
+
+
+def main() -> None:
+    """Make model and rows, run the variants, and write a line for each."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--tokenizer", help="folder of the Llama 3 tokenizer, or of another of at most 128,256 tokens")
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS), metavar="NAME")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--at_once", type=int, default=5, help="variants that share the GPU's memory at a time")
+    parser.add_argument("--out", type=Path, default=ROOT / "results" / "throughput.csv")
+    arguments = parser.parse_args()
+    save_random_llama(ROOT / BASE, arguments.tokenizer)
+    tokenizer = AutoTokenizer.from_pretrained(ROOT / BASE)
+    for longest in {512, *(VARIANTS[name][2].get("max_length", 512) for name in arguments.variants)}:
+        write_rows(ROOT / f"data/rows{longest}.jsonl", tokenizer, 3000, longest)
+    rate = matrix_rate(torch.device("cuda"), torch.bfloat16)
+    lines, profiles, facts = [], [], environment()
+    about = {
+        "hardware": facts["hardware"]["gpu"],
+        "versions": " ".join(f"{k} {v}" for k, v in facts["versions"].items()),
+    }
+    for first in range(0, len(arguments.variants), arguments.at_once):
+        group = arguments.variants[first : first + arguments.at_once]
+        with tempfile.TemporaryDirectory() as folder:
+            for name, reports in drive(group, arguments.repeats, Path(folder)).items():
+                profiles += [{"variant": name} | report["kernels"] for report in reports if "kernels" in report]
+                lines.append({"variant": name, **summary(name, reports[: arguments.repeats], rate), **about})
+        write_table(arguments.out, lines)
+        write_table(arguments.out.with_stem(f"{arguments.out.stem}_profile"), profiles)
+
+
+def drive(names: list[str], repeats: int, folder: Path) -> dict[str, list[dict[str, Any]]]:
+    """Start a worker a variant, then let them through in turn, `repeats` times. A worker may fail."""
+    processes, reports = {}, {name: [] for name in names}
+    for number, name in enumerate(names):
+        (folder / str(number)).mkdir()
+        processes[name] = (folder / str(number), start(name, repeats, folder / str(number)))
+    for mine, process in processes.values():
+        appeared(mine / "ready0", process)
+    for turn in range(repeats + 1):
+        for name, (mine, process) in processes.items():
+            if turn == repeats and VARIANTS[name][0] != "sft":
+                continue
+            if appeared(mine / f"ready{turn}", process):
+                (mine / f"go{turn}").touch()
+            if appeared(mine / f"done{turn}", process):
+                reports[name].append(json.loads((mine / f"done{turn}").read_text(encoding="utf-8")))
+                print(f"{name}: {reports[name][-1]['tokens_per_s']:.0f} tokens/s", flush=True)
+            elif turn == len(reports[name]) == 0:
+                log = (mine / "log").read_text(encoding="utf-8")
+                print(f"{name}: failed\n{log[max(0, log.find('Traceback')) :][:3000]}", flush=True)
+    for _, process in processes.values():
+        process.terminate()
+        process.wait()
+    return reports
+
+
+def start(name: str, repeats: int, folder: Path) -> subprocess.Popen:
+    """The worker of a variant, on one GPU or on all."""
+    kind, launch, fields = VARIANTS[name]
+    processes = torch.cuda.device_count() if launch in ("ddp", "fsdp") else 1
+    if kind == "sft":
+        fields = {"global_batch_size": fields["per_device_train_batch_size"] * processes, **fields}
+    command = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch"]
+    command += ["--config_file", f"accelerate_configs/{launch}.yaml", "--num_processes", str(processes)]
+    command += ["results/turnstile.py", "--kind", kind, "--fields", json.dumps(fields), "--base", BASE]
+    command += ["--turns", str(repeats), "--folder", str(folder)]
+    return subprocess.Popen(command, cwd=ROOT, stdout=(folder / "log").open("w"), stderr=subprocess.STDOUT)
+
+
+def appeared(path: Path, process: subprocess.Popen) -> bool:
+    """Wait until the file is there or the process has ended."""
+    while not path.exists() and process.poll() is None:
+        time.sleep(0.02)
+    return path.exists()
+
+
+def summary(name: str, reports: list[dict[str, Any]], rate: float) -> dict[str, Any]:
+    """Median and range over the repeats; empty where a variant failed. Memory is a GPU's."""
+    gpus = torch.cuda.device_count() if VARIANTS[name][1] in ("ddp", "fsdp") else 1
+    tokens = sorted(report["tokens_per_s"] for report in reports)
+    flops = [BODY_FLOPS * r["tokens_per_s"] + HEAD_FLOPS * r["loss_tokens_per_s"] for r in reports]
+    return {
+        "gpus": gpus,
+        "tokens_per_s": round(statistics.median(tokens)) if tokens else "failed",
+        "lowest": round(tokens[0]) if tokens else "",
+        "highest": round(tokens[-1]) if tokens else "",
+        "rows_per_s": round(statistics.median(r["rows_per_s"] for r in reports), 1) if tokens else "",
+        "share_of_limit": round(statistics.median(flops) / rate / gpus, 3) if tokens else "",
+        "peak_gb": max(r["peak_gb"] for r in reports) if tokens else "",
+        "matrix_tflops_per_s": round(rate / 1e12, 1),
+        "repeats": len(reports),
+    }
+
+
+def write_table(path: Path, lines: list[dict[str, Any]]) -> None:
+    """Lines as CSV, milliseconds rounded."""
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, fieldnames=list(lines[0]) if lines else [], lineterminator="\n")
+        writer.writeheader()
+        for line in lines:
+            writer.writerow({k: round(v, 3) if isinstance(v, float) else v for k, v in line.items()})
+
+
+if __name__ == "__main__":
+    main()

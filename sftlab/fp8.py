@@ -1,0 +1,77 @@
+"""float8 for frozen linears: the weights are rounded once, inputs and gradients at every step.
+
+torchao's Float8Linear is made for weights that train: it rounds them at every forward and again for the gradient of the
+input. Scales are one per tensor: e4m3 forward, e5m2 for gradients (Micikevicius et al. 2022, arXiv 2209.05433).
+"""
+
+import torch
+from torch import nn
+
+FORWARD, BACKWARD = torch.float8_e4m3fn, torch.float8_e5m2
+
+
+class FrozenFloat8Linear(nn.Linear):
+    """y = x W^T in float8 with a bfloat16 output. W is kept twice, as the products forward and backward read it."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        nn.Module.__init__(self)
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        rounded, self.scale = to_float8(linear.weight.data, FORWARD)
+        self.weight = nn.Parameter(rounded, requires_grad=False)
+        self.weight_t = rounded.t().contiguous()
+        self.bias = linear.bias
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[..., in] to [..., out] in bfloat16."""
+        y = _Float8Product.apply(x.reshape(-1, self.in_features), self.weight, self.weight_t, self.scale)
+        y = y.view(*x.shape[:-1], self.out_features)
+        return y if self.bias is None else y + self.bias.to(y.dtype)
+
+
+class _Float8Product(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: object, x: torch.Tensor, weight: torch.Tensor, weight_t: torch.Tensor, scale: torch.Tensor
+    ) -> torch.Tensor:
+        ctx.save_for_backward(weight_t, scale)
+        ctx.dtype = x.dtype
+        return _product(*to_float8(x, FORWARD), weight, scale, torch.bfloat16)
+
+    @staticmethod
+    def backward(ctx: object, gradient: torch.Tensor) -> tuple:
+        weight_t, scale = ctx.saved_tensors
+        return _product(*to_float8(gradient, BACKWARD), weight_t, scale, ctx.dtype), None, None, None
+
+
+def _product(
+    x: torch.Tensor, x_scale: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype
+) -> torch.Tensor:
+    return torch._scaled_mm(x, weight.t(), x_scale, scale, out_dtype=torch.bfloat16, use_fast_accum=True).to(dtype)
+
+
+def to_float8(tensor: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """`tensor` in float8, its largest value the largest there is, and the float32 scale to multiply it with."""
+    largest = torch.finfo(dtype).max
+    scale = tensor.abs().amax().float().clamp(min=1e-12) / largest
+    return (tensor.float() / scale).clamp(-largest, largest).to(dtype), scale
+
+
+def freeze_in_float8(model: nn.Module) -> int:
+    """Replace every linear inside the decoder that no LoRA trains; the number of them.
+
+    Raises ValueError where none has sizes that are multiples of 16, which float8 products need.
+    """
+    names = [name for name, module in model.named_modules() if is_base_linear(module, name)]
+    if not names:
+        raise ValueError("fp8: the model has no frozen linear whose sizes are multiples of 16: launch with bf16.yaml")
+    for name in names:
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, FrozenFloat8Linear(model.get_submodule(name)))
+    return len(names)
+
+
+def is_base_linear(module: nn.Module, name: str) -> bool:
+    """Whether fp8 converts this module: a frozen linear inside the decoder, its sizes multiples of 16."""
+    if not isinstance(module, nn.Linear) or "lora_" in name or "lm_head" in name:
+        return False
+    return module.in_features % 16 == 0 and module.out_features % 16 == 0

@@ -1,0 +1,116 @@
+"""Rows laid end to end instead of padded, none seeing another; an optimizer step has the same rows either way.
+
+The rows of a global batch are dealt to processes and micro-batches so that each has as many rows and nearly as many
+tokens as any other: processes then wait for nobody. Everything is worked out on the CPU, beside the training.
+"""
+
+import heapq
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch.nn.functional import pad
+from torch.utils.data import Sampler
+from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
+
+# Queries (and keys) that one program of the attention kernels works on.
+TILE = 64
+# Packed batches are filled up to a multiple of this, so that matrix products keep aligned shapes.
+TOKENS_MULTIPLE = 128
+
+
+class BalancedSampler(Sampler[int]):
+    """The order of `sampler`, but within each global batch dealt to micro-batches of nearly equal token counts.
+
+    `lengths` has the tokens of every row; a global batch is `micro_batches` (over all processes) of `micro_batch` rows.
+    """
+
+    def __init__(self, sampler: Sampler[int], lengths: Sequence[int], micro_batch: int, micro_batches: int) -> None:
+        self.sampler = sampler
+        self._lengths, self._micro_batch, self._micro_batches = lengths, micro_batch, micro_batches
+
+    def __len__(self) -> int:
+        return len(self.sampler)
+
+    def __iter__(self) -> Iterator[int]:
+        rows: list[int] = []
+        for row in self.sampler:
+            rows.append(row)
+            if len(rows) == self._micro_batch * self._micro_batches:
+                for bin_ in balanced(rows, self._lengths, self._micro_batches):
+                    yield from bin_
+                rows = []
+        yield from rows
+
+    def set_epoch(self, epoch: int) -> None:
+        """Shuffle anew."""
+        if hasattr(self.sampler, "set_epoch"):
+            self.sampler.set_epoch(epoch)
+
+
+def balanced(rows: Sequence[int], lengths: Sequence[int], bins: int) -> list[list[int]]:
+    """Deal `rows` into `bins` of equally many rows: the longest first, each to the lightest bin that has room."""
+    size = len(rows) // bins
+    dealt: list[list[int]] = [[] for _ in range(bins)]
+    heap = [(0, index) for index in range(bins)]
+    for row in sorted(rows, key=lambda row: (-lengths[row], row)):
+        tokens, index = heapq.heappop(heap)
+        dealt[index].append(row)
+        if len(dealt[index]) < size:
+            heapq.heappush(heap, (tokens + int(lengths[row]), index))
+    return dealt
+
+
+class Collator:
+    """trl's collator, and what the loss and the attention need beside it, worked out on the CPU.
+
+    Adds `loss_positions` and `targets` (the flat index of every token whose next one is in the loss, and that next
+    one), `loss_rows` (the row of each), and the ints `real_tokens` and `real_rows`. With `packed`, rows lie end to end
+    in one [1, tokens] and `tiles` tells the attention where they begin.
+    """
+
+    def __init__(self, pad_token_id: int, packed: bool) -> None:
+        self._collate = DataCollatorForLanguageModeling(pad_token_id=pad_token_id, padding_free=packed)
+        self._packed, self._pad = packed, pad_token_id
+
+    def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
+        """Rows of `input_ids` and `labels` to one batch."""
+        batch = self._collate([{k: e[k] for k in ("input_ids", "labels") if k in e} for e in examples])
+        lengths = torch.tensor([len(e["input_ids"]) for e in examples])
+        in_loss = batch["labels"][:, 1:] != -100
+        rows, positions = in_loss.nonzero(as_tuple=True)
+        if self._packed:
+            rows = torch.repeat_interleave(lengths)[positions]
+            batch = self._filled_up(batch, lengths)
+        return batch | {
+            "loss_positions": rows * batch["input_ids"].shape[1] * (not self._packed) + positions,
+            "targets": batch["labels"][:, 1:][batch["labels"][:, 1:] != -100],
+            "loss_rows": rows,
+            "real_tokens": int(lengths.sum()),
+            "real_rows": len(examples),
+        }
+
+    def _filled_up(self, batch: dict[str, Any], lengths: torch.Tensor) -> dict[str, torch.Tensor]:
+        # The tail is a sequence of its own, so that nothing in it is undefined.
+        tail = -batch["input_ids"].shape[1] % TOKENS_MULTIPLE
+        return {
+            "input_ids": pad(batch["input_ids"], (0, tail), value=self._pad),
+            "labels": pad(batch["labels"], (0, tail), value=-100),
+            "position_ids": torch.cat([batch["position_ids"], torch.arange(tail)[None]], dim=1),
+            "tiles": tiles([*lengths.tolist(), tail]),
+        }
+
+
+def tiles(lengths: Sequence[int]) -> torch.Tensor:
+    """Pieces of at most `TILE` tokens, [2, pieces, 3] int32: the sequence's start and end, and the piece's first token.
+
+    The first table is for programs that read what comes before the piece, the second for those that read what comes
+    after it: most work first.
+    """
+    pieces, start = [], 0
+    for length in lengths:
+        pieces += [(start, start + length, first) for first in range(start, start + length, TILE)]
+        start += length
+    before = sorted(pieces, key=lambda piece: piece[0] - piece[2])
+    after = sorted(pieces, key=lambda piece: piece[2] - piece[1])
+    return torch.tensor([before, after], dtype=torch.int32)

@@ -1,0 +1,124 @@
+"""What really ran: precision, strategy, dtypes and sizes, read from the trainer's own objects, and checked."""
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow.compute as pc
+import torch
+from accelerate.utils import DistributedType
+from datasets import Dataset
+from peft.tuners.lora import LoraLayer
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from trl import SFTTrainer
+
+from sftlab.launch import COMPUTE_DTYPE, PRECISIONS
+
+if TYPE_CHECKING:
+    from sftlab.trainer import LabTrainer
+
+
+def frozen_linear(model: nn.Module) -> nn.Linear:
+    """The first linear layer, in its base form where LoRA wraps it; the dtype it computes in is the run's precision."""
+    return next(m for n, m in model.named_modules() if isinstance(m, nn.Linear) and "lora_" not in n)
+
+
+def what_ran(trainer: "LabTrainer") -> dict[str, Any]:
+    """Precision, dtypes, strategy and sizes as they are, for run.json."""
+    model, accelerator = trainer.model, trainer.accelerator
+    trained = [p for p in model.parameters() if p.requires_grad]
+    frozen = [p for p in model.parameters() if not p.requires_grad]
+    return {
+        "precision": PRECISIONS[accelerator.mixed_precision],
+        "compute": trainer.observed,
+        "tf32": torch.backends.cuda.matmul.allow_tf32 if torch.cuda.is_available() else None,
+        "trainable_parameters": sum(p.numel() for p in trained),
+        "trainable_dtypes": _dtypes(trained),
+        "frozen_dtypes": _dtypes(frozen),
+        "quantization": _quantization(model),
+        "strategy": strategy(trainer),
+        "gradients_reduced_in": _reduce_dtype(trainer, trained),
+        "world_size": accelerator.num_processes,
+        "device": str(accelerator.device.type),
+        "lora_scale": lora_scale(model),
+        "attn_implementation": model.config._attn_implementation,
+        "packing": trainer.fast.packing,
+        "compile_layers": trainer.fast.compile_layers,
+        "fused_loss": trainer.fast.fused_loss,
+        "micro_batch": trainer.args.per_device_train_batch_size,
+        "accumulation": trainer.args.gradient_accumulation_steps,
+        "global_batch": trainer.global_batch,
+    }
+
+
+def strategy(trainer: SFTTrainer) -> str:
+    """single, ddp, fsdp1 or fsdp2, from the wrapped model itself."""
+    if trainer.accelerator.distributed_type == DistributedType.FSDP:
+        return f"fsdp{trainer.accelerator.state.fsdp_plugin.fsdp_version}"
+    wrapped = isinstance(trainer.model_wrapped, DistributedDataParallel)
+    return "ddp" if wrapped else "single" if trainer.accelerator.num_processes == 1 else "none"
+
+
+def lora_scale(model: nn.Module) -> list[float]:
+    """The factors that the LoRA updates are multiplied with (alpha / r; one value unless layers differ)."""
+    return sorted({scale for m in model.modules() if isinstance(m, LoraLayer) for scale in m.scaling.values()})
+
+
+def _quantization(model: nn.Module) -> str | None:
+    if getattr(model, "is_loaded_in_4bit", False):
+        return "4bit"
+    return "8bit" if getattr(model, "is_loaded_in_8bit", False) else None
+
+
+def _dtypes(parameters: list[nn.Parameter]) -> list[str]:
+    return sorted({str(p.dtype).removeprefix("torch.") for p in parameters})
+
+
+def _reduce_dtype(trainer: SFTTrainer, trained: list[nn.Parameter]) -> str | None:
+    if trainer.accelerator.num_processes == 1:
+        return None
+    policy = trainer.accelerator.state.fsdp_plugin.mixed_precision_policy if trainer.is_fsdp_enabled else None
+    return str(getattr(policy, "reduce_dtype", None) or trained[0].dtype).removeprefix("torch.")
+
+
+def verify_strategy(trainer: "LabTrainer") -> None:
+    launch, ran, processes = trainer.launch, strategy(trainer), trainer.accelerator.num_processes
+    if not ran.startswith(launch.strategy) or processes != launch.world_size:
+        raise RuntimeError(
+            f"the launch config asks for {launch.strategy} over {launch.world_size} processes; what runs is {ran} over "
+            f"{processes}"
+        )
+
+
+def verify_precision(trainer: "LabTrainer") -> None:
+    precision = PRECISIONS[trainer.accelerator.mixed_precision]
+    asked, linear, dtype = trainer.launch.precision or precision, *trainer.observed.values()
+    if precision != asked or dtype != COMPUTE_DTYPE[asked]:
+        raise RuntimeError(
+            f"the launch config asks for {asked}; accelerate runs {precision} and the linears compute in {dtype}"
+        )
+    if asked == "fp8" and "Float8Linear" not in linear:
+        raise RuntimeError(f"the launch config asks for fp8; the linears run as {linear}")
+
+
+def length_facts(trainer: SFTTrainer, rows: int) -> dict[str, int]:
+    """Sequences and tokens that training sees of `rows` rows, and what `max_length` did to them.
+
+    `cut` rows lost the end of their response and so their end token; `dropped` rows had no response token left.
+    """
+    lengths = row_lengths(trainer.train_dataset)
+    at_limit = np.flatnonzero(lengths == trainer.args.max_length)
+    eos = trainer.processing_class.eos_token_id
+    return {
+        "sequences": len(lengths),
+        "tokens": int(lengths.sum()),
+        "longest": int(lengths.max()),
+        "cut": sum(trainer.train_dataset[int(i)]["input_ids"][-1] != eos for i in at_limit),
+        "dropped": rows - len(lengths),
+        "left_over_an_epoch": len(lengths) % trainer.global_batch,
+    }
+
+
+def row_lengths(dataset: Dataset) -> np.ndarray:
+    """Tokens of every row."""
+    return pc.list_value_length(dataset.with_format("arrow")[:]["input_ids"]).to_numpy()
