@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from peft import PeftModel
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 from trl import get_quantization_config
 
@@ -51,11 +52,11 @@ def load_pair(folder: Path, run: dict[str, Any]) -> PeftModel:
     name, quantization = recipe["model_name_or_path"], get_quantization_config(arguments)
     try:
         base = AutoModelForCausalLM.from_pretrained(name, device_map=device, quantization_config=quantization, **kwargs)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         raise ValueError(f"the base model {name} of the run cannot be loaded: {str(error).splitlines()[0]}") from error
     try:
         model = PeftModel.from_pretrained(with_fused_head(base), folder / "adapter")
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ValueError(f"{folder / 'adapter'} does not load on {name}: {str(error).splitlines()[0]}") from error
     return model.eval()
 
