@@ -202,7 +202,7 @@ def answer_facts(records: list[dict[str, Any]], side: str) -> dict[str, Any]:
     return {
         "empty": sum(not answer["text"] for answer in answers),
         "cut_at_max_new_tokens": sum(answer["finish"] == "length" for answer in answers),
-        "one_token_repeated": sum(answer["repeats"] for answer in answers),
+        "repetitive": sum(answer["repeats"] for answer in answers),
         "mean_tokens": round(sum(answer["tokens"] for answer in answers) / len(answers), 1),
     }
 
@@ -215,9 +215,9 @@ def warnings(report: dict[str, Any], unchecked: str | None) -> list[str]:
         found.append(f"fewer than {FEW_ROWS} rows: the intervals are rough")
     if likelihoods["difference"]["interval_95"][0] > 0:
         found.append("the tuned model's response perplexity is higher than the base model's")
-    repeating = report["answers"]["tuned"]["one_token_repeated"]
+    repeating = report["answers"]["tuned"]["repetitive"]
     if repeating > rows / 2:
-        found.append(f"{repeating} of {rows} tuned answers are one token repeated")
+        found.append(f"{repeating} of {rows} tuned answers go round in circles")
     same = report["nats_of_the_token_just_read"]["tuned"]
     following = math.log(report["scores"]["text_perplexity"]["tuned"]["value"])
     if same < following / 2:

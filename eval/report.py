@@ -39,7 +39,13 @@ COLUMNS = {
     "train_loss": ("train loss", "{:.4f}"), "validation_loss": ("validation loss", "{:.4f}"), "note": ("note", "{}"),
 }  # fmt: skip
 BRIEF = ("tokens_per_s", "peak_memory_gb", "train_loss", "validation_loss")
-STYLE = {"svg.hashsalt": "sftlab", "axes.spines.top": False, "axes.spines.right": False, "font.size": 9}
+STYLE = {
+    "svg.hashsalt": "sftlab",
+    "svg.fonttype": "none",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "font.size": 9,
+}
 Table = list[list[str]]
 
 

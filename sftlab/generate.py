@@ -21,7 +21,6 @@ from transformers import (
 from sftlab.template import Turn, end_of_turn
 
 _CHECK_EVERY = 8
-_FEW_TOKENS = 8
 
 
 @dataclass(frozen=True)
@@ -45,7 +44,7 @@ class Sampling:
 class Answer(NamedTuple):
     """A continuation without its prompt: stripped text, tokens drawn, what ended it (stop or length).
 
-    `repeats` says that nine tenths of its tokens are one and the same.
+    `repeats` says that it goes round in circles: at most a tenth as many different tokens as tokens.
     """
 
     text: str
@@ -121,8 +120,7 @@ class Generator:
         cuts = [text.find(stop) for stop in self.turn.stop_strings if stop in text]
         finish = "stop" if ends or cuts else "length"
         text = text[: min(cuts)] if cuts else text
-        commonest = max(map(kept.count, set(kept)), default=0)
-        return Answer(text.strip(), len(kept), finish, len(kept) >= _FEW_TOKENS and commonest >= 0.9 * len(kept))
+        return Answer(text.strip(), len(kept), finish, len(kept) >= 10 * len(set(kept)) > 0)
 
 
 class _NextTurn(StoppingCriteria):
@@ -168,15 +166,13 @@ class AnswerFile:
         self.path = folder / f"answers-{hashlib.sha256(text.encode()).hexdigest()[:12]}.jsonl"
         self.found: dict[tuple[str, int], Answer] = {}
         self.seconds: dict[str, float] = {}
-        if not self.path.is_file():
+        lines = self.path.read_bytes().splitlines(keepends=True) if self.path.is_file() else []
+        whole = [line for line in lines if line.endswith(b"\n")] or [text.encode() + b"\n"]
+        if whole != lines:  # new, or torn by a kill in the midst of writing
             folder.mkdir(parents=True, exist_ok=True)
-            self.path.write_text(text + "\n", encoding="utf-8")
-            return
-        lines = self.path.read_bytes().splitlines(keepends=True)
-        whole = [line for line in lines if line.endswith(b"\n")]
-        if len(whole) < len(lines):
-            with self.path.open("r+b") as file:
-                file.truncate(sum(map(len, whole)))
+            mended = self.path.with_suffix(".part")
+            mended.write_bytes(b"".join(whole))
+            mended.replace(self.path)
         for line in whole[1:]:
             self._take(json.loads(line))
 

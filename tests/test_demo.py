@@ -67,6 +67,7 @@ def test_a_model_tuned_on_unshifted_labels_is_detected(tuned, tmp_path):
     model = AutoModelForCausalLM.from_pretrained(read(tuned)["recipe"]["model_name_or_path"])
     config = PeftConfig.from_pretrained(folder / "adapter")
     config.inference_mode = False
+    torch.manual_seed(0)
     model = get_peft_model(model, config)
     arguments = {k: v for k, v in read(tuned)["recipe"].items() if k in DataArguments.__dataclass_fields__}
     rows = [encode(tokenizer, row, 256) for row in load_splits(DataArguments(**arguments)).train.select(range(1600))]
@@ -82,7 +83,7 @@ def test_a_model_tuned_on_unshifted_labels_is_detected(tuned, tmp_path):
     report, text = judge(folder)
     perplexity = report["scores"]["response_perplexity"]
     assert perplexity["difference"]["interval_95"][0] > 0
-    assert report["answers"]["tuned"]["one_token_repeated"] > report["rows"] / 2
+    assert report["answers"]["tuned"]["repetitive"] > report["rows"] / 2
     assert len(report["warnings"]) == 3
     assert "warning:" in text
     assert "labels not shifted by one" in text

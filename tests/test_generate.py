@@ -117,12 +117,14 @@ def test_nan_logits_name_the_prompt(model, tokenizer):
     assert caught.value.position == 2
 
 
-def test_an_answer_of_one_token_repeated_is_marked(model, tokenizer):
+def test_an_answer_that_goes_round_in_circles_is_marked(model, tokenizer):
     generator = Generator(model, tokenizer, Sampling(max_new_tokens=16))
     assert generator._answer([5] * 16).repeats
-    assert generator._answer([6] + [5] * 15).repeats
-    assert not generator._answer([6] * 4 + [5] * 12).repeats
+    assert generator._answer([5, 6] * 10).repeats
+    assert not generator._answer([5, 6] * 9).repeats
+    assert not generator._answer(list(range(20))).repeats
     assert not generator._answer([5] * 3).repeats
+    assert not generator._answer([]).repeats
 
 
 def test_turns_end_as_their_template_says(tokenizer):
@@ -151,5 +153,9 @@ def test_kept_answers_survive_a_torn_line_and_other_settings_have_another_file(t
     assert again.pace("base") == {"seconds": 0.5, "rows_per_s": 4.0}
     assert again.path.read_bytes() == whole
     assert json.loads(whole.splitlines()[0]) == {"adapter": "a"}
+    again.path.write_bytes(b'{"adapt')
+    torn = AnswerFile(tmp_path, {"adapter": "a"})
+    torn.add("base", [4, 7], answers, 0.5)
+    assert AnswerFile(tmp_path, {"adapter": "a"}).found == torn.found != {}
     assert AnswerFile(tmp_path, {"adapter": "b"}).found == {}
     assert len(list(Path(tmp_path).iterdir())) == 2

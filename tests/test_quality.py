@@ -206,6 +206,7 @@ BAD_RUNS = [
     (spoil_template, (), "is not the one that the run trained with"),
     (lambda run, _: change_run(run, model_name_or_path="data/gone"), (), "base model data/gone of the run cannot be"),
     (lambda run, _: (run / "adapter" / "adapter_model.safetensors").unlink(), (), "does not load on"),
+    (lambda run, _: (run / "adapter" / "adapter_model.safetensors").write_bytes(b"torn"), (), "does not load on"),
     (lambda run, _: shutil.rmtree(run), (), "is no run directory"),
     (lambda run, _: change_adapter(run, lambda n, t: t * float("nan")), (), "tuned model, row"),
     (lambda run, _: None, ("--max_new_tokens", "0"), "max_new_tokens must be at least 1"),
