@@ -33,8 +33,8 @@ from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.tasks import TaskManager
 
 from sftlab.config import ModelArguments
-from sftlab.pair import SIDES, answering, finished_run, load_pair, run_tokenizer
-from sftlab.run import adapter_hash, environment, write_json
+from sftlab.pair import answering, finished_run, load_pair, run_tokenizer
+from sftlab.run import SIDES, adapter_hash, environment, write_json
 from sftlab.significance import FEW_ROWS, Paired, add_holm, compare, compare_rates, mean, with_counts
 from sftlab.table import aligned, interval, p_value
 

@@ -28,8 +28,8 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 from sftlab.generate import AnswerFile, Generator, NotANumber, Sampling, generation_facts, longest_prompt
 from sftlab.heldout import HeldOut, Rows, held_out, select
 from sftlab.likelihood import Likelihood, likelihood, nats_of_the_token_read
-from sftlab.pair import SIDES, answering, finished_run, load_pair, run_tokenizer
-from sftlab.run import adapter_hash, environment, write_json
+from sftlab.pair import answering, finished_run, load_pair, run_tokenizer
+from sftlab.run import SIDES, adapter_hash, environment, write_json
 from sftlab.scores import NAMES, ROUGE_SIGNATURE, Bleu, paired_scores, score_texts
 from sftlab.significance import FEW_ROWS, RESAMPLES, add_holm, compare
 from sftlab.table import aligned, interval, p_value, preview

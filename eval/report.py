@@ -23,7 +23,8 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from sftlab import confound
-from sftlab.evidence import SIDES, Evidence, about, compare_tuned, figures, find_runs, read_evidence, twins
+from sftlab.evidence import Evidence, about, compare_tuned, figures, find_runs, read_evidence, twins
+from sftlab.run import SIDES
 from sftlab.scores import NAMES
 from sftlab.significance import RESAMPLES, add_holm
 from sftlab.table import aligned, interval, p_value, preview

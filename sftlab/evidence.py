@@ -12,11 +12,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from sftlab.run import adapter_hash, read_run
+from sftlab.run import SIDES, adapter_hash, read_run
 from sftlab.scores import NAMES, paired_scores
 from sftlab.significance import compare
 
-SIDES = ("base", "tuned")
 # Single losses differ from batch to batch; a run whose last tenth lies this much above its first has diverged.
 GROWTH = 1.5
 _RAN = ("precision", "strategy", "world_size", "trainable_parameters")

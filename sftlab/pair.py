@@ -13,10 +13,8 @@ from trl import get_quantization_config
 from sftlab.config import ModelArguments
 from sftlab.likelihood import with_fused_head
 from sftlab.model import model_init_kwargs
-from sftlab.run import read_run
+from sftlab.run import SIDES, read_run
 from sftlab.template import template_hash
-
-SIDES = ("base", "tuned")
 
 
 def finished_run(folder: Path) -> dict[str, Any]:

@@ -13,6 +13,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+# the two models of a run, as evaluations name them
+SIDES = ("base", "tuned")
 STATUSES = ("running", "succeeded", "failed", "interrupted")
 _PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "bitsandbytes", "torchao")
 # What may differ between an interrupted run and its continuation.
