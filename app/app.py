@@ -12,8 +12,8 @@ import html
 import json
 import os
 import random
+import signal
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -22,21 +22,18 @@ from pathlib import Path
 from typing import Any, Literal
 
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
-os.environ["GRADIO_TEMP_DIR"] = tempfile.mkdtemp(prefix="sftlab-app-")
 import sftlab.quiet  # noqa: F401, I001  (before torch)
 import gradio as gr
 from starlette.middleware import Middleware
 
-from sftlab import votes
 from sftlab.chat import Settings
 from sftlab.conversation import Turn, column, history, saved, sides
 from sftlab.gate import Gate, accounts
-from sftlab.lab import HEADINGS, Lab
-from sftlab.run import adapter_hash
+from sftlab.lab import Lab
 
 MODEL = {"concurrency_id": "model", "concurrency_limit": 1, "show_progress": "minimal", "api_visibility": "private"}
 QUICK = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
-OPTIONS = ("run", "runs", "report", "votes", "port", "queue", "listen", "auth", "load_in_4bit")
+REPORTS = (Path("results/report"), Path("results/demo"))
 BETTER = {"left": "Left is better", "tie": "Tie", "right": "Right is better"}
 DOWNLOAD = """(text) => { const link = document.createElement("a");
 link.href = URL.createObjectURL(new Blob([text], {type: "application/json"})); link.download = "conversation.json";
@@ -69,9 +66,9 @@ class Page:
             chat = self.lab.model(run)
         except ValueError as error:
             return gr.skip(), f"**{run} cannot be used:** {error}"
-        cells = zip(HEADINGS[1:], self.lab.facts(run, chat.run)[1:], strict=True)
-        facts = " · ".join(f"{heading} {cell}" for heading, cell in cells if cell)
-        return gr.update(maximum=chat.context - 1, value=min(256, chat.context // 2)), f"<small>{facts}</small>"
+        return gr.update(
+            maximum=chat.context - 1, value=min(256, chat.context // 2)
+        ), f"<small>{self.lab.facts_line(run)}</small>"
 
     def busy(self, request: gr.Request) -> bool:
         """Whether the session's last message is still being answered: until then only Stop does anything."""
@@ -82,8 +79,9 @@ class Page:
         return (f"{time.time()} {box}", "") if box.strip() and not self.busy(request) else (gr.skip(), gr.skip())
 
     def begin(
-        self, request: gr.Request, asked: str, turns: list[Turn], run: str, side: str, blind: bool, *settings: Any
-    ) -> tuple[Any, ...]:
+        self, request: gr.Request, asked: str, turns: list[Turn], run: str,
+        side: str, blind: bool, *settings: Any,
+    ) -> tuple[Any, ...]:  # fmt: skip
         """Take a message as a new turn and show it."""
         order = list(sides(side))
         if blind:
@@ -123,13 +121,12 @@ class Page:
         return box, turns, *self.columns(turns), *free
 
     def stop(self, request: gr.Request) -> None:
-        """End the session's generation (Stop, or a closed tab)."""
+        """End the session's generation."""
         self.stops.setdefault(request.session_hash, threading.Event()).set()
 
     def leave(self, request: gr.Request) -> None:
         """The tab was closed."""
-        self.stop(request)
-        del self.stops[request.session_hash]
+        self.stops.pop(request.session_hash, threading.Event()).set()
 
     def again(self, request: gr.Request, turns: list[Turn], seed: int) -> tuple[Any, ...]:
         """Retry: the last message once more, under the next seed."""
@@ -156,13 +153,7 @@ class Page:
 
     def vote(self, turns: list[Turn], system: str, choice: str) -> tuple[Any, ...]:
         """Write down which answer is better, and say whose it was."""
-        turn = turns[-1]
-        turn.vote = {"left": turn.order[0], "right": turn.order[-1]}.get(choice, "tie")
-        about = saved(turns, system)
-        facts = {"run": turn.run, "adapter_hash": adapter_hash(self.lab.folder / turn.run), "blind": turn.blind}
-        votes.cast(self.lab.ballot, turn.vote, **facts, order=turn.order, texts=turn.texts, settings=turn.settings,
-                   message=turn.message, system=system, before=about["turns"][:-1])  # fmt: skip
-        said = f"Voted: {turn.vote}. Left was {turn.order[0]}, right was {turn.order[-1]}."
+        said = self.lab.vote(turns, system, choice)
         return turns, *self.columns(turns), gr.update(visible=False), said, self.lab.votes_table()
 
     def chat(
@@ -272,11 +263,9 @@ def chat_tab(page: Page, blocks: gr.Blocks, run: gr.Dropdown, facts: gr.Markdown
 
 
 def main(argv: list[str]) -> None:
-    """Read the options, load the model, serve."""
+    """Read the options, load the model, serve until Ctrl-C or SIGTERM."""
     options = parse(argv)
-    reports = [options.report] if options.report else [Path("results/report"), Path("results/demo")]
-    report = next((folder for folder in reports if (folder / "report.md").is_file()), reports[0])
-    lab = Lab(options.runs, options.run, report, options.votes, options.load_in_4bit)
+    lab = Lab(options.runs, options.run, options.report, options.votes, options.load_in_4bit)
     listen = options.listen or "SPACE_ID" in os.environ
     if listen:
         print(f"warning: anyone who reaches this machine can chat{'' if options.auth else ', without a password'}")
@@ -287,27 +276,36 @@ def main(argv: list[str]) -> None:
             print(f"warning: {error}", file=sys.stderr)
     print(f"chat on http://localhost:{options.port}", flush=True)
     theme = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     build(Page(lab)).queue(max_size=options.queue, api_open=False).launch(
         server_name="0.0.0.0" if listen else "127.0.0.1", server_port=options.port, share=False, auth=options.auth,
         theme=theme, css=CSS, footer_links=["api", "settings"], run_history=False, enable_monitoring=False, quiet=True,
-        ssr_mode=False, pwa=False, mcp_server=False,
+        ssr_mode=False, pwa=False, mcp_server=False, prevent_thread_lock=True,
         app_kwargs={"middleware": [Middleware(Gate, local_only=not listen)]},
     )  # fmt: skip
+    try:
+        threading.Event().wait()
+    except KeyboardInterrupt:
+        print("closing", flush=True)
+        lab.close()
+        os._exit(0)  # the server would wait for open pages, and the interpreter clean up for two seconds
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
     """The options, from the command line or the environment."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    given = {name: os.environ.get(f"SFTLAB_{name.upper()}") for name in OPTIONS}
-    parser.add_argument("--run", type=Path, default=given["run"], help="run directory (default: the newest finished)")
-    parser.add_argument("--runs", type=Path, default=given["runs"] or "runs", help="folder of runs (default: runs)")
-    parser.add_argument("--report", type=Path, default=given["report"], help="what eval/report.py wrote")
-    parser.add_argument("--votes", type=Path, default=given["votes"], help="JSONL of votes (default: beside the runs)")
-    parser.add_argument("--port", type=int, default=given["port"] or 7860)
-    parser.add_argument("--queue", type=int, default=given["queue"] or 16, help="messages that may wait (default: 16)")
-    parser.add_argument("--listen", action="store_true", default=bool(given["listen"]), help="serve other machines too")
-    parser.add_argument("--auth", type=accounts, default=given["auth"], metavar="USER:PASSWORD|FILE")
-    parser.add_argument("--load-in-4bit", action="store_true", default=bool(given["load_in_4bit"]))
+    parser.add_argument("--run", type=Path, help="run directory (default: the newest finished)")
+    parser.add_argument("--runs", type=Path, default="runs", help="folder of runs (default: runs)")
+    reports = [folder for folder in REPORTS if (folder / "report.md").is_file()]
+    parser.add_argument("--report", type=Path, default=[*reports, REPORTS[0]][0], help="what eval/report.py wrote")
+    parser.add_argument("--votes", type=Path, help="JSONL of votes (default: beside the runs)")
+    parser.add_argument("--port", type=int, default=7860)
+    parser.add_argument("--queue", type=int, default=16, help="messages that may wait (default: 16)")
+    parser.add_argument("--listen", action="store_true", help="serve other machines too")
+    parser.add_argument("--auth", type=accounts, metavar="USER:PASSWORD|FILE")
+    parser.add_argument("--load-in-4bit", action="store_true")
+    given = {name: os.environ.get(f"SFTLAB_{name.upper()}") for name in vars(parser.parse_args([]))}
+    parser.set_defaults(**{name: value for name, value in given.items() if value})
     options = parser.parse_args(argv)
     if options.run and not (options.run / "run.json").is_file():
         parser.error(f"--run {options.run}: no run directory (it has no run.json)")

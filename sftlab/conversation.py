@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from sftlab.pair import SIDES
+from sftlab.run import SIDES
 
 
 @dataclass

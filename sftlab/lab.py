@@ -4,7 +4,6 @@ import base64
 import json
 import re
 import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,10 +12,10 @@ import torch
 
 from sftlab import votes
 from sftlab.chat import Chat, Piece, Settings
+from sftlab.conversation import Turn, saved
 from sftlab.run import adapter_hash, read_run
 from sftlab.table import interval
 
-UPDATE_S = 0.1
 HEADINGS = ("run", "base model", "data", "targets", "rank", "precision", "perplexity of base", "of tuned")
 
 NO_RUN = """## No finished run yet
@@ -71,11 +70,15 @@ class Lab:
             raise ValueError(f"there is no finished run {name!r}: pick one of {', '.join(self.runs()) or 'none'}")
         folder = self.folder / name
         if self._chat is None or self._loaded != folder:
-            if self._chat is not None:
-                self._chat.close()
-            self._chat = None
+            self.close()
             self._chat, self._loaded = Chat(folder, load_in_4bit=self.load_in_4bit), folder
         return self._chat
+
+    def close(self) -> None:
+        """End the answer that is being generated, and free the model."""
+        if self._chat is not None:
+            self._chat.close()
+        self._chat = None
 
     def answer(
         self,
@@ -87,17 +90,13 @@ class Lab:
     ) -> Iterator[tuple[Piece, int]]:
         """Answer a conversation as the sides: what there is so far, and how many old turns the context had no room for.
 
-        Yields ten times a second at most, and the whole answer last, so that a page costs the model little. ValueError
-        where it cannot be answered. One caller at a time: the page's queue sees to it.
+        ValueError where it cannot be answered. One caller at a time: the page's queue sees to it.
         """
         chat = self.model(run)
         try:
             kept, left_out = chat.fit(messages, settings.max_new_tokens)
-            shown = 0.0
             for piece in chat.reply(kept, sides, settings, stop):
-                if time.monotonic() - shown >= UPDATE_S or all(piece.finished.values()):
-                    shown = time.monotonic()
-                    yield piece, left_out
+                yield piece, left_out
         except torch.OutOfMemoryError as error:
             raise ValueError("out of memory: ask for fewer new tokens, or start with --load-in-4bit") from error
         finally:
@@ -122,6 +121,11 @@ class Lab:
             *perplexity,
         ]
 
+    def facts_line(self, name: str) -> str:
+        """A finished run's facts in one line."""
+        cells = zip(HEADINGS[1:], self.facts(name, self.runs()[name])[1:], strict=True)
+        return " · ".join(f"{heading} {cell}" for heading, cell in cells if cell)
+
     def without_runs(self) -> str:
         """Markdown: how to make a run."""
         return NO_RUN.format(folder=self.folder)
@@ -144,6 +148,25 @@ class Lab:
             if rows
             else "No votes yet: answer with both, then say which is better."
         )
+
+    def vote(self, turns: list[Turn], system: str, choice: str) -> str:
+        """Write down which answer to the last turn is better (left, right or tie); says whose it was."""
+        turn = turns[-1]
+        turn.vote = {"left": turn.order[0], "right": turn.order[-1]}.get(choice, "tie")
+        votes.cast(
+            self.ballot,
+            turn.vote,
+            run=turn.run,
+            adapter_hash=adapter_hash(self.folder / turn.run),
+            blind=turn.blind,
+            order=turn.order,
+            texts=turn.texts,
+            settings=turn.settings,
+            message=turn.message,
+            system=system,
+            before=saved(turns, system)["turns"][:-1],
+        )
+        return f"Voted: {turn.vote}. Left was {turn.order[0]}, right was {turn.order[-1]}."
 
     def report(self) -> str:
         """Markdown: the report, its plots inside it."""

@@ -143,3 +143,6 @@ def copy_of(run: Path, folder: Path) -> Path:
 def records(folder: Path) -> list[dict]:
     """The lines of quality.jsonl."""
     return [json.loads(line) for line in (folder / "eval" / "quality.jsonl").read_text().splitlines()]
+
+
+from serving import client, offered, server, slow  # noqa: E402, F401  (fixtures; they need the names above)

@@ -1,141 +1,30 @@
 """The chat app as its users meet it: the server in a process of its own, called through its API and by hand."""
 
-import contextlib
 import json
-import os
-import re
 import socket
-import subprocess
-import sys
-import textwrap
 import threading
 import time
+import weakref
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from types import SimpleNamespace
 
 import httpx
 import pytest
-from conftest import ROOT, copy_of, load_script, read
-from gradio_client import Client
+from conftest import ROOT, load_script, read
+from serving import serve, waits_for
 
 from sftlab import votes
-from sftlab.chat import Piece, Settings
+from sftlab.chat import Chat, Piece, Settings
 from sftlab.conversation import Turn, column, history, inert, saved
 from sftlab.lab import Lab
-from sftlab.run import write_json
 
-# The app with a model that takes its time, repeats the message, and writes down what reaches it.
-SLOW = """
-import json, os, runpy, sys, time
-from sftlab import lab
-from sftlab.chat import Piece
-from sftlab.run import read_run
-
-def log(**what):
-    with open(os.environ["SLOW_LOG"], "a") as file:
-        file.write(json.dumps(what) + chr(10))
-
-class Slow:
-    context = 512
-    def __init__(self, folder, load_in_4bit=False):
-        self.run = read_run(folder)
-    def fit(self, history, most):
-        return history, 0
-    def close(self):
-        pass
-    def reply(self, history, sides, settings, stop):
-        log(history=history, sides=sides, settings=vars(settings))
-        step, how = 0, "closed"
-        try:
-            while not stop.is_set() and step < settings.max_new_tokens:
-                time.sleep(0.02)
-                step += 1
-                how = "length" if step == settings.max_new_tokens else "stopped" if stop.is_set() else None
-                text = "heard " + history[-1]["content"] + " " + "word " * step
-                each = lambda value: dict.fromkeys(sides, value)
-                yield Piece(each(text), each(step), each(50.0), 0.02, each(how))
-        finally:
-            log(ended=how or "closed", step=step)
-
-lab.Chat = Slow
-sys.argv = sys.argv[1:]
-runpy.run_path(sys.argv[0], run_name="__main__")
-"""
-
-
-class Server:
-    """A running app: where it listens, its process, what it said."""
-
-    def __init__(self, process: subprocess.Popen, port: int, said: Path) -> None:
-        self.url, self.process, self.said = f"http://127.0.0.1:{port}", process, said
-
-    def memory(self) -> int:
-        """Resident kilobytes."""
-        return int(re.search(r"VmRSS:\s+(\d+)", Path(f"/proc/{self.process.pid}/status").read_text())[1])
-
-
-@contextlib.contextmanager
-def serve(folder: Path, *arguments: str, slow: Path | None = None):
-    """`python app/app.py ARGUMENTS` on a free port, its output in `folder`; `slow` is where the slow model logs."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    script = [str(ROOT / "app" / "app.py")]
-    if slow:
-        (folder / "slow.py").write_text(textwrap.dedent(SLOW))
-        script = [str(folder / "slow.py"), *script]
-    said = folder / "said.txt"
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "SLOW_LOG": str(slow)}
-    command = [sys.executable, *script, "--port", str(port), *arguments]
-    with said.open("w") as out:
-        process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, cwd=ROOT, env=environment)
-    try:
-        for _ in range(600):
-            with contextlib.suppress(httpx.TransportError):
-                httpx.get(f"http://127.0.0.1:{port}/", timeout=5)
-                break
-            assert process.poll() is None, said.read_text()[-2000:]
-            time.sleep(0.1)
-        yield Server(process, port, said)
-    finally:
-        process.terminate()
-        process.wait(20)
-
-
-@pytest.fixture(scope="session")
-def offered(finished, tmp_path_factory) -> Path:
-    """A folder of runs: first, second, broken (its adapter cut short) and one that failed."""
-    folder = tmp_path_factory.mktemp("offered")
-    for name in ("first", "second", "broken", "failed"):
-        (folder / name).mkdir()
-        copy_of(finished[0], folder / name)
-    weights = folder / "broken" / "adapter" / "adapter_model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:500])
-    write_json(folder / "failed" / "run.json", read(folder / "failed") | {"status": "failed"})
-    (folder / "torn").mkdir()
-    (folder / "torn" / "run.json").write_text('{"status": "succee')
-    return folder
-
-
-@pytest.fixture(scope="session")
-def server(offered, tmp_path_factory):
-    with serve(tmp_path_factory.mktemp("server"), "--run", str(offered / "first")) as running:
-        yield running
-
-
-@pytest.fixture(scope="session")
-def client(server) -> Client:
-    return Client(server.url, verbose=False)
+pytest.importorskip("gradio", reason="gradio is not installed")
+from gradio_client import Client
 
 
 @pytest.fixture
 def app():
     return load_script("app/app.py")
-
-
-def said(log: Path) -> list[dict]:
-    return [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
 
 
 def test_the_api_answers_as_both_sides_with_the_settings(client):
@@ -166,7 +55,7 @@ def test_the_api_is_documented_by_one_endpoint(client):
 def test_what_cannot_be_is_said_in_a_sentence(server, client, asked, words):
     with pytest.raises(Exception, match=words):
         client.predict(**({"message": "Hello", "max_new_tokens": 5} | asked), api_name="/chat")
-    assert "Traceback" not in server.said.read_text()
+    assert "Traceback" not in server.said()
 
 
 def test_old_turns_are_left_out_where_the_context_is_full(client):
@@ -234,43 +123,47 @@ def test_eight_clients_at_once_get_their_own_answers(server, client):
     assert abs(after / before - 1) < 0.05
 
 
-def test_auth_a_full_queue_and_a_client_that_leaves(offered, tmp_path):
-    """One server of its own: passwords from a file, one place to wait, a slow model, other machines served."""
+def test_a_full_queue_says_so_and_a_client_that_leaves_ends_its_answer(slow):
+    client = Client(slow.url, verbose=False)
+    jobs = [client.submit(f"message {n}", max_new_tokens=30, api_name="/chat") for n in range(6)]
+    full, answered = 0, []
+    for number, job in enumerate(jobs):
+        try:
+            answered.append((number, job.result(timeout=30)))
+        except Exception as error:
+            assert "ueue is full" in str(error)
+            full += 1
+    assert full >= 3
+    assert answered
+    assert all(found["texts"]["tuned"].startswith(f"heard message {n} ") for n, found in answered)
+
+    job = client.submit("long", max_new_tokens=2000, api_name="/chat")
+    assert waits_for(job.outputs)
+    job.cancel()
+    assert waits_for(lambda: "ended" in slow.last_answer())
+    last = slow.last_answer()
+    assert last["history"][-1]["content"] == "long"
+    assert last["step"] - last["stopped_at"] <= 1
+    assert last["step"] < 1000
+
+
+def test_passwords_and_an_end_in_the_middle_of_an_answer(offered, tmp_path):
+    """A server of its own: accounts from a file, other machines served, ended by Ctrl-C while it answers."""
     (tmp_path / "accounts").write_text("ann:secret\nbob:other\n")
-    log = tmp_path / "slow.jsonl"
-    arguments = ("--auth", str(tmp_path / "accounts"), "--queue", "1", "--listen", "--runs", str(offered))
-    with serve(tmp_path, *arguments, slow=log) as running:
-        assert "warning: anyone who reaches this machine" in running.said.read_text()
+    arguments = ("--auth", str(tmp_path / "accounts"), "--listen", "--run", str(offered / "first"))
+    with serve(tmp_path, *arguments) as running:
+        assert "warning: anyone who reaches this machine" in running.said()
         assert httpx.get(f"{running.url}/config").status_code == 401
         assert httpx.post(f"{running.url}/login", data={"username": "ann", "password": "wrong"}).status_code == 400
         with pytest.raises(Exception, match=r"[Aa]uth|credentials|401"):
             Client(running.url, verbose=False)
-        ann = Client(running.url, auth=("bob", "other"), verbose=False)
-        jobs = [ann.submit(f"message {n}", max_new_tokens=100, api_name="/chat") for n in range(6)]
-        full, answered = 0, []
-        for number, job in enumerate(jobs):
-            try:
-                answered.append((number, job.result(timeout=30)))
-            except Exception as error:
-                assert "ueue is full" in str(error)
-                full += 1
-        assert full >= 3
-        assert answered
-        assert all(found["texts"]["tuned"].startswith(f"heard message {n} ") for n, found in answered)
-
-        job = ann.submit("long", max_new_tokens=2000, api_name="/chat")
-        while not job.outputs():
-            time.sleep(0.05)
-        job.cancel()
-        assert waits_for(lambda: "ended" in said(log)[-1])
-        assert said(log)[-1]["step"] < 1000
-
-
-def waits_for(true, seconds: float = 10) -> bool:
-    end = time.monotonic() + seconds
-    while not true() and time.monotonic() < end:
-        time.sleep(0.05)
-    return true()
+        bob = Client(running.url, auth=("bob", "other"), verbose=False)
+        job = bob.submit("Hello", max_new_tokens=400, repetition_penalty=2, api_name="/chat")
+        assert waits_for(job.outputs)
+        started = time.monotonic()
+        assert running.interrupt() == 0
+        assert time.monotonic() - started < 3
+        assert job.outputs()[-1]["tokens"]["tuned"] < 400
 
 
 def test_without_a_run_the_page_says_how_to_make_one(app, tmp_path):
@@ -290,6 +183,23 @@ def test_a_run_that_cannot_be_used_is_said_on_the_page(app, offered):
     slider, facts = page.pick("first")
     assert slider["maximum"] == 511
     assert "rank 16" in facts
+
+
+def test_one_model_is_in_memory(offered, tmp_path):
+    lab = Lab(offered, None, tmp_path, None, False)
+    first = lab.model("first")
+    assert lab.model("first") is first
+    weights = weakref.ref(first._model)
+    settings = Settings(0, max_new_tokens=400)
+    answer = lab.answer("first", [{"role": "user", "content": "Hello"}], ("base",), settings, threading.Event())
+    next(answer)
+    second = lab.model("second")
+    assert weights() is None
+    assert list(answer)[-1][0].finished == {"base": "stopped"}
+    assert isinstance(second, Chat)
+    lab.close()
+    with pytest.raises(ValueError, match="closed"):
+        list(second.reply([{"role": "user", "content": "Hello"}], ("base",), settings, threading.Event()))
 
 
 class Recorder:
@@ -414,10 +324,3 @@ def test_the_space_needs_the_versions_that_were_tested():
     [gradio] = [line for line in lines if line.startswith("gradio==")]
     assert f"sdk_version: {gradio.removeprefix('gradio==')}" in front
     assert "app_file: app.py" in front
-
-
-def test_the_model_is_loaded_anew_for_another_run_alone(page):
-    one = page.lab.model("second")
-    assert page.lab.model("second") is one
-    one.close = threading.Event().set
-    assert page.lab.model("first") is not one

@@ -9,7 +9,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from test_app import offered, said, serve, waits_for  # noqa: F401
+from serving import waits_for
 
 from sftlab import votes
 
@@ -26,29 +26,14 @@ def browser():
         yield driver.chromium.launch(executable_path=CHROMIUM, args=ARGUMENTS)
 
 
-@pytest.fixture(scope="module")
-def real(offered, tmp_path_factory):  # noqa: F811
-    folder = tmp_path_factory.mktemp("real")
-    with serve(folder, "--run", str(offered / "first"), "--votes", str(folder / "votes.jsonl")) as running:
-        running.ballot = folder / "votes.jsonl"
-        yield running
-
-
-@pytest.fixture(scope="module")
-def slow(offered, tmp_path_factory):  # noqa: F811
-    folder = tmp_path_factory.mktemp("slow")
-    with serve(folder, "--run", str(offered / "first"), slow=folder / "slow.jsonl") as running:
-        running.log = folder / "slow.jsonl"
-        yield running
-
-
 @pytest.fixture
 def visit(browser):
     """Opens the page of a server; what it asked of other hosts and what broke in it fail the test."""
     pages = []
 
-    def open_page(url: str, width: str = "desktop", scheme: str = "light"):
+    def open_page(url: str, width: str = "desktop", scheme: str = "light", loaded: str = "rank 16"):
         context = browser.new_context(viewport=WIDTHS[width], color_scheme=scheme, accept_downloads=True)
+        context.grant_permissions(["clipboard-read", "clipboard-write"])
         page = context.new_page()
         page.asked, page.broke = [], []
         page.on("request", lambda request: page.asked.append(request.url))
@@ -57,6 +42,7 @@ def visit(browser):
         page.set_default_timeout(15_000)
         page.goto(url)
         pages.append((page, url))
+        page.get_by_text(loaded).first.wait_for()
         return page
 
     yield open_page
@@ -91,9 +77,8 @@ def slide(page, label: str, value: str) -> None:
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", ["desktop", "phone"])
-def test_a_conversation_at_every_width_and_scheme(real, visit, width, scheme):
-    page = visit(real.url, width, scheme)
-    page.locator("#facts").get_by_text("rank 16").wait_for()
+def test_a_conversation_at_every_width_and_scheme(server, visit, width, scheme):
+    page = visit(server.url, width, scheme)
     shot(page, f"{width}-{scheme}-empty")
     slide(page, "Max new tokens", "20")
     slide(page, "Temperature", "0")
@@ -107,9 +92,8 @@ def test_a_conversation_at_every_width_and_scheme(real, visit, width, scheme):
     assert page.evaluate("document.body.classList.contains('dark')") == (scheme == "dark")
 
 
-def test_sliders_act_and_retry_takes_the_next_seed(real, visit):
-    page = visit(real.url)
-    page.locator("#facts").get_by_text("rank 16").wait_for()
+def test_sliders_act_and_retry_takes_the_next_seed(server, visit):
+    page = visit(server.url)
     page.locator("#side").get_by_text("tuned").click()
     slide(page, "Max new tokens", "5")
     say(page, "Repeat the number 7 in words.")
@@ -128,33 +112,52 @@ def test_sliders_act_and_retry_takes_the_next_seed(real, visit):
     assert page.locator("#left small").count() == 0
 
 
-def test_text_streams_and_stop_ends_it(slow, visit):
+def test_text_streams_and_stop_ends_it_within_a_token(slow, visit):
     page = visit(slow.url)
-    page.locator("#facts").get_by_text("rank 16").wait_for()
+    slide(page, "Max new tokens", "2000")
     say(page, "Go on")
     words = page.locator("#left").get_by_text("heard Go on")
     words.wait_for()
-    lengths = []
-    for _ in range(4):
+    lengths = [len(words.last.inner_text())]
+    while len(lengths) < 4:
+        page.wait_for_function("n => document.querySelector('#left .bot').innerText.length > n", arg=lengths[-1] + 10)
         lengths.append(len(words.last.inner_text()))
-        page.wait_for_timeout(400)
-    assert lengths == sorted(set(lengths)), "the text does not grow"
     page.fill("#message textarea", "too early")
     page.locator("#message textarea").press("Enter")
     page.get_by_role("button", name="Retry").click()
-    page.wait_for_timeout(300)
-    assert page.locator("#message textarea").input_value() == "too early"
     page.get_by_role("button", name="Stop").click()
     assert answered(page).endswith("stopped")
-    assert said(slow.log)[-1]["step"] < 200
-    assert sum("settings" in one for one in said(slow.log)) == 1
+    assert page.locator("#message textarea").input_value() == "too early"
+    last = slow.last_answer()
+    assert last["history"][-1]["content"] == "Go on"
+    assert last["step"] - last["stopped_at"] <= 1
     page.get_by_role("button", name="Clear", exact=True).last.click()
     page.wait_for_function("document.querySelectorAll('#left small').length == 0")
 
 
+def test_a_place_in_the_queue_is_shown_and_a_full_one_says_so(slow, visit):
+    """One answers, one waits (the server's queue holds one), the third is told; Stop lets the second in."""
+    first, second, third = (visit(slow.url) for _ in range(3))
+    for page, text in ((first, "one"), (second, "two"), (third, "three")):
+        slide(page, "Max new tokens", "2000" if page is first else "3")
+        if page is second:
+            first.locator("#left").get_by_text("heard one").wait_for()
+        if page is third:
+            second.get_by_text("queue: 1/1").first.wait_for()
+            shot(second, "waiting")
+        say(page, text)
+    third.get_by_text("Queue is full").wait_for()
+    third.get_by_role("button", name="Send").wait_for()
+    assert third.locator("#message textarea").input_value() == "three"
+    shot(third, "full")
+    first.get_by_role("button", name="Stop").click()
+    second.locator("#left").get_by_text("heard two").wait_for()
+    third.get_by_role("button", name="Send").click()
+    third.locator("#left").get_by_text("heard three").wait_for()
+
+
 def test_the_settings_of_the_page_reach_the_model(slow, visit):
     page = visit(slow.url)
-    page.locator("#facts").get_by_text("rank 16").wait_for()
     chosen = {"Temperature": "0.35", "Top-p": "0.55", "Top-k": "12", "Max new tokens": "3", "Repetition penalty": "1.3"}
     for label, value in chosen.items():
         slide(page, label, value)
@@ -162,7 +165,7 @@ def test_the_settings_of_the_page_reach_the_model(slow, visit):
     page.get_by_label("System instruction").fill("Answer in verse.")
     say(page, "Hello")
     answered(page)
-    asked = next(one for one in reversed(said(slow.log)) if "settings" in one)
+    asked = slow.last_answer()
     assert asked["settings"] == {
         "temperature": 0.35, "top_p": 0.55, "top_k": 12, "max_new_tokens": 3, "repetition_penalty": 1.3, "seed": 42,
     }  # fmt: skip
@@ -170,21 +173,23 @@ def test_the_settings_of_the_page_reach_the_model(slow, visit):
     assert sorted(asked["sides"]) == ["base", "tuned"]
 
 
-def test_a_closed_tab_ends_its_generation(slow, visit, browser):
+def test_a_closed_tab_ends_its_generation_within_a_token(slow, visit, browser):
     page = browser.new_context().new_page()
     page.goto(slow.url)
     page.locator("#facts").get_by_text("rank 16").wait_for()
-    slide(page, "Max new tokens", "500")
+    slide(page, "Max new tokens", "2000")
     say(page, "closing")
     page.locator("#left").get_by_text("heard closing").wait_for()
     page.context.close()
-    assert waits_for(lambda: "ended" in said(slow.log)[-1])
-    assert said(slow.log)[-1]["step"] < 250
+    assert waits_for(lambda: "ended" in slow.last_answer())
+    last = slow.last_answer()
+    assert last["history"][-1]["content"] == "closing"
+    assert last["step"] - last["stopped_at"] <= 1
+    assert last["step"] < 1000
 
 
 def test_html_is_inert_and_code_is_code(slow, visit):
     page = visit(slow.url)
-    page.locator("#facts").get_by_text("rank 16").wait_for()
     slide(page, "Max new tokens", "2")
     say(page, "<script>alert(1)</script> <img src=http://evil.example/x onerror=alert(2)> **bold** `a <b>`")
     answered(page)
@@ -195,9 +200,8 @@ def test_html_is_inert_and_code_is_code(slow, visit):
     assert page.locator("#left .message img").count() == 0
 
 
-def test_a_blind_vote_is_revealed_written_and_summed(real, visit):
-    page = visit(real.url)
-    page.locator("#facts").get_by_text("rank 16").wait_for()
+def test_a_blind_vote_is_revealed_written_and_summed(server, visit):
+    page = visit(server.url)
     slide(page, "Max new tokens", "10")
     page.get_by_label("Blind").check()
     say(page, "Repeat the number 3 in words.")
@@ -206,16 +210,15 @@ def test_a_blind_vote_is_revealed_written_and_summed(real, visit):
     shot(page, "blind")
     page.get_by_role("button", name="Right is better").click()
     page.locator("#note").get_by_text("Voted").wait_for()
-    vote = votes.read(real.ballot)[-1]
+    vote = votes.read(server.ballot)[-1]
     assert (vote["blind"], vote["vote"], vote["message"]) == (True, vote["order"][1], "Repeat the number 3 in words.")
     page.locator("#right small", has_text=f"{vote['order'][1]} · ").wait_for()
     page.get_by_role("row", name="first blind").wait_for()
     shot(page, "voted")
 
 
-def test_another_run_a_broken_one_and_a_reload(real, visit):
-    page = visit(real.url)
-    page.locator("#facts").get_by_text("rank 16").wait_for()
+def test_another_run_a_broken_one_and_a_reload(server, visit):
+    page = visit(server.url)
     slide(page, "Max new tokens", "5")
     for run, words in (("broken", "broken cannot be used"), ("second", "rank 16")):
         page.get_by_label("Run", exact=True).click()
@@ -238,9 +241,8 @@ def test_another_run_a_broken_one_and_a_reload(real, visit):
     assert "tokens/s" in answered(page)
 
 
-def test_editing_and_saving(slow, visit):
+def test_editing_copying_and_saving(slow, visit):
     page = visit(slow.url)
-    page.locator("#facts").get_by_text("rank 16").wait_for()
     slide(page, "Max new tokens", "3")
     for text in ("one", "two"):
         say(page, text)
@@ -251,6 +253,9 @@ def test_editing_and_saving(slow, visit):
     page.locator("#left").get_by_label("Submit").click()
     page.locator("#left").get_by_text("heard three").wait_for()
     answered(page)
+    page.locator("#left .bot").last.hover()
+    page.locator("#left").get_by_label("Copy").last.click()
+    assert waits_for(lambda: page.evaluate("navigator.clipboard.readText()").startswith("heard three word"))
     with page.expect_download() as download:
         page.get_by_role("button", name="Save").click()
     [turn] = json.loads(Path(download.value.path()).read_text())["turns"]
@@ -258,13 +263,20 @@ def test_editing_and_saving(slow, visit):
     assert turn["texts"]["tuned"].startswith("heard three")
 
 
-def test_the_api_page_and_the_page_without_a_run(real, visit, tmp_path):
-    page = visit(real.url)
+def test_the_api_page_is_there(server, visit):
+    page = visit(server.url)
     page.get_by_role("button", name="Use via API").click()
     page.get_by_text("/chat").first.wait_for()
     shot(page, "api")
-    with serve(tmp_path, "--runs", str(tmp_path)) as empty:
-        page = visit(empty.url, "phone")
-        page.get_by_text("No finished run yet").wait_for()
-        assert not page.locator("#message").is_visible()
-        shot(page, "empty")
+
+
+def test_without_a_run_the_page_says_how_to_make_one_and_finds_it_later(slow, visit):
+    runs = slow.folder / "runs"
+    runs.rename(slow.folder / "gone")
+    page = visit(slow.url, "phone", loaded="No finished run yet")
+    assert not page.locator("#message").is_visible()
+    shot(page, "empty")
+    (slow.folder / "gone").rename(runs)
+    page.reload()
+    page.locator("#facts").get_by_text("rank 16").wait_for()
+    assert page.locator("#message").is_visible()

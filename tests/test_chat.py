@@ -1,22 +1,33 @@
 """The chat answers as the evaluation does, streams what is settled, and stops when it is told to."""
 
+import gc
 import json
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from itertools import pairwise
+from unittest.mock import patch
 
 import pytest
 import torch
 from conftest import byte_tokenizer, copy_of
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    Cache,
+    LogitsProcessorList,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
 
-from sftlab.chat import Chat, Settings
+from sftlab.chat import UPDATE_S, Chat, Settings, _Draw
 from sftlab.generate import Generator, Sampling
-from sftlab.pair import SIDES, answering, finished_run, load_pair
+from sftlab.pair import answering, finished_run, load_pair
+from sftlab.run import SIDES
 from sftlab.template import prompt_ids
 
 QUESTION = [{"role": "user", "content": "Repeat the number 7 in words."}]
@@ -70,7 +81,10 @@ def texts(chat, history=QUESTION, sides=SIDES, settings=GREEDY):
 
 @contextmanager
 def written(chat, text=None, seconds=0.002):
-    """Every row writes `text` (bytes), or what it likes, a token in so many seconds; yields the list of its steps."""
+    """Every row writes `text` (bytes), or what it likes, a token in so many seconds, and each of them can be seen.
+
+    Yields the list of its steps.
+    """
     ids = [i for byte in text or b"" for i in byte_tokenizer().convert_tokens_to_ids([BYTES[byte]])]
     steps = []
 
@@ -84,7 +98,8 @@ def written(chat, text=None, seconds=0.002):
 
     hook = chat._model.get_base_model().lm_head.register_forward_hook(script)
     try:
-        yield steps
+        with patch("sftlab.chat.UPDATE_S", 0):
+            yield steps
     finally:
         hook.remove()
 
@@ -143,6 +158,20 @@ def test_tokens_are_drawn_with_their_probabilities(chat):
     assert drawn.count(best) / 400 == pytest.approx(float(expected), abs=0.1)
 
 
+@pytest.mark.parametrize(
+    ("temperature", "top_p", "top_k"), [(0.7, 0.9, 50), (2.0, 0.6, 0), (0.5, 1.0, 9), (1.3, 1.0, 0)]
+)
+def test_what_may_be_drawn_is_what_transformers_processors_keep(temperature, top_p, top_k):
+    scores = torch.randn(2, 1000, generator=torch.Generator().manual_seed(3)) * 3
+    processors = LogitsProcessorList([TemperatureLogitsWarper(temperature)])
+    processors += [TopKLogitsWarper(top_k)] if top_k else []
+    processors += [TopPLogitsWarper(top_p)] if top_p < 1 else []
+    logits, tokens = _Draw(Settings(temperature, top_p, top_k), 2, scores.device).kept(scores)
+    found = logits if tokens is None else torch.full_like(scores, -torch.inf).scatter(-1, tokens, logits)
+    assert torch.equal(found, processors(None, scores.clone()))
+    assert found.isfinite().any(dim=-1).all()
+
+
 def test_the_models_own_defaults_and_padding_do_not_count(finished, tmp_path, base, chat, monkeypatch):
     model = AutoModelForCausalLM.from_pretrained(base)
     model.generation_config.update(repetition_penalty=5.0, no_repeat_ngram_size=1, min_new_tokens=20)
@@ -187,6 +216,24 @@ def test_closing_the_iterator_ends_its_thread_and_the_next_reply_is_whole(chat):
     assert threading.enumerate() == before
 
 
+def test_a_closed_reply_leaves_no_cache_behind(chat):
+    def caches():
+        return sum(isinstance(thing, Cache) for thing in gc.get_objects())
+
+    gc.collect()
+    before = caches()
+    gc.disable()  # what goes must not wait for the collector
+    try:
+        replies = chat.reply(QUESTION, SIDES, Settings(0, max_new_tokens=200), threading.Event())
+        next(replies)
+        assert caches() > before
+        replies.close()
+        assert caches() == before
+        assert not chat._lock.locked()
+    finally:
+        gc.enable()
+
+
 def test_pieces_grow_and_the_last_is_whole(chat):
     with written(chat):
         found = pieces(chat)
@@ -199,6 +246,14 @@ def test_pieces_grow_and_the_last_is_whole(chat):
     assert found[-1].texts == texts(chat)
     assert found[0].finished == {"base": None, "tuned": None}
     assert all(1 < speed < 1 / 0.002 for speed in found[-1].tokens_per_s.values())
+
+
+def test_a_fast_model_is_not_kept_from_its_work(chat):
+    settings = Settings(0, max_new_tokens=200)
+    started = time.perf_counter()
+    found = pieces(chat, settings=settings)
+    assert found[-1].tokens["base"] == 200
+    assert len(found) <= (time.perf_counter() - started) / UPDATE_S + 2
 
 
 def test_a_stop_string_ends_the_answer_and_never_flashes_up(chat):
