@@ -34,6 +34,7 @@ from sftlab.lab import Lab
 MODEL = {"concurrency_id": "model", "concurrency_limit": 1, "show_progress": "minimal", "api_visibility": "private"}
 QUICK = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
 REPORTS = (Path("results/report"), Path("results/demo"))
+FAILED = "**Not answered:** too many messages wait already, or the server failed. Try again in a moment."
 BETTER = {"left": "Left is better", "tie": "Tie", "right": "Right is better"}
 DOWNLOAD = """(text) => { const link = document.createElement("a");
 link.href = URL.createObjectURL(new Blob([text], {type: "application/json"})); link.download = "conversation.json";
@@ -246,7 +247,9 @@ def chat_tab(page: Page, blocks: gr.Blocks, run: gr.Dropdown, facts: gr.Markdown
     chosen = [pending, turns, run, side, blind, *settings]
     begun = pending.change(page.begin, chosen, [*shown, send, stop, ballot], **QUICK)
     answered = begun.success(page.answer, [turns, system], [*shown, note], **MODEL)
-    answered.then(page.end, [box, turns], [box, *shown, send, stop, ballot], **QUICK)
+    ended = {"fn": page.end, "inputs": [box, turns], "outputs": [box, *shown, send, stop, ballot], **QUICK}
+    answered.then(**ended)  # not after a failure, such as a full queue
+    answered.failure(**ended).then(lambda: FAILED, None, note, **QUICK)
     gr.on([send.click, box.submit], page.send, box, [pending, box], **QUICK)
     retry.click(page.again, [turns, settings[-1]], [pending, turns, settings[-1]], **QUICK)
     gr.on([left.edit, right.edit], page.edit, turns, [pending, turns], **QUICK)

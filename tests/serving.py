@@ -11,10 +11,7 @@ import sys
 import time
 from pathlib import Path
 
-import pytest
-from conftest import ROOT, copy_of, read
-
-from sftlab.run import write_json
+ROOT = Path(__file__).parent.parent
 
 # The app with a model that takes its time, repeats the message, and writes down what reaches it and when it is stopped.
 SLOW = """
@@ -118,46 +115,6 @@ def serve(folder: Path, *arguments: str, slow: bool = False):
     finally:
         process.kill()
         process.wait()
-
-
-@pytest.fixture(scope="session")
-def offered(finished, tmp_path_factory) -> Path:
-    """A folder of runs: first, second, broken (its adapter cut short) and one that failed."""
-    folder = tmp_path_factory.mktemp("offered")
-    for name in ("first", "second", "broken", "failed"):
-        (folder / name).mkdir()
-        copy_of(finished[0], folder / name)
-    weights = folder / "broken" / "adapter" / "adapter_model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:500])
-    write_json(folder / "failed" / "run.json", read(folder / "failed") | {"status": "failed"})
-    (folder / "torn").mkdir()
-    (folder / "torn" / "run.json").write_text('{"status": "succee')
-    return folder
-
-
-@pytest.fixture(scope="session")
-def server(offered, tmp_path_factory):
-    """The app with the tiny model."""
-    with serve(tmp_path_factory.mktemp("server"), "--run", str(offered / "first")) as running:
-        yield running
-
-
-@pytest.fixture(scope="session")
-def slow(finished, tmp_path_factory):
-    """The app with the slow model and room for one message to wait; its runs are folder/runs alone."""
-    folder = tmp_path_factory.mktemp("slow")
-    (folder / "runs" / "first").mkdir(parents=True)
-    copy_of(finished[0], folder / "runs" / "first")
-    with serve(folder, "--runs", str(folder / "runs"), "--queue", "1", slow=True) as running:
-        yield running
-
-
-@pytest.fixture(scope="session")
-def client(server):
-    """A client of the app with the tiny model."""
-    from gradio_client import Client
-
-    return Client(server.url, verbose=False)
 
 
 def waits_for(true, seconds: float = 10) -> bool:

@@ -146,7 +146,7 @@ def test_a_place_in_the_queue_is_shown_and_a_full_one_says_so(slow, visit):
             second.get_by_text("queue: 1/1").first.wait_for()
             shot(second, "waiting")
         say(page, text)
-    third.get_by_text("Queue is full").wait_for()
+    third.locator("#note").get_by_text("too many messages wait").wait_for()
     third.get_by_role("button", name="Send").wait_for()
     assert third.locator("#message textarea").input_value() == "three"
     shot(third, "full")
