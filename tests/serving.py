@@ -41,7 +41,7 @@ class Slow:
         log(history=history, sides=sides, settings=vars(settings))
         try:
             while not stop.is_set() and not self.closed and step < settings.max_new_tokens:
-                time.sleep(0.02)
+                time.sleep(0.04)  # the engine shows no more states a second
                 step += 1
                 how = "length" if step == settings.max_new_tokens else "stopped" if stop.is_set() else None
                 text = "heard " + history[-1]["content"] + " " + "word " * step

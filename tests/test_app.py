@@ -102,30 +102,37 @@ def test_other_hosts_are_neither_answered_nor_asked(server):
     assert "http" not in policy
 
 
-def test_eight_clients_at_once_get_their_own_answers(server, client):
-    """40 messages, 5 of each client: every reply is that of its prompt, and the memory stays."""
+def test_eight_clients_at_once_get_their_own_answers(server, offered):
+    """40 messages, 5 of each client: every reply is the engine's to that prompt, and the memory stays."""
+    chat, steered = Chat(offered / "first"), {"max_new_tokens": 24, "temperature": 1.0}
+
+    def engine(number: int) -> str:
+        said = [{"role": "user", "content": f"Repeat the number {number} in words."}]
+        settings = Settings(**steered, seed=number)
+        return list(chat.reply(said, ("tuned",), settings, threading.Event()))[-1].texts["tuned"]
 
     def ask(which: Client, number: int) -> str:
-        asked = {"max_new_tokens": 24, "temperature": 1.0, "seed": number}
-        return which.predict(f"Repeat the number {number} in words.", **asked, api_name="/chat")["texts"]["tuned"]
+        message = f"Repeat the number {number} in words."
+        return which.predict(message, **steered, seed=number, api_name="/chat")["texts"]["tuned"]
 
-    expected = {number: ask(client, number) for number in range(40)}
+    expected = {number: engine(number) for number in range(40)}
     assert len(set(expected.values())) > 35
     clients = [Client(server.url, verbose=False) for _ in range(8)]
     with ThreadPoolExecutor(8) as threads:
+        list(threads.map(ask, clients, range(8)))
         before = server.memory()
         started = time.perf_counter()
         parts = list(threads.map(lambda i: {n: ask(clients[i], n) for n in range(i * 5, i * 5 + 5)}, range(8)))
         seconds = time.perf_counter() - started
     after = server.memory()
     assert {number: text for part in parts for number, text in part.items()} == expected
-    print(f"40 messages in {seconds:.1f} s; memory {before / 1024:.0f} MB before, {after / 1024:.0f} MB after")
+    print(f"40 messages in {seconds:.1f} s; memory {before / 1024:.1f} MB before, {after / 1024:.1f} MB after")
     assert abs(after / before - 1) < 0.05
 
 
 def test_a_full_queue_says_so_and_a_client_that_leaves_ends_its_answer(slow):
     client = Client(slow.url, verbose=False)
-    jobs = [client.submit(f"message {n}", max_new_tokens=30, api_name="/chat") for n in range(6)]
+    jobs = [client.submit(f"message {n}", max_new_tokens=15, api_name="/chat") for n in range(6)]
     full, answered = 0, []
     for number, job in enumerate(jobs):
         try:

@@ -64,10 +64,12 @@ def say(page, text: str) -> None:
     page.get_by_role("button", name="Send").click()
 
 
-def answered(page, column: str = "left"):
-    """The footnote of the newest answer, once it is whole."""
+def answered(page, column: str = "left", says: str = ""):
+    """The footnote of the newest answer, once it says that and the page takes messages again."""
+    footnote = page.locator(f"#{column} .message small", has_text=says).last
+    footnote.wait_for()
     page.get_by_role("button", name="Send").wait_for()
-    return page.locator(f"#{column} small").last.inner_text()
+    return footnote.inner_text()
 
 
 def slide(page, label: str, value: str) -> None:
@@ -98,9 +100,7 @@ def test_sliders_act_and_retry_takes_the_next_seed(server, visit):
     slide(page, "Max new tokens", "5")
     say(page, "Repeat the number 7 in words.")
     page.locator("#left small", has_text=" 5 tokens").wait_for()
-    first = answered(page)
-    assert "seed 0" in first
-    assert "cut at max new tokens" in first
+    assert "seed 0" in answered(page, says="cut at max new tokens")
     assert page.locator("#right").count() == 0 or not page.locator("#right").is_visible()
     slide(page, "Max new tokens", "9")
     page.get_by_role("button", name="Retry").click()
@@ -126,7 +126,7 @@ def test_text_streams_and_stop_ends_it_within_a_token(slow, visit):
     page.locator("#message textarea").press("Enter")
     page.get_by_role("button", name="Retry").click()
     page.get_by_role("button", name="Stop").click()
-    assert answered(page).endswith("stopped")
+    assert answered(page, says="stopped").startswith("base · ")
     assert page.locator("#message textarea").input_value() == "too early"
     last = slow.last_answer()
     assert last["history"][-1]["content"] == "Go on"
@@ -192,7 +192,7 @@ def test_html_is_inert_and_code_is_code(slow, visit):
     page = visit(slow.url)
     slide(page, "Max new tokens", "2")
     say(page, "<script>alert(1)</script> <img src=http://evil.example/x onerror=alert(2)> **bold** `a <b>`")
-    answered(page)
+    answered(page, says=" 2 tokens")
     answer = page.locator("#left .bot").first
     assert "<script>alert(1)</script>" in answer.inner_text()
     assert answer.locator("strong").inner_text() == "bold"
