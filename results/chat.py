@@ -43,7 +43,10 @@ ROOT = Path(__file__).parent.parent
 MESSAGE = "Write these words in reverse order: mouse, plum, bear, car, lemon, river, rice, hammer, train, cat, book."
 CELLS = {"one, greedy": (("tuned",), 0.0), "one, drawn": (("tuned",), 0.7)}
 CELLS |= {"both, greedy": (SIDES, 0.0), "both, drawn": (SIDES, 0.7)}
-FEW = {"max_steps": "2", "max_length": "64", "global_batch_size": "1", "per_device_train_batch_size": "1"}
+FEW_STEPS = (
+    *("--max_steps", "2", "--max_length", "64", "--global_batch_size", "1", "--per_device_train_batch_size", "1"),
+    *("--split_fractions", "0.98", "0.002", "0.018"),
+)
 
 
 class Speed(NamedTuple):
@@ -239,7 +242,7 @@ def main() -> None:
     run = arguments.run
     if not (run / "run.json").is_file() and arguments.tokenizer and arguments.dataset:
         config = "single" if torch.cuda.is_available() else "cpu"
-        train_random_llama(str(run), arguments.tokenizer, arguments.dataset, config, FEW)
+        train_random_llama(str(run), arguments.tokenizer, arguments.dataset, config, FEW_STEPS)
     facts = environment()
     hardware = facts["hardware"].get("gpu") or f"{facts['hardware']['cpu_cores']} CPU cores"
     options = f"--tokens {arguments.tokens} --rounds {arguments.rounds}"

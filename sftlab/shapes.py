@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -30,22 +31,19 @@ def save_random_llama(folder: Path, tokenizer: str) -> None:
     AutoTokenizer.from_pretrained(tokenizer).save_pretrained(folder)
 
 
-def train_random_llama(run: str, tokenizer: str, dataset: str, launch_config: str, fields: dict[str, str]) -> None:
+def train_random_llama(run: str, tokenizer: str, dataset: str, launch_config: str, flags: Sequence[str]) -> None:
     """A finished run on such a model, by the trainer as a user starts it, under accelerate_configs/LAUNCH_CONFIG.yaml.
 
-    `run` is relative to the repository, `dataset` a local file, `fields` override the recipe llama3.2-1b/attn_r16. The
+    `run` is relative to the repository, `dataset` a local file; `flags` override the recipe llama3.2-1b/attn_r16. The
     model itself is kept in data/llama3.2-1b-random. CalledProcessError where the training fails.
     """
     base = ROOT / "data" / "llama3.2-1b-random"
     save_random_llama(base, tokenizer)
-    fields = {
-        "model_name_or_path": str(base), "dataset_name": dataset, "dataset_fraction": "1", "output_dir": run,
-        "eval_strategy": "no", "save_strategy": "no", "overwrite": "true", **fields,
-    }  # fmt: skip
     command = [
         *(sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch"),
         *("--config_file", f"accelerate_configs/{launch_config}.yaml", "recipes/sft.py"),
-        *("--config", "recipes/llama3.2-1b/attn_r16.yaml"),
-        *(item for key, value in fields.items() for item in (f"--{key}", *value.split())),
+        *("--config", "recipes/llama3.2-1b/attn_r16.yaml", "--model_name_or_path", str(base), "--output_dir", run),
+        *("--dataset_name", dataset, "--dataset_fraction", "1", "--eval_strategy", "no", "--save_strategy", "no"),
+        *("--overwrite", "true", *flags),
     ]
     subprocess.run(command, cwd=ROOT, check=True)
