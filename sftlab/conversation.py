@@ -38,7 +38,12 @@ class Turn:
         return "tuned" if "tuned" in self.order and not self.blind else self.order[0]
 
     def update(self, piece: Any, left_out: int) -> None:
-        """Take over what a `sftlab.chat.Piece` says, and how many old turns the context had no room for."""
+        """Take over what a `sftlab.chat.Piece` says, and how many old turns the context had no room for.
+
+        An answer that was stopped while it waited has no token: the turn stays without texts.
+        """
+        if not piece.first_token_s:
+            return
         self.left_out = left_out
         self.texts, self.tokens, self.tokens_per_s = dict(piece.texts), dict(piece.tokens), dict(piece.tokens_per_s)
         self.finished, self.first_token_s = dict(piece.finished), piece.first_token_s

@@ -317,6 +317,12 @@ def test_the_conversation_goes_on_from_the_better_answer():
     assert column([blind], 0)[1]["content"][0]["text"] == "*(an empty answer)*"
 
 
+def test_an_answer_stopped_while_it_waited_gives_its_message_back(page):
+    turn = Turn("Hello", ("tuned",), False, "x", {"seed": 0})
+    turn.update(Piece({"tuned": ""}, {"tuned": 0}, {"tuned": 0.0}, 0.0, {"tuned": "stopped"}), 0)
+    assert page.end(SimpleNamespace(session_hash="one"), "", [turn])[:2] == ("Hello", [])
+
+
 def test_html_is_shown_not_rendered():
     assert inert("a < b <script>x</script>") == "a < b &lt;script>x&lt;/script>"
     assert inert("`<b>` <b>\n```\n<i>\n```\n<i>") == "`<b>` &lt;b>\n```\n<i>\n```\n&lt;i>"
