@@ -37,13 +37,13 @@ class Slow:
             log(stopped_at=step)
             set_it()
         set_it, stop.set = stop.set, set_and_say
-        step, how = 0, "closed"
+        step, how = 0, None
         log(history=history, sides=sides, settings=vars(settings))
         try:
-            while not stop.is_set() and not self.closed and step < settings.max_new_tokens:
+            while how is None and not self.closed:
                 time.sleep(0.04)  # the engine shows no more states a second
                 step += 1
-                how = "length" if step == settings.max_new_tokens else "stopped" if stop.is_set() else None
+                how = "stopped" if stop.is_set() else "length" if step == settings.max_new_tokens else None
                 text = "heard " + history[-1]["content"] + " " + "word " * step
                 each = lambda value: dict.fromkeys(sides, value)
                 yield Piece(each(text), each(step), each(50.0), 0.02, each(how))
