@@ -35,6 +35,7 @@ demo: $(STAMP)
 	$(BIN)/python eval/quality.py --run $(DEMO)
 	@echo
 	@echo "Next: runs side by side       .venv/bin/python eval/report.py --runs runs"
+	@echo "      chat with it            .venv/bin/python app/app.py"
 	@echo "      look at the curves      .venv/bin/tensorboard --logdir runs"
 	@echo "      another recipe          .venv/bin/accelerate launch --config_file accelerate_configs/cpu.yaml recipes/sft.py --config recipes/demo/all_r16.yaml"
 	@echo "      your own data           ... --dataset_name FILE.jsonl --output_dir runs/NAME"

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from sftlab.run import read_run
-from sftlab.shapes import save_random_llama
+from sftlab.shapes import train_random_llama
 
 ROOT = Path(__file__).parent.parent
 RUN = "runs/evaluation-1b"
@@ -36,9 +36,9 @@ def main() -> None:
     parser.add_argument("--dataset", required=True, help="local data file with at least 2,000 rows")
     parser.add_argument("--out", type=Path, default=ROOT / "results")
     arguments = parser.parse_args()
-    base = ROOT / "data" / "llama3.2-1b-random"
-    save_random_llama(base, arguments.tokenizer)
-    train(base, arguments.dataset)
+    # five steps, and more than 1,000 rows left for the test
+    flags = ("--max_steps", "5", "--split_fractions", "0.4", "0.02", "0.58")
+    train_random_llama(RUN, arguments.tokenizer, arguments.dataset, "single", flags)
     long = ROOT / "data" / "long.jsonl"
     long.write_text("".join(json.dumps(row) + "\n" for row in long_rows(arguments.dataset)), encoding="utf-8")
     lines = []
@@ -48,21 +48,6 @@ def main() -> None:
             writer = csv.DictWriter(file, fieldnames=list(lines[0]), lineterminator="\n")
             writer.writeheader()
             writer.writerows(lines)
-
-
-def train(base: Path, dataset: str) -> None:
-    """A run of five steps that leaves more than 1,000 rows for the test."""
-    fields = {
-        "model_name_or_path": str(base), "dataset_name": dataset, "dataset_fraction": "1", "output_dir": RUN,
-        "max_steps": "5", "eval_strategy": "no", "save_strategy": "no", "overwrite": "true",
-    }  # fmt: skip
-    command = [
-        *(sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch"),
-        *("--config_file", "accelerate_configs/single.yaml", "recipes/sft.py"),
-        *("--config", "recipes/llama3.2-1b/attn_r16.yaml", "--split_fractions", "0.4", "0.02", "0.58"),
-        *(item for key, value in fields.items() for item in (f"--{key}", value)),
-    ]
-    subprocess.run(command, cwd=ROOT, check=True)
 
 
 def long_rows(dataset: str) -> list[dict[str, str]]:

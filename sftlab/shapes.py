@@ -2,6 +2,9 @@
 
 import json
 import re
+import subprocess
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +12,8 @@ import torch
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
 from sftlab.template import encode, set_template
+
+ROOT = Path(__file__).parent.parent
 
 
 def save_random_llama(folder: Path, tokenizer: str) -> None:
@@ -50,3 +55,21 @@ def write_rows(path: Path, tokenizer: PreTrainedTokenizerBase, count: int, longe
         for number, length in enumerate(lengths):
             text = "".join(generator.choice(words, max(1, length - around))).strip()
             file.write(json.dumps({"instruction": f"{number}", "context": "", "response": text}) + "\n")
+
+
+def train_random_llama(run: str, tokenizer: str, dataset: str, launch_config: str, flags: Sequence[str]) -> None:
+    """A finished run on such a model, by the trainer as a user starts it, under accelerate_configs/LAUNCH_CONFIG.yaml.
+
+    `run` is relative to the repository, `dataset` a local file; `flags` override the recipe llama3.2-1b/attn_r16. The
+    model itself is kept in data/llama3.2-1b-random. CalledProcessError where the training fails.
+    """
+    base = ROOT / "data" / "llama3.2-1b-random"
+    save_random_llama(base, tokenizer)
+    command = [
+        *(sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch"),
+        *("--config_file", f"accelerate_configs/{launch_config}.yaml", "recipes/sft.py"),
+        *("--config", "recipes/llama3.2-1b/attn_r16.yaml", "--model_name_or_path", str(base), "--output_dir", run),
+        *("--dataset_name", dataset, "--dataset_fraction", "1", "--eval_strategy", "no", "--save_strategy", "no"),
+        *("--overwrite", "true", *flags),
+    ]
+    subprocess.run(command, cwd=ROOT, check=True)

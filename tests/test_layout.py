@@ -72,7 +72,7 @@ def test_every_dependency_has_an_exact_version():
 
 def test_every_path_in_the_readme_exists():
     text = (ROOT / "README.md").read_text()
-    folders = "accelerate_configs|recipes|eval|sftlab|results|tests|docs"
+    folders = "accelerate_configs|app|recipes|eval|sftlab|results|tests|docs"
     named = set(re.findall(rf"\b((?:{folders})/[\w./-]+\.(?:py|yaml|jinja|csv|md))", text))
     assert named
     assert not [name for name in named if not (ROOT / name).exists()]

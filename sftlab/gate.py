@@ -1,0 +1,66 @@
+"""Who may in, and what the app's server answers at all: the page and its calls, no file."""
+
+import argparse
+from collections.abc import Awaitable, Callable, MutableMapping
+from pathlib import Path
+from typing import Any
+
+# The routes of Gradio that the page and its API use. Those that read, fetch or take files are not among them.
+_CALLS = (
+    "info", "openapi.json", "queue", "run", "call", "heartbeat", "cancel", "startup-events", "theme.css", "app_id",
+    "user", "login_check",
+)  # fmt: skip
+_POLICY = (
+    "default-src 'self' data: blob:; script-src 'self' 'unsafe-inline' 'unsafe-eval' blob:; "
+    "style-src 'self' 'unsafe-inline'; object-src 'none'; base-uri 'self'; form-action 'self'"
+)
+_LOCAL = ("localhost", "127.0.0.1", "[::1]")
+Message = MutableMapping[str, Any]
+
+
+class Gate:
+    """ASGI middleware: refuses what is not needed, and has the browser refuse requests to any other host.
+
+    `local_only` also refuses requests under another host's name (a page whose name was rebound to this machine).
+    """
+
+    def __init__(self, app: Callable[..., Awaitable[None]], local_only: bool) -> None:
+        self.app = app
+        self.local_only = local_only
+
+    async def __call__(
+        self, scope: Message, receive: Callable[[], Awaitable[Message]], send: Callable[[Message], Awaitable[None]]
+    ) -> None:
+        """Pass an allowed request on, answer 403 to any other."""
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        if not self._allowed(scope):
+            headers = [(b"content-type", b"text/plain")]
+            await send({"type": "http.response.start", "status": 403, "headers": headers})
+            await send({"type": "http.response.body", "body": b"not served"})
+            return
+
+        async def with_policy(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                policy = (b"content-security-policy", _POLICY.encode())
+                message["headers"] = [*message.get("headers", []), policy, (b"x-content-type-options", b"nosniff")]
+            await send(message)
+
+        await self.app(scope, receive, with_policy)
+
+    def _allowed(self, scope: Message) -> bool:
+        host = dict(scope["headers"]).get(b"host", b"").decode("latin-1")
+        if self.local_only and host.rpartition(":")[0] not in _LOCAL and host not in _LOCAL:
+            return False
+        _, api, call = scope["path"].partition("/gradio_api/")
+        return not api or call.split("/")[0] in _CALLS
+
+
+def accounts(text: str) -> list[tuple[str, str]]:
+    """USER:PASSWORD, or a file of such lines."""
+    lines = Path(text).read_text(encoding="utf-8").split() if Path(text).is_file() else [text]
+    pairs = [tuple(line.split(":", 1)) for line in lines]
+    if not pairs or not all(len(pair) == 2 and all(pair) for pair in pairs):
+        raise argparse.ArgumentTypeError("expected USER:PASSWORD, or a file of such lines")
+    return pairs

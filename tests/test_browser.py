@@ -1,0 +1,282 @@
+"""The chat app's page in a headless Chromium: what a user clicks, at both widths, light and dark.
+
+Screenshots go to the folder that SCREENSHOTS names, if it does.
+"""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+from serving import waits_for
+
+from sftlab import votes
+
+playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "google-chrome", "chromium-browser"))), None)
+pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="neither chromium nor google-chrome is on the PATH")
+ARGUMENTS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--disable-background-networking"]
+WIDTHS = {"desktop": {"width": 1280, "height": 900}, "phone": {"width": 390, "height": 844}}
+
+
+@pytest.fixture(scope="module")
+def browser():
+    with playwright.sync_playwright() as driver:
+        yield driver.chromium.launch(executable_path=CHROMIUM, args=ARGUMENTS)
+
+
+@pytest.fixture
+def visit(browser):
+    """Opens the page of a server; what it asked of other hosts and what broke in it fail the test."""
+    pages = []
+
+    def open_page(url: str, width: str = "desktop", scheme: str = "light", loaded: str = "rank 16"):
+        context = browser.new_context(viewport=WIDTHS[width], color_scheme=scheme, accept_downloads=True)
+        context.grant_permissions(["clipboard-read", "clipboard-write"])
+        page = context.new_page()
+        page.asked, page.broke = [], []
+        page.on("request", lambda request: page.asked.append(request.url))
+        page.on("pageerror", lambda error: page.broke.append(str(error)))
+        page.on("dialog", lambda dialog: page.broke.append(f"dialog {dialog.message}"))
+        page.set_default_timeout(15_000)
+        page.goto(url)
+        pages.append((page, url))
+        page.get_by_text(loaded).first.wait_for()
+        return page
+
+    yield open_page
+    for page, url in pages:
+        outside = [asked for asked in page.asked if not asked.startswith((url, "data:", "blob:"))]
+        assert not outside
+        assert not page.broke
+        page.context.close()
+
+
+def shot(page, name: str) -> None:
+    if os.environ.get("SCREENSHOTS"):
+        page.wait_for_timeout(300)
+        page.screenshot(path=str(Path(os.environ["SCREENSHOTS"]) / f"{name}.png"), full_page=True)
+
+
+def say(page, text: str) -> None:
+    page.fill("#message textarea", text)
+    page.get_by_role("button", name="Send").click()
+
+
+def answered(page, column: str = "left", says: str = ""):
+    """The footnote of the newest answer, once it says that and the page takes messages again."""
+    footnote = page.locator(f"#{column} .message small", has_text=says).last
+    footnote.wait_for()
+    page.get_by_role("button", name="Send").wait_for()
+    return footnote.inner_text()
+
+
+def slide(page, label: str, value: str) -> None:
+    page.get_by_label(f"number input for {label}").fill(value)
+    page.get_by_label(f"number input for {label}").press("Enter")
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", ["desktop", "phone"])
+def test_a_conversation_at_every_width_and_scheme(server, visit, width, scheme):
+    page = visit(server.url, width, scheme)
+    shot(page, f"{width}-{scheme}-empty")
+    slide(page, "Max new tokens", "20")
+    slide(page, "Temperature", "0")
+    say(page, "Repeat the number 7 in words.")
+    page.get_by_role("button", name="Left is better").wait_for()
+    assert answered(page).startswith("base · ")
+    assert answered(page, "right").startswith("tuned · ")
+    shot(page, f"{width}-{scheme}-answered")
+    overflow = page.evaluate("document.documentElement.scrollWidth - document.documentElement.clientWidth")
+    assert overflow <= 0, f"the page is {overflow} pixels wider than the window"
+    assert page.evaluate("document.body.classList.contains('dark')") == (scheme == "dark")
+
+
+def test_sliders_act_and_retry_takes_the_next_seed(server, visit):
+    page = visit(server.url)
+    page.locator("#side").get_by_text("tuned").click()
+    slide(page, "Max new tokens", "5")
+    say(page, "Repeat the number 7 in words.")
+    page.locator("#left small", has_text=" 5 tokens").wait_for()
+    assert "seed 0" in answered(page, says="cut at max new tokens")
+    assert page.locator("#right").count() == 0 or not page.locator("#right").is_visible()
+    slide(page, "Max new tokens", "9")
+    page.get_by_role("button", name="Retry").click()
+    page.locator("#left small", has_text="seed 1").wait_for()
+    page.locator("#left small", has_text=" 9 tokens").wait_for()
+    answered(page)
+    page.get_by_role("button", name="Undo").click()
+    page.wait_for_function("document.querySelector('#message textarea').value.startsWith('Repeat the number 7')")
+    assert page.locator("#left small").count() == 0
+
+
+def test_text_streams_and_stop_ends_it_within_a_token(slow, visit):
+    page = visit(slow.url)
+    slide(page, "Max new tokens", "2000")
+    say(page, "Go on")
+    words = page.locator("#left").get_by_text("heard Go on")
+    words.wait_for()
+    lengths = [len(words.last.inner_text())]
+    while len(lengths) < 4:
+        page.wait_for_function("n => document.querySelector('#left .bot').innerText.length > n", arg=lengths[-1] + 10)
+        lengths.append(len(words.last.inner_text()))
+    page.fill("#message textarea", "too early")
+    page.locator("#message textarea").press("Enter")
+    page.get_by_role("button", name="Retry").click()
+    page.get_by_role("button", name="Stop").click()
+    assert answered(page, says="stopped").startswith("base · ")
+    assert page.locator("#message textarea").input_value() == "too early"
+    last = slow.last_answer()
+    assert last["history"][-1]["content"] == "Go on"
+    assert last["step"] - last["stopped_at"] <= 1
+    page.get_by_role("button", name="Clear", exact=True).last.click()
+    page.wait_for_function("document.querySelectorAll('#left small').length == 0")
+
+
+def test_a_place_in_the_queue_is_shown_and_a_full_one_says_so(slow, visit):
+    """One answers, one waits (the server's queue holds one), the third is told; Stop lets the second in."""
+    first, second, third = (visit(slow.url) for _ in range(3))
+    for page, text in ((first, "one"), (second, "two"), (third, "three")):
+        slide(page, "Max new tokens", "2000" if page is first else "3")
+        if page is second:
+            first.locator("#left").get_by_text("heard one").wait_for()
+        if page is third:
+            second.get_by_text("queue: 1/1").first.wait_for()
+            shot(second, "waiting")
+        say(page, text)
+    third.locator("#note").get_by_text("too many messages wait").wait_for()
+    third.get_by_role("button", name="Send").wait_for()
+    assert third.locator("#message textarea").input_value() == "three"
+    shot(third, "full")
+    first.get_by_role("button", name="Stop").click()
+    second.locator("#left").get_by_text("heard two").wait_for()
+    third.get_by_role("button", name="Send").click()
+    third.locator("#left").get_by_text("heard three").wait_for()
+
+
+def test_the_settings_of_the_page_reach_the_model(slow, visit):
+    page = visit(slow.url)
+    chosen = {"Temperature": "0.35", "Top-p": "0.55", "Top-k": "12", "Max new tokens": "3", "Repetition penalty": "1.3"}
+    for label, value in chosen.items():
+        slide(page, label, value)
+    page.get_by_label("Seed").fill("42")
+    page.get_by_label("System instruction").fill("Answer in verse.")
+    say(page, "Hello")
+    answered(page)
+    asked = slow.last_answer()
+    assert asked["settings"] == {
+        "temperature": 0.35, "top_p": 0.55, "top_k": 12, "max_new_tokens": 3, "repetition_penalty": 1.3, "seed": 42,
+    }  # fmt: skip
+    assert asked["history"][0] == {"role": "system", "content": "Answer in verse."}
+    assert sorted(asked["sides"]) == ["base", "tuned"]
+
+
+def test_a_closed_tab_ends_its_generation_within_a_token(slow, visit, browser):
+    page = browser.new_context().new_page()
+    page.goto(slow.url)
+    page.locator("#facts").get_by_text("rank 16").wait_for()
+    slide(page, "Max new tokens", "2000")
+    say(page, "closing")
+    page.locator("#left").get_by_text("heard closing").wait_for()
+    page.context.close()
+    assert waits_for(lambda: "ended" in slow.last_answer())
+    last = slow.last_answer()
+    assert last["history"][-1]["content"] == "closing"
+    assert last["step"] - last["stopped_at"] <= 1
+    assert last["step"] < 1000
+
+
+def test_html_is_inert_and_code_is_code(slow, visit):
+    page = visit(slow.url)
+    slide(page, "Max new tokens", "2")
+    say(page, "<script>alert(1)</script> <img src=http://evil.example/x onerror=alert(2)> **bold** `a <b>`")
+    answered(page, says=" 2 tokens")
+    answer = page.locator("#left .bot").first
+    assert "<script>alert(1)</script>" in answer.inner_text()
+    assert answer.locator("strong").inner_text() == "bold"
+    assert answer.locator("code").inner_text() == "a <b>"
+    assert page.locator("#left .message img").count() == 0
+
+
+def test_a_blind_vote_is_revealed_written_and_summed(server, visit):
+    page = visit(server.url)
+    slide(page, "Max new tokens", "10")
+    page.get_by_label("Blind").check()
+    say(page, "Repeat the number 3 in words.")
+    page.get_by_role("button", name="Right is better").wait_for()
+    assert (answered(page), answered(page, "right")) == ("answer A", "answer B")
+    shot(page, "blind")
+    page.get_by_role("button", name="Right is better").click()
+    page.locator("#note").get_by_text("Voted").wait_for()
+    vote = votes.read(server.ballot)[-1]
+    assert (vote["blind"], vote["vote"], vote["message"]) == (True, vote["order"][1], "Repeat the number 3 in words.")
+    page.locator("#right small", has_text=f"{vote['order'][1]} · ").wait_for()
+    page.get_by_role("row", name="first blind").wait_for()
+    shot(page, "voted")
+
+
+def test_another_run_a_broken_one_and_a_reload(server, visit):
+    page = visit(server.url)
+    slide(page, "Max new tokens", "5")
+    for run, words in (("broken", "broken cannot be used"), ("second", "rank 16")):
+        page.get_by_label("Run", exact=True).click()
+        page.get_by_role("option", name=run).click()
+        page.locator("#facts").get_by_text(words).wait_for()
+        shot(page, run)
+    say(page, "Hello")
+    assert "tokens/s" in answered(page)
+    page.get_by_role("tab", name="Runs").click()
+    page.get_by_role("cell", name="second", exact=True).wait_for()
+    shot(page, "runs")
+    page.get_by_role("tab", name="Results").click()
+    page.locator(".tables img").first.wait_for()
+    assert page.evaluate("[...document.querySelectorAll('.tables img')].every(image => image.naturalWidth > 100)")
+    shot(page, "results")
+    page.reload()
+    page.locator("#facts").get_by_text("rank 16").wait_for()
+    slide(page, "Max new tokens", "5")
+    say(page, "Hello again")
+    assert "tokens/s" in answered(page)
+
+
+def test_editing_copying_and_saving(slow, visit):
+    page = visit(slow.url)
+    slide(page, "Max new tokens", "3")
+    for text in ("one", "two"):
+        say(page, text)
+        page.locator("#left").get_by_text(f"heard {text}").wait_for()
+        answered(page)
+    page.locator("#left").get_by_label("Edit").first.click()
+    page.locator("#left textarea").fill("three")
+    page.locator("#left").get_by_label("Submit").click()
+    page.locator("#left").get_by_text("heard three").wait_for()
+    answered(page)
+    page.locator("#left .bot").last.hover()
+    page.locator("#left").get_by_label("Copy").last.click()
+    assert waits_for(lambda: page.evaluate("navigator.clipboard.readText()").startswith("heard three word"))
+    with page.expect_download() as download:
+        page.get_by_role("button", name="Save").click()
+    [turn] = json.loads(Path(download.value.path()).read_text())["turns"]
+    assert turn["message"] == "three"
+    assert turn["texts"]["tuned"].startswith("heard three")
+
+
+def test_the_api_page_is_there(server, visit):
+    page = visit(server.url)
+    page.get_by_role("button", name="Use via API").click()
+    page.get_by_text("/chat").first.wait_for()
+    shot(page, "api")
+
+
+def test_without_a_run_the_page_says_how_to_make_one_and_finds_it_later(slow, visit):
+    runs = slow.folder / "runs"
+    runs.rename(slow.folder / "gone")
+    page = visit(slow.url, "phone", loaded="No finished run yet")
+    assert not page.locator("#message").is_visible()
+    shot(page, "empty")
+    (slow.folder / "gone").rename(runs)
+    page.reload()
+    page.locator("#facts").get_by_text("rank 16").wait_for()
+    assert page.locator("#message").is_visible()
