@@ -47,7 +47,7 @@ def main(argv: list[str]) -> None:
         use_all_cpu_cores(launch)
         recipe = parse_recipe(argv, launch)
         run, checkpoint = begin(recipe, launch, rank)
-        tokenizer, template, fast = prepare(recipe)
+        tokenizer, template, fast = prepare(recipe, launch)
         with recipe.training.main_process_first(desc="reading the data set"):
             splits = load_splits(recipe.data, recipe.training.dataset_num_proc)
     except ValueError as error:
@@ -76,7 +76,7 @@ def begin(recipe: Recipe, launch: Launch, rank: int) -> tuple[Run, str | None]:
     return run, found[0]
 
 
-def prepare(recipe: Recipe) -> tuple[PreTrainedTokenizerBase, str, FastPath]:
+def prepare(recipe: Recipe, launch: Launch) -> tuple[PreTrainedTokenizerBase, str, FastPath]:
     """Tokenizer with its template, and the fast path, after checking what the recipe targets. No weights yet."""
     name, revision = recipe.model.model_name_or_path, recipe.model.model_revision
     tokenizer = load_tokenizer(name, revision, recipe.training)
@@ -84,7 +84,7 @@ def prepare(recipe: Recipe) -> tuple[PreTrainedTokenizerBase, str, FastPath]:
     if recipe.model.use_peft:
         check_target_modules(config, recipe.model.lora_target_modules, recipe.training.trust_remote_code)
     template = set_template(tokenizer, recipe.training.chat_template_path)
-    return tokenizer, template, choose(recipe, config)
+    return tokenizer, template, choose(recipe, config, launch)
 
 
 def train(

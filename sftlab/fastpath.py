@@ -12,6 +12,10 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from sftlab import varlen
 from sftlab.config import Recipe
+from sftlab.launch import Launch
+
+PARTS = ("packing", "compile_layers", "fused_loss")
+UNTRIED = "not yet measured under FSDP; the recipe's field of that name switches it on"
 
 
 @dataclass
@@ -25,9 +29,14 @@ class FastPath:
     reasons: dict[str, str] = field(default_factory=dict)
 
 
-def choose(recipe: Recipe, config: PreTrainedConfig) -> FastPath:
+def choose(recipe: Recipe, config: PreTrainedConfig, launch: Launch) -> FastPath:
     """Decide before any weights are loaded. Raises ValueError for packing that was asked for and cannot be had."""
     training, asked = recipe.training, recipe.model.attn_implementation
+    if launch.strategy == "fsdp":
+        fast = FastPath(bool(training.packing), bool(training.compile_layers), bool(training.fused_loss), asked)
+        fast.reasons = {name: UNTRIED for name in PARTS if getattr(training, name) is None}
+        fast.attn_implementation = varlen.NAME if fast.packing else asked
+        return fast
     why = "rows of a stream come without their lengths" if recipe.data.dataset_streaming else None
     if asked not in (None, varlen.NAME):
         why = why or f"attention {asked} would need a dense mask over the packed rows"
@@ -42,7 +51,7 @@ def choose(recipe: Recipe, config: PreTrainedConfig) -> FastPath:
         raise ValueError("attn_implementation varlen is for packed rows: leave packing out of the recipe")
     compile_layers = training.compile_layers
     if compile_layers is None:
-        compile_layers = torch.cuda.is_available() and not training.torch_compile
+        compile_layers = varlen.no_triton() is None and not training.torch_compile
     return FastPath(packing, compile_layers, training.fused_loss, varlen.NAME if packing else asked, reasons)
 
 

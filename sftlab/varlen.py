@@ -3,6 +3,8 @@
 torch's own `varlen_attn` (FlashAttention-2) takes 1.8 times as long on rows of a few hundred tokens: see docs/LOG.md.
 """
 
+from importlib.util import find_spec
+
 import torch
 from torch import nn
 from transformers import AttentionInterface, PreTrainedConfig
@@ -21,14 +23,8 @@ def register() -> None:
 
 def why_not(config: PreTrainedConfig, model_class: type | None) -> str | None:
     """Why rows of this model cannot be packed here; None where they can."""
-    if not torch.cuda.is_available():
-        return "a CPU has no variable-length attention"
-    if torch.cuda.get_device_capability() < (8, 0):
-        return f"{torch.cuda.get_device_name()} is older than compute capability 8.0"
-    try:
-        import triton  # noqa: F401
-    except ImportError:
-        return "Triton is not installed"
+    if why := no_triton():
+        return why
     config = config.get_text_config()
     size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     if size not in HEAD_SIZES:
@@ -59,6 +55,15 @@ def _attention(
     query, key, value = (t[0].transpose(0, 1).contiguous() for t in (query, key, value))
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     return varlen_attention(query, key, value, tiles, scale)[0][None], None
+
+
+def no_triton() -> str | None:
+    """Why Triton's kernels do not run here; None where they do."""
+    if not torch.cuda.is_available():
+        return "a CPU has no variable-length attention"
+    if torch.cuda.get_device_capability() < (8, 0):
+        return f"{torch.cuda.get_device_name()} is older than compute capability 8.0"
+    return None if find_spec("triton") else "Triton is not installed"
 
 
 @torch.library.custom_op("sftlab::varlen_attention", mutates_args=())

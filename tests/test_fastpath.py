@@ -4,8 +4,7 @@ Everything here runs on a CPU in float32, with plain attention under a block mas
 are held to plain attention in tests/test_kernels.py.
 """
 
-import sys
-import types
+import dataclasses
 
 import pytest
 import torch
@@ -14,7 +13,7 @@ from peft import LoraConfig, get_peft_model
 from torch.nn.functional import scaled_dot_product_attention
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig, LlamaForCausalLM, set_seed
-from trl import get_peft_config
+from trl import get_peft_config, get_quantization_config
 
 from sftlab import fastpath, loss, varlen
 from sftlab.config import parse_recipe
@@ -56,7 +55,7 @@ def build(fields: dict[str, str], **more: object) -> LabTrainer:
     tokenizer = load_tokenizer(model.model_name_or_path, model.model_revision, args)
     set_template(tokenizer, args.chat_template_path)
     config = load_config(model.model_name_or_path, model.model_revision, args)
-    fast = fastpath.choose(recipe, config)
+    fast = fastpath.choose(recipe, config, launch)
     args.model_init_kwargs = model_init_kwargs(model, False, args.model_init_kwargs)
     if fast.attn_implementation:
         args.model_init_kwargs["attn_implementation"] = fast.attn_implementation
@@ -65,8 +64,8 @@ def build(fields: dict[str, str], **more: object) -> LabTrainer:
     splits, meter = load_splits(recipe.data), Meter()
     return LabTrainer(
         model=model.model_name_or_path, args=args, train_dataset=splits.train, eval_dataset=splits.validation,
-        processing_class=tokenizer, peft_config=get_peft_config(model), callbacks=[meter], meter=meter, launch=launch,
-        fast=fast,
+        processing_class=tokenizer, quantization_config=get_quantization_config(model), callbacks=[meter], meter=meter,
+        peft_config=get_peft_config(model), launch=launch, fast=fast,
     )  # fmt: skip
 
 
@@ -153,6 +152,17 @@ def test_training_packed_follows_the_plain_curve(fields, on_a_cpu, more):
             assert fast[key] == pytest.approx(plain[key], abs=0.02), key
     assert curves["fast held out"] == pytest.approx(curves["plain held out"], abs=1e-5)
     assert len(curves["fast held out"]) == 2
+
+
+def test_the_loss_of_an_evaluation_is_the_corpus_s_and_does_not_depend_on_the_batch(fields):
+    found = []
+    for size in (1, 3, 8):
+        trainer = with_trained_lora(build(fields, per_device_eval_batch_size=size))
+        found.append(trainer.evaluate()["eval_loss"])
+        assert trainer.validation_loss() == pytest.approx(found[-1], abs=1e-9)
+    nats = [losses_and_gradients(trainer, [row])[0] for row in trainer.eval_dataset]
+    exact = sum(n.sum().item() for n in nats) / sum(map(len, nats))
+    assert found == pytest.approx([exact] * 3, abs=2e-6)
 
 
 class Costs(TorchDispatchMode):
@@ -290,6 +300,17 @@ def test_what_cannot_be_had_is_refused(fields, asked, named):
         build(fields, **asked)
 
 
+def test_under_fsdp_only_what_is_asked_for_is_on(fields):
+    launch = dataclasses.replace(Launch.from_environment(), strategy="fsdp")
+    found = []
+    for asked in ({}, {"compile_layers": "true", "fused_loss": "true"}):
+        recipe = parse_recipe(arguments({**fields, **asked}), Launch.from_environment())
+        fast = fastpath.choose(recipe, LlamaConfig(), launch)
+        found.append((fast.packing, fast.compile_layers, fast.fused_loss, sorted(fast.reasons)))
+    nothing = (False, False, False, ["compile_layers", "fused_loss", "packing"])
+    assert found == [nothing, (False, True, True, ["packing"])]
+
+
 def test_a_head_that_changes_its_logits_keeps_trls_loss(fields, monkeypatch):
     monkeypatch.setattr(LlamaConfig, "logit_scale", 2.0, raising=False)
     trainer = build(fields)
@@ -310,7 +331,7 @@ def test_a_head_that_changes_its_logits_keeps_trls_loss(fields, monkeypatch):
 def test_models_whose_attention_the_kernels_do_not_have_are_not_packed(monkeypatch, change, why):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
-    monkeypatch.setitem(sys.modules, "triton", types.ModuleType("triton"))
+    monkeypatch.setattr(varlen, "find_spec", lambda name: name)
     config = LlamaConfig(hidden_size=64, num_attention_heads=2, num_hidden_layers=2)
     assert varlen.why_not(config, LlamaForCausalLM) is None
     for name, value in change.items():
