@@ -1,14 +1,15 @@
 """Training throughput of this project, of trl and of the published loop, side by side on one GPU or several.
 
-python results/throughput.py --tokenizer DIR [--variants NAME ...] [--out results/throughput.csv]
+python results/throughput.py [--variants NAME ...] [--out results/throughput.csv]
 
-Random-initialised Llama-3.2-1B, rows of random words with lognormal(5.75, 0.7) tokens. Every variant is a process of
-its own (results/turnstile.py); those of a group are started at once, warm up, and are then let through a turnstile one
-at a time, `--repeats` times round, so that every repeat has one of each. `sft.py` variants are recipes/sft.py itself,
-TensorBoard on; DDP and FSDP2 take every GPU, with as much work for each. Only tokens that are not padding count. Of the
-`sft.py` variants one more turn is profiled, by class of kernel (throughput_profile.csv). The share of the limit is
-model FLOPs (4 for each frozen parameter and token, the head at the tokens in the loss alone) over the rate of a matrix
-product measured in the same command.
+Random-initialised Llama-3.2-1B or, for QLoRA, Llama-2-7B; rows of words of one token each, lognormal(5.75, 0.7) tokens
+cut to 16..512 unless the variant's name says otherwise; LoRA r=16 on q, v and o; trl in batches of 20. Every variant is
+a process of its own (results/turnstile.py); those of a group are started at once, warm up, and are then let through a
+turnstile one at a time, `--repeats` times round, so that every repeat has one of each. `sft.py` variants are
+recipes/sft.py itself, TensorBoard on; DDP and FSDP2 take every GPU, with as much work for each. Only tokens that are
+not padding count. Of the `sft.py` variants one more turn is profiled, by class of kernel (throughput_profile.csv). The
+share of the limit is model FLOPs (4 for each frozen parameter and token, 6 for a trained one, the head at the tokens in
+the loss alone) over the rate of a matrix product measured in the same command.
 """
 
 import argparse
@@ -20,7 +21,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from transformers import AutoTokenizer
@@ -30,20 +31,32 @@ from sftlab.run import environment
 from sftlab.shapes import save_random_llama, write_rows
 
 ROOT = Path(__file__).parent.parent
-BASE = "data/llama3.2-1b-random"
-ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-BODY_FLOPS, HEAD_FLOPS = 4 * 0.9731e9, 4 * 0.2627e9
-Variant = tuple[str, str, dict[str, Any]]
+ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
+ALL = [*ATTENTION, "gate_proj", "up_proj", "down_proj"]
 
 
-def sft(launch: str, rows: int = 32, longest: int = 512, **fields: Any) -> Variant:
+class Variant(NamedTuple):
+    """A trainer under a launch config; `fields` are those of the recipe, of trl's SFTConfig, or of the loop."""
+
+    kind: str
+    launch: str
+    fields: dict[str, Any]
+    longest: int = 512
+    shape: str = "llama3.2-1b"
+
+
+def sft(launch: str, rows: int = 32, longest: int = 512, shape: str = "llama3.2-1b", **fields: Any) -> Variant:
     """recipes/sft.py under a launch config, with `rows` a process and step."""
-    fields |= {"per_device_train_batch_size": rows, "max_length": longest, "dataset_name": f"data/rows{longest}.jsonl"}
-    return "sft", launch, fields
+    return Variant(
+        "sft", launch, {"per_device_train_batch_size": rows, "max_length": longest, **fields}, longest, shape
+    )
 
 
-# name: kind, launch config, fields of the recipe, of trl's SFTConfig, or of the loop
-VARIANTS: dict[str, Variant] = {
+QLORA_7B = {
+    "load_in_4bit": True, "optim": "paged_adamw_32bit", "gradient_checkpointing": True, "max_length": 1024,
+    "per_device_train_batch_size": 4, "lora": {"r": 32, "lora_alpha": 64, "target_modules": ALL},
+}  # fmt: skip
+VARIANTS = {
     "sft.py bf16": sft("single"),
     "sft.py fp8": sft("fp8"),
     "sft.py bf16, all linears": sft("single", lora_target_modules=ALL),
@@ -57,29 +70,29 @@ VARIANTS: dict[str, Variant] = {
     "sft.py bf16, rows to 4096": sft("single", rows=16, longest=4096),
     "sft.py fp8, rows to 4096": sft("fp8", rows=16, longest=4096),
     "sft.py bf16, DDP": sft("ddp"),
-    "sft.py bf16, FSDP2": sft("fsdp"),
-    "published loop, fp16": ("loop", "single", {"autocast": "float16"}),
-    "published loop, fp32": ("loop", "single", {"autocast": None}),
-    "trl as it comes": ("trl", "single", {"dtype": "float32", "gradient_checkpointing": True}),
-    "trl bf16": ("trl", "single", {}),
-    "trl bf16, compiled": ("trl", "single", {"torch_compile": True}),
-    "trl bf16, packed, sdpa": ("trl", "single", {"packing": True}),
+    "sft.py bf16, FSDP2": sft("fsdp", packing="true", compile_layers="true", fused_loss="true"),
+    "sft.py QLoRA, 7B": sft("single", rows=4, longest=1024, shape="llama2-7b", recipe="llama2-7b/all_r32"),
+    "published loop, fp16": Variant("loop", "single", {"autocast": "float16"}),
+    "published loop, fp32": Variant("loop", "single", {"autocast": None}),
+    "trl as it comes": Variant("trl", "single", {"dtype": "float32", "gradient_checkpointing": True}),
+    "trl bf16": Variant("trl", "single", {}),
+    "trl bf16, compiled": Variant("trl", "single", {"torch_compile": True}),
+    "trl bf16, packed, sdpa": Variant("trl", "single", {"packing": True}),
+    "trl QLoRA, 7B": Variant("trl", "single", QLORA_7B, 1024, "llama2-7b"),
 }
 
 
 def main() -> None:
     """Make model and rows, run the variants, and write a line for each."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--tokenizer", help="folder of the Llama 3 tokenizer, or of another of at most 128,256 tokens")
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS), metavar="NAME")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--at_once", type=int, default=5, help="variants that share the GPU's memory at a time")
     parser.add_argument("--out", type=Path, default=ROOT / "results" / "throughput.csv")
     arguments = parser.parse_args()
-    save_random_llama(ROOT / BASE, arguments.tokenizer)
-    tokenizer = AutoTokenizer.from_pretrained(ROOT / BASE)
-    for longest in {512, *(VARIANTS[name][2].get("max_length", 512) for name in arguments.variants)}:
-        write_rows(ROOT / f"data/rows{longest}.jsonl", tokenizer, 3000, longest)
+    for variant in {(v.shape, v.longest): v for v in map(VARIANTS.get, arguments.variants)}.values():
+        save_random_llama(ROOT / base(variant), shape=variant.shape)
+        write_rows(ROOT / rows(variant), AutoTokenizer.from_pretrained(ROOT / base(variant)), 3000, variant.longest)
     rate = matrix_rate(torch.device("cuda"), torch.bfloat16)
     lines, profiles, facts = [], [], environment()
     about = {
@@ -96,6 +109,16 @@ def main() -> None:
         write_table(arguments.out.with_stem(f"{arguments.out.stem}_profile"), profiles)
 
 
+def base(variant: Variant) -> str:
+    """Folder of the variant's model."""
+    return f"data/{variant.shape}-words"
+
+
+def rows(variant: Variant) -> str:
+    """File of the variant's rows."""
+    return f"data/{variant.shape}-rows{variant.longest}.jsonl"
+
+
 def drive(names: list[str], repeats: int, folder: Path) -> dict[str, list[dict[str, Any]]]:
     """Start a worker a variant, then let them through in turn, `repeats` times. A worker may fail."""
     processes, reports = {}, {name: [] for name in names}
@@ -106,7 +129,7 @@ def drive(names: list[str], repeats: int, folder: Path) -> dict[str, list[dict[s
         appeared(mine / "ready0", process)
     for turn in range(repeats + 1):
         for name, (mine, process) in processes.items():
-            if turn == repeats and VARIANTS[name][0] != "sft":
+            if turn == repeats and VARIANTS[name].kind != "sft":
                 continue
             if appeared(mine / f"ready{turn}", process):
                 (mine / f"go{turn}").touch()
@@ -124,15 +147,20 @@ def drive(names: list[str], repeats: int, folder: Path) -> dict[str, list[dict[s
 
 def start(name: str, repeats: int, folder: Path) -> subprocess.Popen:
     """The worker of a variant, on one GPU or on all."""
-    kind, launch, fields = VARIANTS[name]
-    processes = torch.cuda.device_count() if launch in ("ddp", "fsdp") else 1
-    if kind == "sft":
-        fields = {"global_batch_size": fields["per_device_train_batch_size"] * processes, **fields}
+    variant, processes = VARIANTS[name], gpus(VARIANTS[name])
+    fields = dict(variant.fields)
+    if variant.kind == "sft":
+        fields["global_batch_size"] = fields["per_device_train_batch_size"] * processes
     command = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch"]
-    command += ["--config_file", f"accelerate_configs/{launch}.yaml", "--num_processes", str(processes)]
-    command += ["results/turnstile.py", "--kind", kind, "--fields", json.dumps(fields), "--base", BASE]
-    command += ["--turns", str(repeats), "--folder", str(folder)]
+    command += ["--config_file", f"accelerate_configs/{variant.launch}.yaml", "--num_processes", str(processes)]
+    command += ["results/turnstile.py", "--kind", variant.kind, "--fields", json.dumps(fields)]
+    command += ["--base", base(variant), "--rows", rows(variant), "--turns", str(repeats), "--folder", str(folder)]
     return subprocess.Popen(command, cwd=ROOT, stdout=(folder / "log").open("w"), stderr=subprocess.STDOUT)
+
+
+def gpus(variant: Variant) -> int:
+    """How many GPUs a variant takes."""
+    return torch.cuda.device_count() if variant.launch in ("ddp", "fsdp") else 1
 
 
 def appeared(path: Path, process: subprocess.Popen) -> bool:
@@ -144,16 +172,17 @@ def appeared(path: Path, process: subprocess.Popen) -> bool:
 
 def summary(name: str, reports: list[dict[str, Any]], rate: float) -> dict[str, Any]:
     """Median and range over the repeats; empty where a variant failed. Memory is a GPU's."""
-    gpus = torch.cuda.device_count() if VARIANTS[name][1] in ("ddp", "fsdp") else 1
+    count = gpus(VARIANTS[name])
     tokens = sorted(report["tokens_per_s"] for report in reports)
-    flops = [BODY_FLOPS * r["tokens_per_s"] + HEAD_FLOPS * r["loss_tokens_per_s"] for r in reports]
     return {
-        "gpus": gpus,
+        "gpus": count,
         "tokens_per_s": round(statistics.median(tokens)) if tokens else "failed",
         "lowest": round(tokens[0]) if tokens else "",
         "highest": round(tokens[-1]) if tokens else "",
         "rows_per_s": round(statistics.median(r["rows_per_s"] for r in reports), 1) if tokens else "",
-        "share_of_limit": round(statistics.median(flops) / rate / gpus, 3) if tokens else "",
+        "share_of_limit": round(statistics.median(r["model_flops_per_s"] for r in reports) / rate / count, 3)
+        if tokens
+        else "",
         "peak_gb": max(r["peak_gb"] for r in reports) if tokens else "",
         "matrix_tflops_per_s": round(rate / 1e12, 1),
         "repeats": len(reports),

@@ -1,7 +1,7 @@
 """One variant of results/throughput.py in a process of its own, which starts it: trains when it is let through.
 
 accelerate launch --config_file accelerate_configs/single.yaml results/turnstile.py --kind sft --fields '{}' \
-    --base DIR --turns 3 --folder DIR
+    --base DIR --rows FILE --turns 3 --folder DIR
 
 It warms up and writes `ready0`; at `go0` it trains a turn of steps and writes `done0` (JSON), and so on. The turn after
 the last is profiled.
@@ -22,11 +22,11 @@ import torch
 import torch.distributed as dist
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
 from sftlab.launch import Launch, settle_single_process
-from sftlab.measure import Meter, synchronize
+from sftlab.measure import Flops, Meter, flops_per_token, synchronize
 from sftlab.template import encode, set_template
 from sftlab.trainer import LabTrainer
 
@@ -53,6 +53,7 @@ class Turnstile(TrainerCallback):
         self._folder, self._turns, self._turn, self._last = folder, turns, 0, WARM_STEPS
         self._profiler = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA])
         self._counts: list[torch.Tensor | int] = [0, 0, 0]
+        self.flops: Flops | None = None
 
     def count(self, *counts: torch.Tensor | int) -> None:
         """Add a micro-batch's tokens, rows and tokens in the loss; what is on the GPU stays there."""
@@ -82,8 +83,9 @@ class Turnstile(TrainerCallback):
         if dist.is_initialized():
             counts, rank = counts.cuda(), dist.get_rank()
             dist.all_reduce(counts)
-        names = ("tokens_per_s", "rows_per_s", "loss_tokens_per_s")
-        report |= dict(zip(names, (counts / seconds).tolist(), strict=True))
+        tokens, rows, loss_tokens = (counts / seconds).tolist()
+        work = self.flops.token * tokens + self.flops.loss_token * loss_tokens
+        report |= {"tokens_per_s": tokens, "rows_per_s": rows, "model_flops_per_s": work}
         report["peak_gb"] = torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else 0.0
         if rank == 0:
             (self._folder / "report").write_text(json.dumps(report), encoding="utf-8")
@@ -100,17 +102,21 @@ def kernel_classes(profiler: torch.profiler.profile, seconds: float) -> dict[str
     return spent | {"none": seconds / STEPS * 1e3 - sum(spent.values())}
 
 
-def train_sft(fields: dict[str, Any], base: str, steps: int, turnstile: Turnstile, folder: Path) -> None:
+def train_sft(fields: dict[str, Any], base: str, rows: str, steps: int, turnstile: Turnstile, folder: Path) -> None:
     """recipes/sft.py, with the turnstile among its callbacks."""
     build, count = LabTrainer.__init__, Meter.count
-    LabTrainer.__init__ = lambda self, *args, callbacks, **kwargs: build(
-        self, *args, callbacks=[*callbacks, turnstile], **kwargs
-    )
+
+    def with_turnstile(self: LabTrainer, *args: Any, callbacks: list, **kwargs: Any) -> None:
+        build(self, *args, callbacks=[*callbacks, turnstile], **kwargs)
+        turnstile.flops = self.flops
+
+    LabTrainer.__init__ = with_turnstile
     Meter.count = lambda self, *counts: (count(self, *counts), turnstile.count(*counts))
     recipe, targets = fields.pop("recipe", "llama3.2-1b/attn_r16"), fields.pop("lora_target_modules", None)
     settings = {
-        "model_name_or_path": base, "dataset_fraction": 1, "output_dir": folder / "run", "max_steps": steps,
-        "eval_strategy": "no", "save_strategy": "no", "lora_dropout": 0, "disable_tqdm": "true", **fields,
+        "model_name_or_path": base, "dataset_name": rows, "dataset_fraction": 1, "output_dir": folder / "run",
+        "max_steps": steps, "eval_strategy": "no", "save_strategy": "no", "lora_dropout": 0, "disable_tqdm": "true",
+        **fields,
     }  # fmt: skip
     argv = ["--config", f"recipes/{recipe}.yaml", *(f"--{k}={v}" for k, v in settings.items())]
     argv += ["--split_fractions", "0.99", "0", "0.01", *(["--lora_target_modules", *targets] if targets else [])]
@@ -120,43 +126,51 @@ def train_sft(fields: dict[str, Any], base: str, steps: int, turnstile: Turnstil
     sft.main(argv)
 
 
-def train_trl(fields: dict[str, Any], base: str, steps: int, turnstile: Turnstile, folder: Path) -> None:
+def train_trl(fields: dict[str, Any], base: str, rows: str, steps: int, turnstile: Turnstile, folder: Path) -> None:
     """Plain SFTTrainer on the same tokens, TensorBoard on."""
 
     class Counting(SFTTrainer):
         def training_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
             packed = inputs.get("attention_mask") is None
             tokens = inputs["input_ids"].numel() if packed else inputs["attention_mask"].sum()
-            rows = (inputs["position_ids"] == 0).sum() if packed else inputs["input_ids"].shape[0]
-            turnstile.count(tokens, rows, tokens - rows)
+            count = (inputs["position_ids"] == 0).sum() if packed else inputs["input_ids"].shape[0]
+            turnstile.count(tokens, count, tokens - count)
             return super().training_step(model, inputs, *args, **kwargs)
 
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(folder / "tensorboard")
     model_fields = {"dtype": fields.pop("dtype", "bfloat16")}
+    if fields.pop("load_in_4bit", False):
+        model_fields["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=torch.bfloat16, bnb_4bit_quant_storage=torch.bfloat16,
+        )  # fmt: skip
+    lora = LoraConfig(**LORA | fields.pop("lora", {}))
     settings = {"per_device_train_batch_size": 20, "max_length": 512, "bf16": True, "gradient_checkpointing": False}
     args = SFTConfig(
         output_dir=str(folder), max_steps=steps, model_init_kwargs=model_fields, report_to="tensorboard",
         logging_steps=10, save_strategy="no", learning_rate=2e-4, disable_tqdm=True, **settings | fields,
     )  # fmt: skip
-    ids = token_rows(base, steps * 40)
-    rows = Dataset.from_dict({"input_ids": ids, "labels": ids})
-    lora = LoraConfig(**LORA)
-    Counting(model=base, args=args, train_dataset=rows, peft_config=lora, callbacks=[turnstile]).train()
+    ids = token_rows(base, rows, args.max_length, 2 * steps * args.per_device_train_batch_size)
+    dataset = Dataset.from_dict({"input_ids": ids, "labels": ids})
+    trainer = Counting(model=base, args=args, train_dataset=dataset, peft_config=lora, callbacks=[turnstile])
+    turnstile.flops = flops_per_token(trainer.model)
+    trainer.train()
 
 
-def train_loop(fields: dict[str, Any], base: str, steps: int, turnstile: Turnstile, folder: Path) -> None:
+def train_loop(fields: dict[str, Any], base: str, rows: str, steps: int, turnstile: Turnstile, folder: Path) -> None:
     """The published 1B study's loop rebuilt: float32 weights, autocast, rows padded to 512, 20 a step, whole logits."""
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).cuda().train()
     model = get_peft_model(model, LoraConfig(**LORA))
+    turnstile.flops = flops_per_token(model)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=2e-4)
     dtype = getattr(torch, fields["autocast"] or "float16")
     scaler = torch.amp.GradScaler(enabled=fields["autocast"] == "float16")
-    texts = token_rows(base, steps * 20)
+    texts = token_rows(base, rows, 512, steps * 20)
     for step in range(steps):
         turnstile.on_step_begin(None, SimpleNamespace(global_step=step), None)
-        rows = texts[20 * step : 20 * step + 20]
+        batch = texts[20 * step : 20 * step + 20]
         ids, labels = torch.zeros(20, 512, dtype=torch.long), torch.full((20, 512), -100)
-        for i, row in enumerate(rows):
+        for i, row in enumerate(batch):
             ids[i, : len(row)] = labels[i, : len(row)] = torch.tensor(row)
         ids, labels = ids.cuda(), labels.cuda()
         with torch.autocast("cuda", dtype, enabled=fields["autocast"] is not None):
@@ -165,21 +179,21 @@ def train_loop(fields: dict[str, Any], base: str, steps: int, turnstile: Turnsti
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad()
-        tokens = sum(map(len, rows))
-        turnstile.count(tokens, len(rows), tokens - len(rows))
+        tokens = sum(map(len, batch))
+        turnstile.count(tokens, len(batch), tokens - len(batch))
         turnstile.on_step_end(None, SimpleNamespace(global_step=step + 1), None)
 
 
-def token_rows(base: str, count: int) -> list[list[int]]:
-    """The first `count` rows to 512 as sft.py reads them."""
+def token_rows(base: str, path: str, max_length: int, count: int) -> list[list[int]]:
+    """The first `count` rows of a file as sft.py reads them, all over again where there are fewer."""
     tokenizer = AutoTokenizer.from_pretrained(base)
     set_template(tokenizer)
-    rows = [json.loads(line) for line in (ROOT / "data/rows512.jsonl").read_text(encoding="utf-8").splitlines()]
+    rows = [json.loads(line) for line in (ROOT / path).read_text(encoding="utf-8").splitlines()]
     found = []
     for row in (rows * (1 + count // len(rows)))[:count]:
         asked = {"role": "user", "content": row["instruction"]}
         answer = {"role": "assistant", "content": row["response"]}
-        found.append(encode(tokenizer, {"prompt": [asked], "completion": [answer]}, 512)["input_ids"])
+        found.append(encode(tokenizer, {"prompt": [asked], "completion": [answer]}, max_length)["input_ids"])
     return found
 
 
@@ -190,6 +204,7 @@ def main() -> None:
     parser.add_argument("--kind", choices=kinds, required=True)
     parser.add_argument("--fields", type=json.loads, required=True)
     parser.add_argument("--base", required=True)
+    parser.add_argument("--rows", required=True)
     parser.add_argument("--turns", type=int, required=True)
     parser.add_argument("--folder", type=Path, required=True)
     arguments = parser.parse_args()
@@ -197,7 +212,7 @@ def main() -> None:
     profiled = arguments.kind == "sft"
     steps = WARM_STEPS + (arguments.turns + profiled) * STEPS
     turnstile = Turnstile(arguments.folder, arguments.turns)
-    kinds[arguments.kind](arguments.fields, arguments.base, steps, turnstile, arguments.folder)
+    kinds[arguments.kind](arguments.fields, arguments.base, arguments.rows, steps, turnstile, arguments.folder)
 
 
 if __name__ == "__main__":

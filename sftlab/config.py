@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 import yaml
 from trl import ModelConfig, SFTConfig, TrlParser
 
@@ -106,7 +107,7 @@ class TrainingArguments(SFTConfig):
         },
     )
     accelerator_config: dict | str | None = field(
-        default_factory=lambda: {"dispatch_batches": False, "non_blocking": True},
+        default_factory=lambda: {"dispatch_batches": False, "non_blocking": torch.cuda.is_available()},
         metadata={"help": "How accelerate loads data: every process reads for itself, copies wait for nothing."},
     )
     compile_layers: bool | None = field(

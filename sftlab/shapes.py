@@ -6,34 +6,64 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
+from transformers import (
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
 
 from sftlab.template import encode, set_template
 
 ROOT = Path(__file__).parent.parent
 
 
-def save_random_llama(folder: Path, tokenizer: str) -> None:
-    """A random-initialised model of Llama-3.2-1B's shape (1.236e9 parameters, bfloat16) with a tokenizer."""
-    if (folder / "config.json").is_file():
-        return
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=128256, hidden_size=2048, intermediate_size=8192, num_hidden_layers=16, num_attention_heads=32,
-        num_key_value_heads=8, head_dim=64, max_position_embeddings=131072, rms_norm_eps=1e-5,
-        tie_word_embeddings=True, bos_token_id=128000, eos_token_id=128001, dtype="bfloat16",
-        rope_parameters={
+SHAPES: dict[str, dict[str, Any]] = {
+    "llama3.2-1b": {
+        "vocab_size": 128256, "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16,
+        "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 64, "max_position_embeddings": 131072,
+        "tie_word_embeddings": True, "bos_token_id": 128000, "eos_token_id": 128001,
+        "rope_parameters": {
             "rope_type": "llama3", "rope_theta": 500000.0, "factor": 32.0, "low_freq_factor": 1.0,
             "high_freq_factor": 4.0, "original_max_position_embeddings": 8192,
         },
-    )  # fmt: skip
+    },
+    "llama2-7b": {
+        "vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32,
+        "num_attention_heads": 32, "num_key_value_heads": 32, "max_position_embeddings": 4096,
+        "tie_word_embeddings": False, "bos_token_id": 31998, "eos_token_id": 31998,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+    },
+}  # fmt: skip
+
+
+def save_random_llama(folder: Path, tokenizer: str | None = None, shape: str = "llama3.2-1b") -> None:
+    """A random-initialised model of a published shape (bfloat16), with a folder's tokenizer or `word_tokenizer`."""
+    if (folder / "config.json").is_file():
+        return
+    torch.manual_seed(0)
+    config = LlamaConfig(**SHAPES[shape], rms_norm_eps=1e-5, dtype="bfloat16")
     with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
         model = LlamaForCausalLM(config).to(torch.bfloat16)
+    own = word_tokenizer(config.vocab_size) if tokenizer is None else AutoTokenizer.from_pretrained(tokenizer)
     model.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(tokenizer).save_pretrained(folder)
+    own.save_pretrained(folder)
+
+
+def word_tokenizer(size: int) -> PreTrainedTokenizerFast:
+    """A tokenizer of `size` tokens, one a word: w0, w1, ..., <unk>, <eos> and <pad> the last three."""
+    special = {"<unk>": size - 3, "<eos>": size - 2, "<pad>": size - 1}
+    words = Tokenizer(WordLevel({f"w{i}": i for i in range(size - 3)} | special, unk_token="<unk>"))
+    words.pre_tokenizer = WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>", eos_token="<eos>", pad_token="<pad>")
 
 
 def write_rows(path: Path, tokenizer: PreTrainedTokenizerBase, count: int, longest: int, seed: int = 0) -> None:
@@ -44,16 +74,14 @@ def write_rows(path: Path, tokenizer: PreTrainedTokenizerBase, count: int, longe
     set_template(tokenizer)
     generator = np.random.default_rng(seed)
     lengths = np.clip(generator.lognormal(5.75, 0.7, count).astype(int), 16, longest)
-    texts = (tokenizer.decode([i]) for i in range(256, 30_000))
-    words = [
-        t for t in texts if re.fullmatch(" [a-z]{3,}", t) and len(tokenizer.encode(t, add_special_tokens=False)) == 1
-    ]
-    prompt = {"role": "user", "content": "1000"}
-    row = {"prompt": [prompt], "completion": [{"role": "assistant", "content": words[0].strip()}]}
+    texts = {tokenizer.decode([i]).strip() for i in range(256, min(30_000, len(tokenizer)))}
+    texts = [text for text in sorted(texts) if re.fullmatch("[a-z]+[0-9]*", text) and len(text) > 2]
+    words = [text for text in texts if len(tokenizer.encode(f" {text}", add_special_tokens=False)) == 1]
+    row = {"prompt": [{"role": "user", "content": "1000"}], "completion": [{"role": "assistant", "content": words[0]}]}
     around = len(encode(tokenizer, row, None)["input_ids"]) - 1
     with path.open("w", encoding="utf-8") as file:
         for number, length in enumerate(lengths):
-            text = "".join(generator.choice(words, max(1, length - around))).strip()
+            text = " ".join(generator.choice(words, max(1, length - around)))
             file.write(json.dumps({"instruction": f"{number}", "context": "", "response": text}) + "\n")
 
 

@@ -282,6 +282,7 @@ def test_where_packing_cannot_be_had_rows_are_padded_and_the_run_says_why(finish
     run = read(finished[0])
     assert (run["ran"]["packing"], run["ran"]["compile_layers"], run["ran"]["fused_loss"]) == (False, False, True)
     assert finished[2].stdout.count("packing is off: a CPU has no variable-length attention") == 1
+    assert "non_blocking" not in finished[2].stderr, "a setting for GPUs warns on a CPU"
 
 
 @pytest.mark.parametrize(
