@@ -27,6 +27,7 @@ _TRANSLATED = (
     "bf16 fp16 bf16_full_eval fp16_full_eval use_cpu lora_alpha use_rslora load_in_4bit load_in_8bit "
     "per_device_train_batch_size gradient_accumulation_steps global_batch_size"
 )
+_CHOSEN = ("tf32", "attn_implementation", "packing", "compile_layers", "fused_loss")
 _DATA = ["data.train", "data.validation", "data.test"]
 # Recipe fields that do not matter where these facts are known of every run and equal.
 _SETTLED_BY = {
@@ -80,7 +81,7 @@ def settings(run: Mapping[str, Any], quality: Mapping[str, Any] | None = None) -
     facts = {k: v for k, v in recipe.items() if not _among(k, f"{BOOKKEEPING} {_TRANSLATED}")} | _asked(run) | ran
     if not ran:
         # unset means that a library chooses; what it chose is known of the runs that ran
-        facts = {k: v for k, v in facts.items() if v is not None or k not in ("tf32", "attn_implementation")}
+        facts = {k: v for k, v in facts.items() if v is not None or k not in _CHOSEN}
     if facts.get("lora_target_modules"):
         facts["lora_target_modules"] = sorted(facts["lora_target_modules"])
     variables = launch.get("settings", {})

@@ -62,7 +62,8 @@ def make(recipe, tmp_path):
             "trainable_dtypes": ["float32"], "frozen_dtypes": [fields["dtype"]], "quantization": None,
             "strategy": launched["strategy"], "gradients_reduced_in": None, "world_size": launched["world_size"],
             "device": "cuda" if gpu else "cpu", "lora_scale": [fields["lora_alpha"] / fields["lora_r"]],
-            "attn_implementation": "sdpa", "micro_batch": fields["per_device_train_batch_size"],
+            "attn_implementation": "sdpa", "packing": gpu, "compile_layers": gpu, "fused_loss": True,
+            "micro_batch": fields["per_device_train_batch_size"],
             "accumulation": fields["gradient_accumulation_steps"], "global_batch": fields["global_batch_size"],
             "seed": fields["seed"],
         }  # fmt: skip
