@@ -1,5 +1,5 @@
 # make demo    the main job on a CPU, from nothing to base against tuned
-# make results the demo's recipes, trained and evaluated, their report, and the README's figures (15 minutes)
+# make results the demo's recipes, trained and evaluated, their report, and the README's figures (7 minutes)
 # make test    the tests (no hub, no GPU, no network)
 # make lint    ruff: lint and format
 # make setup   the virtual environment alone
