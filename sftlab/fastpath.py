@@ -31,28 +31,28 @@ class FastPath:
 
 def choose(recipe: Recipe, config: PreTrainedConfig, launch: Launch) -> FastPath:
     """Decide before any weights are loaded. Raises ValueError for packing that was asked for and cannot be had."""
-    training, asked = recipe.training, recipe.model.attn_implementation
+    attention, asked = recipe.model.attn_implementation, {name: getattr(recipe.training, name) for name in PARTS}
+    reasons = {}
     if launch.strategy == "fsdp":
-        fast = FastPath(bool(training.packing), bool(training.compile_layers), bool(training.fused_loss), asked)
-        fast.reasons = {name: UNTRIED for name in PARTS if getattr(training, name) is None}
-        fast.attn_implementation = varlen.NAME if fast.packing else asked
-        return fast
+        reasons = {name: UNTRIED for name, value in asked.items() if value is None}
+        asked |= dict.fromkeys(reasons, False)
     why = "rows of a stream come without their lengths" if recipe.data.dataset_streaming else None
-    if asked not in (None, varlen.NAME):
-        why = why or f"attention {asked} would need a dense mask over the packed rows"
+    if attention not in (None, varlen.NAME):
+        why = why or f"attention {attention} would need a dense mask over the packed rows"
     why = why or varlen.why_not(config, model_class(config))
-    if (training.packing or asked == varlen.NAME) and why:
+    if (asked["packing"] or attention == varlen.NAME) and why:
         raise ValueError(
             f"packing is not possible here: {why}; leave packing and attn_implementation out of the recipe"
         )
-    packing = why is None and training.packing is not False
-    reasons = {"packing": why} if why and training.packing is None else {}
-    if asked == varlen.NAME and not packing:
+    packing = why is None and asked["packing"] is not False
+    if why and asked["packing"] is None:
+        reasons["packing"] = why
+    if attention == varlen.NAME and not packing:
         raise ValueError("attn_implementation varlen is for packed rows: leave packing out of the recipe")
-    compile_layers = training.compile_layers
-    if compile_layers is None:
-        compile_layers = varlen.no_triton() is None and not training.torch_compile
-    return FastPath(packing, compile_layers, training.fused_loss, varlen.NAME if packing else asked, reasons)
+    compiled = asked["compile_layers"]
+    if compiled is None:
+        compiled = varlen.no_triton() is None and not recipe.training.torch_compile
+    return FastPath(packing, compiled, asked["fused_loss"], varlen.NAME if packing else attention, reasons)
 
 
 def model_class(config: PreTrainedConfig) -> type | None:
@@ -61,8 +61,8 @@ def model_class(config: PreTrainedConfig) -> type | None:
     return mapping.get(type(config), None)
 
 
-def compile_layers(model: PreTrainedModel) -> int:
-    """Compile the forward of every decoder layer and of the last norm, in place; the number of layers.
+def compile_layers(model: PreTrainedModel) -> None:
+    """Compile the forward of every decoder layer and of the last norm, in place.
 
     Layers share one graph. The token dimension is dynamic from the start, so that batches of other sizes compile
     nothing anew. Forward alone is compiled: hooks of FSDP, peft and checkpointing stay outside.
@@ -77,7 +77,6 @@ def compile_layers(model: PreTrainedModel) -> int:
     norms = [m for name, m in decoder.named_children() if "norm" in name]
     for module in [*layers, *norms]:
         module.forward = _with_dynamic_tokens(torch.compile(module.forward))
-    return len(layers)
 
 
 def _with_dynamic_tokens(compiled: Callable) -> Callable:

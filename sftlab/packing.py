@@ -77,14 +77,16 @@ class Collator:
         """Rows of `input_ids` and `labels` to one batch."""
         batch = self._collate([{k: e[k] for k in ("input_ids", "labels") if k in e} for e in examples])
         lengths = torch.tensor([len(e["input_ids"]) for e in examples])
-        in_loss = batch["labels"][:, 1:] != -100
-        rows, positions = in_loss.nonzero(as_tuple=True)
+        following = batch["labels"][:, 1:]
+        in_loss = following != -100
+        rows, columns = in_loss.nonzero(as_tuple=True)
+        positions = rows * batch["labels"].shape[1] + columns
         if self._packed:
             rows = torch.repeat_interleave(lengths)[positions]
             batch = self._filled_up(batch, lengths)
         return batch | {
-            "loss_positions": rows * batch["input_ids"].shape[1] * (not self._packed) + positions,
-            "targets": batch["labels"][:, 1:][batch["labels"][:, 1:] != -100],
+            "loss_positions": positions,
+            "targets": following[in_loss],
             "loss_rows": rows,
             "real_tokens": int(lengths.sum()),
             "real_rows": len(examples),

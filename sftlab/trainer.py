@@ -56,10 +56,10 @@ class LabTrainer(SFTTrainer):
 
     def _take_fast_path(self) -> None:
         base = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
-        why = loss.why_not(base) or ("of label smoothing" if self.args.label_smoothing_factor else None)
-        why = why or (f"of loss_type {self.args.loss_type}" if self.args.loss_type != "nll" else None)
+        why = loss.why_not(base) or ("label smoothing needs whole logits" if self.args.label_smoothing_factor else None)
+        why = why or (f"loss_type is {self.args.loss_type}" if self.args.loss_type != "nll" else None)
         if why and self.fast.fused_loss:
-            raise ValueError(f"fused_loss is not possible here because {why}: leave it out of the recipe")
+            raise ValueError(f"fused_loss is not possible here: {why}; leave it out of the recipe")
         if why and self.fast.fused_loss is None:
             self.fast.reasons["fused_loss"] = why
         self.fast.fused_loss = not why and self.fast.fused_loss is not False
