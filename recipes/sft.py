@@ -20,20 +20,19 @@ from pathlib import Path
 import torch
 from accelerate.utils import broadcast_object_list
 from datasets import IterableDataset
-from transformers import PreTrainedTokenizerBase, set_seed
-from trl import get_peft_config, get_quantization_config
+from transformers import PreTrainedTokenizerBase
 
 from sftlab.config import Recipe, parse_recipe
 from sftlab.data import Splits, load_splits
 from sftlab.fastpath import FastPath, choose
 from sftlab.interrupt import StopOnSignal
 from sftlab.launch import COMPUTE_DTYPE, PRECISIONS, Launch, check_devices, settle_single_process, use_all_cpu_cores
-from sftlab.measure import Meter, peak_memory, share_of_limit
-from sftlab.model import check_target_modules, load_config, load_tokenizer, model_init_kwargs
+from sftlab.measure import peak_memory, share_of_limit
+from sftlab.model import check_target_modules, load_config, load_tokenizer
 from sftlab.ran import length_facts, what_ran
 from sftlab.run import Run
 from sftlab.template import set_template, template_hash
-from sftlab.trainer import LabTrainer
+from sftlab.trainer import LabTrainer, build_trainer
 
 
 def main(argv: list[str]) -> None:
@@ -97,26 +96,8 @@ def train(
     fast: FastPath,
 ) -> None:
     """Train, save the adapter, measure, and write the run's end."""
-    args = recipe.training
-    args.model_init_kwargs = model_init_kwargs(recipe.model, args.trust_remote_code, args.model_init_kwargs)
-    if fast.attn_implementation:
-        args.model_init_kwargs["attn_implementation"] = fast.attn_implementation
-    args.packing = False  # trl's own would change which rows a step has
-    set_seed(args.seed)
-    meter, stop = Meter(), StopOnSignal()
-    trainer = LabTrainer(
-        model=recipe.model.model_name_or_path,
-        args=args,
-        train_dataset=splits.train,
-        eval_dataset=splits.validation if len(splits.validation) else None,
-        processing_class=tokenizer,
-        quantization_config=get_quantization_config(recipe.model),
-        peft_config=get_peft_config(recipe.model),
-        callbacks=[meter, stop],
-        meter=meter,
-        launch=launch,
-        fast=fast,
-    )
+    args, stop = recipe.training, StopOnSignal()
+    trainer = build_trainer(recipe, launch, fast, tokenizer, splits, callbacks=[stop])
     if run.is_main:
         for part, why in fast.reasons.items():
             print(f"{part} is off: {why}")
@@ -127,7 +108,7 @@ def train(
     result = trainer.train(resume_from_checkpoint=checkpoint)
 
     ran = what_ran(trainer)
-    measured = meter.facts(trainer.flops) | {"peak_memory": peak_memory(), "train_loss": result.training_loss}
+    measured = trainer.meter.facts(trainer.flops) | {"peak_memory": peak_memory(), "train_loss": result.training_loss}
     measured |= {"train_seconds": round(time.perf_counter() - started, 2), "global_step": result.global_step}
     facts: dict = {"ran": ran | {"seed": args.seed}}
     facts["losses"] = [[e["step"], e["loss"]] for e in trainer.state.log_history if "loss" in e]

@@ -12,6 +12,7 @@ import csv
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 
@@ -40,15 +41,19 @@ def main() -> None:
     save_random_llama(ROOT / BASE, arguments.tokenizer)
     losses, apart = {}, {}
     for name, (launch, fields) in CURVES.items():
-        losses[name] = train(name, launch, fields, arguments.dataset, arguments.steps)
+        run = train(name, launch, fields, arguments.dataset, arguments.steps)
+        losses[name], measured = [loss for _, loss in run["losses"]], run["measured"]
         apart[name] = float(np.abs(means(losses[name]) / means(losses["plain"]) - 1).max())
-        print(f"{name}: last loss {losses[name][-1]:.4f}, at most {apart[name]:.3%} from plain", flush=True)
+        print(f"{name}: last loss {losses[name][-1]:.4f}, at most {apart[name]:.3%} from plain; ", end="")
+        print(
+            ", ".join(f"{k} {measured[k]}" for k in ("tokens_per_s", "warm_up_s", "time_to_first_step_s")), flush=True
+        )
         write(arguments.out, losses)
     draw(arguments.out.with_suffix(".png"), losses, apart)
 
 
-def train(name: str, launch: str, fields: dict[str, str], dataset: str, steps: int) -> list[float]:
-    """The loss of every step of one run."""
+def train(name: str, launch: str, fields: dict[str, str], dataset: str, steps: int) -> dict[str, Any]:
+    """run.json of one run, the loss of every step in it."""
     fields = {
         "model_name_or_path": BASE, "dataset_name": dataset, "dataset_fraction": "1",
         "output_dir": f"runs/curve-{name}", "max_steps": str(steps), "logging_steps": "1", "global_batch_size": "32",
@@ -59,7 +64,7 @@ def train(name: str, launch: str, fields: dict[str, str], dataset: str, steps: i
     command += ["--config_file", f"accelerate_configs/{launch}.yaml", "recipes/sft.py"]
     command += ["--config", "recipes/llama3.2-1b/attn_r16.yaml", *(f"--{k}={v}" for k, v in fields.items())]
     subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
-    return [loss for _, loss in read_run(ROOT / fields["output_dir"])["losses"]]
+    return read_run(ROOT / fields["output_dir"])
 
 
 def means(losses: list[float]) -> np.ndarray:

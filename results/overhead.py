@@ -28,11 +28,10 @@ from sftlab.data import load_splits
 from sftlab.fastpath import FastPath
 from sftlab.interrupt import StopOnSignal
 from sftlab.launch import Launch, check_devices, settle_single_process, use_all_cpu_cores
-from sftlab.measure import Meter
 from sftlab.model import load_tokenizer, model_init_kwargs
 from sftlab.run import environment
 from sftlab.template import set_template
-from sftlab.trainer import LabTrainer
+from sftlab.trainer import build_trainer
 
 WARMUP_STEPS = 5
 
@@ -64,20 +63,16 @@ def build(argv: list[str], launch: Launch, lab: bool) -> tuple[SFTTrainer, Stopw
     recipe: Recipe = parse_recipe(argv, launch)
     tokenizer = load_tokenizer(recipe.model.model_name_or_path, recipe.model.model_revision, recipe.training)
     set_template(tokenizer, recipe.training.chat_template_path)
-    args = recipe.training
-    args.model_init_kwargs = model_init_kwargs(recipe.model, args.trust_remote_code, args.model_init_kwargs)
-    watch, meter = Stopwatch(), Meter()
-    shared = {
-        "model": recipe.model.model_name_or_path,
-        "args": args,
-        "train_dataset": load_splits(recipe.data).train,
-        "processing_class": tokenizer,
-        "peft_config": get_peft_config(recipe.model),
-    }
+    args, splits, watch = recipe.training, load_splits(recipe.data), Stopwatch()
     if lab:
-        extras = {"meter": meter, "launch": launch, "fast": FastPath(False, False, False, None)}
-        return LabTrainer(**shared, callbacks=[watch, meter, StopOnSignal()], **extras), watch
-    return SFTTrainer(**shared, callbacks=[watch]), watch
+        plain = FastPath(False, False, False, None)
+        return build_trainer(recipe, launch, plain, tokenizer, splits, [watch, StopOnSignal()]), watch
+    args.model_init_kwargs = model_init_kwargs(recipe.model, args.trust_remote_code, args.model_init_kwargs)
+    trainer = SFTTrainer(
+        model=recipe.model.model_name_or_path, args=args, train_dataset=splits.train, processing_class=tokenizer,
+        peft_config=get_peft_config(recipe.model), callbacks=[watch],
+    )  # fmt: skip
+    return trainer, watch
 
 
 def main() -> None:

@@ -1,20 +1,22 @@
 """Training throughput of this project, of trl and of the published loop, side by side on one GPU or several.
 
 python results/throughput.py [--variants NAME ...] [--out results/throughput.csv]
+CUDA_VISIBLE_DEVICES=0,1 python results/throughput.py     (throughput_2gpus.csv: DDP and FSDP2 against one GPU)
 
 Random-initialised Llama-3.2-1B or, for QLoRA, Llama-2-7B; rows of words of one token each, lognormal(5.75, 0.7) tokens
-cut to 16..512 unless the variant's name says otherwise; LoRA r=16 on q, v and o; trl in batches of 20. Every variant is
-a process of its own (results/turnstile.py); those of a group are started at once, warm up, and are then let through a
-turnstile one at a time, `--repeats` times round, so that every repeat has one of each. `sft.py` variants are
-recipes/sft.py itself, TensorBoard on; DDP and FSDP2 take every GPU, with as much work for each. Only tokens that are
-not padding count. Of the `sft.py` variants one more turn is profiled, by class of kernel (throughput_profile.csv). The
-share of the limit is model FLOPs (4 for each frozen parameter and token, 6 for a trained one, the head at the tokens in
-the loss alone) over the rate of a matrix product measured in the same command.
+cut to 16..512 unless the variant's name says otherwise; LoRA r=16 on q, v and o; 32 rows a step unless it says so, trl
+and the published loop 20. Every variant is a process of its own (results/turnstile.py); as many as fit the GPU's memory
+are started at once, warm up, and are then let through a turnstile one at a time, `--repeats` times round, so that every
+repeat has one of each. `sft.py` variants are recipes/sft.py itself, TensorBoard on; DDP and FSDP2 take every GPU, with
+as much work for each. Only tokens that are not padding count. Of the `sft.py` variants one more turn is profiled, by
+class of kernel (..._profile.csv). The share of the limit is model FLOPs (4 for each frozen parameter and token, 6 for a
+trained one, the head at the tokens in the loss alone) over the rate of a matrix product measured in the same command.
 """
 
 import argparse
 import csv
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -23,6 +25,10 @@ import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
 import torch
 from transformers import AutoTokenizer
 
@@ -43,52 +49,67 @@ class Variant(NamedTuple):
     fields: dict[str, Any]
     longest: int = 512
     shape: str = "llama3.2-1b"
+    on_all_gpus: bool = False
+    gb: int = 30  # what it reserves of a GPU's memory, or somewhat more
 
 
-def sft(launch: str, rows: int = 32, longest: int = 512, shape: str = "llama3.2-1b", **fields: Any) -> Variant:
+def sft(launch: str, rows: int = 32, longest: int = 512, gb: int = 20, on_all: bool = False, **fields: Any) -> Variant:
     """recipes/sft.py under a launch config, with `rows` a process and step."""
-    return Variant(
-        "sft", launch, {"per_device_train_batch_size": rows, "max_length": longest, **fields}, longest, shape
-    )
+    fields |= {"per_device_train_batch_size": rows, "max_length": longest}
+    return Variant("sft", launch, fields, longest, on_all_gpus=on_all, gb=gb)
 
 
+LLAMA_7B = "llama2-7b"
 QLORA_7B = {
     "load_in_4bit": True, "optim": "paged_adamw_32bit", "gradient_checkpointing": True, "max_length": 1024,
     "per_device_train_batch_size": 4, "lora": {"r": 32, "lora_alpha": 64, "target_modules": ALL},
 }  # fmt: skip
+FAST = {"packing": "true", "compile_layers": "true", "fused_loss": "true"}
 VARIANTS = {
     "sft.py bf16": sft("single"),
-    "sft.py fp8": sft("fp8"),
-    "sft.py bf16, all linears": sft("single", lora_target_modules=ALL),
+    "sft.py fp8": sft("fp8", gb=14),
+    "sft.py bf16, all linears": sft("single", gb=26, lora_target_modules=ALL),
     "sft.py fp8, all linears": sft("fp8", lora_target_modules=ALL),
-    "sft.py bf16, 20 rows": sft("single", rows=20),
+    "published loop, fp16": Variant("loop", "single", {"autocast": "float16"}, gb=42),
+    "trl bf16": Variant("trl", "single", {}),
+    "sft.py bf16, 64 rows": sft("single", rows=64, gb=36),
+    "sft.py fp8, 64 rows": sft("fp8", rows=64, gb=24),
+    "sft.py bf16, 20 rows": sft("single", rows=20, gb=16),
     "sft.py bf16, dropout 0.05": sft("single", lora_dropout=0.05),
-    "sft.py bf16, not compiled": sft("single", compile_layers="false"),
-    "sft.py bf16, loss not fused": sft("single", rows=20, fused_loss="false"),
-    "sft.py bf16, not packed": sft("single", rows=20, packing="false"),
+    "sft.py bf16, not compiled": sft("single", gb=30, compile_layers="false"),
+    "sft.py bf16, loss not fused": sft("single", rows=20, gb=18, fused_loss="false"),
+    "published loop, bf16": Variant("loop", "single", {"autocast": "bfloat16"}, gb=42),
+    "sft.py bf16, not packed": sft("single", rows=20, gb=36, packing="false"),
     "sft.py bf16, rows to 1024": sft("single", rows=24, longest=1024),
     "sft.py bf16, rows to 4096": sft("single", rows=16, longest=4096),
-    "sft.py fp8, rows to 4096": sft("fp8", rows=16, longest=4096),
-    "sft.py bf16, DDP": sft("ddp"),
-    "sft.py bf16, FSDP2": sft("fsdp", packing="true", compile_layers="true", fused_loss="true"),
-    "sft.py QLoRA, 7B": sft("single", rows=4, longest=1024, shape="llama2-7b", recipe="llama2-7b/all_r32"),
-    "published loop, fp16": Variant("loop", "single", {"autocast": "float16"}),
-    "published loop, fp32": Variant("loop", "single", {"autocast": None}),
-    "trl as it comes": Variant("trl", "single", {"dtype": "float32", "gradient_checkpointing": True}),
-    "trl bf16": Variant("trl", "single", {}),
-    "trl bf16, compiled": Variant("trl", "single", {"torch_compile": True}),
-    "trl bf16, packed, sdpa": Variant("trl", "single", {"packing": True}),
-    "trl QLoRA, 7B": Variant("trl", "single", QLORA_7B, 1024, "llama2-7b"),
+    "sft.py fp8, rows to 4096": sft("fp8", rows=16, longest=4096, gb=14),
+    "trl as it comes": Variant("trl", "single", {"dtype": "float32", "gradient_checkpointing": True}, gb=16),
+    "published loop, fp32": Variant("loop", "single", {"autocast": None}, gb=50),
+    "trl bf16, compiled": Variant("trl", "single", {"torch_compile": True}, gb=22),
+    "trl bf16, packed, sdpa": Variant("trl", "single", {"packing": True}, gb=26),
+    "trl bf16, packed, sdpa, Liger": Variant("trl", "single", {"packing": True, "use_liger_kernel": True}, gb=24),
+    "sft.py QLoRA, 7B": sft("single", rows=4, longest=1024, gb=24, recipe="llama2-7b/all_r32")._replace(shape=LLAMA_7B),
+    "trl QLoRA, 7B": Variant("trl", "single", QLORA_7B, 1024, LLAMA_7B, gb=40),
+    "sft.py bf16, DDP": sft("ddp", on_all=True),
+    "sft.py bf16, FSDP2": sft("fsdp", on_all=True, **FAST),
+    "sft.py fp8, DDP": sft("fp8", gb=14, on_all=True),
+    "sft.py bf16, DDP, 64 rows": sft("ddp", rows=64, gb=36, on_all=True),
+    "sft.py bf16, FSDP2, 64 rows": sft("fsdp", rows=64, gb=36, on_all=True, **FAST),
 }
 
 
 def main() -> None:
     """Make model and rows, run the variants, and write a line for each."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS), metavar="NAME")
+    several = [name for name, variant in VARIANTS.items() if variant.on_all_gpus]
+    default = [name for name in VARIANTS if name not in several]
+    count, name = torch.cuda.device_count(), "throughput.csv"
+    if count > 1:
+        default, name = ["sft.py bf16", "sft.py fp8", "sft.py bf16, 64 rows", *several], f"throughput_{count}gpus.csv"
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=default, metavar="NAME")
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--at_once", type=int, default=5, help="variants that share the GPU's memory at a time")
-    parser.add_argument("--out", type=Path, default=ROOT / "results" / "throughput.csv")
+    parser.add_argument("--gb", type=int, default=125, help="memory of a GPU that a group of variants may reserve")
+    parser.add_argument("--out", type=Path, default=ROOT / "results" / name)
     arguments = parser.parse_args()
     for variant in {(v.shape, v.longest): v for v in map(VARIANTS.get, arguments.variants)}.values():
         save_random_llama(ROOT / base(variant), shape=variant.shape)
@@ -99,14 +120,24 @@ def main() -> None:
         "hardware": facts["hardware"]["gpu"],
         "versions": " ".join(f"{k} {v}" for k, v in facts["versions"].items()),
     }
-    for first in range(0, len(arguments.variants), arguments.at_once):
-        group = arguments.variants[first : first + arguments.at_once]
+    for group in groups(arguments.variants, arguments.gb):
         with tempfile.TemporaryDirectory() as folder:
             for name, reports in drive(group, arguments.repeats, Path(folder)).items():
                 profiles += [{"variant": name} | report["kernels"] for report in reports if "kernels" in report]
                 lines.append({"variant": name, **summary(name, reports[: arguments.repeats], rate), **about})
         write_table(arguments.out, lines)
         write_table(arguments.out.with_stem(f"{arguments.out.stem}_profile"), profiles)
+        draw(arguments.out.with_suffix(".png"), lines)
+
+
+def groups(names: list[str], gb: int) -> list[list[str]]:
+    """Variants in their order, as many to a group as fit the memory."""
+    found: list[list[str]] = [[]]
+    for name in names:
+        if sum(VARIANTS[other].gb for other in [*found[-1], name]) > gb and found[-1]:
+            found.append([])
+        found[-1].append(name)
+    return found
 
 
 def base(variant: Variant) -> str:
@@ -138,7 +169,7 @@ def drive(names: list[str], repeats: int, folder: Path) -> dict[str, list[dict[s
                 print(f"{name}: {reports[name][-1]['tokens_per_s']:.0f} tokens/s", flush=True)
             elif turn == len(reports[name]) == 0:
                 log = (mine / "log").read_text(encoding="utf-8")
-                print(f"{name}: failed\n{log[max(0, log.find('Traceback')) :][:3000]}", flush=True)
+                print(f"{name}: failed\n{log[-6000:]}", flush=True)
     for _, process in processes.values():
         process.terminate()
         process.wait()
@@ -155,12 +186,15 @@ def start(name: str, repeats: int, folder: Path) -> subprocess.Popen:
     command += ["--config_file", f"accelerate_configs/{variant.launch}.yaml", "--num_processes", str(processes)]
     command += ["results/turnstile.py", "--kind", variant.kind, "--fields", json.dumps(fields)]
     command += ["--base", base(variant), "--rows", rows(variant), "--turns", str(repeats), "--folder", str(folder)]
-    return subprocess.Popen(command, cwd=ROOT, stdout=(folder / "log").open("w"), stderr=subprocess.STDOUT)
+    # with a compiler process for every core, a group would have hundreds
+    environment = os.environ | {"TORCHINDUCTOR_COMPILE_THREADS": "4"}
+    log = (folder / "log").open("w")
+    return subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, env=environment)
 
 
 def gpus(variant: Variant) -> int:
     """How many GPUs a variant takes."""
-    return torch.cuda.device_count() if variant.launch in ("ddp", "fsdp") else 1
+    return torch.cuda.device_count() if variant.on_all_gpus else 1
 
 
 def appeared(path: Path, process: subprocess.Popen) -> bool:
@@ -184,6 +218,7 @@ def summary(name: str, reports: list[dict[str, Any]], rate: float) -> dict[str, 
         if tokens
         else "",
         "peak_gb": max(r["peak_gb"] for r in reports) if tokens else "",
+        "loss": reports[-1]["loss"] if tokens else "",
         "matrix_tflops_per_s": round(rate / 1e12, 1),
         "repeats": len(reports),
     }
@@ -196,6 +231,23 @@ def write_table(path: Path, lines: list[dict[str, Any]]) -> None:
         writer.writeheader()
         for line in lines:
             writer.writerow({k: round(v, 3) if isinstance(v, float) else v for k, v in line.items()})
+
+
+def draw(path: Path, lines: list[dict[str, Any]]) -> None:
+    """Bars of real tokens/s, with the range of the repeats and the share of the limit."""
+    shown = [line for line in lines if line["repeats"]][::-1]
+    figure, axes = plt.subplots(figsize=(9, 0.8 + 0.32 * len(shown)), layout="constrained")
+    for at, line in enumerate(shown):
+        speed = line["tokens_per_s"]
+        reach = [[speed - line["lowest"]], [line["highest"] - speed]]
+        color = "C0" if line["variant"].startswith("sft.py") else "C7"
+        axes.barh(at, speed, xerr=reach, color=color, ecolor="black", capsize=3)
+        axes.text(line["highest"], at, f"  {speed:,}  ({line['share_of_limit']:.0%})", va="center", fontsize=8)
+    axes.set_yticks(range(len(shown)), [line["variant"] for line in shown])
+    axes.set_xlabel("real tokens/s: median and range (share of the measured matrix rate)")
+    axes.margins(x=0.2, y=0.01)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
 
 
 if __name__ == "__main__":

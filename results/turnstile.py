@@ -4,7 +4,7 @@ accelerate launch --config_file accelerate_configs/single.yaml results/turnstile
     --base DIR --rows FILE --turns 3 --folder DIR
 
 It warms up and writes `ready0`; at `go0` it trains a turn of steps and writes `done0` (JSON), and so on. The turn after
-the last is profiled.
+the last, of ten steps, is profiled. A turn starts with an idle GPU and ends with one.
 """
 
 import sftlab.quiet  # noqa: F401, I001  (before the libraries that it quiets)
@@ -31,7 +31,9 @@ from sftlab.template import encode, set_template
 from sftlab.trainer import LabTrainer
 
 ROOT = Path(__file__).parent.parent
-WARM_STEPS, STEPS = 6, 12
+# Steps before the first turn and in a turn; the slower the variant, the fewer.
+WARM_STEPS, STEPS = {"sft": 20, "trl": 10, "loop": 5}, {"sft": 30, "trl": 10, "loop": 8}
+PROFILED_STEPS = 10
 LORA = {"r": 16, "lora_alpha": 32, "target_modules": ["q_proj", "v_proj", "o_proj"], "task_type": "CAUSAL_LM"}
 # What a kernel's name says of its work; the first match counts.
 KERNELS = {
@@ -43,36 +45,45 @@ KERNELS = {
     "elementwise": ("triton_poi", "elementwise", "vectorized"),
     "optimizer": ("multi_tensor",),
     "copies": ("Memcpy", "Memset", "index"),
+    "dequantisation": ("Dequantize", "dequant"),
 }
 
 
 class Turnstile(TrainerCallback):
     """Lets steps through when told so, times them and counts what they train on, over all processes."""
 
-    def __init__(self, folder: Path, turns: int) -> None:
-        self._folder, self._turns, self._turn, self._last = folder, turns, 0, WARM_STEPS
+    def __init__(self, folder: Path, kind: str, turns: int) -> None:
+        self._folder, self._turns, self._turn = folder, turns, 0
+        self._first, self._steps = WARM_STEPS[kind], STEPS[kind]
+        self.total = self._first + turns * self._steps + PROFILED_STEPS * (kind == "sft")
         self._profiler = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA])
         self._counts: list[torch.Tensor | int] = [0, 0, 0]
+        self._loss: float | None = None
         self.flops: Flops | None = None
 
     def count(self, *counts: torch.Tensor | int) -> None:
         """Add a micro-batch's tokens, rows and tokens in the loss; what is on the GPU stays there."""
         self._counts = [total + count for total, count in zip(self._counts, counts, strict=True)]
 
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **kwargs: Any) -> None:
+        """Keep the training loss."""
+        self._loss = logs.get("loss", self._loss)
+
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Wait at the first step of a turn."""
-        if state.global_step == self._last:
+        if state.global_step == self._first:
             synchronize()
             (self._folder / f"ready{self._turn}").touch()
             while not (self._folder / f"go{self._turn}").exists():
                 time.sleep(0.01)
             if self._turn == self._turns:
+                self._steps = PROFILED_STEPS
                 self._profiler.start()
             self._counts, self._started = [0, 0, 0], time.perf_counter()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Report at the last step of a turn."""
-        if state.global_step != self._last + STEPS:
+        if state.global_step != self._first + self._steps:
             return
         synchronize()
         seconds, report = time.perf_counter() - self._started, {}
@@ -85,12 +96,12 @@ class Turnstile(TrainerCallback):
             dist.all_reduce(counts)
         tokens, rows, loss_tokens = (counts / seconds).tolist()
         work = self.flops.token * tokens + self.flops.loss_token * loss_tokens
-        report |= {"tokens_per_s": tokens, "rows_per_s": rows, "model_flops_per_s": work}
+        report |= {"tokens_per_s": tokens, "rows_per_s": rows, "model_flops_per_s": work, "loss": self._loss}
         report["peak_gb"] = torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else 0.0
         if rank == 0:
             (self._folder / "report").write_text(json.dumps(report), encoding="utf-8")
             (self._folder / "report").rename(self._folder / f"done{self._turn}")
-        self._turn, self._last = self._turn + 1, self._last + STEPS
+        self._turn, self._first = self._turn + 1, self._first + self._steps
 
 
 def kernel_classes(profiler: torch.profiler.profile, seconds: float) -> dict[str, float]:
@@ -98,8 +109,8 @@ def kernel_classes(profiler: torch.profiler.profile, seconds: float) -> dict[str
     spent = dict.fromkeys([*KERNELS, "other"], 0.0)
     for event in profiler.key_averages():
         found = (name for name, words in KERNELS.items() if any(word in event.key for word in words))
-        spent[next(found, "other")] += event.self_device_time_total / 1e3 / STEPS
-    return spent | {"none": seconds / STEPS * 1e3 - sum(spent.values())}
+        spent[next(found, "other")] += event.self_device_time_total / 1e3 / PROFILED_STEPS
+    return spent | {"none": seconds / PROFILED_STEPS * 1e3 - sum(spent.values())}
 
 
 def train_sft(fields: dict[str, Any], base: str, rows: str, steps: int, turnstile: Turnstile, folder: Path) -> None:
@@ -209,10 +220,10 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, required=True)
     arguments = parser.parse_args()
     settle_single_process(Launch.from_environment())
-    profiled = arguments.kind == "sft"
-    steps = WARM_STEPS + (arguments.turns + profiled) * STEPS
-    turnstile = Turnstile(arguments.folder, arguments.turns)
-    kinds[arguments.kind](arguments.fields, arguments.base, arguments.rows, steps, turnstile, arguments.folder)
+    turnstile = Turnstile(arguments.folder, arguments.kind, arguments.turns)
+    kinds[arguments.kind](
+        arguments.fields, arguments.base, arguments.rows, turnstile.total, turnstile, arguments.folder
+    )
 
 
 if __name__ == "__main__":

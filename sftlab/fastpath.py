@@ -3,10 +3,11 @@
 Unset fields choose by themselves; a field that is set is obeyed, or refused where it cannot be.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
@@ -77,6 +78,20 @@ def compile_layers(model: PreTrainedModel) -> None:
     norms = [m for name, m in decoder.named_children() if "norm" in name]
     for module in [*layers, *norms]:
         module.forward = _with_dynamic_tokens(torch.compile(module.forward))
+
+
+def clip_sharded_(parameters: Sequence[nn.Parameter], max_norm: float) -> torch.Tensor:
+    """Scale gradients that are sharded over one mesh (DTensors) to `max_norm`; their norm before, a scalar.
+
+    torch's own takes every small LoRA gradient through DTensor's dispatch, at every operation.
+    """
+    mesh = parameters[0].grad.device_mesh
+    shards = [parameter.grad.to_local() for parameter in parameters if parameter.grad is not None]
+    square = torch.stack(torch._foreach_norm(shards)).square().sum()
+    dist.all_reduce(square, group=mesh.get_group())
+    norm = square.sqrt()
+    torch._foreach_mul_(shards, (max_norm / (norm + 1e-6)).clamp(max=1.0))
+    return norm
 
 
 def _with_dynamic_tokens(compiled: Callable) -> Callable:

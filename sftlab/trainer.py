@@ -3,6 +3,7 @@
 It also counts tokens and notes what really ran. Batches, order and loss are SFTTrainer's.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,17 +12,22 @@ from accelerate.utils import AORecipeKwargs
 from datasets import Dataset
 from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
+from torch.distributed.tensor import DTensor
 from torch.nn.functional import pad
 from torch.utils.data import RandomSampler, Sampler, SequentialSampler
+from transformers import PreTrainedTokenizerBase, TrainerCallback, set_seed
 from transformers.trainer_utils import EvalLoopOutput
-from trl import SFTTrainer
+from trl import SFTTrainer, get_peft_config, get_quantization_config
 
 from sftlab import loss, varlen
-from sftlab.fastpath import FastPath, compile_layers
+from sftlab.config import Recipe
+from sftlab.data import Splits
+from sftlab.fastpath import FastPath, clip_sharded_, compile_layers
 from sftlab.fp8 import freeze_in_float8, is_base_linear
 from sftlab.launch import Launch
 from sftlab.likelihood import nats_per_token
 from sftlab.measure import Meter, flops_per_token
+from sftlab.model import model_init_kwargs
 from sftlab.packing import BalancedSampler, Collator
 from sftlab.ran import frozen_linear, row_lengths, verify_precision, verify_strategy
 
@@ -170,6 +176,16 @@ class LabTrainer(SFTTrainer):
         """FLOPs of a micro-batch; transformers would walk over all modules at every step to say 6 a parameter."""
         return self.flops.token * inputs["real_tokens"] + self.flops.loss_token * len(inputs["targets"])
 
+    def _clip_grad_norm(self, model: nn.Module) -> torch.Tensor:
+        # Those that the optimizer has: to find them among a model's modules takes as long as 3 % of a step
+        trained = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+        if not self.is_fsdp_enabled:
+            return self.accelerator.clip_grad_norm_(trained, self.args.max_grad_norm)
+        if not all(isinstance(p, DTensor) and p.device_mesh.ndim == 1 for p in trained):
+            return super()._clip_grad_norm(model)
+        self.accelerator.unscale_gradients()
+        return clip_sharded_(trained, self.args.max_grad_norm)
+
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler | None:
         # A last, partial batch would be filled up with repeated rows under DDP and not on one process. Whole global
         # batches alone are the same under every world size; the rows left over are others in every epoch.
@@ -204,6 +220,36 @@ class LabTrainer(SFTTrainer):
                 AORecipeKwargs(module_filter_func=is_base_linear if sharded else _no_linear)
             )
         return built
+
+
+def build_trainer(
+    recipe: Recipe,
+    launch: Launch,
+    fast: FastPath,
+    tokenizer: PreTrainedTokenizerBase,
+    splits: Splits,
+    callbacks: Sequence[TrainerCallback] = (),
+) -> LabTrainer:
+    """The trainer of a recipe, its model loaded and on the fast path. Seeds everything."""
+    args, meter = recipe.training, Meter()
+    args.model_init_kwargs = model_init_kwargs(recipe.model, args.trust_remote_code, args.model_init_kwargs)
+    if fast.attn_implementation:
+        args.model_init_kwargs["attn_implementation"] = fast.attn_implementation
+    args.packing = False  # trl's own would change which rows a step has
+    set_seed(args.seed)
+    return LabTrainer(
+        model=recipe.model.model_name_or_path,
+        args=args,
+        train_dataset=splits.train,
+        eval_dataset=splits.validation if len(splits.validation) else None,
+        processing_class=tokenizer,
+        quantization_config=get_quantization_config(recipe.model),
+        peft_config=get_peft_config(recipe.model),
+        callbacks=[meter, *callbacks],
+        meter=meter,
+        launch=launch,
+        fast=fast,
+    )
 
 
 def _plain(inputs: dict[str, Any]) -> dict[str, Any]:

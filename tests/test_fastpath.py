@@ -8,23 +8,25 @@ import dataclasses
 
 import pytest
 import torch
+import torch.distributed as dist
 from conftest import arguments, read, short_fields
 from peft import LoraConfig, get_peft_model
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
 from torch.nn.functional import scaled_dot_product_attention
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import LlamaConfig, LlamaForCausalLM, set_seed
-from trl import get_peft_config, get_quantization_config
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from sftlab import fastpath, loss, varlen
 from sftlab.config import parse_recipe
 from sftlab.data import load_splits
 from sftlab.fp8 import FrozenFloat8Linear, freeze_in_float8
 from sftlab.launch import Launch
-from sftlab.measure import Meter, flops_per_token
-from sftlab.model import load_config, load_tokenizer, model_init_kwargs
+from sftlab.measure import flops_per_token
+from sftlab.model import load_config, load_tokenizer
 from sftlab.packing import TILE, BalancedSampler
 from sftlab.template import set_template
-from sftlab.trainer import LabTrainer
+from sftlab.trainer import LabTrainer, build_trainer
 
 
 def reference_attention(query, key, value, table, scale):
@@ -56,17 +58,8 @@ def build(fields: dict[str, str], **more: object) -> LabTrainer:
     set_template(tokenizer, args.chat_template_path)
     config = load_config(model.model_name_or_path, model.model_revision, args)
     fast = fastpath.choose(recipe, config, launch)
-    args.model_init_kwargs = model_init_kwargs(model, False, args.model_init_kwargs)
-    if fast.attn_implementation:
-        args.model_init_kwargs["attn_implementation"] = fast.attn_implementation
-    args.packing, args.disable_tqdm, args.report_to = False, True, []
-    set_seed(args.seed)
-    splits, meter = load_splits(recipe.data), Meter()
-    return LabTrainer(
-        model=model.model_name_or_path, args=args, train_dataset=splits.train, eval_dataset=splits.validation,
-        processing_class=tokenizer, quantization_config=get_quantization_config(model), callbacks=[meter], meter=meter,
-        peft_config=get_peft_config(model), launch=launch, fast=fast,
-    )  # fmt: skip
+    args.disable_tqdm, args.report_to = True, []
+    return build_trainer(recipe, launch, fast, tokenizer, load_splits(recipe.data))
 
 
 @pytest.fixture
@@ -368,3 +361,31 @@ def test_fp8_freezes_the_decoders_linears_and_no_others():
     assert flops_per_token(model) == before
     with pytest.raises(ValueError, match="no frozen linear whose sizes are multiples of 16"):
         freeze_in_float8(torch.nn.Linear(8, 8))
+
+
+def _clip_in_one_of_two(rank: int, store: str, out: str) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    mesh = init_device_mesh("cpu", (2,))
+    found = {}
+    for max_norm in (1.0, 1e6):
+        for name in ("ours", "torch's"):
+            torch.manual_seed(0)
+            # one row cannot be halved: a rank has an empty shard of it
+            parameters = [torch.nn.Parameter(distribute_tensor(torch.zeros(n, 5), mesh, [Shard(0)])) for n in (4, 7, 1)]
+            for parameter in parameters:
+                parameter.grad = distribute_tensor(torch.randn(parameter.shape), mesh, [Shard(0)])
+            clip = fastpath.clip_sharded_ if name == "ours" else torch.nn.utils.clip_grad_norm_
+            norm = clip(parameters, max_norm)
+            norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+            found[name, max_norm] = [norm, *(parameter.grad.full_tensor() for parameter in parameters)]
+    if rank == 0:
+        torch.save(found, out)
+    dist.destroy_process_group()
+
+
+def test_sharded_gradients_are_clipped_as_torch_clips_them(tmp_path):
+    torch.multiprocessing.spawn(_clip_in_one_of_two, (f"{tmp_path}/store", f"{tmp_path}/out"), nprocs=2)
+    found = torch.load(f"{tmp_path}/out")
+    for max_norm in (1.0, 1e6):
+        torch.testing.assert_close(found["ours", max_norm], found["torch's", max_norm])
+    assert found["ours", 1.0][1].norm() < found["ours", 1e6][1].norm()
