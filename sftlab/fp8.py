@@ -35,18 +35,17 @@ class _Float8Product(torch.autograd.Function):
     ) -> torch.Tensor:
         ctx.save_for_backward(weight_t, scale)
         ctx.dtype = x.dtype
-        return _product(*to_float8(x, FORWARD), weight, scale, torch.bfloat16)
+        return _product(*to_float8(x, FORWARD), weight, scale)
 
     @staticmethod
     def backward(ctx: object, gradient: torch.Tensor) -> tuple:
         weight_t, scale = ctx.saved_tensors
-        return _product(*to_float8(gradient, BACKWARD), weight_t, scale, ctx.dtype), None, None, None
+        return _product(*to_float8(gradient, BACKWARD), weight_t, scale).to(ctx.dtype), None, None, None
 
 
-def _product(
-    x: torch.Tensor, x_scale: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype
-) -> torch.Tensor:
-    return torch._scaled_mm(x, weight.t(), x_scale, scale, out_dtype=torch.bfloat16, use_fast_accum=True).to(dtype)
+def _product(x: torch.Tensor, x_scale: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    # In a forward that torch 2.11 compiles, a cast after this that changes nothing loses the gradient without a word
+    return torch._scaled_mm(x, weight.t(), x_scale, scale, out_dtype=torch.bfloat16, use_fast_accum=True)
 
 
 def to_float8(tensor: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:

@@ -213,6 +213,33 @@ def test_compiled_layers_are_one_graph_that_batches_of_other_sizes_do_not_compil
     assert [e["loss"] for e in compiled] == pytest.approx([e["loss"] for e in plain], abs=1e-5)
 
 
+FOUR_BITS = {"load_in_4bit": "true", "use_bnb_nested_quant": "true", "bnb_4bit_quant_type": "nf4"}
+
+
+@pytest.mark.parametrize("dropped", [{}, {"gradient_checkpointing": "true"}], ids=["kept", "checkpointed"])
+@pytest.mark.parametrize("weights", ["whole", "float8", "4 bits"])
+def test_compiled_layers_have_the_gradients_of_uncompiled_ones(fields, on_a_cpu, monkeypatch, weights, dropped):
+    compile_ = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda f, **kwargs: compile_(f, backend="aot_eager", **kwargs))
+    more = dropped | (FOUR_BITS if weights == "4 bits" else {})
+    found = []
+    for compiled in (False, True):
+        torch._dynamo.reset()
+        trainer = with_trained_lora(build(fields, packing="true", compile_layers="false", **more))
+        if weights == "float8":
+            freeze_in_float8(trainer.model)
+        if compiled:
+            fastpath.compile_layers(trainer.model.get_base_model())
+        with torch.autocast("cpu", torch.bfloat16, enabled=weights != "whole"):
+            found.append(losses_and_gradients(trainer, examples(5)))
+    (nats, gradients), (nats_compiled, gradients_compiled) = found
+    rounding = {"whole": 1e-6, "float8": 0.03, "4 bits": 0.01}[weights]
+    assert (nats_compiled - nats).abs().mean() < rounding
+    for name, gradient in gradients.items():
+        pair = (gradient.flatten().double(), gradients_compiled[name].flatten().double())
+        assert torch.cosine_similarity(*pair, dim=0) > 1 - rounding, name
+
+
 @pytest.mark.parametrize("micro_batch, processes", [(4, 1), (2, 1), (2, 2)])
 def test_a_step_has_the_rows_of_the_plain_order_dealt_evenly(micro_batch, processes):
     lengths = torch.randint(16, 513, (83,), generator=torch.Generator().manual_seed(0)).tolist()
