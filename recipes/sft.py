@@ -9,6 +9,7 @@ same command again after an interruption, and it continues. A finished run is re
 """
 
 import sftlab.quiet  # noqa: F401, I001  (before the libraries that it quiets)
+import sftlab.settle  # noqa: F401  (before they see the devices)
 
 import math
 import os
@@ -26,7 +27,7 @@ from sftlab.config import Recipe, parse_recipe
 from sftlab.data import Splits, load_splits
 from sftlab.fastpath import FastPath, choose
 from sftlab.interrupt import StopOnSignal
-from sftlab.launch import COMPUTE_DTYPE, PRECISIONS, Launch, check_devices, settle_single_process, use_all_cpu_cores
+from sftlab.launch import COMPUTE_DTYPE, PRECISIONS, Launch, check_devices, use_all_cpu_cores
 from sftlab.measure import peak_memory, share_of_limit
 from sftlab.model import check_target_modules, load_config, load_tokenizer
 from sftlab.ran import length_facts, what_ran
@@ -39,7 +40,6 @@ def main(argv: list[str]) -> None:
     """Check everything, then load, train, save and measure."""
     launch = Launch.from_environment()
     rank = int(os.environ.get("RANK", 0))
-    settle_single_process(launch)
     run = None
     try:
         check_devices(launch)

@@ -7,7 +7,8 @@ Both trainers live in one process, as separate processes differ by more than the
 in the same order and log to TensorBoard; one stopwatch times both, from the beginning of step 6 to the end of the last.
 """
 
-import sftlab.quiet  # noqa: F401, I001  (before the libraries that it quiets)
+import sftlab.quiet  # noqa: I001  (before the libraries that it quiets)
+import sftlab.settle  # noqa: F401  (before they see the devices)
 
 import argparse
 import csv
@@ -27,7 +28,7 @@ from sftlab.config import Recipe, parse_recipe
 from sftlab.data import load_splits
 from sftlab.fastpath import FastPath
 from sftlab.interrupt import StopOnSignal
-from sftlab.launch import Launch, check_devices, settle_single_process, use_all_cpu_cores
+from sftlab.launch import Launch, check_devices, use_all_cpu_cores
 from sftlab.model import load_tokenizer, model_init_kwargs
 from sftlab.run import environment
 from sftlab.template import set_template
@@ -82,7 +83,6 @@ def main() -> None:
     parser.add_argument("--table", type=Path, required=True)
     arguments, rest = parser.parse_known_args()
     launch = Launch.from_environment()
-    settle_single_process(launch)
     check_devices(launch)
     use_all_cpu_cores(launch)
     rows = []

@@ -8,7 +8,8 @@ own under its launch config. A line compares the nats of every token in the loss
 every LoRA matrix.
 """
 
-import sftlab.quiet  # noqa: F401, I001  (before the libraries that it quiets)
+import sftlab.quiet  # noqa: I001  (before the libraries that it quiets)
+import sftlab.settle  # noqa: F401  (before they see the devices)
 
 import argparse
 import csv
@@ -22,7 +23,7 @@ import torch
 from sftlab.config import parse_recipe
 from sftlab.data import load_splits
 from sftlab.fastpath import choose
-from sftlab.launch import Launch, settle_single_process
+from sftlab.launch import Launch
 from sftlab.model import load_config, load_tokenizer
 from sftlab.run import environment
 from sftlab.shapes import save_random_llama
@@ -83,7 +84,6 @@ def start(launch: str, fields: list[str], rows: int, out: str) -> None:
 def take_step(argv: list[str], rows: int, out: Path) -> None:
     """Nats [tokens in the loss] and the gradient of every LoRA matrix, by name, to a file."""
     launch = Launch.from_environment()
-    settle_single_process(launch)
     recipe = parse_recipe(argv, launch)
     name, revision = recipe.model.model_name_or_path, recipe.model.model_revision
     tokenizer = load_tokenizer(name, revision, recipe.training)

@@ -7,7 +7,8 @@ It warms up and writes `ready0`; at `go0` it trains a turn of steps and writes `
 the last, of ten steps, is profiled. A turn starts with an idle GPU and ends with one.
 """
 
-import sftlab.quiet  # noqa: F401, I001  (before the libraries that it quiets)
+import sftlab.quiet  # noqa: I001  (before the libraries that it quiets)
+import sftlab.settle  # noqa: F401  (before they see the devices)
 
 import argparse
 import importlib.util
@@ -25,7 +26,6 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
-from sftlab.launch import Launch, settle_single_process
 from sftlab.measure import Flops, Meter, flops_per_token, synchronize
 from sftlab.template import encode, set_template
 from sftlab.trainer import LabTrainer
@@ -219,7 +219,6 @@ def main() -> None:
     parser.add_argument("--turns", type=int, required=True)
     parser.add_argument("--folder", type=Path, required=True)
     arguments = parser.parse_args()
-    settle_single_process(Launch.from_environment())
     turnstile = Turnstile(arguments.folder, arguments.kind, arguments.turns)
     kinds[arguments.kind](
         arguments.fields, arguments.base, arguments.rows, turnstile.total, turnstile, arguments.folder

@@ -1,7 +1,12 @@
 """What the machine cannot run is refused before anything starts; GPU machines are stood in for by their answers."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
+from conftest import ROOT
 
 from sftlab.launch import Launch, check_devices, settle_single_process
 
@@ -44,12 +49,22 @@ def test_a_precision_that_the_gpu_lacks_is_refused(monkeypatch, precision, capab
         check_devices(asks(precision))
 
 
+@pytest.mark.parametrize("script", ["recipes/sft.py", "results/turnstile.py"])
+@pytest.mark.parametrize("processes, seen", [("1", "3"), ("2", "3,5")])
+def test_no_library_is_imported_before_one_process_sees_one_device(script, processes, seen):
+    look = "import os, sys; sys.modules['torch'] = None; sys.argv = [sys.argv[1]]\n"
+    look += "try: exec(open(sys.argv[0]).read())\n"
+    look += "except ImportError as error: print(error.name, os.environ['CUDA_VISIBLE_DEVICES'])"
+    variables = {"WORLD_SIZE": processes, "RANK": "0", "LOCAL_RANK": "0", "CUDA_VISIBLE_DEVICES": "3,5"}
+    command = [sys.executable, "-c", look, script]
+    found = subprocess.run(command, cwd=ROOT, env=os.environ | variables, capture_output=True, text=True)
+    assert found.stdout.split() == ["torch", seen], found.stderr
+
+
 def test_one_process_sees_one_device_and_no_process_group(monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
         monkeypatch.setenv(name, "0")
-    import os
-
     settle_single_process(asks())
     assert os.environ["CUDA_VISIBLE_DEVICES"] == "3"
     assert "LOCAL_RANK" not in os.environ
