@@ -8,7 +8,7 @@ Fields are those of trl's ModelConfig and SFTConfig and of sftlab/config.py; the
 same command again after an interruption, and it continues. A finished run is replaced only with --overwrite.
 """
 
-import sftlab.quiet  # noqa: F401, I001  (before the libraries that it quiets)
+import sftlab.quiet  # noqa: I001  (before the libraries that it quiets)
 import sftlab.settle  # noqa: F401  (before they see the devices)
 
 import math
