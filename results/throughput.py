@@ -64,7 +64,6 @@ QLORA_7B = {
     "load_in_4bit": True, "optim": "paged_adamw_32bit", "gradient_checkpointing": True, "max_length": 1024,
     "per_device_train_batch_size": 4, "lora": {"r": 32, "lora_alpha": 64, "target_modules": ALL},
 }  # fmt: skip
-FAST = {"packing": "true", "compile_layers": "true", "fused_loss": "true"}
 VARIANTS = {
     "sft.py bf16": sft("single"),
     "sft.py fp8": sft("fp8", gb=14),
@@ -91,10 +90,10 @@ VARIANTS = {
     "sft.py QLoRA, 7B": sft("single", rows=4, longest=1024, gb=24, recipe="llama2-7b/all_r32")._replace(shape=LLAMA_7B),
     "trl QLoRA, 7B": Variant("trl", "single", QLORA_7B, 1024, LLAMA_7B, gb=40),
     "sft.py bf16, DDP": sft("ddp", on_all=True),
-    "sft.py bf16, FSDP2": sft("fsdp", on_all=True, **FAST),
+    "sft.py bf16, FSDP2": sft("fsdp", on_all=True),
     "sft.py fp8, DDP": sft("fp8", gb=14, on_all=True),
     "sft.py bf16, DDP, 64 rows": sft("ddp", rows=64, gb=36, on_all=True),
-    "sft.py bf16, FSDP2, 64 rows": sft("fsdp", rows=64, gb=36, on_all=True, **FAST),
+    "sft.py bf16, FSDP2, 64 rows": sft("fsdp", rows=64, gb=36, on_all=True),
 }
 
 

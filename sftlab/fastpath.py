@@ -15,8 +15,8 @@ from sftlab import varlen
 from sftlab.config import Recipe
 from sftlab.launch import Launch
 
-PARTS = ("packing", "compile_layers", "fused_loss")
-UNTRIED = "not yet measured under FSDP; the recipe's field of that name switches it on"
+# Weights whose sharded layers have not been compiled on GPUs yet.
+UNTRIED = "not tried with {} weights under FSDP; the recipe's field of that name switches it on"
 
 
 @dataclass
@@ -32,28 +32,32 @@ class FastPath:
 
 def choose(recipe: Recipe, config: PreTrainedConfig, launch: Launch) -> FastPath:
     """Decide before any weights are loaded. Raises ValueError for packing that was asked for and cannot be had."""
-    attention, asked = recipe.model.attn_implementation, {name: getattr(recipe.training, name) for name in PARTS}
-    reasons = {}
-    if launch.strategy == "fsdp":
-        reasons = {name: UNTRIED for name, value in asked.items() if value is None}
-        asked |= dict.fromkeys(reasons, False)
+    attention, reasons = recipe.model.attn_implementation, {}
     why = "rows of a stream come without their lengths" if recipe.data.dataset_streaming else None
     if attention not in (None, varlen.NAME):
         why = why or f"attention {attention} would need a dense mask over the packed rows"
     why = why or varlen.why_not(config, model_class(config))
-    if (asked["packing"] or attention == varlen.NAME) and why:
+    if (recipe.training.packing or attention == varlen.NAME) and why:
         raise ValueError(
             f"packing is not possible here: {why}; leave packing and attn_implementation out of the recipe"
         )
-    packing = why is None and asked["packing"] is not False
-    if why and asked["packing"] is None:
+    packing = why is None and recipe.training.packing is not False
+    if why and recipe.training.packing is None:
         reasons["packing"] = why
     if attention == varlen.NAME and not packing:
         raise ValueError("attn_implementation varlen is for packed rows: leave packing out of the recipe")
-    compiled = asked["compile_layers"]
+    compiled = recipe.training.compile_layers
     if compiled is None:
         compiled = varlen.no_triton() is None and not recipe.training.torch_compile
-    return FastPath(packing, compiled, asked["fused_loss"], varlen.NAME if packing else attention, reasons)
+        if compiled and launch.strategy == "fsdp" and (weights := _rounded_weights(recipe)):
+            compiled, reasons["compile_layers"] = False, UNTRIED.format(weights)
+    return FastPath(packing, compiled, recipe.training.fused_loss, varlen.NAME if packing else attention, reasons)
+
+
+def _rounded_weights(recipe: Recipe) -> str | None:
+    model = recipe.model
+    bits = "4-bit" if model.load_in_4bit else "8-bit" if model.load_in_8bit else None
+    return bits or ("float8" if recipe.training.mixed_precision == "fp8" else None)
 
 
 def model_class(config: PreTrainedConfig) -> type | None:

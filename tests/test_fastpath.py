@@ -321,15 +321,23 @@ def test_what_cannot_be_had_is_refused(fields, asked, named):
         build(fields, **asked)
 
 
-def test_under_fsdp_only_what_is_asked_for_is_on(fields):
-    launch = dataclasses.replace(Launch.from_environment(), strategy="fsdp")
-    found = []
-    for asked in ({}, {"compile_layers": "true", "fused_loss": "true"}):
-        recipe = parse_recipe(arguments({**fields, **asked}), Launch.from_environment())
-        fast = fastpath.choose(recipe, LlamaConfig(), launch)
-        found.append((fast.packing, fast.compile_layers, fast.fused_loss, sorted(fast.reasons)))
-    nothing = (False, False, False, ["compile_layers", "fused_loss", "packing"])
-    assert found == [nothing, (False, True, True, ["packing"])]
+@pytest.mark.parametrize(
+    "strategy, asked, compiled",
+    [
+        ("fsdp", {}, True),
+        ("fsdp", FOUR_BITS, False),
+        ("fsdp", FOUR_BITS | {"compile_layers": "true"}, True),
+        ("ddp", FOUR_BITS, True),
+    ],
+)
+def test_layers_of_rounded_weights_are_not_compiled_under_fsdp(
+    fields, on_a_cpu, monkeypatch, strategy, asked, compiled
+):
+    monkeypatch.setattr(varlen, "no_triton", lambda: None)
+    recipe = parse_recipe(arguments({**fields, **asked}), Launch.from_environment())
+    fast = fastpath.choose(recipe, LlamaConfig(), dataclasses.replace(Launch.from_environment(), strategy=strategy))
+    assert (fast.packing, fast.fused_loss, fast.compile_layers) == (True, None, compiled)
+    assert ("compile_layers" in fast.reasons) == (not compiled)
 
 
 def test_a_head_that_changes_its_logits_keeps_trls_loss(fields, monkeypatch):
