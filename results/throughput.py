@@ -73,6 +73,7 @@ VARIANTS = {
     "trl bf16": Variant("trl", "single", {}),
     "sft.py bf16, 64 rows": sft("single", rows=64, gb=36),
     "sft.py fp8, 64 rows": sft("fp8", rows=64, gb=24),
+    "sft.py bf16, all linears, 64 rows": sft("single", rows=64, gb=46, lora_target_modules=ALL),
     "sft.py bf16, 20 rows": sft("single", rows=20, gb=16),
     "sft.py bf16, dropout 0.05": sft("single", lora_dropout=0.05),
     "sft.py bf16, not compiled": sft("single", gb=30, compile_layers="false"),
