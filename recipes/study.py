@@ -1,0 +1,249 @@
+"""Train every cell of a study in turn, and write what they say together: tables and plots with median and range.
+
+python recipes/study.py recipes/studies/lora_rank.yaml [--recipe RECIPE.yaml] [--launch LAUNCH]
+    [--out results/lora_rank] [--dry-run] [--task i] [--any_field value]
+
+A study file has an `axis` (fields in which cells may differ; sftlab/confound.py knows what follows from them), `cells`
+(each with recipe fields and `launch`, `processes`, `flags` of its own), `seeds` or `repeats`, the `recipe`, `fields`
+for all, the `reference` cell (the first), `quality: true` for eval/quality.py on every run, and `published` figures.
+Repeats are interleaved. Started again, it skips what is done; what was broken off or failed is trained anew; memory
+that ran out is a result. `--task i` trains the i-th alone (from 0, for a SLURM array) and writes no tables.
+"""
+
+import argparse
+import csv
+import shlex
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+from sftlab.evidence import about, outcome, read_evidence
+from sftlab.run import read_run
+from sftlab.study import (
+    MEASURED,
+    ROOT,
+    Study,
+    Task,
+    begin,
+    check,
+    claims,
+    collect,
+    gpus_needed,
+    is_done,
+    load,
+    python_command,
+    summarise,
+)  # fmt: skip
+from sftlab.table import aligned, figure, p_value
+
+TITLES = {
+    "tokens_per_s": "real tokens/s", "rows_per_s": "rows/s", "share_of_limit": "share of the limit",
+    "peak_memory_gb": "peak GB a rank", "trainable_parameters": "trainable parameters", "train_loss": "train loss",
+    "validation_loss": "validation loss", "tuned response_perplexity": "perplexity of the response",
+    "tuned bleu": "BLEU", "tuned rougeL": "ROUGE-L",
+}  # fmt: skip
+PLOTTED = ("tokens_per_s", "rows_per_s", "peak_memory_gb", "train_loss", "tuned response_perplexity", "tuned bleu")
+# What the terminal has no room for.
+LONG = ("rows_per_s", "share_of_limit", "validation_loss", "tuned rougeL")
+STYLE = {"svg.hashsalt": "sftlab", "axes.spines.top": False, "axes.spines.right": False, "font.size": 9}
+
+
+def main(argv: list[str]) -> None:
+    """Check, train what is not done, write."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser.add_argument("study", type=Path)
+    parser.add_argument("--recipe", help="another recipe than the study's")
+    parser.add_argument("--launch", help="another launch config than the study's, by name or path")
+    parser.add_argument("--processes", type=int, help="processes of every cell that names none itself")
+    parser.add_argument("--runs", type=Path, help="where the runs are kept (default: runs/study-NAME)")
+    parser.add_argument("--out", type=Path, help="where tables and plots go (default: results/NAME)")
+    parser.add_argument("--dry-run", action="store_true", help="print the commands")
+    parser.add_argument("--task", type=int, help="train this one alone")
+    parser.add_argument("--allow-confounded", action="store_true", help="show cells that differ in more than the axis")
+    arguments, rest = parser.parse_known_args(argv)
+    try:
+        given = recipe_fields(rest) | {key: getattr(arguments, key) for key in ("recipe", "launch", "processes")}
+        study = load(arguments.study, arguments.runs or Path("runs") / f"study-{arguments.study.stem}", given)
+        if not arguments.allow_confounded:
+            check(study)
+        if arguments.dry_run:
+            return print("\n".join(shlex.join(task.command()) for task in study.tasks))
+        tasks = study.tasks if arguments.task is None else [study.tasks[arguments.task]]
+        not_run = train(tasks, study.quality)
+        if arguments.task is None:
+            write(study, not_run, arguments.out or Path("results") / study.name, arguments.allow_confounded, argv)
+    except (ValueError, FileNotFoundError) as error:
+        sys.exit(f"error: {error}")
+    except IndexError:
+        sys.exit(f"error: --task {arguments.task}: the study has tasks 0 to {len(study.tasks) - 1}")
+
+
+def recipe_fields(words: list[str]) -> dict[str, Any]:
+    """`--field value ...` pairs to fields; several values are a list."""
+    found: dict[str, Any] = {}
+    for word in words:
+        if word.startswith("--"):
+            name, _, value = word[2:].partition("=")
+            found[name] = [value] if value else []
+        elif not found:
+            raise ValueError(f"{word}: expected --field value")
+        else:
+            found[name].append(word)
+    return {name: values[0] if len(values) == 1 else values or "true" for name, values in found.items()}
+
+
+def train(tasks: list[Task], quality: bool) -> dict[str, str]:
+    """Train what is not done and has the GPUs it needs; why the others were not run, by name."""
+    import torch
+
+    gpus, not_run, took = torch.cuda.device_count(), {}, []
+    for number, task in enumerate(tasks, start=1):
+        place, done = f"[{number}/{len(tasks)}] {task.name}", is_done(task)
+        if not done and gpus_needed(task) > gpus:
+            not_run[task.name] = f"it needs {gpus_needed(task)} GPUs, this machine shows {gpus}"
+            print(f"{place}: not run, {not_run[task.name]}", flush=True)
+            continue
+        started = time.monotonic()
+        if not done:
+            begin(task)
+            with (task.folder / "log").open("w", encoding="utf-8") as log:
+                subprocess.run(python_command(task), cwd=ROOT, stdout=log, stderr=subprocess.STDOUT)
+        if quality and is_done(task) and not read_evidence(task.folder).quality:
+            with (task.folder / "log").open("a", encoding="utf-8") as log:
+                command = [sys.executable, "eval/quality.py", "--run", str(task.folder)]
+                subprocess.run(command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT)
+        if time.monotonic() - started > 0.5 or not done:
+            took.append(time.monotonic() - started)
+        left = sum(took) / len(took) * (len(tasks) - number) if took else 0
+        ended = f"{took[-1]:.0f} s, about {left / 60:.0f} min left" if took and not done else "done before"
+        print(f"{place}: {result(task)}; {ended}", flush=True)
+    return not_run
+
+
+def result(task: Task) -> str:
+    """How a task ended, in a few words."""
+    if not (task.folder / "run.json").is_file():
+        return f"failed, {task.last_words()}"
+    run = read_run(task.folder)
+    status, reason = outcome(run)
+    speed = (run.get("measured") or {}).get("tokens_per_s")
+    return f"{status}{f', {speed:,.0f} real tokens/s' if speed else f' ({reason[:200]})' if reason else ''}"
+
+
+def write(study: Study, not_run: dict[str, str], out: Path, allow_confounded: bool, argv: list[str]) -> None:
+    """Tables and plots."""
+    rows, confounders = collect(study, not_run, allow_confounded)
+    summary, said = summarise(study, rows), claims(study, rows)
+    out.mkdir(parents=True, exist_ok=True)
+    write_csv(out / "runs.csv", rows)
+    write_csv(out / "summary.csv", summary)
+    plots = draw(study, summary, out)
+    facts = next((about(read_run(t.folder)) for t in study.tasks if (t.folder / "run.json").is_file()), {})
+    lines = [f"# {study.name}", "", *(["**CONFOUNDED**: the cells differ in", *confounders, ""] if confounders else [])]
+    lines += ["```", f"python recipes/study.py {shlex.join(argv)}", "```", ""]
+    lines += [*(f"- {key}: {value}" for key, value in facts.items()), f"- axis: {', '.join(study.axis)}", ""]
+    lines += ["Median of the runs, lowest and highest in brackets.", "", *grid(table(summary)), ""]
+    if said:
+        lines += [f"Against {study.reference}, pairs of equal seed, 95 % intervals, p after Holm:", ""]
+        lines += [*grid(claims_table(said)), ""]
+    lines += [line for plot in plots for line in (f"![{plot}]({plot}.svg)", "")]
+    (out / "study.md").write_text("\n".join(lines), encoding="utf-8")
+    brief = [{k: v for k, v in line.items() if k not in LONG} for line in summary]
+    print("", aligned(table(brief)), *([aligned(claims_table(said))] if said else []), sep="\n")
+    print(f"\nwritten to {out}: study.md, runs.csv, summary.csv, {', '.join(f'{plot}.png/.svg' for plot in plots)}")
+
+
+def write_csv(path: Path, lines: list[dict[str, Any]]) -> None:
+    """Lines of perhaps different columns."""
+    with path.open("w", newline="", encoding="utf-8") as file:
+        columns = dict.fromkeys(key for line in lines for key in line)
+        writer = csv.DictWriter(file, list(columns), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(lines)
+
+
+def table(summary: list[dict[str, Any]]) -> list[list[str]]:
+    """Heading and a row a cell; columns without any value are left out."""
+    published = [key for key in summary[0] if key.startswith("published ")]
+    shown = [key for key in TITLES if key in summary[0]]
+    lines = [["cell", "runs", *(TITLES[key] for key in shown), *published, "ended"]]
+    for line in summary:
+        cells = [line["cell"], str(line["runs"])]
+        for key in shown:
+            low, high = line[f"{key} low"], line[f"{key} high"]
+            spread = "" if low == high else f" [{figure(low)}, {figure(high)}]"
+            cells.append("" if line[key] is None else figure(line[key]) + spread)
+        cells += ["" if line[key] is None else str(line[key]) for key in published]
+        lines.append(
+            [*cells, "" if line["status"] == "succeeded" else f"{line['status']}: {line['reason'] or ''}"[:90]]
+        )
+    filled = [i for i in range(len(lines[0])) if any(line[i] for line in lines[1:])]
+    return [[line[i] for i in filled] for line in lines]
+
+
+def claims_table(said: list[dict[str, Any]]) -> list[list[str]]:
+    """Heading and a row a comparison."""
+    lines = [["cell", "score", "difference", "p", "seeds", "so it is"]]
+    for one in said:
+        ends = "" if one["low"] is None else f" [{figure(one['low'])}, {figure(one['high'])}]"
+        cells = [one["cell"], TITLES[one["score"]], figure(one["difference"]) + ends, p_value(one["p_holm"])]
+        lines.append([*cells, str(one["seeds"]), one["word"]])
+    return lines
+
+
+def grid(lines: list[list[str]]) -> list[str]:
+    """A Markdown table."""
+    marked = [f"| {' | '.join(cell.replace('|', '/') for cell in line)} |" for line in lines]
+    return [marked[0], "|" + " --- |" * len(lines[0]), *marked[1:]]
+
+
+def draw(study: Study, summary: list[dict[str, Any]], out: Path) -> list[str]:
+    """A panel a figure that was measured: points with ranges, published ones hollow. Name of the plot, if any."""
+    shown = [key for key in PLOTTED if any(line[key] is not None for line in summary)]
+    if not shown:
+        return []
+    with matplotlib.rc_context(STYLE):
+        size = (3.2 * min(3, len(shown)), (1.2 + 0.28 * len(summary)) * (-(-len(shown) // 3)) + 0.4)
+        canvas, panels = plt.subplots(-(-len(shown) // 3), min(3, len(shown)), figsize=size, squeeze=False, sharey=True)
+        for key, axes in zip(shown, panels.flat, strict=False):
+            for place, line in enumerate(summary):
+                if line[key] is not None:
+                    axes.hlines(place, line[f"{key} low"], line[f"{key} high"], color="#0072B2", lw=2)
+                    axes.plot(line[key], place, "o", color="#0072B2", ms=5)
+                    axes.annotate(
+                        figure(line[key]),
+                        (line[key], place),
+                        (0, 5),
+                        textcoords="offset points",
+                        fontsize=7,
+                        ha="center",
+                    )
+                if (known := line.get(f"published {key}")) is not None:
+                    axes.plot(known, place, "D", mfc="none", color="#D55E00", ms=6)
+            axes.set(xlabel=TITLES[key], ylim=(len(summary) - 0.5, -0.7))
+            axes.set_yticks(range(len(summary)), study.cells)
+            axes.margins(x=0.2)
+            if key in MEASURED[:4]:
+                axes.set_xlim(left=0)
+            axes.grid(axis="y", lw=0.4, alpha=0.5)
+        for axes in panels.flat[len(shown) :]:
+            axes.axis("off")
+        circle = "circles: median, lines: range of the runs"
+        known = "; diamonds: published" if study.published else ""
+        canvas.suptitle(f"{study.name} ({circle}{known})", x=0.01, ha="left", fontsize=9)
+        canvas.tight_layout()
+        for suffix, more in (("png", {"dpi": 150}), ("svg", {"metadata": {"Date": None}})):
+            canvas.savefig(out / f"{study.name}.{suffix}", **more)
+        plt.close(canvas)
+    return [study.name]
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,200 @@
+"""Studies: confounded ones are refused before they run, what is done is kept, a failure is a row, claims need seeds."""
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import yaml
+from conftest import ROOT, load_script, short_fields
+
+from sftlab import study as studies
+from sftlab.study import claims, is_done, load, summarise
+
+SCRIPT = load_script("recipes/study.py")
+
+
+@pytest.fixture
+def write(base, rows, tmp_path):
+    """Write a study on the test's base and rows."""
+    fields = {k: v for k, v in short_fields(base, rows, tmp_path).items() if k != "output_dir"}
+
+    def make(cells, **more):
+        path = tmp_path / "small.yaml"
+        content = {
+            "recipe": "recipes/demo/attn_r16.yaml",
+            "launch": "cpu",
+            "axis": ["lora_r"],
+            "fields": fields,
+            "cells": cells,
+        }
+        path.write_text(yaml.safe_dump({**content, **more}, sort_keys=False), encoding="utf-8")
+        return path
+
+    return make
+
+
+def start(path, tmp_path, *more, **kwargs):
+    command = [
+        sys.executable,
+        "recipes/study.py",
+        str(path),
+        "--runs",
+        str(tmp_path / "runs"),
+        "--out",
+        str(tmp_path / "out"),
+        *more,
+    ]
+    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **kwargs)
+
+
+def finish(process):
+    out, err = process.communicate(timeout=300)
+    return process.returncode, out, err
+
+
+TWO = {"r4": {"lora_r": 4, "lora_alpha": 8}, "r2": {"lora_r": 2, "lora_alpha": 4}}
+
+
+def test_a_study_killed_in_a_cell_ends_as_if_it_had_not_been(write, tmp_path):
+    path = write({**TWO, "r2 undisturbed": TWO["r2"], "wrong": {"lora_r": -2, "lora_alpha": -4}})
+    begun = start(path, tmp_path, start_new_session=True)
+    second = tmp_path / "runs" / "r2-1"
+    while not (second / "run.json").is_file():
+        assert begun.poll() is None, begun.communicate()
+        time.sleep(0.05)
+    os.killpg(begun.pid, signal.SIGKILL)
+    begun.wait()
+    first = (tmp_path / "runs" / "r4-1" / "run.json").stat().st_mtime_ns
+    code, out, err = finish(start(path, tmp_path))
+    assert code == 0, err
+    assert (tmp_path / "runs" / "r4-1" / "run.json").stat().st_mtime_ns == first, "what was done is kept"
+    again = json.loads((second / "run.json").read_text(encoding="utf-8"))
+    assert (again["status"], again["interruptions"]) == ("succeeded", [])
+    assert "[1/4] r4, 1: succeeded" in out and "done before" in out
+    assert columns(tmp_path, "status") == ["succeeded", "succeeded", "succeeded", "failed"]
+    assert "the rank must be 1 or more" in columns(tmp_path, "reason")[3]
+    for column in ("runs", "train_loss", "validation_loss", "trainable_parameters"):
+        assert len(set(columns(tmp_path, column)[1:3])) == 1, column
+    assert {p.name for p in (tmp_path / "out").iterdir()} == {
+        "study.md", "runs.csv", "summary.csv", "small.png", "small.svg"
+    }  # fmt: skip
+
+
+def columns(folder, name):
+    with (folder / "out" / "summary.csv").open(encoding="utf-8") as file:
+        return [row[name] for row in csv.DictReader(file)]
+
+
+@pytest.mark.parametrize(
+    "cells, more, said",
+    [
+        ({**TWO, "r8": {"lora_r": 8, "lora_alpha": 16, "learning_rate": 1e-5}}, {}, "learning_rate"),
+        ({**TWO, "r8": {"lora_r": 8, "lora_alpha": 8}}, {}, "lora_scale"),
+        ({**TWO, "r8": {"lora_r": 8, "lora_alpha": 16, "weight_decay": 0.1}}, {}, "weight_decay"),
+        (TWO, {"axis": ["lora_rank"]}, "did you mean 'lora_r'"),
+        (TWO, {"launch": "gpu"}, "there is no launch config accelerate_configs/gpu.yaml"),
+        (TWO, {"recipe": "recipes/none.yaml"}, "there is no file recipes/none.yaml"),
+        (TWO, {"repeat": 3}, "repeat is nothing that a study knows"),
+        (TWO, {"reference": "r8"}, "the reference r8 is none of the cells"),
+        (None, {}, "is no study"),
+    ],
+)
+def test_what_cannot_be_compared_is_refused_before_anything_runs(write, tmp_path, cells, more, said):
+    with pytest.raises(SystemExit) as refused:
+        SCRIPT.main([str(write(cells, **more)), "--runs", str(tmp_path / "runs")])
+    assert str(refused.value).startswith("error: ") and said in str(refused.value)
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("path", sorted(p.name for p in (ROOT / "recipes" / "studies").glob("*.yaml")))
+def test_the_studies_are_commands_of_cells_equal_but_for_their_axis(path, capsys):
+    SCRIPT.main([str(ROOT / "recipes" / "studies" / path), "--dry-run"])
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) >= 9 and len(set(lines)) == len(lines)
+    assert all(line.startswith("accelerate launch --config_file accelerate_configs/") for line in lines)
+
+
+def test_what_needs_more_gpus_than_there_are_is_a_row(write, tmp_path):
+    path = write({"1 GPU": {"processes": 1}, "64 GPUs": {"processes": 64}}, axis=["world_size"], launch="ddp")
+    code, out, err = finish(start(path, tmp_path))
+    assert code == 0, err
+    assert columns(tmp_path, "status")[1] == "not run"
+    assert "it needs 64 GPUs" in columns(tmp_path, "reason")[1] and "64 GPUs, 1: not run" in out
+
+
+def ended(folder, status, reason=None, **measured):
+    folder.mkdir(parents=True, exist_ok=True)
+    record = {"status": status, "reason": reason, "measured": measured, "recipe": {}, "launch": {}}
+    (folder / "run.json").write_text(json.dumps(record), encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    "status, reason, done",
+    [
+        ("succeeded", None, True),
+        ("failed", "OutOfMemoryError: CUDA out of memory", True),
+        ("failed", "ValueError: no such file", False),
+        ("interrupted", "signal 15 at step 3 of 6", False),
+        ("running", None, False),
+    ],
+)
+def test_what_is_trained_again(write, tmp_path, status, reason, done):
+    task = load(write(TWO), tmp_path / "runs", {}).tasks[0]
+    studies.begin(task)
+    assert not is_done(task)
+    ended(task.folder, status, reason)
+    assert is_done(task) is done
+    other = load(write({"r4": {"lora_r": 4, "lora_alpha": 8, "seed": 7}}), tmp_path / "runs", {}).tasks[0]
+    assert other.folder == task.folder
+    with pytest.raises(ValueError, match="holds r4, seed 7 with other settings"):
+        is_done(other)
+    (task.folder / "task.json").unlink()
+    with pytest.raises(ValueError, match="not of this study"):
+        is_done(task)
+
+
+def runs_of(scores, score="tuned response_perplexity"):
+    return [
+        {"cell": cell, "seed": seed, "status": "succeeded", score: value, "reason": ""}
+        for cell, values in scores.items()
+        for seed, value in enumerate(values)
+    ]
+
+
+def words(write, tmp_path, scores, score="tuned response_perplexity"):
+    study = load(write({name: {} for name in scores}), tmp_path, {})
+    return [one["word"] for one in claims(study, runs_of(scores, score))]
+
+
+def test_better_needs_three_seeds_and_a_difference_that_they_agree_on(write, tmp_path):
+    assert words(write, tmp_path, {"a": [2.0, 2.1, 2.2], "b": [1.0, 1.11, 1.19]}) == ["better"]
+    assert words(write, tmp_path, {"a": [2.0, 2.1, 2.2], "b": [3.0, 3.11, 3.19]}) == ["worse"]
+    assert words(write, tmp_path, {"a": [2.0, 2.1, 2.2], "b": [3.0, 3.11, 3.19]}, "tuned bleu") == ["better"]
+    assert words(write, tmp_path, {"a": [2.0, 2.1], "b": [1.0, 1.11]}) == ["not distinguishable"]
+    assert words(write, tmp_path, {"a": [2.0, 2.1, 2.2], "b": [1.0, 2.6, 2.3]}) == ["not distinguishable"]
+    assert words(write, tmp_path, {"a": [2.0, 2.1, 2.2], "b": [2.0, 2.1, 2.2]}) == ["not distinguishable"]
+
+
+def test_cells_that_are_equal_are_rarely_called_better(write, tmp_path):
+    rng = np.random.default_rng(0)
+    study, wrong = load(write({name: {} for name in "abcd"}), tmp_path, {}), 0
+    for _ in range(300):
+        scores = {name: rng.normal(size=3).tolist() for name in "abcd"}
+        wrong += any(one["word"] != "not distinguishable" for one in claims(study, runs_of(scores)))
+    assert 1 <= wrong <= 30
+
+
+def test_a_summary_has_medians_ranges_and_what_was_published(write, tmp_path):
+    study = load(write({"a": {}, "b": {}}, published=[{"cell": "a", "rows_per_s": 5.0}]), tmp_path, {})
+    rows = runs_of({"a": [1.0, 5.0, 2.0]}, "tokens_per_s")
+    rows += [{"cell": "b", "seed": 0, "status": "out of memory", "reason": "CUDA out of memory"}]
+    a, b = summarise(study, rows)
+    assert (a["tokens_per_s"], a["tokens_per_s low"], a["tokens_per_s high"], a["runs"]) == (2.0, 1.0, 5.0, 3)
+    assert (b["tokens_per_s"], b["runs"], b["status"], b["reason"]) == (None, 0, "out of memory", "CUDA out of memory")
+    assert (a["published rows_per_s"], b["published rows_per_s"]) == (5.0, None)
