@@ -108,7 +108,10 @@ def train(
     result = trainer.train(resume_from_checkpoint=checkpoint)
 
     ran = what_ran(trainer)
-    measured = trainer.meter.facts(trainer.flops) | {"peak_memory": peak_memory(), "train_loss": result.training_loss}
+    measured = trainer.meter.facts(trainer.flops) | {
+        "peak_memory": peak_memory(trainer.memory),
+        "train_loss": result.training_loss,
+    }
     measured |= {"train_seconds": round(time.perf_counter() - started, 2), "global_step": result.global_step}
     facts: dict = {"ran": ran | {"seed": args.seed}}
     facts["losses"] = [[e["step"], e["loss"]] for e in trainer.state.log_history if "loss" in e]

@@ -27,6 +27,8 @@ import matplotlib.pyplot as plt
 from sftlab.evidence import about, outcome, read_evidence
 from sftlab.run import read_run
 from sftlab.study import (
+    CHANGED,
+    COUNTS,
     MEASURED,
     ROOT,
     Study,
@@ -35,6 +37,7 @@ from sftlab.study import (
     check,
     claims,
     collect,
+    effects,
     gpus_needed,
     is_done,
     load,
@@ -45,7 +48,10 @@ from sftlab.table import aligned, figure, p_value
 
 TITLES = {
     "tokens_per_s": "real tokens/s", "rows_per_s": "rows/s", "share_of_limit": "share of the limit",
-    "peak_memory_gb": "peak GB a rank", "trainable_parameters": "trainable parameters", "train_loss": "train loss",
+    "peak_memory_gb": "peak GB a rank", "step_time_s": "step s", "step_parameters_gb": "parameters GB",
+    "step_gradients_gb": "gradients GB", "step_optimizer_state_gb": "optimizer state GB",
+    "step_activations_gb": "activations GB", "step_peak_gb": "a step's peak GB",
+    "trainable_parameters": "trainable parameters", "train_loss": "train loss",
     "validation_loss": "validation loss", "tuned response_perplexity": "perplexity of the response",
     "tuned bleu": "BLEU", "tuned rougeL": "ROUGE-L",
 }  # fmt: skip
@@ -144,19 +150,30 @@ def write(study: Study, not_run: dict[str, str], out: Path, allow_confounded: bo
     out.mkdir(parents=True, exist_ok=True)
     write_csv(out / "runs.csv", rows)
     write_csv(out / "summary.csv", summary)
+    changed = effects(study, summary)
     plots = draw(study, summary, out)
     facts = next((about(read_run(t.folder)) for t in study.tasks if (t.folder / "run.json").is_file()), {})
     lines = [f"# {study.name}", "", *(["**CONFOUNDED**: the cells differ in", *confounders, ""] if confounders else [])]
     lines += ["```", f"python recipes/study.py {shlex.join(argv)}", "```", ""]
     lines += [*(f"- {key}: {value}" for key, value in facts.items()), f"- axis: {', '.join(study.axis)}", ""]
     lines += ["Median of the runs, lowest and highest in brackets.", "", *grid(table(summary)), ""]
+    if changed:
+        above = "With a technique over without it, all else equal: median of the pairs, lowest and highest"
+        lines += [f"{above}; ↑ and ↓ from {COUNTS:.0%}:", ""]
+        lines += [*grid(effects_table(changed)), ""]
     if said:
         lines += [f"Against {study.reference}, pairs of equal seed, 95 % intervals, p after Holm:", ""]
         lines += [*grid(claims_table(said)), ""]
     lines += [line for plot in plots for line in (f"![{plot}]({plot}.svg)", "")]
     (out / "study.md").write_text("\n".join(lines), encoding="utf-8")
     brief = [{k: v for k, v in line.items() if k not in LONG} for line in summary]
-    print("", aligned(table(brief)), *([aligned(claims_table(said))] if said else []), sep="\n")
+    print(
+        "",
+        aligned(table(brief)),
+        *([aligned(claims_table(said))] if said else []),
+        *([aligned(effects_table(changed))] if changed else []),
+        sep="\n",
+    )
     print(f"\nwritten to {out}: study.md, runs.csv, summary.csv, {', '.join(f'{plot}.png/.svg' for plot in plots)}")
 
 
@@ -195,6 +212,18 @@ def claims_table(said: list[dict[str, Any]]) -> list[list[str]]:
         ends = "" if one["low"] is None else f" [{figure(one['low'])}, {figure(one['high'])}]"
         cells = [one["cell"], TITLES[one["score"]], figure(one["difference"]) + ends, p_value(one["p_holm"])]
         lines.append([*cells, str(one["seeds"]), one["word"]])
+    return lines
+
+
+def effects_table(changed: list[dict[str, Any]]) -> list[list[str]]:
+    """Heading and a row a technique."""
+    arrows = {"up": "↑", "down": "↓", "same": "="}
+    keys = [key for key in CHANGED if any(key in one for one in changed)]
+    lines = [["technique", *(TITLES[key].removesuffix(" GB").removesuffix(" s") for key in keys)]]
+    for one in changed:
+        found = [[one.get(f"{key}{end}") for end in (" is", "", " low", " high")] for key in keys]
+        cells = ["" if is_ is None else f"{arrows[is_]} {m:.2f} [{low:.2f}, {high:.2f}]" for is_, m, low, high in found]
+        lines.append([one["factor"], *cells])
     return lines
 
 

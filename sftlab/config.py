@@ -113,6 +113,13 @@ class TrainingArguments(SFTConfig):
     compile_layers: bool | None = field(
         default=None, metadata={"help": "Compile each decoder layer. Unset: on a GPU, unless torch_compile is set."}
     )
+    measure_memory: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Measure one step's memory by part (parameters, gradients, optimizer state, activations). Unset: "
+            "on a GPU; on a CPU it takes some seconds."
+        },
+    )
     fused_loss: bool | None = field(
         default=None,
         metadata={
@@ -279,7 +286,8 @@ def _settle_precision(recipe: Recipe) -> None:
             f"the recipe's dtype is {model.dtype} and the launch config's precision {precision}: they contradict each "
             f"other; launch with {'bf16' if model.dtype == 'bfloat16' else 'fp16'}.yaml or leave dtype out"
         )
-    model.dtype = model.dtype or compute
+    # weights that train keep float32 copies; autocast computes in the precision
+    model.dtype = model.dtype or (compute if model.use_peft else "float32")
 
 
 def _settle_batch(recipe: Recipe, world_size: int) -> None:

@@ -18,8 +18,19 @@ from sftlab.significance import compare
 
 # Single losses differ from batch to batch; a run whose last tenth lies this much above its first has diverged.
 GROWTH = 1.5
+# Memory of a step, by part (sftlab/memory.py).
+STEP_PARTS = ("parameters", "gradients", "optimizer_state", "activations", "peak")
 _RAN = ("precision", "strategy", "world_size", "trainable_parameters")
-_MEASURED = ("tokens_per_s", "rows_per_s", "share_of_limit", "limit", "train_seconds", "train_loss", "validation_loss")
+_MEASURED = (
+    "step_time_s",
+    "tokens_per_s",
+    "rows_per_s",
+    "share_of_limit",
+    "limit",
+    "train_seconds",
+    "train_loss",
+    "validation_loss",
+)
 
 
 class Evidence(NamedTuple):
@@ -102,6 +113,9 @@ def figures(one: Evidence, facts: dict[str, Any]) -> dict[str, Any]:
     row["lora_scale"] = " ".join(map(str, facts["lora_scale"]))
     row["peak_memory_gb"] = max((peak[f"{kind}_gb"] for peak in peaks if peak), default=None)
     row["peak_memory_is"] = kind if peaks[0] else None
+    steps = [peak["step"] for peak in peaks if "step" in peak]
+    for part in STEP_PARTS:
+        row[f"step_{part}_gb"] = max((step[f"{part}_gb"] for step in steps), default=None)
     scores = {score: one.quality.get("scores", {}).get(score) for score in NAMES}
     for task in one.tasks:
         plain = "" if task["chat_template"] else " plain"

@@ -11,6 +11,8 @@ from accelerate.utils import gather_object
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from sftlab.memory import MemorySplit
+
 WARMUP_STEPS = 5
 
 
@@ -145,16 +147,20 @@ def share_of_limit(facts: dict[str, Any], device: torch.device, dtype: torch.dty
     }
 
 
-def peak_memory() -> list[dict[str, float]]:
-    """Peak memory of every rank in GB (2**30 bytes): GPU allocated and reserved, or the process's resident set."""
+def peak_memory(split: MemorySplit | None = None) -> list[dict[str, float]]:
+    """Peak memory of every rank in GB (2**30 bytes): GPU allocated and reserved, or the process's resident set.
+
+    With `split`, a step's memory by part as well.
+    """
+    before, parts = (split.peak_before, split.facts) if split else (0, {})
     if torch.cuda.is_available():
         mine = {
-            "allocated_gb": round(torch.cuda.max_memory_allocated() / 2**30, 3),
+            "allocated_gb": round(max(before, torch.cuda.max_memory_allocated()) / 2**30, 3),
             "reserved_gb": round(torch.cuda.max_memory_reserved() / 2**30, 3),
         }
     else:
         mine = {"resident_gb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 3)}
-    return gather_object([mine])
+    return gather_object([mine | ({"step": parts} if parts else {})])
 
 
 def synchronize() -> None:

@@ -9,6 +9,7 @@ import statistics
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,7 +18,7 @@ import yaml
 from scipy.stats import ttest_rel
 
 from sftlab import confound
-from sftlab.evidence import figures, outcome, read_evidence
+from sftlab.evidence import STEP_PARTS, figures, outcome, read_evidence
 from sftlab.launch import PRECISIONS
 from sftlab.run import read_run, write_json
 from sftlab.significance import add_holm
@@ -25,13 +26,16 @@ from sftlab.significance import add_holm
 ROOT = Path(__file__).parent.parent
 LAUNCH_KEYS = ("launch", "processes", "flags")
 STUDY_KEYS = {
-    "recipe", "axis", "seeds", "repeats", "quality", "fields", "cells", "reference", "published", *LAUNCH_KEYS
+    "recipe", "axis", "seeds", "repeats", "quality", "fields", "cells", "grid", "reference", "published", *LAUNCH_KEYS
 }  # fmt: skip
 # What a summary shows of a cell, where it was measured; and whether less is better, where 'better' means something.
 MEASURED = (
-    "tokens_per_s", "rows_per_s", "share_of_limit", "peak_memory_gb", "trainable_parameters", "train_loss",
-    "validation_loss",
+    "tokens_per_s", "rows_per_s", "share_of_limit", "peak_memory_gb", "step_time_s",
+    *(f"step_{part}_gb" for part in STEP_PARTS), "trainable_parameters", "train_loss", "validation_loss",
 )  # fmt: skip
+# What the factors of a grid are said to change, and the change from which it counts.
+CHANGED = ("step_time_s", *(f"step_{part}_gb" for part in STEP_PARTS))
+COUNTS = 0.05
 LESS_IS_BETTER = {"tuned response_perplexity": True, "tuned bleu": False, "tuned rougeL": False}
 SEEDS_FOR_A_CLAIM = 3
 
@@ -83,6 +87,7 @@ class Study:
     reference: str
     quality: bool = False
     published: list[dict[str, Any]] = field(default_factory=list)
+    grid: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     @property
     def cells(self) -> list[str]:
@@ -102,17 +107,18 @@ def load(path: Path, runs: Path, given: Mapping[str, Any]) -> Study:
     Tasks are in the order in which they run: every cell once, then every cell again. ValueError says what is wrong.
     """
     content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    if not isinstance(content, dict) or not isinstance(content.get("cells"), dict) or not content.get("axis"):
+    if not isinstance(content, dict) or not content.get("axis") or not (content.get("cells") or content.get("grid")):
         raise ValueError(f"{path} is no study: it needs `axis`, a list of fields, and `cells`, fields by name")
     if unknown := sorted(content.keys() - STUDY_KEYS):
         raise ValueError(f"{path}: {', '.join(unknown)} is nothing that a study knows: {', '.join(sorted(STUDY_KEYS))}")
+    cells = content.get("cells") or {_label(chosen): _merged(chosen) for chosen in product(*_options(content["grid"]))}
     fields = content.get("fields", {}) | {k: v for k, v in given.items() if k not in (*LAUNCH_KEYS, "recipe") and v}
     base = {key: given.get(key) or content.get(key) for key in LAUNCH_KEYS}
     recipe = Path(given.get("recipe") or content["recipe"])
     seeds = content.get("seeds") or [None] * content.get("repeats", 1)
     tasks = []
     for repeat, seed in enumerate(seeds, start=1):
-        for cell, settings in content["cells"].items():
+        for cell, settings in cells.items():
             settings = settings or {}
             own = fields | {k: v for k, v in settings.items() if k not in LAUNCH_KEYS}
             own |= {} if seed is None else {"seed": seed}
@@ -122,10 +128,22 @@ def load(path: Path, runs: Path, given: Mapping[str, Any]) -> Study:
             folder = runs / re.sub(r"[^\w.+-]+", "_", f"{cell}-{repeat if seed is None else seed}")
             tasks.append(Task(cell, repeat, folder, config, processes, launch["flags"] or {}, own, recipe))
     reference = content.get("reference", tasks[0].cell)
-    if reference not in content["cells"]:
+    if reference not in cells:
         raise ValueError(f"{path}: the reference {reference} is none of the cells")
     quality, published = content.get("quality", False), content.get("published", [])
-    return Study(path.stem, list(content["axis"]), tasks, reference, quality, published)
+    return Study(path.stem, list(content["axis"]), tasks, reference, quality, published, content.get("grid", {}))
+
+
+def _options(grid: Mapping[str, Mapping[str, Any]]) -> list[list[tuple[str, Mapping[str, Any]]]]:
+    return [[("", {}), (factor, fields)] for factor, fields in grid.items()]
+
+
+def _label(chosen: Sequence[tuple[str, Mapping[str, Any]]]) -> str:
+    return " + ".join(factor for factor, _ in chosen if factor) or "none"
+
+
+def _merged(chosen: Sequence[tuple[str, Mapping[str, Any]]]) -> dict[str, Any]:
+    return {key: value for _, fields in chosen for key, value in fields.items()}
 
 
 def _launch_config(name: str) -> str:
@@ -239,6 +257,30 @@ def summarise(study: Study, rows: Sequence[Mapping[str, Any]]) -> list[dict[str,
         lines.append(line)
     columns = dict.fromkeys(key for line in lines for key in line)
     return [{key: line.get(key) for key in columns} for line in lines]
+
+
+def effects(study: Study, summary: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """What each factor of a grid changes: the median ratio of cells with it to those without, all else equal.
+
+    The range is over those pairs; a change counts where the median is 5 % or more from 1 (`up` or `down`, else `same`).
+    """
+    by_cell, found = {line["cell"]: line for line in summary}, []
+    for factor in study.grid:
+        others = product(*_options({name: fields for name, fields in study.grid.items() if name != factor}))
+        pairs = []
+        for chosen in others:
+            names = {name for name, _ in chosen if name}
+            both = [" + ".join(n for n in study.grid if n in each) or "none" for each in (names, names | {factor})]
+            pairs.append([by_cell[name] for name in both])
+        one: dict[str, Any] = {"factor": factor}
+        for key in CHANGED:
+            ratios = sorted(with_[key] / without[key] for without, with_ in pairs if without[key] and with_[key])
+            if ratios:
+                middle = statistics.median(ratios)
+                one |= {key: middle, f"{key} low": ratios[0], f"{key} high": ratios[-1]}
+                one[f"{key} is"] = "up" if middle >= 1 + COUNTS else "down" if middle <= 1 - COUNTS else "same"
+        found.append(one)
+    return found
 
 
 def claims(study: Study, rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

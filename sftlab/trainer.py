@@ -27,6 +27,7 @@ from sftlab.fp8 import freeze_in_float8, is_base_linear
 from sftlab.launch import Launch
 from sftlab.likelihood import nats_per_token
 from sftlab.measure import Meter, flops_per_token
+from sftlab.memory import MemorySplit
 from sftlab.model import model_init_kwargs
 from sftlab.packing import BalancedSampler, Collator
 from sftlab.ran import frozen_linear, row_lengths, verify_precision, verify_strategy
@@ -42,8 +43,10 @@ class LabTrainer(SFTTrainer):
     a model whose loss would not be given the number of tokens of the global batch.
     """
 
-    def __init__(self, *args: Any, meter: Meter, launch: Launch, fast: FastPath, **kwargs: Any) -> None:
-        self.meter, self.launch, self.fast = meter, launch, fast
+    def __init__(
+        self, *args: Any, meter: Meter, launch: Launch, fast: FastPath, memory: MemorySplit | None, **kwargs: Any
+    ) -> None:
+        self.meter, self.launch, self.fast, self.memory = meter, launch, fast, memory
         self.observed: dict[str, str] = {}
         self._sums: torch.Tensor | None = None
         self._real_tokens, self._held_out = 0, []
@@ -108,6 +111,14 @@ class LabTrainer(SFTTrainer):
         num_items_in_batch: torch.Tensor | None = None,
     ) -> Any:
         """Nats of the tokens in the loss over the number of such tokens in the global batch, as trl computes it."""
+        loss = self._loss(model, inputs, return_outputs, num_items_in_batch)
+        if self.memory is not None:
+            self.memory.forward_ended()
+        return loss
+
+    def _loss(
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool, num_items_in_batch: torch.Tensor | None
+    ) -> Any:
         if not self.fast.fused_loss or return_outputs:
             return super().compute_loss(model, _plain(inputs), return_outputs, num_items_in_batch)
         nats, entropies, hits = self._token_losses(model, inputs)
@@ -232,6 +243,8 @@ def build_trainer(
 ) -> LabTrainer:
     """The trainer of a recipe, its model loaded and on the fast path. Seeds everything."""
     args, meter = recipe.training, Meter()
+    measured = torch.cuda.is_available() if args.measure_memory is None else args.measure_memory
+    memory = MemorySplit() if measured else None
     args.model_init_kwargs = model_init_kwargs(recipe.model, args.trust_remote_code, args.model_init_kwargs)
     if fast.attn_implementation:
         args.model_init_kwargs["attn_implementation"] = fast.attn_implementation
@@ -245,8 +258,9 @@ def build_trainer(
         processing_class=tokenizer,
         quantization_config=get_quantization_config(recipe.model),
         peft_config=get_peft_config(recipe.model),
-        callbacks=[meter, *callbacks],
+        callbacks=[meter, *([memory] if memory else []), *callbacks],
         meter=meter,
+        memory=memory,
         launch=launch,
         fast=fast,
     )

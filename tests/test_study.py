@@ -14,7 +14,7 @@ import yaml
 from conftest import ROOT, load_script, short_fields
 
 from sftlab import study as studies
-from sftlab.study import claims, is_done, load, summarise
+from sftlab.study import claims, effects, is_done, load, summarise
 
 SCRIPT = load_script("recipes/study.py")
 
@@ -198,3 +198,23 @@ def test_a_summary_has_medians_ranges_and_what_was_published(write, tmp_path):
     assert (a["tokens_per_s"], a["tokens_per_s low"], a["tokens_per_s high"], a["runs"]) == (2.0, 1.0, 5.0, 3)
     assert (b["tokens_per_s"], b["runs"], b["status"], b["reason"]) == (None, 0, "out of memory", "CUDA out of memory")
     assert (a["published rows_per_s"], b["published rows_per_s"]) == (5.0, None)
+
+
+def test_a_grid_has_every_combination_and_says_what_each_factor_changes(write, tmp_path):
+    path = write(None, grid={"half": {"lora_r": 2, "lora_alpha": 4}, "twice": {"max_steps": 12}}, axis=["lora_r"])
+    study = load(path, tmp_path, {})
+    assert study.cells == ["none", "twice", "half", "half + twice"]
+    assert [task.fields["max_steps"] for task in study.tasks] == ["6", 12, "6", 12]
+    seconds = {"none": 4.0, "twice": 8.4, "half": 2.0, "half + twice": 4.0}
+    summary = [{"cell": cell} | dict.fromkeys(studies.CHANGED, seconds[cell]) for cell in study.cells]
+    half, twice = effects(study, summary)
+    assert (half["factor"], half["step_time_s is"], half["step_time_s"]) == (
+        "half",
+        "down",
+        pytest.approx(0.488, abs=1e-3),
+    )
+    assert (twice["step_time_s is"], twice["step_time_s low"], twice["step_time_s high"]) == ("up", 2.0, 2.1)
+    summary = [{"cell": cell} | dict.fromkeys(studies.CHANGED, 1.0 if cell == "none" else 1.02) for cell in study.cells]
+    assert {one["step_time_s is"] for one in effects(study, summary)} == {"same"}
+    summary[0] |= dict.fromkeys(studies.CHANGED)
+    assert effects(study, summary)[0]["step_time_s low"] == 1.0
