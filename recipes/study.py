@@ -55,7 +55,12 @@ TITLES = {
     "validation_loss": "validation loss", "tuned response_perplexity": "perplexity of the response",
     "tuned bleu": "BLEU", "tuned rougeL": "ROUGE-L",
 }  # fmt: skip
-PLOTTED = ("tokens_per_s", "rows_per_s", "peak_memory_gb", "train_loss", "tuned response_perplexity", "tuned bleu")
+# Each in its panel: the first of a line that was measured.
+PLOTTED = (
+    ("published rows_per_s", "tokens_per_s"), ("step_activations_gb",), ("step_peak_gb", "peak_memory_gb"),
+    ("train_loss",), ("tuned response_perplexity",), ("tuned bleu",),
+)  # fmt: skip
+MANY_CELLS = 12
 # What the terminal has no room for.
 LONG = ("rows_per_s", "share_of_limit", "validation_loss", "tuned rougeL")
 STYLE = {"svg.hashsalt": "sftlab", "axes.spines.top": False, "axes.spines.right": False, "font.size": 9}
@@ -235,12 +240,15 @@ def grid(lines: list[list[str]]) -> list[str]:
 
 def draw(study: Study, summary: list[dict[str, Any]], out: Path) -> list[str]:
     """A panel a figure that was measured: points with ranges, published ones hollow. Name of the plot, if any."""
-    shown = [key for key in PLOTTED if any(line[key] is not None for line in summary)]
+    found = [[key for key in keys if any(line.get(key) is not None for line in summary)][:1] for keys in PLOTTED]
+    shown = [key.removeprefix("published ") for keys in found for key in keys]
     if not shown:
         return []
     with matplotlib.rc_context(STYLE):
-        size = (3.2 * min(3, len(shown)), (1.2 + 0.28 * len(summary)) * (-(-len(shown) // 3)) + 0.4)
-        canvas, panels = plt.subplots(-(-len(shown) // 3), min(3, len(shown)), figsize=size, squeeze=False, sharey=True)
+        columns = len(shown) if len(summary) > MANY_CELLS else min(3, len(shown))
+        deep = -(-len(shown) // columns)
+        size = (3.2 * columns + 0.06 * max(map(len, study.cells)), (1.2 + 0.28 * len(summary)) * deep + 0.4)
+        canvas, panels = plt.subplots(deep, columns, figsize=size, squeeze=False, sharey=True)
         for key, axes in zip(shown, panels.flat, strict=False):
             for place, line in enumerate(summary):
                 if line[key] is not None:
@@ -259,7 +267,8 @@ def draw(study: Study, summary: list[dict[str, Any]], out: Path) -> list[str]:
             axes.set(xlabel=TITLES[key], ylim=(len(summary) - 0.5, -0.7))
             axes.set_yticks(range(len(summary)), study.cells)
             axes.margins(x=0.2)
-            if key in MEASURED[:4]:
+            axes.locator_params(axis="x", nbins=4)
+            if key != "train_loss" and key in MEASURED:
                 axes.set_xlim(left=0)
             axes.grid(axis="y", lw=0.4, alpha=0.5)
         for axes in panels.flat[len(shown) :]:

@@ -54,7 +54,7 @@ FOLLOWS = {
     "global_batch_size": f"global_batch {_BATCH}",
     "max_length": "tokens",
     "packing": "attn_implementation",
-    "gradient_checkpointing": "gradient_checkpointing_kwargs",
+    "gradient_checkpointing": "gradient_checkpointing_kwargs activation_checkpointing",
     "torch_compile": "torch_compile_*",
     "use_liger_kernel": "liger_kernel_config",
     "lr_scheduler_type": "lr_scheduler_kwargs",
