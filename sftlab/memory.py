@@ -5,6 +5,8 @@ the first micro-batch's forward leaves behind for its backward, and `peak` the m
 from the allocator, on a CPU from the profiler's record of it.
 """
 
+from collections.abc import Callable, Sequence
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -74,6 +76,20 @@ class MemorySplit(TrainerCallback):
         self._parts = {}
 
 
+def peak_beyond(work: Callable[[], Any]) -> int:
+    """The most bytes that `work` held beyond what was held before it; from the allocator, on a CPU its record."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        work()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
+        work()
+    return _most(_changes(record))
+
+
 def _bytes(tensors: Any) -> int:
     local = (t.to_local() if hasattr(t, "to_local") else t for t in tensors)
     return sum(t.numel() * t.element_size() for t in local)
@@ -81,12 +97,15 @@ def _bytes(tensors: Any) -> int:
 
 def _from_record(record: profile) -> tuple[int, int]:
     """Bytes held beyond the beginning when the first forward ended, and the most that were held beyond it."""
-    events = record.profiler.kineto_results.events()
+    events, changes = record.profiler.kineto_results.events(), _changes(record)
     ended = min(event.start_ns() for event in events if event.name() == _FORWARD_ENDED)
-    changes = sorted((event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]")
-    held = most = at_the_end = 0
-    for time, change in changes:
-        held += change
-        most = max(most, held)
-        at_the_end = held if time <= ended else at_the_end
-    return at_the_end, most
+    return sum(change for time, change in changes if time <= ended), _most(changes)
+
+
+def _changes(record: profile) -> list[tuple[int, int]]:
+    events = record.profiler.kineto_results.events()
+    return sorted((event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]")
+
+
+def _most(changes: Sequence[tuple[int, int]]) -> int:
+    return max(accumulate((change for _, change in changes), initial=0))

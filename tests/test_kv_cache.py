@@ -1,0 +1,52 @@
+"""The cache is really off where it is said to be, the answers stay the same, and the cache's size is the real one."""
+
+import csv
+
+import pytest
+import torch
+from conftest import load_script
+from transformers import AutoModelForCausalLM, DynamicCache
+
+kv_cache = load_script("results/kv_cache.py")
+
+
+@pytest.fixture(scope="module")
+def model(base):
+    return AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
+
+
+def test_without_the_cache_every_step_sees_the_whole_text(model):
+    seen, ids = [], torch.randint(0, 200, (2, 7))
+    hook = model.register_forward_pre_hook(
+        lambda m, args, kwargs: seen.append(kwargs["input_ids"].shape[1]), with_kwargs=True
+    )
+    answers = {}
+    try:
+        for name, cache in kv_cache.CACHES.items():
+            answers[name] = kv_cache.generate(model, ids, 5, cache)
+    finally:
+        hook.remove()
+    assert seen == [7, 1, 1, 1, 1, 7, 8, 9, 10, 11]
+    assert answers["with"].shape == (2, 5)
+    assert torch.equal(answers["with"], answers["without"])
+
+
+def test_the_cache_s_size(model):
+    ids, cache = torch.randint(0, 200, (3, 11)), DynamicCache(config=model.config)
+    model(ids, past_key_values=cache, use_cache=True)
+    held = sum(t.numel() * t.element_size() for layer in cache.layers for t in (layer.keys, layer.values))
+    assert kv_cache.cache_bytes(model, 3, 11) == held
+
+
+def test_the_table(base, tmp_path):
+    argv = ["--model", str(base), "--batches", "1", "2", "--prompts", "16", "96", "--outputs", "4", "--repeats", "1"]
+    kv_cache.main([*argv, "--out", str(tmp_path / "kv")])
+    with (tmp_path / "kv.csv").open(encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert [(r["cache"], r["batch"], r["prompt"]) for r in rows[:3]] == [
+        ("with", "1", "16"), ("without", "1", "16"), ("with", "2", "16")
+    ]  # fmt: skip
+    assert {r["same_answers"] for r in rows} == {"1 of 1", "2 of 2"}
+    peaks = {(r["cache"], r["batch"], r["prompt"]): float(r["peak_mb"]) for r in rows}
+    assert peaks["with", "2", "96"] > peaks["with", "1", "96"] > peaks["with", "1", "16"]
+    assert (tmp_path / "kv.png").is_file()
