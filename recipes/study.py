@@ -269,7 +269,7 @@ def draw(study: Study, summary: list[dict[str, Any]], out: Path) -> list[str]:
             axes.margins(x=0.2)
             axes.locator_params(axis="x", nbins=4)
             if key != "train_loss" and key in MEASURED:
-                axes.set_xlim(left=0)
+                axes.set_xlim(0, 1.2 * max(line[f"{key} high"] or 0 for line in summary) or 1)
             axes.grid(axis="y", lw=0.4, alpha=0.5)
         for axes in panels.flat[len(shown) :]:
             axes.axis("off")
