@@ -218,3 +218,18 @@ def test_a_grid_has_every_combination_and_says_what_each_factor_changes(write, t
     assert {one["step_time_s is"] for one in effects(study, summary)} == {"same"}
     summary[0] |= dict.fromkeys(studies.CHANGED)
     assert effects(study, summary)[0]["step_time_s low"] == 1.0
+
+
+def test_an_evaluation_that_fails_is_said(write, tmp_path, monkeypatch, capsys):
+    path = write(TWO, quality=True)
+    for task in load(path, tmp_path / "runs", {}).tasks:
+        studies.begin(task)
+        ended(task.folder, "succeeded")
+        (task.folder / "adapter").mkdir()
+    monkeypatch.setattr(SCRIPT, "write", lambda *args: None)
+    with pytest.raises(SystemExit) as stopped:
+        SCRIPT.main([str(path), "--runs", str(tmp_path / "runs")])
+    assert "eval/quality.py failed" in str(stopped.value) and "r4-1/log" in str(stopped.value)
+    assert "done before" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="the study has tasks 0 to 1"):
+        SCRIPT.main([str(path), "--runs", str(tmp_path / "runs"), "--task", "2"])
