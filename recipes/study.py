@@ -26,24 +26,8 @@ import matplotlib.pyplot as plt
 
 from sftlab.evidence import about, outcome, read_evidence
 from sftlab.run import read_run
-from sftlab.study import (
-    CHANGED,
-    COUNTS,
-    MEASURED,
-    ROOT,
-    Study,
-    Task,
-    begin,
-    check,
-    claims,
-    collect,
-    effects,
-    gpus_needed,
-    is_done,
-    load,
-    python_command,
-    summarise,
-)  # fmt: skip
+from sftlab.study import ROOT, Study, Task, begin, check, gpus_needed, is_done, load, python_command
+from sftlab.summary import CHANGED, COUNTS, MEASURED, claims, collect, effects, summarise
 from sftlab.table import aligned, figure, p_value
 
 TITLES = {

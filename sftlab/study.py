@@ -1,43 +1,29 @@
-"""A study: cells equal but for an axis, each trained several times; which are done, and what they say together.
+"""A study: cells equal but for an axis, each trained several times: its file, its tasks, and which of them are done.
 
 A study file names the recipe, the launch config, the axis and the cells; docs are in recipes/study.py.
 """
 
 import json
 import re
-import statistics
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import yaml
-from scipy.stats import ttest_rel
 
 from sftlab import confound
-from sftlab.evidence import STEP_PARTS, figures, outcome, read_evidence
+from sftlab.evidence import outcome
 from sftlab.launch import PRECISIONS
 from sftlab.run import read_run, write_json
-from sftlab.significance import add_holm
 
 ROOT = Path(__file__).parent.parent
 LAUNCH_KEYS = ("launch", "processes", "flags")
 STUDY_KEYS = {
     "recipe", "axis", "seeds", "repeats", "quality", "fields", "cells", "grid", "reference", "published", *LAUNCH_KEYS
 }  # fmt: skip
-# What a summary shows of a cell, where it was measured; and whether less is better, where 'better' means something.
-MEASURED = (
-    "tokens_per_s", "rows_per_s", "share_of_limit", "peak_memory_gb", "step_time_s",
-    *(f"step_{part}_gb" for part in STEP_PARTS), "trainable_parameters", "train_loss", "validation_loss",
-)  # fmt: skip
-# What the factors of a grid are said to change, and the change from which it counts.
-CHANGED = ("step_time_s", *(f"step_{part}_gb" for part in STEP_PARTS))
-COUNTS = 0.05
-LESS_IS_BETTER = {"tuned response_perplexity": True, "tuned bleu": False, "tuned rougeL": False}
-SEEDS_FOR_A_CLAIM = 3
 
 
 class Task(NamedTuple):
@@ -111,7 +97,7 @@ def load(path: Path, runs: Path, given: Mapping[str, Any]) -> Study:
         raise ValueError(f"{path} is no study: it needs `axis`, a list of fields, and `cells`, fields by name")
     if unknown := sorted(content.keys() - STUDY_KEYS):
         raise ValueError(f"{path}: {', '.join(unknown)} is nothing that a study knows: {', '.join(sorted(STUDY_KEYS))}")
-    cells = content.get("cells") or {_label(chosen): _merged(chosen) for chosen in product(*_options(content["grid"]))}
+    cells = content.get("cells") or _cells(content["grid"])
     fields = content.get("fields", {}) | {k: v for k, v in given.items() if k not in (*LAUNCH_KEYS, "recipe") and v}
     base = {key: given.get(key) or content.get(key) for key in LAUNCH_KEYS}
     recipe = Path(given.get("recipe") or content["recipe"])
@@ -134,16 +120,21 @@ def load(path: Path, runs: Path, given: Mapping[str, Any]) -> Study:
     return Study(path.stem, list(content["axis"]), tasks, reference, quality, published, content.get("grid", {}))
 
 
-def _options(grid: Mapping[str, Mapping[str, Any]]) -> list[list[tuple[str, Mapping[str, Any]]]]:
+def options(grid: Mapping[str, Mapping[str, Any]]) -> list[list[tuple[str, Mapping[str, Any]]]]:
+    """Of every factor, without it and with it: names and fields."""
     return [[("", {}), (factor, fields)] for factor, fields in grid.items()]
 
 
-def _label(chosen: Sequence[tuple[str, Mapping[str, Any]]]) -> str:
-    return " + ".join(factor for factor, _ in chosen if factor) or "none"
+def combination(grid: Mapping[str, Any], chosen: Collection[str]) -> str:
+    """The name of the cell with these factors."""
+    return " + ".join(factor for factor in grid if factor in chosen) or "none"
 
 
-def _merged(chosen: Sequence[tuple[str, Mapping[str, Any]]]) -> dict[str, Any]:
-    return {key: value for _, fields in chosen for key, value in fields.items()}
+def _cells(grid: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    return {
+        combination(grid, {name for name, _ in chosen}): {k: v for _, fields in chosen for k, v in fields.items()}
+        for chosen in product(*options(grid))
+    }
 
 
 def _launch_config(name: str) -> str:
@@ -216,103 +207,3 @@ def begin(task: Task) -> None:
 def python_command(task: Task) -> list[str]:
     """The task's command under this interpreter."""
     return [sys.executable, "-m", "accelerate.commands.accelerate_cli", *task.command()[1:]]
-
-
-def collect(study: Study, not_run: Mapping[str, str], allow_confounded: bool = False) -> tuple[list[dict], list[str]]:
-    """A row of figures a task, and what confounds the study; ValueError for a confounded one unless allowed.
-
-    `not_run` says of tasks (by name) why they were not started.
-    """
-    found = {task.name: read_evidence(task.folder) for task in study.tasks if (task.folder / "run.json").is_file()}
-    settings = {name: confound.settings(one.run, one.quality) for name, one in found.items()}
-    if settings:
-        confound.settle_axes(settings, study.axes, allow_confounded)
-    rows = []
-    for task in study.tasks:
-        row = {"cell": task.cell, "repeat": task.repeat, "seed": task.fields.get("seed")}
-        if task.name in found:
-            row |= figures(found[task.name], settings[task.name].facts)
-        else:
-            row["status"] = "not run" if task.name in not_run else "failed"
-            row["reason"] = not_run.get(task.name) or task.last_words()
-        rows.append(row)
-    return rows, confound.describe(confound.differences(settings, study.axes))
-
-
-def summarise(study: Study, rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """A line a cell: median, lowest and highest of every figure over the runs that have it, and how they ended."""
-    lines = []
-    for cell in study.cells:
-        mine = [row for row in rows if row["cell"] == cell]
-        good = [row for row in mine if row["status"] == "succeeded"]
-        ends = dict.fromkeys(row["status"] for row in mine)
-        reason = next((row["reason"] for row in mine if row["reason"]), "")
-        line = {"cell": cell, "runs": len(good), "status": ", ".join(ends), "reason": reason}
-        for key in (*MEASURED, *LESS_IS_BETTER):
-            values = sorted(row[key] for row in good if row.get(key) is not None)
-            line[key] = statistics.median(values) if values else None
-            line[f"{key} low"], line[f"{key} high"] = (values[0], values[-1]) if values else (None, None)
-        published = next((one for one in study.published if one["cell"] == cell), {})
-        line |= {f"published {key}": value for key, value in published.items() if key != "cell"}
-        lines.append(line)
-    columns = dict.fromkeys(key for line in lines for key in line)
-    return [{key: line.get(key) for key in columns} for line in lines]
-
-
-def effects(study: Study, summary: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """What each factor of a grid changes: the median ratio of cells with it to those without, all else equal.
-
-    The range is over those pairs; a change counts where the median is 5 % or more from 1 (`up` or `down`, else `same`).
-    """
-    by_cell, found = {line["cell"]: line for line in summary}, []
-    for factor in study.grid:
-        others = product(*_options({name: fields for name, fields in study.grid.items() if name != factor}))
-        pairs = []
-        for chosen in others:
-            names = {name for name, _ in chosen if name}
-            both = [" + ".join(n for n in study.grid if n in each) or "none" for each in (names, names | {factor})]
-            pairs.append([by_cell[name] for name in both])
-        one: dict[str, Any] = {"factor": factor}
-        for key in CHANGED:
-            ratios = sorted(with_[key] / without[key] for without, with_ in pairs if without[key] and with_[key])
-            if ratios:
-                middle = statistics.median(ratios)
-                one |= {key: middle, f"{key} low": ratios[0], f"{key} high": ratios[-1]}
-                one[f"{key} is"] = "up" if middle >= 1 + COUNTS else "down" if middle <= 1 - COUNTS else "same"
-        found.append(one)
-    return found
-
-
-def claims(study: Study, rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Each cell against the reference in every score: the difference over seeds and whether it is 'better' or 'worse'.
-
-    Runs of equal seed are pairs (paired t-test over seeds, Student 1908), p-values after Holm over all comparisons.
-    With fewer than three pairs, or p above 0.05, the word is 'not distinguishable'.
-    """
-    reference, found = study.reference, {}
-    for cell in (cell for cell in study.cells if cell != reference):
-        for score in LESS_IS_BETTER:
-            pairs = _pairs(rows, reference, cell, score)
-            if not pairs:
-                continue
-            first, mine = np.array(pairs).T
-            one = {"cell": cell, "against": reference, "score": score, "seeds": len(pairs)}
-            one |= {"difference": float((mine - first).mean()), "p_value": 1.0, "low": None, "high": None}
-            if len(pairs) >= SEEDS_FOR_A_CLAIM and len(set((mine - first).tolist())) > 1:
-                test = ttest_rel(mine, first)
-                one["p_value"], (one["low"], one["high"]) = float(test.pvalue), test.confidence_interval()
-            found[f"{cell} {score}"] = one
-    add_holm(found)
-    for one in found.values():
-        sure = one["seeds"] >= SEEDS_FOR_A_CLAIM and one["p_holm"] < 0.05
-        better = (one["difference"] < 0) == LESS_IS_BETTER[one["score"]]
-        one["word"] = ("better" if better else "worse") if sure else "not distinguishable"
-    return list(found.values())
-
-
-def _pairs(rows: Sequence[Mapping[str, Any]], a: str, b: str, score: str) -> list[tuple[float, float]]:
-    values: dict[str, dict[Any, float]] = {a: {}, b: {}}
-    for row in rows:
-        if row["cell"] in values and row["status"] == "succeeded" and row.get(score) is not None:
-            values[row["cell"]][row["seed"]] = row[score]
-    return [(values[a][seed], values[b][seed]) for seed in values[a] if seed in values[b]]

@@ -13,8 +13,8 @@ import pytest
 import yaml
 from conftest import ROOT, load_script, short_fields
 
-from sftlab import study as studies
-from sftlab.study import claims, effects, is_done, load, summarise
+from sftlab.study import begin, is_done, load
+from sftlab.summary import CHANGED, claims, effects, summarise
 
 SCRIPT = load_script("recipes/study.py")
 
@@ -146,7 +146,7 @@ def ended(folder, status, reason=None, **measured):
 )
 def test_what_is_trained_again(write, tmp_path, status, reason, done):
     task = load(write(TWO), tmp_path / "runs", {}).tasks[0]
-    studies.begin(task)
+    begin(task)
     assert not is_done(task)
     ended(task.folder, status, reason)
     assert is_done(task) is done
@@ -206,7 +206,7 @@ def test_a_grid_has_every_combination_and_says_what_each_factor_changes(write, t
     assert study.cells == ["none", "twice", "half", "half + twice"]
     assert [task.fields["max_steps"] for task in study.tasks] == ["6", 12, "6", 12]
     seconds = {"none": 4.0, "twice": 8.4, "half": 2.0, "half + twice": 4.0}
-    summary = [{"cell": cell} | dict.fromkeys(studies.CHANGED, seconds[cell]) for cell in study.cells]
+    summary = [{"cell": cell} | dict.fromkeys(CHANGED, seconds[cell]) for cell in study.cells]
     half, twice = effects(study, summary)
     assert (half["factor"], half["step_time_s is"], half["step_time_s"]) == (
         "half",
@@ -214,16 +214,16 @@ def test_a_grid_has_every_combination_and_says_what_each_factor_changes(write, t
         pytest.approx(0.488, abs=1e-3),
     )
     assert (twice["step_time_s is"], twice["step_time_s low"], twice["step_time_s high"]) == ("up", 2.0, 2.1)
-    summary = [{"cell": cell} | dict.fromkeys(studies.CHANGED, 1.0 if cell == "none" else 1.02) for cell in study.cells]
+    summary = [{"cell": cell} | dict.fromkeys(CHANGED, 1.0 if cell == "none" else 1.02) for cell in study.cells]
     assert {one["step_time_s is"] for one in effects(study, summary)} == {"same"}
-    summary[0] |= dict.fromkeys(studies.CHANGED)
+    summary[0] |= dict.fromkeys(CHANGED)
     assert effects(study, summary)[0]["step_time_s low"] == 1.0
 
 
 def test_an_evaluation_that_fails_is_said(write, tmp_path, monkeypatch, capsys):
     path = write(TWO, quality=True)
     for task in load(path, tmp_path / "runs", {}).tasks:
-        studies.begin(task)
+        begin(task)
         ended(task.folder, "succeeded")
         (task.folder / "adapter").mkdir()
     monkeypatch.setattr(SCRIPT, "write", lambda *args: None)
