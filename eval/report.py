@@ -8,7 +8,6 @@ differ in more than the axis asked for; sftlab/confound.py knows what follows fr
 """
 
 import argparse
-import csv
 import re
 import shlex
 import sys
@@ -27,7 +26,7 @@ from sftlab.evidence import Evidence, about, compare_tuned, figures, find_runs, 
 from sftlab.run import SIDES
 from sftlab.scores import NAMES
 from sftlab.significance import RESAMPLES, add_holm
-from sftlab.table import aligned, interval, p_value, preview
+from sftlab.table import aligned, interval, markdown, p_value, preview, without_empty_columns, write_csv
 
 SHOWN = ("response_perplexity", "bleu", "rougeL")
 # CSV column: its heading in the table, and how a figure is written there
@@ -78,11 +77,7 @@ def main(argv: list[str]) -> None:
         sys.exit(f"error: {portable(str(error))}")
     arguments.out.mkdir(parents=True, exist_ok=True)
     plots = draw(report, arguments.out)
-    with (arguments.out / "runs.csv").open("w", encoding="utf-8", newline="") as file:
-        columns = dict.fromkeys(key for row in report.rows.values() for key in row)
-        writer = csv.DictWriter(file, columns, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(report.rows.values())
+    write_csv(arguments.out / "runs.csv", list(report.rows.values()))
     (arguments.out / "report.md").write_text(portable(as_markdown(report, against, plots, argv)), encoding="utf-8")
     print(portable(as_text(report, against)))
     print(f"\nwritten to {arguments.out}: report.md, runs.csv, {', '.join(f'{plot}.png/.svg' for plot in plots)}")
@@ -167,16 +162,14 @@ def table(report: Report, columns: Sequence[str], scores: Sequence[str] = ()) ->
             one = {"value": row.get(score), "interval_95": [row.get(f"{score} {end}") for end in ("low", "high")]}
             cells.append("" if one["value"] is None else interval(one))
         lines.append(cells)
-    filled = [i for i in range(len(lines[0])) if any(line[i] for line in lines[1:])]
-    return [[line[i] for i in filled] for line in lines]
+    return without_empty_columns(lines)
 
 
 def as_markdown(report: Report, against: tuple[str, Table], plots: list[str], argv: list[str]) -> str:
     """report.md."""
 
     def grid(lines: Table) -> list[str]:
-        marked = [f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in lines]
-        return [marked[0], "|" + " --- |" * len(lines[0]), *marked[1:], ""] if lines else []
+        return [*markdown(lines), ""] if lines else []
 
     def pictures(*names: str) -> list[str]:
         return [line for name in names if name in plots for line in (f"![{name}]({name}.svg)", "")]

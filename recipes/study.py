@@ -11,7 +11,6 @@ that ran out is a result. `--task i` trains the i-th alone (from 0, for a SLURM 
 """
 
 import argparse
-import csv
 import shlex
 import subprocess
 import sys
@@ -28,7 +27,7 @@ from sftlab.evidence import about, outcome, read_evidence
 from sftlab.run import read_run
 from sftlab.study import ROOT, Study, Task, begin, check, gpus_needed, is_done, load, python_command
 from sftlab.summary import CHANGED, COUNTS, MEASURED, claims, collect, effects, summarise
-from sftlab.table import aligned, figure, p_value
+from sftlab.table import aligned, figure, markdown, p_value, without_empty_columns, write_csv
 
 TITLES = {
     "tokens_per_s": "real tokens/s", "rows_per_s": "rows/s", "share_of_limit": "share of the limit",
@@ -155,14 +154,14 @@ def write(study: Study, not_run: dict[str, str], out: Path, allow_confounded: bo
     lines = [f"# {study.name}", "", *(["**CONFOUNDED**: the cells differ in", *confounders, ""] if confounders else [])]
     lines += ["```", f"python recipes/study.py {shlex.join(argv)}", "```", ""]
     lines += [*(f"- {key}: {value}" for key, value in facts.items()), f"- axis: {', '.join(study.axis)}", ""]
-    lines += ["Median of the runs, lowest and highest in brackets.", "", *grid(table(summary)), ""]
+    lines += ["Median of the runs, lowest and highest in brackets.", "", *markdown(table(summary)), ""]
     if changed:
         above = "With a technique over without it, all else equal: median of the pairs, lowest and highest"
         lines += [f"{above}; ↑ and ↓ from {COUNTS:.0%}:", ""]
-        lines += [*grid(effects_table(changed)), ""]
+        lines += [*markdown(effects_table(changed)), ""]
     if said:
         lines += [f"Against {study.reference}, pairs of equal seed, 95 % intervals, p after Holm:", ""]
-        lines += [*grid(claims_table(said)), ""]
+        lines += [*markdown(claims_table(said)), ""]
     lines += [line for plot in plots for line in (f"![{plot}]({plot}.svg)", "")]
     (out / "study.md").write_text("\n".join(lines), encoding="utf-8")
     brief = [{k: v for k, v in line.items() if k not in LONG} for line in summary]
@@ -174,15 +173,6 @@ def write(study: Study, not_run: dict[str, str], out: Path, allow_confounded: bo
         sep="\n",
     )
     print(f"\nwritten to {out}: study.md, runs.csv, summary.csv, {', '.join(f'{plot}.png/.svg' for plot in plots)}")
-
-
-def write_csv(path: Path, lines: list[dict[str, Any]]) -> None:
-    """Lines of perhaps different columns."""
-    with path.open("w", newline="", encoding="utf-8") as file:
-        columns = dict.fromkeys(key for line in lines for key in line)
-        writer = csv.DictWriter(file, list(columns), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(lines)
 
 
 def table(summary: list[dict[str, Any]]) -> list[list[str]]:
@@ -200,8 +190,7 @@ def table(summary: list[dict[str, Any]]) -> list[list[str]]:
         lines.append(
             [*cells, "" if line["status"] == "succeeded" else f"{line['status']}: {line['reason'] or ''}"[:90]]
         )
-    filled = [i for i in range(len(lines[0])) if any(line[i] for line in lines[1:])]
-    return [[line[i] for i in filled] for line in lines]
+    return without_empty_columns(lines)
 
 
 def claims_table(said: list[dict[str, Any]]) -> list[list[str]]:
@@ -224,12 +213,6 @@ def effects_table(changed: list[dict[str, Any]]) -> list[list[str]]:
         cells = ["" if is_ is None else f"{arrows[is_]} {m:.2f} [{low:.2f}, {high:.2f}]" for is_, m, low, high in found]
         lines.append([one["factor"], *cells])
     return lines
-
-
-def grid(lines: list[list[str]]) -> list[str]:
-    """A Markdown table."""
-    marked = [f"| {' | '.join(cell.replace('|', '/') for cell in line)} |" for line in lines]
-    return [marked[0], "|" + " --- |" * len(lines[0]), *marked[1:]]
 
 
 def draw(study: Study, summary: list[dict[str, Any]], out: Path) -> list[str]:

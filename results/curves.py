@@ -8,7 +8,6 @@ far the means of 20 steps are from the plain ones.
 """
 
 import argparse
-import csv
 import subprocess
 import sys
 from pathlib import Path
@@ -20,8 +19,9 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 
-from sftlab.run import environment, read_run
+from sftlab.run import provenance, read_run
 from sftlab.shapes import save_random_llama
+from sftlab.table import write_csv
 
 ROOT = Path(__file__).parent.parent
 BASE = "data/llama3.2-1b-random"
@@ -75,14 +75,10 @@ def means(losses: list[float]) -> np.ndarray:
 
 def write(path: Path, losses: dict[str, list[float]]) -> None:
     """A line a step."""
-    facts = environment()
-    about = {"hardware": facts["hardware"].get("gpu", "CPU")}
-    about["versions"] = " ".join(f"{k} {v}" for k, v in facts["versions"].items())
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, fieldnames=["step", *losses, *about], lineterminator="\n")
-        writer.writeheader()
-        for step, values in enumerate(zip(*losses.values(), strict=True), start=1):
-            writer.writerow({"step": step, **dict(zip(losses, values, strict=True)), **(about if step == 1 else {})})
+    rows = [
+        {"step": i, **dict(zip(losses, v, strict=True))} for i, v in enumerate(zip(*losses.values(), strict=True), 1)
+    ]
+    write_csv(path, [rows[0] | provenance(), *rows[1:]])
 
 
 def draw(path: Path, losses: dict[str, list[float]], apart: dict[str, float]) -> None:

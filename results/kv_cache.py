@@ -10,7 +10,6 @@ weights, from one that is not timed.
 """
 
 import argparse
-import csv
 import statistics
 import sys
 import time
@@ -27,9 +26,9 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from sftlab.measure import synchronize
 from sftlab.memory import peak_beyond
-from sftlab.run import environment
+from sftlab.run import provenance
 from sftlab.shapes import SHAPES, save_random_llama
-from sftlab.table import aligned
+from sftlab.table import aligned, write_csv
 
 ROOT = Path(__file__).parent.parent
 CACHES = {"with": True, "without": False}
@@ -52,16 +51,10 @@ def main(argv: list[str]) -> None:
         print(
             f"batch {batch}, {prompt} + {output} tokens: {lines[-1]['times_as_long']} times as long without", flush=True
         )
-    facts = environment()
-    hardware = facts["hardware"].get("gpu") or f"{facts['hardware']['cpu_cores']} CPU cores"
-    about = {"model": arguments.model, "dtype": arguments.dtype, "hardware": hardware}
-    about["versions"] = " ".join(f"{k} {v}" for k, v in facts["versions"].items())
+    about = {"model": arguments.model, "dtype": arguments.dtype, **provenance()}
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    with arguments.out.with_suffix(".csv").open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(lines[0] | about), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(line | about for line in lines)
-    draw(lines, arguments.out, f"{arguments.model}, {arguments.dtype}, {hardware}")
+    write_csv(arguments.out.with_suffix(".csv"), [line | about for line in lines])
+    draw(lines, arguments.out, f"{arguments.model}, {arguments.dtype}, {about['hardware']}")
     print(aligned([list(lines[0]), *([str(value) for value in line.values()] for line in lines)]))
 
 

@@ -11,7 +11,6 @@ import sftlab.quiet  # noqa: I001  (before the libraries that it quiets)
 import sftlab.settle  # noqa: F401  (before they see the devices)
 
 import argparse
-import csv
 import os
 import statistics
 import sys
@@ -30,7 +29,8 @@ from sftlab.fastpath import FastPath
 from sftlab.interrupt import StopOnSignal
 from sftlab.launch import Launch, check_devices, use_all_cpu_cores
 from sftlab.model import load_tokenizer, model_init_kwargs
-from sftlab.run import environment
+from sftlab.run import provenance
+from sftlab.table import write_csv
 from sftlab.template import set_template
 from sftlab.trainer import build_trainer
 
@@ -97,15 +97,8 @@ def main() -> None:
             ours, plain = (trainers[name][1].step_time_s for name in ("sft.py", "plain"))
             rows.append({"pair": pair + 1, "sft_py_step_s": round(ours, 6), "plain_step_s": round(plain, 6)})
             rows[-1] |= {"ratio": round(ours / plain, 4), "loss_difference": abs(losses["sft.py"] - losses["plain"])}
-    facts = environment()
-    hardware = facts["hardware"].get("gpu") or f"{facts['hardware']['cpu_cores']} CPU cores"
-    versions = " ".join(f"{k} {v}" for k, v in facts["versions"].items())
-    with arguments.table.open("w", newline="", encoding="utf-8") as file:
-        fields = [*rows[0], "hardware", "versions", "arguments"]
-        writer = csv.DictWriter(file, fieldnames=fields, lineterminator="\n")
-        writer.writeheader()
-        for row in rows:
-            writer.writerow(row | {"hardware": hardware, "versions": versions, "arguments": " ".join(sys.argv[1:])})
+    about = provenance() | {"arguments": " ".join(sys.argv[1:])}
+    write_csv(arguments.table, [row | about for row in rows])
     ratios = [row["ratio"] for row in rows]
     print(f"sft.py over plain SFTTrainer: median {statistics.median(ratios)}, {min(ratios)} to {max(ratios)}")
 

@@ -12,7 +12,6 @@ import sftlab.quiet  # noqa: I001  (before the libraries that it quiets)
 import sftlab.settle  # noqa: F401  (before they see the devices)
 
 import argparse
-import csv
 import subprocess
 import sys
 import tempfile
@@ -25,8 +24,9 @@ from sftlab.data import load_splits
 from sftlab.fastpath import choose
 from sftlab.launch import Launch
 from sftlab.model import load_config, load_tokenizer
-from sftlab.run import environment
+from sftlab.run import provenance
 from sftlab.shapes import save_random_llama
+from sftlab.table import write_csv
 from sftlab.template import set_template
 from sftlab.trainer import build_trainer
 
@@ -59,14 +59,9 @@ def main() -> None:
         for name, (launch, fields) in STEPS.items():
             start(launch, [*fields, "--dataset_name", arguments.dataset], arguments.rows, f"{folder}/{name}")
         taken = {name: torch.load(f"{folder}/{name}") for name in STEPS}
-    facts = environment()
-    about = {"hardware": facts["hardware"].get("gpu", "CPU")}
-    about["versions"] = " ".join(f"{k} {v}" for k, v in facts["versions"].items())
+    about = provenance()
     lines = [{"step": a, "against": b, **compare(taken[a], taken[b]), **about} for a, b in PAIRS]
-    with arguments.out.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, fieldnames=list(lines[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(lines)
+    write_csv(arguments.out, lines)
     for line in lines:
         print({k: v for k, v in line.items() if k not in about})
 

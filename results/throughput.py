@@ -14,7 +14,6 @@ trained one, the head at the tokens in the loss alone) over the rate of a matrix
 """
 
 import argparse
-import csv
 import json
 import os
 import statistics
@@ -33,8 +32,9 @@ import torch
 from transformers import AutoTokenizer
 
 from sftlab.measure import matrix_rate
-from sftlab.run import environment
+from sftlab.run import provenance
 from sftlab.shapes import save_random_llama, write_rows
+from sftlab.table import write_csv
 
 ROOT = Path(__file__).parent.parent
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
@@ -111,15 +111,13 @@ def main() -> None:
     parser.add_argument("--gb", type=int, default=125, help="memory of a GPU that a group of variants may reserve")
     parser.add_argument("--out", type=Path, default=ROOT / "results" / name)
     arguments = parser.parse_args()
-    for variant in {(v.shape, v.longest): v for v in map(VARIANTS.get, arguments.variants)}.values():
+    variants = [VARIANTS[name] for name in arguments.variants]
+    for variant in {v.shape: v for v in variants}.values():
         save_random_llama(ROOT / base(variant), shape=variant.shape)
+    for variant in {(v.shape, v.longest): v for v in variants}.values():
         write_rows(ROOT / rows(variant), AutoTokenizer.from_pretrained(ROOT / base(variant)), 3000, variant.longest)
     rate = matrix_rate(torch.device("cuda"), torch.bfloat16)
-    lines, profiles, facts = [], [], environment()
-    about = {
-        "hardware": facts["hardware"]["gpu"],
-        "versions": " ".join(f"{k} {v}" for k, v in facts["versions"].items()),
-    }
+    lines, profiles, about = [], [], provenance()
     for group in groups(arguments.variants, arguments.gb):
         with tempfile.TemporaryDirectory() as folder:
             for name, reports in drive(group, arguments.repeats, Path(folder)).items():
@@ -226,11 +224,7 @@ def summary(name: str, reports: list[dict[str, Any]], rate: float) -> dict[str, 
 
 def write_table(path: Path, lines: list[dict[str, Any]]) -> None:
     """Lines as CSV, milliseconds rounded."""
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, fieldnames=list(lines[0]) if lines else [], lineterminator="\n")
-        writer.writeheader()
-        for line in lines:
-            writer.writerow({k: round(v, 3) if isinstance(v, float) else v for k, v in line.items()})
+    write_csv(path, [{k: round(v, 3) if isinstance(v, float) else v for k, v in line.items()} for line in lines])
 
 
 def draw(path: Path, lines: list[dict[str, Any]]) -> None:

@@ -159,6 +159,13 @@ def environment() -> dict[str, Any]:
     return {"versions": versions, "git_commit": _git_commit(), "hardware": hardware}
 
 
+def provenance() -> dict[str, str]:
+    """Hardware and versions of this process, as columns of a table of results."""
+    facts = environment()
+    hardware = facts["hardware"].get("gpu") or f"{facts['hardware']['cpu_cores']} CPU cores"
+    return {"hardware": hardware, "versions": " ".join(f"{k} {v}" for k, v in facts["versions"].items())}
+
+
 def _git_commit() -> str | None:
     root = Path(__file__).parent.parent
     try:

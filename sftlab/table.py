@@ -1,6 +1,8 @@
-"""How figures are written for a person: values with their intervals, p-values, the beginning of a text."""
+"""How figures are written: values with intervals, p-values, beginnings of texts; tables as text, Markdown and CSV."""
 
-from collections.abc import Sequence
+import csv
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 
@@ -37,3 +39,23 @@ def aligned(lines: Sequence[Sequence[str]]) -> str:
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     padded = ("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in lines)
     return "\n".join(f"  {line}".rstrip() for line in padded)
+
+
+def without_empty_columns(lines: Sequence[Sequence[str]]) -> list[list[str]]:
+    """A heading and its lines of cells, but for columns in which no line has anything."""
+    filled = [i for i in range(len(lines[0])) if any(line[i] for line in lines[1:])]
+    return [[line[i] for i in filled] for line in lines]
+
+
+def markdown(lines: Sequence[Sequence[str]]) -> list[str]:
+    """A heading and its lines of cells as the lines of a Markdown table."""
+    marked = [f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in lines]
+    return [marked[0], "|" + " --- |" * len(lines[0]), *marked[1:]]
+
+
+def write_csv(path: Path, lines: Sequence[Mapping[str, Any]]) -> None:
+    """Lines of perhaps different columns."""
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(dict.fromkeys(key for line in lines for key in line)), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(lines)
