@@ -2,6 +2,7 @@
 
 python recipes/study.py recipes/studies/lora_rank.yaml [--recipe RECIPE.yaml] [--launch LAUNCH]
     [--out results/lora_rank] [--dry-run] [--task i] [--any_field value]
+python recipes/study.py recipes/studies/precision.yaml --random llama3.2-1b     (speed and memory need no weights)
 
 A study file has an `axis` (fields in which cells may differ; sftlab/confound.py knows what follows from them), `cells`
 (each with recipe fields and `launch`, `processes`, `flags` of its own), `seeds` or `repeats`, the `recipe`, `fields`
@@ -9,6 +10,8 @@ for all, the `reference` cell (the first), `quality: true` for eval/quality.py o
 Repeats are interleaved. Started again, it skips what is done; what was broken off or failed is trained anew; memory
 that ran out is a result. `--task i` trains the i-th alone (from 0, for a SLURM array) and writes no tables.
 """
+
+import sftlab.quiet  # noqa: F401, I001  (before the libraries that it quiets)
 
 import argparse
 import shlex
@@ -25,7 +28,7 @@ import matplotlib.pyplot as plt
 
 from sftlab.evidence import about, outcome, read_evidence
 from sftlab.run import read_run
-from sftlab.study import ROOT, Study, Task, begin, check, gpus_needed, is_done, load, python_command
+from sftlab.study import GIVEN, ROOT, Study, Task, begin, check, gpus_needed, is_done, load, python_command
 from sftlab.summary import CHANGED, COUNTS, MEASURED, claims, collect, effects, summarise
 from sftlab.table import aligned, figure, markdown, p_value, without_empty_columns, write_csv
 
@@ -34,6 +37,7 @@ TITLES = {
     "peak_memory_gb": "peak GB a rank", "step_time_s": "step s", "step_parameters_gb": "parameters GB",
     "step_gradients_gb": "gradients GB", "step_optimizer_state_gb": "optimizer state GB",
     "step_activations_gb": "activations GB", "step_peak_gb": "a step's peak GB",
+    "collectives": "collectives a step", "collectives_mb": "their MB",
     "trainable_parameters": "trainable parameters", "train_loss": "train loss",
     "validation_loss": "validation loss", "tuned response_perplexity": "perplexity of the response",
     "tuned bleu": "BLEU", "tuned rougeL": "ROUGE-L",
@@ -56,6 +60,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--recipe", help="another recipe than the study's")
     parser.add_argument("--launch", help="another launch config than the study's, by name or path")
     parser.add_argument("--processes", type=int, help="processes of every cell that names none itself")
+    parser.add_argument("--random", metavar="SHAPE", help="random-initialised weights of this shape, and random rows")
     parser.add_argument("--runs", type=Path, help="where the runs are kept (default: runs/study-NAME)")
     parser.add_argument("--out", type=Path, help="where tables and plots go (default: results/NAME)")
     parser.add_argument("--dry-run", action="store_true", help="print the commands")
@@ -63,7 +68,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--allow-confounded", action="store_true", help="show cells that differ in more than the axis")
     arguments, rest = parser.parse_known_args(argv)
     try:
-        given = recipe_fields(rest) | {key: getattr(arguments, key) for key in ("recipe", "launch", "processes")}
+        given = recipe_fields(rest) | {key: getattr(arguments, key) for key in GIVEN}
         study = load(arguments.study, arguments.runs or Path("runs") / f"study-{arguments.study.stem}", given)
         if not arguments.allow_confounded:
             check(study)
@@ -72,7 +77,7 @@ def main(argv: list[str]) -> None:
         if arguments.task is not None and not 0 <= arguments.task < len(study.tasks):
             raise ValueError(f"--task {arguments.task}: the study has tasks 0 to {len(study.tasks) - 1}")
         tasks = study.tasks if arguments.task is None else [study.tasks[arguments.task]]
-        not_run = train(tasks)
+        not_run = train(tasks, study.random)
         unscored = [str(task.folder / "log") for task in tasks if study.quality and not score(task)]
         if arguments.task is None:
             write(study, not_run, arguments.out or Path("results") / study.name, arguments.allow_confounded, argv)
@@ -98,8 +103,11 @@ def recipe_fields(words: list[str]) -> dict[str, Any]:
     return {name: values[0] if len(values) == 1 else values or "true" for name, values in found.items()}
 
 
-def train(tasks: list[Task]) -> dict[str, str]:
-    """Train what is not done and has the GPUs it needs; why the others were not run, by name."""
+def train(tasks: list[Task], random: tuple[str, int] | None = None) -> dict[str, str]:
+    """Train what is not done and has the GPUs it needs; why the others were not run, by name.
+
+    `random` says which random model and rows to make first.
+    """
     import torch
 
     gpus, not_run, took = torch.cuda.device_count(), {}, []
@@ -111,6 +119,10 @@ def train(tasks: list[Task]) -> dict[str, str]:
             continue
         started = time.monotonic()
         if not done:
+            if random:
+                from sftlab.shapes import make_random_files  # it takes transformers with it
+
+                make_random_files(*random)
             begin(task)
             with (task.folder / "log").open("w", encoding="utf-8") as log:
                 subprocess.run(python_command(task), cwd=ROOT, stdout=log, stderr=subprocess.STDOUT)

@@ -27,7 +27,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from sftlab.measure import synchronize
 from sftlab.memory import peak_beyond
 from sftlab.run import provenance
-from sftlab.shapes import SHAPES, save_random_llama
+from sftlab.shapes import SHAPES, make_random_files, random_files
 from sftlab.table import aligned, write_csv
 
 ROOT = Path(__file__).parent.parent
@@ -61,9 +61,8 @@ def main(argv: list[str]) -> None:
 def load(name: str, dtype: torch.dtype) -> PreTrainedModel:
     """The model on the GPU, if there is one."""
     if name in SHAPES:
-        folder = ROOT / "data" / f"{name}-words"
-        save_random_llama(folder, shape=name)
-        name = str(folder)
+        make_random_files(name, longest=512)
+        name = str(random_files(name, longest=512)[0])
     model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype).eval()
     return model.to("cuda" if torch.cuda.is_available() else "cpu")
 

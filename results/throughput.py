@@ -29,11 +29,10 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import torch
-from transformers import AutoTokenizer
 
 from sftlab.measure import matrix_rate
 from sftlab.run import provenance
-from sftlab.shapes import save_random_llama, write_rows
+from sftlab.shapes import make_random_files, random_files
 from sftlab.table import write_csv
 
 ROOT = Path(__file__).parent.parent
@@ -112,10 +111,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=ROOT / "results" / name)
     arguments = parser.parse_args()
     variants = [VARIANTS[name] for name in arguments.variants]
-    for variant in {v.shape: v for v in variants}.values():
-        save_random_llama(ROOT / base(variant), shape=variant.shape)
-    for variant in {(v.shape, v.longest): v for v in variants}.values():
-        write_rows(ROOT / rows(variant), AutoTokenizer.from_pretrained(ROOT / base(variant)), 3000, variant.longest)
+    for shape, longest in dict.fromkeys((variant.shape, variant.longest) for variant in variants):
+        make_random_files(shape, longest)
     rate = matrix_rate(torch.device("cuda"), torch.bfloat16)
     lines, profiles, about = [], [], provenance()
     for group in groups(arguments.variants, arguments.gb):
@@ -136,16 +133,6 @@ def groups(names: list[str], gb: int) -> list[list[str]]:
             found.append([])
         found[-1].append(name)
     return found
-
-
-def base(variant: Variant) -> str:
-    """Folder of the variant's model."""
-    return f"data/{variant.shape}-words"
-
-
-def rows(variant: Variant) -> str:
-    """File of the variant's rows."""
-    return f"data/{variant.shape}-rows{variant.longest}.jsonl"
 
 
 def drive(names: list[str], repeats: int, folder: Path) -> dict[str, list[dict[str, Any]]]:
@@ -183,7 +170,8 @@ def start(name: str, repeats: int, folder: Path) -> subprocess.Popen:
     command = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch"]
     command += ["--config_file", f"accelerate_configs/{variant.launch}.yaml", "--num_processes", str(processes)]
     command += ["results/turnstile.py", "--kind", variant.kind, "--fields", json.dumps(fields)]
-    command += ["--base", base(variant), "--rows", rows(variant), "--turns", str(repeats), "--folder", str(folder)]
+    model, rows = random_files(variant.shape, variant.longest)
+    command += ["--base", str(model), "--rows", str(rows), "--turns", str(repeats), "--folder", str(folder)]
     # with a compiler process for every core, a group would have hundreds
     environment = os.environ | {"TORCHINDUCTOR_COMPILE_THREADS": "4"}
     log = (folder / "log").open("w")

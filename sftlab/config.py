@@ -99,6 +99,9 @@ class TrainingArguments(SFTConfig):
     ddp_find_unused_parameters: bool | None = field(
         default=False, metadata={"help": "LoRA uses every parameter it trains; looking for unused ones costs time."}
     )
+    ddp_broadcast_buffers: bool | None = field(
+        default=False, metadata={"help": "A language model's buffers are constants; sending them costs time."}
+    )
     packing: bool | None = field(
         default=None,
         metadata={

@@ -113,6 +113,9 @@ def figures(one: Evidence, facts: dict[str, Any]) -> dict[str, Any]:
     row["lora_scale"] = " ".join(map(str, facts["lora_scale"]))
     row["peak_memory_gb"] = max((peak[f"{kind}_gb"] for peak in peaks if peak), default=None)
     row["peak_memory_is"] = kind if peaks[0] else None
+    collectives = (measured.get("collectives") or {}).values()
+    row["collectives"] = sum(kind["calls"] for kind in collectives) or None
+    row["collectives_mb"] = round(sum(kind["mb"] for kind in collectives), 3) or None
     steps = [peak["step"] for peak in peaks if "step" in peak]
     for part in STEP_PARTS:
         row[f"step_{part}_gb"] = max((step[f"{part}_gb"] for step in steps), default=None)

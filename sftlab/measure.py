@@ -11,9 +11,12 @@ from accelerate.utils import gather_object
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from sftlab.collectives import Collectives, several_processes
 from sftlab.memory import MemorySplit
 
 WARMUP_STEPS = 5
+# Of the warm-up, so that no timed step is slowed.
+_WATCHED_STEP = WARMUP_STEPS - 1
 
 
 class Meter(TrainerCallback):
@@ -30,6 +33,7 @@ class Meter(TrainerCallback):
         self._steps = 0
         self._window: tuple[float, int] | None = None
         self._first_global_step: int | None = None
+        self.collectives = Collectives()
 
     def count(self, tokens: int, rows: int, loss_tokens: int) -> None:
         """Add one micro-batch: its tokens that are not padding, its rows, and its tokens that are in the loss."""
@@ -52,6 +56,9 @@ class Meter(TrainerCallback):
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Close the window before an evaluation, a checkpoint or the end."""
+        self.collectives.end()
+        if state.global_step - self._first_global_step == _WATCHED_STEP - 1 and several_processes():
+            self.collectives.begin()
         if self.first_step_s is None:
             synchronize()
             self.first_step_s = time.time() - psutil.Process().create_time()
@@ -80,6 +87,7 @@ class Meter(TrainerCallback):
             "rows_per_s": None,
             "step_time_s": None,
             "warm_up_s": None,
+            "collectives": self.collectives.facts,
         }
         if seconds > 0:
             facts["tokens_per_s"] = round(tokens / seconds, 1)

@@ -1,7 +1,9 @@
 """Random-initialised models of published shapes: what speed and memory are measured on where no weights can be had."""
 
 import json
+import os
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -45,6 +47,21 @@ SHAPES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
+def random_files(shape: str, longest: int) -> tuple[Path, Path]:
+    """Where a random-initialised model of words and rows for it of at most `longest` tokens are kept."""
+    if shape not in SHAPES:
+        raise ValueError(f"no shape {shape!r}: there are {', '.join(SHAPES)}")
+    return ROOT / "data" / f"{shape}-words", ROOT / "data" / f"{shape}-rows{longest}.jsonl"
+
+
+def make_random_files(shape: str, longest: int, count: int = 3000) -> None:
+    """Make what is missing of `random_files`."""
+    folder, rows = random_files(shape, longest)
+    save_random_llama(folder, shape=shape)
+    if not rows.is_file():
+        write_rows(rows, AutoTokenizer.from_pretrained(folder), count, longest)
+
+
 def save_random_llama(folder: Path, tokenizer: str | None = None, shape: str = "llama3.2-1b") -> None:
     """A random-initialised model of a published shape (bfloat16), with a folder's tokenizer or `word_tokenizer`."""
     if (folder / "config.json").is_file():
@@ -54,8 +71,13 @@ def save_random_llama(folder: Path, tokenizer: str | None = None, shape: str = "
     with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
         model = LlamaForCausalLM(config).to(torch.bfloat16)
     own = word_tokenizer(config.vocab_size) if tokenizer is None else AutoTokenizer.from_pretrained(tokenizer)
-    model.save_pretrained(folder)
-    own.save_pretrained(folder)
+    unfinished = folder.with_name(f".{folder.name}-{os.getpid()}")
+    model.save_pretrained(unfinished)
+    own.save_pretrained(unfinished)
+    try:
+        unfinished.rename(folder)
+    except OSError:  # another process was faster
+        shutil.rmtree(unfinished)
 
 
 def word_tokenizer(size: int) -> PreTrainedTokenizerFast:
@@ -79,10 +101,12 @@ def write_rows(path: Path, tokenizer: PreTrainedTokenizerBase, count: int, longe
     words = [text for text in texts if len(tokenizer.encode(f" {text}", add_special_tokens=False)) == 1]
     row = {"prompt": [{"role": "user", "content": "1000"}], "completion": [{"role": "assistant", "content": words[0]}]}
     around = len(encode(tokenizer, row, None)["input_ids"]) - 1
-    with path.open("w", encoding="utf-8") as file:
+    unfinished = path.with_name(f".{path.name}-{os.getpid()}")
+    with unfinished.open("w", encoding="utf-8") as file:
         for number, length in enumerate(lengths):
             text = " ".join(generator.choice(words, max(1, length - around)))
             file.write(json.dumps({"instruction": f"{number}", "context": "", "response": text}) + "\n")
+    unfinished.rename(path)
 
 
 def train_random_llama(run: str, tokenizer: str, dataset: str, launch_config: str, flags: Sequence[str]) -> None:

@@ -21,6 +21,8 @@ from sftlab.run import read_run, write_json
 
 ROOT = Path(__file__).parent.parent
 LAUNCH_KEYS = ("launch", "processes", "flags")
+# What a command line says of a study itself; everything else is a recipe field.
+GIVEN = ("recipe", "launch", "processes", "random")
 STUDY_KEYS = {
     "recipe", "axis", "seeds", "repeats", "quality", "fields", "cells", "grid", "reference", "published", *LAUNCH_KEYS
 }  # fmt: skip
@@ -74,6 +76,7 @@ class Study:
     quality: bool = False
     published: list[dict[str, Any]] = field(default_factory=list)
     grid: dict[str, dict[str, Any]] = field(default_factory=dict)
+    random: tuple[str, int] | None = None  # the shape of a random-initialised model, and the longest of its rows
 
     @property
     def cells(self) -> list[str]:
@@ -90,6 +93,8 @@ class Study:
 def load(path: Path, runs: Path, given: Mapping[str, Any]) -> Study:
     """Read a study file; `given` beats it (recipe, launch, processes) and, for every other name, is a recipe field.
 
+    `given["random"]` names a shape of sftlab/shapes.py: model and rows are random, as throughput and memory allow.
+
     Tasks are in the order in which they run: every cell once, then every cell again. ValueError says what is wrong.
     """
     content = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -98,9 +103,15 @@ def load(path: Path, runs: Path, given: Mapping[str, Any]) -> Study:
     if unknown := sorted(content.keys() - STUDY_KEYS):
         raise ValueError(f"{path}: {', '.join(unknown)} is nothing that a study knows: {', '.join(sorted(STUDY_KEYS))}")
     cells = content.get("cells") or _cells(content["grid"])
-    fields = content.get("fields", {}) | {k: v for k, v in given.items() if k not in (*LAUNCH_KEYS, "recipe") and v}
+    fields = content.get("fields", {}) | {k: v for k, v in given.items() if k not in (*GIVEN, "flags") and v}
     base = {key: given.get(key) or content.get(key) for key in LAUNCH_KEYS}
-    recipe = Path(given.get("recipe") or content["recipe"])
+    recipe, random = Path(given.get("recipe") or content["recipe"]), None
+    if given.get("random"):
+        from sftlab.shapes import random_files  # it takes transformers with it
+
+        random = given["random"], int(fields.get("max_length") or _read(recipe)["max_length"])
+        model, rows = (str(path.relative_to(ROOT)) for path in random_files(*random))
+        fields = {"model_name_or_path": model, "dataset_name": rows, "dataset_fraction": 1.0} | fields
     seeds = content.get("seeds") or [None] * content.get("repeats", 1)
     tasks = []
     for repeat, seed in enumerate(seeds, start=1):
@@ -117,7 +128,8 @@ def load(path: Path, runs: Path, given: Mapping[str, Any]) -> Study:
     if reference not in cells:
         raise ValueError(f"{path}: the reference {reference} is none of the cells")
     quality, published = content.get("quality", False), content.get("published", [])
-    return Study(path.stem, list(content["axis"]), tasks, reference, quality, published, content.get("grid", {}))
+    axis, grid = list(content["axis"]), content.get("grid", {})
+    return Study(path.stem, axis, tasks, reference, quality, published, grid, random)
 
 
 def options(grid: Mapping[str, Mapping[str, Any]]) -> list[list[tuple[str, Mapping[str, Any]]]]:

@@ -18,7 +18,7 @@ from sftlab.study import Study, combination, options
 
 # What a summary shows of a cell, where it was measured; and whether less is better, where 'better' means something.
 MEASURED = (
-    "tokens_per_s", "rows_per_s", "share_of_limit", "peak_memory_gb", "step_time_s",
+    "tokens_per_s", "rows_per_s", "share_of_limit", "peak_memory_gb", "step_time_s", "collectives", "collectives_mb",
     *(f"step_{part}_gb" for part in STEP_PARTS), "trainable_parameters", "train_loss", "validation_loss",
 )  # fmt: skip
 # What the factors of a grid are said to change, and the change from which it counts.

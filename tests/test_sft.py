@@ -102,6 +102,10 @@ def test_two_processes_give_the_losses_of_one(finished, tmp_path):
     assert (two["ran"]["strategy"], two["ran"]["world_size"]) == ("ddp", 2)
     assert len(two["measured"]["peak_memory"]) == 2
     assert one["data"] == two["data"]
+    talk = two["measured"]["collectives"]
+    assert talk["all_reduce"]["mb"] == pytest.approx(two["ran"]["trainable_parameters"] * 4 / 2**20, abs=2e-3)
+    assert "broadcast" not in talk, "a model's buffers need not be sent"
+    assert one["measured"]["collectives"] is None
     first, second = losses(tmp_path / "one"), losses(tmp_path / "two")
     assert first.keys() == second.keys() == set(range(1, 46))
     assert max(abs(first[s] - second[s]) for s in first) < 1e-3
