@@ -23,6 +23,14 @@ def frozen_linear(model: nn.Module) -> nn.Linear:
     return next(m for n, m in model.named_modules() if isinstance(m, nn.Linear) and "lora_" not in n)
 
 
+def tf32_products() -> bool:
+    """Whether float32 matrix products on a GPU may round their inputs to TF32.
+
+    Asked in torch's newer way: the older one raises once transformers has set it in the newer.
+    """
+    return torch.backends.cuda.matmul.fp32_precision == "tf32"
+
+
 def what_ran(trainer: "LabTrainer") -> dict[str, Any]:
     """Precision, dtypes, strategy and sizes as they are, for run.json."""
     model, accelerator = trainer.model, trainer.accelerator
@@ -31,7 +39,7 @@ def what_ran(trainer: "LabTrainer") -> dict[str, Any]:
     return {
         "precision": PRECISIONS[accelerator.mixed_precision],
         "compute": trainer.observed,
-        "tf32": torch.backends.cuda.matmul.allow_tf32 if torch.cuda.is_available() else None,
+        "tf32": tf32_products() if torch.cuda.is_available() else None,
         "trainable_parameters": sum(p.numel() for p in trained),
         "trainable_dtypes": _dtypes(trained),
         "frozen_dtypes": _dtypes(frozen),

@@ -70,6 +70,8 @@ def save_random_llama(folder: Path, tokenizer: str | None = None, shape: str = "
     config = LlamaConfig(**SHAPES[shape], rms_norm_eps=1e-5, dtype="bfloat16")
     with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
         model = LlamaForCausalLM(config).to(torch.bfloat16)
+    model.cpu()
+    torch.cuda.empty_cache()
     own = word_tokenizer(config.vocab_size) if tokenizer is None else AutoTokenizer.from_pretrained(tokenizer)
     unfinished = folder.with_name(f".{folder.name}-{os.getpid()}")
     model.save_pretrained(unfinished)

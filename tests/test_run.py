@@ -3,7 +3,9 @@
 import json
 
 import pytest
+import torch
 
+from sftlab.ran import tf32_products
 from sftlab.run import Run, newest_checkpoint, read_run
 
 LAUNCH = {"world_size": 1}
@@ -94,3 +96,14 @@ def test_the_record_holds_versions_hardware_and_commit(tmp_path):
 def test_a_folder_that_is_no_run_is_one_sentence(tmp_path):
     with pytest.raises(ValueError, match=r"no run\.json"):
         read_run(tmp_path)
+
+
+def test_tf32_is_seen_where_it_was_set_in_torch_s_newer_way():
+    before = torch.backends.fp32_precision
+    try:
+        torch.backends.fp32_precision = "tf32"
+        assert tf32_products() is True
+        torch.backends.fp32_precision = "ieee"
+        assert tf32_products() is False
+    finally:
+        torch.backends.fp32_precision = before
