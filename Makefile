@@ -1,9 +1,10 @@
 # make demo    the main job on a CPU, from nothing to base against tuned
 # make results the demo's recipes, trained and evaluated, their report, and the README's figures (7 minutes)
 # make test    the tests (no hub, no GPU, no network)
+# make test-cluster   every ending of a job on a real Slurm, started here (Debian's slurm-wlm; 4 minutes)
 # make lint    ruff: lint and format
 # make setup   the virtual environment alone
-.PHONY: demo results test lint setup clean
+.PHONY: demo results test test-cluster lint setup clean
 
 # Spinning OpenMP threads stall one another where the cores are shared.
 export OMP_WAIT_POLICY ?= PASSIVE
@@ -51,6 +52,9 @@ results: $(STAMP)
 
 test: $(STAMP)
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
+
+test-cluster: $(STAMP)
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m cluster
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

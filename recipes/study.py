@@ -26,6 +26,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
+from sftlab.child import Child
 from sftlab.evidence import about, outcome, read_evidence
 from sftlab.run import read_run
 from sftlab.study import GIVEN, ROOT, Study, Task, begin, check, gpus_needed, is_done, load, python_command
@@ -65,6 +66,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--out", type=Path, help="where tables and plots go (default: results/NAME)")
     parser.add_argument("--dry-run", action="store_true", help="print the commands")
     parser.add_argument("--task", type=int, help="train this one alone")
+    parser.add_argument("--no_train", action="store_true", help="write the tables of what is there")
     parser.add_argument("--allow-confounded", action="store_true", help="show cells that differ in more than the axis")
     arguments, rest = parser.parse_known_args(argv)
     try:
@@ -77,7 +79,7 @@ def main(argv: list[str]) -> None:
         if arguments.task is not None and not 0 <= arguments.task < len(study.tasks):
             raise ValueError(f"--task {arguments.task}: the study has tasks 0 to {len(study.tasks) - 1}")
         tasks = study.tasks if arguments.task is None else [study.tasks[arguments.task]]
-        not_run = train(tasks, study.random)
+        not_run = not_begun(tasks) if arguments.no_train else train(tasks, study.random)
         unscored = [str(task.folder / "log") for task in tasks if study.quality and not score(task)]
         if arguments.task is None:
             write(study, not_run, arguments.out or Path("results") / study.name, arguments.allow_confounded, argv)
@@ -85,6 +87,8 @@ def main(argv: list[str]) -> None:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         sys.exit("stopped: start the same command again to go on")
+    if arguments.task is not None and not is_done(tasks[0]):
+        sys.exit(f"error: {tasks[0].name}: {not_run.get(tasks[0].name) or result(tasks[0])}")
     if unscored:
         sys.exit(f"error: eval/quality.py failed, see {', '.join(unscored)}")
 
@@ -125,12 +129,20 @@ def train(tasks: list[Task], random: tuple[str, int] | None = None) -> dict[str,
                 make_random_files(*random)
             begin(task)
             with (task.folder / "log").open("w", encoding="utf-8") as log:
-                subprocess.run(python_command(task), cwd=ROOT, stdout=log, stderr=subprocess.STDOUT)
+                child = Child(python_command(task), cwd=ROOT, stdout=log, stderr=subprocess.STDOUT)
+                child.wait()
+            if child.asked_to_stop:
+                raise KeyboardInterrupt
             took.append(time.monotonic() - started)
             left = sum(took) / len(took) * (len(tasks) - number)
         ended = "done before" if done else f"{took[-1]:.0f} s, about {left / 60:.0f} min left"
         print(f"{place}: {result(task)}; {ended}", flush=True)
     return not_run
+
+
+def not_begun(tasks: list[Task]) -> dict[str, str]:
+    """Tasks that nothing is known of."""
+    return {task.name: "not run yet" for task in tasks if not (task.folder / "task.json").is_file()}
 
 
 def score(task: Task) -> bool:

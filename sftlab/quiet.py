@@ -14,4 +14,6 @@ for _name in ("torchao", "bitsandbytes", "torch.utils._pytree"):
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")
 # the field's older name is kept because both supported transformers releases know it
 warnings.filterwarnings("ignore", message=".*gradient_checkpointing.*is deprecated", category=FutureWarning)
+# transformers passes DDP the older name of an option that this project sets
+warnings.filterwarnings("ignore", message=".*broadcast_buffers.*is deprecated", category=FutureWarning)
 warnings.filterwarnings("ignore", message=".*pin_memory.*no accelerator is found", category=UserWarning)

@@ -119,8 +119,8 @@ class Run:
         assert status in STATUSES
         self.update(status=status, finished=_now(), **facts)
 
-    def fail(self, reason: str, rank: int) -> None:
-        """Record a failure, from any rank; the first one stands."""
+    def fail(self, reason: str, rank: int | None) -> None:
+        """Record a failure, from any rank or from outside (None); the first one stands."""
         if self.path.is_file():
             record = read_run(self.folder)
             if record["status"] == "running":

@@ -61,6 +61,19 @@ def finish(process):
 TWO = {"r4": {"lora_r": 4, "lora_alpha": 8}, "r2": {"lora_r": 2, "lora_alpha": 4}}
 
 
+def test_a_study_that_is_told_to_stop_lets_the_training_save(write, tmp_path):
+    path = write({"r2": {"lora_r": 2, "lora_alpha": 4, "max_steps": 100000}})
+    process, run = start(path, tmp_path), tmp_path / "runs" / "r2-1" / "run.json"
+    while not list(run.parent.glob("checkpoint-*/trainer_state.json")):
+        time.sleep(0.1)
+        assert process.poll() is None
+    process.send_signal(signal.SIGTERM)
+    code, _, err = finish(process)
+    assert code == 1
+    assert err.strip().endswith("stopped: start the same command again to go on")
+    assert json.loads(run.read_text())["status"] == "interrupted"
+
+
 def test_a_study_killed_in_a_cell_ends_as_if_it_had_not_been(write, tmp_path):
     path = write({**TWO, "r2 undisturbed": TWO["r2"], "wrong": {"lora_r": -2, "lora_alpha": -4}})
     begun = start(path, tmp_path, start_new_session=True)

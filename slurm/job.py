@@ -1,0 +1,263 @@
+"""What runs inside a Slurm job; started by the sbatch files beside it, not by hand.
+
+sbatch slurm/train.sbatch RECIPE.yaml LAUNCH.yaml [--field value]      (and eval, study, tokenize: see those files)
+
+The work runs under srun. This process stays, hears Slurm's signals and decides how the job ends, by what the work left
+behind (run.json) and not by a launcher's exit status:
+
+- succeeded: the job completes. Failed, or gone without a word: it fails, and is not started again.
+- stopped by the signal before the time limit, by preemption or by a requeue: requeued, SFTLAB_MAX_RESTARTS times.
+- cancelled: it ends cancelled.
+"""
+
+import ctypes
+import json
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import yaml
+
+from sftlab.child import Child
+from sftlab.run import Run, read_run
+
+REQUEUED_S = 120
+PR_SET_CHILD_SUBREAPER = 36
+
+
+def main(argv: list[str]) -> int:
+    """Run what the sbatch file names; the job's exit status."""
+    kinds = {"train": train, "evaluate": evaluate, "study": study, "tokenize": tokenize, "node": node}
+    what, *words = argv
+    if what == "node":
+        return node(words)
+    try:
+        return kinds[what](words)
+    except (ValueError, FileNotFoundError) as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return 1
+
+
+def train(words: list[str]) -> int:
+    """RECIPE LAUNCH [--field value ...]: the launcher on every node, one process a GPU."""
+    if len(words) < 2 or words[1].startswith("-"):
+        raise ValueError("usage: sbatch slurm/train.sbatch RECIPE.yaml LAUNCH.yaml [--field value ...]")
+    recipe, launch, fields = words[0], words[1], words[2:]
+    run = output_dir(read_yaml(recipe, "recipe"), fields) / "run.json"
+    nodes, a_node = int(os.environ["SLURM_JOB_NUM_NODES"]), processes_a_node(read_yaml(launch, "launch config"))
+    command = ["accelerate", "launch", "--config_file", launch, "--num_machines", str(nodes)]
+    command += ["--num_processes", str(nodes * a_node), "--main_process_ip", first_address()]
+    # another port after a requeue: the former one may still be closing
+    restarts = int(os.environ.get("SLURM_RESTART_COUNT", 0))
+    command += ["--main_process_port", str(20000 + (7 * int(os.environ["SLURM_JOB_ID"]) + restarts) % 10000)]
+    command += ["recipes/sft.py", "--config", recipe, *fields]
+    before = status_of(run)
+    if before == "succeeded" and restarts:
+        print(f"{run.parent}: succeeded before the restart", flush=True)
+        return 0
+    started = time.time()
+    work = under_srun(["--nodes", str(nodes), "--ntasks-per-node=1", sys.executable, "slurm/job.py", "node", *command])
+    code = work.wait()
+    after, changed = status_of(run), run.is_file() and run.stat().st_mtime >= started
+    if after == "succeeded" and changed:
+        return 0
+    if after == "interrupted" and changed:
+        return go_on(f"{run.parent} was interrupted")
+    if after == "running" and changed and work.asked_to_stop:
+        return go_on(f"{run.parent} was cut off while it stopped")
+    why = reason_of(run.parent) if changed else "it did not begin"
+    print(f"error: {run.parent}: {why} (srun ended with {code})", file=sys.stderr, flush=True)
+    return code or 1
+
+
+def reason_of(folder: Path) -> str:
+    """Why a run failed; of one that still says running, that its processes are gone, which is noted."""
+    try:
+        Run(folder, is_main=False).fail("its processes ended without a word: was one killed?", rank=None)
+        return read_run(folder)["reason"]
+    except OSError as error:
+        return f"it failed, and run.json cannot say so: {error}"
+
+
+def evaluate(words: list[str]) -> int:
+    """RUN [evaluation ...]: scripts of eval/ in turn."""
+    if not words:
+        raise ValueError("usage: sbatch slurm/eval.sbatch RUN ['script of eval/ and its options' ...]")
+    run, evaluations = words[0], [shlex.split(one) for one in words[1:] or ["quality"]]
+    if not (Path(run) / "run.json").is_file():
+        raise ValueError(f"{run} is no run directory: it has no run.json")
+    for name, *_ in evaluations:
+        if not Path("eval", f"{name}.py").is_file():
+            known = ", ".join(sorted(path.stem for path in Path("eval").glob("*.py")))
+            raise ValueError(f"there is no evaluation {name}: there are {known}")
+    for left, (name, *options) in zip(reversed(range(len(evaluations))), evaluations, strict=True):
+        which = "--runs" if name == "report" else "--run"
+        if code := one_command([sys.executable, f"eval/{name}.py", which, run, *options], more_to_do=left > 0):
+            return code
+    return 0
+
+
+def study(words: list[str]) -> int:
+    """STUDY [options]: the first job submits the array, whose tasks train, the last one writes the tables."""
+    if not words:
+        raise ValueError("usage: sbatch slurm/study.sbatch STUDY.yaml [options of study.py]")
+    command = [sys.executable, "recipes/study.py", *words]
+    if os.environ.get("SFTLAB_STUDY") == "tables":
+        return one_command([*command, "--no_train"])
+    if (task := os.environ.get("SLURM_ARRAY_TASK_ID")) is not None:
+        return one_command([*command, "--task", task])
+    planned = subprocess.run([*command, "--dry-run"], capture_output=True, text=True)
+    if planned.returncode:
+        raise ValueError(planned.stderr.strip().splitlines()[-1].removeprefix("error: "))
+    count = len(planned.stdout.splitlines())
+    options = same_resources()
+    array = submit(["--array", f"0-{count - 1}", *options, "slurm/study.sbatch", *words])
+    last = submit([f"--dependency=afterany:{array}", "--job-name=tables", "slurm/study.sbatch", *words], tables=True)
+    print(f"{count} tasks are job {array}, their tables job {last}", flush=True)
+    return 0
+
+
+def tokenize(words: list[str]) -> int:
+    """[options of tokenize_dataset.py]: with as many workers as the job has cores."""
+    cores = os.environ.get("SLURM_CPUS_PER_TASK") or os.environ.get("SLURM_CPUS_ON_NODE", "1")
+    workers = [] if any(word.startswith("--workers") for word in words) else ["--workers", cores]
+    return one_command([sys.executable, "slurm/tokenize_dataset.py", *words, *workers])
+
+
+def node(words: list[str]) -> int:
+    """The launcher on this node; nothing that it started outlives it."""
+    # what a killed launcher leaves behind becomes a child of this process, which knows it then
+    ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+    stop_seconds = os.environ.get("SFTLAB_STOP_SECONDS", "600")
+    position = words.index("--num_machines")
+    words = [*words[:position], "--machine_rank", os.environ["SLURM_NODEID"], *words[position:]]
+    launcher = [sys.executable, "-m", "accelerate.commands.accelerate_cli", *words[1:]]
+    code = Child(launcher, env=os.environ | {"PET_SHUTDOWN_TIMEOUT": stop_seconds}).wait()
+    for left in psutil.Process().children(recursive=True):
+        left.kill()
+    return code if code >= 0 else 128 - code
+
+
+def under_srun(words: list[str]) -> Child:
+    """A step of the job; when a task of it fails, all end."""
+    # srun itself takes TERM for the order to kill
+    to_the_step = ["scancel", "--signal=TERM", os.environ["SLURM_JOB_ID"]]
+    # a step has one core a task unless it asks for more
+    cores = min(map(int, re.findall(r"(\d+)(?:\(x\d+\))?", os.environ["SLURM_JOB_CPUS_PER_NODE"])))
+    command = ["srun", "--kill-on-bad-exit=1", f"--cpus-per-task={cores}", *words]
+    return Child(command, pass_on=lambda: subprocess.run(to_the_step))
+
+
+def one_command(command: list[str], more_to_do: bool = False) -> int:
+    """Run a command in one task; requeued where a signal stopped it, or came when there is more to do."""
+    work = under_srun(["--nodes=1", "--ntasks=1", *command])
+    code = work.wait()
+    if work.asked_to_stop and (code or more_to_do):
+        return go_on(f"{command[1]} was interrupted")
+    return code
+
+
+def go_on(what: str) -> int:
+    """Requeue this job if Slurm has not given it up and it may; the exit status otherwise."""
+    state = job_fact("JobState")
+    if state != "RUNNING":
+        print(f"{what}; the job is {state.lower()}", flush=True)
+        return 1
+    restarts, most = int(os.environ.get("SLURM_RESTART_COUNT", 0)), int(os.environ.get("SFTLAB_MAX_RESTARTS", 20))
+    if restarts >= most:
+        print(f"error: {what}, and {most} restarts are used up: submit it again to go on", file=sys.stderr, flush=True)
+        return 1
+    print(f"{what}: requeued, restart {restarts + 1} of at most {most}", flush=True)
+    # Slurm ends this process then; an ending of its own before that would end the job
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
+    subprocess.run(["scontrol", "requeue", os.environ["SLURM_JOB_ID"]], check=True)
+    time.sleep(REQUEUED_S)
+    return 1
+
+
+def processes_a_node(config: dict[str, Any]) -> int:
+    """One a GPU; under a launch config for CPUs as many as --ntasks-per-node says."""
+    if str(config.get("gpu_ids", "")).startswith("-1") or config.get("use_cpu"):
+        return int(os.environ.get("SLURM_NTASKS_PER_NODE", 1))
+    if not (gpus := int(os.environ.get("SLURM_GPUS_ON_NODE", 0))):
+        raise ValueError("the launch config needs GPUs and the job has none: sbatch --gpus-per-node=N")
+    return gpus
+
+
+def output_dir(recipe: dict[str, Any], fields: list[str]) -> Path:
+    """Where the run goes: the last --output_dir of the command line, else the recipe's."""
+    found = recipe.get("output_dir")
+    for place, word in enumerate(fields):
+        if word == "--output_dir" and place + 1 < len(fields):
+            found = fields[place + 1]
+        elif word.startswith("--output_dir="):
+            found = word.partition("=")[2]
+    if not found:
+        raise ValueError("the recipe has no output_dir: add it, or pass --output_dir")
+    return Path(found)
+
+
+def read_yaml(path: str, what: str) -> dict[str, Any]:
+    """A YAML mapping; ValueError says what is wrong."""
+    if not Path(path).is_file():
+        raise ValueError(f"{what} {path} not found: paths are those of the project's folder")
+    try:
+        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} must hold 'field: value' lines")
+    return content
+
+
+def status_of(run: Path) -> str | None:
+    """What run.json says; None where there is none that can be read."""
+    try:
+        return json.loads(run.read_text(encoding="utf-8"))["status"]
+    except (FileNotFoundError, ValueError, KeyError):
+        return None
+
+
+def first_address() -> str:
+    """The address of the job's first node."""
+    shown = subprocess.run(["scontrol", "show", "hostnames"], capture_output=True, text=True, check=True)
+    first = shown.stdout.split()[0]
+    facts = subprocess.run(["scontrol", "-o", "show", "node", first], capture_output=True, text=True, check=True)
+    return next((w.partition("=")[2] for w in facts.stdout.split() if w.startswith("NodeAddr=")), first)
+
+
+def job_fact(name: str) -> str:
+    """A field of this job as the controller has it."""
+    command = ["scontrol", "-o", "show", "job", os.environ["SLURM_JOB_ID"]]
+    shown = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return next((word.partition("=")[2] for word in shown.split() if word.startswith(f"{name}=")), "")
+
+
+def same_resources() -> list[str]:
+    """Options that give the array's tasks what this job has."""
+    options = [f"--partition={os.environ['SLURM_JOB_PARTITION']}", f"--time={job_fact('TimeLimit')}"]
+    if account := os.environ.get("SLURM_JOB_ACCOUNT"):
+        options.append(f"--account={account}")
+    given = {"--cpus-per-task": "SLURM_CPUS_PER_TASK", "--gpus-per-node": "SLURM_GPUS_PER_NODE"}
+    return options + [f"{option}={os.environ[name]}" for option, name in given.items() if os.environ.get(name)]
+
+
+def submit(words: list[str], tables: bool = False) -> str:
+    """The number of a new job."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("SLURM_") or name == "SLURM_CONF"}
+    kept |= {"SFTLAB_STUDY": "tables"} if tables else {}
+    done = subprocess.run(["sbatch", "--parsable", *words], env=kept, capture_output=True, text=True)
+    if done.returncode:
+        raise ValueError(f"sbatch refused: {done.stderr.strip()}")
+    return done.stdout.strip().partition(";")[0]
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
