@@ -33,6 +33,7 @@ from sftlab.model import check_target_modules, load_config, load_tokenizer
 from sftlab.ran import length_facts, what_ran
 from sftlab.run import Run
 from sftlab.template import set_template, template_hash
+from sftlab.tokens import refuse_other_encoding
 from sftlab.trainer import LabTrainer, build_trainer
 
 
@@ -49,6 +50,8 @@ def main(argv: list[str]) -> None:
         tokenizer, template, fast = prepare(recipe, launch)
         with recipe.training.main_process_first(desc="reading the data set"):
             splits = load_splits(recipe.data, recipe.training.dataset_num_proc)
+        if splits.tokens:
+            refuse_other_encoding(splits.tokens, tokenizer, recipe.training)
     except ValueError as error:
         if run:
             run.fail(f"{error}", rank)

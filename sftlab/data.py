@@ -9,16 +9,19 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from datasets import Dataset, IterableDataset, load_dataset
 from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, OfflineModeIsEnabled
 
-from sftlab.config import DataArguments
+from sftlab.tokens import SPLITS, is_tokenized, open_tokens
 
-SPLITS = ("train", "validation", "test")
+if TYPE_CHECKING:
+    # workers that tokenize need no torch
+    from sftlab.config import DataArguments
+
 _READERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet", ".arrow": "arrow"}
 _ROLES = {
     "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system",
@@ -28,31 +31,32 @@ Turn = tuple[list[Message], str]
 
 
 class Splits(NamedTuple):
-    """The three splits (columns prompt and completion) and what is known of them, for run.json."""
+    """The three splits (columns prompt and completion) and what is known of them, for run.json.
+
+    Of a tokenized data set `tokens` is the manifest, and train has columns input_ids and prompt_length instead.
+    """
 
     train: Dataset | IterableDataset
     validation: Dataset
     test: Dataset
     facts: dict[str, Any]
+    tokens: dict[str, Any] | None = None
 
 
-def load_splits(args: DataArguments, num_proc: int | None = None) -> Splits:
+def load_splits(args: "DataArguments", num_proc: int | None = None) -> Splits:
     """Load the data set that `args` names and split its rows by a hash of their prompts.
 
     Raises ValueError with one sentence for a missing file or data set, no access, unknown columns, an empty data set
-    or split, and a row that is not text.
+    or split, a row that is not text, and tokens that were made of other rows or other splits than `args` says.
     """
-    dataset = _load(args)
-    shape = args.dataset_shape or recognise_shape(_columns(dataset))
-    _require_columns(dataset, shape)
-    convert = _Converter(shape, tuple(args.split_fractions), args.dataset_name)
+    if is_tokenized(args.dataset_name):
+        return Splits(*open_tokens(args))
+    dataset, shape = read_source(args)
+    convert = Converter(shape, tuple(args.split_fractions), args.dataset_name)
     facts = {"dataset": args.dataset_name, "shape": shape}
     if isinstance(dataset, IterableDataset):
         return _split_stream(dataset, convert, args, facts)
-    if len(dataset) == 0:
-        raise ValueError(f"{args.dataset_name} is empty")
-    rows_read = max(1, int(len(dataset) * args.dataset_fraction))
-    dataset = dataset.select(range(rows_read))
+    rows_read = len(dataset)
     rows = dataset.map(
         convert, batched=True, with_indices=True, remove_columns=dataset.column_names, num_proc=num_proc,
         desc="Reading rows",
@@ -62,10 +66,23 @@ def load_splits(args: DataArguments, num_proc: int | None = None) -> Splits:
     parts = []
     for index, name in enumerate(SPLITS):
         part = rows.select(np.flatnonzero(split_of == index))
-        _refuse_empty(len(part), name, args, len(rows) - facts["empty_responses_dropped"])
+        usable = len(rows) - facts["empty_responses_dropped"]
+        refuse_empty(len(part), name, args.dataset_name, args.split_fractions, usable)
         facts[name] = {"rows": len(part), "fingerprint": fingerprint(part["row_hash"])}
         parts.append(part.select_columns(["prompt", "completion"]))
     return Splits(*parts, facts)
+
+
+def read_source(args: "DataArguments") -> tuple[Dataset | IterableDataset, str]:
+    """The rows that `args` asks for, not converted yet, and their shape. A stream is not cut to its fraction."""
+    dataset = _load(args)
+    shape = args.dataset_shape or recognise_shape(_columns(dataset))
+    _require_columns(dataset, shape)
+    if isinstance(dataset, IterableDataset):
+        return dataset, shape
+    if len(dataset) == 0:
+        raise ValueError(f"{args.dataset_name} is empty")
+    return dataset.select(range(max(1, int(len(dataset) * args.dataset_fraction)))), shape
 
 
 def fingerprint(row_hashes: Any) -> str:
@@ -81,14 +98,18 @@ def opening(prompt: list[Message]) -> str:
     return " ".join(next((m["content"] for m in prompt if m["role"] == "user"), prompt[0]["content"]).split())
 
 
+def opening_key(prompt: list[Message]) -> int:
+    """64 bits of the opening's SHA-256."""
+    return int.from_bytes(hashlib.sha256(opening(prompt).encode()).digest()[:8], "big")
+
+
 def split_index(prompt: list[Message], fractions: tuple[float, ...]) -> int:
     """The split (0 train, 1 validation, 2 test) of a prompt.
 
     It depends on the opening alone: the same on every machine and for every subset, the same for duplicates, for all
     turns of a conversation and for one question under several system prompts.
     """
-    digest = hashlib.sha256(opening(prompt).encode()).digest()
-    position = int.from_bytes(digest[:8], "big") / 2**64
+    position = opening_key(prompt) / 2**64
     return int(np.searchsorted(np.cumsum(fractions)[:2], position, side="right"))
 
 
@@ -101,7 +122,7 @@ def recognise_shape(columns: list[str]) -> str:
     raise ValueError(f"the columns {', '.join(columns)} match no known shape; known are {known}")
 
 
-class _Converter:
+class Converter:
     """Turns a batch of rows of one shape into prompt/completion rows; picklable, hashed by `datasets` for its cache."""
 
     def __init__(self, shape: str, fractions: tuple[float, ...], name: str | None) -> None:
@@ -202,7 +223,7 @@ SHAPES: dict[str, tuple[tuple[str, ...], tuple[str, ...], Callable[[dict[str, An
 }
 
 
-def _load(args: DataArguments) -> Dataset | IterableDataset:
+def _load(args: "DataArguments") -> Dataset | IterableDataset:
     name = str(args.dataset_name)
     path = Path(name)
     streaming = args.dataset_streaming
@@ -250,15 +271,16 @@ def _require_columns(dataset: Dataset | IterableDataset, shape: str) -> None:
         )
 
 
-def _refuse_empty(rows: int, split: str, args: DataArguments, total: int) -> None:
-    if rows == 0 and args.split_fractions[SPLITS.index(split)] > 0:
+def refuse_empty(rows: int, split: str, dataset: str | None, fractions: list[float], total: int) -> None:
+    """Raise ValueError for a split without rows that is wanted."""
+    if rows == 0 and fractions[SPLITS.index(split)] > 0:
         raise ValueError(
-            f"the {split} split of {args.dataset_name} is empty: {total} usable rows with split_fractions "
-            f"{args.split_fractions}; give more rows or other fractions (0 for a split that is not wanted)"
+            f"the {split} split of {dataset} is empty: {total} usable rows with split_fractions {fractions}; give more "
+            f"rows or other fractions (0 for a split that is not wanted)"
         )
 
 
-def _split_stream(dataset: IterableDataset, convert: _Converter, args: DataArguments, facts: dict[str, Any]) -> Splits:
+def _split_stream(dataset: IterableDataset, convert: Converter, args: "DataArguments", facts: dict[str, Any]) -> Splits:
     """Train stays a stream; validation and test are its first `streaming_eval_rows` rows each, held in memory.
 
     What is not known before the end of the stream (rows, dropped responses) is None in the facts.
@@ -273,13 +295,13 @@ def _split_stream(dataset: IterableDataset, convert: _Converter, args: DataArgum
     for index, name in enumerate(SPLITS[1:], start=1):
         wanted = args.split_fractions[index] > 0
         kept = list(rows.filter(_InSplit(index)).take(args.streaming_eval_rows)) if wanted else []
-        _refuse_empty(len(kept), name, args, 0)
+        refuse_empty(len(kept), name, args.dataset_name, args.split_fractions, 0)
         facts[name] = {"rows": len(kept), "fingerprint": fingerprint(r["row_hash"] for r in kept)}
         columns = {c: [r[c] for r in kept] for c in ("prompt", "completion")}
         parts.append(Dataset.from_dict(columns))
     train = rows.filter(_InSplit(0)).remove_columns(["split", "row_hash"])
     if next(iter(train), None) is None:
-        _refuse_empty(0, "train", args, 0)
+        refuse_empty(0, "train", args.dataset_name, args.split_fractions, 0)
     facts |= {"streaming": True, "empty_responses_dropped": None, "train": {"rows": None, "fingerprint": None}}
     return Splits(train, *parts, facts)
 

@@ -1,13 +1,13 @@
 """The rows that a run is judged on: its test split, or another data set, none of them trained on."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from sftlab.config import DataArguments
-from sftlab.data import Splits, load_splits, opening
+from sftlab.data import Splits, load_splits, opening_key
 from sftlab.template import encode, prompt_ids
 
 
@@ -97,10 +97,15 @@ def _load(fields: dict[str, Any]) -> Splits:
 
 
 def _refuse_overlap(rows: Dataset, splits: Splits, origin: str) -> None:
-    seen = {opening(prompt) for part in (splits.train, splits.validation) for prompt in part["prompt"]}
-    known = [index for index, prompt in enumerate(rows["prompt"]) if opening(prompt) in seen]
+    seen = {key for part in (splits.train, splits.validation) for key in _opening_keys(part)}
+    known = [index for index, prompt in enumerate(rows["prompt"]) if opening_key(prompt) in seen]
     if known:
         raise ValueError(
             f"{len(known)} of {len(rows)} rows of {origin} ask what the run was trained or validated on (the first is "
             f"row {known[0]}): a score on them would say nothing"
         )
+
+
+def _opening_keys(rows: Dataset) -> Iterable[int]:
+    # rows that were tokenized beforehand have it beside them
+    return rows["opening"] if "opening" in rows.column_names else map(opening_key, rows["prompt"])

@@ -31,6 +31,7 @@ from sftlab.memory import MemorySplit
 from sftlab.model import model_init_kwargs
 from sftlab.packing import BalancedSampler, Collator
 from sftlab.ran import frozen_linear, row_lengths, verify_precision, verify_strategy
+from sftlab.tokens import refuse_other_encoding, training_rows
 
 # What the collator adds for the loss and the meter; the model does not know it.
 _EXTRAS = ("loss_positions", "targets", "loss_rows", "real_tokens", "real_rows")
@@ -197,6 +198,11 @@ class LabTrainer(SFTTrainer):
         self.accelerator.unscale_gradients()
         return clip_sharded_(trained, self.args.max_grad_norm)
 
+    def _set_signature_columns_if_needed(self) -> None:
+        super()._set_signature_columns_if_needed()
+        # labels of rows that were tokenized beforehand are made of it
+        self._signature_columns = [*dict.fromkeys([*self._signature_columns, "prompt_length"])]
+
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler | None:
         # A last, partial batch would be filled up with repeated rows under DDP and not on one process. Whole global
         # batches alone are the same under every world size; the rows left over are others in every epoch.
@@ -241,8 +247,19 @@ def build_trainer(
     splits: Splits,
     callbacks: Sequence[TrainerCallback] = (),
 ) -> LabTrainer:
-    """The trainer of a recipe, its model loaded and on the fast path. Seeds everything."""
+    """The trainer of a recipe, its model loaded and on the fast path. Seeds everything.
+
+    Raises ValueError for tokens that were made with another template, tokenizer, length or mask than the recipe's.
+    """
     args, meter = recipe.training, Meter()
+    train, validation = splits.train, splits.validation
+    if splits.tokens:
+        refuse_other_encoding(splits.tokens, tokenizer, args)
+        train, validation = (
+            training_rows(rows, splits.tokens, name, args.seed if args.shuffle_dataset else None)
+            for name, rows in (("train", train), ("validation", validation))
+        )
+        args.dataset_kwargs = (args.dataset_kwargs or {}) | {"skip_prepare_dataset": True}
     measured = torch.cuda.is_available() if args.measure_memory is None else args.measure_memory
     memory = MemorySplit() if measured else None
     args.model_init_kwargs = model_init_kwargs(recipe.model, args.trust_remote_code, args.model_init_kwargs)
@@ -253,8 +270,8 @@ def build_trainer(
     return LabTrainer(
         model=recipe.model.model_name_or_path,
         args=args,
-        train_dataset=splits.train,
-        eval_dataset=splits.validation if len(splits.validation) else None,
+        train_dataset=train,
+        eval_dataset=validation if len(validation) else None,
         processing_class=tokenizer,
         quantization_config=get_quantization_config(recipe.model),
         peft_config=get_peft_config(recipe.model),

@@ -14,6 +14,9 @@ export SFTLAB_MAX_RESTARTS=${SFTLAB_MAX_RESTARTS:-20}
 # Seconds that a stopping run has for its last step and checkpoint before it is killed.
 export SFTLAB_STOP_SECONDS=${SFTLAB_STOP_SECONDS:-600}
 
+# The network that the nodes share, for workers of tokenize_dataset.py that are jobs of their own.
+# export SFTLAB_INTERFACE=ib0
+
 # Caches on a file system that every node sees; the hub's login and data sets live there.
 # export HF_HOME=/path/to/huggingface
 # Modules, and the environment that `make setup` made:

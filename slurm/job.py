@@ -1,6 +1,7 @@
 """What runs inside a Slurm job; started by the sbatch files beside it, not by hand.
 
 sbatch slurm/train.sbatch RECIPE.yaml LAUNCH.yaml [--field value]      (and eval, study, tokenize: see those files)
+python slurm/job.py train RECIPE.yaml LAUNCH.yaml [--field value]      (what train.sbatch runs)
 
 The work runs under srun. This process stays, hears Slurm's signals and decides how the job ends, by what the work left
 behind (run.json) and not by a launcher's exit status:
