@@ -209,6 +209,7 @@ def finish(folder: Path, manifest: dict[str, Any], records: list[dict[str, Any]]
 
     The facts are those that `load_splits` finds in the text; like it this raises ValueError for an empty split.
     """
+    _remove_parts(folder)
     settings = manifest["settings"]
     digests = {name: hashlib.sha256() for name in SPLITS}
     rows, lengths, tokenized = dict.fromkeys(SPLITS, 0), {name: [] for name in SPLITS[:2]}, {}
@@ -245,6 +246,11 @@ def finish(folder: Path, manifest: dict[str, Any], records: list[dict[str, Any]]
     return found
 
 
+def _remove_parts(folder: Path) -> None:
+    for left in folder.glob(".*.part"):
+        left.unlink()
+
+
 def _row_lists(folder: Path, records: list[dict[str, Any]]) -> Iterator[pa.Table]:
     for record in records:
         name = file_name("rows", record["number"])
@@ -255,8 +261,7 @@ def _row_lists(folder: Path, records: list[dict[str, Any]]) -> Iterator[pa.Table
 
 def finished_records(folder: Path, shards: int) -> dict[int, dict[str, Any]]:
     """The records of the shards that are there and whole. What a killed worker left of another is removed."""
-    for left in folder.glob(".*.part"):
-        left.unlink()
+    _remove_parts(folder)
     found = ((number, read_record(folder, number)) for number in range(shards))
     return {number: record for number, record in found if record}
 

@@ -21,6 +21,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -44,6 +45,9 @@ if TYPE_CHECKING:
 
 # Every local worker imports this file when it starts: what would bring torch along is imported where it is used.
 PROBED_ROWS = 256
+LOGS = "slurm-logs"
+# How often it is looked whether anybody works, and how long nobody may.
+LOOK_S, SILENT_S = 5, 60
 # One worker is one core.
 THREADS = {"TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
 
@@ -179,8 +183,9 @@ def tokenize(places: list[bytes], rows: int, arguments: argparse.Namespace) -> l
         print(f"{len(records)} of {len(places)} shards are there already", flush=True)
     if not missing:
         return [records[number] for number in range(len(places))]
+    workers = min(arguments.workers, len(missing))
     with (
-        cluster_of(arguments, len(missing)) as cluster,
+        cluster_of(arguments, workers) as cluster,
         Client(cluster) as client,
         tqdm(total=rows, initial=done, unit="row", unit_scale=True, desc="tokenizing", smoothing=0.1) as bar,
     ):
@@ -190,21 +195,47 @@ def tokenize(places: list[bytes], rows: int, arguments: argparse.Namespace) -> l
             shard = (str(arguments.out.resolve()), number, places[number], number * arguments.rows_per_shard)
             tasks.append(client.submit(tokenize_shard, *shard, key=f"shard-{number}", pure=False))
         try:
-            for _, record in as_completed(tasks, with_results=True):
-                records[record["number"]] = record
-                bar.update(record["source_rows"])
-                counted["bad"] += record["bad"]
-                counted["first_bad"] = counted["first_bad"] or record["first_bad"]
+            waiting, looked = as_completed(tasks, with_results=True), []
+            while waiting.count():
+                if not waiting.has_ready():
+                    time.sleep(0.1)
+                    refuse_silence(looked, client, cluster, arguments.out / LOGS)
+                    continue
+                for _, record in waiting.next_batch(block=False):
+                    records[record["number"]] = record
+                    bar.update(record["source_rows"])
+                    counted["bad"] += record["bad"]
+                    counted["first_bad"] = counted["first_bad"] or record["first_bad"]
                 refuse_bad_rows(counted, rows, arguments.max_bad_rows)
         except KilledWorker as error:
             raise ValueError(f"{error.task} ended {error.allowed_failures + 1} workers: too little memory?") from error
     return [records[number] for number in range(len(places))]
 
 
+def refuse_silence(looked: list[tuple[float, bool]], client: Client, cluster: Any, logs: Path) -> None:
+    """Look every few seconds whether anybody works (`looked`: when, and so); ValueError after a minute of nobody."""
+    now = time.monotonic()
+    if looked and now - looked[-1][0] < LOOK_S:
+        return
+    looked.append((now, nobody_works(client, cluster)))
+    while len(looked) > 1 and looked[1][0] <= now - SILENT_S:
+        looked.pop(0)
+    if looked[0][0] <= now - SILENT_S and all(nobody for _, nobody in looked):
+        raise ValueError(f"the workers' jobs are over and none of them reported: see {logs}")
+
+
+def nobody_works(client: Client, cluster: LocalCluster | SLURMCluster) -> bool:
+    """Whether no worker is there and Slurm has none of their jobs: one that ends before it reports is not replaced."""
+    if isinstance(cluster, LocalCluster) or client.scheduler_info()["workers"]:
+        return False
+    jobs = {job.job_id for job in cluster.workers.values()}
+    listed = subprocess.run(["squeue", "-h", "-o", "%i"], capture_output=True, text=True)
+    return listed.returncode == 0 and not jobs & set(listed.stdout.split())
+
+
 @contextmanager
-def cluster_of(arguments: argparse.Namespace, tasks: int) -> Iterator[LocalCluster | SLURMCluster]:
-    """Workers of one core each, no more than there are tasks. Under Slurm each is a job, and a lost one is replaced."""
-    workers = min(arguments.workers, tasks)
+def cluster_of(arguments: argparse.Namespace, workers: int) -> Iterator[LocalCluster | SLURMCluster]:
+    """Workers of one core each. Under Slurm each is a job, and a lost one is replaced."""
     if arguments.cluster == "local":
         with LocalCluster(
             n_workers=workers, threads_per_worker=1, processes=True, env=THREADS, dashboard_address=":0"
@@ -213,7 +244,7 @@ def cluster_of(arguments: argparse.Namespace, tasks: int) -> Iterator[LocalClust
         return
     # how long Dask waits for a lost worker before it asks for another job: 15 s, without this
     dask.config.set({"distributed.deploy.lost-worker-timeout": "5s"})
-    logs = arguments.out / "slurm-logs"
+    logs = arguments.out / LOGS
     logs.mkdir(exist_ok=True)
     with SLURMCluster(
         queue=arguments.partition, account=arguments.account, walltime=arguments.time, memory=arguments.memory,

@@ -498,3 +498,15 @@ def test_training_and_judging_on_tokens_is_that_on_the_text(finished, script, tm
     assert list(rows.rows) == list(held_out(on_text).rows)
     with pytest.raises(ValueError, match="ask what the run was trained or validated on"):
         held_out(on_tokens, dataset=fields["dataset_name"])
+
+
+@pytest.mark.cluster
+@pytest.mark.skipif(not all(FOUND.values()), reason="Slurm is not installed (Debian: slurm-wlm)")
+def test_jobs_that_end_before_they_report_are_not_waited_for_for_ever(script, base, tmp_path):
+    fields, _ = forty_shards(script, base, tmp_path)
+    words = command(fields, tmp_path / "tokens", "--cluster", "slurm", "--workers", "2", "--rows_per_shard", "20")
+    with SlurmCluster(tmp_path / "slurm") as slurm:
+        broken = slurm.env | {"DASK_JOBQUEUE__SLURM__PYTHON": "/bin/false"}
+        done = subprocess.run(words, env=broken, capture_output=True, text=True, cwd=ROOT, timeout=120)
+    assert done.returncode == 1
+    assert "none of them reported: see" in done.stderr.strip().splitlines()[-1], done.stderr[-3000:]
