@@ -36,11 +36,10 @@ PR_SET_CHILD_SUBREAPER = 36
 def main(argv: list[str]) -> int:
     """Run what the sbatch file names; the job's exit status."""
     kinds = {"train": train, "evaluate": evaluate, "study": study, "tokenize": tokenize, "node": node}
-    what, *words = argv
-    if what == "node":
-        return node(words)
     try:
-        return kinds[what](words)
+        if not argv or argv[0] not in kinds:
+            raise ValueError(f"the sbatch files beside this one start it, with one of {', '.join(kinds)}")
+        return kinds[argv[0]](argv[1:])
     except (ValueError, FileNotFoundError) as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         return 1

@@ -208,6 +208,7 @@ def test_what_slurm_refuses_is_refused_before_anything_runs(cluster, train):
         (["train", "recipes/demo/attn_r16.yaml", "none.yaml"], "launch config none.yaml not found"),
         (["train", "recipes/demo/attn_r16.yaml"], "usage: sbatch slurm/train.sbatch"),
         (["train", "recipes/demo/attn_r16.yaml", "accelerate_configs/ddp.yaml"], "needs GPUs and the job has none"),
+        ([], "the sbatch files beside this one start it"),
         (["evaluate", "runs/none"], "runs/none is no run directory"),
         (["study", "recipes/studies/none.yaml"], "none.yaml"),
     ],
