@@ -6,16 +6,14 @@ Field names are those of trl's ModelConfig and SFTConfig; `DataArguments` adds t
 import dataclasses
 import difflib
 import json
-import os
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import yaml
 from trl import ModelConfig, SFTConfig, TrlParser
 
 from sftlab.launch import COMPUTE_DTYPE, PRECISIONS, Launch
+from sftlab.settings import read_yaml
 
 SHAPE_NAMES = ["openorca", "dolly", "alpaca", "gsm8k", "sharegpt", "messages", "prompt_completion"]
 
@@ -190,21 +188,6 @@ def parse_recipe(argv: list[str], launch: Launch) -> Recipe:
     recipe = Recipe(data, training, model, given)
     _check(recipe, launch)
     return recipe
-
-
-def read_yaml(path: str | os.PathLike) -> dict[str, Any]:
-    """Read a flat YAML mapping; ValueError if the file is missing, is not YAML or is no mapping."""
-    if not Path(path).is_file():
-        raise ValueError(
-            f"recipe {path} not found: give the path of a YAML file, for example recipes/demo/attn_r16.yaml"
-        )
-    try:
-        settings = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(settings, dict):
-        raise ValueError(f"{path} must hold 'field: value' lines, got {type(settings).__name__}")
-    return settings
 
 
 def _take_config(argv: list[str]) -> str | None:

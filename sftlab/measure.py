@@ -15,8 +15,6 @@ from sftlab.collectives import Collectives, several_processes
 from sftlab.memory import MemorySplit
 
 WARMUP_STEPS = 5
-# Of the warm-up, so that no timed step is slowed.
-_WATCHED_STEP = WARMUP_STEPS - 1
 
 
 class Meter(TrainerCallback):
@@ -46,7 +44,7 @@ class Meter(TrainerCallback):
         if self._first_global_step is None:
             self._first_global_step = state.global_step
             self._began = time.perf_counter()
-        warmup = min(WARMUP_STEPS, max(1, (state.max_steps - self._first_global_step) // 4))
+        warmup = self._warmup(state)
         if self._window is None and state.global_step >= self._first_global_step + warmup:
             synchronize()
             if not self._warmed_up:
@@ -57,7 +55,9 @@ class Meter(TrainerCallback):
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Close the window before an evaluation, a checkpoint or the end."""
         self.collectives.end()
-        if state.global_step - self._first_global_step == _WATCHED_STEP - 1 and several_processes():
+        # the last step of a whole warm-up: no timed one is slowed
+        done = state.global_step - self._first_global_step
+        if done + 1 == WARMUP_STEPS == self._warmup(state) and several_processes():
             self.collectives.begin()
         if self.first_step_s is None:
             synchronize()
@@ -70,6 +70,9 @@ class Meter(TrainerCallback):
             self._steps += state.global_step - first
             self._counted += self._counts
             self._window = None
+
+    def _warmup(self, state: TrainerState) -> int:
+        return min(WARMUP_STEPS, max(1, (state.max_steps - self._first_global_step) // 4))
 
     def facts(self, flops: "Flops") -> dict[str, Any]:
         """Throughput over all processes for run.json; every process calls it. None where no step was timed.

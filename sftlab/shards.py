@@ -20,6 +20,7 @@ from tokenizers import Tokenizer
 from sftlab.data import Converter, opening_key, refuse_empty
 from sftlab.encoder import Encoder
 from sftlab.tokens import (
+    FORMAT,
     MANIFEST,
     SCHEMAS,
     SPLITS,
@@ -54,7 +55,7 @@ def begin(folder: Path, settings: Mapping[str, Any], backend: str, encoder: Mapp
         raise ValueError(f"{folder} is there already and is no tokenized data set: give another --out")
     folder.mkdir(parents=True, exist_ok=True)
     write_text(folder / "tokenizer.json", backend)
-    manifest = {"format": 1, "settings": settings, "encoder": dict(encoder), "facts": None, "shards": []}
+    manifest = {"format": FORMAT, "settings": settings, "encoder": dict(encoder), "facts": None, "shards": []}
     write_text(folder / MANIFEST, json.dumps(manifest, indent=2, ensure_ascii=False) + "\n")
     return manifest
 

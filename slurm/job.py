@@ -24,12 +24,13 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-import yaml
 
 from sftlab.child import Child
 from sftlab.run import Run, read_run
+from sftlab.settings import read_yaml
 
 REQUEUED_S = 120
+PATHS = "paths are those of the project's folder"
 PR_SET_CHILD_SUBREAPER = 36
 
 
@@ -50,8 +51,8 @@ def train(words: list[str]) -> int:
     if len(words) < 2 or words[1].startswith("-"):
         raise ValueError("usage: sbatch slurm/train.sbatch RECIPE.yaml LAUNCH.yaml [--field value ...]")
     recipe, launch, fields = words[0], words[1], words[2:]
-    run = output_dir(read_yaml(recipe, "recipe"), fields) / "run.json"
-    nodes, a_node = int(os.environ["SLURM_JOB_NUM_NODES"]), processes_a_node(read_yaml(launch, "launch config"))
+    run = output_dir(read_yaml(recipe, hint=PATHS), fields) / "run.json"
+    nodes, a_node = int(os.environ["SLURM_JOB_NUM_NODES"]), processes_a_node(read_yaml(launch, "launch config", PATHS))
     command = ["accelerate", "launch", "--config_file", launch, "--num_machines", str(nodes)]
     command += ["--num_processes", str(nodes * a_node), "--main_process_ip", first_address()]
     # another port after a requeue: the former one may still be closing
@@ -202,19 +203,6 @@ def output_dir(recipe: dict[str, Any], fields: list[str]) -> Path:
     if not found:
         raise ValueError("the recipe has no output_dir: add it, or pass --output_dir")
     return Path(found)
-
-
-def read_yaml(path: str, what: str) -> dict[str, Any]:
-    """A YAML mapping; ValueError says what is wrong."""
-    if not Path(path).is_file():
-        raise ValueError(f"{what} {path} not found: paths are those of the project's folder")
-    try:
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} must hold 'field: value' lines")
-    return content
 
 
 def status_of(run: Path) -> str | None:
