@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from sftlab import varlen
@@ -82,6 +83,18 @@ def compile_layers(model: PreTrainedModel) -> None:
     norms = [m for name, m in decoder.named_children() if "norm" in name]
     for module in [*layers, *norms]:
         module.forward = _with_dynamic_tokens(torch.compile(module.forward))
+
+
+def average_replicated_(parameters: Sequence[nn.Parameter]) -> None:
+    """Average over all processes the gradients of parameters that each keeps whole (no DTensors), in one collective."""
+    gradients = [p.grad for p in parameters if p.grad is not None and not isinstance(p, DTensor)]
+    if not gradients:
+        return
+    flat = torch.cat([gradient.flatten() for gradient in gradients])
+    dist.all_reduce(flat)
+    flat /= dist.get_world_size()
+    parts = flat.split([gradient.numel() for gradient in gradients])
+    torch._foreach_copy_(gradients, [part.view_as(g) for part, g in zip(parts, gradients, strict=True)])
 
 
 def clip_sharded_(parameters: Sequence[nn.Parameter], max_norm: float) -> torch.Tensor:

@@ -3,6 +3,7 @@
 It also counts tokens and notes what really ran. Batches, order and loss are SFTTrainer's.
 """
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -22,7 +23,7 @@ from trl import SFTTrainer, get_peft_config, get_quantization_config
 from sftlab import loss, varlen
 from sftlab.config import Recipe
 from sftlab.data import Splits
-from sftlab.fastpath import FastPath, clip_sharded_, compile_layers
+from sftlab.fastpath import FastPath, average_replicated_, clip_sharded_, compile_layers
 from sftlab.fp8 import freeze_in_float8, is_base_linear
 from sftlab.launch import Launch
 from sftlab.likelihood import nats_per_token
@@ -35,6 +36,9 @@ from sftlab.tokens import refuse_other_encoding, training_rows
 
 # What the collator adds for the loss and the meter; the model does not know it.
 _EXTRAS = ("loss_positions", "targets", "loss_rows", "real_tokens", "real_rows")
+
+# Under FSDP every process keeps these whole, and their gradients are averaged as DDP does.
+LORA_MODULES = r".*\.lora_[AB]\.\w+"
 
 
 class LabTrainer(SFTTrainer):
@@ -56,13 +60,21 @@ class LabTrainer(SFTTrainer):
         if not self.model_accepts_loss_kwargs:
             raise RuntimeError("accumulation would become a mean of means: the model's forward must accept **kwargs")
         plugin = self.accelerator.state.fsdp_plugin if self.is_fsdp_enabled else None
-        if plugin is not None and plugin.fsdp_version == 2 and plugin.mixed_precision_policy is not None:
-            # accelerate would reduce gradients and return losses in the compute dtype; DDP does neither
-            compute = plugin.mixed_precision_policy.param_dtype
-            plugin.mixed_precision_policy = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32)
+        if plugin is not None and plugin.fsdp_version == 2:
+            if plugin.mixed_precision_policy is not None:
+                # accelerate would reduce gradients and return losses in the compute dtype; DDP does neither
+                compute = plugin.mixed_precision_policy.param_dtype
+                plugin.mixed_precision_policy = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32)
+            if self._trains_lora_alone():
+                # sharded, its small matrices would cost the host more than all else that FSDP does in a step
+                plugin.ignored_modules = LORA_MODULES
         self.data_collator = Collator(self.processing_class.pad_token_id, fast.packing)
         self.flops = flops_per_token(self.model)
         self._take_fast_path()
+
+    def _trains_lora_alone(self) -> bool:
+        names = [name for name, parameter in self.model.named_parameters() if parameter.requires_grad]
+        return all(re.fullmatch(rf"{LORA_MODULES}\.weight", name) for name in names)
 
     def _take_fast_path(self) -> None:
         base = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
@@ -86,7 +98,10 @@ class LabTrainer(SFTTrainer):
         if not self.observed:
             verify_strategy(self)
             self._observe(model, inputs)
-        return super().training_step(model, inputs, *args, **kwargs)
+        loss = super().training_step(model, inputs, *args, **kwargs)
+        if self.is_fsdp_enabled and self.accelerator.sync_gradients:
+            average_replicated_([p for group in self.optimizer.param_groups for p in group["params"]])
+        return loss
 
     def _observe(self, model: nn.Module, inputs: dict[str, Any]) -> None:
         """See in one uncompiled forward in which dtype a frozen linear computes. Leaves the random state alone."""
@@ -193,10 +208,12 @@ class LabTrainer(SFTTrainer):
         trained = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
         if not self.is_fsdp_enabled:
             return self.accelerator.clip_grad_norm_(trained, self.args.max_grad_norm)
-        if not all(isinstance(p, DTensor) and p.device_mesh.ndim == 1 for p in trained):
+        sharded = [isinstance(p, DTensor) and p.device_mesh.ndim == 1 for p in trained]
+        if any(sharded) and not all(sharded):
             return super()._clip_grad_norm(model)
         self.accelerator.unscale_gradients()
-        return clip_sharded_(trained, self.args.max_grad_norm)
+        clip = clip_sharded_ if all(sharded) else torch.nn.utils.clip_grad_norm_
+        return clip(trained, self.args.max_grad_norm)
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
