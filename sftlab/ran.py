@@ -82,10 +82,11 @@ def _dtypes(parameters: list[nn.Parameter]) -> list[str]:
     return sorted({str(p.dtype).removeprefix("torch.") for p in parameters})
 
 
-def _reduce_dtype(trainer: SFTTrainer, trained: list[nn.Parameter]) -> str | None:
+def _reduce_dtype(trainer: "LabTrainer", trained: list[nn.Parameter]) -> str | None:
     if trainer.accelerator.num_processes == 1:
         return None
-    policy = trainer.accelerator.state.fsdp_plugin.mixed_precision_policy if trainer.is_fsdp_enabled else None
+    sharded = trainer.is_fsdp_enabled and not trainer.replicated
+    policy = trainer.accelerator.state.fsdp_plugin.mixed_precision_policy if sharded else None
     return str(getattr(policy, "reduce_dtype", None) or trained[0].dtype).removeprefix("torch.")
 
 

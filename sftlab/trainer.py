@@ -5,6 +5,7 @@ It also counts tokens and notes what really ran. Batches, order and loss are SFT
 
 import re
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -55,19 +56,20 @@ class LabTrainer(SFTTrainer):
         self.observed: dict[str, str] = {}
         self._sums: torch.Tensor | None = None
         self._real_tokens, self._held_out = 0, []
+        self.replicated = False  # whether LoRA matrices are whole under FSDP
         varlen.register()
         super().__init__(*args, **kwargs)
         if not self.model_accepts_loss_kwargs:
             raise RuntimeError("accumulation would become a mean of means: the model's forward must accept **kwargs")
         plugin = self.accelerator.state.fsdp_plugin if self.is_fsdp_enabled else None
         if plugin is not None and plugin.fsdp_version == 2:
-            if plugin.mixed_precision_policy is not None:
-                # accelerate would reduce gradients and return losses in the compute dtype; DDP does neither
-                compute = plugin.mixed_precision_policy.param_dtype
-                plugin.mixed_precision_policy = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32)
             if self._trains_lora_alone():
                 # sharded, its small matrices would cost the host more than all else that FSDP does in a step
-                plugin.ignored_modules = LORA_MODULES
+                plugin.ignored_modules, self.replicated = LORA_MODULES, True
+            if plugin.mixed_precision_policy is not None:
+                # accelerate would reduce gradients and return losses in the compute dtype; DDP does neither
+                compute, reduced = plugin.mixed_precision_policy.param_dtype, None if self.replicated else torch.float32
+                plugin.mixed_precision_policy = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=reduced)
         self.data_collator = Collator(self.processing_class.pad_token_id, fast.packing)
         self.flops = flops_per_token(self.model)
         self._take_fast_path()
@@ -99,9 +101,13 @@ class LabTrainer(SFTTrainer):
             verify_strategy(self)
             self._observe(model, inputs)
         loss = super().training_step(model, inputs, *args, **kwargs)
-        if self.is_fsdp_enabled and self.accelerator.sync_gradients:
+        if self.replicated and self.accelerator.sync_gradients:
             average_replicated_([p for group in self.optimizer.param_groups for p in group["params"]])
         return loss
+
+    def autocast_smart_context_manager(self, cache_enabled: bool | None = True) -> AbstractContextManager:
+        """Whole LoRA matrices are float32 to FSDP too, and multiplied in the compute dtype as DDP multiplies them."""
+        return self.accelerator.autocast() if self.replicated else super().autocast_smart_context_manager()
 
     def _observe(self, model: nn.Module, inputs: dict[str, Any]) -> None:
         """See in one uncompiled forward in which dtype a frozen linear computes. Leaves the random state alone."""
@@ -114,7 +120,8 @@ class LabTrainer(SFTTrainer):
         devices = [self.args.device] if self.args.device.type == "cuda" else []
         try:
             with torch.random.fork_rng(devices), torch.no_grad(), torch.compiler.set_stance("force_eager"):
-                self._token_losses(model.train(), self._prepare_inputs(inputs))
+                with self.compute_loss_context_manager():
+                    self._token_losses(model.train(), self._prepare_inputs(inputs))
         finally:
             hook.remove()
         verify_precision(self)

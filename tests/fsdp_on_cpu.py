@@ -1,0 +1,31 @@
+"""recipes/sft.py under FSDP2 on CPU processes, which accelerate itself takes for DDP:
+
+accelerate launch --config_file accelerate_configs/fsdp.yaml tests/fsdp_on_cpu.py --config recipes/demo/attn_r16.yaml
+"""
+
+import sftlab.quiet  # noqa: I001  (before the libraries that it quiets)
+import sftlab.settle  # noqa: F401  (before they see the devices)
+
+import os
+import sys
+
+from accelerate.state import PartialState
+from accelerate.utils import DistributedType
+from conftest import load_script
+
+begin = PartialState.__init__
+
+
+def as_on_gpus(self: PartialState, *args: object, **kwargs: object) -> None:
+    """AcceleratorState makes FSDP of several GPUs alone."""
+    begin(self, *args, **kwargs)
+    if self.distributed_type == DistributedType.MULTI_CPU:
+        PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+
+
+if __name__ == "__main__":
+    os.environ["ACCELERATE_USE_CPU"] = "true"
+    PartialState.__init__ = as_on_gpus
+    sft = load_script("recipes/sft.py")
+    sft.check_devices = lambda launch: None
+    sft.main(sys.argv[1:])
