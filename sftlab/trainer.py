@@ -119,9 +119,9 @@ class LabTrainer(SFTTrainer):
         hook = linear.register_forward_hook(note)
         devices = [self.args.device] if self.args.device.type == "cuda" else []
         try:
-            with torch.random.fork_rng(devices), torch.no_grad(), torch.compiler.set_stance("force_eager"):
-                with self.compute_loss_context_manager():
-                    self._token_losses(model.train(), self._prepare_inputs(inputs))
+            as_it_trains, eager = self.compute_loss_context_manager(), torch.compiler.set_stance("force_eager")
+            with torch.random.fork_rng(devices), torch.no_grad(), as_it_trains, eager:
+                self._token_losses(model.train(), self._prepare_inputs(inputs))
         finally:
             hook.remove()
         verify_precision(self)
