@@ -25,7 +25,7 @@ from transformers import PreTrainedTokenizerBase
 
 from sftlab.config import Recipe, parse_recipe
 from sftlab.data import Splits, load_splits
-from sftlab.fastpath import FastPath, choose
+from sftlab.fastpath import FastPath, choose, start_compilers
 from sftlab.interrupt import StopOnSignal
 from sftlab.launch import COMPUTE_DTYPE, PRECISIONS, Launch, check_devices, use_all_cpu_cores
 from sftlab.measure import peak_memory, share_of_limit
@@ -86,7 +86,10 @@ def prepare(recipe: Recipe, launch: Launch) -> tuple[PreTrainedTokenizerBase, st
     if recipe.model.use_peft:
         check_target_modules(config, recipe.model.lora_target_modules, recipe.training.trust_remote_code)
     template = set_template(tokenizer, recipe.training.chat_template_path)
-    return tokenizer, template, choose(recipe, config, launch)
+    fast = choose(recipe, config, launch)
+    if fast.compile_layers:
+        start_compilers()
+    return tokenizer, template, fast
 
 
 def train(

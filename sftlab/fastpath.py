@@ -7,9 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
-import torch.distributed as dist
 from torch import nn
-from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from sftlab import varlen
@@ -73,42 +71,26 @@ def compile_layers(model: PreTrainedModel) -> None:
     Layers share one graph. The token dimension is dynamic from the start, so that batches of other sizes compile
     nothing anew. Forward alone is compiled: hooks of FSDP, peft and checkpointing stay outside.
     """
-    decoder = model.base_model
-    layers = next(
-        (m for m in decoder.modules() if isinstance(m, nn.ModuleList) and len(m) == model.config.num_hidden_layers),
-        None,
-    )
-    if layers is None:
+    layers = decoder_layers(model)
+    if not layers:
         raise ValueError(f"{type(model).__name__} has no list of decoder layers: pass --compile_layers false")
-    norms = [m for name, m in decoder.named_children() if "norm" in name]
+    norms = [m for name, m in model.base_model.named_children() if "norm" in name]
     for module in [*layers, *norms]:
         module.forward = _with_dynamic_tokens(torch.compile(module.forward))
 
 
-def average_replicated_(parameters: Sequence[nn.Parameter]) -> None:
-    """Average over all processes the gradients of parameters that each keeps whole (no DTensors), in one collective."""
-    gradients = [p.grad for p in parameters if p.grad is not None and not isinstance(p, DTensor)]
-    if not gradients:
-        return
-    flat = torch.cat([gradient.flatten() for gradient in gradients])
-    dist.all_reduce(flat)
-    flat /= dist.get_world_size()
-    parts = flat.split([gradient.numel() for gradient in gradients])
-    torch._foreach_copy_(gradients, [part.view_as(g) for part, g in zip(parts, gradients, strict=True)])
+def start_compilers() -> None:
+    """Start inductor's worker processes, which take seconds to come up, before the first layer needs them."""
+    from torch._inductor.async_compile import maybe_warm_pool
+
+    maybe_warm_pool()
 
 
-def clip_sharded_(parameters: Sequence[nn.Parameter], max_norm: float) -> torch.Tensor:
-    """Scale gradients that are sharded over one mesh (DTensors) to `max_norm`; their norm before, a scalar.
-
-    torch's own takes every small LoRA gradient through DTensor's dispatch, at every operation.
-    """
-    mesh = parameters[0].grad.device_mesh
-    shards = [parameter.grad.to_local() for parameter in parameters if parameter.grad is not None]
-    square = torch.stack(torch._foreach_norm(shards)).square().sum()
-    dist.all_reduce(square, group=mesh.get_group())
-    norm = square.sqrt()
-    torch._foreach_mul_(shards, (max_norm / (norm + 1e-6)).clamp(max=1.0))
-    return norm
+def decoder_layers(model: PreTrainedModel) -> Sequence[nn.Module]:
+    """The list of its decoder layers, in order; empty where there is none."""
+    count = model.config.num_hidden_layers
+    lists = (m for m in model.base_model.modules() if isinstance(m, nn.ModuleList) and len(m) == count)
+    return next(lists, [])
 
 
 def _with_dynamic_tokens(compiled: Callable) -> Callable:

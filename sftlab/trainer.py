@@ -3,7 +3,6 @@
 It also counts tokens and notes what really ran. Batches, order and loss are SFTTrainer's.
 """
 
-import re
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from typing import Any
@@ -13,18 +12,17 @@ from accelerate.data_loader import SeedableRandomSampler
 from accelerate.utils import AORecipeKwargs
 from datasets import Dataset
 from torch import nn
-from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
 from torch.nn.functional import pad
 from torch.utils.data import RandomSampler, Sampler, SequentialSampler
-from transformers import PreTrainedTokenizerBase, TrainerCallback, set_seed
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, set_seed
 from transformers.trainer_utils import EvalLoopOutput
 from trl import SFTTrainer, get_peft_config, get_quantization_config
 
 from sftlab import loss, varlen
 from sftlab.config import Recipe
 from sftlab.data import Splits
-from sftlab.fastpath import FastPath, average_replicated_, clip_sharded_, compile_layers
+from sftlab.fastpath import FastPath, compile_layers
 from sftlab.fp8 import freeze_in_float8, is_base_linear
 from sftlab.launch import Launch
 from sftlab.likelihood import nats_per_token
@@ -33,13 +31,11 @@ from sftlab.memory import MemorySplit
 from sftlab.model import model_init_kwargs
 from sftlab.packing import BalancedSampler, Collator
 from sftlab.ran import frozen_linear, row_lengths, verify_precision, verify_strategy
+from sftlab.sharding import average_replicated_, clip_sharded_, gather_ahead, settle_plugin
 from sftlab.tokens import refuse_other_encoding, training_rows
 
 # What the collator adds for the loss and the meter; the model does not know it.
 _EXTRAS = ("loss_positions", "targets", "loss_rows", "real_tokens", "real_rows")
-
-# Under FSDP every process keeps these whole, and their gradients are averaged as DDP does.
-LORA_MODULES = r".*\.lora_[AB]\.\w+"
 
 
 class LabTrainer(SFTTrainer):
@@ -56,30 +52,23 @@ class LabTrainer(SFTTrainer):
         self.observed: dict[str, str] = {}
         self._sums: torch.Tensor | None = None
         self._real_tokens, self._held_out = 0, []
-        self.replicated = False  # whether LoRA matrices are whole under FSDP
         varlen.register()
         super().__init__(*args, **kwargs)
         if not self.model_accepts_loss_kwargs:
             raise RuntimeError("accumulation would become a mean of means: the model's forward must accept **kwargs")
         plugin = self.accelerator.state.fsdp_plugin if self.is_fsdp_enabled else None
-        if plugin is not None and plugin.fsdp_version == 2:
-            if self._trains_lora_alone():
-                # sharded, its small matrices would cost the host more than all else that FSDP does in a step
-                plugin.ignored_modules, self.replicated = LORA_MODULES, True
-            if plugin.mixed_precision_policy is not None:
-                # accelerate would reduce gradients and return losses in the compute dtype; DDP does neither
-                compute, reduced = plugin.mixed_precision_policy.param_dtype, None if self.replicated else torch.float32
-                plugin.mixed_precision_policy = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=reduced)
+        # whether LoRA matrices are whole under FSDP
+        self.replicated = plugin is not None and plugin.fsdp_version == 2 and settle_plugin(plugin, self.model)
         self.data_collator = Collator(self.processing_class.pad_token_id, fast.packing)
         self.flops = flops_per_token(self.model)
         self._take_fast_path()
 
-    def _trains_lora_alone(self) -> bool:
-        names = [name for name, parameter in self.model.named_parameters() if parameter.requires_grad]
-        return all(re.fullmatch(rf"{LORA_MODULES}\.weight", name) for name in names)
+    @property
+    def _base(self) -> PreTrainedModel:
+        return self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
 
     def _take_fast_path(self) -> None:
-        base = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
+        base = self._base
         why = loss.why_not(base) or ("label smoothing needs whole logits" if self.args.label_smoothing_factor else None)
         why = why or (f"loss_type is {self.args.loss_type}" if self.args.loss_type != "nll" else None)
         if why and self.fast.fused_loss:
@@ -99,6 +88,7 @@ class LabTrainer(SFTTrainer):
         self.meter.count(inputs["real_tokens"], inputs["real_rows"], len(inputs["targets"]))
         if not self.observed:
             verify_strategy(self)
+            gather_ahead(self._base)
             self._observe(model, inputs)
         loss = super().training_step(model, inputs, *args, **kwargs)
         if self.replicated and self.accelerator.sync_gradients:
