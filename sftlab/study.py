@@ -127,7 +127,11 @@ def load(path: Path, runs: Path, given: Mapping[str, Any]) -> Study:
     reference = content.get("reference", tasks[0].cell)
     if reference not in cells:
         raise ValueError(f"{path}: the reference {reference} is none of the cells")
-    quality, published = content.get("quality", False), content.get("published", [])
+    if unknown := [one["cell"] for one in content.get("published", []) if one["cell"] not in cells]:
+        raise ValueError(f"{path}: published figures of {', '.join(unknown)}, which is none of the cells")
+    # of another model they would say nothing
+    same_model = not given.get("recipe") and given.get("random") in (None, recipe.parent.name)
+    quality, published = content.get("quality", False), content.get("published", []) if same_model else []
     axis, grid = list(content["axis"]), content.get("grid", {})
     return Study(path.stem, axis, tasks, reference, quality, published, grid, random)
 

@@ -49,4 +49,5 @@ def test_the_table(base, tmp_path):
     assert {r["same_answers"] for r in rows} == {"1 of 1", "2 of 2"}
     peaks = {(r["cache"], r["batch"], r["prompt"]): float(r["peak_mb"]) for r in rows}
     assert peaks["with", "2", "96"] > peaks["with", "1", "96"] > peaks["with", "1", "16"]
+    assert {r["published_seconds"] for r in rows} == {""}
     assert (tmp_path / "kv.png").is_file()

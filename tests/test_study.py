@@ -203,6 +203,17 @@ def test_cells_that_are_equal_are_rarely_called_better(write, tmp_path):
     assert 1 <= wrong <= 30
 
 
+def test_published_figures_are_shown_beside_their_own_model_and_cells_alone(write, tmp_path):
+    path = write({"a": {}}, published=[{"cell": "a", "rows_per_s": 5.0}])
+    assert load(path, tmp_path, {}).published
+    assert not load(path, tmp_path, {"recipe": "recipes/demo/all_r8.yaml"}).published
+    study = ROOT / "recipes" / "studies" / "precision.yaml"
+    assert load(study, tmp_path, {"random": "llama3.2-1b"}).published
+    assert not load(study, tmp_path, {"random": "llama2-7b"}).published
+    with pytest.raises(ValueError, match="published figures of b, which is none of the cells"):
+        load(write({"a": {}}, published=[{"cell": "b", "rows_per_s": 5.0}]), tmp_path, {})
+
+
 def test_a_summary_has_medians_ranges_and_what_was_published(write, tmp_path):
     study = load(write({"a": {}, "b": {}}, published=[{"cell": "a", "rows_per_s": 5.0}]), tmp_path, {})
     rows = runs_of({"a": [1.0, 5.0, 2.0]}, "tokens_per_s")
