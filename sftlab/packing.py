@@ -5,13 +5,13 @@ tokens as any other: processes then wait for nobody. Everything is worked out on
 """
 
 import heapq
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch.nn.functional import pad
-from torch.utils.data import Sampler
+from torch.utils.data import RandomSampler, Sampler, SequentialSampler
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 # Queries (and keys) that one program of the attention kernels works on.
@@ -47,6 +47,22 @@ class BalancedSampler(Sampler[int]):
         """Shuffle anew."""
         if hasattr(self.sampler, "set_epoch"):
             self.sampler.set_epoch(epoch)
+
+
+def whole_batches(
+    sampler: RandomSampler | SequentialSampler, global_batch: int, shuffled: Callable[..., Sampler] = RandomSampler
+) -> Sampler[int]:
+    """The sampler without the rows that do not fill a global batch, others in every epoch where it shuffles.
+
+    A last, partial batch would be filled up with repeated rows under DDP and not on one process; whole global batches
+    alone are the same under every world size. Raises ValueError where there is none.
+    """
+    whole = len(sampler) - len(sampler) % global_batch
+    if whole == 0:
+        raise ValueError(f"{len(sampler)} training rows do not fill one global batch of {global_batch}")
+    if isinstance(sampler, RandomSampler):
+        return shuffled(sampler.data_source, num_samples=whole)
+    return SequentialSampler(range(whole))
 
 
 def balanced(rows: Sequence[int], lengths: Sequence[int], bins: int) -> list[list[int]]:

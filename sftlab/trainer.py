@@ -5,6 +5,7 @@ It also counts tokens and notes what really ran. Batches, order and loss are SFT
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
+from functools import partial
 from typing import Any
 
 import torch
@@ -29,7 +30,7 @@ from sftlab.likelihood import nats_per_token
 from sftlab.measure import Meter, flops_per_token
 from sftlab.memory import MemorySplit
 from sftlab.model import model_init_kwargs
-from sftlab.packing import BalancedSampler, Collator
+from sftlab.packing import BalancedSampler, Collator, whole_batches
 from sftlab.ran import frozen_linear, row_lengths, verify_precision, verify_strategy
 from sftlab.sharding import average_replicated_, clip_sharded_, gather_ahead, settle_plugin
 from sftlab.tokens import refuse_other_encoding, training_rows
@@ -218,20 +219,13 @@ class LabTrainer(SFTTrainer):
         self._signature_columns = [*dict.fromkeys([*self._signature_columns, "prompt_length"])]
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler | None:
-        # A last, partial batch would be filled up with repeated rows under DDP and not on one process. Whole global
-        # batches alone are the same under every world size; the rows left over are others in every epoch.
         sampler = super()._get_train_sampler(train_dataset)
         if type(sampler) not in (RandomSampler, SequentialSampler):
             return sampler
-        whole = len(sampler) - len(sampler) % self.global_batch
-        if whole == 0:
-            raise ValueError(f"{len(sampler)} training rows do not fill one global batch of {self.global_batch}")
-        shuffled, source = isinstance(sampler, RandomSampler), sampler.data_source
         if not self.fast.packing:
-            return RandomSampler(source, num_samples=whole) if shuffled else SequentialSampler(range(whole))
+            return whole_batches(sampler, self.global_batch)
         # accelerate would put the seedable sampler in by itself, and does not see into the balanced one
-        seed = self.args.data_seed
-        order = SeedableRandomSampler(source, num_samples=whole, data_seed=seed) if shuffled else range(whole)
+        order = whole_batches(sampler, self.global_batch, partial(SeedableRandomSampler, data_seed=self.args.data_seed))
         micro_batch = self.args.per_device_train_batch_size
         return BalancedSampler(order, row_lengths(self.train_dataset), micro_batch, self.global_batch // micro_batch)
 
