@@ -69,7 +69,8 @@ def compile_layers(model: PreTrainedModel) -> None:
     """Compile the forward of every decoder layer and of the last norm, in place.
 
     Layers share one graph. The token dimension is dynamic from the start, so that batches of other sizes compile
-    nothing anew. Forward alone is compiled: hooks of FSDP, peft and checkpointing stay outside.
+    nothing anew. Forward alone is compiled: hooks of FSDP, peft and checkpointing stay outside. Frozen embeddings have
+    no gradient, which would make the first layer another graph: where it trains something, it is given one to drop.
     """
     layers = decoder_layers(model)
     if not layers:
@@ -77,6 +78,8 @@ def compile_layers(model: PreTrainedModel) -> None:
     norms = [m for name, m in model.base_model.named_children() if "norm" in name]
     for module in [*layers, *norms]:
         module.forward = _with_dynamic_tokens(torch.compile(module.forward))
+    if any(parameter.requires_grad for parameter in layers[0].parameters()):
+        layers[0].forward = _with_gradient(layers[0].forward)
 
 
 def start_compilers() -> None:
@@ -105,3 +108,24 @@ def _with_dynamic_tokens(compiled: Callable) -> Callable:
         return compiled(hidden_states, *args, **kwargs)
 
     return forward
+
+
+def _with_gradient(forward: Callable) -> Callable:
+    def with_gradient(hidden_states: torch.Tensor, *args: object, **kwargs: object) -> object:
+        if torch.is_grad_enabled() and not hidden_states.requires_grad:
+            hidden_states = _Dropped.apply(hidden_states, hidden_states.new_empty(0).requires_grad_())
+        return forward(hidden_states, *args, **kwargs)
+
+    return with_gradient
+
+
+class _Dropped(torch.autograd.Function):
+    """The first input as one that has a gradient, which goes nowhere."""
+
+    @staticmethod
+    def forward(ctx: object, x: torch.Tensor, anchor: torch.Tensor) -> torch.Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: object, gradient: torch.Tensor) -> tuple[None, None]:
+        return None, None

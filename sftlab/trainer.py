@@ -39,6 +39,10 @@ from sftlab.tokens import refuse_other_encoding, training_rows
 _EXTRAS = ("loss_positions", "targets", "loss_rows", "real_tokens", "real_rows")
 
 
+class _SeenError(Exception):
+    """Ends a forward that has shown what it was for."""
+
+
 class LabTrainer(SFTTrainer):
     """SFTTrainer that takes the fast path, feeds a `Meter`, and stops where what runs is not what was asked for.
 
@@ -101,11 +105,16 @@ class LabTrainer(SFTTrainer):
         return self.accelerator.autocast() if self.replicated else super().autocast_smart_context_manager()
 
     def _observe(self, model: nn.Module, inputs: dict[str, Any]) -> None:
-        """See in one uncompiled forward in which dtype a frozen linear computes. Leaves the random state alone."""
+        """See in an uncompiled forward, as far as need be, in which dtype a frozen linear computes.
+
+        Leaves the random state alone.
+        """
         linear = frozen_linear(model)
 
         def note(module: nn.Module, inputs: Any, output: torch.Tensor) -> None:
             self.observed = {"linear": type(module).__name__, "output_dtype": str(output.dtype).removeprefix("torch.")}
+            if not self.is_fsdp_enabled:  # which wants every forward to end
+                raise _SeenError
 
         hook = linear.register_forward_hook(note)
         devices = [self.args.device] if self.args.device.type == "cuda" else []
@@ -113,6 +122,8 @@ class LabTrainer(SFTTrainer):
             as_it_trains, eager = self.compute_loss_context_manager(), torch.compiler.set_stance("force_eager")
             with torch.random.fork_rng(devices), torch.no_grad(), as_it_trains, eager:
                 self._token_losses(model.train(), self._prepare_inputs(inputs))
+        except _SeenError:
+            pass
         finally:
             hook.remove()
         verify_precision(self)
