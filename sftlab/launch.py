@@ -4,12 +4,16 @@
 """
 
 import os
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
 PRECISIONS = {"no": "fp32", "fp16": "fp16", "bf16": "bf16", "fp8": "fp8"}
 COMPUTE_DTYPE = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16", "fp8": "bfloat16"}
 FP8_CAPABILITY = (8, 9)
 BF16_CAPABILITY = (8, 0)
+# Names of the variables that hold a launch config begin with these.
+_EXPORTED = ("ACCELERATE_", "FSDP_", "CUDA_VISIBLE_DEVICES")
 _RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "ROLE_RANK")
 
 
@@ -29,9 +33,8 @@ class Launch:
     settings: dict[str, str]
 
     @classmethod
-    def from_environment(cls) -> "Launch":
+    def from_environment(cls, env: Mapping[str, str] = os.environ) -> "Launch":
         """Read the launch config that `accelerate launch` exported. Without a launcher: one process."""
-        env = os.environ
         world_size = int(env.get("WORLD_SIZE", 1))
         fsdp = env.get("ACCELERATE_USE_FSDP") == "true"
         precision = env.get("ACCELERATE_MIXED_PRECISION")
@@ -47,6 +50,25 @@ class Launch:
     def facts(self) -> dict:
         """The launch config for run.json."""
         return asdict(self)
+
+
+def exported(config_file: str | os.PathLike, flags: Mapping[str, object] | None = None) -> dict[str, str]:
+    """The variables that `accelerate launch --config_file FILE --flag value ...` would export, without launching.
+
+    accelerate's own reading of its config. Raises ValueError for a file that is missing.
+    """
+    from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+    from accelerate.utils.launch import prepare_multi_gpu_env
+
+    if not Path(config_file).is_file():
+        raise ValueError(f"launch config {config_file} not found: accelerate_configs/ has those that there are")
+    words = [word for name, value in (flags or {}).items() for word in (f"--{name}", str(value))]
+    arguments = launch_command_parser().parse_args(["--config_file", str(config_file), *words, "sft.py"])
+    arguments, *_ = _validate_launch_command(arguments)
+    env = prepare_multi_gpu_env(arguments)
+    kept = {k: v for k, v in env.items() if k.startswith(_EXPORTED)}
+    processes = arguments.num_processes
+    return kept | {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes // (arguments.num_machines or 1))}
 
 
 def settle_single_process(launch: Launch) -> None:
