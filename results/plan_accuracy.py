@@ -15,7 +15,6 @@ with a tiny shape.
 
 import argparse
 import csv
-import hashlib
 import json
 import os
 import signal
@@ -23,169 +22,28 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
+from transformers import LlamaConfig
+
+from sftlab.config import parse_recipe
 from sftlab.evidence import outcome
-from sftlab.launch import exported
+from sftlab.forecast import Rows, foresee, of_lengths
+from sftlab.gpus import GPUS, MEASURED_ON
+from sftlab.launch import exported, launched
+from sftlab.matrix import CELLS, SHAPES, Cell
+from sftlab.planner import FRAGMENTATION, memory
 from sftlab.run import provenance, read_run
-from sftlab.shapes import make_random_files, random_files
+from sftlab.shapes import SHAPES as SHAPES_OF
+from sftlab.shapes import make_random_files, random_lengths
+from sftlab.table import write_csv
 
 ROOT = Path(__file__).parent.parent
-SHAPES = {"1b": "llama3.2-1b", "7b": "llama2-7b"}
-ATTENTION = ["q_proj", "v_proj", "o_proj"]
-TARGETS = {"attn": ATTENTION, "all": [*ATTENTION, "k_proj", "gate_proj", "up_proj", "down_proj"]}
-STEPS = 12
-ROWS = {"full": 400, "mixed": 3000}
 # Seconds without a new cell after which a process has hung.
 PATIENCE = 240
-QLORA = {
-    "load_in_4bit": "true", "use_bnb_nested_quant": "true", "bnb_4bit_quant_type": "nf4",
-    "bnb_4bit_quant_storage": "bfloat16",
-}  # fmt: skip
-
-
-class Cell(NamedTuple):
-    """One training: micro-batches of `rows` rows of `length` tokens."""
-
-    name: str
-    shape: str
-    targets: str
-    precision: str
-    length: int
-    rows: int
-    strategy: str
-    checkpointing: bool = False
-    compiled: bool = False
-    mixed: bool = False
-    rank: int = 16
-    accumulation: int = 1
-    within_gb: int = 0
-
-    @property
-    def gpus(self) -> int:
-        """GPUs that it takes."""
-        return 1 if self.strategy == "single" else 2
-
-    @property
-    def held_out(self) -> bool:
-        """Whether it is kept out of the fitting: two in five, by a hash of its name."""
-        return int(hashlib.sha256(self.name.encode()).hexdigest(), 16) % 5 < 2
-
-    def launch(self) -> tuple[str, dict[str, Any]]:
-        """The launch config and accelerate's flags."""
-        precision = {"fp32": "no", "nf4": "bf16"}.get(self.precision, self.precision)
-        file = {"single": "fp8" if self.precision == "fp8" else "single"}.get(self.strategy, self.strategy)
-        if self.precision == "fp8" and self.strategy == "ddp":
-            file = "fp8"
-        return f"accelerate_configs/{file}.yaml", {"num_processes": self.gpus, "mixed_precision": precision}
-
-    def fields(self) -> dict[str, Any]:
-        """The recipe's fields."""
-        model, data = files(self)
-        fields = {
-            "model_name_or_path": model, "dataset_name": data, "dataset_fraction": 1, "max_length": self.length,
-            "output_dir": f"runs/plan-{self.name.replace(' ', '_')}", "lora_r": self.rank, "lora_alpha": 2 * self.rank,
-            "lora_dropout": 0, "per_device_train_batch_size": self.rows,
-            "global_batch_size": self.rows * self.accumulation * self.gpus, "max_steps": STEPS,
-            "gradient_checkpointing": self.checkpointing, "compile_layers": self.compiled, "eval_strategy": "no",
-            "save_strategy": "no", "overwrite": True, "disable_tqdm": True, "warmup_steps": 2, "logging_steps": 4,
-        }  # fmt: skip
-        if self.precision == "nf4":
-            fields |= QLORA | {"optim": "adamw_torch_fused" if self.strategy == "fsdp" else "paged_adamw_32bit"}
-        return fields
-
-    def argv(self) -> list[str]:
-        """Arguments of recipes/sft.py."""
-        words = [f"--{k}={str(v).lower() if isinstance(v, bool) else v}" for k, v in self.fields().items()]
-        words += ["--lora_target_modules", *TARGETS[self.targets], "--split_fractions", "0.99", "0", "0.01"]
-        return ["--config", "recipes/llama3.2-1b/attn_r16.yaml", *words]
-
-
-# shape, targets, precision, length x rows, strategy, and what else is not as usual
-MATRIX = """
-1b attn bf16 512x16 single
-1b attn bf16 512x16 single compiled
-1b attn bf16 512x16 single checkpointed
-1b attn bf16 512x16 single checkpointed compiled
-1b all bf16 512x32 single compiled
-1b all bf16 1024x8 single
-1b attn fp32 512x8 single
-1b all fp32 1024x8 single compiled
-1b attn fp16 512x32 single
-1b all fp16 2048x4 single compiled
-1b attn fp8 512x32 single compiled
-1b attn fp8 1024x8 single
-1b all nf4 512x16 single checkpointed
-1b attn nf4 1024x8 single compiled
-7b attn bf16 512x8 single compiled
-7b all bf16 1024x4 single
-7b all nf4 1024x4 single checkpointed compiled
-7b all fp8 512x8 single compiled
-7b attn fp32 512x4 single
-7b all nf4 512x8 single
-1b all bf16 2048x4 single checkpointed
-1b attn bf16 4096x4 single compiled
-1b all bf16 4096x4 single
-1b attn bf16 512x64 single compiled mixed
-1b all bf16 1024x16 single compiled r64
-1b attn fp32 2048x2 single checkpointed
-1b all fp32 4096x1 single checkpointed
-1b all fp16 4096x2 single checkpointed
-1b all fp8 2048x4 single checkpointed compiled
-1b all fp8 4096x2 single
-7b all bf16 2048x4 single checkpointed
-7b attn bf16 4096x1 single
-7b all fp16 512x8 single compiled
-7b all fp32 1024x2 single checkpointed
-7b attn fp8 2048x2 single
-7b attn nf4 4096x1 single checkpointed
-7b attn nf4 2048x2 single compiled
-1b attn bf16 512x8 single compiled accumulated
-1b all bf16 4096x8 single within40
-7b all bf16 1024x8 single within40
-7b all bf16 4096x4 single within80
-7b all nf4 4096x8 single compiled
-1b attn bf16 512x16 ddp compiled
-1b attn bf16 512x16 fsdp compiled
-1b all bf16 1024x8 ddp
-1b all bf16 1024x8 fsdp
-7b attn bf16 1024x4 ddp compiled
-7b all bf16 512x8 fsdp compiled
-1b attn fp32 512x8 ddp
-1b all fp32 512x8 fsdp
-1b all fp16 2048x4 ddp checkpointed
-1b attn fp16 2048x4 fsdp
-1b attn fp8 512x32 ddp compiled
-1b all nf4 1024x8 ddp checkpointed
-1b all nf4 1024x8 fsdp checkpointed
-7b all nf4 512x8 ddp checkpointed compiled
-7b all bf16 4096x1 fsdp checkpointed
-7b attn bf16 2048x2 fsdp
-7b all nf4 1024x4 fsdp checkpointed
-1b attn fp8 512x32 fsdp
-"""
-
-
-def parse(line: str) -> Cell:
-    """A line of MATRIX."""
-    shape, targets, precision, size, strategy, *rest = line.split()
-    length, rows = map(int, size.split("x"))
-    special: dict[str, Any] = {"checkpointing": "checkpointed" in rest, "compiled": "compiled" in rest}
-    special |= {"mixed": "mixed" in rest, "accumulation": 4 if "accumulated" in rest else 1}
-    special["rank"] = next((int(word[1:]) for word in rest if word[1:].isdigit()), 16)
-    special["within_gb"] = next((int(word[6:]) for word in rest if word.startswith("within")), 0)
-    return Cell(line, shape, targets, precision, length, rows, strategy, **special)
-
-
-CELLS = [parse(line) for line in MATRIX.strip().splitlines()]
-
-
-def files(cell: Cell) -> tuple[str, str]:
-    """The model and the rows of a cell, from the project's folder."""
-    found = random_files(SHAPES[cell.shape], cell.length, 16 if cell.mixed else cell.length)
-    return tuple(str(path.relative_to(ROOT)) for path in found)
 
 
 def main() -> None:
@@ -200,6 +58,7 @@ def main() -> None:
         "--skip", nargs="+", default=[], metavar="WORD", help="not the cells whose name has such a word"
     )
     parser.add_argument("--out", type=Path, default=ROOT / "results" / "plan_accuracy_measured.csv")
+    parser.add_argument("--measured", type=Path, nargs="+", help="rows of --measure for the table (default: its own)")
     parser.add_argument("--rehearse", action="store_true", help="on a CPU, with a tiny shape")
     arguments = parser.parse_args()
     chosen = [cell for cell in CELLS if set(arguments.only) <= set(words(cell)) - set(arguments.skip)]
@@ -209,7 +68,80 @@ def main() -> None:
     if arguments.measure:
         part, parts = map(int, arguments.part.split("/"))
         chosen = [cell for cell in chosen if cell.gpus == arguments.gpus][part - 1 :: parts]
-        measure(chosen, arguments.out, arguments.gpus, arguments.rehearse)
+        return measure(chosen, arguments.out, arguments.gpus, arguments.rehearse)
+    table = ROOT / "results" / "plan_accuracy.csv"
+    measured = {line["cell"]: line for path in arguments.measured or [table] for line in read(path)}
+    lines = [predicted(cell, measured[cell.name]) for cell in chosen if cell.name in measured]
+    write_csv(table, [*lines, *published()])
+    print(summary(lines))
+    return None
+
+
+def predicted(cell: Cell, line: Mapping[str, str]) -> dict[str, Any]:
+    """A measured row, and beside it what the planner of today says of the cell."""
+    file, flags = cell.launch()
+    shape, gpu = SHAPES[cell.shape], GPUS[MEASURED_ON]
+    rows = of_lengths(random_lengths(3000, *cell.files()[1:]), None, "the cell's")
+    with launched(exported(ROOT / file, flags)) as launch:
+        recipe = parse_recipe(cell.argv(), launch)
+        forecast = foresee(recipe, LlamaConfig(**SHAPES_OF[shape]), launch, gpu, rows)
+    peak, speed = forecast.memory.allocated / 2**30, forecast.tokens_per_s
+    limit = cell.within_gb or gpu.memory_gb
+    facts = {"predicted_peak_gb": round(peak, 3), "predicted_tokens_per_s": round(speed), "limit_gb": limit}
+    ran_out = line["status"] == "out of memory"
+    facts["predicted_fits"] = "yes" if peak * (1 + FRAGMENTATION) <= limit else "no"
+    facts["fits"] = "no" if ran_out else "yes" if line["status"] == "succeeded" else ""
+    for name, ours, theirs in (
+        ("memory", peak, line["peak_allocated_gb"]), ("speed", speed, line["tokens_per_s"]),
+    ):  # fmt: skip
+        facts[f"{name}_error"] = round(ours / float(theirs) - 1, 4) if theirs else ""
+    made = {name for name in line if name.startswith("predicted")} | {"held_out", "memory_error", "speed_error"}
+    kept = {name: value for name, value in line.items() if name not in made | set(facts) | {"cell"}}
+    return {"cell": cell.name, "held_out": "yes" if cell.held_out else "no", **facts, **kept}
+
+
+def published() -> list[dict[str, Any]]:
+    """The peaks of the published 1B study (H100, GB of 10**9 bytes), and what the planner says, told its settings.
+
+    Rows padded to 512, float32 weights, LoRA r=16 on q, v and o, and a loss with label smoothing over whole
+    logits: itself, log-probabilities and three gradients in float32.
+    """
+    lines = []
+    for file, rows, peak in (("fp32", 20, 57.6588), ("fp16", 20, 45.6404), ("fp16", 24, 55.5422)):
+        fields = [
+            "--dtype=float32",
+            "--packing=false",
+            "--compile_layers=false",
+            f"--per_device_train_batch_size={rows}",
+        ]
+        argv = ["--config", "recipes/llama3.2-1b/attn_r16.yaml", *fields, "--global_batch_size=0", "--lora_dropout=0"]
+        with launched(exported(ROOT / f"accelerate_configs/{file}.yaml", {})) as launch:
+            recipe, lengths = parse_recipe(argv, launch), Rows(None, 512, 0, 512, "padded")
+            config = LlamaConfig(**SHAPES_OF["llama3.2-1b"])
+            step = foresee(recipe, config, launch, GPUS["h100-80"], lengths).step
+        ours = memory(replace(step, whole_logits=5.0)).allocated / 1e9
+        lines.append(
+            {"cell": f"published {file}, batch {rows}", "held_out": "published", "predicted_peak_gb": round(ours, 1)}
+        )
+        lines[-1] |= {"peak_allocated_gb": peak, "memory_error": round(ours / peak - 1, 4)}
+    return lines
+
+
+def summary(lines: Sequence[Mapping[str, Any]]) -> str:
+    """Cells near enough, fitted and held out apart, and the worst."""
+    said = []
+    for name, limit in (("memory", 0.05), ("speed", 0.15)):
+        for held_out in ("no", "yes"):
+            errors = {x["cell"]: x[f"{name}_error"] for x in lines if x["held_out"] == held_out}
+            errors = {cell: error for cell, error in errors.items() if error != ""}
+            near = sum(abs(error) <= limit for error in errors.values())
+            said.append(
+                f"{name}, {'held out' if held_out == 'yes' else 'fitted'}: {near} of {len(errors)} within {limit:.0%}"
+            )
+            worst = sorted(errors.items(), key=lambda item: -abs(item[1]))
+            said += [f"    {error:+.1%}  {cell}" for cell, error in worst if abs(error) > limit]
+    wrong = [x["cell"] for x in lines if x["fits"] == "no" and x["predicted_fits"] == "yes"]
+    return "\n".join([*said, f"said to fit, but ran out of memory: {', '.join(wrong) or 'none'}"])
 
 
 def words(cell: Cell) -> list[str]:
@@ -222,9 +154,8 @@ def measure(cells: Sequence[Cell], out: Path, gpus: int, rehearse: bool) -> None
     if rehearse:
         SHAPES.update(dict.fromkeys(SHAPES, "tiny"))
     for cell in cells:
-        make_random_files(
-            SHAPES[cell.shape], cell.length, *((ROWS["mixed"], 16) if cell.mixed else (ROWS["full"], cell.length))
-        )
+        shape, longest, shortest = cell.files()
+        make_random_files(shape, longest, 3000 if cell.mixed else 400, shortest)
     about = provenance()
     while left := [cell for cell in cells if cell.name not in {line["cell"] for line in read(out)}]:
         with tempfile.TemporaryDirectory() as folder:

@@ -4,7 +4,8 @@
 """
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -65,10 +66,32 @@ def exported(config_file: str | os.PathLike, flags: Mapping[str, object] | None 
     words = [word for name, value in (flags or {}).items() for word in (f"--{name}", str(value))]
     arguments = launch_command_parser().parse_args(["--config_file", str(config_file), *words, "sft.py"])
     arguments, *_ = _validate_launch_command(arguments)
-    env = prepare_multi_gpu_env(arguments)
+    with _environment({}):
+        env = prepare_multi_gpu_env(arguments)
     kept = {k: v for k, v in env.items() if k.startswith(_EXPORTED)}
     processes = arguments.num_processes
     return kept | {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes // (arguments.num_machines or 1))}
+
+
+@contextmanager
+def launched(variables: Mapping[str, str]) -> Iterator[Launch]:
+    """The launch config of `exported`'s variables as a recipe under it would see it; nothing is launched."""
+    with _environment({k: v for k, v in variables.items() if k.startswith(_EXPORTED)}):
+        yield Launch.from_environment(variables)
+
+
+@contextmanager
+def _environment(variables: Mapping[str, str]) -> Iterator[None]:
+    """os.environ with `variables` in the place of any launch config of its own."""
+    before = dict(os.environ)
+    for name in [name for name in before if name.startswith(_EXPORTED)]:
+        del os.environ[name]
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
 
 
 def settle_single_process(launch: Launch) -> None:
@@ -110,13 +133,17 @@ def check_devices(launch: Launch) -> None:
             f"the launch config starts {launch.local_world_size} processes on this machine, which shows {gpus} "
             f"GPU{'s' if gpus > 1 else ''}: pass --num_processes {gpus}"
         )
-    capability = torch.cuda.get_device_capability(0)
-    needed = {"fp8": FP8_CAPABILITY, "bf16": BF16_CAPABILITY}.get(launch.precision or "", (0, 0))
+    check_precision(launch.precision, torch.cuda.get_device_capability(0), torch.cuda.get_device_name(0))
+
+
+def check_precision(precision: str | None, capability: tuple[int, int], name: str) -> None:
+    """Raise ValueError where a GPU of this compute capability does not have the precision."""
+    needed = {"fp8": FP8_CAPABILITY, "bf16": BF16_CAPABILITY}.get(precision or "", (0, 0))
     if capability < needed:
-        name = torch.cuda.get_device_name(0)
+        instead = "fp16" if capability < BF16_CAPABILITY else "bf16 or fp16"
         raise ValueError(
-            f"{launch.precision} needs compute capability {needed[0]}.{needed[1]} or newer; {name} has "
-            f"{capability[0]}.{capability[1]}: use {'bf16 or fp16' if launch.precision == 'fp8' else 'fp16'}"
+            f"{precision} needs compute capability {needed[0]}.{needed[1]} or newer; {name} has "
+            f"{capability[0]}.{capability[1]}: use {instead}"
         )
 
 

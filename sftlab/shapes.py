@@ -97,6 +97,14 @@ def word_tokenizer(size: int) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>", eos_token="<eos>", pad_token="<pad>")
 
 
+def random_lengths(
+    count: int, longest: int, shortest: int = 16, generator: np.random.Generator | None = None
+) -> np.ndarray:
+    """Tokens of the rows that `write_rows` writes: lognormal(5.75, 0.7), cut to `shortest`..`longest`."""
+    generator = generator or np.random.default_rng(0)
+    return np.clip(generator.lognormal(5.75, 0.7, count).astype(int), shortest, longest)
+
+
 def write_rows(
     path: Path, tokenizer: PreTrainedTokenizerBase, count: int, longest: int, shortest: int = 16, seed: int = 0
 ) -> None:
@@ -106,7 +114,7 @@ def write_rows(
     """
     set_template(tokenizer)
     generator = np.random.default_rng(seed)
-    lengths = np.clip(generator.lognormal(5.75, 0.7, count).astype(int), shortest, longest)
+    lengths = random_lengths(count, longest, shortest, generator)
     texts = {tokenizer.decode([i]).strip() for i in range(256, min(30_000, len(tokenizer)))}
     texts = [text for text in sorted(texts) if re.fullmatch("[a-z]+[0-9]*", text) and len(text) > 2]
     words = [text for text in texts if len(tokenizer.encode(f" {text}", add_special_tokens=False)) == 1]

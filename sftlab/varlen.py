@@ -22,9 +22,7 @@ def register() -> None:
 
 
 def why_not(config: PreTrainedConfig, model_class: type | None) -> str | None:
-    """Why rows of this model cannot be packed here; None where they can."""
-    if why := no_triton():
-        return why
+    """Why rows of this model cannot be packed; None where they can, on a device with Triton's kernels."""
     config = config.get_text_config()
     size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     if size not in HEAD_SIZES:
