@@ -9,8 +9,8 @@ Random-initialised Llama-3.2-1B and Llama-2-7B, recipes/sft.py itself, 12 steps 
 so that a micro-batch has rows x length tokens (`mixed`: lognormal lengths up to it). Many cells share a process
 (results/plan_worker.py). What X.csv has is not measured again; a cell that ran out of memory is a result. `--part i/n`
 takes every n-th cell, for n GPUs at once (CUDA_VISIBLE_DEVICES). `within40`: the allocator is given 40 GB, as on a
-smaller GPU. Two cells in five are held out of the fitting, by a hash of their names. `--rehearse`: the same on a CPU
-with a tiny shape.
+smaller GPU. sftlab/matrix.py says which cells are held out of the fitting. `--rehearse`: the same on a CPU with a tiny
+shape.
 """
 
 import argparse

@@ -12,6 +12,8 @@ from sftlab.planner import Step, kept
 
 # Of the published matrix rate: what a large product reaches, and of that what a decoder's products do on average.
 MATRIX = 0.80 * 0.85
+# Of float32's rate, the attention kernels, whose products have no tensor cores, by head size; large heads spill.
+ATTENTION_FP32 = {64: 0.11, 128: 0.0045}
 # float32 products of the same sizes
 MATRIX_FP32 = 0.76 * 0.85
 # Attention's share of the matrix rate on rows of a few hundred tokens; it grows with their length up to the second.
@@ -24,10 +26,14 @@ TRAFFIC_FP8 = 7.0
 TRAFFIC_LORA = 4
 # Times that dequantising takes over reading 4 and writing 16 bits a weight.
 DEQUANTISING = 2.4
-# Seconds of the host for a decoder layer, forward and backward, and for each module with LoRA in it.
-HOST_COMPILED, HOST_EAGER = (1.6e-3, 0.25e-3), (2.4e-3, 0.7e-3)
-# Times as long where a layer's forward is repeated, where weights are in 4 bits, under FSDP, in eager float8.
-HOST_AGAIN, HOST_QUANTIZED, HOST_FSDP, HOST_EAGER_FP8 = 1.4, 1.8, 1.6, 1.5
+# Seconds of the host for a decoder layer, forward and backward, and for each module with LoRA in it; and what a layer
+# takes besides: float8 (eager, compiled), 4-bit weights, FSDP2's hooks.
+HOST_COMPILED, HOST_EAGER = (2.4e-3, 0.3e-3), (4.0e-3, 0.65e-3)
+HOST_FP8, HOST_QUANTIZED, HOST_FSDP = (6.2e-3, 3.0e-3), 5.5e-3, 5.0e-3
+# Times as long with checkpointing: the forward again, through hooks that pack and unpack every tensor.
+HOST_CHECKPOINTED, HOST_AGAIN = 2.3, 1.5
+# Seconds of a step in which the GPU waits until float16's loss scale is known to have overflowed or not.
+HOST_SCALER = 0.010
 # Seconds of the host for a step beside its layers: batches, loss, optimizer, logs.
 HOST_STEP = 0.012
 # Of a link's published rate, what a collective reaches.
@@ -35,7 +41,7 @@ LINK = 0.7
 
 
 class Pace(NamedTuple):
-    """Seconds of one micro-batch: the GPU's by part, the host's, and what counts."""
+    """Seconds of one micro-batch: the GPU's by part, the host's, and those in which one waits for the other."""
 
     matrices: float
     attention: float
@@ -44,6 +50,7 @@ class Pace(NamedTuple):
     dequantising: float
     communication: float
     host: float
+    waiting: float
 
     @property
     def gpu(self) -> float:
@@ -53,7 +60,7 @@ class Pace(NamedTuple):
     @property
     def seconds(self) -> float:
         """The GPU's or the host's time, whichever is longer; where they are near each other, neither hides wholly."""
-        return (self.gpu**4 + self.host**4) ** 0.25
+        return (self.gpu**4 + self.host**4) ** 0.25 + self.waiting
 
     @property
     def bound(self) -> str:
@@ -73,8 +80,10 @@ def pace(step: Step, gpu: GPU) -> Pace:
     matrices = tokens * passes * again * layer_weights / (rate * reached) + tokens * 4.0 * w.head / (half * reached)
     attended = 3.5 * again * 2 * tokens * step.row_length * s.heads * s.head_size * s.layers
     share = min(ATTENTION[1], ATTENTION[0] * max(1.0, step.row_length / 512) ** 0.5)
+    if b == 4 and step.packed:
+        share = ATTENTION_FP32[64 if s.head_size <= 64 else 128]
     traffic = TRAFFIC_COMPILED if step.compiled else TRAFFIC_EAGER_FP32 if b == 4 else TRAFFIC_EAGER
-    moved = tokens * kept(step) * s.layers * traffic * (1.2 if step.checkpointing else 1.0)
+    moved = tokens * kept(step) * s.layers * traffic * (1.35 if step.checkpointing else 1.0)
     ends = widths(step)
     if step.precision == "fp8":
         moved += TRAFFIC_FP8 * tokens * s.layers * sum(a + z for a, z in ends.values())
@@ -93,21 +102,19 @@ def pace(step: Step, gpu: GPU) -> Pace:
         unpacked / bandwidth,
         sent / (gpu.link_gbs * 1e9 * LINK),
         host(step),
+        HOST_SCALER * (step.precision == "fp16"),
     )
 
 
 def host(step: Step) -> float:
     """Seconds that launching the kernels of a micro-batch takes on the host beside an H200."""
     layer, lora = HOST_COMPILED if step.compiled else HOST_EAGER
-    seconds = step.shape.layers * (layer + lora * len(step.targets))
-    for applies, times in (
-        (step.checkpointing, HOST_AGAIN),
-        (step.quantized, HOST_QUANTIZED),
-        (step.strategy == "fsdp", HOST_FSDP),
-        (step.precision == "fp8" and not step.compiled, HOST_EAGER_FP8),
-    ):
-        seconds *= times if applies else 1.0
-    return seconds + HOST_STEP
+    own = layer + lora * len(step.targets)
+    besides = HOST_FP8[step.compiled] * (step.precision == "fp8")
+    besides += HOST_QUANTIZED * step.quantized + HOST_FSDP * (step.strategy == "fsdp")
+    if step.checkpointing:
+        own, besides = own * HOST_CHECKPOINTED, besides * HOST_AGAIN
+    return step.shape.layers * (own + besides) + HOST_STEP
 
 
 def widths(step: Step) -> dict[str, tuple[int, int]]:
