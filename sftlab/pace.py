@@ -29,7 +29,7 @@ DEQUANTISING = 2.4
 # Seconds of the host for a decoder layer, forward and backward, and for each module with LoRA in it; and what a layer
 # takes besides: float8 (eager, compiled), 4-bit weights, FSDP2's hooks.
 HOST_COMPILED, HOST_EAGER = (2.4e-3, 0.3e-3), (4.0e-3, 0.65e-3)
-HOST_FP8, HOST_QUANTIZED, HOST_FSDP = (6.2e-3, 3.0e-3), 5.5e-3, 5.0e-3
+HOST_FP8, HOST_QUANTIZED, HOST_FSDP = (6.2e-3, 2.0e-3), 5.5e-3, 5.0e-3
 # Times as long with checkpointing: the forward again, through hooks that pack and unpack every tensor.
 HOST_CHECKPOINTED, HOST_AGAIN = 2.3, 1.5
 # Seconds of a step in which the GPU waits until float16's loss scale is known to have overflowed or not.
@@ -60,7 +60,7 @@ class Pace(NamedTuple):
     @property
     def seconds(self) -> float:
         """The GPU's or the host's time, whichever is longer; where they are near each other, neither hides wholly."""
-        return (self.gpu**4 + self.host**4) ** 0.25 + self.waiting
+        return (self.gpu**8 + self.host**8) ** 0.125 + self.waiting
 
     @property
     def bound(self) -> str:

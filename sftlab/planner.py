@@ -1,27 +1,23 @@
 """Peak memory of a training step, worked out from shapes and dtypes before any weights are loaded.
 
-Weights, gradients and optimizer state are counted exactly, on the meta device. Activations are the tensors that
-autograd keeps of a decoder layer of Llama's kind, as eager mode or inductor's partitioner chooses them (counted in both
-by the tests). Two moments can be the peak: the loss, which holds a chunk of logits beside all activations, and the
-backward of the last layer, which holds what it works on. Sizes are bytes, those of one rank.
+Activations are the tensors that autograd keeps of a decoder layer of Llama's kind, as eager mode or inductor's
+partitioner chooses them (counted in both by the tests). Two moments can be the peak: the loss, which holds a chunk of
+logits beside all activations, and the backward of the last layer, which holds what it works on. Sizes are bytes, those
+of one rank.
 """
 
-import copy
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-from peft import get_peft_model
-from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedConfig
-from trl import get_peft_config
+from transformers import PreTrainedConfig
 
 from sftlab.config import Recipe
 from sftlab.fastpath import FastPath
 from sftlab.launch import COMPUTE_DTYPE, Launch
 from sftlab.loss import CHUNK
-from sftlab.measure import Flops, flops_per_token
 from sftlab.packing import TOKENS_MULTIPLE
+from sftlab.weights import Weights, weigh
 
 # Tensors as wide as the MLP that live at once in a layer's forward or backward beyond what is kept: (MLP's output
 # projection not trained, trained). Counted on a CPU with the profiler's record of allocations.
@@ -35,11 +31,11 @@ WORK_EAGER_AGAIN = (3.0, 2.75)
 WORK_EAGER_FP8 = (5.0, 5.0)
 # Layers whose weights FSDP2 holds whole at once: the one that works, the next one's, and the buffer it arrives in.
 FSDP_LAYERS_IN_FLIGHT = 3
-# cuBLAS's workspaces on Hopper, and what is too small to be counted.
-WORKSPACE = 64 * 2**20
-# What an allocator that is short of memory cannot use, as a share of what is allocated.
+# cuBLAS's workspace, and what is too small to be counted.
+WORKSPACE = 8 * 2**20
+# What an allocator that is short of memory cannot use, as a share of what is allocated (an estimate).
 FRAGMENTATION = 0.04
-# CUDA's context and NCCL's buffers, which the allocator does not see (nvidia-smi against torch.cuda.mem_get_info).
+# CUDA's context and NCCL's buffers, which the allocator does not see (an estimate).
 CONTEXT = 0.6 * 2**30
 
 
@@ -68,26 +64,6 @@ class Shape(NamedTuple):
         return cls(hidden, mlp, layers, heads, getattr(config, "num_key_value_heads", None) or heads, size, words)
 
 
-class Weights(NamedTuple):
-    """What a rank holds before any sharding, in bytes: the base model, adapter, gradients and optimizer state.
-
-    `layer` and `tail` are what FSDP2 gathers as one: a decoder layer, and the head with the last norm. Elements of
-    matrices: `trained` and `frozen` of the model, `linears` of one layer without its adapter, `head`.
-    """
-
-    base: int
-    adapter: int
-    gradients: int
-    optimizer_state: int
-    layer: int
-    tail: int
-    trained: int
-    frozen: int
-    linears: int
-    head: int
-    flops: Flops
-
-
 @dataclass(frozen=True)
 class Step:
     """What a micro-batch is made of, as far as memory and time depend on it."""
@@ -107,6 +83,7 @@ class Step:
     compiled: bool = True
     packed: bool = True
     dropout: bool = False
+    reshard: bool = True
     whole_logits: float = 0.0  # float32 copies of all logits at once, where the loss is not taken in chunks
 
     @property
@@ -186,11 +163,9 @@ def memory(step: Step) -> Memory:
         logits = int(tokens * s.words * 4 * step.whole_logits)
     else:
         logits = b * (min(tokens, CHUNK) * s.words + 2 * tokens * s.hidden)
-    sharded = step.strategy == "fsdp"
-    in_flight = FSDP_LAYERS_IN_FLIGHT * w.layer if sharded else w.gradients if step.strategy == "ddp" else 0
-    share = step.processes if sharded else 1
-    at_loss, at_backward = logits + (0 if sharded else in_flight), int(working) + in_flight
-    loss_is_peak = at_loss >= at_backward
+    loss_is_peak = logits + sent(step, "loss") >= working + sent(step, "backward")
+    at = "loss" if loss_is_peak else "backward"
+    share = step.processes if step.strategy == "fsdp" else 1
     activations = int(kept_at_end + casts) + (0 if loss_is_peak else int(working))
     return Memory(
         w.base // share,
@@ -199,10 +174,21 @@ def memory(step: Step) -> Memory:
         w.optimizer_state // share,
         activations,
         logits if loss_is_peak else 0,
-        (w.tail if sharded else 0) + (0 if loss_is_peak and sharded else in_flight),
+        sent(step, at),
         WORKSPACE,
-        "loss" if loss_is_peak else "backward",
+        at,
     )
+
+
+def sent(step: Step, at: str) -> int:
+    """Bytes of other processes' shards (FSDP2), or of the buckets that gradients are averaged in (DDP)."""
+    w = step.weights
+    if step.strategy == "ddp":
+        return w.gradients
+    if step.strategy == "single":
+        return 0
+    in_flight = step.shape.layers if not step.reshard else 0 if at == "loss" else FSDP_LAYERS_IN_FLIGHT
+    return w.tail + in_flight * w.layer
 
 
 def width(step: Step) -> float:
@@ -216,81 +202,6 @@ def width(step: Step) -> float:
     else:
         found = WORK_EAGER
     return found["down_proj" in step.targets]
-
-
-def weigh(recipe: Recipe, config: PreTrainedConfig, launch: Launch) -> Weights:
-    """Count the weights of a recipe's model, its adapter, gradients and optimizer state on the meta device."""
-    trust, config = recipe.training.trust_remote_code, copy.deepcopy(config)
-    if hasattr(config, "quantization_config"):  # of a model that was loaded in 4 bits
-        del config.quantization_config
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust, dtype=recipe.model.dtype)
-        base = {id(p) for p in model.parameters()}
-        peft_config = get_peft_config(recipe.model)
-        if peft_config is not None:
-            model = get_peft_model(model, peft_config)
-    quantized, precision = recipe.model.load_in_4bit, recipe.training.mixed_precision
-    linears = {id(m.weight): m for n, m in model.named_modules() if _is_frozen_linear(n, m)}
-    in_float8 = precision == "fp8" and launch.strategy != "fsdp"
-
-    def size(parameter: nn.Parameter) -> int:
-        if id(parameter) in linears and quantized:
-            return packed_bytes(parameter.numel(), recipe.model.use_bnb_nested_quant)
-        return parameter.numel() * (2 if id(parameter) in linears and in_float8 else parameter.element_size())
-
-    adapter = [p for p in model.parameters() if id(p) not in base]
-    trained = [p for p in model.parameters() if p.requires_grad]
-    # peft keeps what it trains in float32; trl has it in bfloat16 over 4-bit weights
-    each = 2 if quantized else trained[0].element_size()
-    layers = next(m for m in model.modules() if isinstance(m, nn.ModuleList))
-    compute = 4 if COMPUTE_DTYPE[launch.precision or "fp32"] == "float32" else 2
-    head = model.get_output_embeddings().weight
-    gathered = sum(size(p) if id(p) in linears else p.numel() * compute for p in layers[0].parameters())
-    matrices = [p for p in model.parameters() if p.ndim > 1]
-    return Weights(
-        base=sum(size(p) for p in model.parameters() if id(p) in base),
-        adapter=each * sum(p.numel() for p in adapter),
-        gradients=each * sum(p.numel() for p in trained),
-        optimizer_state=optimizer_bytes(recipe.training.optim, [p.numel() for p in trained], each),
-        layer=gathered,
-        tail=head.numel() * compute,
-        trained=sum(p.numel() for p in matrices if p.requires_grad),
-        frozen=sum(p.numel() for p in matrices if not p.requires_grad),
-        linears=sum(p.numel() for p in layers[0].parameters() if p.ndim > 1 and id(p) in base),
-        head=head.numel(),
-        flops=flops_per_token(model),
-    )
-
-
-def _is_frozen_linear(name: str, module: nn.Module) -> bool:
-    return isinstance(module, nn.Linear) and "lora_" not in name and "lm_head" not in name
-
-
-def packed_bytes(count: int, nested: bool) -> int:
-    """Bytes of `count` weights in 4 bits (QLoRA, Dettmers et al. 2023): blocks of 64 share a scale.
-
-    `nested`: the scales themselves in 8 bits, 256 sharing one in float32.
-    """
-    scales = -(-count // 64)
-    return count // 2 + (scales + 4 * -(-scales // 256) if nested else 4 * scales)
-
-
-def optimizer_bytes(name: str, sizes: list[int], each: int) -> int:
-    """Bytes of an optimizer's state on the GPU for trained tensors of `sizes` elements of `each` bytes.
-
-    ValueError for an optimizer whose state is not known here.
-    """
-    if name == "sgd":
-        return 0
-    if name in ("adamw_torch", "adamw_torch_fused"):
-        return sum(2 * each * size + 4 for size in sizes)  # two moments, and the step in float32
-    small = [size for size in sizes if size < (100_000 if "paged" in name else 4096 if "8bit" in name else 0)]
-    per = 2 if "8bit" in name else 8
-    if name in ("paged_adamw_32bit", "paged_adamw", "paged_adamw_8bit"):
-        return 8 * sum(small)  # the rest is in memory that the driver pages, outside the allocator
-    if name in ("adamw_bnb_8bit", "adamw_8bit"):
-        return per * (sum(sizes) - sum(small)) + 8 * sum(small)
-    raise ValueError(f"no plan for optim {name}: known are adamw_torch, adamw_torch_fused, sgd and bitsandbytes' AdamW")
 
 
 def step_of(
@@ -317,4 +228,5 @@ def step_of(
         fast.compile_layers,
         fast.packing,
         model.lora_dropout > 0 and model.use_peft,
+        launch.settings.get("FSDP_RESHARD_AFTER_FORWARD", "true") == "true",
     )
