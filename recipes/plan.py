@@ -103,7 +103,8 @@ def described(asked: Asked, recipe: Recipe, forecast: Forecast) -> str:
     """The plan in words and tables."""
     step, rows, memory = forecast.step, forecast.rows, forecast.memory
     largest = memory_rows(forecast)
-    said = "measured on this GPU" if forecast.gpu.name == MEASURED_ON else "extrapolated from an H200's"
+    there = forecast.gpu.name == MEASURED_ON
+    said = "" if there else f"; on {forecast.gpu.name} extrapolated from its published rates"
     known = accuracy()
     lines = [
         f"{step.processes} x {forecast.gpu.name}, {step.precision}, {step.strategy}",
@@ -118,7 +119,7 @@ def described(asked: Asked, recipe: Recipe, forecast: Forecast) -> str:
         "speed",
         aligned(speed_rows(forecast)),
         "",
-        f"how sure: memory {known['memory']}; speed {known['speed']}, its constants {said}",
+        f"how sure (H200): memory {known['memory']}, speed {known['speed']}{said}",
     ]
     return "\n".join(lines)
 
@@ -221,17 +222,16 @@ def compare(asked: Asked) -> str:
 
 
 def accuracy() -> dict[str, str]:
-    """What results/plan_accuracy.csv says of the cells that were kept out of the fitting."""
+    """What results/plan_accuracy.csv says: of the cells that were held out of the fitting, else of the fitted ones."""
     path, found = ROOT / "results" / "plan_accuracy.csv", {}
     lines = list(csv.DictReader(path.open(newline="", encoding="utf-8"))) if path.is_file() else []
     for what, limit in (("memory", 0.05), ("speed", 0.15)):
-        errors = [abs(float(x[f"{what}_error"])) for x in lines if x["held_out"] == "yes" and x[f"{what}_error"]]
-        near = sum(error <= limit for error in errors)
-        found[what] = (
-            f"within {limit:.0%} on {near} of {len(errors)} held-out cells"
-            if errors
-            else "not measured as a matrix yet"
-        )
+        errors = {kind: [abs(float(x[f"{what}_error"])) for x in lines if x["held_out"] == kind and x[f"{what}_error"]]
+                  for kind in ("yes", "no")}  # fmt: skip
+        kind = "held-out" if errors["yes"] else "fitted"
+        counted = errors["yes"] or errors["no"]
+        near = sum(error <= limit for error in counted)
+        found[what] = f"within {limit:.0%} on {near} of {len(counted)} {kind} cells" if counted else "not measured"
     return found
 
 
