@@ -12,6 +12,7 @@ model; rows count as `max_length` tokens then, unless said. `--compare` plans th
 import sftlab.quiet  # noqa: F401, I001  (before the libraries that it quiets)
 
 import argparse
+import contextlib
 import csv
 import sys
 from collections.abc import Mapping, Sequence
@@ -171,15 +172,16 @@ def verdict(asked: Asked, recipe: Recipe, forecast: Forecast) -> str:
     if forecast.fits:
         most_said = f"{most} rows" if most < 2**14 else "more than 16,000 rows"
         return f"fits; the largest micro-batch that does is {most_said}"
+    file, flags = asked.given.config_file, asked.flags()
+    tried = [(" ".join(words), file, flags, words) for words in remedies(recipe, forecast)]
+    several = max(2, forecast.step.processes)
+    if forecast.step.strategy != "fsdp" and (asked.given.gpus is None or asked.given.gpus >= several):
+        sharded, more = "accelerate_configs/fsdp.yaml", flags | {"num_processes": several}
+        tried.append((f"{sharded} --num_processes {several}", sharded, more, fsdp_fields(recipe)))
     found = []
-    for words in remedies(recipe, forecast):
-        found.append((asked.plan(asked.given.config_file, asked.flags(), words)[1], " ".join(words)))
-    if forecast.step.strategy != "fsdp":
-        processes = max(2, forecast.step.processes)
-        if asked.given.gpus is None or asked.given.gpus >= processes:
-            flags = asked.flags() | {"num_processes": processes}
-            plan = asked.plan("accelerate_configs/fsdp.yaml", flags, fsdp_fields(recipe))[1]
-            found.append((plan, f"accelerate_configs/fsdp.yaml --num_processes {processes}"))
+    for said, *change in tried:
+        with contextlib.suppress(ValueError):  # a change that this recipe refuses is no remedy
+            found.append((asked.plan(*change)[1], said))
     helping = sorted((plan.step_seconds * plan.step.processes, words, plan) for plan, words in found if plan.fits)
     short = forecast.memory.needed / GB - forecast.gpu.memory_gb
     lines = [f"does NOT fit: {short:.1f} GB short" + (f"; {most} rows a micro-batch would fit" if most else "")]

@@ -161,7 +161,7 @@ def remedies(recipe: Recipe, forecast: Forecast) -> Iterator[list[str]]:
         yield ["--gradient_checkpointing=true"]
     if forecast.micro_batch > 1 and (rows := dividing(most_rows(forecast), forecast.micro_batch)):
         yield [f"--per_device_train_batch_size={rows}", f"--global_batch_size={recipe.data.global_batch_size}"]
-    if not recipe.model.load_in_4bit and recipe.model.use_peft and forecast.step.precision in ("bf16", "fp16"):
+    if not recipe.model.load_in_4bit and recipe.model.use_peft and forecast.step.precision == "bf16":
         yield ["--load_in_4bit=true", "--use_bnb_nested_quant=true", "--bnb_4bit_quant_storage=bfloat16"]
     if "8bit" not in recipe.training.optim and forecast.step.strategy != "fsdp":
         yield ["--optim=adamw_bnb_8bit"]

@@ -14,7 +14,7 @@ from transformers import PreTrainedConfig
 
 from sftlab.config import Recipe
 from sftlab.fastpath import FastPath
-from sftlab.launch import COMPUTE_DTYPE, Launch
+from sftlab.launch import COMPUTE_DTYPE, PRECISIONS, Launch
 from sftlab.loss import CHUNK
 from sftlab.packing import TOKENS_MULTIPLE
 from sftlab.weights import Weights, weigh
@@ -57,7 +57,7 @@ class Shape(NamedTuple):
         names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
         if any(not isinstance(getattr(config, name, None), int) for name in names):
             raise ValueError(f"{config.model_type} has no single width of its MLP or heads: no plan is made for it")
-        if getattr(config, "num_experts", None) or getattr(config, "num_local_experts", None):
+        if any(getattr(config, name, None) for name in ("num_experts", "num_local_experts", "n_routed_experts")):
             raise ValueError(f"{config.model_type} is a mixture of experts: no plan is made for it")
         hidden, mlp, layers, heads, words = (getattr(config, name) for name in names)
         size = getattr(config, "head_dim", None) or hidden // heads
@@ -215,7 +215,7 @@ def step_of(
     return Step(
         Shape.of(config),
         weigh(recipe, config, launch),
-        launch.precision or "fp32",
+        PRECISIONS[training.mixed_precision],
         frozenset(name.rpartition(".")[2] for name in ([targets] if isinstance(targets, str) else targets)),
         model.lora_r if model.use_peft else 0,
         tokens,

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig
 from trl import get_peft_config
 
 from sftlab.config import Recipe
-from sftlab.launch import COMPUTE_DTYPE, Launch
+from sftlab.launch import COMPUTE_DTYPE, PRECISIONS, Launch
 from sftlab.measure import Flops, flops_per_token
 
 
@@ -58,8 +58,10 @@ def weigh(recipe: Recipe, config: PreTrainedConfig, launch: Launch) -> Weights:
     trained = [p for p in model.parameters() if p.requires_grad]
     # peft keeps what it trains in float32; trl has it in bfloat16 over 4-bit weights
     each = 2 if quantized else trained[0].element_size()
-    layers = next(m for m in model.modules() if isinstance(m, nn.ModuleList))
-    compute = 4 if COMPUTE_DTYPE[launch.precision or "fp32"] == "float32" else 2
+    layers = next((m for m in model.modules() if isinstance(m, nn.ModuleList)), None)
+    if layers is None or model.get_output_embeddings() is None:
+        raise ValueError(f"{type(model).__name__} has no list of decoder layers or no head: no plan is made for it")
+    compute = 4 if COMPUTE_DTYPE[PRECISIONS[precision]] == "float32" else 2
     head = model.get_output_embeddings().weight
     gathered = sum(size(p) if id(p) in linears else p.numel() * compute for p in layers[0].parameters())
     matrices = [p for p in model.parameters() if p.ndim > 1]
