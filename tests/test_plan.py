@@ -3,12 +3,11 @@
 import csv
 import json
 import re
+import resource
 import subprocess
 import sys
-import time
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
 from conftest import ROOT, arguments, load_script
@@ -50,10 +49,11 @@ def refusal(plan, *argv):
 
 
 def test_a_plan_as_a_user_types_it_takes_less_than_ten_seconds_of_work():
-    began = time.monotonic()
+    began = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
     command = [sys.executable, "recipes/plan.py", *SAID, "--config_file", "accelerate_configs/ddp.yaml"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-    assert time.monotonic() - began < 30  # a busy machine
+    # the processor's time: others may be at work on this machine
+    assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - began < 10
     assert "2 x h200, bf16, ddp" in done.stdout
     assert "fits; the largest micro-batch that does is" in done.stdout
 
@@ -77,10 +77,11 @@ def test_the_printed_parts_sum_to_what_is_needed(printed):
 
 
 def test_lengths_of_a_local_file_are_read(base, fields, printed):
-    text = printed(*arguments(fields), "--config_file", "accelerate_configs/single.yaml")
+    epochs = ["--num_train_epochs=2", "--max_steps=-1"]
+    text = printed(*arguments(fields), *epochs, "--config_file", "accelerate_configs/single.yaml")
     count = int(re.search(r"rows: (\d+) of its rows", text)[1])
     assert 120 < count <= 200  # 200 rows, four in five for training
-    assert "steps  " in text
+    assert int(re.search(r"steps +(\d+)", text)[1]) == 2 * (count // 8)
 
 
 def test_a_hub_data_set_asks_for_what_it_cannot_read(plan, base):
@@ -224,8 +225,8 @@ def test_the_committed_table_is_todays_planner():
     with (ROOT / "results" / "plan_accuracy.csv").open(newline="") as file:
         rows = {line["cell"]: line for line in csv.DictReader(file)}
     cells = [cell for cell in CELLS if cell.name in rows]
-    for cell in np.random.default_rng(0).permutation(len(cells))[:6]:
-        made, row = script.predicted(cells[cell], rows[cells[cell].name]), rows[cells[cell].name]
+    for cell in cells[2::3]:
+        made, row = script.predicted(cell, rows[cell.name]), rows[cell.name]
         assert str(made["predicted_peak_gb"]) == row["predicted_peak_gb"], "run python results/plan_accuracy.py"
         assert str(made["predicted_tokens_per_s"]) == row["predicted_tokens_per_s"]
 
