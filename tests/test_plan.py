@@ -225,7 +225,7 @@ def test_the_committed_table_is_todays_planner():
     with (ROOT / "results" / "plan_accuracy.csv").open(newline="") as file:
         rows = {line["cell"]: line for line in csv.DictReader(file)}
     cells = [cell for cell in CELLS if cell.name in rows]
-    for cell in cells[2::3]:
+    for cell in cells[1::3]:
         made, row = script.predicted(cell, rows[cell.name]), rows[cell.name]
         assert str(made["predicted_peak_gb"]) == row["predicted_peak_gb"], "run python results/plan_accuracy.py"
         assert str(made["predicted_tokens_per_s"]) == row["predicted_tokens_per_s"]
