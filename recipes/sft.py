@@ -26,6 +26,7 @@ from transformers import PreTrainedTokenizerBase
 from sftlab.config import Recipe, parse_recipe
 from sftlab.data import Splits, load_splits
 from sftlab.fastpath import FastPath, choose, start_compilers
+from sftlab.forecast import planned_memory
 from sftlab.interrupt import StopOnSignal
 from sftlab.launch import COMPUTE_DTYPE, PRECISIONS, Launch, check_devices, use_all_cpu_cores
 from sftlab.measure import peak_memory, share_of_limit
@@ -120,6 +121,8 @@ def train(
     }
     measured |= {"train_seconds": round(time.perf_counter() - started, 2), "global_step": result.global_step}
     facts: dict = {"ran": ran | {"seed": args.seed}}
+    if run.is_main and torch.cuda.is_available() and not streaming:
+        measured["planned_memory"] = planned_memory(recipe, launch, fast, trainer)
     facts["losses"] = [[e["step"], e["loss"]] for e in trainer.state.log_history if "loss" in e]
     if stop.received:
         reason = f"signal {stop.received} at step {result.global_step} of {trainer.state.max_steps}"
@@ -168,6 +171,7 @@ def print_summary(run: Run, ran: dict, measured: dict, data: dict) -> None:
         "real tokens/s, rows/s": f"{measured['tokens_per_s']}, {measured['rows_per_s']}",
         "share of the limit": f"{share:.1%} of a {measured['limit']}" if share else "not measured: too few steps",
         "peak memory a rank (GB)": memory,
+        **planned_row(measured),
         "first step, training (s)": f"{measured['time_to_first_step_s']}, {measured['train_seconds']}",
         "train loss": f"{measured['train_loss']:.4f}",
         "validation loss": f"{measured['validation_loss']:.4f}" if "validation_loss" in measured else "no split",
@@ -176,6 +180,16 @@ def print_summary(run: Run, ran: dict, measured: dict, data: dict) -> None:
     for name, value in rows.items():
         print(f"  {name:<28}{value}")
     print(f"\nNext: python eval/quality.py --run {Path(run.folder)}")
+
+
+def planned_row(measured: dict) -> dict[str, str]:
+    """Allocated memory of the rank with the most beside what the planner says (GPUs only)."""
+    plan = measured.get("planned_memory", {})
+    if "allocated_gb" not in plan:
+        return {"planned memory": plan["reason"]} if plan else {}
+    peak = max(rank["allocated_gb"] for rank in measured["peak_memory"])
+    off = plan["allocated_gb"] / peak - 1
+    return {"allocated, planned (GB)": f"{peak}, {plan['allocated_gb']} ({off:+.1%})"}
 
 
 if __name__ == "__main__":

@@ -29,13 +29,22 @@ class FastPath:
     reasons: dict[str, str] = field(default_factory=dict)
 
 
-def choose(recipe: Recipe, config: PreTrainedConfig, launch: Launch) -> FastPath:
-    """Decide before any weights are loaded. Raises ValueError for packing that was asked for and cannot be had."""
+def choose(
+    recipe: Recipe, config: PreTrainedConfig, launch: Launch, elsewhere: Callable[[], str | None] | None = None
+) -> FastPath:
+    """Decide before any weights are loaded. Raises ValueError for packing that was asked for and cannot be had.
+
+    `elsewhere` says why another machine than this one has no Triton kernels.
+    """
+    model = model_class(config)
     attention, reasons = recipe.model.attn_implementation, {}
     why = "rows of a stream come without their lengths" if recipe.data.dataset_streaming else None
     if attention not in (None, varlen.NAME):
         why = why or f"attention {attention} would need a dense mask over the packed rows"
-    why = why or varlen.why_not(config, model_class(config))
+    if elsewhere is None:
+        why = why or varlen.why_not(config, model)
+    else:
+        why = why or elsewhere() or varlen.why_not_the_model(config, model)
     if (recipe.training.packing or attention == varlen.NAME) and why:
         raise ValueError(
             f"packing is not possible here: {why}; leave packing and attn_implementation out of the recipe"
@@ -47,7 +56,7 @@ def choose(recipe: Recipe, config: PreTrainedConfig, launch: Launch) -> FastPath
         raise ValueError("attn_implementation varlen is for packed rows: leave packing out of the recipe")
     compiled = recipe.training.compile_layers
     if compiled is None:
-        compiled = varlen.no_triton() is None and not recipe.training.torch_compile
+        compiled = (elsewhere or varlen.no_triton)() is None and not recipe.training.torch_compile
         if compiled and launch.strategy == "fsdp" and (weights := _rounded_weights(recipe)):
             compiled, reasons["compile_layers"] = False, UNTRIED.format(weights)
     return FastPath(packing, compiled, recipe.training.fused_loss, varlen.NAME if packing else attention, reasons)

@@ -4,12 +4,17 @@
 """
 
 import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
 PRECISIONS = {"no": "fp32", "fp16": "fp16", "bf16": "bf16", "fp8": "fp8"}
 COMPUTE_DTYPE = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16", "fp8": "bfloat16"}
 FP8_CAPABILITY = (8, 9)
 BF16_CAPABILITY = (8, 0)
+# Names of the variables that hold a launch config begin with these.
+_EXPORTED = ("ACCELERATE_", "FSDP_", "CUDA_VISIBLE_DEVICES")
 _RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "ROLE_RANK")
 
 
@@ -29,9 +34,8 @@ class Launch:
     settings: dict[str, str]
 
     @classmethod
-    def from_environment(cls) -> "Launch":
+    def from_environment(cls, env: Mapping[str, str] = os.environ) -> "Launch":
         """Read the launch config that `accelerate launch` exported. Without a launcher: one process."""
-        env = os.environ
         world_size = int(env.get("WORLD_SIZE", 1))
         fsdp = env.get("ACCELERATE_USE_FSDP") == "true"
         precision = env.get("ACCELERATE_MIXED_PRECISION")
@@ -47,6 +51,47 @@ class Launch:
     def facts(self) -> dict:
         """The launch config for run.json."""
         return asdict(self)
+
+
+def exported(config_file: str | os.PathLike, flags: Mapping[str, object] | None = None) -> dict[str, str]:
+    """The variables that `accelerate launch --config_file FILE --flag value ...` would export, without launching.
+
+    accelerate's own reading of its config. Raises ValueError for a file that is missing.
+    """
+    from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+    from accelerate.utils.launch import prepare_multi_gpu_env
+
+    if not Path(config_file).is_file():
+        raise ValueError(f"launch config {config_file} not found: accelerate_configs/ has those that there are")
+    words = [word for name, value in (flags or {}).items() for word in (f"--{name}", str(value))]
+    arguments = launch_command_parser().parse_args(["--config_file", str(config_file), *words, "sft.py"])
+    arguments, *_ = _validate_launch_command(arguments)
+    with _environment({}):
+        env = prepare_multi_gpu_env(arguments)
+    kept = {k: v for k, v in env.items() if k.startswith(_EXPORTED)}
+    processes = arguments.num_processes
+    return kept | {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes // (arguments.num_machines or 1))}
+
+
+@contextmanager
+def launched(variables: Mapping[str, str]) -> Iterator[Launch]:
+    """The launch config of `exported`'s variables as a recipe under it would see it; nothing is launched."""
+    with _environment({k: v for k, v in variables.items() if k.startswith(_EXPORTED)}):
+        yield Launch.from_environment(variables)
+
+
+@contextmanager
+def _environment(variables: Mapping[str, str]) -> Iterator[None]:
+    """os.environ with `variables` in the place of any launch config of its own."""
+    before = dict(os.environ)
+    for name in [name for name in before if name.startswith(_EXPORTED)]:
+        del os.environ[name]
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
 
 
 def settle_single_process(launch: Launch) -> None:
@@ -88,13 +133,17 @@ def check_devices(launch: Launch) -> None:
             f"the launch config starts {launch.local_world_size} processes on this machine, which shows {gpus} "
             f"GPU{'s' if gpus > 1 else ''}: pass --num_processes {gpus}"
         )
-    capability = torch.cuda.get_device_capability(0)
-    needed = {"fp8": FP8_CAPABILITY, "bf16": BF16_CAPABILITY}.get(launch.precision or "", (0, 0))
+    check_precision(launch.precision, torch.cuda.get_device_capability(0), torch.cuda.get_device_name(0))
+
+
+def check_precision(precision: str | None, capability: tuple[int, int], name: str) -> None:
+    """Raise ValueError where a GPU of this compute capability does not have the precision."""
+    needed = {"fp8": FP8_CAPABILITY, "bf16": BF16_CAPABILITY}.get(precision or "", (0, 0))
     if capability < needed:
-        name = torch.cuda.get_device_name(0)
+        instead = "fp16" if capability < BF16_CAPABILITY else "bf16 or fp16"
         raise ValueError(
-            f"{launch.precision} needs compute capability {needed[0]}.{needed[1]} or newer; {name} has "
-            f"{capability[0]}.{capability[1]}: use {'bf16 or fp16' if launch.precision == 'fp8' else 'fp16'}"
+            f"{precision} needs compute capability {needed[0]}.{needed[1]} or newer; {name} has "
+            f"{capability[0]}.{capability[1]}: use {instead}"
         )
 
 

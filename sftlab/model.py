@@ -20,9 +20,11 @@ def load_tokenizer(name: str, revision: str, training: TrainingArguments) -> Pre
     return tokenizer
 
 
-def load_config(name: str, revision: str, training: TrainingArguments) -> PreTrainedConfig:
+def load_config(name: str, revision: str, training: TrainingArguments, with_weights: bool = True) -> PreTrainedConfig:
     """The base model's config, with the overrides of `model_init_kwargs` (for instance num_hidden_layers: 1)."""
-    if Path(name).is_dir() and not any(Path(name).glob("*.safetensors")):
+    if Path(name).is_dir() and not (Path(name) / "config.json").is_file():
+        raise ValueError(f"base model {name} holds no config.json: give a model's folder, or its name on the hub")
+    if with_weights and Path(name).is_dir() and not any(Path(name).glob("*.safetensors")):
         raise ValueError(f"base model {name} holds no .safetensors file: pickled weights are not loaded")
     overrides = training.model_init_kwargs or {}
     return _from_hub(AutoConfig, name, revision=revision, trust_remote_code=training.trust_remote_code, **overrides)

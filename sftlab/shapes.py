@@ -44,22 +44,29 @@ SHAPES: dict[str, dict[str, Any]] = {
         "tie_word_embeddings": False, "bos_token_id": 31998, "eos_token_id": 31998,
         "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
     },
+    "tiny": {
+        "vocab_size": 1024, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 4096,
+        "tie_word_embeddings": True, "bos_token_id": 1022, "eos_token_id": 1022,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+    },
 }  # fmt: skip
 
 
-def random_files(shape: str, longest: int) -> tuple[Path, Path]:
-    """Where a random-initialised model of words and rows for it of at most `longest` tokens are kept."""
+def random_files(shape: str, longest: int, shortest: int = 16) -> tuple[Path, Path]:
+    """Where a random-initialised model of words and rows for it of `shortest` to `longest` tokens are kept."""
     if shape not in SHAPES:
         raise ValueError(f"no shape {shape!r}: there are {', '.join(SHAPES)}")
-    return ROOT / "data" / f"{shape}-words", ROOT / "data" / f"{shape}-rows{longest}.jsonl"
+    lengths = f"{longest}" if shortest == 16 else f"{shortest}to{longest}"
+    return ROOT / "data" / f"{shape}-words", ROOT / "data" / f"{shape}-rows{lengths}.jsonl"
 
 
-def make_random_files(shape: str, longest: int, count: int = 3000) -> None:
+def make_random_files(shape: str, longest: int, count: int = 3000, shortest: int = 16) -> None:
     """Make what is missing of `random_files`."""
-    folder, rows = random_files(shape, longest)
+    folder, rows = random_files(shape, longest, shortest)
     save_random_llama(folder, shape=shape)
     if not rows.is_file():
-        write_rows(rows, AutoTokenizer.from_pretrained(folder), count, longest)
+        write_rows(rows, AutoTokenizer.from_pretrained(folder), count, longest, shortest)
 
 
 def save_random_llama(folder: Path, tokenizer: str | None = None, shape: str = "llama3.2-1b") -> None:
@@ -90,14 +97,24 @@ def word_tokenizer(size: int) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>", eos_token="<eos>", pad_token="<pad>")
 
 
-def write_rows(path: Path, tokenizer: PreTrainedTokenizerBase, count: int, longest: int, seed: int = 0) -> None:
-    """Rows in Dolly's shape of random words, with lognormal(5.75, 0.7) tokens cut to 16..`longest`.
+def random_lengths(
+    count: int, longest: int, shortest: int = 16, generator: np.random.Generator | None = None
+) -> np.ndarray:
+    """Tokens of the rows that `write_rows` writes: lognormal(5.75, 0.7), cut to `shortest`..`longest`."""
+    generator = generator or np.random.default_rng(0)
+    return np.clip(generator.lognormal(5.75, 0.7, count).astype(int), shortest, longest)
+
+
+def write_rows(
+    path: Path, tokenizer: PreTrainedTokenizerBase, count: int, longest: int, shortest: int = 16, seed: int = 0
+) -> None:
+    """Rows in Dolly's shape of random words, with lognormal(5.75, 0.7) tokens cut to `shortest`..`longest`.
 
     Mean near 315 tokens at 512. Nearly all of a row is its response; its words are one token each under `tokenizer`.
     """
     set_template(tokenizer)
     generator = np.random.default_rng(seed)
-    lengths = np.clip(generator.lognormal(5.75, 0.7, count).astype(int), 16, longest)
+    lengths = random_lengths(count, longest, shortest, generator)
     texts = {tokenizer.decode([i]).strip() for i in range(256, min(30_000, len(tokenizer)))}
     texts = [text for text in sorted(texts) if re.fullmatch("[a-z]+[0-9]*", text) and len(text) > 2]
     words = [text for text in texts if len(tokenizer.encode(f" {text}", add_special_tokens=False)) == 1]

@@ -23,8 +23,11 @@ def register() -> None:
 
 def why_not(config: PreTrainedConfig, model_class: type | None) -> str | None:
     """Why rows of this model cannot be packed here; None where they can."""
-    if why := no_triton():
-        return why
+    return no_triton() or why_not_the_model(config, model_class)
+
+
+def why_not_the_model(config: PreTrainedConfig, model_class: type | None) -> str | None:
+    """Why rows of this model cannot be packed on any device; None where they can."""
     config = config.get_text_config()
     size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     if size not in HEAD_SIZES:

@@ -1,0 +1,67 @@
+"""What GPUs can hold and do: published figures of the ones that people fine-tune on, and those of this machine.
+
+Dense rates without sparsity, of products that add up in float32, from the makers' data sheets; memory as CUDA says it.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class GPU:
+    """Memory in GB (2**30 bytes), TFLOP/s of matrix products by precision, GB/s (10**9) of memory and of one link."""
+
+    name: str
+    memory_gb: float
+    capability: tuple[int, int]
+    fp32: float
+    half: float
+    fp8: float | None
+    memory_gbs: float
+    link_gbs: float
+    seen_as: tuple[str, ...] = ()
+
+    def tflops(self, precision: str) -> float:
+        """Published TFLOP/s of the products of a launch config's precision."""
+        return {"fp32": self.fp32, "fp8": self.fp8 or self.half}.get(precision, self.half)
+
+
+# name, memory, capability, TFLOP/s in fp32, fp16 or bf16, fp8; GB/s of the memory, of a link in one direction
+GPUS = {
+    gpu.name: gpu
+    for gpu in (
+        GPU("b200", 178.4, (10, 0), 75, 2250, 4500, 8000, 900, ("B200",)),
+        GPU("h200", 139.8, (9, 0), 67, 989, 1979, 4800, 450, ("H200",)),
+        GPU("h100-80", 79.2, (9, 0), 67, 989, 1979, 3350, 450, ("H100",)),
+        GPU("h100-pcie", 79.2, (9, 0), 51, 756, 1513, 2000, 64, ("H100 PCIe",)),
+        GPU("a100-80", 79.2, (8, 0), 19.5, 312, None, 2039, 300, ("A100-SXM4-80GB", "A100 80GB")),
+        GPU("a100-40", 39.4, (8, 0), 19.5, 312, None, 1555, 300, ("A100-SXM4-40GB", "A100-PCIE-40GB")),
+        GPU("l40s", 44.4, (8, 9), 91.6, 362, 733, 864, 32, ("L40S",)),
+        GPU("l4", 22.0, (8, 9), 30.3, 121, 242, 300, 32, ("L4",)),
+        GPU("a10", 22.0, (8, 6), 31.2, 125, None, 600, 32, ("A10",)),
+        GPU("rtx6000-ada", 47.4, (8, 9), 91.1, 364, 728, 960, 32, ("RTX 6000 Ada",)),
+        GPU("rtx4090", 23.5, (8, 9), 82.6, 165, 330, 1008, 32, ("RTX 4090",)),
+        GPU("rtx3090", 23.6, (8, 6), 35.6, 71, None, 936, 32, ("RTX 3090",)),
+        GPU("v100-32", 31.7, (7, 0), 15.7, 125, None, 900, 150, ("V100-SXM2-32GB", "V100-PCIE-32GB")),
+        GPU("v100-16", 15.8, (7, 0), 15.7, 125, None, 900, 150, ("V100-SXM2-16GB", "V100-PCIE-16GB")),
+        GPU("t4", 14.6, (7, 5), 8.1, 65, None, 320, 16, ("T4",)),
+    )
+}
+MEASURED_ON = "h200"
+
+
+def find_gpu(name: str) -> GPU:
+    """A GPU by its name here, or `here` for this machine's first; ValueError lists the known ones."""
+    if name != "here":
+        if name.lower() not in GPUS:
+            raise ValueError(f"no figures for GPU {name!r}: known are {', '.join(GPUS)} and here (this machine's)")
+        return GPUS[name.lower()]
+    if not torch.cuda.is_available():
+        raise ValueError(f"--gpu here: this machine shows no GPU; name one of {', '.join(GPUS)}")
+    seen = torch.cuda.get_device_name(0)
+    # the longest name that fits: "H100 PCIe" before "H100"
+    fits = [(len(words), gpu) for gpu in GPUS.values() for words in gpu.seen_as if words in seen]
+    if not fits:
+        raise ValueError(f"--gpu here: no figures for {seen}; name the nearest of {', '.join(GPUS)}")
+    return max(fits, key=lambda fit: fit[0])[1]

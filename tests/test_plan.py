@@ -1,0 +1,348 @@
+"""What a user types before a launch: recipes/plan.py, recipes/doctor.py, and the planner's accuracy written anew."""
+
+import csv
+import json
+import re
+import resource
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import ROOT, arguments, load_script
+from datasets import Dataset
+from transformers import AutoConfig
+
+from sftlab import checkup, forecast
+from sftlab.checkup import FAILS, FINE, WARNING, Finding
+from sftlab.config import parse_recipe
+from sftlab.fastpath import FastPath
+from sftlab.gpus import GPUS, find_gpu
+from sftlab.launch import exported, launched
+from sftlab.matrix import CELLS, HELD_OUT
+
+RECIPE = ["--config", "recipes/llama3.2-1b/attn_r16.yaml"]
+SAID = [*RECIPE, "--random", "llama3.2-1b", "--rows", "38105", "--row_tokens", "315"]
+
+
+@pytest.fixture(scope="module")
+def plan():
+    return load_script("recipes/plan.py")
+
+
+@pytest.fixture
+def printed(plan, capsys, monkeypatch):
+    monkeypatch.chdir(ROOT)
+
+    def run(*argv):
+        plan.main(list(argv))
+        return capsys.readouterr().out
+
+    return run
+
+
+def refusal(plan, *argv):
+    with pytest.raises(SystemExit) as stopped:
+        plan.main(list(argv))
+    return str(stopped.value)
+
+
+def test_a_plan_as_a_user_types_it_takes_less_than_ten_seconds_of_work():
+    began = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
+    command = [sys.executable, "recipes/plan.py", *SAID, "--config_file", "accelerate_configs/ddp.yaml"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    # the processor's time: others may be at work on this machine
+    assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - began < 10
+    assert "2 x h200, bf16, ddp" in done.stdout
+    assert "fits; the largest micro-batch that does is" in done.stdout
+
+
+def test_the_printed_parts_sum_to_what_is_needed(printed):
+    text = printed(*SAID, "--lora_target_modules", "q_proj", "down_proj")
+    figures = {name.strip(): float(value) for name, value in re.findall(r"^  ([a-z ,'CUDA]+?)  +([\d.]+)$", text, re.M)}
+    parts = (
+        "parameters",
+        "adapter",
+        "gradients",
+        "optimizer state",
+        "activations",
+        "logits",
+        "communication",
+        "workspace",
+    )
+    assert sum(figures[part] for part in parts) == pytest.approx(figures["allocated"], abs=0.05)
+    assert figures["needed, CUDA's context too"] > figures["allocated"] + figures["fragmentation"]
+    assert "595" in text  # 38,105 rows in steps of 64
+
+
+def test_lengths_of_a_local_file_are_read(base, fields, printed):
+    epochs = ["--num_train_epochs=2", "--max_steps=-1"]
+    text = printed(*arguments(fields), *epochs, "--config_file", "accelerate_configs/single.yaml")
+    count = int(re.search(r"rows: (\d+) of its rows", text)[1])
+    assert 120 < count <= 200  # 200 rows, four in five for training
+    assert int(re.search(r"steps +(\d+)", text)[1]) == 2 * (count // 8)
+
+
+def test_a_hub_data_set_asks_for_what_it_cannot_read(plan, base):
+    message = refusal(plan, *RECIPE, "--model_name_or_path", str(base))
+    assert "Open-Orca/OpenOrca is not a file on this machine: pass --rows COUNT and --row_tokens MEAN" in message
+
+
+def test_a_config_alone_is_enough(base, tmp_path, printed):
+    (tmp_path / "config.json").write_text((base / "config.json").read_text())
+    text = printed(*RECIPE, "--model_name_or_path", str(tmp_path), "--rows", "1000", "--row_tokens", "100")
+    assert "parameters " in text
+
+
+def test_what_does_not_fit_says_what_would_the_cheapest_first(printed):
+    text = printed(*SAID[:2], "--random", "llama2-7b", "--rows", "9000", "--row_tokens", "300", "--gpu", "a100-40")
+    assert "does NOT fit" in text
+    helping = re.findall(r"^  (--\S+|accelerate\S+).*?  ([\d.]+) GB  ([\d.]+) GPU-s a step$", text, re.M)
+    seconds = [float(line[2]) for line in helping]
+    assert len(helping) >= 2
+    assert seconds == sorted(seconds)
+    assert all(float(line[1]) <= 39.4 for line in helping)
+    assert helping[0][0].startswith("--per_device_train_batch_size")
+
+
+def test_compare_has_a_line_for_every_launch_config(printed):
+    text = printed(*SAID, "--compare", "--gpu", "a100-80", "--num_processes", "4")
+    named = {line.split()[0] for line in text.splitlines()[2:]}
+    assert named == {path.stem for path in (ROOT / "accelerate_configs").glob("*.yaml")} - {"cpu", "cpu_ddp"}
+    assert "fp8 cannot run: fp8 needs compute capability 8.9" in text
+    assert re.search(r"^  fsdp +4 ", text, re.M)
+
+
+@pytest.mark.parametrize(
+    "argv, said",
+    [
+        (["--gpu", "h300"], "no figures for GPU 'h300': known are b200, h200"),
+        (["--gpu", "here"], "this machine shows no GPU; name one of"),
+        (["--gpus", "1", "--num_processes", "4", "--config_file", "accelerate_configs/ddp.yaml"], "starts 4 processes"),
+        (["--gpu", "a100-80", "--config_file", "accelerate_configs/fp8.yaml"], "a100-80 has 8.0: use bf16 or fp16"),
+        (["--gpu", "v100-16"], "bf16 needs compute capability 8.0 or newer; v100-16 has 7.0: use fp16"),
+        (["--config_file", "none.yaml"], "launch config none.yaml not found"),
+        (["--config_file", "accelerate_configs/cpu.yaml"], "runs on the CPU"),
+        (["--lora_rr", "3"], "did you mean 'lora_r'"),
+        (["--random", "llama9"], "no shape 'llama9'"),
+        (["--optim", "adafactor"], "no plan for optim adafactor"),
+    ],
+)
+def test_bad_input_is_one_sentence(plan, monkeypatch, argv, said):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    message = refusal(plan, *SAID, *argv)
+    assert message.startswith("error: ")
+    assert said in message
+    assert "\n" not in message
+
+
+def test_a_model_without_a_config_and_a_missing_recipe_are_one_sentence(plan, tmp_path):
+    assert "holds no config.json" in refusal(plan, *RECIPE, "--model_name_or_path", str(tmp_path))
+    assert "--config is missing" in refusal(plan, "--gpu", "h200")
+
+
+def test_gpus_are_known_by_what_cuda_calls_them(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for seen, name in (
+        ("NVIDIA H200", "h200"), ("NVIDIA H100 80GB HBM3", "h100-80"), ("NVIDIA H100 PCIe", "h100-pcie"),
+        ("NVIDIA A100-SXM4-40GB", "a100-40"), ("NVIDIA A100 80GB PCIe", "a100-80"), ("NVIDIA L40S", "l40s"),
+    ):  # fmt: skip
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_, seen=seen: seen)
+        assert find_gpu("here").name == name
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "NVIDIA GTX 1080")
+    with pytest.raises(ValueError, match="no figures for NVIDIA GTX 1080"):
+        find_gpu("here")
+    assert all(gpu.memory_gb > 10 and gpu.half >= gpu.fp32 for gpu in GPUS.values())
+
+
+def test_planning_leaves_the_environment_as_it_was(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")
+    monkeypatch.setenv("FSDP_VERSION", "9")
+    variables = exported(ROOT / "accelerate_configs" / "ddp.yaml", {"num_processes": 3})
+    assert variables["ACCELERATE_MIXED_PRECISION"] == "bf16"
+    assert "FSDP_VERSION" not in variables
+    with launched(variables) as launch:
+        assert (launch.precision, launch.strategy, launch.world_size) == ("bf16", "ddp", 3)
+    import os
+
+    assert (os.environ["ACCELERATE_MIXED_PRECISION"], os.environ["FSDP_VERSION"]) == ("fp16", "9")
+
+
+def test_a_run_stores_the_plan_of_what_it_trained(base, fields):
+    rows = Dataset.from_dict({"input_ids": [[1] * 40] * 64})
+    with launched(exported(ROOT / "accelerate_configs" / "single.yaml")) as launch:
+        recipe = parse_recipe(arguments(fields), launch)
+        config, state = AutoConfig.from_pretrained(base), SimpleNamespace(max_steps=6)
+        trainer = SimpleNamespace(train_dataset=rows, model=SimpleNamespace(config=config), state=state)
+        planned = forecast.planned_memory(recipe, launch, FastPath(True, True, True, "varlen"), trainer)
+        recipe.training.optim = "adafactor"
+        why = forecast.planned_memory(recipe, launch, FastPath(True, True, True, "varlen"), trainer)
+    parts = sum(size for name, size in planned.items() if name.endswith("_gb") and name != "allocated_gb")
+    assert planned["allocated_gb"] == pytest.approx(parts, abs=0.005)
+    assert planned["largest_tokens"] == 384  # 8 rows of 40 tokens, filled up to a multiple of 128
+    assert "no plan for optim adafactor" in why["reason"]
+
+
+def test_the_end_of_a_run_shows_planned_beside_measured():
+    sft = load_script("recipes/sft.py")
+    memory = [{"allocated_gb": 10.0}, {"allocated_gb": 9.0}]
+    shown = sft.planned_row({"peak_memory": memory, "planned_memory": {"allocated_gb": 10.5}})
+    assert shown == {"allocated, planned (GB)": "10.0, 10.5 (+5.0%)"}
+    assert sft.planned_row({"peak_memory": memory, "planned_memory": {"reason": "why"}}) == {"planned memory": "why"}
+    assert sft.planned_row({"peak_memory": [{"resident_gb": 1.0}]}) == {}
+
+
+def test_predictions_are_made_anew_from_measured_rows(tmp_path):
+    script = load_script("results/plan_accuracy.py")
+    cell = CELLS[0]
+    line = dict.fromkeys(("largest_tokens", "reason"), "") | {
+        "cell": cell.name, "status": "succeeded", "peak_allocated_gb": "14.254", "tokens_per_s": "65926.5",
+        "predicted_peak_gb": "999", "memory_error": "9", "held_out": "yes",
+    }  # fmt: skip
+    made = script.predicted(cell, line)
+    assert cell.name == "1b attn bf16 512x16 single"
+    assert abs(made["memory_error"]) < 0.05
+    assert made["predicted_peak_gb"] < 20
+    assert made["held_out"] == "no"
+    ran_out = next(cell for cell in CELLS if cell.within_gb)
+    made = script.predicted(
+        ran_out, {"cell": ran_out.name, "status": "out of memory", "peak_allocated_gb": "", "tokens_per_s": ""}
+    )
+    assert (made["predicted_fits"], made["fits"], made["memory_error"]) == ("no", "no", "")
+    assert "ran out of memory: none" in script.summary([made])
+    assert "x" in script.summary([made | {"cell": "x", "predicted_fits": "yes"}]).splitlines()[-1]
+
+
+def test_published_peaks_are_within_a_tenth():
+    for line in load_script("results/plan_accuracy.py").published():
+        assert abs(line["memory_error"]) < 0.1, line
+
+
+def test_the_committed_table_is_todays_planner():
+    script = load_script("results/plan_accuracy.py")
+    with (ROOT / "results" / "plan_accuracy.csv").open(newline="") as file:
+        rows = {line["cell"]: line for line in csv.DictReader(file)}
+    cells = [cell for cell in CELLS if cell.name in rows]
+    for cell in cells[1::3]:
+        made, row = script.predicted(cell, rows[cell.name]), rows[cell.name]
+        assert str(made["predicted_peak_gb"]) == row["predicted_peak_gb"], "run python results/plan_accuracy.py"
+        assert str(made["predicted_tokens_per_s"]) == row["predicted_tokens_per_s"]
+
+
+def test_a_third_of_the_cells_is_held_out():
+    names = [cell.name for cell in CELLS]
+    assert len(names) == len(set(names)) >= 40
+    assert sum(cell.held_out for cell in CELLS) >= len(CELLS) / 3
+    assert sum(cell.held_out for cell in CELLS) == len(HELD_OUT.split("\n")) - 2
+
+
+@pytest.fixture(scope="module")
+def doctor():
+    return load_script("recipes/doctor.py")
+
+
+def test_the_doctors_exit_code_says_whether_something_fails(doctor, monkeypatch, capsys):
+    fine, bad = Finding("a", FINE, "is there"), Finding("b", FAILS, "is not", "get it")
+    for findings, status in (([fine, Finding("c", WARNING, "so so", "mind it")], 0), ([fine, bad], 1)):
+        monkeypatch.setattr(doctor, "examine", lambda _, findings=findings: findings)
+        with pytest.raises(SystemExit) as stopped:
+            doctor.main([])
+        assert stopped.value.code == status
+    text = capsys.readouterr().out
+    assert "-> get it" in text
+    assert "1 of the checks failed: b" in text
+
+
+def test_the_machine_is_examined(tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    found = {finding.what: finding for finding in checkup.examine(tmp_path / "runs")}
+    assert {"python", "packages", "CUDA", "bitsandbytes", "disk", "hub", "SLURM"} <= set(found)
+    assert all(finding.todo for finding in found.values() if finding.level != FINE)
+    assert found["python"].level == FINE
+    assert found["hub"].seen == "HF_HUB_OFFLINE is set"
+
+
+def test_what_is_missing_is_found(monkeypatch, tmp_path):
+    monkeypatch.setattr(sys, "version_info", (3, 10, 1))
+    assert checkup.check_python().level == FAILS
+    monkeypatch.setattr(checkup, "ROOT", tmp_path)
+    (tmp_path / "requirements.txt").write_text("torch==0.1\nno-such-package==1.0\n-e .\n")
+    assert checkup.check_packages().seen == "missing: no-such-package"
+    (tmp_path / "requirements.txt").write_text("torch==0.1\n")
+    assert "(0.1 was tested)" in checkup.check_packages().seen
+    monkeypatch.setattr(checkup.shutil, "disk_usage", lambda _: SimpleNamespace(free=2**30))
+    assert checkup.check_disk(tmp_path / "not" / "there").level == FAILS
+    monkeypatch.setattr(checkup.shutil, "which", lambda _: None)
+    monkeypatch.delenv("CC", raising=False)
+    assert checkup.check_compiler().level == FAILS
+    assert checkup.check_slurm().level == FINE
+    assert checkup.check_float8((8, 0), "A100").level == WARNING
+    assert checkup.check_float8((9, 0), "H200").level == FINE
+    monkeypatch.setattr(checkup, "ask", lambda *_: "550.1")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.version, "cuda", None)
+    assert "CPU build, and there is a GPU" in checkup.check_cuda().seen
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert "hides the GPUs" in checkup.check_cuda().seen
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    assert "update the driver" in checkup.check_cuda().todo
+
+
+@pytest.mark.parametrize(
+    "log, said",
+    [
+        ("error: FSDP needs GPUs\nx.ChildFailedError: \n", "error: FSDP needs GPUs"),
+        ("[rank1]: torch.OutOfMemoryError: CUDA out of memory. Tried", "recipes/plan.py says what would make it fit"),
+        ("Killed", "ended with status 1"),
+    ],
+)
+def test_a_rehearsal_that_fails_says_why(doctor, monkeypatch, capsys, log, said):
+    monkeypatch.setattr(doctor, "examine", lambda _: [])
+    done = SimpleNamespace(returncode=1, stdout="", stderr=log)
+    monkeypatch.setattr(doctor.subprocess, "run", lambda *_, **__: done)
+    with pytest.raises(SystemExit) as stopped:
+        doctor.main([*RECIPE, "--config_file", "accelerate_configs/fsdp.yaml", "--num_processes", "1"])
+    text = capsys.readouterr().out
+    assert stopped.value.code == 1
+    assert said in text
+    assert "nothing" not in text
+
+
+def test_fields_need_a_recipe(doctor):
+    with pytest.raises(SystemExit, match="no recipe was given"):
+        doctor.main(["--lora_r", "4"])
+
+
+def test_a_rehearsal_trains_two_steps(doctor, monkeypatch, fields, capsys):
+    monkeypatch.setattr(doctor, "examine", lambda _: [])
+    fields = {key: value for key, value in fields.items() if key not in ("output_dir", "max_steps", "save_steps")}
+    with pytest.raises(SystemExit) as stopped:
+        doctor.main([*arguments(fields), "--config_file", str(ROOT / "accelerate_configs" / "cpu.yaml")])
+    assert stopped.value.code == 0
+    assert "fine     two steps      trained; peak memory" in capsys.readouterr().out
+
+
+def test_a_worker_measures_cells_and_keeps_what_failed(tmp_path, base, rows):
+    """results/plan_worker.py on a CPU: two cells in one process, the second refused."""
+    argv = arguments({
+        "model_name_or_path": str(base), "dataset_name": str(rows), "max_steps": "4", "global_batch_size": "8",
+        "per_device_train_batch_size": "8", "save_strategy": "no", "eval_strategy": "no",
+    })  # fmt: skip
+    variables = {"ACCELERATE_MIXED_PRECISION": "no"}
+    listed = [
+        {"name": name, "variables": variables, "limit_gb": 0, "argv": [*argv, f"--output_dir={tmp_path}/{name}", *more]}
+        for name, more in (("good", []), ("bad", ["--lora_rr=1"]))
+    ]
+    (tmp_path / "cells.json").write_text(json.dumps(listed))
+    command = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch"]
+    command += ["--config_file", "accelerate_configs/cpu.yaml", "results/plan_worker.py"]
+    command += ["--cells", str(tmp_path / "cells.json"), "--out", str(tmp_path / "out.jsonl")]
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+    good, bad = map(json.loads, (tmp_path / "out.jsonl").read_text().splitlines())
+    assert (good["cell"], good["raised"], bad["cell"]) == ("good", None, "bad")
+    assert "lora_rr" in bad["raised"]
+    assert good["largest_tokens"] > good["largest_loss_tokens"] > 0
+    assert (tmp_path / "begun").read_text() == "bad"
