@@ -14,21 +14,19 @@ import json
 import math
 import re
 import sys
-import time
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import PeftModel
-from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
-from sftlab.generate import AnswerFile, Generator, NotANumber, Sampling, generation_facts, longest_prompt
+from sftlab.generate import AnswerFile, Generator, Sampling, fill, generation_facts, longest_prompt
 from sftlab.heldout import HeldOut, Rows, held_out, select
 from sftlab.likelihood import Likelihood, likelihood, nats_of_the_token_read
-from sftlab.pair import answering, finished_run, load_pair, run_tokenizer
+from sftlab.pair import answering, finished_run, load_pair, model_settings, run_tokenizer
 from sftlab.run import SIDES, adapter_hash, environment, write_json
 from sftlab.scores import NAMES, ROUGE_SIGNATURE, Bleu, paired_scores, score_texts
 from sftlab.significance import FEW_ROWS, RESAMPLES, add_holm, compare
@@ -88,7 +86,9 @@ def evaluate(arguments: argparse.Namespace) -> None:
     facts = generation_facts(sampling, generator.turn) | {"compiled": compiled}
     answers = AnswerFile(arguments.run / "eval", answer_settings(arguments, run, dataset, facts))
     for side in SIDES:
-        generate(generator, rows, answers, side, arguments.batch_size)
+        with answering(model, side):
+            title = f"{side} answers"
+            fill(answers, side, rows.numbers, rows.prompts, arguments.batch_size, generator.answers, title)
     memory["generation_peak"] = allocated_gb(peak=True)
 
     records = score(rows, nll, answers, bleu)
@@ -149,31 +149,10 @@ def answer_settings(
     arguments: argparse.Namespace, run: dict[str, Any], dataset: HeldOut, generation: dict[str, Any]
 ) -> dict[str, Any]:
     """Whatever decides what the answers are. Batches matter where tokens are drawn, not where they are greedy."""
-    names = ("model_name_or_path", "model_revision", "dtype", "load_in_4bit", "load_in_8bit", "model_init_kwargs")
-    settings = {name: run["recipe"][name] for name in names} | dataset.facts | generation
-    settings |= {"adapter_hash": adapter_hash(arguments.run), "template": run["template"]["hash"]}
+    settings = model_settings(arguments.run, run) | dataset.facts | generation
     if arguments.temperature > 0:
         settings |= {"samples": arguments.samples, "batch_size": arguments.batch_size}
     return settings
-
-
-def generate(generator: Generator, rows: Rows, answers: AnswerFile, side: str, size: int) -> None:
-    """Answer what is not answered yet, a batch at a time."""
-    with answering(generator.model, side), tqdm(total=len(rows.numbers), desc=f"{side} answers", unit="row") as bar:
-        for part in rows.batches(size):
-            batch = list(zip(rows.numbers, rows.prompts, strict=True))[part]
-            missing = [(number, prompt) for number, prompt in batch if (side, number) not in answers.found]
-            if missing:
-                numbers, prompts = zip(*missing, strict=True)
-                started = time.perf_counter()
-                try:
-                    new = generator.answers(prompts, seed=part.start)
-                except NotANumber as error:
-                    raise ValueError(
-                        f"{side} model, row {numbers[error.position]}: NaN logits while it answers"
-                    ) from error
-                answers.add(side, numbers, new, time.perf_counter() - started)
-            bar.update(len(batch))
 
 
 def score(rows: Rows, nll: dict[str, Likelihood], answers: AnswerFile, bleu: Bleu) -> list[dict[str, Any]]:

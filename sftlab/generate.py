@@ -2,17 +2,20 @@
 
 import hashlib
 import json
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from peft import PeftModel
+from tqdm import tqdm
 from transformers import (
     GenerationConfig,
     LogitsProcessor,
     LogitsProcessorList,
+    PreTrainedModel,
     PreTrainedTokenizerBase,
     StoppingCriteria,
     StoppingCriteriaList,
@@ -70,13 +73,13 @@ class Generator:
 
     def __init__(
         self,
-        model: PeftModel,
+        model: PeftModel | PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
         sampling: Sampling,
         static_rows: int | None = None,
     ) -> None:
         self.model, self.tokenizer, self.sampling, self.static_rows = model, tokenizer, sampling, static_rows
-        inner = model.get_base_model()
+        inner = model.get_base_model() if isinstance(model, PeftModel) else model
         self.turn = end_of_turn(tokenizer, inner.generation_config.eos_token_id)
         self.pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
         drawn = {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0}
@@ -158,13 +161,14 @@ class _NanWatch(LogitsProcessor):
 class AnswerFile:
     """Answers on disk, a batch a line: a killed evaluation goes on where it stopped, and scoring can be repeated.
 
-    The file's name holds a hash of `settings`, whatever decides what the answers are; its first line holds them.
+    The file's name holds a hash of `settings`, whatever decides what the answers are; its first line holds them. A row
+    is named by its number, or by the hash of its prompt.
     """
 
-    def __init__(self, folder: Path, settings: dict[str, Any]) -> None:
+    def __init__(self, folder: Path, settings: dict[str, Any], kind: str = "answers") -> None:
         text = json.dumps(settings, sort_keys=True)
-        self.path = folder / f"answers-{hashlib.sha256(text.encode()).hexdigest()[:12]}.jsonl"
-        self.found: dict[tuple[str, int], Answer] = {}
+        self.path = folder / f"{kind}-{hashlib.sha256(text.encode()).hexdigest()[:12]}.jsonl"
+        self.found: dict[tuple[str, int | str], Answer] = {}
         self.seconds: dict[str, float] = {}
         lines = self.path.read_bytes().splitlines(keepends=True) if self.path.is_file() else []
         whole = [line for line in lines if line.endswith(b"\n")] or [text.encode() + b"\n"]
@@ -176,7 +180,7 @@ class AnswerFile:
         for line in whole[1:]:
             self._take(json.loads(line))
 
-    def add(self, side: str, rows: Sequence[int], answers: Sequence[Answer], seconds: float) -> None:
+    def add(self, side: str, rows: Sequence[int | str], answers: Sequence[Answer], seconds: float) -> None:
         """Keep the answers of `side` to these rows, all or none of them, and the time that they took."""
         batch = {"side": side, "rows": list(rows), "seconds": round(seconds, 4)}
         batch["answers"] = [answer._asdict() for answer in answers]
@@ -193,6 +197,34 @@ class AnswerFile:
         self.seconds[batch["side"]] = self.seconds.get(batch["side"], 0.0) + batch["seconds"]
         for row, answer in zip(batch["rows"], batch["answers"], strict=True):
             self.found[batch["side"], row] = Answer(**answer)
+
+
+def fill(
+    file: AnswerFile,
+    side: str,
+    rows: Sequence[int | str],
+    prompts: Sequence[Any],
+    size: int,
+    answer: Callable[[Sequence[Any], int], Sequence[Answer]],
+    title: str,
+) -> None:
+    """Have `answer` (given prompts and a seed, the place of the batch) answer what `file` does not hold yet."""
+    found = sum((side, row) in file.found for row in rows)
+    with tqdm(total=len(rows), initial=found, desc=title, unit="row") as bar:
+        for start in range(0, len(rows), size):
+            batch = zip(rows[start : start + size], prompts[start : start + size], strict=True)
+            missing = [(row, prompt) for row, prompt in batch if (side, row) not in file.found]
+            if missing:
+                names, asked = zip(*missing, strict=True)
+                started = time.perf_counter()
+                try:
+                    new = answer(asked, start)
+                except NotANumber as error:
+                    raise ValueError(
+                        f"{side} model, row {names[error.position]}: NaN logits while it answers"
+                    ) from error
+                file.add(side, names, new, time.perf_counter() - started)
+                bar.update(len(missing))
 
 
 def longest_prompt(model: PeftModel, sampling: Sampling) -> int:
