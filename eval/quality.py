@@ -23,7 +23,16 @@ from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
-from sftlab.generate import AnswerFile, Generator, Sampling, fill, generation_facts, longest_prompt
+from sftlab.generate import (
+    BATCHES_WORTH_COMPILING,
+    AnswerFile,
+    Generator,
+    Sampling,
+    answer_facts,
+    fill,
+    generation_facts,
+    longest_prompt,
+)
 from sftlab.heldout import HeldOut, Rows, held_out, select
 from sftlab.likelihood import Likelihood, likelihood, nats_of_the_token_read
 from sftlab.pair import answering, finished_run, load_pair, model_settings, run_tokenizer
@@ -33,8 +42,6 @@ from sftlab.significance import FEW_ROWS, RESAMPLES, add_holm, compare
 from sftlab.table import aligned, interval, p_value, preview
 
 SHOWN_PROMPTS = 3
-# Compiling takes about as long as six batches of 64 rows and 256 tokens without it (a 1B model on an H200).
-BATCHES_WORTH_COMPILING = 6
 
 
 def main(argv: list[str]) -> None:
@@ -76,7 +83,9 @@ def evaluate(arguments: argparse.Namespace) -> None:
     dataset = held_out(run, arguments.dataset_name, arguments.dataset_config, arguments.dataset_split)
     tokenizer = run_tokenizer(arguments.run, run)
     model = load_pair(arguments.run, run)
-    rows = select(dataset, arguments.samples, tokenizer, run["recipe"]["max_length"], longest_prompt(model, sampling))
+    rows = select(
+        dataset, arguments.samples, tokenizer, run["recipe"]["max_length"], longest_prompt(model.config, sampling)
+    )
     compiled = model.device.type == "cuda" and not arguments.no_compile
     compiled &= len(rows.numbers) > BATCHES_WORTH_COMPILING * arguments.batch_size
     generator = Generator(model, tokenizer, sampling, static_rows=arguments.batch_size if compiled else None)
@@ -102,7 +111,10 @@ def evaluate(arguments: argparse.Namespace) -> None:
         "held_out": dataset.facts | rows.left_out,
         "scores": scores,
         "nats_of_the_token_just_read": same_token,
-        "answers": {side: answer_facts(records, side) | answers.pace(side) for side in SIDES},
+        "answers": {
+            side: answer_facts([answers.found[side, number] for number in rows.numbers]) | answers.pace(side)
+            for side in SIDES
+        },
         "generation": facts | {"batch_size": arguments.batch_size, "file": answers.path.name},
         "bleu": bleu.signature(),
         "rouge": ROUGE_SIGNATURE,
@@ -173,17 +185,6 @@ def score(rows: Rows, nll: dict[str, Likelihood], answers: AnswerFile, bleu: Ble
         )
     ]
     return sorted(records, key=lambda record: record["row"])
-
-
-def answer_facts(records: list[dict[str, Any]], side: str) -> dict[str, Any]:
-    """How the answers of `side` ended."""
-    answers = [record[side] for record in records]
-    return {
-        "empty": sum(not answer["text"] for answer in answers),
-        "cut_at_max_new_tokens": sum(answer["finish"] == "length" for answer in answers),
-        "repetitive": sum(answer["repeats"] for answer in answers),
-        "mean_tokens": round(sum(answer["tokens"] for answer in answers) / len(answers), 1),
-    }
 
 
 def warnings(report: dict[str, Any], unchecked: str | None) -> list[str]:

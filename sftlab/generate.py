@@ -15,6 +15,7 @@ from transformers import (
     GenerationConfig,
     LogitsProcessor,
     LogitsProcessorList,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     StoppingCriteria,
@@ -24,6 +25,8 @@ from transformers import (
 from sftlab.template import Turn, end_of_turn
 
 _CHECK_EVERY = 8
+# Compiling takes about as long as six batches of 64 rows and 256 tokens without it (a 1B model on an H200).
+BATCHES_WORTH_COMPILING = 6
 
 
 @dataclass(frozen=True)
@@ -227,9 +230,25 @@ def fill(
                 bar.update(len(missing))
 
 
-def longest_prompt(model: PeftModel, sampling: Sampling) -> int:
+def answer_facts(answers: Sequence[Answer]) -> dict[str, Any]:
+    """How answers ended, and the hash of their texts."""
+    return {
+        "empty": sum(not answer.text for answer in answers),
+        "cut_at_max_new_tokens": sum(answer.finish == "length" for answer in answers),
+        "repetitive": sum(answer.repeats for answer in answers),
+        "mean_tokens": round(sum(answer.tokens for answer in answers) / len(answers), 1),
+        "hash": digest([answer.text for answer in answers]),
+    }
+
+
+def digest(content: Any) -> str:
+    """SHA-256 of texts or ids (hexadecimal, 24 digits)."""
+    return hashlib.sha256(json.dumps(content, ensure_ascii=False).encode()).hexdigest()[:24]
+
+
+def longest_prompt(config: PreTrainedConfig, sampling: Sampling) -> int:
     """Tokens that a prompt may have, so that its answer still fits the model's positions."""
-    return model.config.get_text_config().max_position_embeddings - sampling.max_new_tokens
+    return config.get_text_config().max_position_embeddings - sampling.max_new_tokens
 
 
 def generation_facts(sampling: Sampling, turn: Turn) -> dict[str, Any]:
