@@ -27,7 +27,7 @@ from sftlab.canary import UNPARSED_REFUSED, UNPARSED_SAID, spread
 from sftlab.contestants import Contestants, refuse_twins
 from sftlab.generate import Answer, AnswerFile, Sampling, answer_facts
 from sftlab.judge import add_judge_flags, judge_from
-from sftlab.judged import canary_table, keep_entry, write_records
+from sftlab.judged import canary_table, keep_entry, title_hash, write_records
 from sftlab.pair import finished_run
 from sftlab.ratings import (
     Answered,
@@ -223,7 +223,7 @@ def write(folder: Path, report: dict[str, Any], records: dict[str, list], tried:
             mark = "" if report["judge_fit"] else "UNFIT JUDGE: these ratings mean nothing\n"
             canvas.suptitle(f"{mark}{report['title']}", fontsize=10)
             for suffix in ("png", "svg"):
-                names.append(f"mt_bench-{name}.{suffix}")
+                names.append(f"mt_bench-{name}-{title_hash(report['title'])}.{suffix}")
                 canvas.savefig(folder / names[-1])
     keep_entry(folder / "mt_bench.json", report | {"files": names})
     return names

@@ -182,7 +182,7 @@ def as_markdown(report: Report, against: tuple[str, Table], plots: list[str], ar
     lines += [*(f"- {fact}" for fact in [*shared(report), *report.notes]), ""]
     lines += [*(f"**Warning:** {warning}\n" for warning in report.warnings), "## Runs", ""]
     lines += [*grid(table(report, list(COLUMNS))), *pictures("speed", "memory", "losses")]
-    if any(one.quality or one.tasks for one in report.runs.values()):
+    if any(one.quality or one.tasks or one.judged for one in report.runs.values()):
         lines += ["## Base and tuned on held-out rows", "", *grid(table(report, [], scores)), *pictures("quality")]
         lines += [
             f"In brackets 95 % intervals of a bootstrap over rows ({RESAMPLES:,} resamples). They and the p-values say "

@@ -15,7 +15,7 @@ import torch
 import yaml
 from jinja2 import TemplateError
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
 
 from sftlab.generate import (
     BATCHES_WORTH_COMPILING,
@@ -84,7 +84,10 @@ class Judge(Protocol):
 
 
 class LocalJudge:
-    """A causal model of the hub or of a folder; its weights are loaded when something is to be judged."""
+    """A causal model of the hub or of a folder; its weights are loaded when something is to be judged.
+
+    `many` says that there is so much to judge that compiling the decoding step pays (on a GPU).
+    """
 
     def __init__(self, name: str, max_new_tokens: int, load_in_4bit: bool = False, batch_size: int = 16) -> None:
         self.name, self.load_in_4bit, self.batch_size = name, load_in_4bit, batch_size
@@ -110,13 +113,17 @@ class LocalJudge:
         template = hashlib.sha256(str(self.tokenizer.chat_template).encode()).hexdigest()[:16]
         self.facts = {"judge": name, "weights": _weights(name, config), "template": template}
         self.facts |= {"load_in_4bit": load_in_4bit, "dtype": str(self._dtype()), "max_new_tokens": max_new_tokens}
-        self.many = False
+        self.many, self._generators = False, {}
 
     def size(self, messages: Messages) -> int:
         return len(self._ids(messages))
 
     def answers(self, prompts: Sequence[Messages], seed: int = 0) -> list[Answer]:
-        return self._generator.answers([self._ids(messages) for messages in prompts], seed)
+        compiled = self.many and self._model.device.type == "cuda"
+        if compiled not in self._generators:
+            static_rows = self.batch_size if compiled else None
+            self._generators[compiled] = Generator(self._model, self.tokenizer, self.sampling, static_rows)
+        return self._generators[compiled].answers([self._ids(messages) for messages in prompts], seed)
 
     def _ids(self, messages: Messages) -> list[int]:
         try:
@@ -131,7 +138,7 @@ class LocalJudge:
         return torch.bfloat16 if torch.cuda.is_available() else torch.float32
 
     @cached_property
-    def _generator(self) -> Generator:
+    def _model(self) -> PreTrainedModel:
         device, quantization = "cuda" if torch.cuda.is_available() else "cpu", None
         # cuDNN's attention gives other values from call to call (see sftlab/pair.py)
         torch.backends.cuda.enable_cudnn_sdp(False)
@@ -140,11 +147,9 @@ class LocalJudge:
             quantization = BitsAndBytesConfig(load_in_4bit=True, **compute)
         kwargs = {"dtype": self._dtype(), "device_map": device, "quantization_config": quantization}
         try:
-            model = AutoModelForCausalLM.from_pretrained(self.name, use_safetensors=True, **kwargs).eval()
+            return AutoModelForCausalLM.from_pretrained(self.name, use_safetensors=True, **kwargs).eval()
         except (OSError, ValueError, SafetensorError) as error:
             raise ValueError(f"the judge {self.name} cannot be loaded: {str(error).splitlines()[0]}") from error
-        compiled = device == "cuda" and self.many
-        return Generator(model, self.tokenizer, self.sampling, static_rows=self.batch_size if compiled else None)
 
 
 class ServerJudge:

@@ -17,11 +17,16 @@ def keep_entry(path: Path, entry: Mapping[str, Any]) -> None:
     write_json(path, {"entries": [*kept, entry]})
 
 
+def title_hash(title: str) -> str:
+    """What tells the files of one entry from those of another (hexadecimal, 8 digits)."""
+    return hashlib.sha256(title.encode()).hexdigest()[:8]
+
+
 def write_records(folder: Path, name: str, title: str, **kinds: Sequence[Mapping[str, Any]]) -> list[str]:
     """A file of records, one a line, of each kind; their names hold a hash of the entry's title."""
     files = []
     for kind, records in kinds.items():
-        files.append(f"{name}-{kind}-{hashlib.sha256(title.encode()).hexdigest()[:8]}.jsonl")
+        files.append(f"{name}-{kind}-{title_hash(title)}.jsonl")
         lines = (json.dumps(record, ensure_ascii=False, default=str) + "\n" for record in records)
         (folder / files[-1]).write_text("".join(lines), encoding="utf-8")
     return files
