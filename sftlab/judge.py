@@ -126,13 +126,19 @@ class LocalJudge:
         return self._generators[compiled].answers([self._ids(messages) for messages in prompts], seed)
 
     def _ids(self, messages: Messages) -> list[int]:
-        try:
-            return prompt_ids(self.tokenizer, messages)
-        except TemplateError:  # a template without a place for a system prompt
+        if not self._takes_system and messages[0]["role"] == "system":
             system, user = messages
-            return prompt_ids(
-                self.tokenizer, [{"role": "user", "content": f"{system['content']}\n\n{user['content']}"}]
-            )
+            messages = [{"role": "user", "content": f"{system['content']}\n\n{user['content']}"}]
+        return prompt_ids(self.tokenizer, messages)
+
+    @cached_property
+    def _takes_system(self) -> bool:
+        """Whether the template shows a system prompt: some refuse it, some leave it out."""
+        probe = [{"role": "system", "content": "Judge fairly."}, {"role": "user", "content": "Which?"}]
+        try:
+            return "Judge fairly." in self.tokenizer.apply_chat_template(probe, tokenize=False)
+        except TemplateError:
+            return False
 
     def _dtype(self) -> torch.dtype:
         return torch.bfloat16 if torch.cuda.is_available() else torch.float32
@@ -155,26 +161,26 @@ class LocalJudge:
 class ServerJudge:
     """A model behind an OpenAI-compatible server (vLLM and others), `OPENAI_API_KEY` in the environment if it asks.
 
-    Sizes are estimates of three bytes a token, as the server's tokenizer is not known; `room` comes from what the
-    server says of the model, where it says it (vLLM does).
+    Sizes are estimates of three bytes a token, as the server's tokenizer is not known. `context` is the model's in
+    tokens; where it is not given the server is asked for it (vLLM says it; of others answers are not cut).
     """
 
-    def __init__(self, name: str, url: str, max_new_tokens: int) -> None:
+    def __init__(self, name: str, url: str, max_new_tokens: int, context: int | None = None) -> None:
         import openai
 
         self.openai, self.name, self.url, self.max_new_tokens = openai, name, url, max_new_tokens
         key = os.environ.get("OPENAI_API_KEY", "none")
         self.client = openai.OpenAI(base_url=url, api_key=key, max_retries=RETRIES, timeout=600)
         self.facts = {"judge": name, "server": url, "max_new_tokens": max_new_tokens}
+        context = context or self._served_context()
+        self.room = context - max_new_tokens if context else None
 
-    @cached_property
-    def room(self) -> int | None:
+    def _served_context(self) -> int | None:
         with self._explained():
             served = {model.id: model for model in self.client.models.list().data}
         if self.name not in served:
             raise ValueError(f"the server at {self.url} has no model {self.name!r}: it has {', '.join(served)}")
-        longest = getattr(served[self.name], "max_model_len", None)
-        return longest - self.max_new_tokens if longest else None
+        return getattr(served[self.name], "max_model_len", None)
 
     def size(self, messages: Messages) -> int:
         return math.ceil(sum(len(message["content"].encode()) for message in messages) / 3)
@@ -250,6 +256,7 @@ def add_judge_flags(parser: argparse.ArgumentParser) -> None:
     """The flags that choose a judge."""
     parser.add_argument("--judge", help="a causal model (hub name or folder), or a server's model with --judge_url")
     parser.add_argument("--judge_url", help="an OpenAI-compatible server, for instance http://localhost:8000/v1")
+    parser.add_argument("--judge_context", type=int, help="tokens that a server's model takes (default: it is asked)")
     parser.add_argument("--judge_format", help="prometheus or fastchat (default: by whether its name has 'prometheus')")
     parser.add_argument("--judge_in_4bit", action="store_true", help="load a local judge in 4 bits")
     parser.add_argument("--judge_batch_size", type=int, default=16, help="judgements at once")
@@ -265,7 +272,10 @@ def judge_from(arguments: argparse.Namespace) -> tuple[Judge, Format]:
     if arguments.judge_url:
         if arguments.judge_in_4bit:
             raise ValueError("--judge_in_4bit is for a local judge: --judge_url names a server, which loads its own")
-        return ServerJudge(name, arguments.judge_url, arguments.judge_max_new_tokens), style
+        new_tokens, context = arguments.judge_max_new_tokens, arguments.judge_context
+        return ServerJudge(name, arguments.judge_url, new_tokens, context), style
+    if arguments.judge_context:
+        raise ValueError("--judge_context is for a server (--judge_url): a local judge's config says how much it takes")
     new_tokens, size = arguments.judge_max_new_tokens, arguments.judge_batch_size
     return LocalJudge(name, new_tokens, arguments.judge_in_4bit, size), style
 

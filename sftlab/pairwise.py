@@ -100,6 +100,8 @@ def tally(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     parsed = [record for record in records if record["score"] is not None]
     verdicts = [verdict for record in records for verdict in record["verdicts"]]
     decided = [verdict for verdict in verdicts if verdict in ("A", "B")]
+    # alpaca-eval's annotators draw which answer they show first, and do not say it
+    first = [] if any("annotation" in record for record in records) else decided
     agreeing = sum(says_the_same(record["verdicts"]) for record in parsed)
     contradictions = sum(sum(record["contradictions"]) for record in records)
     return {
@@ -110,7 +112,7 @@ def tally(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         "unparsed": rate(verdicts.count(None), len(verdicts)),
         "pairs_unparsed": scores.count(None),
         "orders_agree": rate(agreeing, len(parsed)),
-        "first_preferred": rate(decided.count("A"), len(decided)),
+        "first_preferred": rate(first.count("A"), len(first)),
         "contradictions": rate(contradictions, len(decided)),
         "contradicting_rows": [record["row"] for record in records if any(record["contradictions"])],
         "pairs_cut": sum(record["characters_cut"] > 0 for record in records),

@@ -69,10 +69,12 @@ def test_other_weights_are_another_judge(model, tmp_path):
     assert LocalJudge(str(tmp_path / "other"), 8).facts["weights"] != before["weights"]
 
 
-def test_a_template_without_a_place_for_a_system_prompt_gets_it_in_the_users_turn(model):
+@pytest.mark.parametrize("system", ["{{ raise_exception('no system') }}", ""])
+def test_a_template_without_a_place_for_a_system_prompt_gets_it_in_the_users_turn(model, system):
     judge = LocalJudge(model, 8)
     judge.tokenizer.chat_template = (
-        "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}{{ messages[0].content }}"
+        f"{{% for m in messages %}}{{% if m.role == 'system' %}}{system}{{% else %}}{{{{ m.content }}}}{{% endif %}}"
+        "{% endfor %}"
     )
     messages = load_format("fastchat").messages("turn_1", question_1="q", answer_1="a")
     text = judge.tokenizer.decode(judge._ids(messages))
@@ -198,7 +200,8 @@ def test_a_server_is_asked_greedily_and_its_context_is_its_own(monkeypatch):
         assert texts == ["judged one [RESULT] A", "judged two [RESULT] A"]
         assert {(one["temperature"], one["max_tokens"], one["model"]) for one in server.requests} == {(0, 100, "m")}
         with pytest.raises(ValueError, match="has no model 'other': it has m"):
-            _ = ServerJudge("other", server.url, 100).room
+            ServerJudge("other", server.url, 100)
+        assert ServerJudge("m", "http://127.0.0.1:1/v1", 100, context=200).room == 100
 
 
 def test_a_server_that_dies_in_the_middle_leaves_everything_kept(monkeypatch, tmp_path):
