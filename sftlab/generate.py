@@ -67,6 +67,14 @@ class NotANumber(ArithmeticError):
         self.position = position
 
 
+class Unfinished(ValueError):
+    """A batch broke off; `done` has the answers that there are, by position in it."""
+
+    def __init__(self, reason: str, done: dict[int, Answer]) -> None:
+        super().__init__(reason)
+        self.done = done
+
+
 class Generator:
     """Generates with one model; the model's own sampling defaults (repetition penalty and others) do not apply.
 
@@ -226,6 +234,10 @@ def fill(
                     raise ValueError(
                         f"{side} model, row {names[error.position]}: NaN logits while it answers"
                     ) from error
+                except Unfinished as error:
+                    kept = [names[position] for position in error.done]
+                    file.add(side, kept, list(error.done.values()), time.perf_counter() - started)
+                    raise
                 file.add(side, names, new, time.perf_counter() - started)
                 bar.update(len(missing))
 

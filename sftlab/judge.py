@@ -23,6 +23,7 @@ from sftlab.generate import (
     AnswerFile,
     Generator,
     Sampling,
+    Unfinished,
     digest,
     fill,
     longest_prompt,
@@ -186,8 +187,14 @@ class ServerJudge:
         return math.ceil(sum(len(message["content"].encode()) for message in messages) / 3)
 
     def answers(self, prompts: Sequence[Messages], seed: int = 0) -> list[Answer]:
-        with self._explained(), ThreadPoolExecutor(len(prompts)) as threads:
-            return list(threads.map(self._answer, prompts))
+        with ThreadPoolExecutor(len(prompts)) as threads:
+            asked = [threads.submit(self._answer, messages) for messages in prompts]
+        done = {i: one.result() for i, one in enumerate(asked) if one.exception() is None}
+        try:
+            with self._explained():
+                return [one.result() for one in asked]
+        except ValueError as error:
+            raise Unfinished(str(error), done) from error
 
     def _answer(self, messages: Messages) -> Answer:
         done = self.client.chat.completions.create(

@@ -208,14 +208,14 @@ def test_a_server_that_dies_in_the_middle_leaves_everything_kept(monkeypatch, tm
     monkeypatch.setattr(judging, "RETRIES", 1)
     monkeypatch.setattr("openai._base_client.INITIAL_RETRY_DELAY", 0.01)
     prompts = [prompt(f"prompt {i}") for i in range(8)]
-    with Server(dies_at=4) as server:
+    with Server(dies_at=5) as server:
         judge = ServerJudge("m", server.url, 100)
         file = AnswerFile(tmp_path, judge.facts, kind="verdicts")
         with pytest.raises(ValueError, match="does not answer, tried 2 times: judgements are kept") as error:
             ask(judge, prompts, file, 2, "judging")
         assert "\n" not in str(error.value)
-        assert len(file.found) == 4
-        assert len(server.requests) > 6
+        assert len(file.found) == 5  # the batch that it died in too
+        assert len(server.requests) == 5 + 2
     with pytest.raises(ValueError, match="does not answer"):
         ask(judge, prompts, file, 2, "judging")
     with Server() as server:
@@ -223,7 +223,7 @@ def test_a_server_that_dies_in_the_middle_leaves_everything_kept(monkeypatch, tm
         again = AnswerFile(tmp_path, {"server": "another"}, kind="verdicts")
         again.found.update(file.found)
         assert len(ask(judge, prompts, again, 2, "judging")) == 8
-        assert len(server.requests) == 4
+        assert len(server.requests) == 3
 
 
 def test_a_server_that_refuses_says_why():
@@ -316,9 +316,9 @@ def test_length_control_finds_the_rate_at_equal_length(monkeypatch):
         scores[side] = (rng.random(800) < chance).astype(float).tolist()
         assert np.mean(scores[side]) > 0.7
     found = length_controlled(scores, answers, references)
-    for side, truth in (("base", 50), ("tuned", 73)):
+    for side, truth in (("base", 50), ("tuned", 73.1)):
         low, high = found[side]["interval_95"]
-        assert low - 3 < truth < high + 3
-        assert found[side]["value"] == pytest.approx(truth, abs=10)
+        assert low < truth < high
+        assert found[side]["value"] == pytest.approx(truth, abs=2)
     assert found["difference"]["value"] == pytest.approx(found["tuned"]["value"] - found["base"]["value"])
     assert length_controlled({"tuned": scores["tuned"][:10]}, {"tuned": answers["tuned"][:10]}, references[:10]) is None
