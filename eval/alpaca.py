@@ -25,9 +25,9 @@ import torch
 from sftlab.annotators import ALPACA_EVAL_2, Annotators, official
 from sftlab.canary import UNPARSED_REFUSED, UNPARSED_SAID, Canaries, spread
 from sftlab.contestants import Contestants, refuse_twins
-from sftlab.generate import Answer, AnswerFile, Sampling, answer_facts, digest
+from sftlab.generate import Answer, AnswerFile, Sampling, answer_facts
 from sftlab.judge import add_judge_flags, judge_from
-from sftlab.judged import canary_table, keep_entry, share, write_records
+from sftlab.judged import canary_table, judgement_hashes, keep_entry, share, write_records
 from sftlab.length import length_controlled, lengths, mean_characters
 from sftlab.outputs import Task, read_preferences, read_task
 from sftlab.pair import finished_run
@@ -95,6 +95,7 @@ def evaluate(arguments: argparse.Namespace) -> None:
 
     canaries = try_judge(judged, task, few, drawn, preferences, arguments.canaries)
     records = compare_with_reference(judged, task, answers)
+    hashes = judgement_hashes(records, "answer", "judgements")
     canaries.behaviour([record for side in records.values() for record in side])
     report = {
         "title": title(arguments, task, facts),
@@ -106,7 +107,7 @@ def evaluate(arguments: argparse.Namespace) -> None:
         "judge": facts,
         "judge_fit": canaries.fit,
         "canaries": canaries.rows,
-        "judged": {side: tally(one) for side, one in records.items()},
+        "judged": {side: tally(one) | {"hash": hashes[side]} for side, one in records.items()},
         "scores": {},
         "answers": about,
         "instructions_cut": prompts_cut,
@@ -176,12 +177,6 @@ def compare_with_reference(
         rows = enumerate(zip(task.questions.instructions, answers[side], reference, strict=True))
         pairs = [Pair(row, instruction, answer.text, text) for row, (instruction, answer, text) in rows]
         found[side] = judged(pairs, title=f"judging {side}")
-    if len({digest([record["judgements"] + [record["answer"]] for record in one]) for one in found.values()}) < len(
-        found
-    ):
-        raise ValueError(
-            "base and tuned have the same judgements (their hashes are alike): one was taken for the other"
-        )
     return found
 
 
@@ -206,9 +201,15 @@ def rates(
     found["length_controlled"] = length_controlled(scores, texts, reference)
     if arguments.annotators:
         name = task.reference.name if task.reference else "base"
-        control = (arguments.annotators, name) == ALPACA_EVAL_2 and task.questions.published
+        control = is_alpaca_eval_2(arguments, task)
         found["alpaca_eval"] = {side: official(one, (side, name), control) for side, one in records.items()}
     return found
+
+
+def is_alpaca_eval_2(arguments: argparse.Namespace, task: Task) -> bool:
+    """Whether judge, reference and instructions are those of AlpacaEval 2."""
+    whole = task.questions.published and not arguments.limit
+    return whole and task.reference is not None and (arguments.annotators, task.reference.name) == ALPACA_EVAL_2
 
 
 def title(arguments: argparse.Namespace, task: Task, facts: dict[str, Any]) -> str:
@@ -216,7 +217,7 @@ def title(arguments: argparse.Namespace, task: Task, facts: dict[str, Any]) -> s
     judge = Path(facts["judge"]).name
     reference = task.reference.name if task.reference else "base"
     number = len(task.questions.instructions)
-    if (arguments.annotators, reference) == ALPACA_EVAL_2 and task.questions.published and not arguments.limit:
+    if is_alpaca_eval_2(arguments, task):
         return f"AlpacaEval 2, judge {judge}, reference {reference}"
     name = "AlpacaEval instructions" if task.questions.published else f"instructions of {task.questions.name}"
     first = f", first {number}" if arguments.limit else ""

@@ -27,7 +27,7 @@ from sftlab.canary import UNPARSED_REFUSED, UNPARSED_SAID, spread
 from sftlab.contestants import Contestants, refuse_twins
 from sftlab.generate import Answer, AnswerFile, Sampling, answer_facts
 from sftlab.judge import add_judge_flags, judge_from
-from sftlab.judged import canary_table, keep_entry, title_hash, write_records
+from sftlab.judged import canary_table, judgement_hashes, keep_entry, title_hash, write_records
 from sftlab.pair import finished_run
 from sftlab.ratings import (
     Answered,
@@ -99,6 +99,7 @@ def evaluate(arguments: argparse.Namespace) -> None:
     canaries, tried = try_judge(rated, [one for one in every if one.references][: arguments.canaries], again)
     records = {side: rate_both(rated, questions, turns[side], f"judging {side}") for side in SIDES}
     canaries.append(unparsed([*tried, *records["base"], *records["tuned"]]))
+    hashes = judgement_hashes(records, "answers", "judgement")
     without = {side: unparsed(records[side]) for side in SIDES}
     refused = max(one["value"] for one in without.values()) > UNPARSED_REFUSED and not arguments.allow_unparsed
     limited = f", {len(questions)} questions" if arguments.limit else ""
@@ -113,7 +114,7 @@ def evaluate(arguments: argparse.Namespace) -> None:
         "judge": facts,
         "judge_fit": all(row["passed"] for row in canaries),
         "canaries": canaries,
-        "unparsed": without,
+        "judged": {side: {"hash": hashes[side], "unparsed": without[side]} for side in SIDES},
         "scores": {} if refused else mean_ratings(records),
         "answers": about,
         "prompts_cut": contestants.prompts_cut,
@@ -198,7 +199,7 @@ def warnings(report: dict[str, Any], records: dict[str, list[dict[str, Any]]]) -
         failed = [row["canary"] for row in report["canaries"] if not row["passed"]]
         found.append(f"the judge is UNFIT, it failed: {', '.join(failed)}; what it says of the models means nothing")
     for side in SIDES:
-        share = report["unparsed"][side]["value"]
+        share = report["judged"][side]["unparsed"]["value"]
         if share > UNPARSED_SAID:
             found.append(f"{percent(share)} of the judgements of {side} hold no rating and are left out")
         empty = sum(not record["answers"][-1].strip() for record in records[side])

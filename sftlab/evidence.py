@@ -86,7 +86,8 @@ def read_evidence(folder: Path) -> Evidence:
     files = [path for path in sorted(evaluated.glob("*judg*.jsonl")) if path.stat().st_size]
     held |= {f"judgements ({path.name})": _digest(path.read_bytes()) for path in files}
     judged = own["alpaca"] + own["mt_bench"]
-    held |= {f"answers ({one['title']})": one["answers"]["tuned"]["hash"] for one in judged}
+    for what, part in (("answers", "answers"), ("judgements", "judged")):
+        held |= {f"{what} ({one['title']})": one[part]["tuned"]["hash"] for one in judged}
     return Evidence(folder, run, quality, own["harness"], judged, records, stale, held)
 
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from sftlab.generate import digest
 from sftlab.run import write_json
 from sftlab.table import aligned
 
@@ -30,6 +31,20 @@ def write_records(folder: Path, name: str, title: str, **kinds: Sequence[Mapping
         lines = (json.dumps(record, ensure_ascii=False, default=str) + "\n" for record in records)
         (folder / files[-1]).write_text("".join(lines), encoding="utf-8")
     return files
+
+
+def judgement_hashes(records: Mapping[str, Sequence[Mapping[str, Any]]], *keys: str) -> dict[str, str]:
+    """The hash of each side's judgements with what was judged (`keys` of a record).
+
+    ValueError where two sides have the same.
+    """
+    found = {side: digest([[record[key] for key in keys] for record in one]) for side, one in records.items()}
+    if len(set(found.values())) < len(found):
+        raise ValueError(
+            "base and tuned have the same judgements (their hashes are alike): one model was taken for the other, and "
+            "there is nothing to compare"
+        )
+    return found
 
 
 def share(one: Mapping[str, Any]) -> str:

@@ -1,6 +1,7 @@
 """Runs without training, canned answers and scripted judges for the tests of eval/alpaca.py and eval/mt_bench.py."""
 
 import json
+import math
 import re
 from pathlib import Path
 
@@ -92,3 +93,14 @@ def lines(run: Path, pattern: str) -> list[dict]:
     """The records of a file of the evaluation."""
     (path,) = (run / "eval").glob(pattern)
     return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def longer_output(prompts, **_):
+    """OpenAI's completions of alpaca-eval's weighted prompt: the longer output is preferred, by 9 to 1."""
+    shown = [prompt.split('"output": """')[1:] for prompt in prompts]
+    chosen = ["mM"[len(a.split('"""')[0]) < len(b.split('"""')[0])] for a, b in shown]
+    found = []
+    for letter in chosen:
+        top = [{"token": token, "logprob": math.log(0.9 if token == letter else 0.1)} for token in "mM"]
+        found.append({"logprobs": {"content": [{"top_logprobs": top}]}})
+    return {"completions": chosen, "completions_all": found}

@@ -4,10 +4,12 @@ import json
 import re
 
 import pytest
-from conftest import load_script
-from judging import ScriptedJudge, canned, entry, lines, untrained_run
+from conftest import SHARED, load_script, needs_shared
+from judging import ScriptedJudge, canned, entry, lines, longer_output, untrained_run
 
 from sftlab import length
+from sftlab import outputs as outputs_module
+from sftlab.generate import digest
 from sftlab.judge import load_format
 
 ROWS = 40
@@ -158,6 +160,14 @@ def test_beyond_five_per_cent_unparsed_no_win_rate_is_given(evaluate, run, capsy
     assert report["scores"]["win_rate"]["tuned"]["value"] == pytest.approx(100 * sum(tuned) / len(tuned))
 
 
+def test_a_judge_without_any_verdict_passes_nothing_that_asks_for_one(evaluate, run):
+    with pytest.raises(SystemExit, match="100 % of the judgements hold no verdict"):
+        evaluate(lambda q, a, b: "Both are fine.")
+    report = entry(run)
+    assert [row["canary"] for row in report["canaries"] if row["passed"]] == ["contradictions"]
+    assert evaluate(None, flags=["--allow-unparsed"])["scores"] == {}
+
+
 def test_between_one_and_five_per_cent_unparsed_it_is_said_on_top(evaluate, capsys):
     report = evaluate(unparsable(40), style="fastchat")
     assert report["judged"]["base"]["unparsed"]["value"] == 1 / ROWS
@@ -254,6 +264,33 @@ def test_limit_takes_the_first_and_entries_of_other_judges_stay(evaluate, run):
     evaluate(perfect, style="fastchat")
     evaluate(perfect, style="fastchat")
     assert len(json.loads((run / "eval" / "alpaca.json").read_text())["entries"]) == 2
+
+
+@needs_shared
+def test_the_name_alpacaeval_2_stands_for_its_judge_reference_and_instructions(alpaca, run, monkeypatch, capsys):
+    """The whole path with alpaca-eval's annotators; in place of the API a model that prefers the longer output."""
+    monkeypatch.setenv("OPENAI_API_KEY", "none")
+    monkeypatch.setattr(length, "RESAMPLES", 5)
+    monkeypatch.setattr("alpaca_eval.decoders.openai.openai_completions", longer_output)
+    folder = SHARED / "alpaca_eval"
+    monkeypatch.setattr(length.alpaca_metrics(), "hf_hub_download", lambda **_: folder / "df_gamed_standin.csv")
+    monkeypatch.setattr(outputs_module, "_ALPACA_EVAL", digest(QUESTIONS))
+    path = outputs(run.parent / "published.json", RIGHT, "gpt4_1106_preview")
+    canned(monkeypatch, dict.fromkeys(QUESTIONS, "No."), {q: f"{text} And more." for q, text in RIGHT.items()})
+    judge = ["--annotators", "weighted_alpaca_eval_gpt4_turbo", "--canaries", "4"]
+    alpaca.main(["--run", str(run), "--reference", path, *judge])
+    report = entry(run)
+    assert report["title"] == "AlpacaEval 2, judge weighted_alpaca_eval_gpt4_turbo, reference gpt4_1106_preview"
+    assert report["scores"]["win_rate"]["tuned"]["value"] == 100
+    official = report["alpaca_eval"]["tuned"]
+    assert official["win_rate"] == pytest.approx(90)
+    assert official["n_total"] == ROWS
+    assert 0 < official["length_controlled_winrate"] < 100
+    assert "alpaca-eval's own metrics, tuned: win_rate 90" in capsys.readouterr().out
+    for flags in (["--limit", "39"], ["--reference", outputs(run.parent / "other.json", RIGHT, "other")]):
+        alpaca.main(["--run", str(run), "--reference", path, *judge, *flags])
+        assert entry(run)["title"].startswith("AlpacaEval instructions, ")
+        assert "length_controlled_winrate" not in entry(run)["alpaca_eval"]["tuned"]
 
 
 def test_a_reference_with_other_instructions_is_refused(evaluate, tmp_path):

@@ -8,16 +8,17 @@ import numpy as np
 import pandas
 import pytest
 from conftest import SHARED, byte_tokenizer, needs_shared
-from judging import ScriptedJudge
+from judging import ScriptedJudge, longer_output
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from sftlab import judge as judging
 from sftlab.annotators import Annotators, official
+from sftlab.canary import Canaries
 from sftlab.generate import AnswerFile
 from sftlab.judge import CUT, LocalJudge, ServerJudge, ask, load_format, longest_fitting
 from sftlab.length import alpaca_metrics, length_controlled
 from sftlab.outputs import read_outputs, read_preferences
-from sftlab.pairwise import Pair, judge_pairs, score
+from sftlab.pairwise import Pair, judge_pairs, score, tally
 from sftlab.template import set_template
 
 PLAIN = [{"role": "user", "content": "Which is better?"}]
@@ -141,6 +142,21 @@ def test_what_was_cut_is_counted_in_the_record(tmp_path):
 )
 def test_two_orders_make_one_score(verdicts, expected):
     assert score([None if one == "-" else one for one in verdicts]) == expected
+
+
+@pytest.mark.parametrize(("wins", "losses", "passed"), [(30, 10, False), (24, 16, True), (0, 0, True), (10, 30, False)])
+def test_one_model_that_beats_itself_too_often_fails_the_judge(wins, losses, passed):
+    scores = [1.0] * wins + [0.0] * losses + [0.5] * (40 - wins - losses)
+    letters = {1.0: ["A", "B"], 0.0: ["B", "A"], 0.5: ["A", "A"]}
+    records = [
+        {"row": 0, "answer": "x", "score": one, "verdicts": letters[one], "contradictions": [False] * 2,
+         "characters_cut": 0}
+        for one in scores
+    ]  # fmt: skip
+    canaries = Canaries(lambda pairs, title: records)
+    canaries.noise_floor([])
+    assert (canaries.rows[0]["passed"], canaries.fit) == (passed, passed)
+    assert canaries.rows[0]["value"] == sum(scores) / 40
 
 
 class Server:
@@ -280,20 +296,14 @@ def test_annotators_of_alpaca_eval_see_both_orders_and_are_not_asked_twice(monke
 
     def completions(prompts, **_):
         asked.extend(prompts)
-        shown = [one.split('"output": """')[1:] for one in prompts]
-        longer = ["mM"[len(a.split('"""')[0]) < len(b.split('"""')[0])] for a, b in shown]
-        chances = [{"m": np.log(0.9 if one == "m" else 0.1), "M": np.log(0.1 if one == "m" else 0.9)} for one in longer]
-        top = [[{"token": token, "logprob": value} for token, value in one.items()] for one in chances]
-        return {
-            "completions": longer,
-            "completions_all": [{"logprobs": {"content": [{"top_logprobs": t}]}} for t in top],
-        }
+        return longer_output(prompts)
 
     monkeypatch.setattr("alpaca_eval.decoders.openai.openai_completions", completions)
     pairs = [Pair(i, f"question {i}", "x" * (30 if i < 5 else 3), "y" * 10) for i in range(8)]
     records = Annotators("weighted_alpaca_eval_gpt4_turbo", tmp_path).judged(pairs, "judging")
     assert [one["score"] for one in records] == [1] * 5 + [0] * 3
     assert len(asked) == 16
+    assert tally(records)["first_preferred"]["value"] is None
     first = [asked[i].index("xxx") < asked[i].index("yyy") for i in range(16)]
     assert sum(first) == 8
     own = [one["annotation"]["preference"] for one in records]

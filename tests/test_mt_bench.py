@@ -153,7 +153,7 @@ def test_unparsed_ratings_are_left_out_and_many_are_refused(evaluate, run):
         return "It deserves a 7." if last_answer(prompt) == "good tuned 81" else rates(prompt, 10)
 
     report = evaluate(sometimes)
-    assert report["unparsed"]["tuned"]["value"] == 1 / 80
+    assert report["judged"]["tuned"]["unparsed"]["value"] == 1 / 80
     assert report["scores"]["turn 1"]["tuned"]["value"] == 9
     assert any(warning.startswith("1.25 % of the judgements of tuned") for warning in report["warnings"])
     forget(run)
