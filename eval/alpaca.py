@@ -25,7 +25,7 @@ import torch
 from sftlab.annotators import ALPACA_EVAL_2, Annotators, official
 from sftlab.canary import UNPARSED_REFUSED, UNPARSED_SAID, Canaries, spread
 from sftlab.contestants import Contestants, refuse_twins
-from sftlab.generate import Answer, AnswerFile, Sampling, answer_facts
+from sftlab.generate import Answer, AnswerFile, Sampling, answer_facts, digest
 from sftlab.judge import add_judge_flags, judge_from
 from sftlab.judged import canary_table, judgement_hashes, keep_entry, share, write_records
 from sftlab.length import length_controlled, lengths, mean_characters
@@ -103,6 +103,7 @@ def evaluate(arguments: argparse.Namespace) -> None:
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "adapter_hash": adapter_hash(arguments.run),
         "rows": len(asked),
+        "questions_hash": digest([task.questions.instructions, task.reference.texts if task.reference else None]),
         "reference": task.reference.name if task.reference else "base",
         "judge": facts,
         "judge_fit": canaries.fit,

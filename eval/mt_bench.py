@@ -25,7 +25,7 @@ from matplotlib.figure import Figure
 
 from sftlab.canary import UNPARSED_REFUSED, UNPARSED_SAID, spread
 from sftlab.contestants import Contestants, refuse_twins
-from sftlab.generate import Answer, AnswerFile, Sampling, answer_facts
+from sftlab.generate import Answer, AnswerFile, Sampling, answer_facts, digest
 from sftlab.judge import add_judge_flags, judge_from
 from sftlab.judged import canary_table, judgement_hashes, keep_entry, title_hash, write_records
 from sftlab.pair import finished_run
@@ -110,6 +110,7 @@ def evaluate(arguments: argparse.Namespace) -> None:
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "adapter_hash": adapter_hash(arguments.run),
         "rows": len(questions),
+        "questions_hash": digest(questions),
         "scale": style.scale,
         "judge": facts,
         "judge_fit": all(row["passed"] for row in canaries),

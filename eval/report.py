@@ -85,7 +85,7 @@ def main(argv: list[str]) -> None:
 
 def judge(runs: dict[str, Evidence], asked: list[str], allow: bool) -> Report:
     """Settle the axes and collect what a reader must know; ValueError where the runs differ in more."""
-    settings = {name: confound.settings(one.run, one.quality) for name, one in runs.items()}
+    settings = {name: confound.settings(one.run, one.quality, one.judged) for name, one in runs.items()}
     axes = confound.settle_axes(settings, asked, allow)
     order = sorted(runs, key=lambda name: ([confound.in_order(settings[name].value(axis)) for axis in axes], name))
     runs, settings = {name: runs[name] for name in order}, {name: settings[name] for name in order}
