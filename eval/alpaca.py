@@ -36,11 +36,11 @@ from sftlab.run import SIDES, adapter_hash, environment
 from sftlab.significance import FEW_ROWS, RESAMPLES
 from sftlab.table import aligned, figure, interval, p_value, percent
 
-Judged = Callable[[list[Pair], str], list[dict[str, Any]]]
+Judged = Callable[..., list[dict[str, Any]]]
 SHOWN_CONTRADICTIONS = 3
 ORDERS = (("both orders agree", "orders_agree"), ("first preferred", "first_preferred"))
 NAMED = {"mean_characters": "mean characters", "empty": "empty answers"}
-# Published temperature of most entries of AlpacaEval's leaderboard; two draws of one model are the noise floor.
+# At which the base model answers twice: two draws of one model are the noise floor.
 NOISE_TEMPERATURE = 0.7
 
 
@@ -95,31 +95,13 @@ def evaluate(arguments: argparse.Namespace) -> None:
 
     canaries = try_judge(judged, task, few, drawn, preferences, arguments.canaries)
     records = compare_with_reference(judged, task, answers)
-    hashes = judgement_hashes(records, "answer", "judgements")
     canaries.behaviour([record for side in records.values() for record in side])
-    report = {
-        "title": title(arguments, task, facts),
-        "run": str(arguments.run),
-        "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "adapter_hash": adapter_hash(arguments.run),
-        "rows": len(asked),
-        "questions_hash": digest([task.questions.instructions, task.reference.texts if task.reference else None]),
-        "reference": task.reference.name if task.reference else "base",
-        "judge": facts,
-        "judge_fit": canaries.fit,
-        "canaries": canaries.rows,
-        "judged": {side: tally(one) | {"hash": hashes[side]} for side, one in records.items()},
-        "scores": {},
-        "answers": about,
-        "instructions_cut": prompts_cut,
-        "generation": {"temperature": sampling.temperature, "max_new_tokens": sampling.max_new_tokens},
-        "statistics": f"paired bootstrap over instructions, {RESAMPLES} resamples",
-        **environment(),
-    }
+    report = facts_of(arguments, task, facts, canaries, records)
+    report |= {"answers": about, "instructions_cut": prompts_cut}
     refused = unparsed_rate(report) > UNPARSED_REFUSED and not arguments.allow_unparsed
     if not refused:
         report |= rates(arguments, task, records, answers)
-    report["warnings"] = warnings(arguments, report, task)
+    report["warnings"] = warnings(arguments, report)
     report["files"] = write(arguments.run / "eval", report, records, canaries)
     print_report(report, records)
     if refused:
@@ -128,6 +110,34 @@ def evaluate(arguments: argparse.Namespace) -> None:
             f"{percent(UNPARSED_REFUSED)}: no win rate is given without --allow-unparsed; every judgement is in the "
             "files named above"
         )
+
+
+def facts_of(
+    arguments: argparse.Namespace,
+    task: Task,
+    judge: dict[str, Any],
+    canaries: Canaries,
+    records: dict[str, list[dict[str, Any]]],
+) -> dict[str, Any]:
+    """Who judged what and how, whether that judge can be believed, and what it did with the pairs."""
+    hashes = judgement_hashes(records, "answer", "judgements")
+    return {
+        "title": title(arguments, task, judge),
+        "run": str(arguments.run),
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "adapter_hash": adapter_hash(arguments.run),
+        "rows": len(task.questions.instructions),
+        "questions_hash": digest([task.questions.instructions, task.reference.texts if task.reference else None]),
+        "reference": task.reference.name if task.reference else "base",
+        "judge": judge,
+        "judge_fit": canaries.fit,
+        "canaries": canaries.rows,
+        "judged": {side: tally(one) | {"hash": hashes[side]} for side, one in records.items()},
+        "scores": {},
+        "generation": {"temperature": arguments.temperature, "max_new_tokens": arguments.max_new_tokens},
+        "statistics": f"paired bootstrap over instructions, {RESAMPLES} resamples",
+        **environment(),
+    }
 
 
 def choose_judge(arguments: argparse.Namespace) -> tuple[Judged, dict[str, Any]]:
@@ -145,7 +155,7 @@ def choose_judge(arguments: argparse.Namespace) -> tuple[Judged, dict[str, Any]]
 
 
 def try_judge(
-    judged: Any,
+    judged: Judged,
     task: Task,
     few: list[int],
     drawn: list[list[Answer]],
@@ -168,7 +178,7 @@ def try_judge(
 
 
 def compare_with_reference(
-    judged: Any, task: Task, answers: dict[str, list[Answer]]
+    judged: Judged, task: Task, answers: dict[str, list[Answer]]
 ) -> dict[str, list[dict[str, Any]]]:
     """The judge's records of each side against the reference; base is not judged against itself."""
     reference = task.reference.texts if task.reference else [answer.text for answer in answers["base"]]
@@ -230,7 +240,7 @@ def unparsed_rate(report: dict[str, Any]) -> float:
     return max(one["unparsed"]["value"] for one in report["judged"].values())
 
 
-def warnings(arguments: argparse.Namespace, report: dict[str, Any], task: Task) -> list[str]:
+def warnings(arguments: argparse.Namespace, report: dict[str, Any]) -> list[str]:
     """What a reader must know before believing the table."""
     found = []
     if not report["judge_fit"]:
@@ -258,23 +268,14 @@ def write(folder: Path, report: dict[str, Any], records: dict[str, list], canari
     return names
 
 
-def print_report(report: dict[str, Any], records: dict[str, list[dict[str, Any]]]) -> None:
-    """Warnings, the canaries, the result, and the contradictions."""
-    print(f"\n{report['title']}: base against tuned of {report['run']} on {report['rows']} instructions")
-    for warning in report["warnings"]:
-        print(f"  warning: {warning}")
-    print(f"\n{canary_table(report['canaries'])}\n  the judge is {'fit' if report['judge_fit'] else 'UNFIT'}\n")
+def table(report: dict[str, Any]) -> list[list[str]]:
+    """Win rates, what the judge did with the pairs, and lengths, a column a model."""
     mark = "" if report["judge_fit"] else " (UNFIT judge)"
     lines = [["", "base", "tuned", "tuned - base", "p"]]
     if report["scores"]:
         one = report["scores"]["win_rate"]
-        lines.append(
-            [
-                f"win rate, %{mark}",
-                *(interval(one[k]) for k in ("base", "tuned", "difference")),
-                p_value(one["p_value"]),
-            ]
-        )
+        cells = [interval(one[k]) for k in ("base", "tuned", "difference")]
+        lines.append([f"win rate, %{mark}", *cells, p_value(one["p_value"])])
     controlled = report.get("length_controlled") or {}
     if controlled:
         cells = [interval(controlled[k]) if k in controlled else "" for k in ("base", "tuned", "difference")]
@@ -286,7 +287,16 @@ def print_report(report: dict[str, Any], records: dict[str, list[dict[str, Any]]
         lines.append([f"wins when {name}", *(share(length[s][name]) if s in length else "" for s in SIDES), "", ""])
     for name in ("mean_characters", "empty"):
         lines.append([NAMED[name], *(figure(report["answers"][side][name]) for side in SIDES), "", ""])
-    print(aligned(lines))
+    return lines
+
+
+def print_report(report: dict[str, Any], records: dict[str, list[dict[str, Any]]]) -> None:
+    """Warnings, the canaries, the result, and the contradictions."""
+    print(f"\n{report['title']}: base against tuned of {report['run']} on {report['rows']} instructions")
+    for warning in report["warnings"]:
+        print(f"  warning: {warning}")
+    print(f"\n{canary_table(report['canaries'])}\n  the judge is {'fit' if report['judge_fit'] else 'UNFIT'}\n")
+    print(aligned(table(report)))
     for side, metrics in report.get("alpaca_eval", {}).items():
         shown = ", ".join(
             f"{key} {value if isinstance(value, str) else figure(value)}" for key, value in metrics.items()

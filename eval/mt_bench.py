@@ -99,34 +99,11 @@ def evaluate(arguments: argparse.Namespace) -> None:
     canaries, tried = try_judge(rated, [one for one in every if one.references][: arguments.canaries], again)
     records = {side: rate_both(rated, questions, turns[side], f"judging {side}") for side in SIDES}
     canaries.append(unparsed([*tried, *records["base"], *records["tuned"]]))
-    hashes = judgement_hashes(records, "answers", "judgement")
-    without = {side: unparsed(records[side]) for side in SIDES}
-    refused = max(one["value"] for one in without.values()) > UNPARSED_REFUSED and not arguments.allow_unparsed
-    limited = f", {len(questions)} questions" if arguments.limit else ""
-    low, high = style.scale
-    report = {
-        "title": f"MT-Bench{limited}, judge {Path(arguments.judge).name}, scale {low} to {high}",
-        "run": str(arguments.run),
-        "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "adapter_hash": adapter_hash(arguments.run),
-        "rows": len(questions),
-        "questions_hash": digest(questions),
-        "scale": style.scale,
-        "judge": facts,
-        "judge_fit": all(row["passed"] for row in canaries),
-        "canaries": canaries,
-        "judged": {side: {"hash": hashes[side], "unparsed": without[side]} for side in SIDES},
-        "scores": {} if refused else mean_ratings(records),
-        "answers": about,
-        "prompts_cut": contestants.prompts_cut,
-        "generation": {
-            "max_new_tokens": arguments.max_new_tokens,
-            "seed": arguments.seed,
-            "temperature": "by category",
-        },
-        "statistics": f"paired bootstrap over questions, {RESAMPLES} resamples; p after Holm over all rows",
-        **environment(),
-    }
+    report = facts_of(arguments, questions, facts, style.scale, canaries, records)
+    report |= {"answers": about, "prompts_cut": contestants.prompts_cut}
+    most = max(one["unparsed"]["value"] for one in report["judged"].values())
+    refused = most > UNPARSED_REFUSED and not arguments.allow_unparsed
+    report["scores"] = {} if refused else mean_ratings(records)
     report["warnings"] = warnings(report, records)
     report["files"] = write(arguments.run / "eval", report, records, tried)
     print_report(report)
@@ -135,6 +112,39 @@ def evaluate(arguments: argparse.Namespace) -> None:
             f"error: more than {percent(UNPARSED_REFUSED)} of the judgements hold no rating: no mean is given without "
             "--allow-unparsed; every judgement is in the files named above"
         )
+
+
+def facts_of(
+    arguments: argparse.Namespace,
+    questions: Sequence[Question],
+    judge: dict[str, Any],
+    scale: tuple[int, int],
+    canaries: list[dict[str, Any]],
+    records: dict[str, list[dict[str, Any]]],
+) -> dict[str, Any]:
+    """Who rated what and how, and whether that judge can be believed."""
+    hashes = judgement_hashes(records, "answers", "judgement")
+    limited = f", {len(questions)} questions" if arguments.limit else ""
+    return {
+        "title": f"MT-Bench{limited}, judge {Path(arguments.judge).name}, scale {scale[0]} to {scale[1]}",
+        "run": str(arguments.run),
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "adapter_hash": adapter_hash(arguments.run),
+        "rows": len(questions),
+        "questions_hash": digest(questions),
+        "scale": scale,
+        "judge": judge,
+        "judge_fit": all(row["passed"] for row in canaries),
+        "canaries": canaries,
+        "judged": {side: {"hash": hashes[side], "unparsed": unparsed(records[side])} for side in SIDES},
+        "generation": {
+            "max_new_tokens": arguments.max_new_tokens,
+            "seed": arguments.seed,
+            "temperature": "by category",
+        },
+        "statistics": f"paired bootstrap over questions, {RESAMPLES} resamples; p after Holm over all rows",
+        **environment(),
+    }
 
 
 def both_turns(

@@ -113,7 +113,7 @@ class LocalJudge:
             )
         template = hashlib.sha256(str(self.tokenizer.chat_template).encode()).hexdigest()[:16]
         self.facts = {"judge": name, "weights": _weights(name, config), "template": template}
-        self.facts |= {"load_in_4bit": load_in_4bit, "dtype": str(self._dtype()), "max_new_tokens": max_new_tokens}
+        self.facts |= {"load_in_4bit": load_in_4bit, "dtype": str(config.dtype), "max_new_tokens": max_new_tokens}
         self.many, self._generators = False, {}
 
     def size(self, messages: Messages) -> int:
@@ -141,18 +141,16 @@ class LocalJudge:
         except TemplateError:
             return False
 
-    def _dtype(self) -> torch.dtype:
-        return torch.bfloat16 if torch.cuda.is_available() else torch.float32
-
     @cached_property
     def _model(self) -> PreTrainedModel:
         device, quantization = "cuda" if torch.cuda.is_available() else "cpu", None
         # cuDNN's attention gives other values from call to call (see sftlab/pair.py)
         torch.backends.cuda.enable_cudnn_sdp(False)
         if self.load_in_4bit:
-            compute = {"bnb_4bit_compute_dtype": self._dtype(), "bnb_4bit_quant_type": "nf4"}
+            compute = {"bnb_4bit_compute_dtype": torch.bfloat16, "bnb_4bit_quant_type": "nf4"}
             quantization = BitsAndBytesConfig(load_in_4bit=True, **compute)
-        kwargs = {"dtype": self._dtype(), "device_map": device, "quantization_config": quantization}
+        # in the dtype of the weights, wherever it runs: what it judged is found again on a machine without a GPU
+        kwargs = {"dtype": "auto", "device_map": device, "quantization_config": quantization}
         try:
             return AutoModelForCausalLM.from_pretrained(self.name, use_safetensors=True, **kwargs).eval()
         except (OSError, ValueError, SafetensorError) as error:
@@ -292,10 +290,10 @@ def _weights(name: str, config: Any) -> str | None:
     files = sorted(Path(name).glob("*.safetensors")) if Path(name).is_dir() else []
     if not files:
         return getattr(config, "_commit_hash", None)
-    digest = hashlib.sha256()
+    seen = hashlib.sha256()
     for path in files:
         with path.open("rb") as file:
-            digest.update(f"{path.name} {path.stat().st_size}".encode() + file.read(_EDGE))
+            seen.update(f"{path.name} {path.stat().st_size}".encode() + file.read(_EDGE))
             file.seek(max(0, path.stat().st_size - _EDGE))
-            digest.update(file.read(_EDGE))
-    return digest.hexdigest()[:16]
+            seen.update(file.read(_EDGE))
+    return seen.hexdigest()[:16]

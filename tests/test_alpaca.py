@@ -271,9 +271,9 @@ def test_the_name_alpacaeval_2_stands_for_its_judge_reference_and_instructions(a
     """The whole path with alpaca-eval's annotators; in place of the API a model that prefers the longer output."""
     monkeypatch.setenv("OPENAI_API_KEY", "none")
     monkeypatch.setattr(length, "RESAMPLES", 5)
+    standin = SHARED / "alpaca_eval" / "df_gamed_standin.csv"
+    monkeypatch.setattr(length.alpaca_metrics(), "hf_hub_download", lambda **_: standin)
     monkeypatch.setattr("alpaca_eval.decoders.openai.openai_completions", longer_output)
-    folder = SHARED / "alpaca_eval"
-    monkeypatch.setattr(length.alpaca_metrics(), "hf_hub_download", lambda **_: folder / "df_gamed_standin.csv")
     monkeypatch.setattr(outputs_module, "_ALPACA_EVAL", digest(QUESTIONS))
     path = outputs(run.parent / "published.json", RIGHT, "gpt4_1106_preview")
     canned(monkeypatch, dict.fromkeys(QUESTIONS, "No."), {q: f"{text} And more." for q, text in RIGHT.items()})
