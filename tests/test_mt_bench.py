@@ -12,7 +12,7 @@ from judging import ScriptedJudge, canned, entry, lines, untrained_run
 from sftlab.contestants import Contestants
 from sftlab.generate import Sampling
 from sftlab.judge import load_format
-from sftlab.ratings import read_questions
+from sftlab.ratings import noise_floor, read_questions
 
 CATEGORIES = ["writing", "stem", "math", "coding"]
 
@@ -108,6 +108,7 @@ def test_means_by_turn_and_category_on_the_general_scale(evaluate, run, capsys):
     assert all(one["base"]["value"] == 3 for one in scores.values())
     assert scores["overall"]["difference"]["value"] == 3
     assert scores["turn 2"]["p_holm"] == 1
+    assert scores["overall"]["p_holm"] > scores["overall"]["p_value"]
     records = lines(run, "mt_bench-judgements-*.jsonl")
     assert len(records) == 2 * 2 * 40
     for record in records:
@@ -148,6 +149,14 @@ def forget(run):
         path.unlink()
 
 
+@pytest.mark.parametrize(("higher", "passed"), [(0.0, True), (2.0, False), (None, False)])
+def test_one_model_rated_above_itself_fails_the_judge(higher, passed):
+    ratings = [float(1 + i % 5) for i in range(30)]
+    one = [{"rating": None if higher is None else rating + higher} for rating in ratings]
+    row = noise_floor(one, [{"rating": rating} for rating in reversed(ratings)])
+    assert row["passed"] is passed
+
+
 def test_unparsed_ratings_are_left_out_and_many_are_refused(evaluate, run):
     def sometimes(prompt):
         return "It deserves a 7." if last_answer(prompt) == "good tuned 81" else rates(prompt, 10)
@@ -184,6 +193,7 @@ def test_answers_follow_the_categories_temperature_and_the_real_history(mt_bench
     found = mt_bench.both_turns(object.__new__(Contestants), "base", questions, Sampling(8))
     assert [len(one) for one in found] == [2] * 40
     assert {0.7, 0.1, 0.0} == {temperature for temperature, _ in seen}
+    assert [len(conversation) for _, conversation in seen] == [1] * 40 + [3] * 40
     for temperature, conversation in seen:
         number = question_number(conversation[-1]["content"])
         assert temperature == [0.7, 0.1, 0.0, 0.0][(number - 81) // 10]
