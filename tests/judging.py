@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 from conftest import ROOT, byte_tokenizer
+from huggingface_hub.errors import LocalEntryNotFoundError
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
@@ -104,3 +105,8 @@ def longer_output(prompts, **_):
         top = [{"token": token, "logprob": math.log(0.9 if token == letter else 0.1)} for token in "mM"]
         found.append({"logprobs": {"content": [{"top_logprobs": top}]}})
     return {"completions": chosen, "completions_all": found}
+
+
+def no_hub(*_, **__):
+    """What a download is without a network and a cache."""
+    raise LocalEntryNotFoundError("not in the cache")

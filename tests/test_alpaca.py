@@ -5,7 +5,7 @@ import re
 
 import pytest
 from conftest import SHARED, load_script, needs_shared
-from judging import ScriptedJudge, canned, entry, lines, longer_output, untrained_run
+from judging import ScriptedJudge, canned, entry, lines, longer_output, no_hub, untrained_run
 
 from sftlab import length
 from sftlab import outputs as outputs_module
@@ -314,6 +314,7 @@ def test_a_reference_with_other_instructions_is_refused(evaluate, tmp_path):
 )
 def test_mistakes_are_one_sentence(alpaca, run, reference, monkeypatch, flags, message):
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    monkeypatch.setattr(outputs_module, "hf_hub_download", no_hub)
     with pytest.raises(SystemExit) as stopped:
         alpaca.main(["--run", str(run), "--reference", reference, *flags])
     assert message in str(stopped.value)

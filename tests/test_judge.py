@@ -8,7 +8,7 @@ import numpy as np
 import pandas
 import pytest
 from conftest import SHARED, byte_tokenizer, needs_shared
-from judging import ScriptedJudge, longer_output
+from judging import ScriptedJudge, longer_output, no_hub
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from sftlab import judge as judging
@@ -16,9 +16,11 @@ from sftlab.annotators import Annotators, official
 from sftlab.canary import Canaries
 from sftlab.generate import AnswerFile
 from sftlab.judge import CUT, LocalJudge, ServerJudge, ask, load_format, longest_fitting
+from sftlab.judged import judgement_hashes
 from sftlab.length import alpaca_metrics, length_controlled
 from sftlab.outputs import read_outputs, read_preferences
 from sftlab.pairwise import Pair, judge_pairs, score, tally
+from sftlab.run import SIDES
 from sftlab.template import set_template
 
 PLAIN = [{"role": "user", "content": "Which is better?"}]
@@ -160,6 +162,13 @@ def test_one_model_that_beats_itself_too_often_fails_the_judge(wins, losses, pas
     assert canaries.rows[0]["value"] == sum(scores) / 40
 
 
+def test_two_models_with_the_same_judgements_stop_it():
+    records = {side: [{"answer": f"{side} {i}", "judgements": ["[RESULT] A"] * 2} for i in range(3)] for side in SIDES}
+    assert len(set(judgement_hashes(records, "answer", "judgements").values())) == 2
+    with pytest.raises(ValueError, match="base and tuned have the same judgements"):
+        judgement_hashes(records | {"tuned": records["base"]}, "answer", "judgements")
+
+
 class Server:
     """An OpenAI-compatible server on a thread; from `dies_at` requests on it answers 500."""
 
@@ -281,7 +290,8 @@ def test_the_published_files_are_read():
     assert sum(preferred) == 17
 
 
-def test_without_the_hubs_file_the_official_rate_has_no_length_control():
+def test_without_the_hubs_file_the_official_rate_has_no_length_control(monkeypatch):
+    monkeypatch.setattr(alpaca_metrics(), "hf_hub_download", no_hub)
     rows = [
         {"instruction": f"q{i}", "output_1": "a", "output_2": "bb", "preference": 1.0 + (i % 4 == 0)} for i in range(40)
     ]
