@@ -1,14 +1,16 @@
 """How fast a judge of 7 billion parameters answers and judges in batches and one at a time, and its memory, on a GPU.
 
-python results/judge.py [--out results] [--rehearse]
+python results/judge.py [--what answers judgements] [--out results] [--rehearse]
 
 A random-initialised model of Mistral-7B's shape (that of Prometheus 2) through the code that eval/alpaca.py and
 eval/mt_bench.py judge with. Prompts have AlpacaEval's lengths: 40 tokens for an answer; for a judgement 1,000 in the
 mean, as with two answers in it. Such a model never ends a text, so each has all 256 tokens. Every cell is warmed up by
-a batch. Writes judge.csv; --rehearse takes a tiny shape and few tokens, to try the script on a CPU.
+a batch. Writes judge.csv, in which lines of what is not measured now stay; --rehearse takes a tiny shape and few
+tokens, to try the script on a CPU.
 """
 
 import argparse
+import csv
 import gc
 import time
 from pathlib import Path
@@ -57,6 +59,8 @@ CELLS = [
 def main() -> None:
     """Make the model, measure a cell at a time, write a line as each ends."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    kinds = ["answers", "judgements"]
+    parser.add_argument("--what", nargs="+", choices=kinds, default=kinds, help="what is measured")
     parser.add_argument("--out", type=Path, default=ROOT / "results")
     parser.add_argument("--rehearse", action="store_true", help="a tiny shape and few tokens, for a CPU")
     arguments = parser.parse_args()
@@ -64,16 +68,18 @@ def main() -> None:
     if arguments.rehearse:
         SHAPES["tiny"] = TINY
     folder = make_judge(shape)
-    lines: list[dict[str, Any]] = []
+    path, lines = arguments.out / "judge.csv", []
+    kept = list(csv.DictReader(path.open(newline="", encoding="utf-8"))) if path.is_file() else []
+    kept = [one for one in kept if one["what"] not in arguments.what]
     for cell in CELLS:
-        if cell.in_4bit and not torch.cuda.is_available():
+        if cell.what not in arguments.what or (cell.in_4bit and not torch.cuda.is_available()):
             continue
         line = measure(cell, folder, new_tokens)
-        single = next((one for one in lines if one["what"] == cell.what and one["batch"] == 1), line)
+        single = next((one for one in lines if one["what"] == cell.what), line)
         line["times_one_at_a_time"] = round(line["rows_per_s"] / single["rows_per_s"], 2)
         lines.append({"shape": shape, **line, **provenance(), "command": "python results/judge.py"})
         print({key: value for key, value in lines[-1].items() if key not in ("versions", "command")}, flush=True)
-        write_csv(arguments.out / "judge.csv", lines)
+        write_csv(path, kept + lines)
 
 
 def make_judge(shape: str) -> Path:
