@@ -14,29 +14,34 @@ import json
 import math
 import re
 import sys
-import time
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import PeftModel
-from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
-from sftlab.generate import AnswerFile, Generator, NotANumber, Sampling, generation_facts, longest_prompt
+from sftlab.generate import (
+    BATCHES_WORTH_COMPILING,
+    AnswerFile,
+    Generator,
+    Sampling,
+    answer_facts,
+    fill,
+    generation_facts,
+    longest_prompt,
+)
 from sftlab.heldout import HeldOut, Rows, held_out, select
 from sftlab.likelihood import Likelihood, likelihood, nats_of_the_token_read
-from sftlab.pair import answering, finished_run, load_pair, run_tokenizer
+from sftlab.pair import answering, finished_run, load_pair, model_settings, run_tokenizer
 from sftlab.run import SIDES, adapter_hash, environment, write_json
 from sftlab.scores import NAMES, ROUGE_SIGNATURE, Bleu, paired_scores, score_texts
 from sftlab.significance import FEW_ROWS, RESAMPLES, add_holm, compare
 from sftlab.table import aligned, interval, p_value, preview
 
 SHOWN_PROMPTS = 3
-# Compiling takes about as long as six batches of 64 rows and 256 tokens without it (a 1B model on an H200).
-BATCHES_WORTH_COMPILING = 6
 
 
 def main(argv: list[str]) -> None:
@@ -78,7 +83,9 @@ def evaluate(arguments: argparse.Namespace) -> None:
     dataset = held_out(run, arguments.dataset_name, arguments.dataset_config, arguments.dataset_split)
     tokenizer = run_tokenizer(arguments.run, run)
     model = load_pair(arguments.run, run)
-    rows = select(dataset, arguments.samples, tokenizer, run["recipe"]["max_length"], longest_prompt(model, sampling))
+    rows = select(
+        dataset, arguments.samples, tokenizer, run["recipe"]["max_length"], longest_prompt(model.config, sampling)
+    )
     compiled = model.device.type == "cuda" and not arguments.no_compile
     compiled &= len(rows.numbers) > BATCHES_WORTH_COMPILING * arguments.batch_size
     generator = Generator(model, tokenizer, sampling, static_rows=arguments.batch_size if compiled else None)
@@ -88,7 +95,9 @@ def evaluate(arguments: argparse.Namespace) -> None:
     facts = generation_facts(sampling, generator.turn) | {"compiled": compiled}
     answers = AnswerFile(arguments.run / "eval", answer_settings(arguments, run, dataset, facts))
     for side in SIDES:
-        generate(generator, rows, answers, side, arguments.batch_size)
+        with answering(model, side):
+            title = f"{side} answers"
+            fill(answers, side, rows.numbers, rows.prompts, arguments.batch_size, generator.answers, title)
     memory["generation_peak"] = allocated_gb(peak=True)
 
     records = score(rows, nll, answers, bleu)
@@ -102,7 +111,10 @@ def evaluate(arguments: argparse.Namespace) -> None:
         "held_out": dataset.facts | rows.left_out,
         "scores": scores,
         "nats_of_the_token_just_read": same_token,
-        "answers": {side: answer_facts(records, side) | answers.pace(side) for side in SIDES},
+        "answers": {
+            side: answer_facts([answers.found[side, number] for number in rows.numbers]) | answers.pace(side)
+            for side in SIDES
+        },
         "generation": facts | {"batch_size": arguments.batch_size, "file": answers.path.name},
         "bleu": bleu.signature(),
         "rouge": ROUGE_SIGNATURE,
@@ -149,31 +161,10 @@ def answer_settings(
     arguments: argparse.Namespace, run: dict[str, Any], dataset: HeldOut, generation: dict[str, Any]
 ) -> dict[str, Any]:
     """Whatever decides what the answers are. Batches matter where tokens are drawn, not where they are greedy."""
-    names = ("model_name_or_path", "model_revision", "dtype", "load_in_4bit", "load_in_8bit", "model_init_kwargs")
-    settings = {name: run["recipe"][name] for name in names} | dataset.facts | generation
-    settings |= {"adapter_hash": adapter_hash(arguments.run), "template": run["template"]["hash"]}
+    settings = model_settings(arguments.run, run) | dataset.facts | generation
     if arguments.temperature > 0:
         settings |= {"samples": arguments.samples, "batch_size": arguments.batch_size}
     return settings
-
-
-def generate(generator: Generator, rows: Rows, answers: AnswerFile, side: str, size: int) -> None:
-    """Answer what is not answered yet, a batch at a time."""
-    with answering(generator.model, side), tqdm(total=len(rows.numbers), desc=f"{side} answers", unit="row") as bar:
-        for part in rows.batches(size):
-            batch = list(zip(rows.numbers, rows.prompts, strict=True))[part]
-            missing = [(number, prompt) for number, prompt in batch if (side, number) not in answers.found]
-            if missing:
-                numbers, prompts = zip(*missing, strict=True)
-                started = time.perf_counter()
-                try:
-                    new = generator.answers(prompts, seed=part.start)
-                except NotANumber as error:
-                    raise ValueError(
-                        f"{side} model, row {numbers[error.position]}: NaN logits while it answers"
-                    ) from error
-                answers.add(side, numbers, new, time.perf_counter() - started)
-            bar.update(len(batch))
 
 
 def score(rows: Rows, nll: dict[str, Likelihood], answers: AnswerFile, bleu: Bleu) -> list[dict[str, Any]]:
@@ -194,17 +185,6 @@ def score(rows: Rows, nll: dict[str, Likelihood], answers: AnswerFile, bleu: Ble
         )
     ]
     return sorted(records, key=lambda record: record["row"])
-
-
-def answer_facts(records: list[dict[str, Any]], side: str) -> dict[str, Any]:
-    """How the answers of `side` ended."""
-    answers = [record[side] for record in records]
-    return {
-        "empty": sum(not answer["text"] for answer in answers),
-        "cut_at_max_new_tokens": sum(answer["finish"] == "length" for answer in answers),
-        "repetitive": sum(answer["repeats"] for answer in answers),
-        "mean_tokens": round(sum(answer["tokens"] for answer in answers) / len(answers), 1),
-    }
 
 
 def warnings(report: dict[str, Any], unchecked: str | None) -> list[str]:

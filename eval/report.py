@@ -85,7 +85,7 @@ def main(argv: list[str]) -> None:
 
 def judge(runs: dict[str, Evidence], asked: list[str], allow: bool) -> Report:
     """Settle the axes and collect what a reader must know; ValueError where the runs differ in more."""
-    settings = {name: confound.settings(one.run, one.quality) for name, one in runs.items()}
+    settings = {name: confound.settings(one.run, one.quality, one.judged) for name, one in runs.items()}
     axes = confound.settle_axes(settings, asked, allow)
     order = sorted(runs, key=lambda name: ([confound.in_order(settings[name].value(axis)) for axis in axes], name))
     runs, settings = {name: runs[name] for name in order}, {name: settings[name] for name in order}
@@ -182,7 +182,7 @@ def as_markdown(report: Report, against: tuple[str, Table], plots: list[str], ar
     lines += [*(f"- {fact}" for fact in [*shared(report), *report.notes]), ""]
     lines += [*(f"**Warning:** {warning}\n" for warning in report.warnings), "## Runs", ""]
     lines += [*grid(table(report, list(COLUMNS))), *pictures("speed", "memory", "losses")]
-    if any(one.quality or one.tasks for one in report.runs.values()):
+    if any(one.quality or one.tasks or one.judged for one in report.runs.values()):
         lines += ["## Base and tuned on held-out rows", "", *grid(table(report, [], scores)), *pictures("quality")]
         lines += [
             f"In brackets 95 % intervals of a bootstrap over rows ({RESAMPLES:,} resamples). They and the p-values say "

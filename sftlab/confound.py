@@ -75,8 +75,13 @@ class Settings(NamedTuple):
         return self.facts.get(axis, self.recipe.get(axis))
 
 
-def settings(run: Mapping[str, Any], quality: Mapping[str, Any] | None = None) -> Settings:
-    """From the contents of run.json and, where its scores are compared too, of eval/quality.json."""
+def settings(
+    run: Mapping[str, Any], quality: Mapping[str, Any] | None = None, judged: Sequence[Mapping[str, Any]] = ()
+) -> Settings:
+    """From the contents of run.json and, where its scores are compared too, of eval/quality.json.
+
+    Also from the entries of eval/alpaca.json and mt_bench.json: what was asked, how it was answered, who judged.
+    """
     recipe, launch, ran, data = run["recipe"], run["launch"], run.get("ran") or {}, run.get("data") or {}
     facts = {k: v for k, v in recipe.items() if not _among(k, f"{BOOKKEEPING} {_TRANSLATED}")} | _asked(run) | ran
     if not ran:
@@ -98,7 +103,11 @@ def settings(run: Mapping[str, Any], quality: Mapping[str, Any] | None = None) -
     if facts["device"] != "cpu":
         hardware["host_cores"] = hardware.pop("cpu_cores", None)
     facts |= {f"hardware.{name}": value for name, value in hardware.items()}
-    return Settings(facts | {f"quality.{name}": value for name, value in _judged(quality or {}).items()}, recipe)
+    facts |= {f"quality.{name}": value for name, value in _judged(quality or {}).items()}
+    for one in judged:
+        found = one["judge"] | one["generation"] | {"questions": one["questions_hash"]}
+        facts |= {f"quality.{one['title']}.{name}": value for name, value in found.items() if name != "server"}
+    return Settings(facts, recipe)
 
 
 def _asked(run: Mapping[str, Any]) -> dict[str, Any]:

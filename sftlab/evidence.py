@@ -37,13 +37,15 @@ class Evidence(NamedTuple):
     """A run directory: run.json, the scores that are the run's own, and digests of what it holds.
 
     `quality` is quality.json ({} where there is none of this adapter), `records` the lines of quality.jsonl, `tasks`
-    the entries of harness.json; `stale` says which scores are of another adapter and were left out.
+    the entries of harness.json, `judged` those of alpaca.json and mt_bench.json; `stale` says which scores are of
+    another adapter and were left out.
     """
 
     folder: Path
     run: dict[str, Any]
     quality: dict[str, Any]
     tasks: list[dict[str, Any]]
+    judged: list[dict[str, Any]]
     records: list[dict[str, Any]]
     stale: list[str]
     held: dict[str, str]
@@ -66,9 +68,12 @@ def read_evidence(folder: Path) -> Evidence:
     run, evaluated = _read(folder / "run.json"), folder / "eval"
     digest = adapter_hash(folder)
     held = {"adapter": digest} if digest else {}
-    quality, harness = _read(evaluated / "quality.json"), _read(evaluated / "harness.json")
-    tasks = [one for one in harness.get("entries", []) if one["adapter_hash"] == held.get("adapter")]
-    stale = ["stale harness scores"] if len(tasks) < len(harness.get("entries", [])) else []
+    quality, stale = _read(evaluated / "quality.json"), []
+    own: dict[str, list[dict[str, Any]]] = {}
+    for name in ("harness", "alpaca", "mt_bench"):
+        entries = _read(evaluated / f"{name}.json").get("entries", [])
+        own[name] = [one for one in entries if one["adapter_hash"] == held.get("adapter")]
+        stale += [f"stale {name} scores"] if len(own[name]) < len(entries) else []
     if quality and quality["adapter_hash"] != held.get("adapter"):
         quality, stale = {}, ["stale scores", *stale]
     try:
@@ -78,9 +83,12 @@ def read_evidence(folder: Path) -> Evidence:
         raise ValueError(f"{evaluated / 'quality.jsonl'} is not what quality.json was made of: {error}") from error
     if records:
         held["answers"] = _digest(json.dumps([record["tuned"]["text"] for record in records]).encode())
-    judged = [path for path in sorted(evaluated.glob("*judg*.jsonl")) if path.stat().st_size]
-    held |= {f"judgements ({path.name})": _digest(path.read_bytes()) for path in judged}
-    return Evidence(folder, run, quality, tasks, records, stale, held)
+    files = [path for path in sorted(evaluated.glob("*judg*.jsonl")) if path.stat().st_size]
+    held |= {f"judgements ({path.name})": _digest(path.read_bytes()) for path in files}
+    judged = own["alpaca"] + own["mt_bench"]
+    for what, part in (("answers", "answers"), ("judgements", "judged")):
+        held |= {f"{what} ({one['title']})": one[part]["tuned"]["hash"] for one in judged}
+    return Evidence(folder, run, quality, own["harness"], judged, records, stale, held)
 
 
 def outcome(run: Mapping[str, Any]) -> tuple[str, str]:
@@ -124,6 +132,11 @@ def figures(one: Evidence, facts: dict[str, Any]) -> dict[str, Any]:
         plain = "" if task["chat_template"] else " plain"
         limit = f" first {task['limit']}" if task["limit"] else ""
         scores[f"{task['task']} {task['few_shot']}-shot{plain}{limit}"] = task["metrics"][task["main_metric"]]
+    for one_judged in one.judged:
+        unfit = "" if one_judged["judge_fit"] else ", UNFIT judge"
+        for name, what in (("win_rate", "win rate %"), ("overall", "mean rating")):
+            if name in one_judged["scores"]:
+                scores[f"{what}, {one_judged['title']}{unfit}"] = one_judged["scores"][name]
     for score, found in scores.items():
         for side in SIDES:
             parts = (found[side]["value"], *found[side]["interval_95"]) if found else (None, None, None)

@@ -2,17 +2,21 @@
 
 import hashlib
 import json
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from peft import PeftModel
+from tqdm import tqdm
 from transformers import (
     GenerationConfig,
     LogitsProcessor,
     LogitsProcessorList,
+    PreTrainedConfig,
+    PreTrainedModel,
     PreTrainedTokenizerBase,
     StoppingCriteria,
     StoppingCriteriaList,
@@ -21,6 +25,8 @@ from transformers import (
 from sftlab.template import Turn, end_of_turn
 
 _CHECK_EVERY = 8
+# Compiling takes about as long as six batches of 64 rows and 256 tokens without it (a 1B model on an H200).
+BATCHES_WORTH_COMPILING = 6
 
 
 @dataclass(frozen=True)
@@ -61,6 +67,14 @@ class NotANumber(ArithmeticError):
         self.position = position
 
 
+class Unfinished(ValueError):
+    """A batch broke off; `done` has the answers that there are, by position in it."""
+
+    def __init__(self, reason: str, done: dict[int, Answer]) -> None:
+        super().__init__(reason)
+        self.done = done
+
+
 class Generator:
     """Generates with one model; the model's own sampling defaults (repetition penalty and others) do not apply.
 
@@ -70,13 +84,13 @@ class Generator:
 
     def __init__(
         self,
-        model: PeftModel,
+        model: PeftModel | PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
         sampling: Sampling,
         static_rows: int | None = None,
     ) -> None:
         self.model, self.tokenizer, self.sampling, self.static_rows = model, tokenizer, sampling, static_rows
-        inner = model.get_base_model()
+        inner = model.get_base_model() if isinstance(model, PeftModel) else model
         self.turn = end_of_turn(tokenizer, inner.generation_config.eos_token_id)
         self.pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
         drawn = {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0}
@@ -158,13 +172,14 @@ class _NanWatch(LogitsProcessor):
 class AnswerFile:
     """Answers on disk, a batch a line: a killed evaluation goes on where it stopped, and scoring can be repeated.
 
-    The file's name holds a hash of `settings`, whatever decides what the answers are; its first line holds them.
+    The file's name holds a hash of `settings`, whatever decides what the answers are; its first line holds them. A row
+    is named by its number, or by the hash of its prompt.
     """
 
-    def __init__(self, folder: Path, settings: dict[str, Any]) -> None:
+    def __init__(self, folder: Path, settings: dict[str, Any], kind: str = "answers") -> None:
         text = json.dumps(settings, sort_keys=True)
-        self.path = folder / f"answers-{hashlib.sha256(text.encode()).hexdigest()[:12]}.jsonl"
-        self.found: dict[tuple[str, int], Answer] = {}
+        self.path = folder / f"{kind}-{hashlib.sha256(text.encode()).hexdigest()[:12]}.jsonl"
+        self.found: dict[tuple[str, int | str], Answer] = {}
         self.seconds: dict[str, float] = {}
         lines = self.path.read_bytes().splitlines(keepends=True) if self.path.is_file() else []
         whole = [line for line in lines if line.endswith(b"\n")] or [text.encode() + b"\n"]
@@ -176,7 +191,7 @@ class AnswerFile:
         for line in whole[1:]:
             self._take(json.loads(line))
 
-    def add(self, side: str, rows: Sequence[int], answers: Sequence[Answer], seconds: float) -> None:
+    def add(self, side: str, rows: Sequence[int | str], answers: Sequence[Answer], seconds: float) -> None:
         """Keep the answers of `side` to these rows, all or none of them, and the time that they took."""
         batch = {"side": side, "rows": list(rows), "seconds": round(seconds, 4)}
         batch["answers"] = [answer._asdict() for answer in answers]
@@ -195,9 +210,57 @@ class AnswerFile:
             self.found[batch["side"], row] = Answer(**answer)
 
 
-def longest_prompt(model: PeftModel, sampling: Sampling) -> int:
+def fill(
+    file: AnswerFile,
+    side: str,
+    rows: Sequence[int | str],
+    prompts: Sequence[Any],
+    size: int,
+    answer: Callable[[Sequence[Any], int], Sequence[Answer]],
+    title: str,
+) -> None:
+    """Have `answer` (given prompts and a seed, the place of the batch) answer what `file` does not hold yet."""
+    found = sum((side, row) in file.found for row in rows)
+    with tqdm(total=len(rows), initial=found, desc=title, unit="row") as bar:
+        for start in range(0, len(rows), size):
+            batch = zip(rows[start : start + size], prompts[start : start + size], strict=True)
+            missing = [(row, prompt) for row, prompt in batch if (side, row) not in file.found]
+            if missing:
+                names, asked = zip(*missing, strict=True)
+                started = time.perf_counter()
+                try:
+                    new = answer(asked, start)
+                except NotANumber as error:
+                    raise ValueError(
+                        f"{side} model, row {names[error.position]}: NaN logits while it answers"
+                    ) from error
+                except Unfinished as error:
+                    kept = [names[position] for position in error.done]
+                    file.add(side, kept, list(error.done.values()), time.perf_counter() - started)
+                    raise
+                file.add(side, names, new, time.perf_counter() - started)
+                bar.update(len(missing))
+
+
+def answer_facts(answers: Sequence[Answer]) -> dict[str, Any]:
+    """How answers ended, and the hash of their texts."""
+    return {
+        "empty": sum(not answer.text for answer in answers),
+        "cut_at_max_new_tokens": sum(answer.finish == "length" for answer in answers),
+        "repetitive": sum(answer.repeats for answer in answers),
+        "mean_tokens": round(sum(answer.tokens for answer in answers) / len(answers), 1),
+        "hash": digest([answer.text for answer in answers]),
+    }
+
+
+def digest(content: Any) -> str:
+    """SHA-256 of texts or ids (hexadecimal, 24 digits)."""
+    return hashlib.sha256(json.dumps(content, ensure_ascii=False).encode()).hexdigest()[:24]
+
+
+def longest_prompt(config: PreTrainedConfig, sampling: Sampling) -> int:
     """Tokens that a prompt may have, so that its answer still fits the model's positions."""
-    return model.config.get_text_config().max_position_embeddings - sampling.max_new_tokens
+    return config.get_text_config().max_position_embeddings - sampling.max_new_tokens
 
 
 def generation_facts(sampling: Sampling, turn: Turn) -> dict[str, Any]:

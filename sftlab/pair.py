@@ -13,7 +13,7 @@ from trl import get_quantization_config
 from sftlab.config import ModelArguments
 from sftlab.likelihood import with_fused_head
 from sftlab.model import model_init_kwargs
-from sftlab.run import SIDES, read_run
+from sftlab.run import SIDES, adapter_hash, read_run
 from sftlab.template import template_hash
 
 
@@ -63,3 +63,10 @@ def answering(model: PeftModel, side: str) -> AbstractContextManager:
     """Inside it the model answers as `side`: base (the adapter switched off) or tuned."""
     assert side in SIDES
     return model.disable_adapter() if side == "base" else nullcontext()
+
+
+def model_settings(folder: Path, run: dict[str, Any]) -> dict[str, Any]:
+    """Whatever of a run decides what its two models answer: names a file of answers."""
+    names = ("model_name_or_path", "model_revision", "dtype", "load_in_4bit", "load_in_8bit", "model_init_kwargs")
+    settings = {name: run["recipe"][name] for name in names}
+    return settings | {"adapter_hash": adapter_hash(folder), "template": run["template"]["hash"]}

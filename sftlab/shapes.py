@@ -44,6 +44,12 @@ SHAPES: dict[str, dict[str, Any]] = {
         "tie_word_embeddings": False, "bos_token_id": 31998, "eos_token_id": 31998,
         "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
     },
+    "mistral-7b": {
+        "vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
+        "num_attention_heads": 32, "num_key_value_heads": 8, "max_position_embeddings": 32768,
+        "tie_word_embeddings": False, "bos_token_id": 31998, "eos_token_id": 31998,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1000000.0},
+    },
     "tiny": {
         "vocab_size": 1024, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
         "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 4096,

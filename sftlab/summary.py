@@ -34,7 +34,7 @@ def collect(study: Study, not_run: Mapping[str, str], allow_confounded: bool = F
     `not_run` says of tasks (by name) why they were not started.
     """
     found = {task.name: read_evidence(task.folder) for task in study.tasks if (task.folder / "run.json").is_file()}
-    settings = {name: confound.settings(one.run, one.quality) for name, one in found.items()}
+    settings = {name: confound.settings(one.run, one.quality, one.judged) for name, one in found.items()}
     if settings:
         confound.settle_axes(settings, study.axes, allow_confounded)
     rows = []

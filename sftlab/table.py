@@ -17,6 +17,11 @@ def figure(value: float) -> str:
     )
 
 
+def percent(share: float) -> str:
+    """A share of 1 in per cent: 5 %, 97.5 %."""
+    return f"{100 * share:.4g} %"
+
+
 def interval(one: dict[str, Any]) -> str:
     """A `value` with its `interval_95`: 255.4 [214.0, 305.7]."""
     low, high = one["interval_95"]

@@ -514,6 +514,35 @@ def test_main_metrics_of_the_harness_are_shown(make, report, capsys, tmp_path):
     assert "stale harness scores" in printed
 
 
+def test_scores_of_judges_stand_under_their_titles(make, report, capsys, tmp_path):
+    for name in ("r8", "r16"):
+        folder = make(name, wrong=None, lora_r=int(name[1:]), lora_alpha=2 * int(name[1:]))
+        one = {side: {"value": v, "interval_95": [v - 4, v + 4]} for side, v in (("base", 12.5), ("tuned", 31.25))}
+        entry = {"title": "AlpacaEval instructions, judge x, reference base", "judge_fit": name == "r8",
+                 "scores": {"win_rate": one}, "adapter_hash": adapter_hash(folder),
+                 "answers": {"tuned": {"hash": f"of {name}"}}, "judged": {"tuned": {"hash": "the same"}},
+                 "judge": {"judge": "x"}, "generation": {"max_new_tokens": 256}, "questions_hash": "q"}  # fmt: skip
+        rated = entry | {"title": "MT-Bench, judge x, scale 1 to 5", "scores": {"overall": one}}
+        for file, found in (("alpaca", [entry]), ("mt_bench", [rated, rated | {"adapter_hash": "another"}])):
+            (folder / "eval" / f"{file}.json").write_text(json.dumps({"entries": found}))
+    printed = run_report(report, capsys, "--runs", tmp_path / "runs", "--out", tmp_path / "out")
+    text, rows = (tmp_path / "out" / "report.md").read_text(), read_csv(tmp_path / "out")
+    title = "tuned win rate %, AlpacaEval instructions, judge x, reference base"
+    assert (rows["r8"][title], rows["r16"][title]) == ("31.25", "")
+    assert rows["r16"][f"{title}, UNFIT judge"] == "31.25"
+    assert rows["r8"]["base mean rating, MT-Bench, judge x, scale 1 to 5"] == "12.5"
+    assert "31.25 [27.25, 35.25]" in text
+    assert "stale mt_bench scores" in printed
+    assert "hold the same judgements (AlpacaEval instructions, judge x" in printed
+
+    (folder / "eval" / "mt_bench.json").write_text(
+        json.dumps({"entries": [rated | {"generation": {"max_new_tokens": 9}}]})
+    )
+    with pytest.raises(SystemExit) as stopped:
+        report.main(["--runs", str(tmp_path / "runs"), "--out", str(tmp_path / "out"), "--axis", "lora_r"])
+    assert "quality.MT-Bench, judge x, scale 1 to 5.max_new_tokens" in str(stopped.value)
+
+
 def test_what_a_user_types(make, report, tmp_path):
     for rank in (8, 16):
         make(f"r{rank}", lora_r=rank, lora_alpha=2 * rank)
