@@ -34,6 +34,10 @@ _REFUSED = {
     "padding_free": "packing decides",
     "eval_packing": "packing decides",
     "use_liger_kernel": "compile_layers and fused_loss do its work",
+    "save_only_model": "a checkpoint without the optimizer cannot be continued from",
+    "ignore_data_skip": "a continued run trains on the rows that are left",
+    "restore_callback_states_from_checkpoint": "a continued run goes on exactly without",
+    "enable_jit_checkpoint": "TERM, USR1 and Ctrl-C end in a checkpoint anyway",
     "auto_find_batch_size": "a batch size found by trial makes runs that cannot be compared",
 }
 
@@ -71,6 +75,10 @@ class DataArguments:
         },
     )
     overwrite: bool = field(default=False, metadata={"help": "Replace a finished run in output_dir."})
+    resume_anyway: bool = field(
+        default=False,
+        metadata={"help": "Continue an unfinished run with other settings, data or versions; run.json says which."},
+    )
 
 
 @dataclass

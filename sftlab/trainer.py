@@ -3,6 +3,7 @@
 It also counts tokens and notes what really ran. Batches, order and loss are SFTTrainer's.
 """
 
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,7 +17,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.functional import pad
 from torch.utils.data import RandomSampler, Sampler, SequentialSampler
 from transformers import PreTrainedTokenizerBase, TrainerCallback, set_seed
-from transformers.trainer_utils import EvalLoopOutput
+from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 from trl import SFTTrainer, get_peft_config, get_quantization_config
 
 from sftlab import loss, varlen
@@ -31,6 +32,7 @@ from sftlab.memory import MemorySplit
 from sftlab.model import model_init_kwargs
 from sftlab.packing import BalancedSampler, Collator
 from sftlab.ran import frozen_linear, row_lengths, verify_precision, verify_strategy
+from sftlab.resume import Resume, dtypes_kept
 from sftlab.tokens import refuse_other_encoding, training_rows
 
 # What the collator adds for the loss and the meter; the model does not know it.
@@ -60,6 +62,8 @@ class LabTrainer(SFTTrainer):
             # accelerate would reduce gradients and return losses in the compute dtype; DDP does neither
             compute = plugin.mixed_precision_policy.param_dtype
             plugin.mixed_precision_policy = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32)
+        self.resume = Resume(self)
+        self.add_callback(self.resume)
         self.data_collator = Collator(self.processing_class.pad_token_id, fast.packing)
         self.flops = flops_per_token(self.model)
         self._take_fast_path()
@@ -157,6 +161,28 @@ class LabTrainer(SFTTrainer):
                 self._metrics["train"][name].append(value)
             self._metrics["train"]["num_tokens"] = [self._total_train_tokens]
         super().log(logs, start_time)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        self.resume.save(lambda: super(LabTrainer, self)._save_checkpoint(model, trial))
+
+    def _load_from_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        with dtypes_kept(self.model):
+            super()._load_from_checkpoint(*args, **kwargs)
+
+    def _load_best_model(self) -> None:
+        with dtypes_kept(self.model):
+            super()._load_best_model()
+
+    def _init_training_state(
+        self, max_steps: int, steps_per_epoch: int, epochs: int, checkpoint: str | None, trial: Any
+    ) -> tuple[int, int]:
+        begun = super()._init_training_state(max_steps, steps_per_epoch, epochs, checkpoint, trial)
+        return self.resume.begin(checkpoint, max_steps, epochs) or begun
+
+    def _finalize_training(self, trial: Any, samples: int, started: float) -> TrainOutput:
+        self._initial_global_step = 0  # the sum of losses has those of earlier starts
+        self.observed = self.observed or self.resume.earlier["observed"]
+        return super()._finalize_training(trial, samples, time.time() - self.resume.seconds)
 
     def prediction_step(
         self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: list[str] | None = None
