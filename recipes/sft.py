@@ -24,6 +24,7 @@ from transformers import PreTrainedTokenizerBase
 
 from sftlab.config import Recipe, parse_recipe
 from sftlab.data import Splits, load_splits
+from sftlab.deterministic import compute_deterministically
 from sftlab.fastpath import FastPath, choose
 from sftlab.files import sync, sync_tree
 from sftlab.interrupt import Stopped, StopOnSignal
@@ -46,6 +47,8 @@ def main(argv: list[str]) -> None:
         check_devices(launch)
         use_all_cpu_cores(launch)
         recipe = parse_recipe(argv, launch)
+        if recipe.training.deterministic:
+            compute_deterministically()
         run, start = begin(recipe, launch, rank)
     except ValueError as error:
         sys.exit(f"error: {error}" if rank == 0 else 2)

@@ -40,6 +40,7 @@ def what_ran(trainer: "LabTrainer") -> dict[str, Any]:
         "precision": PRECISIONS[accelerator.mixed_precision],
         "compute": trainer.observed,
         "tf32": tf32_products() if torch.cuda.is_available() else None,
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
         "trainable_parameters": sum(p.numel() for p in trained),
         "trainable_dtypes": _dtypes(trained),
         "frozen_dtypes": _dtypes(frozen),

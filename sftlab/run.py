@@ -85,11 +85,18 @@ class Run:
         changed = [*differing, *differences(computed_on, {"hardware": comparable(now["hardware"])})]
         if changed:
             warnings.append(f"{self.folder} goes on with {'; '.join(changed)}: not exactly as if undisturbed")
-        curves.cut(self.folder / "tensorboard", manifest["step"], manifest["saved"])
+        if "tensorboard" in (recipe.get("report_to") or []):
+            warnings += self._restore_curves(found.folder, manifest)
         reached = (manifest["step"], manifest["train_seconds"])
         entry = self._interruption(record, str(found.folder), *reached, found.set_aside) | {"changed": changed}
         self._write(record, recipe, launch, now, [entry])
         return Start(str(found.folder), must, warnings + found.set_aside)
+
+    def _restore_curves(self, checkpoint: Path, manifest: dict[str, Any]) -> list[str]:
+        history = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))["log_history"]
+        folder = self.folder / "tensorboard"
+        lost = curves.restore(folder, history, manifest["step"], manifest["saved"])
+        return [f"{folder} lacked {lost} figures and was written anew from {checkpoint.name}"] if lost else []
 
     def check(self, start: Start, facts: dict[str, Any], anyway: bool) -> None:
         """What is known only after `start`: raise ValueError where `facts` differ from those of the run continued."""

@@ -4,6 +4,7 @@ import json
 import shutil
 
 import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils.tensorboard import SummaryWriter
 
 from sftlab import curves, progress
@@ -136,23 +137,43 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["a.json"]
 
 
-def test_curves_are_cut_at_the_checkpoint(tmp_path):
+@pytest.fixture
+def logged(tmp_path):
+    """A folder of curves of nine steps, and the history of a checkpoint at the fifth."""
     with SummaryWriter(str(tmp_path)) as writer:
         for step in range(1, 9):
-            writer.add_scalar("loss", step / 10, step, walltime=100.0 + step)
-        writer.add_scalar("train_loss", 1.0, 5, walltime=110.0)
+            writer.add_scalar("train/loss", step / 10, step, walltime=100.0 + step)
+        writer.add_scalar("train/train_loss", 1.0, 5, walltime=110.0)
         writer.add_text("args", "as they were")
-        writer.add_scalar("loss", 0.9, 9, walltime=111.0)
-    (path,) = tmp_path.iterdir()
-    path.write_bytes(path.read_bytes()[:-7])  # the last record was cut off by the kill
-    assert curves.cut(tmp_path, step=5, saved=105.5) >= 3
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+        writer.add_scalar("train/loss", 0.9, 9, walltime=111.0)
+    return tmp_path, [{"loss": step / 10, "step": step, "epoch_is": "text"} for step in range(1, 6)]
 
-    (path,) = tmp_path.iterdir()
-    events = EventAccumulator(str(tmp_path)).Reload()
-    assert [e.step for e in events.Scalars("loss")] == [1, 2, 3, 4, 5]
-    assert events.Tags()["scalars"] == ["loss"]
+
+def read_curves(folder):
+    events = EventAccumulator(str(folder)).Reload()
+    return {tag: [(e.step, round(e.value, 6)) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+
+
+def test_curves_are_cut_at_the_checkpoint(logged):
+    folder, history = logged
+    (path,) = folder.iterdir()
+    path.write_bytes(path.read_bytes()[:-7])  # the last record was cut off by the kill
+    assert curves.restore(folder, history, step=5, saved=105.5) == 0
+    assert read_curves(folder) == {"train/loss": [(s, s / 10) for s in range(1, 6)]}
+    events = EventAccumulator(str(folder)).Reload()
     assert "args/text_summary" in events.Tags()["tensors"]
+    assert [e.wall_time for e in events.Scalars("train/loss")] == [101.0, 102.0, 103.0, 104.0, 105.0]
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_curves_that_were_lost_are_written_anew(logged, fault):
+    folder, history = logged
+    (path,) = folder.iterdir()
+    path.write_bytes(path.read_bytes()[:200])
+    fault(path)
+    assert curves.restore(folder, history, step=5, saved=105.5) > 0
+    assert read_curves(folder) == {"train/loss": [(s, s / 10) for s in range(1, 6)]}
+    assert curves.restore(folder, history, step=5, saved=105.5) == 0
 
 
 def test_progress_outlives_its_writer_and_says_what_was_lost(tmp_path):
