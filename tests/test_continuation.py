@@ -17,8 +17,12 @@ from transformers import TrainerCallback
 
 from sftlab import interrupt
 from sftlab.checkpoint import in_order, seal, verify
+from sftlab.config import parse_recipe
+from sftlab.deterministic import compute_deterministically
 from sftlab.files import write_json
 from sftlab.interrupt import StopOnSignal, Stopped
+from sftlab.launch import Launch
+from sftlab.ran import what_ran
 from sftlab.resume import NoRoom, dtypes_kept, is_full
 from sftlab.run import adapter_hash
 
@@ -224,6 +228,49 @@ def test_a_stream_that_has_begun_again_goes_on_where_it_was(fields):
     again = build(fields, **more, overwrite="true")
     found = train(again, resume_from_checkpoint=f"{fields['output_dir']}/checkpoint-25")
     assert [e["loss"] for e in found] == losses
+
+
+def without_times(history):
+    return [{k: v for k, v in entry.items() if not k.endswith(("runtime", "_per_second"))} for entry in history]
+
+
+def test_what_adds_up_between_logs_goes_on(fields):
+    more = {"logging_steps": 4, "save_steps": 6, "max_steps": 18, "lora_dropout": 0.1, "save_total_limit": 5}
+    whole = build(fields, **more)
+    expected = whole.train()
+    again = build(fields, **more, overwrite="true")
+    found = again.train(resume_from_checkpoint=f"{fields['output_dir']}/checkpoint-6")
+    assert found.training_loss == expected.training_loss
+    assert without_times(again.state.log_history) == without_times(whole.state.log_history)
+    assert again.resume.seconds > again.resume.earlier["train_seconds"] > 0
+    timed = again.meter.facts(again.flops)["timed_steps"]
+    assert timed == 2 + 9, "both starts, each without its warm-up"
+    assert again.meter.first_step_s == whole.meter.first_step_s
+
+
+def test_deterministic_training_says_so_and_trains(fields, monkeypatch):
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "")
+    try:
+        compute_deterministically()
+        trainer = build(fields, deterministic="true", max_steps=2)
+        train(trainer)
+        assert what_ran(trainer)["deterministic"] is True
+        assert not torch.backends.cuda.cudnn_sdp_enabled()
+        assert torch._inductor.config.deterministic
+    finally:
+        torch.use_deterministic_algorithms(False)
+        torch.backends.cuda.enable_cudnn_sdp(True)
+        torch._inductor.config.deterministic = False
+
+
+@pytest.mark.parametrize(
+    ("processes", "on_a_cpu", "more", "looked_for"),
+    [(2, True, {}, False), (3, True, {}, True), (3, False, {}, False), (3, False, {"deterministic": "true"}, True)],
+)
+def test_sums_over_three_processes_keep_their_order(fields, processes, on_a_cpu, more, looked_for):
+    launch = Launch("fp32", "ddp", processes, processes, on_a_cpu, {})
+    recipe = parse_recipe(arguments({**fields, "global_batch_size": "12", **more}), launch)
+    assert recipe.training.ddp_find_unused_parameters is looked_for
 
 
 def test_loading_leaves_the_dtypes_of_the_parameters():
