@@ -1,5 +1,6 @@
 """Stop on a signal at the end of a step, on all ranks at once, with one complete checkpoint."""
 
+import os
 import signal
 import time
 from types import FrameType
@@ -24,14 +25,16 @@ class Stopped(BaseException):
 class StopOnSignal(TrainerCallback):
     """TERM, USR1 and INT set a flag; the ranks agree on it at the end of a step, before the next one draws randomness.
 
-    Once the checkpoint of that step is saved, `Stopped` is raised on all of them. Before the first step a signal raises
-    it at once, for there is nothing to save; after the last one it changes nothing. A second Ctrl-C raises it at once,
-    a third one ends the process. `agreed` is the signal's number once the ranks stop for it, else 0.
+    Once the checkpoint of that step is saved, `Stopped` is raised on all of them. Before the first step there is none
+    to save: one process raises it at once, several once all are ready to begin, for the others would miss one that
+    left. After the last step a signal changes nothing. A second Ctrl-C raises it at once, a third one ends the process.
+    `agreed` is the signal's number once the ranks save and stop for it, else 0.
     """
 
     def __init__(self) -> None:
         self._pending, self.agreed, self._noted = 0, 0, 0.0
         self._training = self._trained = False
+        self._alone = int(os.environ.get("WORLD_SIZE", 1)) == 1
         self._group: dist.ProcessGroup | None = None
         for number in SIGNALS:
             signal.signal(number, self._note)
@@ -43,7 +46,7 @@ class StopOnSignal(TrainerCallback):
                 raise Stopped(number)
             return
         self._pending, self._noted = number, time.monotonic()
-        if not self._training and not self._trained:
+        if self._alone and not self._training and not self._trained:
             raise Stopped(number)
 
     def on_train_begin(
@@ -53,20 +56,25 @@ class StopOnSignal(TrainerCallback):
         self._training = True
         if dist.is_initialized() and dist.get_world_size() > 1:
             self._group = dist.new_group(backend="gloo")
+            if number := self._of_any_rank():
+                raise Stopped(number)
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
     ) -> TrainerControl:
         """Agree on the flag; save and stop if any rank was signalled."""
-        number = self._pending
-        if self._group is not None:
-            flag = torch.tensor([number])
-            dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=self._group)
-            number = int(flag)
+        number = self._of_any_rank()
         if number and state.global_step < state.max_steps:
             self.agreed = number
             control.should_save = control.should_training_stop = True
         return control
+
+    def _of_any_rank(self) -> int:
+        if self._group is None:
+            return self._pending
+        flag = torch.tensor([self._pending])
+        dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=self._group)
+        return int(flag)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object) -> None:
         """The checkpoint of the last step is there."""

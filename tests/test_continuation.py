@@ -295,6 +295,21 @@ def test_a_signal_stops_at_once_before_the_training_and_changes_nothing_after_it
     assert stop.agreed == 0
 
 
+def test_one_of_several_ranks_does_not_leave_before_the_others_know(handlers, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    stop = StopOnSignal()
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(0.05)
+    monkeypatch.setattr("sftlab.interrupt.dist.is_initialized", lambda: True)
+    monkeypatch.setattr("sftlab.interrupt.dist.get_world_size", lambda: 2)
+    monkeypatch.setattr("sftlab.interrupt.dist.new_group", lambda backend: "all")
+    told = []
+    monkeypatch.setattr("sftlab.interrupt.dist.all_reduce", lambda flag, **kwargs: told.append(int(flag)))
+    with pytest.raises(Stopped, match="signal 15"):
+        stop.on_train_begin(None, None, None)
+    assert told == [signal.SIGTERM]
+
+
 def test_a_second_ctrl_c_stops_at_once_but_one_press_counts_once(handlers, monkeypatch):
     stop = StopOnSignal()
     stop.on_train_begin(None, None, None)

@@ -20,6 +20,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -184,7 +185,7 @@ class Campaign:
         first = next(at for at, change in self.changes[name] if "progress.json" in change)
         last = next(at for at, change in self.changes[name] if ".adapter" in change)
         training = self.start(name, run)
-        time.sleep(self.random.uniform(first, last))
+        time.sleep(self.random.uniform(first / 2, last))
         number = self.random.choice((signal.SIGTERM, signal.SIGUSR1, signal.SIGINT))
         training.signal(number, self.random.randrange(CASES[name].processes))
         training.wait(together=False)
@@ -192,40 +193,48 @@ class Campaign:
         if status not in ("interrupted", "succeeded"):
             raise RuntimeError(f"signal {number} ended with the status {status}: {run}.log")
 
-    def break_files(self, name: str, most: int | None) -> None:
-        """One file of the newest checkpoint (or run.json, progress.json, the curves) broken in one way, each."""
+    def broken_files(self, name: str, most: int | None) -> list[Callable[[], None]]:
+        """Trials: a file of the newest checkpoint (or run.json, progress.json, the curves) broken in one way."""
+        if most == 0:
+            return []
         self.begin(name)
         cut = self.folder / f"{name} cut"
-        while not (cut / "checkpoint-10" / "manifest.json").is_file():
-            shutil.rmtree(cut, ignore_errors=True)
-            self.start(name, cut, Moment("checkpoint-10/manifest.json", 1, 0.06)).wait()
+        self.cut_off(name, cut)
         kept = [path for path in (cut / "checkpoint-10").rglob("*") if path.is_file()]
         kept += [cut / "run.json", cut / "progress.json", *(cut / "tensorboard").iterdir()]
         pairs = [(path.relative_to(cut), fault) for path in sorted(kept) for fault in FAULTS]
-        for path, fault in self.random.sample(pairs, min(most or len(pairs), len(pairs))):
-            run = self.folder / f"{name} {str(path).replace('/', ' ')[:60]} {fault.__name__}"
-            shutil.copytree(cut, run)
-            fault(run / path)
-            self.start(name, run).wait()
-            line = {"case": name, "kind": f"a file {fault.__name__}", "file": str(path)}
-            line |= self.compared(name, run) if read(run)["status"] == "succeeded" else refusal(run)
-            self.add(line, run)
+        chosen = self.random.sample(pairs, len(pairs) if most is None else most)
+        return [partial(self.break_file, name, cut, path, fault) for path, fault in chosen]
+
+    def cut_off(self, name: str, run: Path) -> None:
+        """A run that was killed after its checkpoint of step 10."""
+        while not (run / "checkpoint-10" / "manifest.json").is_file():
+            shutil.rmtree(run, ignore_errors=True)
+            self.start(name, run, Moment("checkpoint-10/manifest.json", 1, 0.06)).wait()
+
+    def break_file(self, name: str, cut: Path, path: Path, fault: Callable[[Path], None]) -> None:
+        """Break a file of a copy of a run that was cut off, and start again."""
+        run = self.folder / f"{name} {str(path).replace('/', ' ')[:60]} {fault.__name__}"
+        shutil.copytree(cut, run)
+        fault(run / path)
+        self.start(name, run).wait()
+        line = {"case": name, "kind": f"a file {fault.__name__}", "file": str(path)}
+        line |= self.compared(name, run) if read(run)["status"] == "succeeded" else refusal(run)
+        self.add(line, run)
 
     def control(self, what: str, sabotage: Callable[[], None], fault: Callable | None = None) -> None:
         """A sabotaged continuation must be caught: a campaign that cannot fail shows nothing."""
         name = "dropout 0.1"
         self.begin(name)
         run = self.folder / f"control {what}"
-        while not (run / "checkpoint-10" / "manifest.json").is_file():
-            shutil.rmtree(run, ignore_errors=True)
-            self.start(name, run, Moment("checkpoint-10/manifest.json", 1, 0.06)).wait()
+        self.cut_off(name, run)
         if fault:
             fault(run / "checkpoint-10" / "adapter_model.safetensors")
         self.start(name, run, sabotage=sabotage).wait()
         found = self.compared(name, run) if read(run)["status"] == "succeeded" else refusal(run)
         caught = found["result"] != "exact"
         found |= {"result": "caught" if caught else "NOT CAUGHT"}
-        self.add({"case": name, "kind": f"control: {what}", "kills": 1} | found, run)
+        self.add({"case": name, "kind": f"control: {what}", "kills": 1, **found}, run)
 
     def compared(self, name: str, run: Path) -> dict[str, Any]:
         """Whether a run is the undisturbed one, and what its interruptions cost."""
@@ -292,6 +301,13 @@ def no_sums() -> None:
     Resume._restore = lambda self, added_up: None
 
 
+CONTROLS = {
+    "random states are not restored": (no_random_states,),
+    "sums since the last log are not restored": (no_sums,),
+    "a flipped bit, hashes not looked at": (no_verification, FAULTS[-1]),
+}
+
+
 def summary(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """A row a case and kind."""
     rows = []
@@ -318,26 +334,31 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--trials", type=int, default=3, help="of every kind in every case")
     parser.add_argument("--faults", type=int, help="how many broken files to try at most; all unless said")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seconds", type=float, default=1e9, help="no trial begins after these")
     parser.add_argument("--table", type=Path, help="CSV to write")
     given = parser.parse_args(argv)
     began, folder = time.monotonic(), Path(tempfile.mkdtemp(prefix="faults-"))
     campaign = Campaign(folder, given.seed)
-    for name in given.cases:
-        for kind in given.kinds:
-            for number in range(given.trials):
-                campaign.trial(name, kind, number)
-    for name in [name for name in ("one process", "DDP") if name in given.cases]:
-        campaign.break_files(name, given.faults)
-    campaign.control("random states are not restored", no_random_states)
-    campaign.control("sums since the last log are not restored", no_sums)
-    campaign.control("a flipped bit, hashes not looked at", no_verification, FAULTS[-1])
+    about = provenance() | {"command": f"python tests/faults/campaign.py {' '.join(argv)}"}
+    planned = [
+        partial(campaign.trial, name, kind, number)
+        for number in range(given.trials)
+        for name in given.cases
+        for kind in given.kinds
+    ]
+    planned += [partial(campaign.control, what, *how) for what, how in CONTROLS.items()]
+    broken = [name for name in ("one process", "DDP") if name in given.cases]
+    planned += [one for name in broken for one in campaign.broken_files(name, given.faults)]
+    for done, one in enumerate(planned):
+        if time.monotonic() - began > given.seconds:
+            print(f"{len(planned) - done} of {len(planned)} trials were not begun: {given.seconds:.0f} s are over")
+            break
+        one()
+        if given.table:
+            write_csv(given.table, [row | about for row in summary(campaign.lines)[:-1]])
     rows = summary(campaign.lines)
     print("", aligned([list(rows[0]), *([str(row.get(key, "")) for key in rows[0]] for row in rows)]), sep="\n")
-    took = f"{time.monotonic() - began:.0f} s"
-    print(f"\n{took}")
-    if given.table:
-        about = provenance() | {"seconds": took, "command": f"python tests/faults/campaign.py {' '.join(argv)}"}
-        write_csv(given.table, [row | about for row in rows])
+    print(f"\n{time.monotonic() - began:.0f} s")
     if rows[-1]["otherwise"]:
         print(json.dumps([line for line in campaign.lines if line["result"] not in ("exact", "refused", "caught")]))
         return 1
