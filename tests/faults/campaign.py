@@ -131,14 +131,18 @@ class Campaign:
         lines = Path(f"{run}.changes").read_text().splitlines()
         self.changes[name] = [(float(line.split(" ", 1)[0]), line.split(" ", 1)[1]) for line in lines]
 
-    def moment(self, name: str, kind: str) -> Moment:
-        """A random moment of a kind."""
+    def moment(self, name: str, kind: str, victim: int) -> Moment:
+        """A random moment of a kind in the life of a rank. Only the first one notes progress and seals."""
         changes, draw = self.changes[name], self.random.uniform
         first = next(at for at, change in changes if "progress.json" in change)
         saved = next(at for at, change in changes if ".adapter" in change)
         end = changes[-1][0]
         if kind == "start-up":
             return Moment(after_s=draw(0, first))
+        if victim and kind == "saving":
+            return Moment("added_up-", self.random.randint(1, 4), draw(0, 0.01))
+        if victim:
+            return Moment(after_s=draw(first, saved) if kind != "final save" else draw(saved, end))
         if kind == "steps":
             return Moment("progress.json", 1, draw(0, saved - first))
         if kind == "final save" and self.random.random() < 0.5:
@@ -164,8 +168,9 @@ class Campaign:
                     self.signalled(name, run)
                     signals += 1
                 elif again:
-                    victim = self.random.randrange(CASES[name].processes)
-                    training = self.start(name, run, self.moment(name, again), victim)
+                    ranks = 1 if again in ("sealing", "rotating") else CASES[name].processes
+                    victim = self.random.randrange(ranks)
+                    training = self.start(name, run, self.moment(name, again, victim), victim)
                     training.wait()
                     kills += training.codes[victim] == -signal.SIGKILL
                 else:
