@@ -2,9 +2,10 @@
 # make results the demo's recipes, trained and evaluated, their report, and the README's figures (7 minutes)
 # make test    the tests (no hub, no GPU, no network)
 # make test-cluster   every ending of a job on a real Slurm, started here (Debian's slurm-wlm; 4 minutes)
+# make test-faults    trainings killed at random moments and every file of a checkpoint broken (half an hour)
 # make lint    ruff: lint and format
 # make setup   the virtual environment alone
-.PHONY: demo results test test-cluster lint setup clean
+.PHONY: demo results test test-cluster test-faults lint setup clean
 
 # Spinning OpenMP threads stall one another where the cores are shared.
 export OMP_WAIT_POLICY ?= PASSIVE
@@ -55,6 +56,9 @@ test: $(STAMP)
 
 test-cluster: $(STAMP)
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m cluster
+
+test-faults: $(STAMP)
+	HF_HUB_OFFLINE=1 $(BIN)/python tests/faults/campaign.py
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

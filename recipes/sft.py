@@ -15,7 +15,6 @@ import math
 import os
 import shutil
 import sys
-import time
 from pathlib import Path
 
 import torch
@@ -25,58 +24,83 @@ from transformers import PreTrainedTokenizerBase
 
 from sftlab.config import Recipe, parse_recipe
 from sftlab.data import Splits, load_splits
+from sftlab.deterministic import compute_deterministically
 from sftlab.fastpath import FastPath, choose, start_compilers
+from sftlab.files import sync, sync_tree
 from sftlab.forecast import planned_memory
-from sftlab.interrupt import StopOnSignal
+from sftlab.interrupt import Stopped, StopOnSignal
 from sftlab.launch import COMPUTE_DTYPE, PRECISIONS, Launch, check_devices, use_all_cpu_cores
 from sftlab.measure import peak_memory, share_of_limit
 from sftlab.model import check_target_modules, load_config, load_tokenizer
 from sftlab.ran import length_facts, what_ran
-from sftlab.run import Run
+from sftlab.resume import is_full
+from sftlab.run import Run, Start, environment, must_match
 from sftlab.template import set_template, template_hash
 from sftlab.tokens import refuse_other_encoding
 from sftlab.trainer import LabTrainer, build_trainer
 
 
 def main(argv: list[str]) -> None:
-    """Check everything, then load, train, save and measure."""
+    """Check everything, then load, train, save and measure; run.json says how it ended."""
     launch = Launch.from_environment()
     rank = int(os.environ.get("RANK", 0))
-    run = None
     try:
         check_devices(launch)
         use_all_cpu_cores(launch)
         recipe = parse_recipe(argv, launch)
-        run, checkpoint = begin(recipe, launch, rank)
-        tokenizer, template, fast = prepare(recipe, launch)
-        with recipe.training.main_process_first(desc="reading the data set"):
-            splits = load_splits(recipe.data, recipe.training.dataset_num_proc)
-        if splits.tokens:
-            refuse_other_encoding(splits.tokens, tokenizer, recipe.training)
+        if recipe.training.deterministic:
+            compute_deterministically()
+        run, start = begin(recipe, launch, rank)
     except ValueError as error:
-        if run:
-            run.fail(f"{error}", rank)
         sys.exit(f"error: {error}" if rank == 0 else 2)
     try:
-        run.update(data=splits.facts, template={"source": template, "hash": template_hash(tokenizer)})
-        train(recipe, launch, run, checkpoint, tokenizer, splits, fast)
-    except KeyboardInterrupt:
-        run.finish("interrupted", reason="stopped before the first step or at once")
-        raise
+        lab(recipe, launch, run, start, rank)
+    except Stopped as stopped:
+        run.finish("interrupted", reason=f"signal {stopped.number}: stopped at once")
+        sys.exit(128 + stopped.number)
     except BaseException as error:
+        if is_full(error):
+            run.finish("interrupted", reason=f"{error}")
+            sys.exit(f"error: {error}")
         if not isinstance(error, SystemExit):
             run.fail(f"{type(error).__name__}: {error}", rank)
         raise
 
 
-def begin(recipe: Recipe, launch: Launch, rank: int) -> tuple[Run, str | None]:
-    """Open the run directory on rank 0; every rank learns which checkpoint to continue from."""
+def begin(recipe: Recipe, launch: Launch, rank: int) -> tuple[Run, Start]:
+    """Open the run directory on rank 0; every rank learns how the run starts."""
     run = Run(recipe.training.output_dir, is_main=rank == 0)
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(run.folder / "tensorboard")
-    found = [run.start(recipe.facts(), launch.facts(), recipe.data.overwrite) if rank == 0 else None]
+    data = recipe.data
+    found = [run.start(recipe.facts(), launch.facts(), data.overwrite, data.resume_anyway) if run.is_main else None]
     if launch.world_size > 1:
         broadcast_object_list(found)
+    if run.is_main:
+        for warning in found[0].warnings:
+            print(f"warning: {warning}", file=sys.stderr, flush=True)
     return run, found[0]
+
+
+def lab(recipe: Recipe, launch: Launch, run: Run, start: Start, rank: int) -> None:
+    """Read the data, check that the run goes on with what it began with, train."""
+    stop = StopOnSignal()
+    try:
+        tokenizer, template, fast = prepare(recipe, launch)
+        with recipe.training.main_process_first(desc="reading the data set"):
+            splits = load_splits(recipe.data, recipe.training.dataset_num_proc)
+        if splits.tokens:
+            refuse_other_encoding(splits.tokens, tokenizer, recipe.training)
+        facts = {"data": splits.facts, "template": {"source": template, "hash": template_hash(tokenizer)}}
+        run.check(start, facts, recipe.data.resume_anyway)
+    except ValueError as error:
+        run.fail(f"{error}", rank)
+        sys.exit(f"error: {error}" if rank == 0 else 2)
+    run.update(**facts)
+    now = environment()
+    must = must_match(recipe.facts(), launch.facts(), now) | facts
+    trainer = build_trainer(recipe, launch, fast, tokenizer, splits, callbacks=[stop])
+    trainer.resume.must_match, trainer.resume.hardware = must, now["hardware"]
+    train(trainer, recipe, run, start, stop, splits)
 
 
 def prepare(recipe: Recipe, launch: Launch) -> tuple[PreTrainedTokenizerBase, str, FastPath]:
@@ -93,41 +117,39 @@ def prepare(recipe: Recipe, launch: Launch) -> tuple[PreTrainedTokenizerBase, st
     return tokenizer, template, fast
 
 
-def train(
-    recipe: Recipe,
-    launch: Launch,
-    run: Run,
-    checkpoint: str | None,
-    tokenizer: PreTrainedTokenizerBase,
-    splits: Splits,
-    fast: FastPath,
-) -> None:
+def train(trainer: LabTrainer, recipe: Recipe, run: Run, start: Start, stop: StopOnSignal, splits: Splits) -> None:
     """Train, save the adapter, measure, and write the run's end."""
-    args, stop = recipe.training, StopOnSignal()
-    trainer = build_trainer(recipe, launch, fast, tokenizer, splits, callbacks=[stop])
+    args, launch = trainer.args, trainer.launch
     if run.is_main:
-        for part, why in fast.reasons.items():
+        for part, why in trainer.fast.reasons.items():
             print(f"{part} is off: {why}")
     streaming = isinstance(trainer.train_dataset, IterableDataset)
     lengths = None if streaming else length_facts(trainer, len(splits.train))
     run.update(data=splits.facts | {"tokenized": lengths})
-    started = time.perf_counter()
-    result = trainer.train(resume_from_checkpoint=checkpoint)
-
-    ran = what_ran(trainer)
+    trainer.resume.check_room()
+    try:
+        result = trainer.train(resume_from_checkpoint=start.checkpoint)
+    except Stopped:
+        if not stop.agreed:
+            raise
+        result = None
+    ran, state = what_ran(trainer), trainer.state
     measured = trainer.meter.facts(trainer.flops) | {
-        "peak_memory": peak_memory(trainer.memory),
-        "train_loss": result.training_loss,
+        "peak_memory": peak_memory(trainer.memory, trainer.resume.earlier["peak"]),
+        "train_loss": result.training_loss if result else None,
+        "train_seconds": round(trainer.resume.seconds, 2),
+        "checkpoints": trainer.resume.facts(),
+        "global_step": state.global_step,
     }
-    measured |= {"train_seconds": round(time.perf_counter() - started, 2), "global_step": result.global_step}
     facts: dict = {"ran": ran | {"seed": args.seed}}
     if run.is_main and torch.cuda.is_available() and not streaming:
-        measured["planned_memory"] = planned_memory(recipe, launch, fast, trainer)
-    facts["losses"] = [[e["step"], e["loss"]] for e in trainer.state.log_history if "loss" in e]
-    if stop.received:
-        reason = f"signal {stop.received} at step {result.global_step} of {trainer.state.max_steps}"
+        measured["planned_memory"] = planned_memory(recipe, launch, trainer.fast, trainer)
+    facts["losses"] = [[e["step"], e["loss"]] for e in state.log_history if "loss" in e]
+    if result is None:
+        unsaved = [one for one in trainer.resume.skipped if one.startswith(f"step {state.global_step}:")]
+        reason = "; ".join([f"signal {stop.agreed} at step {state.global_step} of {state.max_steps}", *unsaved])
         run.finish("interrupted", reason=reason, measured=measured, **facts)
-        sys.exit(128 + stop.received)
+        sys.exit(128 + stop.agreed)
     if not math.isfinite(result.training_loss):
         raise RuntimeError(
             f"diverged: the mean training loss is {result.training_loss}; the curve shows where it broke"
@@ -147,11 +169,16 @@ def train(
 def save_adapter(trainer: LabTrainer, run: Run) -> None:
     """Adapter, tokenizer and template to a temporary folder (every rank takes part), then into place."""
     temporary = run.folder / ".adapter"
+    if run.is_main:
+        shutil.rmtree(temporary, ignore_errors=True)
+    trainer.accelerator.wait_for_everyone()
     trainer.save_model(str(temporary))
     if run.is_main:
         (temporary / "training_args.bin").unlink(missing_ok=True)
+        sync_tree(temporary)
         shutil.rmtree(run.adapter, ignore_errors=True)
         temporary.rename(run.adapter)
+        sync(run.folder)
     trainer.accelerator.wait_for_everyone()
 
 

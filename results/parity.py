@@ -91,7 +91,7 @@ def take_step(argv: list[str], rows: int, out: Path) -> None:
             parameter.data.copy_(torch.randn(parameter.shape, generator=generator) * 0.02)
     batch = trainer._prepare_inputs(trainer.data_collator(trainer.train_dataset.select(range(rows)).to_list()))
     with trainer.accelerator.autocast():
-        nats = trainer._token_losses(model, batch)[0]
+        nats = trainer.token_losses(model, batch)[0]
     nats.mean().backward()
     gradients = {n: p.grad.float().cpu() for n, p in model.named_parameters() if p.requires_grad}
     torch.save({"nats": nats.detach().cpu(), "gradients": gradients}, out)

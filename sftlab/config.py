@@ -34,6 +34,11 @@ _REFUSED = {
     "padding_free": "packing decides",
     "eval_packing": "packing decides",
     "use_liger_kernel": "compile_layers and fused_loss do its work",
+    "save_only_model": "a checkpoint without the optimizer cannot be continued from",
+    "full_determinism": "deterministic does it at less cost, and for the fast path's kernels too",
+    "ignore_data_skip": "a continued run trains on the rows that are left",
+    "restore_callback_states_from_checkpoint": "a continued run goes on exactly without",
+    "enable_jit_checkpoint": "TERM, USR1 and Ctrl-C end in a checkpoint anyway",
     "auto_find_batch_size": "a batch size found by trial makes runs that cannot be compared",
 }
 
@@ -71,6 +76,10 @@ class DataArguments:
         },
     )
     overwrite: bool = field(default=False, metadata={"help": "Replace a finished run in output_dir."})
+    resume_anyway: bool = field(
+        default=False,
+        metadata={"help": "Continue an unfinished run with other settings, data or versions; run.json says which."},
+    )
 
 
 @dataclass
@@ -120,6 +129,10 @@ class TrainingArguments(SFTConfig):
             "help": "Measure one step's memory by part (parameters, gradients, optimizer state, activations). Unset: "
             "on a GPU; on a CPU it takes some seconds."
         },
+    )
+    deterministic: bool = field(
+        default=False,
+        metadata={"help": "Take every sum in one order: equal starts on a GPU are equal to the last bit, and slower."},
     )
     fused_loss: bool | None = field(
         default=None,
@@ -260,6 +273,10 @@ def _check(recipe: Recipe, launch: Launch) -> None:
         )
     _settle_precision(recipe)
     _settle_batch(recipe, launch.world_size)
+    if launch.world_size > 2 and (training.deterministic or launch.hides_gpus):
+        # DDP deals gradients to buckets anew after the first step of a start, unless it looks for unused parameters;
+        # of three or more processes' gradients the place in a bucket decides the order of the sum
+        training.ddp_find_unused_parameters = True
 
 
 def _settle_precision(recipe: Recipe) -> None:

@@ -141,7 +141,7 @@ def figures(one: Evidence, facts: dict[str, Any]) -> dict[str, Any]:
         for side in SIDES:
             parts = (found[side]["value"], *found[side]["interval_95"]) if found else (None, None, None)
             row |= dict(zip((f"{side} {score}", f"{side} {score} low", f"{side} {score} high"), parts, strict=True))
-    again = ["continued: speed and seconds of the last start"] if one.run.get("interruptions") else []
+    again = ["continued: figures of all starts together"] if one.run.get("interruptions") else []
     return row | {"note": "; ".join(one.stale + again)}
 
 

@@ -27,6 +27,7 @@ class Meter(TrainerCallback):
         self.first_step_s: float | None = None
         self._counts, self._counted = np.zeros(3), np.zeros(3)
         self._began = self._warmed_up = 0.0
+        self._warmup_steps = 0
         self._seconds = 0.0
         self._steps = 0
         self._window: tuple[float, int] | None = None
@@ -70,6 +71,24 @@ class Meter(TrainerCallback):
             self._steps += state.global_step - first
             self._counted += self._counts
             self._window = None
+
+    def state(self) -> dict[str, Any]:
+        """What was measured before a checkpoint, for the start that goes on from it."""
+        return {
+            "counted": self._counted.tolist(),
+            "seconds": self._seconds,
+            "steps": self._steps,
+            "warm_up": [self._warmed_up, self._warmup_steps],
+            "first_step_s": self.first_step_s,
+            "collectives": self.collectives.facts,
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on counting; times to the first step and of the warm-up stay those of the first start."""
+        self._counted[:] = state["counted"]
+        self._seconds, self._steps = state["seconds"], state["steps"]
+        self._warmed_up, self._warmup_steps = state["warm_up"]
+        self.first_step_s, self.collectives.facts = state["first_step_s"], state["collectives"]
 
     def _warmup(self, state: TrainerState) -> int:
         return min(WARMUP_STEPS, max(1, (state.max_steps - self._first_global_step) // 4))
@@ -158,12 +177,18 @@ def share_of_limit(facts: dict[str, Any], device: torch.device, dtype: torch.dty
     }
 
 
-def peak_memory(split: MemorySplit | None = None) -> list[dict[str, float]]:
-    """Peak memory of every rank in GB (2**30 bytes): GPU allocated and reserved, or the process's resident set.
+def peak_memory(split: MemorySplit | None = None, earlier: dict[str, Any] | None = None) -> list[dict[str, float]]:
+    """`peak_of_process` of every rank; every process calls it."""
+    return gather_object([peak_of_process(split, earlier)])
 
-    With `split`, a step's memory by part as well.
+
+def peak_of_process(split: MemorySplit | None = None, earlier: dict[str, Any] | None = None) -> dict[str, Any]:
+    """Peak memory in GB (2**30 bytes): GPU allocated and reserved, or the process's resident set.
+
+    With `split`, a step's memory by part as well. With `earlier`, what an earlier start of the run had, the larger one.
     """
     before, parts = (split.peak_before, split.facts) if split else (0, {})
+    earlier = earlier or {}
     if torch.cuda.is_available():
         mine = {
             "allocated_gb": round(max(before, torch.cuda.max_memory_allocated()) / 2**30, 3),
@@ -171,7 +196,9 @@ def peak_memory(split: MemorySplit | None = None) -> list[dict[str, float]]:
         }
     else:
         mine = {"resident_gb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 3)}
-    return gather_object([mine | ({"step": parts} if parts else {})])
+    mine = {name: max(peak, earlier.get(name, 0.0)) for name, peak in mine.items()}
+    parts = parts or earlier.get("step", {})
+    return mine | ({"step": parts} if parts else {})
 
 
 def synchronize() -> None:

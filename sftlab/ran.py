@@ -23,6 +23,35 @@ def frozen_linear(model: nn.Module) -> nn.Linear:
     return next(m for n, m in model.named_modules() if isinstance(m, nn.Linear) and "lora_" not in n)
 
 
+class _SeenError(Exception):
+    """Ends a forward that has shown what it was for."""
+
+
+def seen_linear(trainer: "LabTrainer", model: nn.Module, inputs: dict[str, Any]) -> dict[str, str]:
+    """Class and output dtype of a frozen linear, seen in an uncompiled forward that goes as far as need be.
+
+    Leaves the random state alone.
+    """
+    seen: dict[str, str] = {}
+
+    def note(module: nn.Module, inputs: Any, output: torch.Tensor) -> None:
+        seen.update(linear=type(module).__name__, output_dtype=str(output.dtype).removeprefix("torch."))
+        if not trainer.is_fsdp_enabled:  # which wants every forward to end
+            raise _SeenError
+
+    hook = frozen_linear(model).register_forward_hook(note)
+    devices = [trainer.args.device] if trainer.args.device.type == "cuda" else []
+    as_it_trains, eager = trainer.compute_loss_context_manager(), torch.compiler.set_stance("force_eager")
+    try:
+        with torch.random.fork_rng(devices), torch.no_grad(), as_it_trains, eager:
+            trainer.token_losses(model.train(), trainer._prepare_inputs(inputs))
+    except _SeenError:
+        pass
+    finally:
+        hook.remove()
+    return seen
+
+
 def tf32_products() -> bool:
     """Whether float32 matrix products on a GPU may round their inputs to TF32.
 
@@ -40,6 +69,7 @@ def what_ran(trainer: "LabTrainer") -> dict[str, Any]:
         "precision": PRECISIONS[accelerator.mixed_precision],
         "compute": trainer.observed,
         "tf32": tf32_products() if torch.cuda.is_available() else None,
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
         "trainable_parameters": sum(p.numel() for p in trained),
         "trainable_dtypes": _dtypes(trained),
         "frozen_dtypes": _dtypes(frozen),

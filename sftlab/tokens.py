@@ -23,6 +23,8 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 from datasets import Dataset, concatenate_datasets
 
+from sftlab.files import file_hash
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
@@ -197,12 +199,6 @@ def read_record(folder: str | os.PathLike, number: int) -> dict[str, Any] | None
     except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError):
         return None
     return record if whole else None
-
-
-def file_hash(path: Path) -> str:
-    """SHA-256 of a file (hexadecimal)."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _hash(*texts: str) -> str:

@@ -3,6 +3,7 @@
 It also counts tokens and notes what really ran. Batches, order and loss are SFTTrainer's.
 """
 
+import time
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from functools import partial
@@ -17,7 +18,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.functional import pad
 from torch.utils.data import RandomSampler, Sampler, SequentialSampler
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, set_seed
-from transformers.trainer_utils import EvalLoopOutput
+from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 from trl import SFTTrainer, get_peft_config, get_quantization_config
 
 from sftlab import loss, varlen
@@ -31,16 +32,13 @@ from sftlab.measure import Meter, flops_per_token
 from sftlab.memory import MemorySplit
 from sftlab.model import model_init_kwargs
 from sftlab.packing import BalancedSampler, Collator, whole_batches
-from sftlab.ran import frozen_linear, row_lengths, verify_precision, verify_strategy
+from sftlab.ran import row_lengths, seen_linear, verify_precision, verify_strategy
+from sftlab.resume import Resume, dtypes_kept
 from sftlab.sharding import average_replicated_, clip_sharded_, gather_ahead, settle_plugin
 from sftlab.tokens import refuse_other_encoding, training_rows
 
 # What the collator adds for the loss and the meter; the model does not know it.
 _EXTRAS = ("loss_positions", "targets", "loss_rows", "real_tokens", "real_rows")
-
-
-class _SeenError(Exception):
-    """Ends a forward that has shown what it was for."""
 
 
 class LabTrainer(SFTTrainer):
@@ -64,6 +62,8 @@ class LabTrainer(SFTTrainer):
         plugin = self.accelerator.state.fsdp_plugin if self.is_fsdp_enabled else None
         # whether LoRA matrices are whole under FSDP
         self.replicated = plugin is not None and plugin.fsdp_version == 2 and settle_plugin(plugin, self.model)
+        self.resume = Resume(self)
+        self.add_callback(self.resume)
         self.data_collator = Collator(self.processing_class.pad_token_id, fast.packing)
         self.flops = flops_per_token(self.model)
         self._take_fast_path()
@@ -94,7 +94,8 @@ class LabTrainer(SFTTrainer):
         if not self.observed:
             verify_strategy(self)
             gather_ahead(self._base)
-            self._observe(model, inputs)
+            self.observed = seen_linear(self, model, inputs)
+            verify_precision(self)
         loss = super().training_step(model, inputs, *args, **kwargs)
         if self.replicated and self.accelerator.sync_gradients:
             average_replicated_([p for group in self.optimizer.param_groups for p in group["params"]])
@@ -103,30 +104,6 @@ class LabTrainer(SFTTrainer):
     def autocast_smart_context_manager(self, cache_enabled: bool | None = True) -> AbstractContextManager:
         """Whole LoRA matrices are float32 to FSDP too, and multiplied in the compute dtype as DDP multiplies them."""
         return self.accelerator.autocast() if self.replicated else super().autocast_smart_context_manager()
-
-    def _observe(self, model: nn.Module, inputs: dict[str, Any]) -> None:
-        """See in an uncompiled forward, as far as need be, in which dtype a frozen linear computes.
-
-        Leaves the random state alone.
-        """
-        linear = frozen_linear(model)
-
-        def note(module: nn.Module, inputs: Any, output: torch.Tensor) -> None:
-            self.observed = {"linear": type(module).__name__, "output_dtype": str(output.dtype).removeprefix("torch.")}
-            if not self.is_fsdp_enabled:  # which wants every forward to end
-                raise _SeenError
-
-        hook = linear.register_forward_hook(note)
-        devices = [self.args.device] if self.args.device.type == "cuda" else []
-        try:
-            as_it_trains, eager = self.compute_loss_context_manager(), torch.compiler.set_stance("force_eager")
-            with torch.random.fork_rng(devices), torch.no_grad(), as_it_trains, eager:
-                self._token_losses(model.train(), self._prepare_inputs(inputs))
-        except _SeenError:
-            pass
-        finally:
-            hook.remove()
-        verify_precision(self)
 
     def compute_loss(
         self,
@@ -146,7 +123,7 @@ class LabTrainer(SFTTrainer):
     ) -> Any:
         if not self.fast.fused_loss or return_outputs:
             return super().compute_loss(model, _plain(inputs), return_outputs, num_items_in_batch)
-        nats, entropies, hits = self._token_losses(model, inputs)
+        nats, entropies, hits = self.token_losses(model, inputs)
         sums = torch.stack([entropies.sum(), hits.sum(), torch.ones_like(hits).sum()])
         self._sums = sums if self._sums is None else self._sums + sums
         self._real_tokens += inputs["real_tokens"]
@@ -159,7 +136,7 @@ class LabTrainer(SFTTrainer):
         # num_items_in_batch counts the tokens of every process, and DDP averages their gradients
         return self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
 
-    def _token_losses(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[torch.Tensor, ...]:
+    def token_losses(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[torch.Tensor, ...]:
         """Nats, entropies and hits of every token in the loss, each [n]."""
         plain = _plain(inputs)
         positions = inputs["loss_positions"]
@@ -182,13 +159,35 @@ class LabTrainer(SFTTrainer):
             self._metrics["train"]["num_tokens"] = [self._total_train_tokens]
         super().log(logs, start_time)
 
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        self.resume.save(lambda: super(LabTrainer, self)._save_checkpoint(model, trial))
+
+    def _load_from_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        with dtypes_kept(self.model):
+            super()._load_from_checkpoint(*args, **kwargs)
+
+    def _load_best_model(self) -> None:
+        with dtypes_kept(self.model):
+            super()._load_best_model()
+
+    def _init_training_state(
+        self, max_steps: int, steps_per_epoch: int, epochs: int, checkpoint: str | None, trial: Any
+    ) -> tuple[int, int]:
+        begun = super()._init_training_state(max_steps, steps_per_epoch, epochs, checkpoint, trial)
+        return self.resume.begin(checkpoint, max_steps, epochs) or begun
+
+    def _finalize_training(self, trial: Any, samples: int, started: float) -> TrainOutput:
+        self._initial_global_step = 0  # the sum of losses has those of earlier starts
+        self.observed = self.observed or self.resume.earlier["observed"]
+        return super()._finalize_training(trial, samples, time.time() - self.resume.seconds)
+
     def prediction_step(
         self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: list[str] | None = None
     ) -> tuple[torch.Tensor, None, None]:
         """Nats and tokens of every row are kept, so that the evaluation's loss is the corpus's."""
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
-            nats = self._token_losses(model, inputs)[0].double()
+            nats = self.token_losses(model, inputs)[0].double()
         rows = inputs["loss_rows"]
         parts = nats.new_zeros(inputs["real_rows"], 2).index_add_(
             0, rows, torch.stack([nats, torch.ones_like(nats)], 1)

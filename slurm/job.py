@@ -69,7 +69,8 @@ def train(words: list[str]) -> int:
     after, changed = status_of(run), run.is_file() and run.stat().st_mtime >= started
     if after == "succeeded" and changed:
         return 0
-    if after == "interrupted" and changed:
+    # one that a full disk stopped would be stopped again
+    if after == "interrupted" and changed and str(read_run(run.parent)["reason"]).startswith("signal "):
         return go_on(f"{run.parent} was interrupted")
     if after == "running" and changed and work.asked_to_stop:
         return go_on(f"{run.parent} was cut off while it stopped")

@@ -108,6 +108,13 @@ def launch(config: str, fields: dict[str, str], flags: tuple[str, ...] = ()) -> 
     return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=300)
 
 
+def launched(config: str, fields: dict[str, str], flags: tuple[str, ...] = ()) -> subprocess.CompletedProcess:
+    """A launch that succeeds."""
+    done = launch(config, fields, flags)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done
+
+
 def read(folder: str | Path) -> dict:
     return json.loads((Path(folder) / "run.json").read_text())
 

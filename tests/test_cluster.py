@@ -166,10 +166,10 @@ def test_a_full_disk_fails_the_job(cluster, train, tmp_path):
         job, _ = train(max_steps="900", save_strategy="steps", save_steps="5")
         assert cluster.wait(job) == "FAILED"
         cluster.wait_until(lambda: len(left_over(run)), 0)
-        assert read(run)["status"] in ("failed", "running")
+        assert read(run)["status"] in ("interrupted", "running")
         *_, last = (tmp_path / f"log-{job}").read_text().strip().splitlines()
         assert last.startswith(f"error: {run}: ")
-        assert "No space left" in last
+        assert "No space left" in last or "a checkpoint needs" in last
     finally:
         subprocess.run(["umount", "-l", str(run)], check=True)
 

@@ -79,7 +79,7 @@ def examples(count: int, longest: int = 90) -> list[dict]:
 def losses_and_gradients(trainer: LabTrainer, rows: list[dict]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     model = trainer.model.train()
     model.zero_grad()
-    nats = trainer._token_losses(model, trainer._prepare_inputs(trainer.data_collator(rows)))[0]
+    nats = trainer.token_losses(model, trainer._prepare_inputs(trainer.data_collator(rows)))[0]
     nats.sum().backward()
     return nats.detach(), {n: p.grad.clone() for n, p in model.named_parameters() if p.requires_grad}
 

@@ -4,24 +4,31 @@ import json
 
 import pytest
 import torch
+from test_checkpoint import flipped
 
+from sftlab import progress
+from sftlab.checkpoint import seal
 from sftlab.ran import tf32_products
-from sftlab.run import Run, newest_checkpoint, read_run
+from sftlab.run import Run, environment, must_match, read_run
 
-LAUNCH = {"world_size": 1}
-RECIPE = {"learning_rate": 0.1, "overwrite": False}
+RECIPE = {"learning_rate": 0.1, "overwrite": False, "output_dir": "here"}
+DATA = {"data": {"train": {"rows": 10, "fingerprint": "abc"}}, "template": {"hash": "xyz"}}
 
 
-def started(folder, recipe=None, overwrite=False, world_size=1):
+def started(folder, recipe=None, overwrite=False, world_size=1, anyway=False):
     run = Run(folder, is_main=True)
-    checkpoint = run.start(recipe or RECIPE, {"world_size": world_size}, overwrite)
-    return run, checkpoint
+    return run, run.start(recipe or RECIPE, {"world_size": world_size}, overwrite, anyway)
 
 
-def checkpoint(folder, step):
+def checkpoint(folder, step, sealed=True):
     path = folder / f"checkpoint-{step}"
     path.mkdir(parents=True)
-    (path / "trainer_state.json").write_text("{}")
+    (path / "optimizer.pt").write_text("state")
+    if sealed:
+        now = environment()
+        must = must_match(RECIPE, {"world_size": 1}, now) | DATA
+        facts = {"step": step, "saved": 0.0, "train_seconds": 2.0, "must_match": must, "hardware": now["hardware"]}
+        seal(path, facts)
     return str(path)
 
 
@@ -44,32 +51,96 @@ def test_an_unfinished_run_continues_from_its_newest_checkpoint(tmp_path, status
         run.finish(status, reason="because")
     checkpoint(tmp_path / "r", 9)
     newest = checkpoint(tmp_path / "r", 10)
-    _, found = started(tmp_path / "r")
-    record = read_run(tmp_path / "r")
-    assert found == newest
-    assert record["interruptions"][0]["status"] == status
-    assert record["interruptions"][0]["from"] == newest
+    checkpoint(tmp_path / "r", 11, sealed=False)
+    progress.Notes(tmp_path / "r").write(14, 3.5)
+    _, start = started(tmp_path / "r")
+    (stop,) = read_run(tmp_path / "r")["interruptions"]
+    assert start.checkpoint == stop["from"] == newest
+    assert (stop["status"], stop["step"], stop["steps_done_again"], stop["seconds_done_again"]) == (status, 10, 4, 1.5)
+    assert start.warnings == stop["set_aside"]
+    assert "checkpoint-11 has no manifest.json" in start.warnings[0]
 
 
-def test_a_checkpoint_without_a_readable_state_is_not_taken(tmp_path):
-    good = checkpoint(tmp_path, 5)
-    (tmp_path / "checkpoint-6").mkdir()
-    bad = checkpoint(tmp_path, 7)
-    (tmp_path / "checkpoint-7" / "trainer_state.json").write_text('{"global_')
-    assert bad != newest_checkpoint(tmp_path) == good
-    assert newest_checkpoint(tmp_path / "nowhere") is None
+def test_an_interruption_before_the_first_checkpoint_is_one_too(tmp_path):
+    started(tmp_path / "r")
+    progress.Notes(tmp_path / "r").write(2, 0.5)
+    _, start = started(tmp_path / "r")
+    (stop,) = read_run(tmp_path / "r")["interruptions"]
+    assert start.checkpoint is stop["from"] is None
+    assert (stop["steps_done_again"], stop["seconds_done_again"]) == (2, 0.5)
+    started(tmp_path / "r", {**RECIPE, "learning_rate": 0.2})
+    assert read_run(tmp_path / "r")["interruptions"] == [], "another run"
 
 
 def test_other_settings_or_another_world_size_are_refused_with_the_difference(tmp_path):
     run, _ = started(tmp_path / "r")
     run.finish("interrupted")
     checkpoint(tmp_path / "r", 3)
-    with pytest.raises(ValueError, match=r"learning_rate \(0.1 was, 0.2 is\)"):
-        started(tmp_path / "r", {**RECIPE, "learning_rate": 0.2})
+    other = {**RECIPE, "learning_rate": 0.2}
+    with pytest.raises(ValueError, match=r"learning_rate \(0.1 was, 0.2 is\).*--resume_anyway"):
+        started(tmp_path / "r", other)
     with pytest.raises(ValueError, match=r"world size \(1 was, 2 is\)"):
         started(tmp_path / "r", world_size=2)
-    assert started(tmp_path / "r", {**RECIPE, "learning_rate": 0.2}, overwrite=True)[1] is None
+    assert read_run(tmp_path / "r")["status"] == "interrupted"
+    assert started(tmp_path / "r", {**RECIPE, "output_dir": "moved", "overwrite": True})[1].checkpoint
+    start = started(tmp_path / "r", other, anyway=True)[1]
+    (*_, stop) = read_run(tmp_path / "r")["interruptions"]
+    assert start.checkpoint
+    assert stop["changed"] == ["learning_rate (0.1 was, 0.2 is)"]
+    assert "goes on with learning_rate (0.1 was, 0.2 is): not exactly as if undisturbed" in start.warnings[0]
+    assert started(tmp_path / "r", other, overwrite=True)[1].checkpoint is None
     assert not (tmp_path / "r" / "checkpoint-3").exists()
+
+
+def test_other_versions_are_refused_and_other_hardware_is_said(tmp_path, monkeypatch):
+    started(tmp_path / "r")
+    checkpoint(tmp_path / "r", 3)
+    now = environment()
+    later = now | {"versions": now["versions"] | {"torch": "9.9"}}
+    monkeypatch.setattr("sftlab.run.environment", lambda: later)
+    with pytest.raises(ValueError, match=r"versions torch \(.* was, '9.9' is\)"):
+        started(tmp_path / "r")
+    elsewhere = now | {"hardware": now["hardware"] | {"cpu_cores": 999}}
+    monkeypatch.setattr("sftlab.run.environment", lambda: elsewhere)
+    assert "hardware cpu_cores" in started(tmp_path / "r")[1].warnings[0]
+
+
+def test_other_data_are_refused_once_they_are_read(tmp_path):
+    started(tmp_path / "r")
+    checkpoint(tmp_path / "r", 3)
+    run, start = started(tmp_path / "r")
+    run.check(start, DATA, anyway=False)
+    other = {"data": {"train": {"rows": 10, "fingerprint": "def"}}, "template": {"hash": "uvw"}}
+    with pytest.raises(ValueError, match=r"data train fingerprint \('abc' was, 'def' is\); template hash"):
+        run.check(start, other, anyway=False)
+    run.check(start, other, anyway=True)
+    assert "data train fingerprint ('abc' was, 'def' is)" in read_run(tmp_path / "r")["interruptions"][-1]["changed"]
+    begun, start = started(tmp_path / "r", overwrite=True)
+    begun.check(start, other, anyway=False)
+
+
+BROKEN_RECORDS = {
+    "a flipped bit": flipped,
+    "cut off": lambda path: path.write_text('{"status": "runn'),
+    "another object": lambda path: path.write_text("[]"),
+    "gone": lambda path: path.unlink(),
+}
+
+
+@pytest.mark.parametrize("fault", BROKEN_RECORDS.values(), ids=BROKEN_RECORDS)
+def test_a_broken_or_lost_record_loses_no_checkpoint(tmp_path, fault):
+    started(tmp_path / "r")
+    good = checkpoint(tmp_path / "r", 3)
+    fault(tmp_path / "r" / "run.json")
+    _, start = started(tmp_path / "r")
+    assert start.checkpoint == good
+    assert read_run(tmp_path / "r")["status"] == "running"
+
+
+def test_a_folder_that_is_no_run_keeps_what_is_in_it(tmp_path):
+    (tmp_path / "eval").mkdir()
+    started(tmp_path)
+    assert (tmp_path / "eval").is_dir()
 
 
 def test_the_first_failure_stands_and_a_finished_run_cannot_fail(tmp_path):

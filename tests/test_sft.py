@@ -1,11 +1,7 @@
-"""What a user types: launches on the CPU, interruption and continuation, and the evaluation after them."""
+"""What a user types: launches on the CPU, what they leave behind, and how they fail."""
 
-import hashlib
-import os
-import signal
 import subprocess
 import time
-from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +10,7 @@ from conftest import (
     SHARED,
     launch,
     launch_command,
+    launched,
     needs_shared,
     read,
     write_jsonl,
@@ -24,22 +21,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sftlab.config import DataArguments
 from sftlab.data import load_splits
+from sftlab.run import adapter_hash
 
 FACTS = {"status", "recipe", "launch", "ran", "measured", "data", "template", "versions", "git_commit", "hardware"}
 
 
-def weights_hash(run):
-    return hashlib.sha256((Path(run) / "adapter" / "adapter_model.safetensors").read_bytes()).hexdigest()
-
-
 def losses(run):
     return dict(map(tuple, read(run)["losses"]))
-
-
-def launched(config, fields, flags=()):
-    done = launch(config, fields, flags)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done
 
 
 def test_a_run_directory_holds_what_the_contract_says(finished, base):
@@ -83,12 +71,12 @@ def test_the_adapter_loads_with_plain_peft_and_changes_the_model(finished, base)
 
 def test_a_finished_run_is_not_overwritten_by_the_same_command(finished):
     folder, fields, _ = finished
-    before = weights_hash(folder)
+    before = adapter_hash(folder)
     done = launch("cpu", fields)
     assert done.returncode != 0
     assert "error: " in done.stderr
     assert "--overwrite" in done.stderr
-    assert weights_hash(folder) == before
+    assert adapter_hash(folder) == before
     assert read(folder)["status"] == "succeeded"
 
 
@@ -113,64 +101,6 @@ def test_two_processes_give_the_losses_of_one(finished, tmp_path):
     assert one["data"]["train"]["rows"] // 8 * 2 < 45
     assert one["data"]["tokenized"]["left_over_an_epoch"] == one["data"]["train"]["rows"] % 8 > 0
     assert abs(one["measured"]["validation_loss"] - two["measured"]["validation_loss"]) < 1e-4
-
-
-def stopped_after(fields, step, number=signal.SIGTERM, whom="worker", config="cpu"):
-    """Start, signal the training process (or its launcher, or all as Ctrl-C does) at a step, wait for the end."""
-    process = subprocess.Popen(
-        launch_command(config, {**fields, "disable_tqdm": "true"}), cwd=ROOT, stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT, text=True, start_new_session=True,
-    )  # fmt: skip
-    seen, output = 0, []
-    for line in process.stdout:
-        output.append(line)
-        seen += "'loss'" in line
-        if seen == step and "'loss'" in line:
-            worker = read(fields["output_dir"])["host_pid"][1]
-            if whom == "group":
-                for pid in (process.pid, worker):
-                    os.kill(pid, number)
-            else:
-                os.kill(worker if whom == "worker" else process.pid, number)
-    process.wait(120)
-    return process.returncode, "".join(output)
-
-
-STOPS = [("worker", signal.SIGTERM), ("worker", signal.SIGUSR1), ("launcher", signal.SIGTERM), ("group", signal.SIGINT)]
-
-
-@pytest.mark.parametrize(("whom", "number"), STOPS)
-def test_a_stopped_run_is_interrupted_and_continues_bit_for_bit(finished, tmp_path, whom, number):
-    _, fields, _ = finished
-    own = {**fields, "output_dir": str(tmp_path / "run"), "max_steps": "60", "save_strategy": "no"}
-    code, output = stopped_after(own, 4, number, whom)
-    record = read(own["output_dir"])
-    assert record["status"] == "interrupted", output[-3000:]
-    assert " at step " in record["reason"]
-    assert code != 0
-    assert not (tmp_path / "run" / "adapter").exists()
-    if (whom, number) != STOPS[0]:
-        return
-    launched("cpu", {**own, "output_dir": str(tmp_path / "whole")})
-    launched("cpu", {**own, "disable_tqdm": "true"})
-    record = read(own["output_dir"])
-    assert record["status"] == "succeeded"
-    assert [i["status"] for i in record["interruptions"]] == ["interrupted"]
-    assert weights_hash(own["output_dir"]) == weights_hash(tmp_path / "whole")
-    assert record["measured"]["validation_loss"] == read(tmp_path / "whole")["measured"]["validation_loss"]
-    curve = EventAccumulator(str(tmp_path / "run" / "tensorboard")).Reload().Scalars("train/loss")
-    assert sorted({e.step for e in curve}) == list(range(1, 61))
-
-
-def test_a_killed_run_continues_from_its_checkpoint(finished, tmp_path):
-    _, fields, _ = finished
-    own = {**fields, "output_dir": str(tmp_path / "run"), "max_steps": "60"}
-    stopped_after(own, 10, signal.SIGKILL)
-    assert read(own["output_dir"])["status"] == "running"
-    launched("cpu", {**own, "disable_tqdm": "true"})
-    record = read(own["output_dir"])
-    assert record["status"] == "succeeded"
-    assert record["interruptions"][0]["status"] == "running"
 
 
 FAULTY = """
