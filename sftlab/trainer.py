@@ -166,6 +166,12 @@ class LabTrainer(SFTTrainer):
         with dtypes_kept(self.model):
             super()._load_from_checkpoint(*args, **kwargs)
 
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint and self.accelerator.scaler is not None:
+            # under FSDP torch takes an empty step first, which asks for the loss scale; the real one is loaded later
+            self.accelerator.scaler.scale(torch.zeros(1, device=self.args.device))
+        super()._load_optimizer_and_scheduler(checkpoint)
+
     def _load_best_model(self) -> None:
         with dtypes_kept(self.model):
             super()._load_best_model()

@@ -1,6 +1,8 @@
 """recipes/sft.py under FSDP2 on CPU processes, which accelerate itself takes for DDP:
 
 accelerate launch --config_file accelerate_configs/fsdp.yaml tests/fsdp_on_cpu.py --config recipes/demo/attn_r16.yaml
+
+With SCALED in the environment the loss is scaled as under fp16, which itself needs a GPU.
 """
 
 import sftlab.quiet  # noqa: I001  (before the libraries that it quiets)
@@ -9,11 +11,13 @@ import sftlab.settle  # noqa: F401  (before they see the devices)
 import os
 import sys
 
+import torch
+from accelerate import Accelerator
 from accelerate.state import PartialState
 from accelerate.utils import DistributedType
 from conftest import load_script
 
-begin = PartialState.__init__
+begin, prepare = PartialState.__init__, Accelerator.prepare
 
 
 def as_on_gpus(self: PartialState, *args: object, **kwargs: object) -> None:
@@ -23,9 +27,17 @@ def as_on_gpus(self: PartialState, *args: object, **kwargs: object) -> None:
         PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
 
 
+def scaled(self: Accelerator, *args: object, **kwargs: object) -> object:
+    """The scaler that mixed_precision fp16 would bring."""
+    self.scaler = self.scaler or torch.amp.GradScaler("cpu", init_scale=64.0)
+    return prepare(self, *args, **kwargs)
+
+
 if __name__ == "__main__":
     os.environ["ACCELERATE_USE_CPU"] = "true"
     PartialState.__init__ = as_on_gpus
+    if "SCALED" in os.environ:
+        Accelerator.prepare = scaled
     sft = load_script("recipes/sft.py")
     sft.check_devices = lambda launch: None
     sft.main(sys.argv[1:])

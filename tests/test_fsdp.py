@@ -62,21 +62,30 @@ def test_fsdp_gathers_weights_and_averages_gradients_at_once(sharded):
     assert talk["all_reduce"]["mb"] == pytest.approx(trained * 4 / 2**20, abs=2e-3)
 
 
-def test_fsdp_continues_after_a_kill_as_if_nothing_had_happened(sharded, tmp_path):
-    folder, fields = sharded
-    again = tmp_path / "again"
-    fields = {**fields, "output_dir": str(again), "disable_tqdm": "true"}
+def killed_and_continued(fields, folder):
+    """Start, SIGKILL one rank after a checkpoint, start again."""
+    fields = {**fields, "output_dir": str(folder), "disable_tqdm": "true"}
     process = subprocess.Popen(command(fields), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
     steps = (line for line in process.stdout if "'loss'" in line)
     for _ in range(33):
         next(steps)
-    os.kill(read(again)["host_pid"][1], signal.SIGKILL)
+    os.kill(read(folder)["host_pid"][1], signal.SIGKILL)
     process.wait(120)
-    assert read(again)["status"] != "succeeded"
+    assert read(folder)["status"] != "succeeded"
     launch_fsdp(fields)
-    assert read(again)["interruptions"]
-    assert read(again)["losses"] == read(folder)["losses"]
-    assert adapter(again) == adapter(folder)
+    assert read(folder)["interruptions"]
+    return read(folder)
+
+
+def test_fsdp_continues_after_a_kill_as_if_nothing_had_happened(sharded, tmp_path):
+    folder, fields = sharded
+    assert killed_and_continued(fields, tmp_path / "again")["losses"] == read(folder)["losses"]
+    assert adapter(tmp_path / "again") == adapter(folder)
+
+
+def test_fsdp_continues_with_a_loss_scale(sharded, tmp_path, monkeypatch):
+    monkeypatch.setenv("SCALED", "1")
+    assert len(killed_and_continued(sharded[1] | {"max_grad_norm": "0"}, tmp_path / "scaled")["losses"]) == 60
 
 
 def _clip_in_one_of_two(rank: int, store: str, out: str) -> None:
