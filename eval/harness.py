@@ -32,9 +32,10 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.tasks import TaskManager
 
+from sftlab.files import write_json
 from sftlab.config import ModelArguments
 from sftlab.pair import answering, finished_run, load_pair, run_tokenizer
-from sftlab.run import SIDES, adapter_hash, environment, write_json
+from sftlab.run import SIDES, adapter_hash, environment
 from sftlab.significance import FEW_ROWS, Paired, add_holm, compare, compare_rates, mean, with_counts
 from sftlab.table import aligned, interval, p_value
 

@@ -23,6 +23,7 @@ from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
+from sftlab.files import write_json
 from sftlab.generate import (
     BATCHES_WORTH_COMPILING,
     AnswerFile,
@@ -36,7 +37,7 @@ from sftlab.generate import (
 from sftlab.heldout import HeldOut, Rows, held_out, select
 from sftlab.likelihood import Likelihood, likelihood, nats_of_the_token_read
 from sftlab.pair import answering, finished_run, load_pair, model_settings, run_tokenizer
-from sftlab.run import SIDES, adapter_hash, environment, write_json
+from sftlab.run import SIDES, adapter_hash, environment
 from sftlab.scores import NAMES, ROUGE_SIGNATURE, Bleu, paired_scores, score_texts
 from sftlab.significance import FEW_ROWS, RESAMPLES, add_holm, compare
 from sftlab.table import aligned, interval, p_value, preview

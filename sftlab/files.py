@@ -3,23 +3,33 @@
 import hashlib
 import json
 import os
+import socket
 from pathlib import Path
 from typing import Any
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write JSON so that a reader sees the old file or the new one, never a part."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    """Write JSON as `write_text` writes."""
+    write_text(path, json.dumps(content, indent=2, ensure_ascii=False, default=str) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file so that a reader sees the old one or the new one, never a part."""
+    part = part_of(path)
     try:
-        with temporary.open("w", encoding="utf-8") as file:
-            json.dump(content, file, indent=2, ensure_ascii=False, default=str)
-            file.write("\n")
+        with part.open("w", encoding="utf-8") as file:
+            file.write(text)
             file.flush()
             os.fsync(file.fileno())
-        temporary.replace(path)
+        part.replace(path)
     finally:
         # of a full disk not even a part is left
-        temporary.unlink(missing_ok=True)
+        part.unlink(missing_ok=True)
+
+
+def part_of(path: Path) -> Path:
+    """A file of this process for what will be `path`."""
+    return path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.part")
 
 
 def file_hash(path: Path) -> str:

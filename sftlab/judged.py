@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from sftlab.files import write_json
 from sftlab.generate import digest
-from sftlab.run import write_json
 from sftlab.table import aligned
 
 

@@ -126,12 +126,14 @@ def tiles(lengths: Sequence[int]) -> torch.Tensor:
     """Pieces of at most `TILE` tokens, [2, pieces, 3] int32: the sequence's start and end, and the piece's first token.
 
     The first table is for programs that read what comes before the piece, the second for those that read what comes
-    after it: most work first.
+    after it: most work first. Empty pieces at the end keep the second table aligned to 16 bytes, as the first one is:
+    Triton compiles a kernel anew for a table that is not.
     """
     pieces, start = [], 0
     for length in lengths:
         pieces += [(start, start + length, first) for first in range(start, start + length, TILE)]
         start += length
+    pieces += [(start, start, start)] * (-len(pieces) % 4)
     before = sorted(pieces, key=lambda piece: piece[0] - piece[2])
     after = sorted(pieces, key=lambda piece: piece[2] - piece[1])
     return torch.tensor([before, after], dtype=torch.int32)

@@ -4,7 +4,6 @@ import hashlib
 import json
 import os
 import pickle
-import socket
 from collections.abc import Iterator, Mapping
 from datetime import date
 from functools import lru_cache
@@ -19,6 +18,7 @@ from tokenizers import Tokenizer
 
 from sftlab.data import Converter, opening_key, refuse_empty
 from sftlab.encoder import Encoder
+from sftlab.files import part_of, write_text
 from sftlab.tokens import (
     FORMAT,
     MANIFEST,
@@ -265,18 +265,3 @@ def finished_records(folder: Path, shards: int) -> dict[int, dict[str, Any]]:
     _remove_parts(folder)
     found = ((number, read_record(folder, number)) for number in range(shards))
     return {number: record for number, record in found if record}
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file so that a reader sees the old one or the new one, never a part."""
-    part = part_of(path)
-    with part.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    part.replace(path)
-
-
-def part_of(path: Path) -> Path:
-    """A file of this process for what will be `path`."""
-    return path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.part")

@@ -16,8 +16,9 @@ import yaml
 
 from sftlab import confound
 from sftlab.evidence import outcome
+from sftlab.files import write_json
 from sftlab.launch import PRECISIONS
-from sftlab.run import read_run, write_json
+from sftlab.run import read_run
 
 ROOT = Path(__file__).parent.parent
 LAUNCH_KEYS = ("launch", "processes", "flags")
