@@ -20,8 +20,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from sftlab.annotators import ALPACA_EVAL_2, Annotators, official
 from sftlab.canary import UNPARSED_REFUSED, UNPARSED_SAID, Canaries, spread
 from sftlab.contestants import Contestants, refuse_twins
@@ -30,7 +28,7 @@ from sftlab.judge import add_judge_flags, judge_from
 from sftlab.judged import canary_table, judgement_hashes, keep_entry, share, write_records
 from sftlab.length import length_controlled, lengths, mean_characters
 from sftlab.outputs import Task, read_preferences, read_task
-from sftlab.pair import finished_run
+from sftlab.pair import finished_run, one_sentence
 from sftlab.pairwise import Pair, judge_pairs, tally, win_rates
 from sftlab.run import SIDES, adapter_hash, environment
 from sftlab.significance import FEW_ROWS, RESAMPLES
@@ -47,12 +45,8 @@ NOISE_TEMPERATURE = 0.7
 def main(argv: list[str]) -> None:
     """Answer, try the judge, let it compare, write, print."""
     arguments = parse_arguments(argv)
-    try:
+    with one_sentence(": take a smaller --batch_size or --judge_batch_size; what is done is kept"):
         evaluate(arguments)
-    except ValueError as error:
-        sys.exit(f"error: {error}")
-    except torch.OutOfMemoryError:
-        sys.exit("error: out of memory: take a smaller --batch_size or --judge_batch_size; what is done is kept")
 
 
 def parse_arguments(argv: list[str]) -> argparse.Namespace:

@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from matplotlib.figure import Figure
 
 from sftlab.canary import UNPARSED_REFUSED, UNPARSED_SAID, spread
@@ -28,7 +27,7 @@ from sftlab.contestants import Contestants, refuse_twins
 from sftlab.generate import Answer, AnswerFile, Sampling, answer_facts, digest
 from sftlab.judge import add_judge_flags, judge_from
 from sftlab.judged import canary_table, judgement_hashes, keep_entry, title_hash, write_records
-from sftlab.pair import finished_run
+from sftlab.pair import finished_run, one_sentence
 from sftlab.ratings import (
     Answered,
     Question,
@@ -50,12 +49,8 @@ COLOURS = {"base": "0.6", "tuned": "tab:blue"}
 def main(argv: list[str]) -> None:
     """Answer both turns, try the judge, let it rate, write, plot, print."""
     arguments = parse_arguments(argv)
-    try:
+    with one_sentence(": take a smaller --batch_size or --judge_batch_size; what is done is kept"):
         evaluate(arguments)
-    except ValueError as error:
-        sys.exit(f"error: {error}")
-    except torch.OutOfMemoryError:
-        sys.exit("error: out of memory: take a smaller --batch_size or --judge_batch_size; what is done is kept")
 
 
 def parse_arguments(argv: list[str]) -> argparse.Namespace:

@@ -36,7 +36,7 @@ from sftlab.generate import (
 )
 from sftlab.heldout import HeldOut, Rows, held_out, select
 from sftlab.likelihood import Likelihood, likelihood, nats_of_the_token_read
-from sftlab.pair import answering, finished_run, load_pair, model_settings, run_tokenizer
+from sftlab.pair import answering, finished_run, load_pair, model_settings, run_tokenizer, one_sentence
 from sftlab.run import SIDES, adapter_hash, environment
 from sftlab.scores import NAMES, ROUGE_SIGNATURE, Bleu, paired_scores, score_texts
 from sftlab.significance import FEW_ROWS, RESAMPLES, add_holm, compare
@@ -48,12 +48,8 @@ SHOWN_PROMPTS = 3
 def main(argv: list[str]) -> None:
     """Load the run, let both models answer, score, compare, write, print."""
     arguments = parse_arguments(argv)
-    try:
+    with one_sentence(f" at --batch_size {arguments.batch_size}: take a smaller one; answers are kept"):
         evaluate(arguments)
-    except ValueError as error:
-        sys.exit(f"error: {error}")
-    except torch.OutOfMemoryError:
-        sys.exit(f"error: out of memory at --batch_size {arguments.batch_size}: take a smaller one; answers are kept")
 
 
 def parse_arguments(argv: list[str]) -> argparse.Namespace:

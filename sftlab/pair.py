@@ -1,6 +1,7 @@
 """The base and the tuned model of a finished run, under one load of the weights."""
 
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,17 @@ from sftlab.likelihood import with_fused_head
 from sftlab.model import model_init_kwargs
 from sftlab.run import SIDES, adapter_hash, read_run
 from sftlab.template import template_hash
+
+
+@contextmanager
+def one_sentence(out_of_memory: str) -> Iterator[None]:
+    """A mistake (ValueError), or a GPU without room, ends the script with a sentence: SystemExit."""
+    try:
+        yield
+    except ValueError as error:
+        raise SystemExit(f"error: {error}") from error
+    except torch.OutOfMemoryError as error:
+        raise SystemExit(f"error: out of memory{out_of_memory}") from error
 
 
 def finished_run(folder: Path) -> dict[str, Any]:

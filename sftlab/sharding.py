@@ -13,7 +13,6 @@ import torch.distributed as dist
 from accelerate import FullyShardedDataParallelPlugin
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
-from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from sftlab.fastpath import decoder_layers
@@ -51,10 +50,8 @@ def gather_ahead(model: PreTrainedModel) -> None:
 
 
 def average_replicated_(parameters: Sequence[nn.Parameter]) -> None:
-    """Average over all processes the gradients of parameters that each keeps whole (no DTensors), in one collective."""
-    gradients = [p.grad for p in parameters if p.grad is not None and not isinstance(p, DTensor)]
-    if not gradients:
-        return
+    """Average over all processes the gradients of parameters that each keeps whole, in one collective."""
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     flat = torch.cat([gradient.flatten() for gradient in gradients])
     dist.all_reduce(flat)
     flat /= dist.get_world_size()

@@ -222,11 +222,10 @@ class LabTrainer(SFTTrainer):
         trained = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
         if not self.is_fsdp_enabled:
             return self.accelerator.clip_grad_norm_(trained, self.args.max_grad_norm)
-        sharded = [isinstance(p, DTensor) and p.device_mesh.ndim == 1 for p in trained]
-        if any(sharded) and not all(sharded):
+        if not self.replicated and not all(isinstance(p, DTensor) and p.device_mesh.ndim == 1 for p in trained):
             return super()._clip_grad_norm(model)
         self.accelerator.unscale_gradients()
-        clip = clip_sharded_ if all(sharded) else torch.nn.utils.clip_grad_norm_
+        clip = torch.nn.utils.clip_grad_norm_ if self.replicated else clip_sharded_
         return clip(trained, self.args.max_grad_norm)
 
     def _set_signature_columns_if_needed(self) -> None:

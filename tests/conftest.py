@@ -193,3 +193,20 @@ def client(server):
     from gradio_client import Client
 
     return Client(server.url, verbose=False)
+
+
+@pytest.fixture(scope="session")
+def untrained(base, tmp_path_factory) -> Path:
+    """The directory of a succeeded run whose adapter is random."""
+    from judging import untrained_run  # it takes what it needs from here
+
+    return untrained_run(base, tmp_path_factory.mktemp("judged") / "run")
+
+
+@pytest.fixture
+def run(untrained, tmp_path) -> Path:
+    """The untrained run for one test alone, with no evaluation beside it."""
+    (tmp_path / "run").mkdir()
+    for name in ("adapter", "run.json"):
+        (tmp_path / "run" / name).symlink_to(untrained / name)
+    return tmp_path / "run"

@@ -5,7 +5,7 @@ import re
 
 import pytest
 from conftest import SHARED, load_script, needs_shared
-from judging import ScriptedJudge, canned, entry, lines, longer_output, no_hub, untrained_run
+from judging import ScriptedJudge, canned, entry, lines, longer_output, no_hub
 
 from sftlab import length
 from sftlab import outputs as outputs_module
@@ -20,19 +20,6 @@ RIGHT = {text: f"It is number {i}, right." for i, text in enumerate(QUESTIONS)}
 @pytest.fixture(scope="module")
 def alpaca():
     return load_script("eval/alpaca.py")
-
-
-@pytest.fixture(scope="module")
-def made(base, tmp_path_factory):
-    return untrained_run(base, tmp_path_factory.mktemp("judged") / "run")
-
-
-@pytest.fixture
-def run(made, tmp_path):
-    (tmp_path / "run").mkdir()
-    for name in ("adapter", "run.json"):
-        (tmp_path / "run" / name).symlink_to(made / name)
-    return tmp_path / "run"
 
 
 def outputs(path, texts, name="good"):

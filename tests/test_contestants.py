@@ -2,7 +2,6 @@
 
 import pytest
 from conftest import read
-from judging import untrained_run
 
 from sftlab import contestants as module
 from sftlab.contestants import Contestants
@@ -11,19 +10,6 @@ from sftlab.pair import answering, load_pair
 from sftlab.template import prompt_ids
 
 ASKED = [[{"role": "user", "content": f"Question {i}{'!' * (7 * i)}"}] for i in range(5)]
-
-
-@pytest.fixture(scope="module")
-def made(base, tmp_path_factory):
-    return untrained_run(base, tmp_path_factory.mktemp("asked") / "run")
-
-
-@pytest.fixture
-def run(made, tmp_path):
-    (tmp_path / "run").mkdir()
-    for name in ("adapter", "run.json"):
-        (tmp_path / "run" / name).symlink_to(made / name)
-    return tmp_path / "run"
 
 
 def test_each_model_answers_as_itself_and_only_once(run, monkeypatch):

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT, SHARED, load_script, needs_shared
-from judging import ScriptedJudge, canned, entry, lines, untrained_run
+from judging import ScriptedJudge, canned, entry, lines
 
 from sftlab.contestants import Contestants
 from sftlab.generate import Sampling
@@ -20,19 +20,6 @@ CATEGORIES = ["writing", "stem", "math", "coding"]
 @pytest.fixture(scope="module")
 def mt_bench():
     return load_script("eval/mt_bench.py")
-
-
-@pytest.fixture(scope="module")
-def made(base, tmp_path_factory):
-    return untrained_run(base, tmp_path_factory.mktemp("rated") / "run")
-
-
-@pytest.fixture
-def run(made, tmp_path):
-    (tmp_path / "run").mkdir()
-    for name in ("adapter", "run.json"):
-        (tmp_path / "run" / name).symlink_to(made / name)
-    return tmp_path / "run"
 
 
 def texts(number):
@@ -181,7 +168,7 @@ def test_scoring_again_asks_nothing(evaluate):
     assert judge.asked == []
 
 
-def test_answers_follow_the_categories_temperature_and_the_real_history(mt_bench, made, files, monkeypatch):
+def test_answers_follow_the_categories_temperature_and_the_real_history(mt_bench, untrained, files, monkeypatch):
     seen = []
 
     def answers(self, side, conversations, sampling, title):
