@@ -15,6 +15,7 @@ import math
 import os
 import shutil
 import sys
+from concurrent.futures import Future
 from pathlib import Path
 
 import torch
@@ -85,7 +86,7 @@ def lab(recipe: Recipe, launch: Launch, run: Run, start: Start, rank: int) -> No
     """Read the data, check that the run goes on with what it began with, train."""
     stop = StopOnSignal()
     try:
-        tokenizer, template, fast = prepare(recipe, launch)
+        tokenizer, template, fast, compilers = prepare(recipe, launch)
         with recipe.training.main_process_first(desc="reading the data set"):
             splits = load_splits(recipe.data, recipe.training.dataset_num_proc)
         if splits.tokens:
@@ -99,12 +100,14 @@ def lab(recipe: Recipe, launch: Launch, run: Run, start: Start, rank: int) -> No
     now = environment()
     must = must_match(recipe.facts(), launch.facts(), now) | facts
     trainer = build_trainer(recipe, launch, fast, tokenizer, splits, callbacks=[stop])
+    if error := compilers.exception():
+        print(f"warning: no kernel is ready before the first step: {error}", file=sys.stderr, flush=True)
     trainer.resume.must_match, trainer.resume.hardware = must, now["hardware"]
     train(trainer, recipe, run, start, stop, splits)
 
 
-def prepare(recipe: Recipe, launch: Launch) -> tuple[PreTrainedTokenizerBase, str, FastPath]:
-    """Tokenizer with its template, and the fast path, after checking what the recipe targets. No weights yet."""
+def prepare(recipe: Recipe, launch: Launch) -> tuple[PreTrainedTokenizerBase, str, FastPath, Future]:
+    """Tokenizer with its template, the fast path and its compilers, after checking what the recipe targets."""
     name, revision = recipe.model.model_name_or_path, recipe.model.model_revision
     tokenizer = load_tokenizer(name, revision, recipe.training)
     config = load_config(name, revision, recipe.training)
@@ -112,9 +115,7 @@ def prepare(recipe: Recipe, launch: Launch) -> tuple[PreTrainedTokenizerBase, st
         check_target_modules(config, recipe.model.lora_target_modules, recipe.training.trust_remote_code)
     template = set_template(tokenizer, recipe.training.chat_template_path)
     fast = choose(recipe, config, launch)
-    if fast.compile_layers:
-        start_compilers()
-    return tokenizer, template, fast
+    return tokenizer, template, fast, start_compilers(recipe, config, fast)
 
 
 def train(trainer: LabTrainer, recipe: Recipe, run: Run, start: Start, stop: StopOnSignal, splits: Splits) -> None:

@@ -68,6 +68,7 @@ def main() -> None:
     if arguments.rehearse:
         SHAPES["tiny"] = TINY
     folder = make_judge(shape)
+    arguments.out.mkdir(parents=True, exist_ok=True)
     path, lines = arguments.out / "judge.csv", []
     kept = list(csv.DictReader(path.open(newline="", encoding="utf-8"))) if path.is_file() else []
     kept = [one for one in kept if one["what"] not in arguments.what]

@@ -3,8 +3,11 @@
 Unset fields choose by themselves; a field that is set is obeyed, or refused where it cannot be.
 """
 
+import os
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import nn
@@ -12,7 +15,9 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from sftlab import varlen
 from sftlab.config import Recipe
-from sftlab.launch import Launch
+from sftlab.launch import COMPUTE_DTYPE, PRECISIONS, Launch
+from sftlab.loss import CHUNK, FrozenHeadLoss
+from sftlab.packing import TOKENS_MULTIPLE, tiles
 
 # Weights whose sharded layers have not been compiled on GPUs yet.
 UNTRIED = "not tried with {} weights under FSDP; the recipe's field of that name switches it on"
@@ -91,11 +96,43 @@ def compile_layers(model: PreTrainedModel) -> None:
         layers[0].forward = _with_gradient(layers[0].forward)
 
 
-def start_compilers() -> None:
-    """Start inductor's worker processes, which take seconds to come up, before the first layer needs them."""
-    from torch._inductor.async_compile import maybe_warm_pool
+def start_compilers(recipe: Recipe, config: PreTrainedConfig, fast: FastPath) -> Future:
+    """Begin beside the reading of data and weights what would hold up the first step by seconds.
 
-    maybe_warm_pool()
+    Inductor's worker processes; and on a GPU, in a thread that ends with the future, Triton's kernels for this model
+    and the libraries behind the head's matrix products.
+    """
+    if fast.compile_layers:
+        from torch._inductor.async_compile import maybe_warm_pool
+
+        maybe_warm_pool()
+    # to fork while a thread compiles could leave the child with a lock that nobody frees
+    if not fast.packing or recipe.training.dataset_num_proc:
+        nothing = Future()
+        nothing.set_result(None)
+        return nothing
+    dtype = getattr(torch, COMPUTE_DTYPE[PRECISIONS[recipe.training.mixed_precision]])
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    thread = ThreadPoolExecutor(1, "rehearsal")
+    future = thread.submit(rehearse, config.get_text_config(), dtype, device, fast.fused_loss is not False)
+    thread.shutdown(wait=False)
+    return future
+
+
+def rehearse(config: PreTrainedConfig, dtype: torch.dtype, device: torch.device, fused_loss: bool) -> None:
+    """Run the kernels of a packed step once, on tensors for which Triton compiles what the step will call.
+
+    Allocates what a chunk of the fused loss does, and gives it back to torch's allocator.
+    """
+    heads, tokens = config.num_attention_heads, TOKENS_MULTIPLE
+    size = getattr(config, "head_dim", None) or config.hidden_size // heads
+    make = partial(torch.zeros, dtype=dtype, device=device, requires_grad=True)
+    query, key, value = (make(tokens, n, size) for n in (heads, *[config.num_key_value_heads] * 2))
+    varlen.varlen_attention(query, key, value, tiles([tokens]).to(device), size**-0.5)[0].sum().backward()
+    if fused_loss:
+        hidden, head = make(CHUNK, config.hidden_size), make(config.vocab_size, config.hidden_size).detach()
+        every = torch.arange(CHUNK, device=device)
+        FrozenHeadLoss.apply(hidden, head, every, every % config.vocab_size)[0].sum().backward()
 
 
 def decoder_layers(model: PreTrainedModel) -> Sequence[nn.Module]:

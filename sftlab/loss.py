@@ -27,7 +27,9 @@ class FrozenHeadLoss(torch.autograd.Function):
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """One chunk of positions after the other."""
         picked = hidden.index_select(0, positions)
-        nats, entropies, hits = torch.empty(3, len(picked), device=hidden.device, dtype=torch.float32).unbind()
+        # each begins at a multiple of 16 bytes: Triton compiles a kernel anew for one that does not
+        aligned = torch.empty(3, len(picked) + -len(picked) % 4, device=hidden.device, dtype=torch.float32)
+        nats, entropies, hits = aligned[:, : len(picked)].unbind()
         gradient = torch.empty_like(picked) if ctx.needs_input_grad[0] else None
         for first in range(0, len(picked), CHUNK):
             chunk = slice(first, first + CHUNK)

@@ -5,6 +5,8 @@ are held to plain attention in tests/test_kernels.py.
 """
 
 import dataclasses
+import sys
+import types
 
 import pytest
 import torch
@@ -208,6 +210,51 @@ def test_compiled_layers_are_one_graph_that_batches_of_other_sizes_do_not_compil
     assert found == 2, "all layers, and the last norm"
     plain = train(build(fields, packing="true", compile_layers="false"))
     assert [e["loss"] for e in compiled] == pytest.approx([e["loss"] for e in plain], abs=1e-5)
+
+
+def form(*values: object) -> tuple:
+    """What Triton compiles a kernel for: dtypes, whether pointers are aligned, and sizes that are constants to it."""
+    return tuple(
+        (value.dtype, value.data_ptr() % 16, value.is_contiguous(), value.shape[1:] if value.dim() > 2 else None)
+        if isinstance(value, torch.Tensor)
+        else value
+        for value in values
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_rehearsed_kernels_are_those_of_every_step(fields, monkeypatch, dtype):
+    called = {}
+
+    def attention_forward(query, key, value, pieces, scale):
+        called.setdefault("forward", set()).add(form(query, key, value, pieces[0], pieces[1], scale))
+        return torch.zeros_like(query), query.new_zeros(query.shape[1], query.shape[0], dtype=torch.float32)
+
+    def attention_backward(gradient, query, key, value, output, lse, pieces, scale):
+        tensors = (gradient, query, key, value, output, lse[0])
+        called.setdefault("backward", set()).add(form(*tensors, pieces[0], pieces[1], scale))
+        return torch.zeros_like(query), torch.zeros_like(key), torch.zeros_like(value)
+
+    def cross_entropy_(logits, *columns):
+        called.setdefault("loss", set()).add((logits.shape[1], logits.stride(0), form(logits, *columns)))
+        plain(logits, *columns)
+
+    plain = loss.cross_entropy_
+    stub = types.ModuleType("sftlab.kernels")
+    stub.attention_forward, stub.attention_backward = attention_forward, attention_backward
+    monkeypatch.setitem(sys.modules, "sftlab.kernels", stub)
+    monkeypatch.setattr(varlen, "why_not", lambda config, model_class: None)
+    monkeypatch.setattr(loss, "cross_entropy_", cross_entropy_)
+    trainer = build(fields, packing="true")
+    for weight in trainer.model.parameters():
+        weight.data = weight.data if weight.requires_grad else weight.data.to(dtype)
+    fastpath.rehearse(trainer.model.config, dtype, torch.device("cpu"), fused_loss=True)
+    rehearsed, called = called, {}
+    assert {name: len(forms) for name, forms in rehearsed.items()} == {"forward": 1, "backward": 1, "loss": 1}
+    with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+        for count in range(1, 9):
+            losses_and_gradients(trainer, examples(count))
+    assert called == rehearsed
 
 
 FOUR_BITS = {"load_in_4bit": "true", "use_bnb_nested_quant": "true", "bnb_4bit_quant_type": "nf4"}
