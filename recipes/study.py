@@ -1,14 +1,15 @@
 """Train every cell of a study in turn, and write what they say together: tables and plots with median and range.
 
 python recipes/study.py recipes/studies/lora_rank.yaml [--recipe RECIPE.yaml] [--launch LAUNCH]
-    [--out results/lora_rank] [--dry-run] [--task i] [--any_field value]
+    [--out results/lora_rank] [--dry-run] [--at_once n] [--task i] [--any_field value]
 python recipes/study.py recipes/studies/precision.yaml --random llama3.2-1b     (speed and memory need no weights)
 
 A study file has an `axis` (fields in which cells may differ; sftlab/confound.py knows what follows from them), `cells`
 (each with recipe fields and `launch`, `processes`, `flags` of its own), `seeds` or `repeats`, the `recipe`, `fields`
 for all, the `reference` cell (the first), `quality: true` for eval/quality.py on every run, and `published` figures.
 Repeats are interleaved. Started again, it skips what is done; what was broken off or failed is trained anew; memory
-that ran out is a result. `--task i` trains the i-th alone (from 0, for a SLURM array) and writes no tables.
+that ran out is a result. `--at_once n` starts n trainings beside each other and times them in turn (sftlab/turns.py),
+where the memory has room for them. `--task i` trains the i-th alone (from 0, for a SLURM array), writes no tables.
 """
 
 import sftlab.quiet  # noqa: F401, I001  (before the libraries that it quiets)
@@ -26,12 +27,12 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-from sftlab.child import Child
 from sftlab.evidence import about, outcome, read_evidence
 from sftlab.run import read_run
 from sftlab.study import GIVEN, ROOT, Study, Task, begin, check, gpus_needed, is_done, load, python_command
 from sftlab.summary import CHANGED, COUNTS, MEASURED, claims, collect, effects, summarise
 from sftlab.table import aligned, figure, markdown, p_value, without_empty_columns, write_csv
+from sftlab.turns import Command, in_turn
 
 TITLES = {
     "tokens_per_s": "real tokens/s", "rows_per_s": "rows/s", "share_of_limit": "share of the limit",
@@ -65,6 +66,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--runs", type=Path, help="where the runs are kept (default: runs/study-NAME)")
     parser.add_argument("--out", type=Path, help="where tables and plots go (default: results/NAME)")
     parser.add_argument("--dry-run", action="store_true", help="print the commands")
+    parser.add_argument("--at_once", type=int, default=1, help="trainings that start together; each is timed alone")
     parser.add_argument("--task", type=int, help="train this one alone")
     parser.add_argument("--no_train", action="store_true", help="write the tables of what is there")
     parser.add_argument("--allow-confounded", action="store_true", help="show cells that differ in more than the axis")
@@ -78,8 +80,10 @@ def main(argv: list[str]) -> None:
             return print("\n".join(shlex.join(task.command()) for task in study.tasks))
         if arguments.task is not None and not 0 <= arguments.task < len(study.tasks):
             raise ValueError(f"--task {arguments.task}: the study has tasks 0 to {len(study.tasks) - 1}")
+        if arguments.at_once < 1:
+            raise ValueError(f"--at_once {arguments.at_once}: one training at least")
         tasks = study.tasks if arguments.task is None else [study.tasks[arguments.task]]
-        not_run = not_begun(tasks) if arguments.no_train else train(tasks, study.random)
+        not_run = not_begun(tasks) if arguments.no_train else train(tasks, arguments.at_once, study.random)
         unscored = [str(task.folder / "log") for task in tasks if study.quality and not score(task)]
         if arguments.task is None:
             write(study, not_run, arguments.out or Path("results") / study.name, arguments.allow_confounded, argv)
@@ -107,37 +111,48 @@ def recipe_fields(words: list[str]) -> dict[str, Any]:
     return {name: values[0] if len(values) == 1 else values or "true" for name, values in found.items()}
 
 
-def train(tasks: list[Task], random: tuple[str, int] | None = None) -> dict[str, str]:
+def train(tasks: list[Task], at_once: int = 1, random: tuple[str, int] | None = None) -> dict[str, str]:
     """Train what is not done and has the GPUs it needs; why the others were not run, by name.
 
-    `random` says which random model and rows to make first.
+    `at_once` trainings start beside each other and are timed in turn. `random` says which random model and rows to make
+    first.
     """
     import torch
 
-    gpus, not_run, took = torch.cuda.device_count(), {}, []
-    for number, task in enumerate(tasks, start=1):
-        place, done = f"[{number}/{len(tasks)}] {task.name}", is_done(task)
-        if not done and gpus_needed(task) > gpus:
+    gpus, not_run, todo = torch.cuda.device_count(), {}, []
+    places = {task.name: f"[{number}/{len(tasks)}] {task.name}" for number, task in enumerate(tasks, start=1)}
+    for task in tasks:
+        if is_done(task):
+            print(f"{places[task.name]}: {result(task)}; done before", flush=True)
+        elif gpus_needed(task) > gpus:
             not_run[task.name] = f"it needs {gpus_needed(task)} GPUs, this machine shows {gpus}"
-            print(f"{place}: not run, {not_run[task.name]}", flush=True)
-            continue
-        started = time.monotonic()
-        if not done:
-            if random:
-                from sftlab.shapes import make_random_files  # it takes transformers with it
+            print(f"{places[task.name]}: not run, {not_run[task.name]}", flush=True)
+        else:
+            todo.append(task)
+    if todo and random:
+        from sftlab.shapes import make_random_files  # it takes transformers with it
 
-                make_random_files(*random)
-            begin(task)
-            with (task.folder / "log").open("w", encoding="utf-8") as log:
-                child = Child(python_command(task), cwd=ROOT, stdout=log, stderr=subprocess.STDOUT)
-                child.wait()
-            if child.asked_to_stop:
-                raise KeyboardInterrupt
-            took.append(time.monotonic() - started)
-            left = sum(took) / len(took) * (len(tasks) - number)
-        ended = "done before" if done else f"{took[-1]:.0f} s, about {left / 60:.0f} min left"
-        print(f"{place}: {result(task)}; {ended}", flush=True)
+        make_random_files(*random)
+    began = said_at = time.monotonic()
+    ended = 0
+    while todo:
+        group, todo = todo[:at_once], todo[at_once:]
+        for task in group:
+            begin(task, beside=len(group) - 1)
+        for place in in_turn([Command(python_command(t), t.folder / "log") for t in group], cwd=ROOT):
+            took, said_at, ended = time.monotonic() - said_at, time.monotonic(), ended + 1
+            left = (said_at - began) / ended * (len(group) - place - 1 + len(todo))
+            said = f"{places[group[place].name]}: {result(group[place])}"
+            print(f"{said}; {took:.0f} s, about {left / 60:.0f} min left", flush=True)
+        if again := [task for task in group if len(group) > 1 and ran_out(task)]:
+            print(f"out of memory beside others, so each alone again: {', '.join(t.name for t in again)}", flush=True)
+            not_run |= train(again)
     return not_run
+
+
+def ran_out(task: Task) -> bool:
+    """Whether its memory did not suffice."""
+    return (task.folder / "run.json").is_file() and outcome(read_run(task.folder))[0] == "out of memory"
 
 
 def not_begun(tasks: list[Task]) -> dict[str, str]:

@@ -16,20 +16,20 @@ class Child:
     """
 
     def __init__(self, command: Sequence[str], pass_on: Callable[[], Any] | None = None, **options: Any) -> None:
-        self.asked_to_stop, self._process = False, None
-        self._pass_on = pass_on or (lambda: self._process.terminate())
+        self.asked_to_stop, self.process = False, None
+        self._pass_on = pass_on or (lambda: self.process.terminate())
         self._alone = {signal.SIGUSR1} | (set() if "SLURM_JOB_ID" in os.environ else {signal.SIGTERM})
         for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
             signal.signal(number, self._hear)
-        self._process = subprocess.Popen(command, **options)
+        self.process = subprocess.Popen(command, **options)
         if self.asked_to_stop:
             self._pass_on()
 
     def _hear(self, number: int, frame: object) -> None:
         self.asked_to_stop = True
-        if number in self._alone and self._process is not None:
+        if number in self._alone and self.process is not None:
             self._pass_on()
 
     def wait(self) -> int:
         """Its exit status."""
-        return self._process.wait()
+        return self.process.wait()

@@ -43,7 +43,8 @@ _TURNS = "template tokens quality.end_tokens quality.stop_strings"
 FOLLOWS = {
     "precision": "dtype compute tf32 *_dtypes gradients_reduced_in launch.*FP8*",
     "strategy": "gradients_reduced_in trainable_dtypes launch.FSDP_*",
-    "world_size": f"local_world_size {_BATCH} gradients_reduced_in hardware.host_cores",
+    # of three or more processes, sftlab/config.py lets DDP keep the order of its sums by looking for unused parameters
+    "world_size": f"local_world_size {_BATCH} gradients_reduced_in hardware.host_cores ddp_find_unused_parameters",
     **dict.fromkeys(("lora_r", "lora_target_modules", "lora_target_parameters"), "trainable_parameters"),
     **dict.fromkeys(("lora_modules_to_save", "use_dora", "model_init_kwargs"), "trainable_parameters"),
     **dict.fromkeys(("lora_alpha", "use_rslora"), "lora_scale"),

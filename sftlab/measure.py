@@ -13,6 +13,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from sftlab.collectives import Collectives, several_processes
 from sftlab.memory import MemorySplit
+from sftlab.turns import wait_for_turn
 
 WARMUP_STEPS = 5
 
@@ -25,6 +26,7 @@ class Meter(TrainerCallback):
 
     def __init__(self) -> None:
         self.first_step_s: float | None = None
+        self.waited_s = 0.0
         self._counts, self._counted = np.zeros(3), np.zeros(3)
         self._began = self._warmed_up = 0.0
         self._warmup_steps = 0
@@ -46,10 +48,13 @@ class Meter(TrainerCallback):
             self._first_global_step = state.global_step
             self._began = time.perf_counter()
         warmup = self._warmup(state)
+        if state.global_step == self._first_global_step + warmup - 1:
+            synchronize()
+            self.waited_s += wait_for_turn()
         if self._window is None and state.global_step >= self._first_global_step + warmup:
             synchronize()
             if not self._warmed_up:
-                self._warmed_up, self._warmup_steps = time.perf_counter() - self._began, warmup
+                self._warmed_up, self._warmup_steps = time.perf_counter() - self._began - self.waited_s, warmup
             self._counts[:] = 0
             self._window = (time.perf_counter(), state.global_step)
 
@@ -109,6 +114,7 @@ class Meter(TrainerCallback):
             "rows_per_s": None,
             "step_time_s": None,
             "warm_up_s": None,
+            **({"waited_for_turn_s": round(self.waited_s, 2)} if self.waited_s else {}),
             "collectives": self.collectives.facts,
         }
         if seconds > 0:

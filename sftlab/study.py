@@ -212,13 +212,17 @@ def is_done(task: Task) -> bool:
     if not (task.folder / "run.json").is_file():
         return False
     run = read_run(task.folder)
-    return run["status"] == "succeeded" or outcome(run)[0] in ("out of memory", "diverged")
+    ended = outcome(run)[0]
+    if ended == "out of memory":
+        # beside others it says nothing of the cell
+        return not json.loads(started.read_text(encoding="utf-8")).get("beside")
+    return run["status"] == "succeeded" or ended == "diverged"
 
 
-def begin(task: Task) -> None:
-    """Note the command, so that a later start knows what the folder holds."""
+def begin(task: Task, beside: int = 0) -> None:
+    """Note the command, so that a later start knows what the folder holds, and how many trainings share the GPUs."""
     task.folder.mkdir(parents=True, exist_ok=True)
-    write_json(task.folder / "task.json", {"command": task.command()})
+    write_json(task.folder / "task.json", {"command": task.command(), "beside": beside})
 
 
 def python_command(task: Task) -> list[str]:

@@ -172,6 +172,30 @@ def test_what_is_trained_again(write, tmp_path, status, reason, done):
         is_done(task)
 
 
+def test_memory_that_ran_out_beside_others_says_nothing_of_the_cell(write, tmp_path, monkeypatch, capsys):
+    """A training that has room alone, one that has none, and one with room for both."""
+
+    def fake(task):
+        ends = {"r2": "'SFTLAB_TURN' in os.environ", "r4": "True", "r8": "False"}[task.cell]
+        record = "{'status': 'failed', 'reason': 'OutOfMemoryError: CUDA'} if full else {'status': 'succeeded'}"
+        script = f"import json, os; full = {ends}; open('{task.folder}/run.json', 'w').write(json.dumps({record}))"
+        return [sys.executable, "-c", script]
+
+    monkeypatch.setattr(SCRIPT, "python_command", fake)
+    tasks = load(write({**TWO, "r8": {"lora_r": 8, "lora_alpha": 16}}), tmp_path / "runs", {}).tasks
+    assert SCRIPT.train(tasks, at_once=3) == {}
+    assert [SCRIPT.result(task).split(" ")[0] for task in tasks] == ["out", "succeeded", "succeeded"]
+    assert all(map(is_done, tasks))
+    assert "out of memory beside others, so each alone again: r4, 1, r2, 1" in capsys.readouterr().out
+    begin(tasks[0], beside=2)
+    assert not is_done(tasks[0]), "a study that is broken off there trains it anew"
+
+
+def test_studies_of_no_training_at_once_are_refused(write, tmp_path):
+    code, _, err = finish(start(write(TWO), tmp_path, "--at_once", "0"))
+    assert (code, err) == (1, "error: --at_once 0: one training at least\n")
+
+
 def runs_of(scores, score="tuned response_perplexity"):
     return [
         {"cell": cell, "seed": seed, "status": "succeeded", score: value, "reason": ""}
