@@ -22,37 +22,16 @@ import time
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
-
 from sftlab.evidence import about, outcome, read_evidence
+from sftlab.plots import TITLES, draw
 from sftlab.run import read_run
 from sftlab.study import GIVEN, ROOT, Study, Task, begin, check, gpus_needed, is_done, load, python_command
-from sftlab.summary import CHANGED, COUNTS, MEASURED, claims, collect, effects, summarise
+from sftlab.summary import CHANGED, COUNTS, claims, collect, effects, summarise
 from sftlab.table import aligned, figure, markdown, p_value, without_empty_columns, write_csv
 from sftlab.turns import Command, in_turn
 
-TITLES = {
-    "tokens_per_s": "real tokens/s", "rows_per_s": "rows/s", "share_of_limit": "share of the limit",
-    "peak_memory_gb": "peak GB a rank", "step_time_s": "step s", "step_parameters_gb": "parameters GB",
-    "step_gradients_gb": "gradients GB", "step_optimizer_state_gb": "optimizer state GB",
-    "step_activations_gb": "activations GB", "step_peak_gb": "a step's peak GB",
-    "collectives": "collectives a step", "collectives_mb": "their MB",
-    "trainable_parameters": "trainable parameters", "train_loss": "train loss",
-    "validation_loss": "validation loss", "tuned response_perplexity": "perplexity of the response",
-    "tuned bleu": "BLEU", "tuned rougeL": "ROUGE-L",
-}  # fmt: skip
-# Each in its panel: the first of a line that was measured.
-PLOTTED = (
-    ("published rows_per_s", "tokens_per_s"), ("step_activations_gb",), ("step_peak_gb", "peak_memory_gb"),
-    ("train_loss",), ("tuned response_perplexity",), ("tuned bleu",),
-)  # fmt: skip
-MANY_CELLS = 12
 # What the terminal has no room for.
 LONG = ("rows_per_s", "share_of_limit", "validation_loss", "tuned rougeL")
-STYLE = {"svg.hashsalt": "sftlab", "axes.spines.top": False, "axes.spines.right": False, "font.size": 9}
 
 
 def main(argv: list[str]) -> None:
@@ -252,51 +231,6 @@ def effects_table(changed: list[dict[str, Any]]) -> list[list[str]]:
         cells = ["" if is_ is None else f"{arrows[is_]} {m:.2f} [{low:.2f}, {high:.2f}]" for is_, m, low, high in found]
         lines.append([one["factor"], *cells])
     return lines
-
-
-def draw(study: Study, summary: list[dict[str, Any]], out: Path) -> list[str]:
-    """A panel a figure that was measured: points with ranges, published ones hollow. Name of the plot, if any."""
-    found = [[key for key in keys if any(line.get(key) is not None for line in summary)][:1] for keys in PLOTTED]
-    shown = [key.removeprefix("published ") for keys in found for key in keys]
-    if not shown:
-        return []
-    with matplotlib.rc_context(STYLE):
-        columns = len(shown) if len(summary) > MANY_CELLS else min(3, len(shown))
-        deep = -(-len(shown) // columns)
-        size = (3.2 * columns + 0.06 * max(map(len, study.cells)), (1.2 + 0.28 * len(summary)) * deep + 0.4)
-        canvas, panels = plt.subplots(deep, columns, figsize=size, squeeze=False, sharey=True)
-        for key, axes in zip(shown, panels.flat, strict=False):
-            for place, line in enumerate(summary):
-                if line[key] is not None:
-                    axes.hlines(place, line[f"{key} low"], line[f"{key} high"], color="#0072B2", lw=2)
-                    axes.plot(line[key], place, "o", color="#0072B2", ms=5)
-                    axes.annotate(
-                        figure(line[key]),
-                        (line[key], place),
-                        (0, 5),
-                        textcoords="offset points",
-                        fontsize=7,
-                        ha="center",
-                    )
-                if (known := line.get(f"published {key}")) is not None:
-                    axes.plot(known, place, "D", mfc="none", color="#D55E00", ms=6)
-            axes.set(xlabel=TITLES[key], ylim=(len(summary) - 0.5, -0.7))
-            axes.set_yticks(range(len(summary)), study.cells)
-            axes.margins(x=0.2)
-            axes.locator_params(axis="x", nbins=4)
-            if key != "train_loss" and key in MEASURED:
-                axes.set_xlim(0, 1.2 * max(line[f"{key} high"] or 0 for line in summary) or 1)
-            axes.grid(axis="y", lw=0.4, alpha=0.5)
-        for axes in panels.flat[len(shown) :]:
-            axes.axis("off")
-        circle = "circles: median, lines: range of the runs"
-        known = "; diamonds: published" if study.published else ""
-        canvas.suptitle(f"{study.name} ({circle}{known})", x=0.01, ha="left", fontsize=9)
-        canvas.tight_layout()
-        for suffix, more in (("png", {"dpi": 150}), ("svg", {"metadata": {"Date": None}})):
-            canvas.savefig(out / f"{study.name}.{suffix}", **more)
-        plt.close(canvas)
-    return [study.name]
 
 
 if __name__ == "__main__":

@@ -18,8 +18,9 @@ from sftlab.study import Study, combination, options
 
 # What a summary shows of a cell, where it was measured; and whether less is better, where 'better' means something.
 MEASURED = (
-    "tokens_per_s", "rows_per_s", "share_of_limit", "peak_memory_gb", "step_time_s", "collectives", "collectives_mb",
-    *(f"step_{part}_gb" for part in STEP_PARTS), "trainable_parameters", "train_loss", "validation_loss",
+    "tokens_per_s", "rows_per_s", "efficiency", "share_of_limit", "peak_memory_gb", "step_time_s", "collectives",
+    "collectives_mb", *(f"step_{part}_gb" for part in STEP_PARTS), "trainable_parameters", "train_loss",
+    "largest_loss_difference", "validation_loss",
 )  # fmt: skip
 # What the factors of a grid are said to change, and the change from which it counts.
 CHANGED = ("step_time_s", *(f"step_{part}_gb" for part in STEP_PARTS))
@@ -46,7 +47,29 @@ def collect(study: Study, not_run: Mapping[str, str], allow_confounded: bool = F
             row["status"] = "not run" if task.name in not_run else "failed"
             row["reason"] = not_run.get(task.name) or task.last_words()
         rows.append(row)
+    if is_scaling(study):
+        add_scaling(study, rows, {name: dict(map(tuple, one.run.get("losses", []))) for name, one in found.items()})
     return rows, confound.describe(confound.differences(settings, study.axes))
+
+
+def is_scaling(study: Study) -> bool:
+    """Whether cells differ in the number of processes alone."""
+    return study.axis == ["world_size"]
+
+
+def add_scaling(study: Study, rows: Sequence[dict[str, Any]], losses: Mapping[str, Mapping[int, float]]) -> None:
+    """Add `efficiency` and `largest_loss_difference` to the rows of a study's tasks; `losses` by task and step.
+
+    Against the fewest processes that ran in the same repeat: rows/s over theirs times so many more processes, and the
+    losses (nats) of any logged step, which one global batch should leave alike.
+    """
+    ran = [(task, row) for task, row in zip(study.tasks, rows, strict=True) if row["status"] == "succeeded"]
+    for task, row in ran:
+        few, least = min(((t, r) for t, r in ran if t.repeat == task.repeat), key=lambda pair: pair[0].processes)
+        if row["rows_per_s"] and least["rows_per_s"]:
+            row["efficiency"] = row["rows_per_s"] / least["rows_per_s"] * few.processes / task.processes
+        mine, theirs = losses[task.name], losses[few.name]
+        row["largest_loss_difference"] = max((abs(mine[s] - theirs[s]) for s in mine.keys() & theirs), default=None)
 
 
 def summarise(study: Study, rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
