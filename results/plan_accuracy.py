@@ -228,7 +228,8 @@ def row(cell: Cell, facts: dict[str, Any], about: dict[str, str]) -> dict[str, A
         **{name: top.get("step", {}).get(name) for name in (
             "parameters_gb", "gradients_gb", "optimizer_state_gb", "activations_gb", "peak_gb")},
         **{name: facts.get(name) for name in (
-            "loaded_gb", "loading_peak_gb", "largest_tokens", "largest_loss_tokens", "held_before_gb", "seconds")},
+            "loaded_gb", "loading_peak_gb", "largest_tokens", "largest_loss_tokens", "held_before_gb", "seconds",
+            "dispatch_us")},
         "linear": run.get("ran", {}).get("compute", {}).get("linear"),
         "attention": run.get("ran", {}).get("attn_implementation"),
         "all_ranks_gb": " ".join(str(rank.get("allocated_gb")) for rank in ranks),

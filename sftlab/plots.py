@@ -107,7 +107,7 @@ def _processes(study: Study, summary: Sequence[Mapping[str, Any]]) -> Figure | N
     axes.set_xticks(every, map(str, every))
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
     axes.set(xlabel="processes", ylabel="rows/s")
-    axes.margins(x=0.12)
+    axes.margins(x=0.12, y=0.12)
     axes.set_title(study.name, loc="left", fontsize=9)
     axes.grid(lw=0.4, alpha=0.5)
     axes.legend(fontsize=8)
