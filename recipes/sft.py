@@ -155,7 +155,8 @@ def train(trainer: LabTrainer, recipe: Recipe, run: Run, start: Start, stop: Sto
         raise RuntimeError(
             f"diverged: the mean training loss is {result.training_loss}; the curve shows where it broke"
         )
-    save_adapter(trainer, run)
+    if args.save_adapter:
+        save_adapter(trainer, run)
     if trainer.eval_dataset is not None:
         loss = trainer.validation_loss()
         measured |= {"validation_loss": loss, "validation_perplexity": math.exp(loss)}
@@ -163,7 +164,7 @@ def train(trainer: LabTrainer, recipe: Recipe, run: Run, start: Start, stop: Sto
     measured |= share_of_limit(measured, trainer.accelerator.device, compute, launch.world_size)
     run.finish("succeeded", measured=measured, **facts)
     if run.is_main:
-        print_summary(run, ran, measured, splits.facts | {"tokenized": lengths})
+        print_summary(run, ran, measured, splits.facts | {"tokenized": lengths}, args.save_adapter)
     trainer.accelerator.end_training()
 
 
@@ -183,8 +184,8 @@ def save_adapter(trainer: LabTrainer, run: Run) -> None:
     trainer.accelerator.wait_for_everyone()
 
 
-def print_summary(run: Run, ran: dict, measured: dict, data: dict) -> None:
-    """The run in a table."""
+def print_summary(run: Run, ran: dict, measured: dict, data: dict, saved: bool) -> None:
+    """The run in a table, and what comes next."""
     memory = " ".join(str(rank.get("reserved_gb", rank.get("resident_gb"))) for rank in measured["peak_memory"])
     sizes = ", ".join(f"{name} {data[name]['rows']}" for name in ("train", "validation", "test"))
     share, lengths = measured["share_of_limit"], data["tokenized"]
@@ -207,7 +208,8 @@ def print_summary(run: Run, ran: dict, measured: dict, data: dict) -> None:
     print(f"\n{run.folder}: succeeded")
     for name, value in rows.items():
         print(f"  {name:<28}{value}")
-    print(f"\nNext: python eval/quality.py --run {Path(run.folder)}")
+    next_ = f"Next: python eval/quality.py --run {Path(run.folder)}"
+    print(f"\n{next_ if saved else 'Nothing is kept of what was trained (save_adapter: false)'}")
 
 
 def planned_row(measured: dict) -> dict[str, str]:

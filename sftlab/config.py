@@ -134,6 +134,9 @@ class TrainingArguments(SFTConfig):
         default=False,
         metadata={"help": "Take every sum in one order: equal starts on a GPU are equal to the last bit, and slower."},
     )
+    save_adapter: bool = field(
+        default=True, metadata={"help": "Keep what was trained. False: only measure (random weights, say)."}
+    )
     fused_loss: bool | None = field(
         default=None,
         metadata={

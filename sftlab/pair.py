@@ -30,8 +30,12 @@ def one_sentence(out_of_memory: str) -> Iterator[None]:
 
 
 def finished_run(folder: Path) -> dict[str, Any]:
-    """run.json of a run that succeeded; ValueError otherwise."""
+    """run.json of a run that succeeded and kept its adapter; ValueError otherwise."""
     run = read_run(folder)
+    if run["recipe"].get("save_adapter") is False:
+        raise ValueError(
+            f"{folder} kept nothing of what it trained (save_adapter: false): train it with an adapter first"
+        )
     if run["status"] != "succeeded":
         raise ValueError(f"{folder} did not succeed (status {run['status']}: {run['reason']}): train it first")
     return run

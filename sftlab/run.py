@@ -24,7 +24,7 @@ _PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "
 # What may differ between an interrupted run and its continuation.
 _FREE_FIELDS = {
     "overwrite", "resume_anyway", "disable_tqdm", "log_level", "logging_first_step", "report_to", "dataset_num_proc",
-    "output_dir", "logging_dir", "run_name", "save_total_limit",
+    "output_dir", "logging_dir", "run_name", "save_total_limit", "save_adapter",
 }  # fmt: skip
 
 

@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sftlab.config import DataArguments
 from sftlab.data import load_splits
+from sftlab.pair import finished_run
 from sftlab.run import adapter_hash
 
 FACTS = {"status", "recipe", "launch", "ran", "measured", "data", "template", "versions", "git_commit", "hardware"}
@@ -128,6 +129,16 @@ def test_a_failing_rank_fails_the_run_with_its_reason(finished, tmp_path):
     assert done.returncode != 0
     assert (record["status"], record["failed_rank"]) == ("failed", 1)
     assert record["reason"] == "RuntimeError: the second rank broke"
+
+
+def test_a_run_that_only_measures_keeps_no_adapter_and_says_so(finished, tmp_path):
+    folder, fields, _ = finished
+    run = tmp_path / "run"
+    done = launched("cpu", {**fields, "output_dir": str(run), "save_adapter": "false"})
+    assert losses(run) == losses(folder)
+    assert not (run / "adapter").exists() and "Nothing is kept of what was trained" in done.stdout
+    with pytest.raises(ValueError, match="kept nothing of what it trained"):
+        finished_run(run)
 
 
 def test_fewer_rows_than_a_global_batch_are_refused(finished, tmp_path):
