@@ -184,6 +184,8 @@ class LabTrainer(SFTTrainer):
 
     def _finalize_training(self, trial: Any, samples: int, started: float) -> TrainOutput:
         self._initial_global_step = 0  # the sum of losses has those of earlier starts
+        # of the steps since the last log each process has its own
+        self._tr_loss = self.accelerator.reduce(self._tr_loss, reduction="mean")
         self.observed = self.observed or self.resume.earlier["observed"]
         return super()._finalize_training(trial, samples, time.time() - self.resume.seconds)
 

@@ -104,6 +104,15 @@ def test_two_processes_give_the_losses_of_one(finished, tmp_path):
     assert abs(one["measured"]["validation_loss"] - two["measured"]["validation_loss"]) < 1e-4
 
 
+def test_the_mean_training_loss_of_two_processes_has_the_steps_that_were_not_logged(finished, tmp_path):
+    folder, fields, _ = finished
+    launched("cpu_ddp", {**fields, "output_dir": str(tmp_path / "run"), "logging_steps": "4"})
+    assert list(losses(tmp_path / "run")) == [4]
+    mean = read(tmp_path / "run")["measured"]["train_loss"]
+    # another dropout, which comes to 6e-4; one process's share of the last two steps, to 0.05
+    assert mean == pytest.approx(read(folder)["measured"]["train_loss"], abs=5e-3)
+
+
 FAULTY = """
 import os, sys
 sys.path.insert(0, {folder!r})
