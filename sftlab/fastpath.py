@@ -113,7 +113,8 @@ def start_compilers(recipe: Recipe, config: PreTrainedConfig, fast: FastPath) ->
         return nothing
     dtype = getattr(torch, COMPUTE_DTYPE[PRECISIONS[recipe.training.mixed_precision]])
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-    thread = ThreadPoolExecutor(1, "rehearsal")
+    # a thread begins on the first GPU, whichever its process has taken
+    thread = ThreadPoolExecutor(1, "rehearsal", torch.cuda.set_device, (device,))
     future = thread.submit(rehearse, config.get_text_config(), dtype, device, fast.fused_loss is not False)
     thread.shutdown(wait=False)
     return future

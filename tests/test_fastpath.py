@@ -6,6 +6,7 @@ are held to plain attention in tests/test_kernels.py.
 
 import dataclasses
 import sys
+import threading
 import types
 
 import pytest
@@ -255,6 +256,22 @@ def test_the_rehearsed_kernels_are_those_of_every_step(fields, monkeypatch, dtyp
         for count in range(1, 9):
             losses_and_gradients(trainer, examples(count))
     assert called == rehearsed
+
+
+def test_kernels_are_rehearsed_on_the_gpu_of_the_process(fields, monkeypatch):
+    done = []
+    note = lambda what: lambda *given: done.append((threading.current_thread().name, what, *given))  # noqa: E731
+    monkeypatch.setattr(torch.cuda, "set_device", note("device"))
+    monkeypatch.setattr(fastpath, "rehearse", note("rehearsed"))
+    recipe = parse_recipe(arguments(fields), Launch.from_environment())
+    config = load_config(recipe.model.model_name_or_path, None, recipe.training)
+    fast = fastpath.FastPath(packing=True, compile_layers=False, fused_loss=None, attn_implementation=None)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert fastpath.start_compilers(recipe, config, fast).exception(20) is None
+    gpu = torch.device("cuda", 1)
+    assert done == [("rehearsal_0", "device", gpu), ("rehearsal_0", "rehearsed", config, torch.float32, gpu, True)]
+    recipe.training.dataset_num_proc = 2
+    assert fastpath.start_compilers(recipe, config, fast).done() and len(done) == 2, "tokenizing forks"
 
 
 FOUR_BITS = {"load_in_4bit": "true", "use_bnb_nested_quant": "true", "bnb_4bit_quant_type": "nf4"}
