@@ -19,17 +19,43 @@ import shlex
 import subprocess
 import sys
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+from matplotlib.figure import Figure
+
 from sftlab.evidence import about, outcome, read_evidence
-from sftlab.plots import TITLES, draw
 from sftlab.run import read_run
 from sftlab.study import GIVEN, ROOT, Study, Task, begin, check, gpus_needed, is_done, load, python_command
-from sftlab.summary import CHANGED, COUNTS, claims, collect, effects, summarise
-from sftlab.table import aligned, figure, markdown, p_value, without_empty_columns, write_csv
+from sftlab.summary import (
+    COUNTS,
+    MEASURED,
+    TITLES,
+    claims,
+    claims_table,
+    collect,
+    effects,
+    effects_table,
+    is_scaling,
+    summarise,
+    table,
+)
+from sftlab.table import aligned, figure, markdown, write_csv
 from sftlab.turns import Command, in_turn
 
+# Each in its panel: the first of a line that was measured.
+PLOTTED = (
+    ("published rows_per_s", "tokens_per_s"), ("step_activations_gb",), ("step_peak_gb", "peak_memory_gb"),
+    ("train_loss",), ("tuned response_perplexity",), ("tuned bleu",),
+)  # fmt: skip
+MANY_CELLS = 12
+STYLE = {"svg.hashsalt": "sftlab", "axes.spines.top": False, "axes.spines.right": False, "font.size": 9}
+MEASURED_COLOUR, PUBLISHED_COLOUR = "#0072B2", "#D55E00"
 # What the terminal has no room for.
 LONG = ("rows_per_s", "share_of_limit", "validation_loss", "tuned rougeL")
 
@@ -193,44 +219,84 @@ def write(study: Study, not_run: dict[str, str], out: Path, allow_confounded: bo
     print(f"\nwritten to {out}: study.md, runs.csv, summary.csv, {', '.join(f'{plot}.png/.svg' for plot in plots)}")
 
 
-def table(summary: list[dict[str, Any]]) -> list[list[str]]:
-    """Heading and a row a cell; columns without any value are left out."""
-    published = [key for key in summary[0] if key.startswith("published ")]
-    shown = [key for key in TITLES if key in summary[0]]
-    lines = [["cell", "runs", *(TITLES[key] for key in shown), *published, "ended"]]
-    for line in summary:
-        cells = [line["cell"], str(line["runs"])]
-        for key in shown:
-            low, high = line[f"{key} low"], line[f"{key} high"]
-            spread = "" if low == high else f" [{figure(low)}, {figure(high)}]"
-            cells.append("" if line[key] is None else figure(line[key]) + spread)
-        cells += ["" if line[key] is None else str(line[key]) for key in published]
-        lines.append(
-            [*cells, "" if line["status"] == "succeeded" else f"{line['status']}: {line['reason'] or ''}"[:90]]
-        )
-    return without_empty_columns(lines)
+def draw(study: Study, summary: list[dict[str, Any]], out: Path) -> list[str]:
+    """Write what there is to see as PNG and SVG; the names of the plots."""
+    names = []
+    with matplotlib.rc_context(STYLE):
+        for end, canvas in (("", _cells(study, summary)), ("_over_processes", _processes(study, summary))):
+            if canvas is None:
+                continue
+            names.append(study.name + end)
+            for suffix, more in (("png", {"dpi": 150}), ("svg", {"metadata": {"Date": None}})):
+                canvas.savefig(out / f"{names[-1]}.{suffix}", **more)
+            plt.close(canvas)
+    return names
 
 
-def claims_table(said: list[dict[str, Any]]) -> list[list[str]]:
-    """Heading and a row a comparison."""
-    lines = [["cell", "score", "difference", "p", "seeds", "so it is"]]
-    for one in said:
-        ends = "" if one["low"] is None else f" [{figure(one['low'])}, {figure(one['high'])}]"
-        cells = [one["cell"], TITLES[one["score"]], figure(one["difference"]) + ends, p_value(one["p_holm"])]
-        lines.append([*cells, str(one["seeds"]), one["word"]])
-    return lines
+def _cells(study: Study, summary: Sequence[Mapping[str, Any]]) -> Figure | None:
+    """A panel a figure that was measured: points with ranges, published ones hollow."""
+    found = [[key for key in keys if any(line.get(key) is not None for line in summary)][:1] for keys in PLOTTED]
+    shown = [key.removeprefix("published ") for keys in found for key in keys]
+    if not shown:
+        return None
+    columns = len(shown) if len(summary) > MANY_CELLS else min(3, len(shown))
+    deep = -(-len(shown) // columns)
+    size = (3.2 * columns + 0.06 * max(map(len, study.cells)), (1.2 + 0.28 * len(summary)) * deep + 0.4)
+    canvas, panels = plt.subplots(deep, columns, figsize=size, squeeze=False, sharey=True)
+    for key, axes in zip(shown, panels.flat, strict=False):
+        for place, line in enumerate(summary):
+            if line[key] is not None:
+                axes.hlines(place, line[f"{key} low"], line[f"{key} high"], color=MEASURED_COLOUR, lw=2)
+                axes.plot(line[key], place, "o", color=MEASURED_COLOUR, ms=5)
+                at = (line[key], place)
+                axes.annotate(figure(line[key]), at, (0, 5), textcoords="offset points", fontsize=7, ha="center")
+            if (known := line.get(f"published {key}")) is not None:
+                axes.plot(known, place, "D", mfc="none", color=PUBLISHED_COLOUR, ms=6)
+        axes.set(xlabel=TITLES[key], ylim=(len(summary) - 0.5, -0.7))
+        axes.set_yticks(range(len(summary)), study.cells)
+        axes.margins(x=0.2)
+        axes.locator_params(axis="x", nbins=4)
+        if key != "train_loss" and key in MEASURED:
+            axes.set_xlim(0, 1.2 * max(line[f"{key} high"] or 0 for line in summary) or 1)
+        axes.grid(axis="y", lw=0.4, alpha=0.5)
+    for axes in panels.flat[len(shown) :]:
+        axes.axis("off")
+    circle = "circles: median, lines: range of the runs"
+    known = "; diamonds: published" if study.published else ""
+    canvas.suptitle(f"{study.name} ({circle}{known})", x=0.01, ha="left", fontsize=9)
+    canvas.tight_layout()
+    return canvas
 
 
-def effects_table(changed: list[dict[str, Any]]) -> list[list[str]]:
-    """Heading and a row a technique."""
-    arrows = {"up": "↑", "down": "↓", "same": "="}
-    keys = [key for key in CHANGED if any(key in one for one in changed)]
-    lines = [["technique", *(TITLES[key].removesuffix(" GB").removesuffix(" s") for key in keys)]]
-    for one in changed:
-        found = [[one.get(f"{key}{end}") for end in (" is", "", " low", " high")] for key in keys]
-        cells = ["" if is_ is None else f"{arrows[is_]} {m:.2f} [{low:.2f}, {high:.2f}]" for is_, m, low, high in found]
-        lines.append([one["factor"], *cells])
-    return lines
+def _processes(study: Study, summary: Sequence[Mapping[str, Any]]) -> Figure | None:
+    """Rows/s over processes with ranges, the ideal line and published points."""
+    processes = {task.cell: task.processes for task in study.tasks}
+    shown = [(processes[line["cell"]], line) for line in summary if line["rows_per_s"]]
+    if not is_scaling(study) or not shown:
+        return None
+    canvas, axes = plt.subplots(figsize=(5, 3.6), layout="constrained")
+    every, (first, base) = sorted(processes.values()), shown[0]
+    ideal = [base["rows_per_s"] / first * count for count in every]
+    axes.plot(every, ideal, "--", color="0.5", lw=1, label="ideal")
+    for count, line in shown:
+        at = (count, line["rows_per_s"])
+        axes.vlines(count, line["rows_per_s low"], line["rows_per_s high"], color=MEASURED_COLOUR, lw=2)
+        axes.annotate(f"{line['efficiency']:.0%}", at, (6, -10), textcoords="offset points", fontsize=8)
+    medians = [(count, line["rows_per_s"]) for count, line in shown]
+    axes.plot(*zip(*medians, strict=True), "o", color=MEASURED_COLOUR, ms=5, label="median, range, efficiency")
+    known = [(processes[line["cell"]], line.get("published rows_per_s")) for line in summary]
+    if known := [point for point in known if point[1] is not None]:
+        axes.plot(*zip(*known, strict=True), "D", mfc="none", color=PUBLISHED_COLOUR, ms=6, label="published")
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log", base=2)
+    axes.set_xticks(every, map(str, every))
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+    axes.set(xlabel="processes", ylabel="rows/s")
+    axes.margins(x=0.12, y=0.12)
+    axes.set_title(study.name, loc="left", fontsize=9)
+    axes.grid(lw=0.4, alpha=0.5)
+    axes.legend(fontsize=8)
+    return canvas
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from sftlab import confound
 from sftlab.evidence import STEP_PARTS, figures, read_evidence
 from sftlab.significance import add_holm
 from sftlab.study import Study, combination, options
+from sftlab.table import figure, p_value, without_empty_columns
 
 # What a summary shows of a cell, where it was measured; and whether less is better, where 'better' means something.
 MEASURED = (
@@ -27,6 +28,16 @@ CHANGED = ("step_time_s", *(f"step_{part}_gb" for part in STEP_PARTS))
 COUNTS = 0.05
 LESS_IS_BETTER = {"tuned response_perplexity": True, "tuned bleu": False, "tuned rougeL": False}
 SEEDS_FOR_A_CLAIM = 3
+TITLES = {
+    "tokens_per_s": "real tokens/s", "rows_per_s": "rows/s", "efficiency": "efficiency",
+    "share_of_limit": "share of the limit", "peak_memory_gb": "peak GB a rank", "step_time_s": "step s",
+    "step_parameters_gb": "parameters GB", "step_gradients_gb": "gradients GB",
+    "step_optimizer_state_gb": "optimizer state GB", "step_activations_gb": "activations GB",
+    "step_peak_gb": "a step's peak GB", "collectives": "collectives a step", "collectives_mb": "their MB",
+    "trainable_parameters": "trainable parameters", "train_loss": "train loss",
+    "largest_loss_difference": "largest loss difference", "validation_loss": "validation loss",
+    "tuned response_perplexity": "perplexity of the response", "tuned bleu": "BLEU", "tuned rougeL": "ROUGE-L",
+}  # fmt: skip
 
 
 def collect(study: Study, not_run: Mapping[str, str], allow_confounded: bool = False) -> tuple[list[dict], list[str]]:
@@ -149,3 +160,43 @@ def _pairs(rows: Sequence[Mapping[str, Any]], a: str, b: str, score: str) -> lis
         if row["cell"] in values and row["status"] == "succeeded" and row.get(score) is not None:
             values[row["cell"]][row["seed"]] = row[score]
     return [(values[a][seed], values[b][seed]) for seed in values[a] if seed in values[b]]
+
+
+def table(summary: list[dict[str, Any]]) -> list[list[str]]:
+    """Heading and a row a cell; columns without any value are left out."""
+    published = [key for key in summary[0] if key.startswith("published ")]
+    shown = [key for key in TITLES if key in summary[0]]
+    lines = [["cell", "runs", *(TITLES[key] for key in shown), *published, "ended"]]
+    for line in summary:
+        cells = [line["cell"], str(line["runs"])]
+        for key in shown:
+            low, high = line[f"{key} low"], line[f"{key} high"]
+            spread = "" if low == high else f" [{figure(low)}, {figure(high)}]"
+            cells.append("" if line[key] is None else figure(line[key]) + spread)
+        cells += ["" if line[key] is None else str(line[key]) for key in published]
+        lines.append(
+            [*cells, "" if line["status"] == "succeeded" else f"{line['status']}: {line['reason'] or ''}"[:90]]
+        )
+    return without_empty_columns(lines)
+
+
+def claims_table(said: list[dict[str, Any]]) -> list[list[str]]:
+    """Heading and a row a comparison."""
+    lines = [["cell", "score", "difference", "p", "seeds", "so it is"]]
+    for one in said:
+        ends = "" if one["low"] is None else f" [{figure(one['low'])}, {figure(one['high'])}]"
+        cells = [one["cell"], TITLES[one["score"]], figure(one["difference"]) + ends, p_value(one["p_holm"])]
+        lines.append([*cells, str(one["seeds"]), one["word"]])
+    return lines
+
+
+def effects_table(changed: list[dict[str, Any]]) -> list[list[str]]:
+    """Heading and a row a technique."""
+    arrows = {"up": "↑", "down": "↓", "same": "="}
+    keys = [key for key in CHANGED if any(key in one for one in changed)]
+    lines = [["technique", *(TITLES[key].removesuffix(" GB").removesuffix(" s") for key in keys)]]
+    for one in changed:
+        found = [[one.get(f"{key}{end}") for end in (" is", "", " low", " high")] for key in keys]
+        cells = ["" if is_ is None else f"{arrows[is_]} {m:.2f} [{low:.2f}, {high:.2f}]" for is_, m, low, high in found]
+        lines.append([one["factor"], *cells])
+    return lines

@@ -1,11 +1,12 @@
 """What more processes bring is said against the fewest of the same repeat, and drawn beside what was published."""
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, load_script
 
-from sftlab.plots import draw
 from sftlab.study import load
 from sftlab.summary import add_scaling, summarise
+
+draw = load_script("recipes/study.py").draw
 
 
 @pytest.fixture
