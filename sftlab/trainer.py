@@ -72,6 +72,11 @@ class LabTrainer(SFTTrainer):
     def _base(self) -> PreTrainedModel:
         return self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
 
+    @property
+    def _trained(self) -> list[nn.Parameter]:
+        # Those that the optimizer has: to find them among a model's modules takes as long as 3 % of a step
+        return [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+
     def _take_fast_path(self) -> None:
         base = self._base
         why = loss.why_not(base) or ("label smoothing needs whole logits" if self.args.label_smoothing_factor else None)
@@ -98,7 +103,7 @@ class LabTrainer(SFTTrainer):
             verify_precision(self)
         loss = super().training_step(model, inputs, *args, **kwargs)
         if self.replicated and self.accelerator.sync_gradients:
-            average_replicated_([p for group in self.optimizer.param_groups for p in group["params"]])
+            average_replicated_(self._trained)
         return loss
 
     def autocast_smart_context_manager(self, cache_enabled: bool | None = True) -> AbstractContextManager:
@@ -184,8 +189,7 @@ class LabTrainer(SFTTrainer):
 
     def _finalize_training(self, trial: Any, samples: int, started: float) -> TrainOutput:
         self._initial_global_step = 0  # the sum of losses has those of earlier starts
-        # of the steps since the last log each process has its own
-        self._tr_loss = self.accelerator.reduce(self._tr_loss, reduction="mean")
+        self._tr_loss = self.accelerator.reduce(self._tr_loss, reduction="mean")  # each has its own since the last log
         self.observed = self.observed or self.resume.earlier["observed"]
         return super()._finalize_training(trial, samples, time.time() - self.resume.seconds)
 
@@ -220,8 +224,7 @@ class LabTrainer(SFTTrainer):
         return self.flops.token * inputs["real_tokens"] + self.flops.loss_token * len(inputs["targets"])
 
     def _clip_grad_norm(self, model: nn.Module) -> torch.Tensor:
-        # Those that the optimizer has: to find them among a model's modules takes as long as 3 % of a step
-        trained = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+        trained = self._trained
         if not self.is_fsdp_enabled:
             return self.accelerator.clip_grad_norm_(trained, self.args.max_grad_norm)
         if not self.replicated and not all(isinstance(p, DTensor) and p.device_mesh.ndim == 1 for p in trained):

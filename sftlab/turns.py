@@ -48,28 +48,26 @@ def in_turn(commands: Sequence[Command], **options: Any) -> Iterator[int]:
     together = len(commands) > 1
     # with a compiler process for every core there would be hundreds
     environment = ({"TORCHINDUCTOR_COMPILE_THREADS": "4"} if together else {}) | os.environ
-    running: list[subprocess.Popen] = []
     with tempfile.TemporaryDirectory() as root:
         folders = [Path(root, str(place)) for place in range(len(commands))]
-        first = None
+        child = None
         for (words, log), folder in zip(commands, folders, strict=True):
             folder.mkdir()
             turn = {VARIABLE: f"{os.getpid()}:{folder}"} if together else {}
             with log.open("w", encoding="utf-8") as output:
                 given = {"env": environment | turn, "stdout": output, "stderr": subprocess.STDOUT, **options}
-                if first is None:
-                    first = Child(words, lambda: [process.terminate() for process in running], **given)
-                    running.append(first.process)
-                elif not first.asked_to_stop:
-                    running.append(subprocess.Popen(words, **given))
-        _until(lambda: first.asked_to_stop or all(map(_is_warm, running, folders)))
-        for place, process in enumerate(running):
+                if child is None:
+                    child = Child(words, **given)
+                else:
+                    child.start_beside(words, **given)
+        _until(lambda: child.asked_to_stop or all(map(_is_warm, child.processes, folders)))
+        for place, process in enumerate(child.processes):
             (folders[place] / "go").touch()
-            _until(lambda ended=process.poll: first.asked_to_stop or ended() is not None)
-            if first.asked_to_stop:
+            _until(lambda ended=process.poll: child.asked_to_stop or ended() is not None)
+            if child.asked_to_stop:
                 for folder in folders:
                     (folder / "go").touch()
-                for each in running:
+                for each in child.processes:
                     each.wait()
                 raise KeyboardInterrupt
             yield place
