@@ -1,8 +1,8 @@
 """Trainings that start and warm up beside each other, and are timed one at a time.
 
 A start takes far longer than the steps that a study times. `recipes/study.py --at_once n` starts n trainings; each
-waits before its last step of warm-up until all that were started with it are as far, or have ended, and goes on to its
-own end when it is its turn. One that waits does not use the GPU, only memory.
+waits before its last step of warm-up until all that were started with it are as far, or have ended, and goes on when
+it is its turn. One that waits does not use the GPU, only memory; one that only has to exit lets the next one go.
 """
 
 import os
@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import psutil
+import torch
 
 from sftlab.child import Child
 
@@ -34,10 +35,18 @@ def wait_for_turn() -> float:
         return 0.0
     giver, folder = os.environ[VARIABLE].split(":", 1)
     began = time.perf_counter()
+    torch.cuda.empty_cache()  # what it keeps, the others could not have
     Path(folder, f"warm{os.environ.get('RANK', 0)}").touch()
     while not Path(folder, "go").exists() and psutil.pid_exists(int(giver)):
         time.sleep(0.01)
     return time.perf_counter() - began
+
+
+def end_turn() -> None:
+    """Say that nothing is left to do but exit. Without a study around it, nobody listens."""
+    if VARIABLE in os.environ:
+        torch.cuda.empty_cache()
+        Path(os.environ[VARIABLE].split(":", 1)[1], f"done{os.environ.get('RANK', 0)}").touch()
 
 
 def in_turn(commands: Sequence[Command], **options: Any) -> Iterator[int]:
@@ -60,23 +69,31 @@ def in_turn(commands: Sequence[Command], **options: Any) -> Iterator[int]:
                     child = Child(words, **given)
                 else:
                     child.start_beside(words, **given)
-        _until(lambda: child.asked_to_stop or all(map(_is_warm, child.processes, folders)))
-        for place, process in enumerate(child.processes):
-            (folders[place] / "go").touch()
-            _until(lambda ended=process.poll: child.asked_to_stop or ended() is not None)
+        _until(child, lambda: all(map(_says_or_ended, [folder / "warm0" for folder in folders], child.processes)))
+        for place, (folder, process) in enumerate(zip(folders, child.processes, strict=True)):
+            (folder / "go").touch()
+            _until(child, _says_or_ended, folder / "done0", process)
+            for following in folders[place + 1 : place + 2]:
+                (following / "go").touch()
+            _until(child, _has_ended, process)
             if child.asked_to_stop:
-                for folder in folders:
-                    (folder / "go").touch()
+                for each in folders:
+                    (each / "go").touch()
                 for each in child.processes:
                     each.wait()
                 raise KeyboardInterrupt
             yield place
 
 
-def _is_warm(process: subprocess.Popen, folder: Path) -> bool:
-    return (folder / "warm0").exists() or process.poll() is not None
+def _says_or_ended(word: Path, process: subprocess.Popen) -> bool:
+    return word.exists() or _has_ended(process)
 
 
-def _until(condition: Callable[[], bool]) -> None:
-    while not condition():
+def _has_ended(process: subprocess.Popen) -> bool:
+    return process.poll() is not None
+
+
+def _until(child: Child, condition: Callable[..., bool], *arguments: Any) -> None:
+    """Wait for a condition, or to be told to stop."""
+    while not (child.asked_to_stop or condition(*arguments)):
         time.sleep(0.02)

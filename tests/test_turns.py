@@ -15,11 +15,11 @@ from sftlab.turns import VARIABLE, Command, in_turn
 # Warms up for some time, waits, and is timed; notes when. Told to stop, it does so in its turn, as a training does.
 TRAINING = """
 import os, pathlib, signal, sys, time
-sys.path.insert(0, {root!r})
-from sftlab.turns import wait_for_turn
-said = open({log!r}, "a", buffering=1)
 told = []
 signal.signal(signal.SIGTERM, lambda *_: told.append(1))
+sys.path.insert(0, {root!r})
+from sftlab.turns import end_turn, wait_for_turn
+said = open({log!r}, "a", buffering=1)
 time.sleep({warm})
 said.write(f"{name} warm {{time.monotonic()}}\\n")
 wait_for_turn()
@@ -31,6 +31,10 @@ if told:
     said.write("{name} stopped 0\\n")
     sys.exit(3)
 said.write(f"{name} ends {{time.monotonic()}}\\n")
+if {leaving}:
+    end_turn()
+    time.sleep({leaving})
+    said.write(f"{name} exits {{time.monotonic()}}\\n")
 """
 GIVER = """
 import sys
@@ -47,12 +51,12 @@ except KeyboardInterrupt:
 
 @pytest.fixture
 def training(tmp_path):
-    """Make a training that takes so many seconds to warm up and to be timed."""
+    """Make a training that takes so many seconds to warm up, to be timed and, where it says so, to exit."""
 
-    def make(name, warm=0.0, timed=0.2):
+    def make(name, warm=0.0, timed=0.2, leaving=0.0):
         script = tmp_path / f"{name}.py"
-        text = TRAINING.format(root=str(ROOT), log=str(tmp_path / "said"), name=name, warm=warm, timed=timed)
-        script.write_text(text, encoding="utf-8")
+        times = {"warm": warm, "timed": timed, "leaving": leaving}
+        script.write_text(TRAINING.format(root=str(ROOT), log=str(tmp_path / "said"), name=name, **times), "utf-8")
         return str(script)
 
     return make
@@ -78,6 +82,15 @@ def test_all_warm_up_together_and_each_is_timed_alone(training, tmp_path):
     assert order == [(name, what) for name in ("quick", "slow", "middling") for what in ("begins", "ends")]
     assert when["quick", "begins"] > last_warm
     assert when["slow", "warm"] - when["quick", "warm"] > 0.5, "they did not start together"
+
+
+def test_the_next_one_does_not_wait_for_a_process_to_exit(training, tmp_path):
+    scripts = [training("a", leaving=1.5), training("b", timed=0.3), training("c")]
+    for place in in_turn(commands(*scripts)):
+        last = {name: what for name, what, _ in said(tmp_path)}
+        assert last["abc"[place]] in ("exits", "ends"), "given as ended before it had"
+    when = {(name, what): at for name, what, at in said(tmp_path)}
+    assert when["a", "ends"] < when["b", "begins"] < when["a", "exits"] < when["c", "begins"]
 
 
 def test_one_that_fails_before_its_turn_holds_up_nobody(training, tmp_path):
