@@ -75,6 +75,7 @@ VARIANTS = {
     "sft.py bf16, all linears, 64 rows": sft("single", rows=64, gb=66, lora_target_modules=ALL),
     "sft.py bf16, 20 rows": sft("single", rows=20, gb=16),
     "sft.py bf16, dropout 0.05": sft("single", lora_dropout=0.05),
+    "sft.py bf16, deterministic": sft("single", deterministic="true"),
     "sft.py bf16, not compiled": sft("single", gb=30, compile_layers="false"),
     "sft.py bf16, loss not fused": sft("single", rows=20, gb=18, fused_loss="false"),
     "published loop, bf16": Variant("loop", "single", {"autocast": "bfloat16"}, gb=42),
@@ -91,9 +92,9 @@ VARIANTS = {
     "trl QLoRA, 7B": Variant("trl", "single", QLORA_7B, 1024, LLAMA_7B, gb=40),
     "sft.py bf16, DDP": sft("ddp", gb=24, on_all=True),
     "sft.py bf16, FSDP2": sft("fsdp", gb=24, on_all=True),
+    "sft.py bf16, DDP, 64 rows": sft("ddp", rows=64, gb=64, on_all=True),
+    "sft.py bf16, FSDP2, 64 rows": sft("fsdp", rows=64, gb=64, on_all=True),
     "sft.py fp8, DDP": sft("fp8", gb=20, on_all=True),
-    "sft.py bf16, DDP, 64 rows": sft("ddp", rows=64, gb=46, on_all=True),
-    "sft.py bf16, FSDP2, 64 rows": sft("fsdp", rows=64, gb=46, on_all=True),
 }
 
 
@@ -107,7 +108,7 @@ def main() -> None:
         default, name = ["sft.py bf16", "sft.py fp8", "sft.py bf16, 64 rows", *several], f"throughput_{count}gpus.csv"
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=default, metavar="NAME")
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--gb", type=int, default=125, help="memory of a GPU that a group of variants may reserve")
+    parser.add_argument("--gb", type=int, default=130, help="memory of a GPU that a group of variants may reserve")
     parser.add_argument("--out", type=Path, default=ROOT / "results" / name)
     arguments = parser.parse_args()
     variants = [VARIANTS[name] for name in arguments.variants]
