@@ -27,6 +27,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from sftlab.evidence import about, outcome, read_evidence
@@ -50,7 +51,8 @@ from sftlab.turns import Command, in_turn
 
 # Each in its panel: the first of a line that was measured.
 PLOTTED = (
-    ("published rows_per_s", "tokens_per_s"), ("step_activations_gb",), ("step_peak_gb", "peak_memory_gb"),
+    ("published rows_per_s", "tokens_per_s"), ("step_activations_gb",),
+    ("published peak_memory_gb", "step_peak_gb", "peak_memory_gb"),
     ("train_loss",), ("tuned response_perplexity",), ("tuned bleu",),
 )  # fmt: skip
 MANY_CELLS = 12
@@ -257,7 +259,10 @@ def _cells(study: Study, summary: Sequence[Mapping[str, Any]]) -> Figure | None:
         axes.margins(x=0.2)
         axes.locator_params(axis="x", nbins=4)
         if key != "train_loss" and key in MEASURED:
-            axes.set_xlim(0, 1.2 * max(line[f"{key} high"] or 0 for line in summary) or 1)
+            known = [line.get(f"published {key}") or 0 for line in summary]
+            axes.set_xlim(0, 1.2 * max(*known, *(line[f"{key} high"] or 0 for line in summary)) or 1)
+        else:
+            widen(axes)
         axes.grid(axis="y", lw=0.4, alpha=0.5)
     for axes in panels.flat[len(shown) :]:
         axes.axis("off")
@@ -266,6 +271,14 @@ def _cells(study: Study, summary: Sequence[Mapping[str, Any]]) -> Figure | None:
     canvas.suptitle(f"{study.name} ({circle}{known})", x=0.01, ha="left", fontsize=9)
     canvas.tight_layout()
     return canvas
+
+
+def widen(axes: Axes) -> None:
+    """At least a hundredth of the values from side to side: what differs by less looks the same."""
+    low, high = axes.get_xlim()
+    missing = 0.01 * abs(low + high) / 2 - (high - low)
+    if missing > 0:
+        axes.set_xlim(low - missing / 2, high + missing / 2)
 
 
 def _processes(study: Study, summary: Sequence[Mapping[str, Any]]) -> Figure | None:

@@ -34,7 +34,7 @@ class MemorySplit(TrainerCallback):
         self._first = state.global_step if self._first is None else self._first
         if state.global_step != self._first + _STEP:
             return
-        self._parts = {"parameters": _bytes(model.parameters())}
+        self._parts = {"parameters": _bytes([*model.parameters(), *_kept_beside(model)])}
         if torch.cuda.is_available():
             self.peak_before = torch.cuda.max_memory_allocated()
             torch.cuda.reset_peak_memory_stats()
@@ -88,6 +88,14 @@ def peak_beyond(work: Callable[[], Any]) -> int:
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
         work()
     return _most(_changes(record))
+
+
+def _kept_beside(model: nn.Module) -> list[torch.Tensor]:
+    """What weights need that is no parameter: float8 ones a second time, scales of the blocks of 4-bit ones."""
+    scales = [state for p in model.parameters() if (state := getattr(p, "quant_state", None)) is not None]
+    scales += [state.state2 for state in scales if state.state2 is not None]
+    values = (value for thing in [*model.modules(), *scales] for value in vars(thing).values())
+    return [value for value in values if isinstance(value, torch.Tensor)]
 
 
 def _bytes(tensors: Any) -> int:

@@ -1,7 +1,13 @@
 """The memory of a step by part: exact for tensors that can be counted, and what each technique must do to the rest."""
 
 import pytest
+import torch
+from bitsandbytes.nn import Linear4bit
 from conftest import launch, read, short_fields
+from torch import nn
+
+from sftlab.fp8 import FrozenFloat8Linear
+from sftlab.memory import MemorySplit
 
 GB = 2**30
 
@@ -31,3 +37,32 @@ def test_the_parts_of_a_step_s_memory(base, rows, tmp_path):
     _, accumulated = measured(base, rows, tmp_path, "accumulated", per_device_train_batch_size=2)
     assert accumulated["activations"] < lora["activations"] / 2
     assert accumulated["gradients"] == lora["gradients"]
+
+
+@pytest.mark.parametrize(
+    ("double_quantised", "bytes_a_weight"), [(None, 2), (False, 0.5 + 4 / 64), (True, 0.5 + 1 / 64 + 4 / 64 / 256)]
+)
+def test_weights_count_with_all_that_they_need(double_quantised, bytes_a_weight):
+    given = nn.Linear(1024, 2048, bias=False, dtype=torch.bfloat16)
+    if double_quantised is None:
+        linear = FrozenFloat8Linear(given)
+    else:
+        linear = Linear4bit(1024, 2048, bias=False, compress_statistics=double_quantised)
+        linear.load_state_dict(given.state_dict())
+        linear = linear.to("cpu")
+    assert bytes_of_parameters(nn.Sequential(linear)) == pytest.approx(bytes_a_weight * given.weight.numel(), rel=0.005)
+
+
+def bytes_of_parameters(model):
+    """As a step's split has it."""
+
+    class State:
+        global_step = 0
+
+    split = MemorySplit()
+    split.on_step_begin(None, State, None, model)
+    State.global_step = 1
+    split.on_step_begin(None, State, None, model)
+    split.forward_ended()
+    split.on_step_end(None, State, None, torch.optim.SGD([nn.Parameter(torch.zeros(1))]))
+    return split.facts["parameters_gb"] * GB
