@@ -1,12 +1,13 @@
 """Say before a launch whether a recipe fits a GPU, how fast it will train, and what would make it fit.
 
 python recipes/plan.py --config recipes/llama3.2-1b/attn_r16.yaml --config_file accelerate_configs/single.yaml
-    [--num_processes n] [--gpu h200|h100-80|a100-40|...|here] [--gpus n] [--compare] [--any_field value]
+    [--num_processes n] [--gpu h200|h100-80|a100-40|...|here] [--gpus n] [--host_us x] [--compare] [--any_field value]
 python recipes/plan.py --random llama3.2-1b --rows 38105 --row_tokens 315 --config RECIPE.yaml --config_file LAUNCH.yaml
 
 Needs the model's config alone, no weights and no GPU. Row lengths are read from a local data set; of one on the hub say
 `--rows` and `--row_tokens` (what a row has on average). `--random` takes a published shape instead of the recipe's
 model; rows count as `max_length` tokens then, unless said. `--compare` plans the recipe under every launch config.
+Short steps wait for the host: `--host_us` is what recipes/doctor.py says of it, and `--gpu here` measures it.
 """
 
 import sftlab.quiet  # noqa: F401, I001  (before the libraries that it quiets)
@@ -16,6 +17,7 @@ import contextlib
 import csv
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +45,7 @@ class Asked:
         parser.add_argument("--mixed_precision")
         parser.add_argument("--gpu", default=MEASURED_ON, help=f"{', '.join(GPUS)}, or here")
         parser.add_argument("--gpus", type=int, help="how many there are")
+        parser.add_argument("--host_us", type=float, help="microseconds of a small operation on the GPUs' host")
         parser.add_argument("--compare", action="store_true", help="under every launch config")
         parser.add_argument("--random", metavar="SHAPE", help=f"one of {', '.join(SHAPES)} instead of the model")
         parser.add_argument("--rows", type=int, help="training rows")
@@ -52,7 +55,11 @@ class Asked:
             raise ValueError("--config is missing: give a recipe, for example recipes/llama3.2-1b/attn_r16.yaml")
         if self.given.random and self.given.random not in SHAPES:
             raise ValueError(f"no shape {self.given.random!r}: there are {', '.join(SHAPES)}")
+        if self.given.host_us is not None and self.given.host_us <= 0:
+            raise ValueError(f"--host_us {self.given.host_us}: give the microseconds that recipes/doctor.py says")
         self.gpu: GPU = find_gpu(self.given.gpu)
+        if self.given.host_us:
+            self.gpu = replace(self.gpu, host_us=self.given.host_us)
         self._rows: Rows | None = None
 
     def flags(self) -> dict[str, Any]:
@@ -111,6 +118,7 @@ def described(asked: Asked, recipe: Recipe, forecast: Forecast) -> str:
         f"{step.processes} x {forecast.gpu.name}, {step.precision}, {step.strategy}",
         f"  rows: {rows.source}; {rows.mean:,.0f} tokens on average, {rows.longest:,} at most",
         f"  micro-batch: {forecast.micro_batch} rows, x {forecast.accumulation} x {step.processes} a step",
+        f"  host: {host_said(asked)}",
         "",
         f"memory a GPU at the peak, GB (in the {memory.at})",
         aligned(largest),
@@ -123,6 +131,12 @@ def described(asked: Asked, recipe: Recipe, forecast: Forecast) -> str:
         f"how sure (H200): memory {known['memory']}, speed {known['speed']}{said}",
     ]
     return "\n".join(lines)
+
+
+def host_said(asked: Asked) -> str:
+    """How fast the host is, and how that is known."""
+    how = "as said" if asked.given.host_us else "measured" if asked.given.gpu == "here" else "assumed"
+    return f"{asked.gpu.host_us:g} us a small operation ({how})"
 
 
 def memory_rows(forecast: Forecast) -> list[tuple[str, str]]:

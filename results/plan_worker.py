@@ -26,7 +26,8 @@ from typing import Any
 import torch
 from accelerate import PartialState
 
-from sftlab.measure import Meter, dispatch_us
+from sftlab.gpus import measure_host
+from sftlab.measure import Meter
 from sftlab.trainer import LabTrainer
 
 ROOT = Path(__file__).parent.parent
@@ -73,7 +74,7 @@ def main() -> None:
             arguments.out.with_name("begun").write_text(cell["name"], encoding="utf-8")
         reason = train(sft, cell["argv"])
         facts = watch.facts | {"held_before_gb": held, "seconds": round(time.perf_counter() - began, 1)}
-        facts["dispatch_us"] = round(dispatch_us(), 2)
+        facts["host_us"] = measure_host()
         if rank == 0:
             with arguments.out.open("a", encoding="utf-8") as file:
                 file.write(json.dumps({"cell": cell["name"], "raised": reason, **facts}) + "\n")

@@ -15,6 +15,7 @@ from urllib.parse import urlparse
 import torch
 from huggingface_hub import constants, get_token
 
+from sftlab.gpus import measure_host
 from sftlab.launch import FP8_CAPABILITY
 
 ROOT = Path(__file__).parent.parent
@@ -38,6 +39,7 @@ def examine(folder: Path) -> Iterator[Finding]:
     yield from (check_python(), check_packages(), check_cuda())
     if torch.cuda.is_available():
         yield from check_gpus()
+        yield check_host()
         yield check_links()
         yield check_compiler()
         yield check_float8(torch.cuda.get_device_capability(), torch.cuda.get_device_name())
@@ -106,6 +108,11 @@ def check_gpus() -> Iterator[Finding]:
             yield Finding(f"GPU {index}", WARNING, seen, "another process is in it: see nvidia-smi")
         else:
             yield Finding(f"GPU {index}", FINE, seen)
+
+
+def check_host() -> Finding:
+    """How fast Python launches kernels, for recipes/plan.py."""
+    return Finding("host", FINE, f"{measure_host():g} us a small operation: --host_us of recipes/plan.py")
 
 
 def check_links() -> Finding:

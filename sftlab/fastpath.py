@@ -123,7 +123,7 @@ def start_compilers(recipe: Recipe, config: PreTrainedConfig, fast: FastPath) ->
 def rehearse(config: PreTrainedConfig, dtype: torch.dtype, device: torch.device, fused_loss: bool) -> None:
     """Run the kernels of a packed step once, on tensors for which Triton compiles what the step will call.
 
-    Allocates what a chunk of the fused loss does, and gives it back to torch's allocator.
+    Of the fused loss's chunk only as much that it takes no more memory, with a head of its own, than the step's chunk.
     """
     heads, tokens = config.num_attention_heads, TOKENS_MULTIPLE
     size = getattr(config, "head_dim", None) or config.hidden_size // heads
@@ -131,8 +131,9 @@ def rehearse(config: PreTrainedConfig, dtype: torch.dtype, device: torch.device,
     query, key, value = (make(tokens, n, size) for n in (heads, *[config.num_key_value_heads] * 2))
     varlen.varlen_attention(query, key, value, tiles([tokens]).to(device), size**-0.5)[0].sum().backward()
     if fused_loss:
-        hidden, head = make(CHUNK, config.hidden_size), make(config.vocab_size, config.hidden_size).detach()
-        every = torch.arange(CHUNK, device=device)
+        rows = max(CHUNK // 4, CHUNK - config.hidden_size)
+        hidden, head = make(rows, config.hidden_size), make(config.vocab_size, config.hidden_size).detach()
+        every = torch.arange(rows, device=device)
         FrozenHeadLoss.apply(hidden, head, every, every % config.vocab_size)[0].sum().backward()
 
 

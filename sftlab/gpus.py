@@ -3,14 +3,21 @@
 Dense rates without sparsity, of products that add up in float32, from the makers' data sheets; memory as CUDA says it.
 """
 
-from dataclasses import dataclass
+import time
+from dataclasses import dataclass, replace
 
 import torch
+
+# Microseconds that a small operation takes on the host which the planner's constants are from.
+HOST_US = 3.7
 
 
 @dataclass(frozen=True)
 class GPU:
-    """Memory in GB (2**30 bytes), TFLOP/s of matrix products by precision, GB/s (10**9) of memory and of one link."""
+    """Memory in GB (2**30 bytes), TFLOP/s of matrix products by precision, GB/s (10**9) of memory and of one link.
+
+    `host_us` is of the host beside it: microseconds a small operation takes there, by which launching kernels goes.
+    """
 
     name: str
     memory_gb: float
@@ -21,6 +28,7 @@ class GPU:
     memory_gbs: float
     link_gbs: float
     seen_as: tuple[str, ...] = ()
+    host_us: float = HOST_US
 
     def tflops(self, precision: str) -> float:
         """Published TFLOP/s of the products of a launch config's precision."""
@@ -52,7 +60,7 @@ MEASURED_ON = "h200"
 
 
 def find_gpu(name: str) -> GPU:
-    """A GPU by its name here, or `here` for this machine's first; ValueError lists the known ones."""
+    """A GPU by its name here, or `here` for this machine's first and its host; ValueError lists the known ones."""
     if name != "here":
         if name.lower() not in GPUS:
             raise ValueError(f"no figures for GPU {name!r}: known are {', '.join(GPUS)} and here (this machine's)")
@@ -64,4 +72,17 @@ def find_gpu(name: str) -> GPU:
     fits = [(len(words), gpu) for gpu in GPUS.values() for words in gpu.seen_as if words in seen]
     if not fits:
         raise ValueError(f"--gpu here: no figures for {seen}; name the nearest of {', '.join(GPUS)}")
-    return max(fits, key=lambda fit: fit[0])[1]
+    return replace(max(fits, key=lambda fit: fit[0])[1], host_us=measure_host())
+
+
+def measure_host() -> float:
+    """Microseconds that this host takes for a small operation: the least over a second, as others disturb it."""
+    small, count, times = torch.zeros(8), 1000, []
+    began = time.perf_counter()
+    while time.perf_counter() - began < 1.0:
+        start = time.perf_counter()
+        for _ in range(count):
+            small.add_(1.0)
+        times.append(time.perf_counter() - start)
+        time.sleep(0.01)
+    return round(min(times) / count * 1e6, 2)

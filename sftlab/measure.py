@@ -172,17 +172,6 @@ def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
     return 2 * size**3 / min(times)
 
 
-def dispatch_us() -> float:
-    """Microseconds that the host takes for a small operation: the best of several. Launching kernels goes by it."""
-    small, count, times = torch.zeros(8), 2000, []
-    for _ in range(7):
-        start = time.perf_counter()
-        for _ in range(count):
-            small.add_(1.0)
-        times.append(time.perf_counter() - start)
-    return min(times) / count * 1e6
-
-
 def share_of_limit(facts: dict[str, Any], device: torch.device, dtype: torch.dtype, world_size: int) -> dict[str, Any]:
     """The measured matrix rate of one device and the share of it that the run's model FLOPs reached."""
     rate = matrix_rate(device, dtype) / 1e12

@@ -2,12 +2,12 @@
 
 The GPU's time is the sum of what its kernels need; the host's is what launching them takes, and the longer of the two
 counts. Constants were taken from profiles on one H200 (results/throughput_profile.csv and the fitted cells of
-results/plan_accuracy.csv); on other GPUs they are extrapolated.
+results/plan_accuracy.csv); on other GPUs they are extrapolated, and on other hosts go by a small operation's time.
 """
 
 from typing import NamedTuple
 
-from sftlab.gpus import GPU
+from sftlab.gpus import GPU, HOST_US
 from sftlab.planner import Step, kept
 
 # Of the published matrix rate: what a large product reaches, and of that what a decoder's products do on average.
@@ -103,13 +103,13 @@ def pace(step: Step, gpu: GPU) -> Pace:
         3 * b * tokens * s.words / bandwidth / 0.6,
         unpacked / bandwidth,
         sent / (gpu.link_gbs * 1e9 * LINK),
-        host(step),
+        host(step) * gpu.host_us / HOST_US,
         HOST_SCALER * (step.precision == "fp16"),
     )
 
 
 def host(step: Step) -> float:
-    """Seconds that launching the kernels of a micro-batch takes on the host beside an H200."""
+    """Seconds that launching the kernels of a micro-batch takes on the host which the constants are from."""
     layer, lora = HOST_COMPILED if step.compiled else HOST_EAGER
     own = layer + lora * len(step.targets)
     sharded = step.strategy == "fsdp"

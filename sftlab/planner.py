@@ -148,7 +148,16 @@ def kept(step: Step) -> float:
 
 
 def memory(step: Step) -> Memory:
-    """The peak of a step."""
+    """The peak of a training: of a step or, where it is higher, of what comes before."""
+    moments = [_in_a_step(step)]
+    if step.strategy == "fsdp" and step.quantized:
+        # 4-bit weights are whole on every GPU until the shards are made, which are held beside them meanwhile
+        w = step.weights
+        moments.append(Memory(w.base, w.adapter, 0, 0, 0, 0, w.base // step.processes, WORKSPACE, "sharding"))
+    return max(moments, key=lambda moment: moment.allocated)
+
+
+def _in_a_step(step: Step) -> Memory:
     s, w, b = step.shape, step.weights, step.compute_bytes
     tokens = -(-step.tokens // TOKENS_MULTIPLE) * TOKENS_MULTIPLE if step.packed else step.tokens
     layer, residual = kept(step), max(b, step.weight_bytes)

@@ -14,7 +14,7 @@ from conftest import ROOT, arguments, load_script
 from datasets import Dataset
 from transformers import AutoConfig
 
-from sftlab import checkup, forecast
+from sftlab import checkup, forecast, gpus
 from sftlab.checkup import FAILS, FINE, WARNING, Finding
 from sftlab.config import parse_recipe
 from sftlab.fastpath import FastPath
@@ -126,6 +126,7 @@ def test_compare_has_a_line_for_every_launch_config(printed):
         (["--config_file", "accelerate_configs/cpu.yaml"], "runs on the CPU"),
         (["--lora_rr", "3"], "did you mean 'lora_r'"),
         (["--random", "llama9"], "no shape 'llama9'"),
+        (["--host_us", "0"], "give the microseconds that recipes/doctor.py says"),
         (["--optim", "adafactor"], "no plan for optim adafactor"),
     ],
 )
@@ -145,16 +146,37 @@ def test_a_model_without_a_config_and_a_missing_recipe_are_one_sentence(plan, tm
 
 def test_gpus_are_known_by_what_cuda_calls_them(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(gpus, "measure_host", lambda: 2.5)
     for seen, name in (
         ("NVIDIA H200", "h200"), ("NVIDIA H100 80GB HBM3", "h100-80"), ("NVIDIA H100 PCIe", "h100-pcie"),
         ("NVIDIA A100-SXM4-40GB", "a100-40"), ("NVIDIA A100 80GB PCIe", "a100-80"), ("NVIDIA L40S", "l40s"),
     ):  # fmt: skip
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_, seen=seen: seen)
-        assert find_gpu("here").name == name
+        assert (find_gpu("here").name, find_gpu("here").host_us) == (name, 2.5)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "NVIDIA GTX 1080")
     with pytest.raises(ValueError, match="no figures for NVIDIA GTX 1080"):
         find_gpu("here")
     assert all(gpu.memory_gb > 10 and gpu.half >= gpu.fp32 for gpu in GPUS.values())
+
+
+def test_short_steps_go_by_the_host_s_speed_and_the_plan_says_how_it_is_known(printed):
+    short = ["--per_device_train_batch_size", "2", "--global_batch_size", "2"]
+    said = {host: printed(*SAID, *more, *short) for host, more in ((None, []), (7.4, ["--host_us", "7.4"]))}
+    assert f"host: {gpus.HOST_US:g} us a small operation (assumed)" in said[None]
+    assert "host: 7.4 us a small operation (as said)" in said[7.4]
+    step = {host: float(re.search(r"a step, s +([\d.]+) \(the host", text)[1]) for host, text in said.items()}
+    assert step[7.4] / step[None] == pytest.approx(7.4 / gpus.HOST_US, rel=0.01)
+    long = [printed(*SAID, "--per_device_train_batch_size", "64", "--host_us", str(us)) for us in (1.0, 2.0)]
+    assert re.search("a step, s.*", long[0])[0] == re.search("a step, s.*", long[1])[0]
+
+
+def test_a_host_is_as_fast_as_where_nothing_disturbs_it(monkeypatch):
+    times = iter([0, 0, 0, 0.005, 0.1, 0.1, 0.102, 0.2, 0.2, 0.204, 2])
+    monkeypatch.setattr(gpus.time, "perf_counter", lambda: next(times))
+    assert gpus.measure_host() == 2.0
+    monkeypatch.undo()
+    assert checkup.check_host().level == FINE
+    assert re.match(r"\d+(\.\d+)? us a small operation", checkup.check_host().seen)
 
 
 def test_planning_leaves_the_environment_as_it_was(monkeypatch):
@@ -206,6 +228,9 @@ def test_predictions_are_made_anew_from_measured_rows(tmp_path):
     assert abs(made["memory_error"]) < 0.05
     assert made["predicted_peak_gb"] < 20
     assert made["held_out"] == "no"
+    waits = next(cell for cell in CELLS if cell.name == "1b all nf4 512x16 single checkpointed")
+    speeds = [script.predicted(waits, line | {"host_us": us})["predicted_tokens_per_s"] for us in ("", "3.7", "7.4")]
+    assert speeds[0] == speeds[1] > 1.5 * speeds[2]
     ran_out = next(cell for cell in CELLS if cell.within_gb)
     made = script.predicted(
         ran_out, {"cell": ran_out.name, "status": "out of memory", "peak_allocated_gb": "", "tokens_per_s": ""}
@@ -213,6 +238,13 @@ def test_predictions_are_made_anew_from_measured_rows(tmp_path):
     assert (made["predicted_fits"], made["fits"], made["memory_error"]) == ("no", "no", "")
     assert "ran out of memory: none" in script.summary([made])
     assert "x" in script.summary([made | {"cell": "x", "predicted_fits": "yes"}]).splitlines()[-1]
+
+
+def test_a_command_s_cells_have_one_host_whatever_disturbed_it():
+    script = load_script("results/plan_accuracy.py")
+    lines = [{"cell": "a", "host_us": "5.2"}, {"cell": "b", "host_us": "12.6"}, {"cell": "c", "host_us": ""}]
+    assert [line["host_us"] for line in script.on_one_host(lines)] == ["5.2"] * 3
+    assert script.on_one_host([{"cell": "a"}]) == [{"cell": "a"}]
 
 
 def test_published_peaks_are_within_a_tenth():

@@ -222,6 +222,20 @@ def test_the_largest_micro_batch_is_about_what_sampling_finds():
     assert rows.largest(8, 1, False, 10) == 8 * 512
 
 
+def test_4_bit_weights_are_whole_until_they_are_sharded():
+    short = {"per_device_train_batch_size": 1, "global_batch_size": 4, "gradient_checkpointing": "true"}
+    rows = Rows(1000, 64, 0, 64, "said")
+    quantized = {"load_in_4bit": "true", "bnb_4bit_quant_storage": "bfloat16", "dtype": "bfloat16"}
+    plan = forecast("fsdp", shape="llama2-7b", rows=rows, flags={"num_processes": 4}, **short, **quantized).memory
+    assert plan.at == "sharding"
+    assert plan.allocated > 1.25 * plan.parameters
+    # every linear in 4 bits, embedding and head in 16
+    assert 3.5 < plan.parameters / 2**30 < 4
+    plain = forecast("fsdp", shape="llama2-7b", rows=rows, flags={"num_processes": 4}, **short).memory
+    assert plain.at != "sharding"
+    assert plain.parameters == pytest.approx(6.74e9 * 2 / 4, rel=0.01), "read a layer at a time"
+
+
 def test_the_largest_rows_fit_and_one_more_does_not():
     plan = forecast(gpu="a100-40")
     most = most_rows(plan)
