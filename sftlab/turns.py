@@ -5,6 +5,7 @@ waits before its last step of warm-up until all that were started with it are as
 it is its turn. One that waits does not use the GPU, only memory; one that only has to exit lets the next one go.
 """
 
+import contextlib
 import os
 import subprocess
 import tempfile
@@ -46,7 +47,8 @@ def end_turn() -> None:
     """Say that nothing is left to do but exit. Without a study around it, nobody listens."""
     if VARIABLE in os.environ:
         torch.cuda.empty_cache()
-        Path(os.environ[VARIABLE].split(":", 1)[1], f"done{os.environ.get('RANK', 0)}").touch()
+        with contextlib.suppress(FileNotFoundError):  # who gave the turns may be gone, and the folder too
+            Path(os.environ[VARIABLE].split(":", 1)[1], f"done{os.environ.get('RANK', 0)}").touch()
 
 
 def in_turn(commands: Sequence[Command], **options: Any) -> Iterator[int]:

@@ -10,7 +10,7 @@ import psutil
 import pytest
 from conftest import ROOT
 
-from sftlab.turns import VARIABLE, Command, in_turn
+from sftlab.turns import VARIABLE, Command, end_turn, in_turn
 
 # Warms up for some time, waits, and is timed; notes when. Told to stop, it does so in its turn, as a training does.
 TRAINING = """
@@ -135,6 +135,14 @@ def test_where_the_giver_is_killed_nobody_waits_for_ever(training, tmp_path):
     process.wait()
     assert not psutil.wait_procs(children, timeout=20)[1]
     assert [name for name, what, _ in said(tmp_path) if what == "ends"] in (["a", "b"], ["b", "a"])
+
+
+def test_a_training_ends_well_where_nobody_listens_any_more(tmp_path, monkeypatch):
+    monkeypatch.setenv(VARIABLE, f"{os.getpid()}:{tmp_path / 'gone'}")
+    end_turn()
+    monkeypatch.setenv(VARIABLE, f"{os.getpid()}:{tmp_path}")
+    end_turn()
+    assert [path.name for path in tmp_path.iterdir()] == ["done0"]
 
 
 def test_a_signal_that_comes_while_the_first_one_starts_is_not_lost(training, tmp_path):
