@@ -123,7 +123,7 @@ def start_compilers(recipe: Recipe, config: PreTrainedConfig, fast: FastPath) ->
 def rehearse(config: PreTrainedConfig, dtype: torch.dtype, device: torch.device, fused_loss: bool) -> None:
     """Run the kernels of a packed step once, on tensors for which Triton compiles what the step will call.
 
-    Of the fused loss's chunk only as much that it takes no more memory, with a head of its own, than the step's chunk.
+    Of the fused loss's chunk only so much that, with a head of its own, it takes about the memory of the step's chunk.
     """
     heads, tokens = config.num_attention_heads, TOKENS_MULTIPLE
     size = getattr(config, "head_dim", None) or config.hidden_size // heads
