@@ -7,9 +7,12 @@ python results/kv_cache.py --model data/demo/base [--dtype float32] [--batches 1
 for both; every answer has exactly the length asked for. Without the cache every step sees the whole text again. Times
 are medians with lowest and highest of repeats in turn, after one warm-up; memory is what a generation held beyond the
 weights, from one that is not timed. Published seconds, of the 1B model on another GPU, stand beside the same cells.
+The table is written after every cell; started again, the same command goes on after the last.
 """
 
 import argparse
+import contextlib
+import csv
 import statistics
 import sys
 import time
@@ -50,17 +53,38 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--out", type=Path, default=ROOT / "results" / "kv_cache")
     arguments = parser.parse_args(argv)
     model = load(arguments.model, getattr(torch, arguments.dtype))
-    lines = []
+    about = {"repeats": str(arguments.repeats), "model": arguments.model, "dtype": arguments.dtype, **provenance()}
+    table = arguments.out.with_suffix(".csv")
+    table.parent.mkdir(parents=True, exist_ok=True)
+    done, lines = earlier(table, about), []
     for prompt, output, batch in product(arguments.prompts, arguments.outputs, arguments.batches):
-        lines += cell(model, batch, prompt, output, arguments.repeats)
+        known = [line for line in done if (line["batch"], line["prompt"], line["output"]) == (batch, prompt, output)]
+        lines += known or cell(model, batch, prompt, output, arguments.repeats)
+        write_csv(table, [line | about for line in lines])
         print(
-            f"batch {batch}, {prompt} + {output} tokens: {lines[-1]['times_as_long']} times as long without", flush=True
+            f"batch {batch}, {prompt} + {output} tokens: {lines[-1]['times_as_long']} times as long without"
+            f"{'; done before' if known else ''}",
+            flush=True,
         )
-    about = {"model": arguments.model, "dtype": arguments.dtype, **provenance()}
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    write_csv(arguments.out.with_suffix(".csv"), [line | about for line in lines])
     draw(lines, arguments.out, f"{arguments.model}, {arguments.dtype}, {about['hardware']}")
     print(aligned([list(lines[0]), *([str(value) for value in line.values()] for line in lines)]))
+
+
+def earlier(path: Path, about: dict[str, str]) -> list[dict[str, Any]]:
+    """Lines of a table that were measured with this model, machine and versions."""
+    if not path.is_file():
+        return []
+    with path.open(newline="", encoding="utf-8") as file:
+        rows = [row for row in csv.DictReader(file) if about.items() <= row.items()]
+    return [{name: number(value) for name, value in row.items() if name not in about} for row in rows]
+
+
+def number(text: str) -> float | str:
+    """A figure of a table, or its words."""
+    for kind in (int, float):
+        with contextlib.suppress(ValueError):
+            return kind(text)
+    return text
 
 
 def load(name: str, dtype: torch.dtype) -> PreTrainedModel:

@@ -51,3 +51,22 @@ def test_the_table(base, tmp_path):
     assert peaks["with", "2", "96"] > peaks["with", "1", "96"] > peaks["with", "1", "16"]
     assert {r["published_seconds"] for r in rows} == {""}
     assert (tmp_path / "kv.png").is_file()
+
+
+def test_what_was_measured_before_it_was_stopped_is_kept(base, tmp_path, capsys):
+    def table(*more):
+        argv = ["--model", str(base), "--batches", "1", "2", "--prompts", "16", "--outputs", "3", "--repeats", "1"]
+        kv_cache.main([*argv, "--out", str(tmp_path / "kv"), *more])
+        with (tmp_path / "kv.csv").open(encoding="utf-8") as file:
+            return list(csv.DictReader(file))
+
+    whole = table("--batches", "1")
+    again = table()
+    assert again[:2] == whole, "figures as they were"
+    assert [row["batch"] for row in again] == ["1", "1", "2", "2"]
+    assert capsys.readouterr().out.count("; done before") == 1
+    assert table() == again
+    (tmp_path / "kv.csv").write_text((tmp_path / "kv.csv").read_text(encoding="utf-8").replace("torch ", "torch 0"))
+    capsys.readouterr()
+    table()
+    assert "done before" not in capsys.readouterr().out, "measured with other versions"
