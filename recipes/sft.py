@@ -39,7 +39,6 @@ from sftlab.run import Run, Start, environment, must_match
 from sftlab.template import set_template, template_hash
 from sftlab.tokens import refuse_other_encoding
 from sftlab.trainer import LabTrainer, build_trainer
-from sftlab.turns import end_turn
 
 
 def main(argv: list[str]) -> None:
@@ -166,7 +165,6 @@ def train(trainer: LabTrainer, recipe: Recipe, run: Run, start: Start, stop: Sto
     run.finish("succeeded", measured=measured, **facts)
     if run.is_main:
         print_summary(run, ran, measured, splits.facts | {"tokenized": lengths}, args.save_adapter)
-    end_turn()
     trainer.accelerator.end_training()
 
 

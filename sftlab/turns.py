@@ -1,11 +1,11 @@
 """Trainings that start and warm up beside each other, and are timed one at a time.
 
 A start takes far longer than the steps that a study times. `recipes/study.py --at_once n` starts n trainings; each
-waits before its last step of warm-up until all that were started with it are as far, or have ended, and goes on when
-it is its turn. One that waits does not use the GPU, only memory; one that only has to exit lets the next one go.
+waits before its last step of warm-up until all that were started with it are as far, or have ended, and goes on to its
+own end when it is its turn. One that waits does not use the GPU, and of its memory only what it holds. The next one
+waits for the process to be gone: ending takes seconds of the host, and beside it steps take up to three times as long.
 """
 
-import contextlib
 import os
 import subprocess
 import tempfile
@@ -43,14 +43,6 @@ def wait_for_turn() -> float:
     return time.perf_counter() - began
 
 
-def end_turn() -> None:
-    """Say that nothing is left to do but exit. Without a study around it, nobody listens."""
-    if VARIABLE in os.environ:
-        torch.cuda.empty_cache()
-        with contextlib.suppress(FileNotFoundError):  # who gave the turns may be gone, and the folder too
-            Path(os.environ[VARIABLE].split(":", 1)[1], f"done{os.environ.get('RANK', 0)}").touch()
-
-
 def in_turn(commands: Sequence[Command], **options: Any) -> Iterator[int]:
     """Start all, let one after the other through, and give the place of each as it ends; `options` are Popen's.
 
@@ -71,12 +63,9 @@ def in_turn(commands: Sequence[Command], **options: Any) -> Iterator[int]:
                     child = Child(words, **given)
                 else:
                     child.start_beside(words, **given)
-        _until(child, lambda: all(map(_says_or_ended, [folder / "warm0" for folder in folders], child.processes)))
+        _until(child, lambda: all(map(_is_warm, child.processes, folders)))
         for place, (folder, process) in enumerate(zip(folders, child.processes, strict=True)):
             (folder / "go").touch()
-            _until(child, _says_or_ended, folder / "done0", process)
-            for following in folders[place + 1 : place + 2]:
-                (following / "go").touch()
             _until(child, _has_ended, process)
             if child.asked_to_stop:
                 for each in folders:
@@ -87,8 +76,8 @@ def in_turn(commands: Sequence[Command], **options: Any) -> Iterator[int]:
             yield place
 
 
-def _says_or_ended(word: Path, process: subprocess.Popen) -> bool:
-    return word.exists() or _has_ended(process)
+def _is_warm(process: subprocess.Popen, folder: Path) -> bool:
+    return (folder / "warm0").exists() or _has_ended(process)
 
 
 def _has_ended(process: subprocess.Popen) -> bool:

@@ -10,7 +10,7 @@ import psutil
 import pytest
 from conftest import ROOT
 
-from sftlab.turns import VARIABLE, Command, end_turn, in_turn
+from sftlab.turns import VARIABLE, Command, in_turn
 
 # Warms up for some time, waits, and is timed; notes when. Told to stop, it does so in its turn, as a training does.
 TRAINING = """
@@ -18,7 +18,7 @@ import os, pathlib, signal, sys, time
 told = []
 signal.signal(signal.SIGTERM, lambda *_: told.append(1))
 sys.path.insert(0, {root!r})
-from sftlab.turns import end_turn, wait_for_turn
+from sftlab.turns import wait_for_turn
 said = open({log!r}, "a", buffering=1)
 time.sleep({warm})
 said.write(f"{name} warm {{time.monotonic()}}\\n")
@@ -32,7 +32,6 @@ if told:
     sys.exit(3)
 said.write(f"{name} ends {{time.monotonic()}}\\n")
 if {leaving}:
-    end_turn()
     time.sleep({leaving})
     said.write(f"{name} exits {{time.monotonic()}}\\n")
 """
@@ -84,13 +83,11 @@ def test_all_warm_up_together_and_each_is_timed_alone(training, tmp_path):
     assert when["slow", "warm"] - when["quick", "warm"] > 0.5, "they did not start together"
 
 
-def test_the_next_one_does_not_wait_for_a_process_to_exit(training, tmp_path):
-    scripts = [training("a", leaving=1.5), training("b", timed=0.3), training("c")]
-    for place in in_turn(commands(*scripts)):
-        last = {name: what for name, what, _ in said(tmp_path)}
-        assert last["abc"[place]] in ("exits", "ends"), "given as ended before it had"
+def test_the_next_one_waits_until_the_process_is_gone(training, tmp_path):
+    scripts = [training("a", leaving=1.0), training("b")]
+    assert list(in_turn(commands(*scripts))) == [0, 1]
     when = {(name, what): at for name, what, at in said(tmp_path)}
-    assert when["a", "ends"] < when["b", "begins"] < when["a", "exits"] < when["c", "begins"]
+    assert when["a", "ends"] < when["a", "exits"] < when["b", "begins"]
 
 
 def test_one_that_fails_before_its_turn_holds_up_nobody(training, tmp_path):
@@ -135,14 +132,6 @@ def test_where_the_giver_is_killed_nobody_waits_for_ever(training, tmp_path):
     process.wait()
     assert not psutil.wait_procs(children, timeout=20)[1]
     assert [name for name, what, _ in said(tmp_path) if what == "ends"] in (["a", "b"], ["b", "a"])
-
-
-def test_a_training_ends_well_where_nobody_listens_any_more(tmp_path, monkeypatch):
-    monkeypatch.setenv(VARIABLE, f"{os.getpid()}:{tmp_path / 'gone'}")
-    end_turn()
-    monkeypatch.setenv(VARIABLE, f"{os.getpid()}:{tmp_path}")
-    end_turn()
-    assert [path.name for path in tmp_path.iterdir()] == ["done0"]
 
 
 def test_a_signal_that_comes_while_the_first_one_starts_is_not_lost(training, tmp_path):
