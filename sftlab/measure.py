@@ -123,8 +123,13 @@ class Meter(TrainerCallback):
             facts["step_time_s"] = round(seconds / self._steps, 5)
             facts["warm_up_s"] = round(self._warmed_up - self._warmup_steps * seconds / self._steps, 2)
             work = flops.token * tokens + flops.loss_token * loss_tokens
-            facts["model_tflops_per_s"] = round(work / seconds / 1e12, 3)
+            facts["model_tflops_per_s"] = _significant(work / seconds / 1e12)
         return facts
+
+
+def _significant(value: float) -> float:
+    """Five digits: of a tiny model on a busy machine too."""
+    return float(f"{value:.5g}")
 
 
 class Flops(NamedTuple):
@@ -179,7 +184,7 @@ def share_of_limit(facts: dict[str, Any], device: torch.device, dtype: torch.dty
     return {
         "limit": f"measured {str(dtype).removeprefix('torch.')} matrix rate a device",
         "limit_tflops_per_s": round(rate, 2),
-        "share_of_limit": round(reached / (rate * world_size), 4) if reached else None,
+        "share_of_limit": _significant(reached / (rate * world_size)) if reached else None,
     }
 
 

@@ -57,6 +57,10 @@ def test_the_meter_counts_real_tokens_and_leaves_out_warm_up_evaluation_and_savi
     assert facts["rows_per_s"] == 15 * 2 * 2 / 30.0
     assert facts["step_time_s"] == 2.0
     assert facts["model_tflops_per_s"] == 12.0
+    tiny = meter.facts(Flops(token=3e5, loss_token=0.0))
+    monkeypatch.setattr(measure, "matrix_rate", lambda *_: 1e12)
+    of_limit = measure.share_of_limit(tiny, torch.device("cpu"), torch.float32, world_size=2)
+    assert of_limit["share_of_limit"] == pytest.approx(4 * 3e5 / 1e12 / 2), "of a model however small"
 
 
 def test_a_run_too_short_to_time_says_so(monkeypatch):
