@@ -14,7 +14,6 @@ import sftlab.quiet  # noqa: F401, I001  (before the libraries that it quiets)
 
 import argparse
 import contextlib
-import csv
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -29,7 +28,7 @@ from sftlab.gpus import GPU, GPUS, MEASURED_ON, find_gpu
 from sftlab.launch import exported, launched
 from sftlab.model import load_config, load_tokenizer
 from sftlab.shapes import SHAPES
-from sftlab.table import aligned, figure
+from sftlab.table import aligned, figure, read_csv
 
 ROOT = Path(__file__).parent.parent
 GB = 2**30
@@ -240,7 +239,7 @@ def compare(asked: Asked) -> str:
 def accuracy() -> dict[str, str]:
     """What results/plan_accuracy.csv says: of the cells that were held out of the fitting, else of the fitted ones."""
     path, found = ROOT / "results" / "plan_accuracy.csv", {}
-    lines = list(csv.DictReader(path.open(newline="", encoding="utf-8"))) if path.is_file() else []
+    lines = read_csv(path)
     for what, limit in (("memory", 0.05), ("speed", 0.15)):
         errors = {kind: [abs(float(x[f"{what}_error"])) for x in lines if x["held_out"] == kind and x[f"{what}_error"]]
                   for kind in ("yes", "no")}  # fmt: skip

@@ -38,6 +38,7 @@ from sftlab.chat import Chat, Settings
 from sftlab.run import SIDES, environment
 from sftlab.shapes import train_random_llama
 from sftlab.template import end_of_turn, prompt_ids
+from sftlab.table import read_csv
 
 ROOT = Path(__file__).parent.parent
 MESSAGE = "Write these words in reverse order: mouse, plum, bear, car, lemon, river, rice, hammer, train, cat, book."
@@ -249,8 +250,7 @@ def main() -> None:
     command = " ".join(["python results/chat.py --run", f"runs/{run.name}", options, *flags])
     shared = {"hardware": hardware, "versions": " ".join(f"{k} {v}" for k, v in facts["versions"].items())}
     lines = [line | shared | {"command": command} for line in measure(run, arguments)]
-    with contextlib.suppress(FileNotFoundError), arguments.out.open(newline="", encoding="utf-8") as file:
-        lines = [line for line in csv.DictReader(file) if line["command"] != command] + lines
+    lines = [line for line in read_csv(arguments.out) if line["command"] != command] + lines
     with arguments.out.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, fieldnames=list(lines[-1]), lineterminator="\n")
         writer.writeheader()

@@ -10,7 +10,6 @@ that says so (--only NAME ... runs it later). Without GPUs: the demo model; what
 """
 
 import argparse
-import csv
 import os
 import shutil
 import signal
@@ -29,7 +28,7 @@ import torch
 from sftlab import progress
 from sftlab.run import adapter_hash, provenance, read_run
 from sftlab.shapes import make_random_files, random_files
-from sftlab.table import write_csv
+from sftlab.table import read_csv, write_csv
 
 ROOT = Path(__file__).parent.parent
 RUNS = ROOT / "runs" / "continuation"
@@ -97,10 +96,7 @@ class Table:
     """Rows of a CSV that is written anew with each."""
 
     def __init__(self, path: Path) -> None:
-        self._path, self._lock, self._rows = path, threading.Lock(), []
-        if path.is_file():
-            with path.open(newline="", encoding="utf-8") as file:
-                self._rows = list(csv.DictReader(file))
+        self._path, self._lock, self._rows = path, threading.Lock(), read_csv(path)
         self._about = provenance() | {"command": f"python results/continuation.py {' '.join(sys.argv[1:])}".strip()}
 
     def add(self, *rows: dict[str, Any]) -> None:
@@ -249,8 +245,7 @@ def cost(strategy: str, gpus: int) -> list[dict[str, Any]]:
         done = subprocess.run(command, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT)
     if done.returncode or not table.is_file():
         return [{"what": "cost", "case": strategy, "result": f"failed: see {log}"}]
-    with table.open(newline="", encoding="utf-8") as file:
-        return [{"what": row.pop("what"), "case": strategy} | row for row in csv.DictReader(file)]
+    return [{"what": row.pop("what"), "case": strategy} | row for row in read_csv(table)]
 
 
 if __name__ == "__main__":

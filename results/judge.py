@@ -10,7 +10,6 @@ tokens, to try the script on a CPU.
 """
 
 import argparse
-import csv
 import gc
 import time
 from pathlib import Path
@@ -23,7 +22,7 @@ from transformers import AutoTokenizer
 from sftlab.judge import LocalJudge, Messages
 from sftlab.run import provenance
 from sftlab.shapes import SHAPES, save_random_llama
-from sftlab.table import write_csv
+from sftlab.table import read_csv, write_csv
 from sftlab.template import set_template
 
 ROOT = Path(__file__).parent.parent
@@ -70,8 +69,7 @@ def main() -> None:
     folder = make_judge(shape)
     arguments.out.mkdir(parents=True, exist_ok=True)
     path, lines = arguments.out / "judge.csv", []
-    kept = list(csv.DictReader(path.open(newline="", encoding="utf-8"))) if path.is_file() else []
-    kept = [one for one in kept if one["what"] not in arguments.what]
+    kept = [one for one in read_csv(path) if one["what"] not in arguments.what]
     for cell in CELLS:
         if cell.what not in arguments.what or (cell.in_4bit and not torch.cuda.is_available()):
             continue

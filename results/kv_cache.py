@@ -12,7 +12,6 @@ The table is written after every cell; started again, the same command goes on a
 
 import argparse
 import contextlib
-import csv
 import statistics
 import sys
 import time
@@ -31,7 +30,7 @@ from sftlab.measure import synchronize
 from sftlab.memory import peak_beyond
 from sftlab.run import provenance
 from sftlab.shapes import SHAPES, make_random_files, random_files
-from sftlab.table import aligned, write_csv
+from sftlab.table import aligned, read_csv, write_csv
 
 ROOT = Path(__file__).parent.parent
 CACHES = {"with": True, "without": False}
@@ -72,10 +71,7 @@ def main(argv: list[str]) -> None:
 
 def earlier(path: Path, about: dict[str, str]) -> list[dict[str, Any]]:
     """Lines of a table that were measured with this model, machine and versions."""
-    if not path.is_file():
-        return []
-    with path.open(newline="", encoding="utf-8") as file:
-        rows = [row for row in csv.DictReader(file) if about.items() <= row.items()]
+    rows = [row for row in read_csv(path) if about.items() <= row.items()]
     return [{name: number(value) for name, value in row.items() if name not in about} for row in rows]
 
 

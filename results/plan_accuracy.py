@@ -39,7 +39,7 @@ from sftlab.planner import FRAGMENTATION, memory
 from sftlab.run import provenance, read_run
 from sftlab.shapes import SHAPES as SHAPES_OF
 from sftlab.shapes import make_random_files, random_lengths
-from sftlab.table import write_csv
+from sftlab.table import read_csv, write_csv
 
 ROOT = Path(__file__).parent.parent
 # Seconds without a new cell after which a process has hung.
@@ -70,7 +70,7 @@ def main() -> None:
         chosen = [cell for cell in chosen if cell.gpus == arguments.gpus][part - 1 :: parts]
         return measure(chosen, arguments.out, arguments.gpus, arguments.rehearse)
     table = ROOT / "results" / "plan_accuracy.csv"
-    found = [read(table)] if not arguments.measured else [on_one_host(read(path)) for path in arguments.measured]
+    found = [on_one_host(read_csv(path)) for path in arguments.measured or []] or [read_csv(table)]
     measured = {line["cell"]: line for lines in found for line in lines}
     lines = [predicted(cell, measured[cell.name]) for cell in chosen if cell.name in measured]
     write_csv(table, [*lines, *published()])
@@ -164,7 +164,7 @@ def measure(cells: Sequence[Cell], out: Path, gpus: int, rehearse: bool) -> None
         shape, longest, shortest = cell.files()
         make_random_files(shape, longest, 3000 if cell.mixed else 400, shortest)
     about = provenance()
-    while left := [cell for cell in cells if cell.name not in {line["cell"] for line in read(out)}]:
+    while left := [cell for cell in cells if cell.name not in {line["cell"] for line in read_csv(out)}]:
         with tempfile.TemporaryDirectory() as folder:
             worker = start(left, gpus, rehearse, Path(folder))
             follow(worker, left, out, Path(folder), about)
@@ -243,14 +243,6 @@ def row(cell: Cell, facts: dict[str, Any], about: dict[str, str]) -> dict[str, A
         "limit_tflops_per_s": measured.get("limit_tflops_per_s"),
         **about,
     }  # fmt: skip
-
-
-def read(path: Path) -> list[dict[str, str]]:
-    """The rows of a CSV file; none where there is no file."""
-    if not path.is_file():
-        return []
-    with path.open(newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
 
 
 def append(path: Path, line: dict[str, Any]) -> None:

@@ -50,7 +50,7 @@ class Meter(TrainerCallback):
         warmup = self._warmup(state)
         if state.global_step == self._first_global_step + warmup - 1:
             synchronize()
-            self.waited_s += wait_for_turn()
+            self.waited_s += wait_for_turn(torch.cuda.empty_cache)
         if self._window is None and state.global_step >= self._first_global_step + warmup:
             synchronize()
             if not self._warmed_up:

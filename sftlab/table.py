@@ -58,6 +58,14 @@ def markdown(lines: Sequence[Sequence[str]]) -> list[str]:
     return [marked[0], "|" + " --- |" * len(lines[0]), *marked[1:]]
 
 
+def read_csv(path: Path) -> list[dict[str, str]]:
+    """The rows of a CSV file; none where there is no file."""
+    if not path.is_file():
+        return []
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
 def write_csv(path: Path, lines: Sequence[Mapping[str, Any]]) -> None:
     """Lines of perhaps different columns."""
     with path.open("w", newline="", encoding="utf-8") as file:

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import psutil
-import torch
 
 from sftlab.child import Child
 
@@ -30,13 +29,17 @@ class Command(NamedTuple):
     log: Path
 
 
-def wait_for_turn() -> float:
-    """Say that this process is warm, and wait until it is let through; the seconds. None without a study around it."""
+def wait_for_turn(give_back: Callable[[], Any] | None = None) -> float:
+    """Say that this process is warm, and wait until it is let through; the seconds. None without a study around it.
+
+    `give_back` is called before a wait: for memory that this process keeps and does not use.
+    """
     if VARIABLE not in os.environ:
         return 0.0
     giver, folder = os.environ[VARIABLE].split(":", 1)
     began = time.perf_counter()
-    torch.cuda.empty_cache()  # what it keeps, the others could not have
+    if give_back:
+        give_back()
     Path(folder, f"warm{os.environ.get('RANK', 0)}").touch()
     while not Path(folder, "go").exists() and psutil.pid_exists(int(giver)):
         time.sleep(0.01)

@@ -1,4 +1,4 @@
-"""What a user types before a launch: recipes/plan.py, recipes/doctor.py, and the planner's accuracy written anew."""
+"""What a user types before a launch: recipes/plan.py, and the planner's accuracy written anew."""
 
 import csv
 import json
@@ -15,7 +15,7 @@ from datasets import Dataset
 from transformers import AutoConfig
 
 from sftlab import checkup, forecast, gpus
-from sftlab.checkup import FAILS, FINE, WARNING, Finding
+from sftlab.checkup import FINE
 from sftlab.config import parse_recipe
 from sftlab.fastpath import FastPath
 from sftlab.gpus import GPUS, find_gpu
@@ -268,93 +268,6 @@ def test_a_third_of_the_cells_is_held_out():
     assert len(names) == len(set(names)) >= 40
     assert sum(cell.held_out for cell in CELLS) >= len(CELLS) / 3
     assert sum(cell.held_out for cell in CELLS) == len(HELD_OUT.split("\n")) - 2
-
-
-@pytest.fixture(scope="module")
-def doctor():
-    return load_script("recipes/doctor.py")
-
-
-def test_the_doctors_exit_code_says_whether_something_fails(doctor, monkeypatch, capsys):
-    fine, bad = Finding("a", FINE, "is there"), Finding("b", FAILS, "is not", "get it")
-    for findings, status in (([fine, Finding("c", WARNING, "so so", "mind it")], 0), ([fine, bad], 1)):
-        monkeypatch.setattr(doctor, "examine", lambda _, findings=findings: findings)
-        with pytest.raises(SystemExit) as stopped:
-            doctor.main([])
-        assert stopped.value.code == status
-    text = capsys.readouterr().out
-    assert "-> get it" in text
-    assert "1 of the checks failed: b" in text
-
-
-def test_the_machine_is_examined(tmp_path, monkeypatch):
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    found = {finding.what: finding for finding in checkup.examine(tmp_path / "runs")}
-    assert {"python", "packages", "CUDA", "bitsandbytes", "disk", "hub", "SLURM"} <= set(found)
-    assert all(finding.todo for finding in found.values() if finding.level != FINE)
-    assert found["python"].level == FINE
-    assert found["hub"].seen == "HF_HUB_OFFLINE is set"
-
-
-def test_what_is_missing_is_found(monkeypatch, tmp_path):
-    monkeypatch.setattr(sys, "version_info", (3, 10, 1))
-    assert checkup.check_python().level == FAILS
-    monkeypatch.setattr(checkup, "ROOT", tmp_path)
-    (tmp_path / "requirements.txt").write_text("torch==0.1\nno-such-package==1.0\n-e .\n")
-    assert checkup.check_packages().seen == "missing: no-such-package"
-    (tmp_path / "requirements.txt").write_text("torch==0.1\n")
-    assert "(0.1 was tested)" in checkup.check_packages().seen
-    monkeypatch.setattr(checkup.shutil, "disk_usage", lambda _: SimpleNamespace(free=2**30))
-    assert checkup.check_disk(tmp_path / "not" / "there").level == FAILS
-    monkeypatch.setattr(checkup.shutil, "which", lambda _: None)
-    monkeypatch.delenv("CC", raising=False)
-    assert checkup.check_compiler().level == FAILS
-    assert checkup.check_slurm().level == FINE
-    assert checkup.check_float8((8, 0), "A100").level == WARNING
-    assert checkup.check_float8((9, 0), "H200").level == FINE
-    monkeypatch.setattr(checkup, "ask", lambda *_: "550.1")
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(torch.version, "cuda", None)
-    assert "CPU build, and there is a GPU" in checkup.check_cuda().seen
-    monkeypatch.setattr(torch.version, "cuda", "13.0")
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    assert "hides the GPUs" in checkup.check_cuda().seen
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
-    assert "update the driver" in checkup.check_cuda().todo
-
-
-@pytest.mark.parametrize(
-    "log, said",
-    [
-        ("error: FSDP needs GPUs\nx.ChildFailedError: \n", "error: FSDP needs GPUs"),
-        ("[rank1]: torch.OutOfMemoryError: CUDA out of memory. Tried", "recipes/plan.py says what would make it fit"),
-        ("Killed", "ended with status 1"),
-    ],
-)
-def test_a_rehearsal_that_fails_says_why(doctor, monkeypatch, capsys, log, said):
-    monkeypatch.setattr(doctor, "examine", lambda _: [])
-    done = SimpleNamespace(returncode=1, stdout="", stderr=log)
-    monkeypatch.setattr(doctor.subprocess, "run", lambda *_, **__: done)
-    with pytest.raises(SystemExit) as stopped:
-        doctor.main([*RECIPE, "--config_file", "accelerate_configs/fsdp.yaml", "--num_processes", "1"])
-    text = capsys.readouterr().out
-    assert stopped.value.code == 1
-    assert said in text
-    assert "nothing" not in text
-
-
-def test_fields_need_a_recipe(doctor):
-    with pytest.raises(SystemExit, match="no recipe was given"):
-        doctor.main(["--lora_r", "4"])
-
-
-def test_a_rehearsal_trains_two_steps(doctor, monkeypatch, fields, capsys):
-    monkeypatch.setattr(doctor, "examine", lambda _: [])
-    fields = {key: value for key, value in fields.items() if key not in ("output_dir", "max_steps", "save_steps")}
-    with pytest.raises(SystemExit) as stopped:
-        doctor.main([*arguments(fields), "--config_file", str(ROOT / "accelerate_configs" / "cpu.yaml")])
-    assert stopped.value.code == 0
-    assert "fine     two steps      trained; peak memory" in capsys.readouterr().out
 
 
 def test_a_worker_measures_cells_and_keeps_what_failed(tmp_path, base, rows):
