@@ -55,7 +55,8 @@ def _attention(
     """transformers' attention function: query [1, heads, tokens, size] to output [1, tokens, heads, size]."""
     if tiles is None or dropout:
         raise ValueError("varlen attention needs packed rows and knows no dropout: use attn_implementation sdpa")
-    query, key, value = (t[0].transpose(0, 1).contiguous() for t in (query, key, value))
+    # of float32 weights under autocast the rotation makes queries and keys float32; sdpa rounds them as well
+    query, key, value = (t[0].transpose(0, 1).to(value.dtype).contiguous() for t in (query, key, value))
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     return varlen_attention(query, key, value, tiles, scale)[0][None], None
 

@@ -223,8 +223,10 @@ def form(*values: object) -> tuple:
     )
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_rehearsed_kernels_are_those_of_every_step(fields, monkeypatch, dtype):
+@pytest.mark.parametrize(
+    "weights, dtype", [(torch.float32, torch.float32), (torch.bfloat16, torch.bfloat16), (torch.float32, torch.bfloat16)]
+)
+def test_the_rehearsed_kernels_are_those_of_every_step(fields, monkeypatch, weights, dtype):
     called = {}
 
     def attention_forward(query, key, value, pieces, scale):
@@ -248,7 +250,7 @@ def test_the_rehearsed_kernels_are_those_of_every_step(fields, monkeypatch, dtyp
     monkeypatch.setattr(loss, "cross_entropy_", cross_entropy_)
     trainer = build(fields, packing="true")
     for weight in trainer.model.parameters():
-        weight.data = weight.data if weight.requires_grad else weight.data.to(dtype)
+        weight.data = weight.data if weight.requires_grad else weight.data.to(weights)
     fastpath.rehearse(trainer.model.config, dtype, torch.device("cpu"), fused_loss=True)
     rehearsed, called = called, {}
     assert {name: len(forms) for name, forms in rehearsed.items()} == {"forward": 1, "backward": 1, "loss": 1}
