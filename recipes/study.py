@@ -46,7 +46,7 @@ from sftlab.summary import (
     summarise,
     table,
 )
-from sftlab.table import aligned, figure, markdown, write_csv
+from sftlab.table import aligned, figure, markdown, preview, write_csv
 from sftlab.turns import Command, in_turn
 
 # Each in its panel: the first of a line that was measured.
@@ -184,7 +184,7 @@ def result(task: Task) -> str:
     run = read_run(task.folder)
     status, reason = outcome(run)
     speed = (run.get("measured") or {}).get("tokens_per_s")
-    return f"{status}{f', {speed:,.0f} real tokens/s' if speed else f' ({reason[:200]})' if reason else ''}"
+    return f"{status}{f', {speed:,.0f} real tokens/s' if speed else f' ({preview(reason, 200)})' if reason else ''}"
 
 
 def write(study: Study, not_run: dict[str, str], out: Path, allow_confounded: bool, argv: list[str]) -> None:

@@ -15,7 +15,7 @@ from sftlab import confound
 from sftlab.evidence import STEP_PARTS, figures, read_evidence
 from sftlab.significance import add_holm
 from sftlab.study import Study, combination, options
-from sftlab.table import figure, p_value, without_empty_columns
+from sftlab.table import figure, p_value, preview, without_empty_columns
 
 # What a summary shows of a cell, where it was measured; and whether less is better, where 'better' means something.
 MEASURED = (
@@ -175,7 +175,7 @@ def table(summary: list[dict[str, Any]]) -> list[list[str]]:
             cells.append("" if line[key] is None else figure(line[key]) + spread)
         cells += ["" if line[key] is None else str(line[key]) for key in published]
         lines.append(
-            [*cells, "" if line["status"] == "succeeded" else f"{line['status']}: {line['reason'] or ''}"[:90]]
+            [*cells, "" if line["status"] == "succeeded" else preview(f"{line['status']}: {line['reason'] or ''}", 90)]
         )
     return without_empty_columns(lines)
 

@@ -224,7 +224,8 @@ def form(*values: object) -> tuple:
 
 
 @pytest.mark.parametrize(
-    "weights, dtype", [(torch.float32, torch.float32), (torch.bfloat16, torch.bfloat16), (torch.float32, torch.bfloat16)]
+    "weights, dtype",
+    [(torch.float32, torch.float32), (torch.bfloat16, torch.bfloat16), (torch.float32, torch.bfloat16)],
 )
 def test_the_rehearsed_kernels_are_those_of_every_step(fields, monkeypatch, weights, dtype):
     called = {}

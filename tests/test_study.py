@@ -14,7 +14,7 @@ import yaml
 from conftest import ROOT, load_script, short_fields
 
 from sftlab.study import begin, is_done, load
-from sftlab.summary import CHANGED, claims, effects, summarise
+from sftlab.summary import CHANGED, claims, effects, summarise, table
 
 SCRIPT = load_script("recipes/study.py")
 
@@ -247,6 +247,14 @@ def test_a_summary_has_medians_ranges_and_what_was_published(write, tmp_path):
     assert (a["tokens_per_s"], a["tokens_per_s low"], a["tokens_per_s high"], a["runs"]) == (2.0, 1.0, 5.0, 3)
     assert (b["tokens_per_s"], b["runs"], b["status"], b["reason"]) == (None, 0, "out of memory", "CUDA out of memory")
     assert (a["published rows_per_s"], b["published rows_per_s"]) == (5.0, None)
+
+
+def test_a_reason_of_several_lines_takes_one_row_of_the_table_and_one_line_of_the_terminal(write, tmp_path):
+    study = load(write({"a": {}}), tmp_path, {})
+    ended(study.tasks[0].folder, "failed", "CompilationError: at 29:34:\n    mean = a | b\n           ^\nother dtypes")
+    assert SCRIPT.result(study.tasks[0]) == "failed (CompilationError: at 29:34: mean = a | b ^ other dtypes)"
+    row = {"cell": "a", "seed": 1, "status": "failed", "reason": "CompilationError: at 29:34:\n    mean = a | b"}
+    assert table(summarise(study, [row]))[1][-1] == "failed: CompilationError: at 29:34: mean = a | b"
 
 
 def test_a_grid_has_every_combination_and_says_what_each_factor_changes(write, tmp_path):
