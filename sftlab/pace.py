@@ -21,7 +21,8 @@ ATTENTION = (0.14, 0.30)
 # Bytes moved for each byte that a layer keeps: norms, activations, casts and sums, forward and backward.
 TRAFFIC_COMPILED, TRAFFIC_EAGER, TRAFFIC_EAGER_FP32 = 6.7, 22.0, 10.0
 # Bytes for each element that goes into or comes out of a float8 product: its largest value, rounding, reading back.
-TRAFFIC_FP8 = 7.0
+# Uncompiled, every operation of `to_float8` reads and writes anew: 2 + 2, 2, 2 + 4, 4 + 4, 4 + 4, 4 + 1.
+TRAFFIC_FP8_COMPILED, TRAFFIC_FP8_EAGER = 7.0, 33.0
 # Bytes for each element beside a LoRA matrix: read and written three times at 16 bits, forward and backward.
 TRAFFIC_LORA = 4
 # Times that dequantising takes over reading 4 and writing 16 bits a weight.
@@ -88,7 +89,8 @@ def pace(step: Step, gpu: GPU) -> Pace:
     moved = tokens * kept(step) * s.layers * traffic * (1.35 if step.checkpointing else 1.0)
     ends = widths(step)
     if step.precision == "fp8":
-        moved += TRAFFIC_FP8 * tokens * s.layers * sum(a + z for a, z in ends.values())
+        rounding = TRAFFIC_FP8_COMPILED if step.compiled else TRAFFIC_FP8_EAGER
+        moved += rounding * tokens * s.layers * sum(a + z for a, z in ends.values())
     trained = sum(a + z for name, (a, z) in ends.items() if name in step.targets) if step.rank else 0
     moved += TRAFFIC_LORA * b * tokens * s.layers * trained
     unpacked = 2.5 * layer_weights * (3 if step.checkpointing else 2) * DEQUANTISING if step.quantized else 0.0

@@ -1,0 +1,65 @@
+"""The measurements on GPUs in one command: done ones are skipped, jobs of one GPU have one each, failures are said."""
+
+import json
+import shlex
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, load_script
+
+SCRIPT = load_script("results/on_gpus.py")
+
+
+def job(folder: Path, name: str, code: int = 0) -> str:
+    """Notes when it ran, on which GPU and which cores, and ends with `code`."""
+    note = (
+        "import json, os, sys, time; began = time.time(); time.sleep(1.5);"
+        f"file = open({str(folder / name)!r}, 'a');"
+        "facts = [began, time.time(), os.environ.get('CUDA_VISIBLE_DEVICES'), sorted(os.sched_getaffinity(0))];"
+        f"print(json.dumps(facts), file=file, flush=True); sys.exit({code})"
+    )
+    return f"-c {shlex.quote(note)}"
+
+
+@pytest.fixture
+def ran(tmp_path, monkeypatch):
+    """Run jobs, and what they noted."""
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr(SCRIPT, "ONE_GPU", dict.fromkeys(("left", "right", "broken")))
+
+    def run(*names: str, code: int = 0) -> tuple[list[str], dict[str, list]]:
+        jobs = {name: job(tmp_path, name, code if name == "broken" else 0) for name in names}
+        failed = SCRIPT.run(jobs, 2, tmp_path / "kept")
+        notes = {name: (tmp_path / name).read_text().splitlines() for name in names}
+        return failed, {name: [json.loads(line) for line in lines] for name, lines in notes.items()}
+
+    return run
+
+
+def test_jobs_of_one_gpu_run_beside_each_other_and_those_of_all_alone(ran, monkeypatch):
+    failed, notes = ran("left", "both", "right")
+    assert not failed
+    (left,), (both,), (right,) = notes["left"], notes["both"], notes["right"]
+    assert {left[2], right[2]} == {"0", "1"} and both[2] is None
+    assert both[1] < min(left[0], right[0]) and max(left[0], right[0]) < min(left[1], right[1])
+    assert not set(left[3]) & set(right[3]) or left[3] == right[3] == both[3], "one core alone cannot be shared out"
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,3")
+    _, notes = ran("broken")
+    assert notes["broken"][0][2] == "5"
+
+
+def test_what_failed_is_named_and_alone_runs_again(ran, capsys):
+    failed, _ = ran("left", "broken", code=3)
+    assert failed == ["broken"] and "broken: exit status 3" in capsys.readouterr().out
+    failed, notes = ran("left", "broken")
+    assert not failed and "left: done before" in capsys.readouterr().out
+    assert [len(notes[name]) for name in ("left", "broken")] == [1, 2]
+
+
+def test_its_commands_name_what_there_is(capsys):
+    SCRIPT.main(["--list"])
+    listed = capsys.readouterr().out.splitlines()
+    assert len(listed) == len(SCRIPT.ALL_GPUS) + len(SCRIPT.ONE_GPU)
+    for line in listed:
+        words = shlex.split(line.partition(": python ")[2])
+        assert all((ROOT / word).is_file() for word in words if word.endswith((".py", ".yaml"))), line
