@@ -11,6 +11,8 @@ same command again after an interruption, and it continues. A finished run is re
 import sftlab.quiet  # noqa: I001  (before the libraries that it quiets)
 import sftlab.settle  # noqa: F401  (before they see the devices)
 
+import atexit
+import gc
 import math
 import os
 import shutil
@@ -223,4 +225,6 @@ def planned_row(measured: dict) -> dict[str, str]:
 
 
 if __name__ == "__main__":
+    # the interpreter's last collection would walk over every module for seconds
+    atexit.register(gc.freeze)
     main(sys.argv[1:])

@@ -227,5 +227,5 @@ def begin(task: Task, beside: int = 0) -> None:
 
 
 def python_command(task: Task) -> list[str]:
-    """The task's command under this interpreter."""
-    return [sys.executable, "-m", "accelerate.commands.accelerate_cli", *task.command()[1:]]
+    """The task's command under this interpreter, without accelerate's other commands, whose import takes a second."""
+    return [sys.executable, "-m", "accelerate.commands.launch", *task.command()[2:]]
