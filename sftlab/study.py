@@ -113,7 +113,8 @@ def load(path: Path, runs: Path, given: Mapping[str, Any]) -> Study:
         random = given["random"], int(fields.get("max_length") or _read(recipe)["max_length"])
         model, rows = (str(path.relative_to(ROOT)) for path in random_files(*random))
         fields = {"model_name_or_path": model, "dataset_name": rows, "dataset_fraction": 1.0} | fields
-        fields = {"save_adapter": False} | fields  # of random weights nobody needs it
+        # of random weights nobody needs what was trained, nor how good it is
+        fields = {"save_adapter": False, "split_fractions": [1.0, 0.0, 0.0]} | fields
     seeds = content.get("seeds") or [None] * content.get("repeats", 1)
     tasks = []
     for repeat, seed in enumerate(seeds, start=1):

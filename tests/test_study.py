@@ -233,7 +233,8 @@ def test_published_figures_are_shown_beside_their_own_model_and_cells_alone(writ
     assert not load(path, tmp_path, {"recipe": "recipes/demo/all_r8.yaml"}).published
     study = ROOT / "recipes" / "studies" / "precision.yaml"
     assert load(study, tmp_path, {"random": "llama3.2-1b"}).published
-    assert "--save_adapter=false" in load(study, tmp_path, {"random": "llama3.2-1b"}).tasks[0].command()
+    command = " ".join(load(study, tmp_path, {"random": "llama3.2-1b"}).tasks[0].command())
+    assert "--save_adapter=false --split_fractions 1.0 0.0 0.0 " in command
     assert not load(study, tmp_path, {"random": "llama2-7b"}).published
     with pytest.raises(ValueError, match="published figures of b, which is none of the cells"):
         load(write({"a": {}}, published=[{"cell": "b", "rows_per_s": 5.0}]), tmp_path, {})
