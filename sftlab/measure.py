@@ -2,11 +2,13 @@
 
 import resource
 import time
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
 import psutil
 import torch
+import torch.nn.functional as F
 from accelerate.utils import gather_object
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -16,6 +18,7 @@ from sftlab.memory import MemorySplit
 from sftlab.turns import wait_for_turn
 
 WARMUP_STEPS = 5
+QUICK_S = 0.05  # a product of twice the size takes eight times as long
 
 
 class Meter(TrainerCallback):
@@ -164,17 +167,29 @@ def _packed_factor(parameter: nn.Parameter) -> float:
 
 
 def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOP/s of a square matrix product of random data on `device`: the best of several, as a limit is."""
-    size, repeats = (8192, 20) if device.type == "cuda" else (2048, 5)
-    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-    times = []
-    for _ in range(repeats):
-        synchronize()
-        start = time.perf_counter()
-        a @ b
-        synchronize()
-        times.append(time.perf_counter() - start)
-    return 2 * size**3 / min(times)
+    """FLOP/s of a square matrix product of random data on `device`: the best of several, as a limit is.
+
+    A CPU does a linear layer's product, of growing sizes while they are quick: without instructions for 16 bits one
+    of size 2,048 takes a second, and half a minute with its second matrix in the other order.
+    """
+    on_gpu = device.type == "cuda"
+    sizes, repeats, product = ((8192,), 20, torch.matmul) if on_gpu else ((256, 512, 1024, 2048), 5, F.linear)
+    best = 0.0
+    for size in sizes:
+        a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+        seconds = min(_seconds(product, a, b) for _ in range(repeats))
+        best = max(best, 2 * size**3 / seconds)
+        if seconds > QUICK_S:
+            break
+    return best
+
+
+def _seconds(product: Callable[..., torch.Tensor], a: torch.Tensor, b: torch.Tensor) -> float:
+    synchronize()
+    start = time.perf_counter()
+    product(a, b)
+    synchronize()
+    return time.perf_counter() - start
 
 
 def share_of_limit(facts: dict[str, Any], device: torch.device, dtype: torch.dtype, world_size: int) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """What a run measures: real tokens, the steady state alone, FLOPs that LoRA really needs; exact likelihoods."""
 
+import time
 from types import SimpleNamespace
 
 import numpy as np
@@ -61,6 +62,19 @@ def test_the_meter_counts_real_tokens_and_leaves_out_warm_up_evaluation_and_savi
     monkeypatch.setattr(measure, "matrix_rate", lambda *_: 1e12)
     of_limit = measure.share_of_limit(tiny, torch.device("cpu"), torch.float32, world_size=2)
     assert of_limit["share_of_limit"] == pytest.approx(4 * 3e5 / 1e12 / 2), "of a model however small"
+
+
+def test_a_slow_processor_is_not_measured_for_minutes(monkeypatch):
+    sizes = []
+
+    def slow(a, b):
+        sizes.append(len(a))
+        time.sleep(0.06 if len(a) > 256 else 0.0)
+
+    monkeypatch.setattr(measure.F, "linear", slow)
+    rate = measure.matrix_rate(torch.device("cpu"), torch.bfloat16)
+    assert set(sizes) == {256, 512}
+    assert rate > 2 * 512**3 / 0.07, "the best of what was tried"
 
 
 def test_a_run_too_short_to_time_says_so(monkeypatch):
