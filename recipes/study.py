@@ -132,8 +132,8 @@ def train(tasks: list[Task], at_once: int = 1, random: tuple[str, int] | None = 
         if is_done(task):
             print(f"{places[task.name]}: {result(task)}; done before", flush=True)
         elif gpus_needed(task) > gpus:
-            not_run[task.name] = f"it needs {gpus_needed(task)} GPUs, this machine shows {gpus}"
-            print(f"{places[task.name]}: not run, {not_run[task.name]}", flush=True)
+            not_run[task.name] = f"it needs {gpus_needed(task)} GPUs"
+            print(f"{places[task.name]}: not run, {not_run[task.name]}, this machine shows {gpus}", flush=True)
         else:
             todo.append(task)
     if todo and random:

@@ -170,7 +170,7 @@ def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
     """FLOP/s of a square matrix product of random data on `device`: the best of several, as a limit is.
 
     A CPU does a linear layer's product, of growing sizes while they are quick: without instructions for 16 bits one
-    of size 2,048 takes a second, and half a minute with its second matrix in the other order.
+    of size 2,048 takes a second, and a minute with its second matrix in the other order.
     """
     on_gpu = device.type == "cuda"
     sizes, repeats, product = ((8192,), 20, torch.matmul) if on_gpu else ((256, 512, 1024, 2048), 5, F.linear)
