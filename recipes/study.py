@@ -246,29 +246,32 @@ def _cells(study: Study, summary: Sequence[Mapping[str, Any]]) -> Figure | None:
     size = (3.2 * columns + 0.06 * max(map(len, study.cells)), (1.2 + 0.28 * len(summary)) * deep + 0.4)
     canvas, panels = plt.subplots(deep, columns, figsize=size, squeeze=False, sharey=True)
     for key, axes in zip(shown, panels.flat, strict=False):
+        from_zero = key != "train_loss" and key in MEASURED
+        known = [line.get(f"published {key}") or 0 for line in summary]
+        limit = 1.2 * max(*known, *(line[f"{key} high"] or 0 for line in summary)) or 1
         for place, line in enumerate(summary):
             if line[key] is not None:
                 axes.hlines(place, line[f"{key} low"], line[f"{key} high"], color=MEASURED_COLOUR, lw=2)
                 axes.plot(line[key], place, "o", color=MEASURED_COLOUR, ms=5)
+                side = "left" if from_zero and line[key] < 0.08 * limit else "center"  # not across the axis
                 at = (line[key], place)
-                axes.annotate(figure(line[key]), at, (0, 5), textcoords="offset points", fontsize=7, ha="center")
+                axes.annotate(figure(line[key]), at, (0, 5), textcoords="offset points", fontsize=7, ha=side)
             if (known := line.get(f"published {key}")) is not None:
                 axes.plot(known, place, "D", mfc="none", color=PUBLISHED_COLOUR, ms=6)
         axes.set(xlabel=TITLES[key], ylim=(len(summary) - 0.5, -0.7))
         axes.set_yticks(range(len(summary)), study.cells)
         axes.margins(x=0.2)
         axes.locator_params(axis="x", nbins=4)
-        if key != "train_loss" and key in MEASURED:
-            known = [line.get(f"published {key}") or 0 for line in summary]
-            axes.set_xlim(0, 1.2 * max(*known, *(line[f"{key} high"] or 0 for line in summary)) or 1)
+        if from_zero:
+            axes.set_xlim(0, limit)
         else:
             widen(axes)
         axes.grid(axis="y", lw=0.4, alpha=0.5)
     for axes in panels.flat[len(shown) :]:
         axes.axis("off")
-    circle = "circles: median, lines: range of the runs"
-    known = "; diamonds: published" if study.published else ""
-    canvas.suptitle(f"{study.name} ({circle}{known})", x=0.01, ha="left", fontsize=9)
+    known = "; diamonds: published" if any(f"published {key}" in summary[0] for key in shown) else ""
+    said = f"{study.name} (circles: median, lines: range of the runs{known})"
+    canvas.suptitle(said, x=0.01, ha="left", fontsize=9)
     canvas.tight_layout()
     return canvas
 
