@@ -3,7 +3,7 @@
 python results/plan_accuracy.py --plan                        (lists the cells, and which were kept out of the fitting)
 python results/plan_accuracy.py --measure --gpus 1 [--part 1/2] [--only WORD ...] [--skip WORD ...] [--out X.csv]
 python results/plan_accuracy.py --measure --gpus 2 [--out X.csv]
-python results/plan_accuracy.py [--measured X.csv ...]      (the table anew: what was measured, and today's planner)
+python results/plan_accuracy.py [--measured X.csv ...]      (the table by today's planner, X.csv's cells for its own)
 
 Random-initialised Llama-3.2-1B and Llama-2-7B, recipes/sft.py itself, 12 steps a cell. Rows are `length` tokens each,
 so that a micro-batch has rows x length tokens (`mixed`: lognormal lengths up to it). Many cells share a process
@@ -58,7 +58,9 @@ def main() -> None:
         "--skip", nargs="+", default=[], metavar="WORD", help="not the cells whose name has such a word"
     )
     parser.add_argument("--out", type=Path, default=ROOT / "results" / "plan_accuracy_measured.csv")
-    parser.add_argument("--measured", type=Path, nargs="+", help="rows of --measure for the table (default: its own)")
+    parser.add_argument(
+        "--measured", type=Path, nargs="+", default=[], help="what --measure wrote, a file a host: into the table"
+    )
     parser.add_argument("--rehearse", action="store_true", help="on a CPU, with a tiny shape")
     arguments = parser.parse_args()
     chosen = [cell for cell in CELLS if set(arguments.only) <= set(words(cell)) - set(arguments.skip)]
@@ -70,12 +72,17 @@ def main() -> None:
         chosen = [cell for cell in chosen if cell.gpus == arguments.gpus][part - 1 :: parts]
         return measure(chosen, arguments.out, arguments.gpus, arguments.rehearse)
     table = ROOT / "results" / "plan_accuracy.csv"
-    found = [on_one_host(read_csv(path)) for path in arguments.measured or []] or [read_csv(table)]
-    measured = {line["cell"]: line for lines in found for line in lines}
+    measured = newest(table, arguments.measured)
     lines = [predicted(cell, measured[cell.name]) for cell in chosen if cell.name in measured]
     write_csv(table, [*lines, *published()])
     print(summary(lines))
     return None
+
+
+def newest(table: Path, measured: Sequence[Path]) -> dict[str, dict[str, str]]:
+    """The rows of a table by cell, those of --measure in the place of older ones."""
+    found = [read_csv(table), *(on_one_host(read_csv(path)) for path in measured)]
+    return {line["cell"]: line for lines in found for line in lines}
 
 
 def on_one_host(lines: list[dict[str, str]]) -> list[dict[str, str]]:

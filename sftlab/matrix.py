@@ -112,6 +112,7 @@ FITTED = """
 1b all fp16 4096x2 single checkpointed
 1b all fp8 4096x2 single
 7b attn bf16 4096x1 single
+1b attn fp8 512x16 single checkpointed compiled
 1b attn bf16 512x16 ddp compiled
 1b all bf16 1024x8 fsdp
 7b attn bf16 1024x4 ddp compiled

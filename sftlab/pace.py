@@ -13,7 +13,7 @@ from sftlab.planner import Step, kept
 # Of the published matrix rate: what a large product reaches, and of that what a decoder's products do on average.
 MATRIX = 0.80 * 0.85
 # Of float32's rate, the attention kernels, whose products have no tensor cores, by head size; large heads spill.
-ATTENTION_FP32 = {64: 0.11, 128: 0.0045}
+ATTENTION_FP32 = {64: 0.10, 128: 0.0045}
 # float32 products of the same sizes
 MATRIX_FP32 = 0.76 * 0.85
 # Attention's share of the matrix rate on rows of a few hundred tokens; it grows with their length up to the second.
@@ -77,11 +77,11 @@ def pace(step: Step, gpu: GPU) -> Pace:
     rate, half = gpu.tflops(step.precision) * 1e12, gpu.tflops("fp32" if b == 4 else "bf16") * 1e12
     reached = MATRIX_FP32 if b == 4 else MATRIX
     bandwidth = gpu.memory_gbs * 1e9
-    again = 1.5 if step.checkpointing else 1.0
     layer_weights = w.linears * s.layers
-    passes = 4.0 if w.trained < layer_weights else 6.0
-    matrices = tokens * passes * again * layer_weights / (rate * reached) + tokens * 4.0 * w.head / (half * reached)
-    attended = 3.5 * again * 2 * tokens * step.row_length * s.heads * s.head_size * s.layers
+    # of a product: forward, its input's gradient, its weight's where that is trained, and the forward again
+    passes = 2.0 * (2 + (w.trained >= layer_weights) + step.checkpointing)
+    matrices = tokens * passes * layer_weights / (rate * reached) + tokens * 4.0 * w.head / (half * reached)
+    attended = (3.5 + step.checkpointing) * 2 * tokens * step.row_length * s.heads * s.head_size * s.layers
     share = min(ATTENTION[1], ATTENTION[0] * max(1.0, step.row_length / 512) ** 0.5)
     if b == 4 and step.packed:
         share = ATTENTION_FP32[64 if s.head_size <= 64 else 128]

@@ -252,6 +252,16 @@ def test_a_command_s_cells_have_one_host_whatever_disturbed_it():
     assert script.on_one_host([{"cell": "a"}]) == [{"cell": "a"}]
 
 
+def test_what_is_measured_again_takes_the_place_of_its_rows_alone(tmp_path):
+    script, table, again = load_script("results/plan_accuracy.py"), tmp_path / "table.csv", tmp_path / "again.csv"
+    table.write_text("cell,host_us,seconds\na,,1\nb,4.0,2\nc,,3\n", encoding="utf-8")
+    again.write_text("cell,host_us,seconds\nb,2.7,20\nd,3.1,40\n", encoding="utf-8")
+    rows = script.newest(table, [again])
+    assert {name: (row["host_us"], row["seconds"]) for name, row in rows.items()} == {
+        "a": ("", "1"), "b": ("2.7", "20"), "c": ("", "3"), "d": ("2.7", "40"),
+    }  # fmt: skip
+
+
 def test_published_peaks_are_within_a_tenth():
     for line in load_script("results/plan_accuracy.py").published():
         assert abs(line["memory_error"]) < 0.1, line

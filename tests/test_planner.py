@@ -257,6 +257,15 @@ def test_speed_follows_the_gpu_and_what_is_known_of_the_h200():
         assert forecast(launch, rows=rows, lora_dropout=0, **fields).tokens_per_s == pytest.approx(speed, rel=0.15)
 
 
+def test_checkpointing_costs_a_forward_whatever_is_trained():
+    lora, whole = ([forecast(use_peft=peft, gradient_checkpointing=c).pace for c in ("false", "true")]
+                   for peft in ("true", "false"))  # fmt: skip
+    again = [checkpointed.matrices - plain.matrices for plain, checkpointed in (lora, whole)]
+    assert again[0] == pytest.approx(again[1])
+    assert again[0] == pytest.approx(lora[0].matrices * 2 / 4 * 0.79, rel=0.01)  # a fifth is the head
+    assert lora[1].attention / lora[0].attention == pytest.approx(4.5 / 3.5)
+
+
 def test_time_and_work_follow_from_rows_and_epochs():
     once, twice = forecast(num_train_epochs=1), forecast(num_train_epochs=2)
     assert once.steps == 38_000 // 64
