@@ -4,8 +4,10 @@ import importlib.util
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import traceback
 from pathlib import Path
 
 import pytest
@@ -14,7 +16,9 @@ from serving import serve
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from sftlab import interrupt
 from sftlab.files import write_json
+from sftlab.launch import exported
 
 ROOT = Path(__file__).parent.parent
 SHARED = ROOT.parent / "shared" / "data"
@@ -131,6 +135,50 @@ def load_script(path: str):
 def sft():
     """recipes/sft.py in this process, for input that it must refuse before it loads anything."""
     return load_script("recipes/sft.py")
+
+
+@pytest.fixture
+def handlers():
+    """What a training in this process does with signals ends with the test."""
+    before = {number: signal.getsignal(number) for number in interrupt.SIGNALS}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.fixture
+def train_here(sft, monkeypatch, handlers, capfd):
+    """A run under cpu.yaml in this process: what a launch does, less the imports, which are most of so short a one."""
+
+    def train(fields: dict[str, str]) -> subprocess.CompletedProcess:
+        for name, value in exported(ROOT / "accelerate_configs" / "cpu.yaml").items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", "")
+        capfd.readouterr()
+        code: object = 0
+        try:
+            sft.main(arguments(fields))
+        except SystemExit as ended:
+            code = ended.code
+        except Exception:  # as python itself ends
+            code = traceback.format_exc()
+        said = capfd.readouterr()
+        errors = said.err + (code if isinstance(code, str) else "")
+        return subprocess.CompletedProcess([], int(bool(code)), said.out, errors)
+
+    return train
+
+
+@pytest.fixture
+def trained_here(train_here):
+    """A run in this process that succeeds."""
+
+    def train(fields: dict[str, str]) -> subprocess.CompletedProcess:
+        done = train_here(fields)
+        assert done.returncode == 0, done.stderr[-3000:]
+        return done
+
+    return train
 
 
 @pytest.fixture(scope="session")

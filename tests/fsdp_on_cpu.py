@@ -2,7 +2,8 @@
 
 accelerate launch --config_file accelerate_configs/fsdp.yaml tests/fsdp_on_cpu.py --config recipes/demo/attn_r16.yaml
 
-With SCALED in the environment the loss is scaled as under fp16, which itself needs a GPU.
+With SCALED in the environment the loss is scaled as under fp16, which itself needs a GPU. Gradients are unscaled before
+they are clipped there, which accelerate does for fp16 alone.
 """
 
 import sftlab.quiet  # noqa: I001  (before the libraries that it quiets)
@@ -33,11 +34,17 @@ def scaled(self: Accelerator, *args: object, **kwargs: object) -> object:
     return prepare(self, *args, **kwargs)
 
 
+def unscale(self: Accelerator, optimizer: object = None) -> None:
+    """As Accelerator does under fp16."""
+    for wrapped in self._optimizers:
+        self.scaler.unscale_(wrapped.optimizer)
+
+
 if __name__ == "__main__":
     os.environ["ACCELERATE_USE_CPU"] = "true"
     PartialState.__init__ = as_on_gpus
     if "SCALED" in os.environ:
-        Accelerator.prepare = scaled
+        Accelerator.prepare, Accelerator.unscale_gradients = scaled, unscale
     sft = load_script("recipes/sft.py")
     sft.check_devices = lambda launch: None
     sft.main(sys.argv[1:])

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -56,7 +57,7 @@ STOPS = [("worker", signal.SIGTERM), ("worker", signal.SIGUSR1), ("launcher", si
 
 
 @pytest.mark.parametrize(("whom", "number"), STOPS)
-def test_a_stopped_run_is_interrupted_and_continues_bit_for_bit(finished, tmp_path, whom, number):
+def test_a_stopped_run_is_interrupted_and_continues_bit_for_bit(finished, tmp_path, trained_here, whom, number):
     _, fields, _ = finished
     own = {**fields, "output_dir": str(tmp_path / "run"), "max_steps": "60", "save_strategy": "no"}
     code, output = stopped_after(own, 4, number, whom)
@@ -67,7 +68,7 @@ def test_a_stopped_run_is_interrupted_and_continues_bit_for_bit(finished, tmp_pa
     assert not (tmp_path / "run" / "adapter").exists()
     if (whom, number) != STOPS[0]:
         return
-    launched("cpu", {**own, "output_dir": str(tmp_path / "whole")})
+    trained_here({**own, "output_dir": str(tmp_path / "whole")})
     launched("cpu", {**own, "disable_tqdm": "true"})
     record = read(own["output_dir"])
     assert record["status"] == "succeeded"
@@ -83,12 +84,12 @@ def test_a_stopped_run_is_interrupted_and_continues_bit_for_bit(finished, tmp_pa
     assert len(scalars(tmp_path / "run", "train/train_loss")) == 1
 
 
-def test_a_killed_run_continues_from_its_checkpoint_and_says_what_it_cost(finished, tmp_path):
+def test_a_killed_run_continues_from_its_checkpoint_and_says_what_it_cost(finished, tmp_path, trained_here):
     _folder, fields, _ = finished
     own = {**fields, "output_dir": str(tmp_path / "run"), "max_steps": "40", "logging_steps": "2", "save_steps": "9"}
     stopped_after(own, 8, signal.SIGKILL)
     assert read(own["output_dir"])["status"] == "running"
-    launched("cpu", {**own, "disable_tqdm": "true"})
+    trained_here({**own, "disable_tqdm": "true"})
     record = read(own["output_dir"])
     assert record["status"] == "succeeded"
     (stop,) = record["interruptions"]
@@ -102,31 +103,21 @@ def test_a_killed_run_continues_from_its_checkpoint_and_says_what_it_cost(finish
     assert not list((tmp_path / "run").rglob("training_args.bin"))
 
 
-@pytest.fixture
-def handlers():
-    before = {number: signal.getsignal(number) for number in interrupt.SIGNALS}
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
-
-
 def test_other_data_are_refused_with_what_differs_or_continued_with_on_request(
-    sft, fields, rows, tmp_path, handlers, monkeypatch
+    fields, rows, tmp_path, train_here, trained_here
 ):
-    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", "")
     data = tmp_path / "rows.jsonl"
     shutil.copy(rows, data)
-    own = arguments({**fields, "dataset_name": str(data)})
-    sft.main(own)
+    own = {**fields, "dataset_name": str(data)}
+    trained_here(own)
     run = tmp_path / "run"
     write_json(run / "run.json", read(run) | {"status": "interrupted"})
     shutil.rmtree(run / "checkpoint-6")
     data.write_text(data.read_text().replace("Repeat", "Recite"))
-    with pytest.raises(SystemExit, match=r"data test fingerprint .* was, .* is\)"):
-        sft.main(own)
+    assert re.search(r"data test fingerprint .* was, .* is\)", train_here(own).stderr)
     assert read(run)["status"] == "failed"
     assert not (run / "checkpoint-6").exists()
-    sft.main([*own, "--resume_anyway=true"])
+    trained_here({**own, "resume_anyway": "true"})
     record = read(run)
     assert record["status"] == "succeeded"
     assert [stop["step"] for stop in record["interruptions"]] == [3, 3]

@@ -8,7 +8,6 @@ import torch
 from conftest import (
     ROOT,
     SHARED,
-    launch,
     launch_command,
     launched,
     needs_shared,
@@ -70,10 +69,10 @@ def test_the_adapter_loads_with_plain_peft_and_changes_the_model(finished, base)
         assert torch.equal(tuned(ids).logits, before)
 
 
-def test_a_finished_run_is_not_overwritten_by_the_same_command(finished):
+def test_a_finished_run_is_not_overwritten_by_the_same_command(finished, train_here):
     folder, fields, _ = finished
     before = adapter_hash(folder)
-    done = launch("cpu", fields)
+    done = train_here(fields)
     assert done.returncode != 0
     assert "error: " in done.stderr
     assert "--overwrite" in done.stderr
@@ -140,31 +139,31 @@ def test_a_failing_rank_fails_the_run_with_its_reason(finished, tmp_path):
     assert record["reason"] == "RuntimeError: the second rank broke"
 
 
-def test_a_run_that_only_measures_keeps_no_adapter_and_says_so(finished, tmp_path):
+def test_a_run_that_only_measures_keeps_no_adapter_and_says_so(finished, tmp_path, trained_here):
     folder, fields, _ = finished
     run = tmp_path / "run"
-    done = launched("cpu", {**fields, "output_dir": str(run), "save_adapter": "false"})
+    done = trained_here({**fields, "output_dir": str(run), "save_adapter": "false"})
     assert losses(run) == losses(folder)
     assert not (run / "adapter").exists() and "Nothing is kept of what was trained" in done.stdout
     with pytest.raises(ValueError, match="kept nothing of what it trained"):
         finished_run(run)
 
 
-def test_fewer_rows_than_a_global_batch_are_refused(finished, tmp_path):
+def test_fewer_rows_than_a_global_batch_are_refused(finished, tmp_path, train_here):
     _, fields, _ = finished
     own = {**fields, "output_dir": str(tmp_path / "run")}
-    done = launch("cpu", {**own, "global_batch_size": "200", "per_device_train_batch_size": "200"})
+    done = train_here({**own, "global_batch_size": "200", "per_device_train_batch_size": "200"})
     assert done.returncode != 0
     assert "do not fill one global batch of 200" in read(tmp_path / "run")["reason"]
 
 
-def test_what_max_length_cuts_and_drops_is_counted(finished, tmp_path):
+def test_what_max_length_cuts_and_drops_is_counted(finished, tmp_path, trained_here):
     _, fields, _ = finished
     questions = [f"q{i}" + "?" * (200 if i % 5 == 0 else 0) for i in range(200)]
     long = [{"instruction": q, "response": "a" * (1 + i % 100)} for i, q in enumerate(questions)]
     rows = write_jsonl(tmp_path / "long.jsonl", long)
     own = {**fields, "dataset_name": str(rows), "output_dir": str(tmp_path / "run"), "max_steps": "1"}
-    done = launched("cpu", {**own, "max_length": "100"})
+    done = trained_here({**own, "max_length": "100"})
     facts = read(tmp_path / "run")["data"]["tokenized"]
     # one token a character, and bos, the frame of the template, eos
     frame = 1 + len("### Instruction:\n\n\n### Response:\n")
@@ -177,9 +176,9 @@ def test_what_max_length_cuts_and_drops_is_counted(finished, tmp_path):
     assert f"{facts['cut']}, {facts['dropped']} train rows" in done.stdout
 
 
-def test_a_diverged_run_fails(finished, tmp_path):
+def test_a_diverged_run_fails(finished, tmp_path, train_here):
     _, fields, _ = finished
-    done = launch("cpu", {**fields, "output_dir": str(tmp_path / "run"), "learning_rate": "1e30", "max_grad_norm": "0"})
+    done = train_here({**fields, "output_dir": str(tmp_path / "run"), "learning_rate": "1e30", "max_grad_norm": "0"})
     assert done.returncode != 0
     assert read(tmp_path / "run")["status"] == "failed"
     assert "diverged" in read(tmp_path / "run")["reason"]
@@ -201,13 +200,13 @@ def test_mixed_precision_on_the_command_line_really_runs(finished, tmp_path):
     assert ran["trainable_dtypes"] == ["float32"]
 
 
-def test_a_one_layer_cut_trains_from_a_stream(finished, tmp_path):
+def test_a_one_layer_cut_trains_from_a_stream(finished, tmp_path, trained_here):
     _, fields, _ = finished
     own = {
         **fields, "output_dir": str(tmp_path / "run"), "max_steps": "3", "dataset_streaming": "true",
         "streaming_eval_rows": "10", "model_init_kwargs": '{"num_hidden_layers": 1}',
     }  # fmt: skip
-    launched("cpu", own)
+    trained_here(own)
     record = read(tmp_path / "run")
     assert record["ran"]["trainable_parameters"] == 16 * ((32 + 32) + (32 + 16) + (32 + 32))
     assert record["data"]["streaming"] is True

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from conftest import ROOT, arguments, byte_tokenizer, instruction_rows, launch, load_script, read, write_jsonl
+from conftest import ROOT, arguments, byte_tokenizer, instruction_rows, load_script, read, write_jsonl
 from datasets import Dataset, load_dataset
 from slurm_cluster import FOUND, SlurmCluster
 from test_data import SHAPED
@@ -482,12 +482,11 @@ def test_tokens_that_are_not_finished_or_not_whole_are_refused(made, tmp_path):
         load_splits(data)
 
 
-def test_training_and_judging_on_tokens_is_that_on_the_text(finished, script, tmp_path):
+def test_training_and_judging_on_tokens_is_that_on_the_text(finished, script, tmp_path, trained_here):
     text, fields, _ = finished
     tokenized(script, fields, tmp_path / "tokens", size=32)
     run = tmp_path / "run"
-    done = launch("cpu", {**fields, "dataset_name": str(tmp_path / "tokens"), "output_dir": str(run)})
-    assert done.returncode == 0, done.stderr[-3000:]
+    trained_here({**fields, "dataset_name": str(tmp_path / "tokens"), "output_dir": str(run)})
     on_text, on_tokens = read(text), read(run)
     assert on_tokens["losses"] == on_text["losses"]
     assert on_tokens["measured"]["validation_loss"] == on_text["measured"]["validation_loss"]
