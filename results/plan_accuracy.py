@@ -173,8 +173,9 @@ def measure(cells: Sequence[Cell], out: Path, gpus: int, rehearse: bool) -> None
     about = provenance()
     while left := [cell for cell in cells if cell.name not in {line["cell"] for line in read_csv(out)}]:
         with tempfile.TemporaryDirectory() as folder:
-            worker = start(left, gpus, rehearse, Path(folder))
-            follow(worker, left, out, Path(folder), about)
+            together = [cell for cell in left if launch_config(cell) == launch_config(left[0])]
+            worker = start(together, gpus, rehearse, Path(folder))
+            follow(worker, together, out, Path(folder), about)
 
 
 def start(cells: Sequence[Cell], gpus: int, rehearse: bool, folder: Path) -> subprocess.Popen:
@@ -191,12 +192,16 @@ def start(cells: Sequence[Cell], gpus: int, rehearse: bool, folder: Path) -> sub
         )
         listed.append({"name": cell.name, "variables": variables, "argv": argv, "limit_gb": cell.within_gb})
     (folder / "cells.json").write_text(json.dumps(listed), encoding="utf-8")
-    # under fsdp.yaml the process group speaks for GPUs and CPUs, which serves DDP too
-    launch = ("cpu" if gpus == 1 else "cpu_ddp") if rehearse else ("single" if gpus == 1 else "fsdp")
+    launch = ("cpu" if gpus == 1 else "cpu_ddp") if rehearse else launch_config(cells[0])
     command = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch"]
     command += ["--config_file", f"accelerate_configs/{launch}.yaml", "--num_processes", str(gpus)]
     command += ["results/plan_worker.py", "--cells", str(folder / "cells.json"), "--out", str(folder / "lines.jsonl")]
     return subprocess.Popen(command, cwd=ROOT, start_new_session=True)
+
+
+def launch_config(cell: Cell) -> str:
+    """The worker's: under fsdp.yaml the process group speaks for GPUs and CPUs, which serves DDP too."""
+    return "single" if cell.strategy == "single" else "fsdp"
 
 
 def follow(worker: subprocess.Popen, cells: Sequence[Cell], out: Path, folder: Path, about: dict[str, str]) -> None:

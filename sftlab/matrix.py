@@ -2,7 +2,7 @@
 
 A line of FITTED or HELD_OUT is a cell: shape, targets, precision, length x rows of a micro-batch, strategy, and what
 else is not as usual: `checkpointed`, `compiled` layers, `mixed` lengths (lognormal, up to the one named), a rank `r64`,
-`accumulated` over four micro-batches, `dropout`, `within40` GB that the allocator is given.
+`accumulated` over four micro-batches, `dropout`, `within40` GB that the allocator is given, fsdp `alone` on one GPU.
 """
 
 from typing import Any, NamedTuple
@@ -36,11 +36,12 @@ class Cell(NamedTuple):
     accumulation: int = 1
     within_gb: int = 0
     dropout: bool = False
+    alone: bool = False
 
     @property
     def gpus(self) -> int:
         """GPUs that it takes."""
-        return 1 if self.strategy == "single" else 2
+        return 1 if self.alone or self.strategy == "single" else 2
 
     @property
     def held_out(self) -> bool:
@@ -113,6 +114,17 @@ FITTED = """
 1b all fp8 4096x2 single
 7b attn bf16 4096x1 single
 1b attn fp8 512x16 single checkpointed compiled
+1b all bf16 1024x2 single
+1b attn bf16 1024x2 single
+1b all bf16 1024x2 single compiled
+1b all bf16 1024x2 single checkpointed
+1b all bf16 1024x2 single checkpointed compiled
+1b all nf4 1024x2 single
+1b all nf4 1024x2 single checkpointed
+1b all bf16 1024x2 fsdp alone
+1b all bf16 1024x2 fsdp alone compiled
+1b all bf16 1024x2 fsdp alone checkpointed
+1b all nf4 1024x2 fsdp alone checkpointed
 1b attn bf16 512x16 ddp compiled
 1b all bf16 1024x8 fsdp
 7b attn bf16 1024x4 ddp compiled
@@ -159,6 +171,7 @@ def parse(line: str) -> Cell:
     special: dict[str, Any] = {"checkpointing": "checkpointed" in rest, "compiled": "compiled" in rest}
     special |= {
         "dropout": "dropout" in rest,
+        "alone": "alone" in rest,
         "mixed": "mixed" in rest,
         "accumulation": 4 if "accumulated" in rest else 1,
     }
