@@ -119,10 +119,8 @@ FITTED = """
 1b all bf16 1024x2 single compiled
 1b all bf16 1024x2 single checkpointed
 1b all bf16 1024x2 single checkpointed compiled
-1b all nf4 1024x2 single
 1b all nf4 1024x2 single checkpointed
 1b all bf16 1024x2 fsdp alone
-1b all bf16 1024x2 fsdp alone compiled
 1b all bf16 1024x2 fsdp alone checkpointed
 1b all nf4 1024x2 fsdp alone checkpointed
 1b attn bf16 512x16 ddp compiled

@@ -41,8 +41,8 @@ def tuned(built, tmp_path_factory):
     return folder
 
 
-def judge(run):
-    quality = [sys.executable, str(ROOT / "eval" / "quality.py"), "--run", str(run)]
+def judge(run, *flags):
+    quality = [sys.executable, str(ROOT / "eval" / "quality.py"), "--run", str(run), *flags]
     done = subprocess.run(quality, capture_output=True, text=True, cwd=ROOT, timeout=200)
     assert done.returncode == 0, done.stderr[-2000:]
     return json.loads((run / "eval" / "quality.json").read_text()), done.stdout
@@ -80,7 +80,7 @@ def test_a_model_tuned_on_unshifted_labels_is_detected(tuned, tmp_path):
         optimizer.step()
         optimizer.zero_grad()
     model.save_pretrained(folder / "adapter")
-    report, text = judge(folder)
+    report, text = judge(folder, "--samples", "64")
     perplexity = report["scores"]["response_perplexity"]
     assert perplexity["difference"]["interval_95"][0] > 0
     assert report["answers"]["tuned"]["repetitive"] > report["rows"] / 2

@@ -80,10 +80,10 @@ def test_a_finished_run_is_not_overwritten_by_the_same_command(finished, train_h
     assert read(folder)["status"] == "succeeded"
 
 
-def test_two_processes_give_the_losses_of_one(finished, tmp_path):
+def test_two_processes_give_the_losses_of_one(finished, tmp_path, trained_here):
     _, fields, _ = finished
     own = {**fields, "lora_dropout": "0", "save_strategy": "no", "max_steps": "45"}
-    launched("cpu", {**own, "output_dir": str(tmp_path / "one"), "per_device_train_batch_size": "2"})
+    trained_here({**own, "output_dir": str(tmp_path / "one"), "per_device_train_batch_size": "2"})
     launched("cpu_ddp", {**own, "output_dir": str(tmp_path / "two")})
     one, two = read(tmp_path / "one"), read(tmp_path / "two")
     assert (one["ran"]["micro_batch"], one["ran"]["accumulation"]) == (2, 4)
