@@ -163,8 +163,9 @@ def ran_out(task: Task) -> bool:
 
 
 def not_begun(tasks: list[Task]) -> dict[str, str]:
-    """Tasks that nothing is known of."""
-    return {task.name: "not run yet" for task in tasks if not (task.folder / "task.json").is_file()}
+    """Tasks that nothing is known of, and why."""
+    needed = {task.name: gpus_needed(task) for task in tasks if not (task.folder / "task.json").is_file()}
+    return {name: f"it needs {gpus} GPUs" if gpus > 1 else "not yet" for name, gpus in needed.items()}
 
 
 def score(task: Task) -> bool:
@@ -198,7 +199,7 @@ def write(study: Study, not_run: dict[str, str], out: Path, allow_confounded: bo
     plots = draw(study, summary, out)
     facts = next((about(read_run(t.folder)) for t in study.tasks if (t.folder / "run.json").is_file()), {})
     lines = [f"# {study.name}", "", *(["**CONFOUNDED**: the cells differ in", *confounders, ""] if confounders else [])]
-    lines += ["```", f"python recipes/study.py {shlex.join(argv)}", "```", ""]
+    lines += ["```", f"python recipes/study.py {shlex.join(w for w in argv if w != '--no_train')}", "```", ""]
     lines += [*(f"- {key}: {value}" for key, value in facts.items()), f"- axis: {', '.join(study.axis)}", ""]
     lines += ["Median of the runs, lowest and highest in brackets.", "", *markdown(table(summary)), ""]
     if changed:

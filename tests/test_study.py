@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -139,6 +140,12 @@ def test_what_needs_more_gpus_than_there_are_is_a_row(write, tmp_path):
     assert code == 0, err
     assert columns(tmp_path, "status")[1] == "not run"
     assert "it needs 64 GPUs" in columns(tmp_path, "reason")[1] and "64 GPUs, 1: not run" in out
+    before = columns(tmp_path, "reason")
+    shutil.rmtree(tmp_path / "runs" / "1_GPU-1", ignore_errors=True)
+    SCRIPT.main([str(path), "--runs", str(tmp_path / "runs"), "--out", str(tmp_path / "out"), "--no_train"])
+    assert columns(tmp_path, "status") == ["not run", "not run"]
+    assert columns(tmp_path, "reason") == ["not yet", before[1]]
+    assert "no_train" not in (tmp_path / "out" / "study.md").read_text(), "the command is the trainings'"
 
 
 def ended(folder, status, reason=None, **measured):
