@@ -30,9 +30,9 @@ import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from sftlab.evidence import about, outcome, read_evidence
+from sftlab.evidence import about, read_evidence
 from sftlab.run import read_run
-from sftlab.study import GIVEN, ROOT, Study, Task, begin, check, gpus_needed, is_done, load, python_command
+from sftlab.study import GIVEN, Study, check, load
 from sftlab.summary import (
     COUNTS,
     MEASURED,
@@ -46,7 +46,19 @@ from sftlab.summary import (
     summarise,
     table,
 )
-from sftlab.table import aligned, figure, markdown, preview, write_csv
+from sftlab.table import aligned, figure, markdown, write_csv
+from sftlab.tasks import (
+    ROOT,
+    Task,
+    begin,
+    failures,
+    gpus_needed,
+    is_done,
+    not_begun,
+    python_command,
+    ran_out,
+    result,
+)
 from sftlab.turns import Command, in_turn
 
 # Each in its panel: the first of a line that was measured.
@@ -102,6 +114,8 @@ def main(argv: list[str]) -> None:
         sys.exit(f"error: {tasks[0].name}: {not_run.get(tasks[0].name) or result(tasks[0])}")
     if unscored:
         sys.exit(f"error: eval/quality.py failed, see {', '.join(unscored)}")
+    if failed := failures(tasks, not_run):
+        sys.exit(f"error: no result of {len(failed)} of {len(tasks)}: {'; '.join(failed)}")
 
 
 def recipe_fields(words: list[str]) -> dict[str, Any]:
@@ -157,17 +171,6 @@ def train(tasks: list[Task], at_once: int = 1, random: tuple[str, int] | None = 
     return not_run
 
 
-def ran_out(task: Task) -> bool:
-    """Whether its memory did not suffice."""
-    return (task.folder / "run.json").is_file() and outcome(read_run(task.folder))[0] == "out of memory"
-
-
-def not_begun(tasks: list[Task]) -> dict[str, str]:
-    """Tasks that nothing is known of, and why."""
-    needed = {task.name: gpus_needed(task) for task in tasks if not (task.folder / "task.json").is_file()}
-    return {name: f"it needs {gpus} GPUs" if gpus > 1 else "not yet" for name, gpus in needed.items()}
-
-
 def score(task: Task) -> bool:
     """Evaluate a run that succeeded and has no scores of its own; whether nothing is missing then."""
     if not (task.folder / "adapter").is_dir() or read_evidence(task.folder).quality:
@@ -176,16 +179,6 @@ def score(task: Task) -> bool:
     with (task.folder / "log").open("a", encoding="utf-8") as log:
         command = [sys.executable, "eval/quality.py", "--run", str(task.folder)]
         return subprocess.run(command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT).returncode == 0
-
-
-def result(task: Task) -> str:
-    """How a task ended, in a few words."""
-    if not (task.folder / "run.json").is_file():
-        return f"failed, {task.last_words()}"
-    run = read_run(task.folder)
-    status, reason = outcome(run)
-    speed = (run.get("measured") or {}).get("tokens_per_s")
-    return f"{status}{f', {speed:,.0f} real tokens/s' if speed else f' ({preview(reason, 200)})' if reason else ''}"
 
 
 def write(study: Study, not_run: dict[str, str], out: Path, allow_confounded: bool, argv: list[str]) -> None:
@@ -201,7 +194,9 @@ def write(study: Study, not_run: dict[str, str], out: Path, allow_confounded: bo
     lines = [f"# {study.name}", "", *(["**CONFOUNDED**: the cells differ in", *confounders, ""] if confounders else [])]
     lines += ["```", f"python recipes/study.py {shlex.join(w for w in argv if w != '--no_train')}", "```", ""]
     lines += [*(f"- {key}: {value}" for key, value in facts.items()), f"- axis: {', '.join(study.axis)}", ""]
-    lines += ["Median of the runs, lowest and highest in brackets.", "", *markdown(table(summary)), ""]
+    known = f" Published: {study.published_as}." if study.published and study.published_as else ""
+    lines += [f"Median of the runs, lowest and highest in brackets.{known}", ""]
+    lines += [*markdown(table(summary)), ""]
     if changed:
         above = "With a technique over without it, all else equal: median of the pairs, lowest and highest"
         lines += [f"{above}; ↑ and ↓ from {COUNTS:.0%}:", ""]
@@ -270,7 +265,8 @@ def _cells(study: Study, summary: Sequence[Mapping[str, Any]]) -> Figure | None:
         axes.grid(axis="y", lw=0.4, alpha=0.5)
     for axes in panels.flat[len(shown) :]:
         axes.axis("off")
-    known = "; diamonds: published" if any(f"published {key}" in summary[0] for key in shown) else ""
+    conditions = f", {study.published_as}" if study.published_as else ""
+    known = f"; diamonds: published{conditions}" if any(f"published {key}" in summary[0] for key in shown) else ""
     said = f"{study.name} (circles: median, lines: range of the runs{known})"
     canvas.suptitle(said, x=0.01, ha="left", fontsize=9)
     canvas.tight_layout()

@@ -14,8 +14,9 @@ import pytest
 import yaml
 from conftest import ROOT, load_script, short_fields
 
-from sftlab.study import begin, is_done, load
+from sftlab.study import check, load
 from sftlab.summary import CHANGED, claims, effects, summarise, table
+from sftlab.tasks import begin, is_done
 
 SCRIPT = load_script("recipes/study.py")
 
@@ -86,7 +87,7 @@ def test_a_study_killed_in_a_cell_ends_as_if_it_had_not_been(write, tmp_path):
     begun.wait()
     first = (tmp_path / "runs" / "r4-1" / "run.json").stat().st_mtime_ns
     code, out, err = finish(start(path, tmp_path))
-    assert code == 0, err
+    assert (code, err.splitlines()[-1]) == (1, "error: no result of 1 of 4: wrong, 1"), err
     assert (tmp_path / "runs" / "r4-1" / "run.json").stat().st_mtime_ns == first, "what was done is kept"
     again = json.loads((second / "run.json").read_text(encoding="utf-8"))
     assert (again["status"], again["interruptions"]) == ("succeeded", [])
@@ -117,6 +118,14 @@ def columns(folder, name):
         (TWO, {"repeat": 3}, "repeat is nothing that a study knows"),
         (TWO, {"reference": "r8"}, "the reference r8 is none of the cells"),
         (None, {}, "is no study"),
+        (TWO, {"fields": {"output_dir": "runs/mine"}}, "output_dir is the study's own"),
+        ({"r 4": TWO["r4"], "r_4": TWO["r2"]}, {}, "r_4, 1 and r 4, 1 would both be kept in"),
+        (TWO, {"seeds": [1, 2], "fields": {"seed": 3}}, "--seed would say nothing"),
+        (TWO, {"seeds": 3}, "seeds is 3: expected a list"),
+        (TWO, {"repeats": "3"}, "repeats is '3': expected a whole number"),
+        (["r4", "r2"], {}, "cells is ['r4', 'r2']: expected lines of name: value"),
+        ({"r4": 4}, {}, "r4 of cells is 4: expected fields"),
+        (TWO, {"flags": {"mixed_precision": "bf17"}}, "mixed_precision is bf17: expected one of"),
     ],
 )
 def test_what_cannot_be_compared_is_refused_before_anything_runs(write, tmp_path, cells, more, said):
@@ -137,12 +146,12 @@ def test_the_studies_are_commands_of_cells_equal_but_for_their_axis(path, capsys
 def test_what_needs_more_gpus_than_there_are_is_a_row(write, tmp_path):
     path = write({"1 GPU": {"processes": 1}, "64 GPUs": {"processes": 64}}, axis=["world_size"], launch="ddp")
     code, out, err = finish(start(path, tmp_path))
-    assert code == 0, err
+    assert (code, err.splitlines()[-1]) == (1, "error: no result of 2 of 2: 1 GPU, 1; 64 GPUs, 1")
     assert columns(tmp_path, "status")[1] == "not run"
     assert "it needs 64 GPUs" in columns(tmp_path, "reason")[1] and "64 GPUs, 1: not run" in out
     before = columns(tmp_path, "reason")
-    shutil.rmtree(tmp_path / "runs" / "1_GPU-1", ignore_errors=True)
-    SCRIPT.main([str(path), "--runs", str(tmp_path / "runs"), "--out", str(tmp_path / "out"), "--no_train"])
+    with pytest.raises(SystemExit, match="no result of 2 of 2"):
+        SCRIPT.main([str(path), "--runs", str(tmp_path / "runs"), "--out", str(tmp_path / "out"), "--no_train"])
     assert columns(tmp_path, "status") == ["not run", "not run"]
     assert columns(tmp_path, "reason") == ["not yet", before[1]]
     assert "no_train" not in (tmp_path / "out" / "study.md").read_text(), "the command is the trainings'"
@@ -172,11 +181,44 @@ def test_what_is_trained_again(write, tmp_path, status, reason, done):
     assert is_done(task) is done
     other = load(write({"r4": {"lora_r": 4, "lora_alpha": 8, "seed": 7}}), tmp_path / "runs", {}).tasks[0]
     assert other.folder == task.folder
-    with pytest.raises(ValueError, match="holds r4, seed 7 with other settings"):
+    with pytest.raises(ValueError, match=r"holds r4, 1 with other settings \(command"):
         is_done(other)
+    with pytest.raises(SystemExit, match=r"other settings \(command"):
+        SCRIPT.main([str(write(TWO)), "--runs", str(tmp_path / "runs"), "--max_steps", "9", "--no_train"])
     (task.folder / "task.json").unlink()
     with pytest.raises(ValueError, match="not of this study"):
         is_done(task)
+
+
+def test_a_recipe_or_launch_config_that_changed_is_noticed(write, tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    text = (ROOT / "recipes" / "demo" / "attn_r16.yaml").read_text()
+    recipe.write_text(text)
+    (task, _) = load(write(TWO, recipe=str(recipe)), tmp_path / "runs", {}).tasks
+    begin(task)
+    ended(task.folder, "succeeded")
+    recipe.write_text(text + "# a comment\n")
+    assert is_done(task)
+    recipe.write_text(text + "weight_decay: 0.5\n")
+    with pytest.raises(ValueError, match=r"other settings \(recipe\)"):
+        is_done(task)
+
+
+def test_repeats_of_one_seed_are_trainings_of_their_own(write, tmp_path):
+    study = load(write(TWO, repeats=3), tmp_path, {"seed": "7"})
+    assert len({task.name for task in study.tasks}) == len({task.folder for task in study.tasks}) == 6
+    assert {task.fields["seed"] for task in study.tasks} == {"7"}
+
+
+def test_yaml_s_no_is_accelerate_s_no(write, tmp_path):
+    path = write(TWO)
+    path.write_text(path.read_text() + "flags: {mixed_precision: no}\n")
+    study = load(path, tmp_path, {})
+    check(study)
+    assert "--mixed_precision no" in " ".join(study.tasks[0].command())
+    path.write_text("cells: [")
+    with pytest.raises(ValueError, match=r"small.yaml is no YAML: while parsing"):
+        load(path, tmp_path, {})
 
 
 def test_memory_that_ran_out_beside_others_says_nothing_of_the_cell(write, tmp_path, monkeypatch, capsys):
@@ -238,6 +280,7 @@ def test_published_figures_are_shown_beside_their_own_model_and_cells_alone(writ
     path = write({"a": {}}, published=[{"cell": "a", "rows_per_s": 5.0}])
     assert load(path, tmp_path, {}).published
     assert not load(path, tmp_path, {"recipe": "recipes/demo/all_r8.yaml"}).published
+    assert not load(path, tmp_path, {"max_length": "128"}).published
     study = ROOT / "recipes" / "studies" / "precision.yaml"
     assert load(study, tmp_path, {"random": "llama3.2-1b"}).published
     command = " ".join(load(study, tmp_path, {"random": "llama3.2-1b"}).tasks[0].command())
