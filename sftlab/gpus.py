@@ -3,6 +3,7 @@
 Dense rates without sparsity, of products that add up in float32, from the makers' data sheets; memory as CUDA says it.
 """
 
+import re
 import time
 from dataclasses import dataclass, replace
 
@@ -57,6 +58,8 @@ GPUS = {
     )
 }
 MEASURED_ON = "h200"
+# How far the memory of two GPUs of one name may be apart: drivers and error correction take some.
+SAME_MEMORY = 0.08
 
 
 def find_gpu(name: str) -> GPU:
@@ -67,12 +70,16 @@ def find_gpu(name: str) -> GPU:
         return GPUS[name.lower()]
     if not torch.cuda.is_available():
         raise ValueError(f"--gpu here: this machine shows no GPU; name one of {', '.join(GPUS)}")
-    seen = torch.cuda.get_device_name(0)
+    seen, memory_gb = torch.cuda.get_device_name(0), torch.cuda.get_device_properties(0).total_memory / 2**30
     # the longest name that fits: "H100 PCIe" before "H100"
-    fits = [(len(words), gpu) for gpu in GPUS.values() for words in gpu.seen_as if words in seen]
-    if not fits:
-        raise ValueError(f"--gpu here: no figures for {seen}; name the nearest of {', '.join(GPUS)}")
-    return replace(max(fits, key=lambda fit: fit[0])[1], host_us=measure_host())
+    fits = {words: gpu for gpu in GPUS.values() for words in gpu.seen_as if re.search(rf"(?<!\w){words}(?!\w)", seen)}
+    found = fits[max(fits, key=len)] if fits else None
+    # a part of a GPU, or a laptop's, has the name and less memory
+    if not found or abs(memory_gb / found.memory_gb - 1) > SAME_MEMORY:
+        raise ValueError(
+            f"--gpu here: no figures for {seen}, {memory_gb:.1f} GB; name the nearest of {', '.join(GPUS)}"
+        )
+    return replace(found, memory_gb=round(memory_gb, 1), host_us=measure_host())
 
 
 def measure_host() -> float:
