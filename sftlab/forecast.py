@@ -42,13 +42,16 @@ class Rows(NamedTuple):
         """Tokens of the row that the average token stands in."""
         return self.mean + self.deviation**2 / self.mean
 
-    def largest(self, rows: int, processes: int, packed: bool, steps: int) -> int:
-        """Tokens of the largest micro-batch of `rows` rows that `steps` steps are likely to have, padding included."""
+    def largest(self, rows: int, micro_batches: int, packed: bool, steps: int) -> int:
+        """Tokens of the largest micro-batch of `rows` rows that `steps` steps are likely to have, padding included.
+
+        A step has `micro_batches`, of all processes together.
+        """
         if not packed:
             return rows * self.longest
         # the largest of so many normal sums (Blom 1958); dealt evenly, a global batch shares its spread out
         far = NormalDist().inv_cdf((steps - 0.375) / (steps + 0.25))
-        spread = self.deviation * math.sqrt(rows / processes)
+        spread = self.deviation * math.sqrt(rows / micro_batches)
         likely = min(rows * self.mean + far * spread, rows * self.longest)
         return math.ceil(likely / TOKENS_MULTIPLE) * TOKENS_MULTIPLE
 
@@ -130,8 +133,8 @@ def foresee(recipe: Recipe, config: PreTrainedConfig, launch: Launch, gpu: GPU, 
 
 
 def _forecast(step: Step, gpu: GPU, rows: Rows, micro_batch: int, accumulation: int, steps: int | None) -> Forecast:
-    batches = (steps or 1000) * accumulation
-    largest = replace(step, tokens=rows.largest(micro_batch, step.processes, step.packed, batches))
+    many = step.processes * accumulation
+    largest = replace(step, tokens=rows.largest(micro_batch, many, step.packed, steps or 1000))
     average = micro_batch * (rows.mean if step.packed else rows.longest)
     step = replace(step, tokens=round(average))
     return Forecast(gpu, step, rows, micro_batch, accumulation, steps, memory(largest), pace(step, gpu))
@@ -206,8 +209,8 @@ def planned_memory(recipe: Recipe, launch: Launch, fast: FastPath, trainer: SFTT
     """The plan of a run that has been trained, by part in GB (2**30 bytes), for run.json; why there is none."""
     lengths, training = row_lengths(trainer.train_dataset), recipe.training
     rows = of_lengths(lengths, len(lengths), "its tokens")
-    batches = trainer.state.max_steps * training.gradient_accumulation_steps
-    tokens = rows.largest(training.per_device_train_batch_size, launch.world_size, fast.packing, batches)
+    many = launch.world_size * training.gradient_accumulation_steps
+    tokens = rows.largest(training.per_device_train_batch_size, many, fast.packing, trainer.state.max_steps)
     try:
         plan = memory(step_of(recipe, trainer.model.config, launch, fast, tokens, rows.attended))
     except ValueError as error:

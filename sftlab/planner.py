@@ -1,9 +1,9 @@
 """Peak memory of a training step, worked out from shapes and dtypes before any weights are loaded.
 
 Activations are the tensors that autograd keeps of a decoder layer of Llama's kind, as eager mode or inductor's
-partitioner chooses them (counted in both by the tests). Two moments can be the peak: the loss, which holds a chunk of
-logits beside all activations, and the backward of the last layer, which holds what it works on. Sizes are bytes, those
-of one rank.
+partitioner chooses them (counted in both by the tests). What can be the peak: the loss, which holds a chunk of logits
+beside all activations; the backward of the last layer, which holds what it works on; of a whole training the end of the
+backward, when all gradients are there; and the optimizer's step, which may need copies. Sizes are bytes, of one rank.
 """
 
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ from sftlab.fastpath import FastPath
 from sftlab.launch import COMPUTE_DTYPE, PRECISIONS, Launch
 from sftlab.loss import CHUNK
 from sftlab.packing import TOKENS_MULTIPLE
-from sftlab.weights import Weights, weigh
+from sftlab.weights import LINEARS, Weights, weigh
 
 # Tensors as wide as the MLP that live at once in a layer's forward or backward beyond what is kept: (MLP's output
 # projection not trained, trained). Counted on a CPU with the profiler's record of allocations.
@@ -84,6 +84,8 @@ class Step:
     packed: bool = True
     dropout: bool = False
     reshard: bool = True
+    accumulated: bool = False
+    optimizer_copies: bool = False  # torch's AdamW, unless fused, takes the roots of all second moments at once
     whole_logits: float = 0.0  # float32 copies of all logits at once, where the loss is not taken in chunks
 
     @property
@@ -154,6 +156,7 @@ def memory(step: Step) -> Memory:
         # 4-bit weights are whole on every GPU until the shards are made, which are held beside them meanwhile
         w = step.weights
         moments.append(Memory(w.base, w.adapter, 0, 0, 0, 0, w.base // step.processes, WORKSPACE, "sharding"))
+    moments += _after_the_backward(step, moments[0])
     return max(moments, key=lambda moment: moment.allocated)
 
 
@@ -164,9 +167,10 @@ def _in_a_step(step: Step) -> Memory:
     layers = s.layers * (residual * s.hidden if step.checkpointing else layer)
     norm = (b if step.compiled else 4) * s.hidden
     kept_at_end = tokens * (layers + norm + b * s.hidden)
-    # frozen weights that autocast rounds are kept by autograd; the trained ones' copies too
+    # weights that autocast rounds: copies that are kept for the backward, with checkpointing a layer's
     casts = b * w.trained if step.casts else 0
     casts += b * w.frozen if step.weight_bytes > b else 0
+    casts //= s.layers if step.checkpointing else 1
     working = tokens * (width(step) * b * s.mlp + b * s.hidden + (layer if step.checkpointing else 0))
     if step.whole_logits:
         logits = int(tokens * s.words * 4 * step.whole_logits)
@@ -175,12 +179,14 @@ def _in_a_step(step: Step) -> Memory:
     loss_is_peak = logits + sent(step, "loss") >= working + sent(step, "backward")
     at = "loss" if loss_is_peak else "backward"
     share = step.processes if step.strategy == "fsdp" else 1
+    # of a whole training they come as the activations go, unless an earlier micro-batch left some
+    gradients = _gradients(step) if step.rank or step.accumulated else 0
     activations = int(kept_at_end + casts) + (0 if loss_is_peak else int(working))
     trained_share = 1 if step.rank else share  # every process keeps LoRA matrices whole
     return Memory(
         w.base // share,
         w.adapter // trained_share,
-        w.gradients // trained_share,
+        gradients,
         w.optimizer_state // trained_share,
         activations,
         logits if loss_is_peak else 0,
@@ -188,6 +194,23 @@ def _in_a_step(step: Step) -> Memory:
         WORKSPACE,
         at,
     )
+
+
+def _after_the_backward(step: Step, loss: Memory) -> list[Memory]:
+    """All gradients are there, and no activations."""
+    done = loss._replace(gradients=_gradients(step), activations=0, logits=0)
+    found = []
+    if not step.rank:  # the embedding's comes last, beside the head's or what is there already
+        embedding = step.shape.words * step.shape.hidden * step.weight_bytes * (1 + step.accumulated)
+        found.append(done._replace(gradients=done.gradients + embedding, at="gradients"))
+    if step.optimizer_copies:
+        found.append(done._replace(optimizer_state=done.optimizer_state * 3 // 2, at="optimizer"))
+    return found
+
+
+def _gradients(step: Step) -> int:
+    # every process keeps the gradients of LoRA matrices whole
+    return step.weights.gradients // (step.processes if step.strategy == "fsdp" and not step.rank else 1)
 
 
 def sent(step: Step, at: str) -> int:
@@ -220,13 +243,15 @@ def step_of(
     """The step of a recipe under a launch config, `tokens` in a micro-batch of rows of `row_length` tokens."""
     model, training = recipe.model, recipe.training
     names = model.lora_target_modules or []
-    linears = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-    targets = linears if names == "all-linear" or not model.use_peft else names
+    targets = LINEARS if names == "all-linear" or not model.use_peft else names
+    targets = frozenset(name.rpartition(".")[2] for name in ([targets] if isinstance(targets, str) else targets))
+    if unknown := sorted(targets - set(LINEARS)):
+        raise ValueError(f"LoRA on {', '.join(unknown)}: plans are made for {', '.join(LINEARS)}")
     return Step(
         Shape.of(config),
         weigh(recipe, config, launch),
         PRECISIONS[training.mixed_precision],
-        frozenset(name.rpartition(".")[2] for name in ([targets] if isinstance(targets, str) else targets)),
+        targets,
         model.lora_r if model.use_peft else 0,
         tokens,
         row_length,
@@ -239,4 +264,6 @@ def step_of(
         fast.packing,
         model.lora_dropout > 0 and model.use_peft,
         launch.settings.get("FSDP_RESHARD_AFTER_FORWARD", "true") == "true",
+        training.gradient_accumulation_steps > 1,
+        training.optim == "adamw_torch",
     )

@@ -13,6 +13,9 @@ from sftlab.config import Recipe
 from sftlab.launch import COMPUTE_DTYPE, PRECISIONS, Launch
 from sftlab.measure import Flops, flops_per_token
 
+# The linears of a decoder layer of Llama's kind.
+LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
 
 class Weights(NamedTuple):
     """What a rank holds before any sharding, in bytes: the base model, adapter, gradients and optimizer state.
@@ -35,7 +38,12 @@ class Weights(NamedTuple):
 
 
 def weigh(recipe: Recipe, config: PreTrainedConfig, launch: Launch) -> Weights:
-    """Count the weights of a recipe's model, its adapter, gradients and optimizer state on the meta device."""
+    """Count the weights of a recipe's model, its adapter, gradients and optimizer state on the meta device.
+
+    ValueError for a model whose layers are not of Llama's kind, weights in 8 bits, or an optimizer that is not known.
+    """
+    if recipe.model.load_in_8bit:
+        raise ValueError("no plan is made for weights in 8 bits: those in 4 bits and unquantized ones are known")
     trust, config = recipe.training.trust_remote_code, copy.deepcopy(config)
     if hasattr(config, "quantization_config"):  # of a model that was loaded in 4 bits
         del config.quantization_config
@@ -61,6 +69,9 @@ def weigh(recipe: Recipe, config: PreTrainedConfig, launch: Launch) -> Weights:
     layers = next((m for m in model.modules() if isinstance(m, nn.ModuleList)), None)
     if layers is None or model.get_output_embeddings() is None:
         raise ValueError(f"{type(model).__name__} has no list of decoder layers or no head: no plan is made for it")
+    named = (name.removesuffix(".base_layer") for name, m in layers[0].named_modules() if _is_frozen_linear(name, m))
+    if other := sorted({name.rpartition(".")[2] for name in named} - set(LINEARS)):
+        raise ValueError(f"{config.model_type} has {', '.join(other)} in a layer: plans are made for Llama's kind")
     compute = 4 if COMPUTE_DTYPE[PRECISIONS[precision]] == "float32" else 2
     head = model.get_output_embeddings().weight
     gathered = sum(size(p) if id(p) in linears else p.numel() * compute for p in layers[0].parameters())

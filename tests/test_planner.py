@@ -11,7 +11,7 @@ from peft import LoraConfig, get_peft_model
 from torch._dynamo.backends.common import aot_autograd
 from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch._inductor.decomposition import select_decomp_table
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Phi3Config
 
 from sftlab import fastpath, varlen
 from sftlab.config import parse_recipe
@@ -207,12 +207,41 @@ def test_measured_runs_of_the_fast_path_are_near():
         assert forecast(launch, rows=rows, **batch, **fields).memory.allocated / 2**30 == pytest.approx(peak, rel=0.05)
 
 
+def test_measured_runs_of_whole_trainings_are_near():
+    """results/techniques: fp32 weights, 16 rows a step, a gradient beside each of them, AdamW's copies."""
+    rows = of_lengths(random_lengths(3000, 512), None, "its own")
+    whole = {"use_peft": "false", "dtype": "float32", "global_batch_size": 16, "max_steps": 10}
+    for precision, micro_batch, checkpointing, optimizer, peak, at in (
+        ("no", 16, "true", "sgd", 10.35, "gradients"), ("no", 4, "true", "sgd", 11.24, "gradients"),
+        ("no", 16, "true", "adamw_torch", 23.11, "optimizer"), ("bf16", 4, "true", "adamw_torch", 23.09, "optimizer"),
+        ("no", 4, "false", "adamw_torch", 23.16, "optimizer"), ("bf16", 16, "false", "adamw_torch", 24.18, "loss"),
+        ("no", 16, "false", "adamw_torch", 28.52, "loss"),
+    ):  # fmt: skip
+        fields = {"per_device_train_batch_size": micro_batch, "gradient_checkpointing": checkpointing}
+        plan = forecast("fp32", rows=rows, flags={"mixed_precision": precision}, **whole, **fields, optim=optimizer)
+        assert plan.memory.allocated / 2**30 == pytest.approx(peak, rel=0.05)
+        assert plan.memory.at == at
+
+
+def test_layers_of_another_kind_and_8_bits_are_refused(base, fields):
+    with launched(exported("accelerate_configs/fp32.yaml")) as launch:
+        recipe = parse_recipe([*arguments(fields), "--load_in_8bit=true"], launch)
+        with pytest.raises(ValueError, match="no plan is made for weights in 8 bits"):
+            weigh(recipe, AutoConfig.from_pretrained(base), launch)
+        recipe = parse_recipe([*arguments(fields), "--lora_target_modules=all-linear"], launch)
+        sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}
+        with pytest.raises(ValueError, match="phi3 has gate_up_proj, qkv_proj in a layer"):
+            weigh(recipe, Phi3Config(**sizes, vocab_size=100, pad_token_id=0), launch)
+    with pytest.raises(ValueError, match="LoRA on qkv_proj: plans are made for q_proj"):
+        forecast(targets=["q_proj", "qkv_proj"])
+
+
 def test_the_largest_micro_batch_is_about_what_sampling_finds():
     import numpy as np
 
     lengths, generator = random_lengths(3000, 512), np.random.default_rng(0)
     rows = of_lengths(lengths, len(lengths), "its own")
-    for processes in (1, 2):
+    for processes in (1, 2):  # or micro-batches of one process
         most = []
         for _ in range(20):
             batches = [generator.choice(3000, 32 * processes, replace=False) for _ in range(100)]
