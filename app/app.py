@@ -25,6 +25,7 @@ os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
 import sftlab.quiet  # noqa: F401, I001  (before torch)
 import gradio as gr
 from starlette.middleware import Middleware
+from transformers.hf_argparser import string_to_bool
 
 from sftlab.chat import Settings
 from sftlab.conversation import Turn, column, history, saved, sides
@@ -67,9 +68,8 @@ class Page:
             chat = self.lab.model(run)
         except ValueError as error:
             return gr.skip(), f"**{run} cannot be used:** {error}"
-        return gr.update(
-            maximum=chat.context - 1, value=min(256, chat.context // 2)
-        ), f"<small>{self.lab.facts_line(run)}</small>"
+        limits = gr.update(maximum=chat.context - 1, value=min(256, chat.context // 2))
+        return limits, f"<small>{self.lab.facts_line(run)}</small>"
 
     def busy(self, request: gr.Request) -> bool:
         """Whether the session's last message is still being answered: until then only Stop does anything."""
@@ -105,9 +105,9 @@ class Page:
         stop, turn = self.stops.setdefault(request.session_hash, threading.Event()), turns[-1]
         yield turns, gr.skip(), gr.skip(), ""
         try:
-            messages, order = history(turns, system), tuple(sorted(turn.order))
-            for piece, left_out in self.lab.answer(turn.run, messages, order, Settings(**turn.settings), stop):
-                turn.update(piece, left_out)
+            messages = history(turns, system)
+            for piece, left_out in self.lab.answer(turn.run, messages, turn.order, Settings(**turn.settings), stop):
+                turn.update(piece, left_out, self.lab.adapter)
                 yield turns, *self.columns(turns), turn.remark()
         except ValueError as error:
             yield turns, gr.skip(), gr.skip(), f"**Not answered:** {error}"
@@ -297,6 +297,7 @@ def main(argv: list[str]) -> None:
 def parse(argv: list[str]) -> argparse.Namespace:
     """The options, from the command line or the environment."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    switch = {"nargs": "?", "type": string_to_bool, "const": True, "default": False, "metavar": "true|false"}
     parser.add_argument("--run", type=Path, help="run directory (default: the newest finished)")
     parser.add_argument("--runs", type=Path, default="runs", help="folder of runs (default: runs)")
     reports = [folder for folder in REPORTS if (folder / "report.md").is_file()]
@@ -304,9 +305,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--votes", type=Path, help="JSONL of votes (default: beside the runs)")
     parser.add_argument("--port", type=int, default=7860)
     parser.add_argument("--queue", type=int, default=16, help="messages that may wait (default: 16)")
-    parser.add_argument("--listen", action="store_true", help="serve other machines too")
+    parser.add_argument("--listen", **switch, help="serve other machines too")
     parser.add_argument("--auth", type=accounts, metavar="USER:PASSWORD|FILE")
-    parser.add_argument("--load-in-4bit", action="store_true")
+    parser.add_argument("--load-in-4bit", **switch)
     given = {name: os.environ.get(f"SFTLAB_{name.upper()}") for name in vars(parser.parse_args([]))}
     parser.set_defaults(**{name: value for name, value in given.items() if value})
     options = parser.parse_args(argv)

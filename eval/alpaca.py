@@ -31,7 +31,7 @@ from sftlab.outputs import Task, read_preferences, read_task
 from sftlab.pair import finished_run, one_sentence
 from sftlab.pairwise import Pair, judge_pairs, tally, win_rates
 from sftlab.run import SIDES, adapter_hash, environment
-from sftlab.significance import FEW_ROWS, RESAMPLES
+from sftlab.significance import FEW_ROWS, method
 from sftlab.table import aligned, figure, interval, p_value, percent
 
 Judged = Callable[..., list[dict[str, Any]]]
@@ -129,7 +129,7 @@ def facts_of(
         "judged": {side: tally(one) | {"hash": hashes[side]} for side, one in records.items()},
         "scores": {},
         "generation": {"temperature": arguments.temperature, "max_new_tokens": arguments.max_new_tokens},
-        "statistics": f"paired bootstrap over instructions, {RESAMPLES} resamples",
+        "statistics": method(len(task.questions.instructions), "instructions"),
         **environment(),
     }
 
@@ -144,7 +144,7 @@ def choose_judge(arguments: argparse.Namespace) -> tuple[Judged, dict[str, Any]]
         return annotators.judged, annotators.facts
     judge, style = judge_from(arguments)
     facts = judge.facts | {"format": style.name}
-    file = AnswerFile(folder, facts, kind="verdicts")
+    file = AnswerFile(folder, {k: v for k, v in facts.items() if k != "server"}, kind="verdicts")
     return partial(judge_pairs, judge, style, file=file, size=arguments.judge_batch_size), facts
 
 

@@ -34,7 +34,7 @@ from lm_eval.tasks import TaskManager
 
 from sftlab.files import write_json
 from sftlab.config import ModelArguments
-from sftlab.pair import answering, finished_run, load_pair, run_tokenizer
+from sftlab.pair import answering, finished_run, load_pair, one_sentence, run_tokenizer
 from sftlab.run import SIDES, adapter_hash, environment
 from sftlab.significance import FEW_ROWS, Paired, add_holm, compare, compare_rates, mean, with_counts
 from sftlab.table import aligned, interval, p_value
@@ -65,7 +65,7 @@ def main(argv: list[str]) -> None:
     transformers.logging.disable_progress_bar()
     logging.getLogger("transformers.tokenization_utils_base").setLevel(logging.ERROR)
     logging.getLogger("lm_eval.models.huggingface").addFilter(lambda said: not said.getMessage().startswith(NOISE))
-    try:
+    with one_sentence(f" at --batch_size {arguments.batch_size}: take a smaller one; answers are kept"):
         run = finished_run(arguments.run)
         units = load_units(arguments)
         tokenizer = run_tokenizer(arguments.run, run)
@@ -73,8 +73,6 @@ def main(argv: list[str]) -> None:
         facts = describe(arguments.run, run, model.device.type)
         lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=arguments.batch_size)
         entries = [evaluate(name, loaded, lm, arguments, facts) for name, loaded in units.items()]
-    except ValueError as error:
-        sys.exit(f"error: {error}")
     add_holm({entry["task"]: entry["metrics"][entry["main_metric"]] for entry in entries})
     write_entries(arguments.run / "eval" / "harness.json", entries)
     for entry in entries:

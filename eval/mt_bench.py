@@ -40,10 +40,15 @@ from sftlab.ratings import (
     unparsed,
 )
 from sftlab.run import SIDES, adapter_hash, environment
-from sftlab.significance import RESAMPLES
+from sftlab.significance import FEW_ROWS, RESAMPLES
 from sftlab.table import aligned, interval, p_value, percent
 
 COLOURS = {"base": "0.6", "tuned": "tab:blue"}
+
+STATISTICS = (
+    f"paired bootstrap over questions, {RESAMPLES} resamples (p of fewer than {FEW_ROWS}: by exchanging the models' "
+    "answers); p after Holm over all rows"
+)
 
 
 def main(argv: list[str]) -> None:
@@ -89,7 +94,7 @@ def evaluate(arguments: argparse.Namespace) -> None:
     again = draw_again(contestants, [one for one in questions if one.temperature > 0][: arguments.canaries], sampling)
     contestants.free()
 
-    file = AnswerFile(arguments.run / "eval", facts, kind="verdicts")
+    file = AnswerFile(arguments.run / "eval", {k: v for k, v in facts.items() if k != "server"}, kind="verdicts")
     rated = partial(rate_answers, judge, style, file=file, size=arguments.judge_batch_size)
     canaries, tried = try_judge(rated, [one for one in every if one.references][: arguments.canaries], again)
     records = {side: rate_both(rated, questions, turns[side], f"judging {side}") for side in SIDES}
@@ -137,7 +142,7 @@ def facts_of(
             "seed": arguments.seed,
             "temperature": "by category",
         },
-        "statistics": f"paired bootstrap over questions, {RESAMPLES} resamples; p after Holm over all rows",
+        "statistics": STATISTICS,
         **environment(),
     }
 
@@ -214,6 +219,8 @@ def warnings(report: dict[str, Any], records: dict[str, list[dict[str, Any]]]) -
         cut = sum(record["characters_cut"] > 0 for record in records[side])
         if cut:
             found.append(f"{cut} answers of {side} were too long for the judge: cut from the middle")
+    if len(records["base"]) // 2 < FEW_ROWS:
+        found.append(f"fewer than {FEW_ROWS} questions: the intervals are rough")
     if report["prompts_cut"]:
         found.append(f"{report['prompts_cut']} prompts were too long for the model: cut from the middle")
     return found

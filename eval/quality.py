@@ -39,7 +39,7 @@ from sftlab.likelihood import Likelihood, likelihood, nats_of_the_token_read
 from sftlab.pair import answering, finished_run, load_pair, model_settings, run_tokenizer, one_sentence
 from sftlab.run import SIDES, adapter_hash, environment
 from sftlab.scores import NAMES, ROUGE_SIGNATURE, Bleu, paired_scores, score_texts
-from sftlab.significance import FEW_ROWS, RESAMPLES, add_holm, compare
+from sftlab.significance import FEW_ROWS, add_holm, compare, method
 from sftlab.table import aligned, interval, p_value, preview
 
 SHOWN_PROMPTS = 3
@@ -115,7 +115,7 @@ def evaluate(arguments: argparse.Namespace) -> None:
         "generation": facts | {"batch_size": arguments.batch_size, "file": answers.path.name},
         "bleu": bleu.signature(),
         "rouge": ROUGE_SIGNATURE,
-        "statistics": f"paired bootstrap over rows, {RESAMPLES} resamples; p_holm: Holm over {len(scores)} scores",
+        "statistics": f"{method(len(records))}; p_holm: Holm over {len(scores)} scores",
         "gpu_memory_gb": memory if torch.cuda.is_available() else None,
         **environment(),
     }

@@ -117,7 +117,9 @@ def judge(runs: dict[str, Evidence], asked: list[str], allow: bool) -> Report:
     for a, b in confound.moving_together(settings, axes):
         warnings.append(f"{a} and {b} change together: what one does cannot be told from what the other does")
     for a, b, same in twins(runs):
-        warnings.append(f"{a} and {b} hold the same {same}: that is one measurement, not two")
+        alike = {what.partition(" (")[0] for what in same.split(", ")} == {"answers"}
+        said = "their adapters differ and that does not show" if alike else "that is one measurement, not two"
+        warnings.append(f"{a} and {b} hold the same {same}: {said}")
         for name, twin in ((a, b), (b, a)):
             rows[name]["note"] = "; ".join(filter(None, (rows[name]["note"], f"same {same} as {twin}")))
     rows = {name: {k: portable(v) if isinstance(v, str) else v for k, v in row.items()} for name, row in rows.items()}
@@ -185,8 +187,9 @@ def as_markdown(report: Report, against: tuple[str, Table], plots: list[str], ar
     if any(one.quality or one.tasks or one.judged for one in report.runs.values()):
         lines += ["## Base and tuned on held-out rows", "", *grid(table(report, [], scores)), *pictures("quality")]
         lines += [
-            f"In brackets 95 % intervals of a bootstrap over rows ({RESAMPLES:,} resamples). They and the p-values say "
-            "how far other rows could move a score, not how far another training seed would.\n"
+            f"In brackets 95 % intervals of a bootstrap over rows ({RESAMPLES:,} resamples), of right answers and won "
+            "pairs Wilson's. They and the p-values say how far other rows could move a score, not how far another "
+            "training seed would.\n"
         ]
     if against[1]:
         title, _, said = against[0].partition(": ")

@@ -185,7 +185,7 @@ class Chat:
         # in place of the model's own sampling defaults, which fill whatever a call of generate leaves open
         inner.generation_config = hf.GenerationConfig(eos_token_id=self._turn.end_tokens, pad_token_id=pad)
         # peft refuses DoRA in a batch of both models, and ignores or refuses the side for the other two kinds
-        self._mixed = not (adapter.use_dora or adapter.modules_to_save or adapter.target_parameters)
+        self.mixed = not (adapter.use_dora or adapter.modules_to_save or adapter.target_parameters)
         self._lock, self._closed = Lock(), Event()
         if getattr(inner, "is_loaded_in_4bit", False):
             try:
@@ -263,7 +263,7 @@ class Chat:
         try:
             if self._model is None:
                 raise ValueError("the conversation was closed: load the run again")
-            both = self._mixed and len(stream.sides) > 1
+            both = self.mixed and len(stream.sides) > 1
             for rows in [stream.sides] if both else [(side,) for side in stream.sides]:
                 if not stream.must_stop():
                     self._generate_rows(prompt, rows, settings, stream)

@@ -24,6 +24,7 @@ class Turn:
     first_token_s: float | None = None
     left_out: int = 0
     vote: str | None = None
+    adapter: str | None = None  # the hash of the one that answered
 
     @property
     def hidden(self) -> bool:
@@ -37,14 +38,14 @@ class Turn:
             return self.vote
         return "tuned" if "tuned" in self.order and not self.blind else self.order[0]
 
-    def update(self, piece: Any, left_out: int) -> None:
-        """Take over what a `sftlab.chat.Piece` says, and how many old turns the context had no room for.
+    def update(self, piece: Any, left_out: int, adapter: str | None = None) -> None:
+        """Take over what a `sftlab.chat.Piece` of an adapter says, and how many old turns the context had no room for.
 
         An answer that was stopped while it waited has no token: the turn stays without texts.
         """
         if not piece.first_token_s:
             return
-        self.left_out = left_out
+        self.left_out, self.adapter = left_out, adapter
         self.texts, self.tokens, self.tokens_per_s = dict(piece.texts), dict(piece.tokens), dict(piece.tokens_per_s)
         self.finished, self.first_token_s = dict(piece.finished), piece.first_token_s
 

@@ -77,8 +77,8 @@ def read_evidence(folder: Path) -> Evidence:
     if quality and quality["adapter_hash"] != held.get("adapter"):
         quality, stale = {}, ["stale scores", *stale]
     try:
-        lines = (evaluated / "quality.jsonl").read_text(encoding="utf-8").splitlines() if quality else []
-        records = [json.loads(line) for line in lines]
+        lines = (evaluated / "quality.jsonl").read_text(encoding="utf-8").split("\n") if quality else []
+        records = [json.loads(line) for line in lines if line]
     except (FileNotFoundError, ValueError) as error:
         raise ValueError(f"{evaluated / 'quality.jsonl'} is not what quality.json was made of: {error}") from error
     if records:

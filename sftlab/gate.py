@@ -59,8 +59,8 @@ class Gate:
 
 def accounts(text: str) -> list[tuple[str, str]]:
     """USER:PASSWORD, or a file of such lines."""
-    lines = Path(text).read_text(encoding="utf-8").split() if Path(text).is_file() else [text]
-    pairs = [tuple(line.split(":", 1)) for line in lines]
+    lines = Path(text).read_text(encoding="utf-8").splitlines() if Path(text).is_file() else [text]
+    pairs = [tuple(line.strip().split(":", 1)) for line in lines if line.strip()]
     if not pairs or not all(len(pair) == 2 and all(pair) for pair in pairs):
         raise argparse.ArgumentTypeError("expected USER:PASSWORD, or a file of such lines")
     return pairs

@@ -176,7 +176,7 @@ class ServerJudge:
 
     def _served_context(self) -> int | None:
         with self._explained():
-            served = {model.id: model for model in self.client.models.list().data}
+            served = {model.id: model for model in self.client.models.list().data or []}
         if self.name not in served:
             raise ValueError(f"the server at {self.url} has no model {self.name!r}: it has {', '.join(served)}")
         return getattr(served[self.name], "max_model_len", None)
@@ -215,6 +215,8 @@ class ServerJudge:
         except self.openai.APIStatusError as error:
             said = preview(error.message, 300)
             raise ValueError(f"the judge's server at {self.url} refuses, status {error.status_code}: {said}") from error
+        except (AttributeError, TypeError, IndexError, ValueError) as error:
+            raise ValueError(f"what the judge's server at {self.url} answers is no completion: {error}") from error
 
 
 def longest_fitting(

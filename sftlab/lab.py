@@ -48,7 +48,8 @@ class Lab:
         self.report_folder = report
         self.ballot = ballot or self.folder / "votes.jsonl"
         self.load_in_4bit = load_in_4bit
-        self._loaded: Path | None = None
+        self._loaded: tuple[Path, int] | None = None
+        self.adapter: str | None = None  # the loaded one's hash
         self._chat: Chat | None = None
 
     def runs(self) -> dict[str, dict[str, Any]]:
@@ -69,9 +70,11 @@ class Lab:
         if name not in self.runs():
             raise ValueError(f"there is no finished run {name!r}: pick one of {', '.join(self.runs()) or 'none'}")
         folder = self.folder / name
-        if self._chat is None or self._loaded != folder:
+        state = folder, (folder / "run.json").stat().st_mtime_ns  # a run that was trained anew is another
+        if self._chat is None or self._loaded != state:
             self.close()
-            self._chat, self._loaded = Chat(folder, load_in_4bit=self.load_in_4bit), folder
+            self._chat, self._loaded = Chat(folder, load_in_4bit=self.load_in_4bit), state
+            self.adapter = adapter_hash(folder)
         return self._chat
 
     def close(self) -> None:
@@ -95,7 +98,8 @@ class Lab:
         chat = self.model(run)
         try:
             kept, left_out = chat.fit(messages, settings.max_new_tokens)
-            for piece in chat.reply(kept, sides, settings, stop):
+            # in one batch the order decides what is drawn; one after the other, who is seen first
+            for piece in chat.reply(kept, tuple(sorted(sides)) if chat.mixed else sides, settings, stop):
                 yield piece, left_out
         except torch.OutOfMemoryError as error:
             raise ValueError("out of memory: ask for fewer new tokens, or start with --load-in-4bit") from error
@@ -157,7 +161,7 @@ class Lab:
             self.ballot,
             turn.vote,
             run=turn.run,
-            adapter_hash=adapter_hash(self.folder / turn.run),
+            adapter_hash=turn.adapter,
             blind=turn.blind,
             order=turn.order,
             texts=turn.texts,

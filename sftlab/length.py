@@ -14,6 +14,10 @@ from sftlab.significance import FEW_ROWS
 
 # Resamples of rows for the interval: each is a fit of its own.
 RESAMPLES = 200
+# Rows won, or lost, below which a logistic model with one variable is not to be trusted (Peduzzi et al. 1996).
+FEW_EVENTS = 10
+# Inverse regularization. Cross-validated it can shrink the constant to nothing, and every rate to a half.
+STRENGTH = 100.0
 _MODEL = "length_controlled_minimal"
 
 
@@ -45,11 +49,13 @@ def length_controlled(
 
     alpaca-eval's logistic model in the difference of lengths (Dubois et al. 2024, arXiv:2404.04475) without its terms
     for the difficulty of instructions, which were fitted to GPT-4: here it is fitted to the own judge's verdicts alone.
-    Intervals by bootstrap over rows, the regularization kept. None where the rows are too few to fit it.
+    Intervals by bootstrap over rows. None where the rows, or those won or lost, are too few to fit it.
     """
     known = [i for i in range(len(references)) if all(one[i] is not None for one in scores.values())]
     differing = {side: len({len(answers[side][i]) - len(references[i]) for i in known}) > 1 for side in scores}
-    if len(known) < FEW_ROWS or not all(differing.values()):
+    won = {side: sum(values[i] for i in known) for side, values in scores.items()}
+    few = any(min(one, len(known) - one) < FEW_EVENTS for one in won.values())
+    if len(known) < FEW_ROWS or few or not all(differing.values()):
         return None
     rng = np.random.default_rng(seed)
     draws = [rng.integers(len(known), size=len(known)) for _ in range(RESAMPLES)]
@@ -57,8 +63,8 @@ def length_controlled(
     for side, values in scores.items():
         difference = np.array([len(references[i]) - len(answers[side][i]) for i in known], dtype=float)
         table, equal = _design(np.array([values[i] for i in known]), difference)
-        value, strength = _fit(table, equal, None)
-        drawn[side] = np.array([_fit(table.iloc[rows], equal, strength)[0] for rows in draws])
+        value = _fit(table, equal)
+        drawn[side] = np.array([_fit(table.iloc[rows], equal) for rows in draws])
         found[side] = {"value": value, "interval_95": np.percentile(drawn[side], [2.5, 97.5]).tolist()}
     if len(found) == 2:
         apart = drawn["tuned"] - drawn["base"]
@@ -78,15 +84,15 @@ def _design(scores: np.ndarray, difference: np.ndarray) -> tuple[Any, Any]:
     return glm.make_dmatrix_for_model(rows, equal, formula=glm.GLM_INFO[_MODEL]["formula"])
 
 
-def _fit(table: Any, equal: Any, strength: float | None) -> tuple[float, float]:
-    """The win rate at no difference in length, and the (inverse) regularization: cross-validated where it is None."""
-    glm = alpaca_metrics()
-    kwargs = {"n_splits": 5} if strength is None else {"n_splits": 0, "C": strength}
+def _fit(table: Any, equal: Any) -> float:
+    """The win rate at no difference in length, regularized as alpaca-eval's fits are by default."""
+    seen = set(table["preference"])
+    if seen in ({0.0}, {1.0}):  # a resample of one class: nothing to fit
+        return 100 * seen.pop()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of scikit-learn's coming changes
-        model = glm.fit_LogisticRegressionCV(table, "preference", **kwargs)
-    chosen = float(np.ravel(model.C_)[0]) if strength is None else strength
-    return 100 * float(model.predict_proba(equal)[0, 1]), chosen
+        model = alpaca_metrics().fit_LogisticRegressionCV(table, "preference", n_splits=0, C=STRENGTH)
+    return 100 * float(model.predict_proba(equal)[0, 1])
 
 
 def alpaca_metrics() -> Any:

@@ -94,9 +94,13 @@ def read_preferences(path: Path) -> tuple[list[Pair], list[bool], str]:
     Ties are left out.
     """
     rows = _json_list(path, ("instruction", "output_1", "output_2"))
-    if not all(isinstance(row.get("preference"), int | float) for row in rows):
+    # where a pair could not be annotated alpaca-eval writes null
+    if not all("preference" in row and isinstance(row["preference"], int | float | None) for row in rows):
         raise ValueError(f"{path} has rows without a preference from 1 to 2: expected alpaca-eval's annotations")
-    rows = [row for row in rows if row["preference"] not in (0, 1.5)]
+    rows = [row for row in rows if row["preference"] in (1, 2) or 1 < (row["preference"] or 0) < 2]
+    rows = [row for row in rows if row["preference"] != 1.5]
+    if not rows:
+        raise ValueError(f"{path} prefers neither answer anywhere: there is nothing to agree with")
     pairs = [Pair(i, row["instruction"], row["output_2"], row["output_1"]) for i, row in enumerate(rows)]
     return pairs, [row["preference"] > 1.5 for row in rows], rows[0].get("annotator", path.stem)
 

@@ -11,6 +11,7 @@ from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 from trl import get_quantization_config
 
+from sftlab import varlen
 from sftlab.config import ModelArguments
 from sftlab.likelihood import with_fused_head
 from sftlab.model import model_init_kwargs
@@ -59,6 +60,8 @@ def load_pair(folder: Path, run: dict[str, Any]) -> PeftModel:
     """
     recipe = run["recipe"]
     arguments = ModelArguments(**{name: recipe[name] for name in ModelArguments.__dataclass_fields__})
+    if arguments.attn_implementation == varlen.NAME:  # for the packed rows of a training
+        arguments.attn_implementation = None
     kwargs = model_init_kwargs(arguments, recipe["trust_remote_code"], recipe["model_init_kwargs"])
     device = "cuda" if torch.cuda.is_available() else "cpu"
     # cuDNN's attention gives other values from call to call (H200, torch 2.11): greedy texts would differ each time

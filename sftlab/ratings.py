@@ -49,7 +49,7 @@ def read_questions(questions: Path, references: Path) -> list[Question]:
     right = {row["question_id"]: row["choices"][0]["turns"] for row in _lines(references, "choices")}
     found = [
         Question(row["question_id"], row["category"], row["turns"], right.get(row["question_id"]))
-        for row in _lines(questions, "turns")
+        for row in _lines(questions, "turns", "category")
     ]
     if not all(len(question.turns) == 2 for question in found):
         raise ValueError(f"{questions} has questions of other than two turns")
@@ -158,15 +158,16 @@ def mean_ratings(records: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str
     return found
 
 
-def _lines(path: Path, key: str) -> list[dict[str, Any]]:
+def _lines(path: Path, *keys: str) -> list[dict[str, Any]]:
     try:
-        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
     except FileNotFoundError as error:
         raise ValueError(
             f"{path} not found: MT-Bench's question.jsonl and reference_answer are at {_SOURCE}"
         ) from error
     except ValueError as error:
         raise ValueError(f"{path} is not JSON lines: {error}") from error
-    if not rows or not all(isinstance(row, dict) and {"question_id", key} <= row.keys() for row in rows):
-        raise ValueError(f"{path} has lines without question_id or {key}: expected MT-Bench's own form")
+    needed = {"question_id", *keys}
+    if not rows or not all(isinstance(row, dict) and needed <= row.keys() for row in rows):
+        raise ValueError(f"{path} has lines without question_id or {' or '.join(keys)}: expected MT-Bench's own form")
     return rows

@@ -3,12 +3,14 @@
 Parts are what a paired bootstrap sums over rows (see sftlab/significance.py).
 """
 
+import re
 from collections.abc import Sequence
 from importlib.metadata import version
 from typing import Any
 
 import numpy as np
 from rouge_score.rouge_scorer import RougeScorer
+from rouge_score.tokenizers import Tokenizer
 from sacrebleu.metrics import BLEU
 
 from sftlab.significance import Paired, mean, perplexity, with_counts
@@ -22,7 +24,10 @@ NAMES = {
     "rouge2": "ROUGE-2",
     "rougeL": "ROUGE-L",
 }
-ROUGE_SIGNATURE = f"F-measure, mean over rows|stemmer:no|rouge-score:{version('rouge-score')}"
+ROUGE_SIGNATURE = f"F-measure, mean over rows|stemmer:no|words of any script|rouge-score:{version('rouge-score')}"
+# Scripts without blanks between words: each character counts as one, as sacrebleu's zh has it.
+_UNSPACED = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
+_WORD = re.compile(f"[{_UNSPACED}]|[^\\W_{_UNSPACED}]+")
 
 
 class Bleu:
@@ -31,7 +36,11 @@ class Bleu:
     def __init__(self, tokenize: str = "13a") -> None:
         if tokenize not in BLEU.TOKENIZERS:
             raise ValueError(f"bleu_tokenize {tokenize!r} is unknown to sacrebleu: one of {', '.join(BLEU.TOKENIZERS)}")
-        self.metric = BLEU(tokenize=tokenize)
+        try:
+            self.metric = BLEU(tokenize=tokenize)
+        except (ImportError, RuntimeError, OSError) as error:
+            said = " ".join(str(error).split())
+            raise ValueError(f"bleu_tokenize {tokenize} cannot be had here: {said}") from error
 
     def parts(self, answers: Sequence[str], references: Sequence[str]) -> np.ndarray:
         """Counts [rows, 10]: n-gram matches of 1 to 4, n-grams drawn of 1 to 4, answer length, reference length."""
@@ -53,9 +62,17 @@ class Bleu:
         return str(self.metric.get_signature())
 
 
+class AnyScript(Tokenizer):
+    """Words in small letters: rouge-score's own of ASCII text; of all other it would keep nothing."""
+
+    def tokenize(self, text: str) -> list[str]:
+        """The words of a text."""
+        return _WORD.findall(text.lower())
+
+
 def rouge(answers: Sequence[str], references: Sequence[str]) -> np.ndarray:
     """F-measures [rows, 3] of ROUGE-1, ROUGE-2 and ROUGE-L, from 0 to 1."""
-    scorer = RougeScorer(list(ROUGE_TYPES))
+    scorer = RougeScorer(list(ROUGE_TYPES), tokenizer=AnyScript())
     rows = [scorer.score(reference, answer) for answer, reference in zip(answers, references, strict=True)]
     return np.array([[row[name].fmeasure for name in ROUGE_TYPES] for row in rows]).reshape(-1, len(ROUGE_TYPES))
 

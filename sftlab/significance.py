@@ -44,7 +44,8 @@ def compare(scores: dict[str, Paired], resamples: int = RESAMPLES, seed: int = 0
 
     Rows are drawn with replacement, the same ones for both models and for every score (paired bootstrap; Efron and
     Tibshirani 1993, chapter 13). The p-value of 'no difference' is two-sided and counts the observed sample (Davison
-    and Hinkley 1997, equation 4.11). All scores must have the same number of rows.
+    and Hinkley 1997, equation 4.11); of fewer than FEW_ROWS rows, which a bootstrap takes for more than they are, it is
+    that of exchanging the two models row by row (Noreen 1989). All scores must have the same number of rows.
     """
     parts = {name: (np.asarray(s.base, float), np.asarray(s.tuned, float)) for name, s in scores.items()}
     rows = {len(part) for pair in parts.values() for part in pair}
@@ -64,10 +65,39 @@ def compare(scores: dict[str, Paired], resamples: int = RESAMPLES, seed: int = 0
         for name, pair in parts.items():
             for side in (0, 1):
                 drawn[name][side, chunk] = scores[name].score(counts @ pair[side][first])
-    return {
+    found = {
         name: _summary([float(scores[name].score(part.sum(axis=0))) for part in pair], drawn[name])
         for name, pair in parts.items()
     }
+    if count < FEW_ROWS:
+        swaps = _swaps(count, resamples, rng)
+        for name, pair in parts.items():
+            found[name]["p_value"] = _exchanged(scores[name].score, *pair, swaps)
+    return found
+
+
+def _swaps(rows: int, resamples: int, rng: np.random.Generator) -> np.ndarray:
+    """Which rows are exchanged [n, rows]: every choice where they are few, else drawn ones; the first is none."""
+    if 2**rows <= resamples:
+        return (np.arange(2**rows)[:, None] >> np.arange(rows)) & 1
+    return np.vstack([np.zeros((1, rows), dtype=np.int64), rng.integers(0, 2, size=(resamples, rows))])
+
+
+def _exchanged(
+    score: Callable[[np.ndarray], np.ndarray], base: np.ndarray, tuned: np.ndarray, swaps: np.ndarray
+) -> float:
+    """The share of exchanges whose difference is as large as the observed one."""
+    moved = swaps @ (tuned - base)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        differences = np.abs(score(tuned.sum(axis=0) - moved) - score(base.sum(axis=0) + moved))
+    # an exchange that leaves a side without a score does not speak against chance
+    return float((~(differences < differences[0] * (1 - 1e-9))).mean())
+
+
+def method(count: int, what: str = "rows") -> str:
+    """How `compare` finds intervals and p-values of so many, in words."""
+    few = f" (p: by exchanging the models' answers, as {what} are fewer than {FEW_ROWS})" if count < FEW_ROWS else ""
+    return f"paired bootstrap over {what}, {RESAMPLES} resamples{few}"
 
 
 def _summary(values: list[float], drawn: np.ndarray) -> dict[str, Any]:

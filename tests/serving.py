@@ -25,7 +25,7 @@ def log(**what):
         file.write(json.dumps(what) + chr(10))
 
 class Slow:
-    context, closed = 512, False
+    context, closed, mixed = 512, False, True
     def __init__(self, folder, load_in_4bit=False):
         self.run = read_run(folder)
     def fit(self, history, most):

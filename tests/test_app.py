@@ -1,6 +1,7 @@
 """The chat app as its users meet it: the server in a process of its own, called through its API and by hand."""
 
 import json
+import os
 import socket
 import threading
 import time
@@ -16,6 +17,7 @@ from serving import serve, waits_for
 from sftlab import votes
 from sftlab.chat import Chat, Piece, Settings
 from sftlab.conversation import Turn, column, history, inert, saved
+from sftlab.gate import accounts
 from sftlab.lab import Lab
 
 pytest.importorskip("gradio", reason="gradio is not installed")
@@ -212,13 +214,16 @@ def test_one_model_is_in_memory(offered, tmp_path):
 class Recorder:
     """In a model's place: what reaches it, two pieces."""
 
-    context = 100
+    context, mixed = 100, True
 
     def __init__(self, folder, load_in_4bit=False):
         self.run, self.asked, self.four = read(folder), [], load_in_4bit
 
     def fit(self, history, most):
         return history, 1
+
+    def close(self):
+        pass
 
     def reply(self, history, sides, settings, stop):
         self.asked.append((history, sides, settings))
@@ -260,6 +265,52 @@ def test_a_message_waits_for_the_one_before(app, page):
     assert page.send(request, "And?")[0].endswith(" And?")
     page.leave(request)
     assert page.stops == {}
+
+
+def test_a_run_trained_anew_is_loaded_anew_and_votes_name_the_adapter_that_answered(page, offered):
+    request = SimpleNamespace(session_hash="one")
+    turns, *_ = page.begin(request, "0.5 Hello", [], "second", "both", True, *vars(Settings(seed=5)).values())
+    list(page.answer(turns, "", request))
+    answered, before = page.lab.adapter, page.lab.model("second")
+    weights, record = offered / "second" / "adapter" / "adapter_model.safetensors", offered / "second" / "run.json"
+    old, times = weights.read_bytes(), (record.stat().st_atime_ns, record.stat().st_mtime_ns)
+    try:
+        weights.write_bytes(old[:-1] + bytes([old[-1] ^ 1]))
+        os.utime(record, ns=(times[0], times[1] + 10**9))
+        page.vote(turns, "", "left")
+        assert votes.read(page.lab.ballot)[-1]["adapter_hash"] == answered
+        assert page.lab.model("second") is not before
+        assert page.lab.adapter != answered
+    finally:
+        weights.write_bytes(old)
+        os.utime(record, ns=times)
+
+
+def test_models_that_answer_one_after_the_other_do_so_in_the_drawn_order(page):
+    chat = page.lab.model("second")
+    for mixed, order in ((True, ("base", "tuned")), (False, ("tuned", "base"))):
+        chat.mixed = mixed
+        list(page.lab.answer("second", [], ("tuned", "base"), Settings(), threading.Event()))
+        assert chat.asked[-1][1] == order
+
+
+@pytest.mark.parametrize("said, means", [("0", False), ("false", False), ("1", True), ("yes", True)])
+def test_switches_in_the_environment_mean_what_they_say(app, monkeypatch, said, means, capsys):
+    monkeypatch.setenv("SFTLAB_LISTEN", said)
+    monkeypatch.setenv("SFTLAB_PORT", "7999")
+    options = app.parse([])
+    assert (options.listen, options.load_in_4bit, options.port) == (means, False, 7999)
+    monkeypatch.setenv("SFTLAB_LISTEN", "perhaps")
+    with pytest.raises(SystemExit):
+        app.parse([])
+    said = capsys.readouterr().err
+    assert "--listen" in said and "got perhaps but expected one of yes/no" in said
+    assert app.parse(["--listen"]).listen
+
+
+def test_a_password_may_have_blanks(tmp_path):
+    (tmp_path / "accounts").write_text("ann:my secret\n\nbob:a b:c\n")
+    assert accounts(str(tmp_path / "accounts")) == [("ann", "my secret"), ("bob", "a b:c")]
 
 
 def test_a_vote_keeps_both_texts_and_the_settings(page):

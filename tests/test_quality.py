@@ -16,8 +16,10 @@ from rouge_score.rouge_scorer import RougeScorer
 from sacrebleu.metrics import BLEU
 from safetensors.torch import load_file, save_file
 
+from sftlab.evidence import read_evidence
 from sftlab.generate import Answer, Generator
 from sftlab.pair import load_pair
+from sftlab.run import adapter_hash
 from sftlab.template import prompt_ids
 
 SCORES = ["response_perplexity", "text_perplexity", "bleu", "rouge1", "rouge2", "rougeL"]
@@ -150,6 +152,22 @@ def test_a_killed_evaluation_goes_on_where_it_stopped(quality, finished, tmp_pat
     assert files[0].read_bytes().startswith(kept)
     assert records(killed) == records(whole)
     assert files[0].read_bytes().count(b"\n") == (whole / "eval" / files[0].name).read_bytes().count(b"\n")
+
+
+def test_lines_are_ended_by_line_feeds_alone(run):
+    """Text from the web has other line separators in it."""
+    (run / "eval").mkdir(exist_ok=True)
+    (run / "eval" / "quality.json").write_text(json.dumps({"adapter_hash": adapter_hash(run)}))
+    record = {"row": 0, "reference": "one\u2028two\u0085three", "tuned": {"text": "four"}}
+    (run / "eval" / "quality.jsonl").write_text(json.dumps(record, ensure_ascii=False) + "\n", encoding="utf-8")
+    assert read_evidence(run).records == [record]
+
+
+def test_a_run_with_the_attention_of_packed_rows_is_evaluated_without_it(finished, tmp_path):
+    run = copy_of(finished[0], tmp_path / "run")
+    record = read(run)
+    record["recipe"]["attn_implementation"] = "varlen"
+    assert load_pair(run, record).config._attn_implementation == "sdpa"
 
 
 def test_scoring_again_generates_nothing(quality, run, monkeypatch):

@@ -69,6 +69,19 @@ def test_intervals_cover_the_truth():
     assert covered >= 88
 
 
+@pytest.mark.parametrize("rows", [1, 4, 10, 20])
+def test_few_rows_are_not_taken_for_more(rows):
+    """The bootstrap alone calls one row certain, and ten equal models different in 9 of 100 trials."""
+    rng = np.random.default_rng(0)
+    found = []
+    for _ in range(300):
+        base, tuned = (with_counts(rng.normal(size=rows)) for _ in range(2))
+        found.append(compare({"x": Paired(mean, base, tuned)}, resamples=1000)["x"]["p_value"])
+    assert np.mean(np.array(found) < 0.05) < 0.08
+    better = compare({"x": Paired(mean, with_counts(np.zeros(rows)), with_counts(np.arange(1.0, rows + 1)))})["x"]
+    assert better["p_value"] == pytest.approx(min(1, 2 / 2**rows), abs=2e-4)
+
+
 def test_pairing_is_used():
     rng = np.random.default_rng(0)
     base = rng.normal(0, 10, 300)
@@ -161,6 +174,19 @@ def check_canaries(references, near_bleu, near_rouge):
     empty = [""] * len(references)
     assert Bleu.score(bleu.parts(empty, references).sum(axis=0)) == 0
     assert rouge(empty, references).max() == 0
+
+
+def test_rouge_knows_words_of_any_script_and_keeps_its_own_of_ascii():
+    from rouge_score.rouge_scorer import RougeScorer
+
+    plain = [("The cat_sat, on 2 mats!", "a cat sat on two mats"), ("", "x"), ("don't", "do not")]
+    theirs = [RougeScorer(["rouge1", "rougeL"]).score(b, a) for a, b in plain]
+    ours = rouge(*zip(*plain, strict=True))
+    assert ours[:, [0, 2]].tolist() == [[one["rouge1"].fmeasure, one["rougeL"].fmeasure] for one in theirs]
+    other = ["Москва — столица России", "东京是日本的首都", "Grüße aus Köln"]
+    assert rouge(other, other).tolist() == [[1, 1, 1]] * 3
+    assert 0 < rouge(["东京是中国的首都"], ["东京是日本的首都"])[0, 0] < 1
+    assert rouge(["Koln"], ["Köln"])[0, 0] == 0
 
 
 def test_bleu_of_the_parts_is_sacrebleus_corpus_score():
