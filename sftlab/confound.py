@@ -203,7 +203,7 @@ def settle_axes(runs: Mapping[str, Settings], asked: Sequence[str], allow: bool 
 
     ValueError for a name that is no axis and, unless `allow`, for runs that differ in more than the axes explain.
     """
-    known = {*LAUNCH_AXES, *(name for one in runs.values() for name in (*one.recipe, *one.facts))}
+    known = {*LAUNCH_AXES, *_CHOSEN, *(name for one in runs.values() for name in (*one.recipe, *one.facts))}
     for axis in asked:
         if axis not in known and not axis.startswith("launch."):
             near = difflib.get_close_matches(axis, known, n=1, cutoff=0.5)
