@@ -28,13 +28,13 @@ TRAFFIC_LORA = 4
 # Times that dequantising takes over reading 4 and writing 16 bits a weight.
 DEQUANTISING = 2.4
 # Seconds of the host for a decoder layer, forward and backward, and for each module with LoRA in it; and what a layer
-# takes besides: float8 (eager, compiled), 4-bit weights, FSDP2's hooks.
-HOST_COMPILED, HOST_EAGER = (2.4e-3, 0.3e-3), (4.0e-3, 0.65e-3)
-HOST_FP8, HOST_QUANTIZED, HOST_FSDP = (6.2e-3, 2.0e-3), 5.5e-3, 5.0e-3
+# takes besides: float8 (eager, compiled), 4-bit weights, FSDP2's hooks (of one process, of several).
+HOST_COMPILED, HOST_EAGER = (2.7e-3, 0.36e-3), (4.4e-3, 0.86e-3)
+HOST_FP8, HOST_QUANTIZED, HOST_FSDP = (7.0e-3, 2.4e-3), 5.0e-3, (1.0e-3, 3.6e-3)
 # Under FSDP2 the float8 linears are torchao's own, which round sharded weights anew.
 HOST_FP8_SHARDED = 28e-3
 # Times as long with checkpointing: the forward again, through hooks that pack and unpack every tensor.
-HOST_CHECKPOINTED, HOST_AGAIN = 2.3, 1.5
+HOST_CHECKPOINTED, HOST_AGAIN = 1.6, 1.2
 # Seconds of a step in which the GPU waits until float16's loss scale is known to have overflowed or not.
 HOST_SCALER = 0.010
 # Seconds of the host for a step beside its layers: batches, loss, optimizer, logs.
@@ -113,10 +113,10 @@ def pace(step: Step, gpu: GPU) -> Pace:
 def host(step: Step) -> float:
     """Seconds that launching the kernels of a micro-batch takes on the host which the constants are from."""
     layer, lora = HOST_COMPILED if step.compiled else HOST_EAGER
-    own = layer + lora * len(step.targets)
+    own = layer + lora * len(step.targets) * (step.rank > 0)
     sharded = step.strategy == "fsdp"
     besides = (HOST_FP8_SHARDED if sharded else HOST_FP8[step.compiled]) * (step.precision == "fp8")
-    besides += HOST_QUANTIZED * step.quantized + HOST_FSDP * sharded
+    besides += HOST_QUANTIZED * step.quantized + HOST_FSDP[step.processes > 1] * sharded
     if step.checkpointing:
         own, besides = own * HOST_CHECKPOINTED, besides * HOST_AGAIN
     return step.shape.layers * (own + besides) + HOST_STEP
