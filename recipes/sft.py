@@ -22,7 +22,7 @@ from pathlib import Path
 
 import torch
 from accelerate.utils import broadcast_object_list
-from datasets import IterableDataset
+from torch.utils.data import IterableDataset
 from transformers import PreTrainedTokenizerBase
 
 from sftlab.config import Recipe, parse_recipe
@@ -153,6 +153,11 @@ def train(trainer: LabTrainer, recipe: Recipe, run: Run, start: Start, stop: Sto
         reason = "; ".join([f"signal {stop.agreed} at step {state.global_step} of {state.max_steps}", *unsaved])
         run.finish("interrupted", reason=reason, measured=measured, **facts)
         sys.exit(128 + stop.agreed)
+    if state.global_step < state.max_steps:
+        raise RuntimeError(
+            f"the training ended at step {state.global_step} of {state.max_steps}: a pass over the stream has no "
+            f"{trainer.global_batch} rows, which one step takes"
+        )
     if not math.isfinite(result.training_loss):
         raise RuntimeError(
             f"diverged: the mean training loss is {result.training_loss}; the curve shows where it broke"

@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 import torch
 from trl import ModelConfig, SFTConfig, TrlParser
 
-from sftlab.launch import COMPUTE_DTYPE, PRECISIONS, Launch
+from sftlab.consistency import settle
+from sftlab.launch import Launch
 from sftlab.settings import read_yaml
 
 SHAPE_NAMES = ["openorca", "dolly", "alpaca", "gsm8k", "sharegpt", "messages", "prompt_completion"]
@@ -30,6 +31,7 @@ _REFUSED = {
     "bf16_full_eval": "the launch config decides the precision",
     "fp16_full_eval": "the launch config decides the precision",
     "push_to_hub": "upload the finished adapter instead: hf upload NAME RUN/adapter",
+    "pad_to_multiple_of": "packed rows are filled up to a multiple of 128 tokens as it is",
     "packing_strategy": "packing lays whole rows end to end and keeps the rows of a step",
     "padding_free": "packing decides",
     "eval_packing": "packing decides",
@@ -93,6 +95,13 @@ class ModelArguments(ModelConfig):
             "choices": ["bfloat16", "float16", "float32"],
         },
     )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if isinstance(self.lora_target_modules, str) and self.lora_target_modules.isidentifier():
+            self.lora_target_modules = [
+                self.lora_target_modules
+            ]  # trl takes it out of its list; to peft it is a pattern
 
 
 @dataclass
@@ -195,6 +204,8 @@ def parse_recipe(argv: list[str], launch: Launch) -> Recipe:
     named = [a[2:].split("=")[0].replace("-", "_") for a in argv if a.startswith("--")]
     _refuse_unknown([*settings, *named], known)
     _refuse_unused([*(key for key, value in settings.items() if value), *named])
+    if settings.get("max_length", 1) is None:
+        raise ValueError("max_length is null: give the most tokens that a row may have")
     settings = {key: value for key, value in settings.items() if value is not None}
     arguments = [item for key, value in settings.items() for item in _as_arguments(key, value)]
     data, training, model, rest = parser.parse_args_and_config(arguments + argv, return_remaining_strings=True)
@@ -202,7 +213,7 @@ def parse_recipe(argv: list[str], launch: Launch) -> Recipe:
         raise ValueError(f"cannot read {' '.join(rest)!r}: every option is --field value")
     given = {name: _value(name, (data, training, model)) for name in [*settings, *named]}
     recipe = Recipe(data, training, model, given)
-    _check(recipe, launch)
+    settle(recipe, launch)
     return recipe
 
 
@@ -243,78 +254,3 @@ def _as_arguments(key: str, value: Any) -> list[str]:
 
 def _value(name: str, groups: tuple) -> Any:
     return next(getattr(group, name) for group in groups if hasattr(group, name))
-
-
-def _check(recipe: Recipe, launch: Launch) -> None:
-    data, training, model = recipe.data, recipe.training, recipe.model
-    for name in ("model_name_or_path", "dataset_name"):
-        if not _value(name, recipe[:3]):
-            raise ValueError(f"{name} is missing: set it in the recipe or pass --{name}")
-    if "output_dir" not in recipe.given:
-        raise ValueError("output_dir is missing: set it in the recipe or pass --output_dir runs/NAME")
-    if model.lora_r <= 0:
-        raise ValueError(f"lora_r is {model.lora_r}: the rank must be 1 or more")
-    if model.lora_alpha <= 0:
-        raise ValueError(f"lora_alpha is {model.lora_alpha}: it must be positive (usual is twice lora_r)")
-    if model.use_peft and not model.lora_target_modules:
-        raise ValueError(
-            "lora_target_modules is unset (PEFT would silently take q_proj and v_proj only): name the modules"
-        )
-    if not 0 < data.dataset_fraction <= 1:
-        raise ValueError(f"dataset_fraction is {data.dataset_fraction}: it must be above 0 and at most 1")
-    fractions = data.split_fractions
-    if len(fractions) != 3 or min(fractions) < 0 or fractions[0] <= 0 or abs(sum(fractions) - 1) > 1e-6:
-        raise ValueError(
-            f"split_fractions is {fractions}: give three shares, train, validation and test, that sum to 1"
-        )
-    if data.dataset_streaming and training.max_steps <= 0:
-        raise ValueError("dataset_streaming needs max_steps: the length of a stream is not known beforehand")
-    if launch.strategy == "fsdp" and any(word in training.optim for word in ("paged", "bnb", "8bit", "lion")):
-        raise ValueError(
-            f"optim {training.optim} is bitsandbytes', which does not update the sharded parameters of FSDP2: pass "
-            f"--optim adamw_torch_fused"
-        )
-    _settle_precision(recipe)
-    _settle_batch(recipe, launch.world_size)
-    if launch.world_size > 2 and (training.deterministic or launch.hides_gpus):
-        # DDP deals gradients to buckets anew after the first step of a start, unless it looks for unused parameters;
-        # of three or more processes' gradients the place in a bucket decides the order of the sum
-        training.ddp_find_unused_parameters = True
-
-
-def _settle_precision(recipe: Recipe) -> None:
-    """Refuse a recipe whose dtype contradicts the launch config's precision; fill in `dtype` where it is unset."""
-    model = recipe.model
-    precision = PRECISIONS[recipe.training.mixed_precision]
-    compute = COMPUTE_DTYPE[precision]
-    if model.dtype not in (None, compute, "float32"):
-        raise ValueError(
-            f"the recipe's dtype is {model.dtype} and the launch config's precision {precision}: they contradict each "
-            f"other; launch with {'bf16' if model.dtype == 'bfloat16' else 'fp16'}.yaml or leave dtype out"
-        )
-    # weights that train keep float32 copies; autocast computes in the precision
-    model.dtype = model.dtype or (compute if model.use_peft else "float32")
-
-
-def _settle_batch(recipe: Recipe, world_size: int) -> None:
-    """Derive micro-batch and accumulation from `global_batch_size`, so that the launch config does not change it."""
-    data, training = recipe.data, recipe.training
-    per_device, total = training.per_device_train_batch_size, data.global_batch_size
-    if not total:
-        data.global_batch_size = per_device * training.gradient_accumulation_steps * world_size
-        return
-    if total % world_size:
-        raise ValueError(f"global_batch_size {total} does not divide into {world_size} processes")
-    per_device = min(per_device, total // world_size)
-    accumulation, rest = divmod(total, per_device * world_size)
-    if rest:
-        raise ValueError(
-            f"global_batch_size {total} is not a multiple of per_device_train_batch_size {per_device} x "
-            f"{world_size} processes"
-        )
-    if "gradient_accumulation_steps" in recipe.given and training.gradient_accumulation_steps != accumulation:
-        raise ValueError(
-            f"gradient_accumulation_steps {training.gradient_accumulation_steps} and global_batch_size {total} "
-            f"contradict each other (it would take {accumulation}): give one of the two"
-        )
-    training.per_device_train_batch_size, training.gradient_accumulation_steps = per_device, accumulation

@@ -5,6 +5,7 @@ input. Scales are one per tensor: e4m3 forward, e5m2 for gradients (Micikevicius
 """
 
 import torch
+from accelerate.utils import AORecipeKwargs
 from torch import nn
 
 FORWARD, BACKWARD = torch.float8_e4m3fn, torch.float8_e5m2
@@ -69,8 +70,17 @@ def freeze_in_float8(model: nn.Module) -> int:
     return len(names)
 
 
+def accelerates_share(sharded: bool) -> AORecipeKwargs:
+    """What accelerate converts, by torchao: under FSDP, which does not shard our weights, the linears; else nothing.
+
+    It would convert the LoRA matrices too, whose rank is too small for float8 to pay.
+    """
+    return AORecipeKwargs(module_filter_func=is_base_linear if sharded else lambda module, name: False)
+
+
 def is_base_linear(module: nn.Module, name: str) -> bool:
-    """Whether fp8 converts this module: a frozen linear inside the decoder, its sizes multiples of 16."""
+    """Whether fp8 converts this module: a frozen linear of floats inside the decoder, its sizes multiples of 16."""
     if not isinstance(module, nn.Linear) or "lora_" in name or "lm_head" in name:
         return False
-    return module.in_features % 16 == 0 and module.out_features % 16 == 0
+    frozen = not module.weight.requires_grad and module.weight.is_floating_point()
+    return frozen and module.in_features % 16 == 0 and module.out_features % 16 == 0

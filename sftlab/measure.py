@@ -71,8 +71,17 @@ class Meter(TrainerCallback):
         if self.first_step_s is None:
             synchronize()
             self.first_step_s = time.time() - psutil.Process().create_time()
+        self._close(state, control, state.global_step >= state.max_steps)
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Close the window before an evaluation or a checkpoint of the epoch."""
+        self._close(state, control)
+
+    def _close(self, state: TrainerState, control: TrainerControl, ended: bool = False) -> None:
         pause = control.should_evaluate or control.should_save or control.should_training_stop
-        if self._window and (pause or state.global_step >= state.max_steps):
+        if self._window and (pause or ended):
             synchronize()
             started, first = self._window
             self._seconds += time.perf_counter() - started

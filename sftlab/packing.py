@@ -6,18 +6,21 @@ tokens as any other: processes then wait for nobody. Everything is worked out on
 
 import heapq
 from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
 from typing import Any
 
 import numpy as np
 import torch
 from torch.nn.functional import pad
-from torch.utils.data import RandomSampler, Sampler, SequentialSampler
+from torch.utils.data import IterableDataset, RandomSampler, Sampler, SequentialSampler
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 # Queries (and keys) that one program of the attention kernels works on.
 TILE = 64
 # Packed batches are filled up to a multiple of this, so that matrix products keep aligned shapes.
 TOKENS_MULTIPLE = 128
+# What the collator adds for the loss and the meter; the model does not know it.
+_EXTRAS = ("loss_positions", "targets", "loss_rows", "real_tokens", "real_rows")
 
 
 class BalancedSampler(Sampler[int]):
@@ -78,6 +81,26 @@ def balanced(rows: Sequence[int], lengths: Sequence[int], bins: int) -> list[lis
     return dealt
 
 
+class WholeBatches(IterableDataset):
+    """A stream without the rows at its end that do not fill a global batch.
+
+    Every process then has as many rows as any other, and accumulation ends where a pass does. accelerate would deal a
+    data set of several files file by file, and some processes would wait for others that have no more rows.
+    """
+
+    def __init__(self, rows: IterableDataset, global_batch: int) -> None:
+        self._rows, self._global_batch = rows, global_batch
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        rows = iter(self._rows)
+        while len(batch := list(islice(rows, self._global_batch))) == self._global_batch:
+            yield from batch
+
+    def set_epoch(self, epoch: int) -> None:
+        """Another order where the stream shuffles."""
+        self._rows.set_epoch(epoch)
+
+
 class Collator:
     """trl's collator, and what the loss and the attention need beside it, worked out on the CPU.
 
@@ -120,6 +143,11 @@ class Collator:
             "position_ids": torch.cat([batch["position_ids"], torch.arange(tail)[None]], dim=1),
             "tiles": tiles([*lengths.tolist(), tail]),
         }
+
+
+def for_the_model(batch: dict[str, Any]) -> dict[str, Any]:
+    """What the model itself takes of a batch."""
+    return {name: value for name, value in batch.items() if name not in _EXTRAS}
 
 
 def tiles(lengths: Sequence[int]) -> torch.Tensor:

@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate.utils import broadcast_object_list
-from datasets import IterableDataset
 from peft import PeftModel
 from safetensors import SafetensorError
 from torch import nn
+from torch.utils.data import IterableDataset
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from sftlab.checkpoint import in_order, remove, rotate, seal
@@ -71,12 +71,13 @@ class Resume(TrainerCallback):
         self.earlier: dict[str, Any] = {"peak": {}, "observed": {}}
         self._trainer, self._from = trainer, None
         self._kept_s, self._began = 0.0, time.perf_counter()
+        self._put_off = False
         self._notes: Notes | None = None
 
     @property
     def seconds(self) -> float:
-        """Seconds of training over all starts, without what was thrown away."""
-        return self._kept_s + time.perf_counter() - self._began
+        """Seconds of training over all starts, without what was thrown away or spent waiting for another training."""
+        return self._kept_s + time.perf_counter() - self._began - self._trainer.meter.waited_s
 
     @property
     def folder(self) -> Path:
@@ -93,6 +94,7 @@ class Resume(TrainerCallback):
         if checkpoint and best and (self.folder / best).is_dir():
             self._trainer.state.best_model_checkpoint = str(self.folder / best)  # it may have been moved
         state, args = self._trainer.state, self._trainer.args
+        args.eval_on_start = args.eval_on_start and not checkpoint
         if state.global_step >= max_steps:
             return epochs, 0  # transformers would take a step more
         if checkpoint and isinstance(self._trainer.train_dataset, IterableDataset):
@@ -116,9 +118,18 @@ class Resume(TrainerCallback):
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
     ) -> None:
-        """Note how far it is."""
+        """Note how far it is. At the end of an epoch that is evaluated or logged, a checkpoint comes after that."""
         if self._notes:
             self._notes.write(state.global_step, self.seconds)
+        by_epoch = "epoch" in (args.eval_strategy, args.logging_strategy)
+        if control.should_save and by_epoch and state.epoch == int(state.epoch):
+            control.should_save, self._put_off = False, True
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
+        """Save what was put off: a run that goes on from there begins the next epoch."""
+        control.should_save, self._put_off = control.should_save or self._put_off, False
 
     def save(self, stock: Callable[[], None]) -> None:
         """Save a checkpoint by `stock`, add what it lacks, seal it once every rank has written. Every rank calls it.

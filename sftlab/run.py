@@ -72,6 +72,7 @@ class Run:
         another recipe, launch config or other versions, unless `anyway`; run.json says then what differed.
         """
         record, warnings = self._record()
+        overwrite = overwrite and not _requeued(record)
         if not overwrite:
             self._refuse(record)
         found = newest_valid(self.folder) if not overwrite else None
@@ -187,6 +188,12 @@ class Run:
             if record["status"] == "running":
                 record |= {"status": "failed", "reason": reason, "failed_rank": rank, "finished": _now()}
                 write_json(self.path, record)
+
+
+def _requeued(record: Mapping[str, Any] | None) -> bool:
+    """Whether Slurm starts a job again that began an unfinished run: it goes on, though it was told to overwrite."""
+    again = int(os.environ.get("SLURM_RESTART_COUNT", 0)) > 0
+    return bool(again and record and record["status"] != "succeeded" and record["recipe"].get("overwrite"))
 
 
 def must_match(recipe: Mapping[str, Any], launch: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, Any]:

@@ -11,12 +11,11 @@ from typing import Any
 
 import torch
 from accelerate.data_loader import SeedableRandomSampler
-from accelerate.utils import AORecipeKwargs
 from datasets import Dataset
 from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.nn.functional import pad
-from torch.utils.data import RandomSampler, Sampler, SequentialSampler
+from torch.utils.data import IterableDataset, RandomSampler, Sampler, SequentialSampler
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, set_seed
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 from trl import SFTTrainer, get_peft_config, get_quantization_config
@@ -25,20 +24,17 @@ from sftlab import loss, varlen
 from sftlab.config import Recipe
 from sftlab.data import Splits
 from sftlab.fastpath import FastPath, compile_layers
-from sftlab.fp8 import freeze_in_float8, is_base_linear
+from sftlab.fp8 import accelerates_share, freeze_in_float8
 from sftlab.launch import Launch
 from sftlab.likelihood import nats_per_token
 from sftlab.measure import Meter, flops_per_token
 from sftlab.memory import MemorySplit
 from sftlab.model import model_init_kwargs
-from sftlab.packing import BalancedSampler, Collator, whole_batches
+from sftlab.packing import BalancedSampler, Collator, WholeBatches, for_the_model, whole_batches
 from sftlab.ran import row_lengths, seen_linear, verify_precision, verify_strategy
 from sftlab.resume import Resume, dtypes_kept
 from sftlab.sharding import average_replicated_, clip_sharded_, gather_ahead, settle_plugin
 from sftlab.tokens import refuse_other_encoding, training_rows
-
-# What the collator adds for the loss and the meter; the model does not know it.
-_EXTRAS = ("loss_positions", "targets", "loss_rows", "real_tokens", "real_rows")
 
 
 class LabTrainer(SFTTrainer):
@@ -64,6 +60,8 @@ class LabTrainer(SFTTrainer):
         self.replicated = plugin is not None and plugin.fsdp_version == 2 and settle_plugin(plugin, self.model)
         self.resume = Resume(self)
         self.add_callback(self.resume)
+        if isinstance(self.train_dataset, IterableDataset):
+            self.train_dataset = WholeBatches(self.train_dataset, self.global_batch)
         self.data_collator = Collator(self.processing_class.pad_token_id, fast.packing)
         self.flops = flops_per_token(self.model)
         self._take_fast_path()
@@ -127,7 +125,7 @@ class LabTrainer(SFTTrainer):
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool, num_items_in_batch: torch.Tensor | None
     ) -> Any:
         if not self.fast.fused_loss or return_outputs:
-            return super().compute_loss(model, _plain(inputs), return_outputs, num_items_in_batch)
+            return super().compute_loss(model, for_the_model(inputs), return_outputs, num_items_in_batch)
         nats, entropies, hits = self.token_losses(model, inputs)
         sums = torch.stack([entropies.sum(), hits.sum(), torch.ones_like(hits).sum()])
         self._sums = sums if self._sums is None else self._sums + sums
@@ -143,7 +141,7 @@ class LabTrainer(SFTTrainer):
 
     def token_losses(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[torch.Tensor, ...]:
         """Nats, entropies and hits of every token in the loss, each [n]."""
-        plain = _plain(inputs)
+        plain = for_the_model(inputs)
         positions = inputs["loss_positions"]
         if self.fast.fused_loss:
             del plain["labels"]
@@ -163,6 +161,10 @@ class LabTrainer(SFTTrainer):
                 self._metrics["train"][name].append(value)
             self._metrics["train"]["num_tokens"] = [self._total_train_tokens]
         super().log(logs, start_time)
+
+    def _determine_best_metric(self, *args: Any, **kwargs: Any) -> bool:
+        # under save_strategy best a checkpoint that somebody else asked for, to stop, is saved all the same
+        return super()._determine_best_metric(*args, **kwargs) or self.control.should_save
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         self.resume.save(lambda: super(LabTrainer, self)._save_checkpoint(model, trial))
@@ -258,12 +260,7 @@ class LabTrainer(SFTTrainer):
     def _build_accelerator_args(self, **kwargs: Any) -> dict[str, Any]:
         built = super()._build_accelerator_args(**kwargs)
         if self.args.mixed_precision == "fp8":
-            # accelerate would convert the LoRA matrices too, whose rank is too small for float8 to pay. Outside FSDP,
-            # which shards torchao's weights and not ours, the linears are frozen in float8 instead.
-            sharded = self.launch.strategy == "fsdp"
-            built["kwargs_handlers"].append(
-                AORecipeKwargs(module_filter_func=is_base_linear if sharded else _no_linear)
-            )
+            built["kwargs_handlers"].append(accelerates_share(self.launch.strategy == "fsdp"))
         return built
 
 
@@ -303,18 +300,9 @@ def build_trainer(
         processing_class=tokenizer,
         quantization_config=get_quantization_config(recipe.model),
         peft_config=get_peft_config(recipe.model),
-        callbacks=[meter, *([memory] if memory else []), *callbacks],
+        callbacks=[*callbacks, meter, *([memory] if memory else [])],
         meter=meter,
         memory=memory,
         launch=launch,
         fast=fast,
     )
-
-
-def _plain(inputs: dict[str, Any]) -> dict[str, Any]:
-    """What the model itself takes."""
-    return {name: value for name, value in inputs.items() if name not in _EXTRAS}
-
-
-def _no_linear(module: nn.Module, name: str) -> bool:
-    return False

@@ -32,6 +32,12 @@ def test_the_command_line_beats_the_recipe(fields):
     assert parsed(fields, "--lora_target_modules", "q_proj", "k_proj").model.lora_target_modules == ["q_proj", "k_proj"]
 
 
+def test_one_target_is_a_list_of_one_and_a_pattern_stays_a_pattern(fields):
+    assert parsed(fields, "--lora_target_modules", "q_proj").model.lora_target_modules == ["q_proj"]
+    for pattern in ("all-linear", r".*\.q_proj"):
+        assert parsed(fields, "--lora_target_modules", pattern).model.lora_target_modules == pattern
+
+
 def test_every_yaml_value_arrives_with_its_type(fields, tmp_path):
     path = tmp_path / "r.yaml"
     path.write_text(
@@ -53,6 +59,11 @@ def test_every_yaml_value_arrives_with_its_type(fields, tmp_path):
         (["--lora_rr", "4"], "unknown field 'lora_rr'; did you mean 'lora_r'?"),
         (["--max_seq_length", "4"], "unknown field 'max_seq_length'.*max_length"),
         (["--lora_r", "0"], "lora_r is 0"),
+        (
+            ["--split_fractions", "1", "0", "0", "--eval_strategy", "epoch"],
+            "eval_strategy is epoch and split_fractions",
+        ),
+        (["--pad_to_multiple_of", "8"], "pad_to_multiple_of is not used here"),
         (["--lora_r", "-3"], "lora_r is -3"),
         (["--lora_r", "many"], "lora_r.*invalid int value: 'many'"),
         (["--dataset_shape", "orca"], "dataset_shape.*invalid choice"),
@@ -123,6 +134,28 @@ def test_a_global_batch_that_does_not_divide_is_refused(fields):
         parsed(fields, launch=processes(3))
     with pytest.raises(ValueError, match="not a multiple"):
         parsed(fields | {"per_device_train_batch_size": "3"})
+
+
+@pytest.mark.parametrize(
+    ("asked", "why"),
+    [
+        ("--use_peft=false", "trains them"),
+        ("--use_dora=true", "norms"),
+        ("--load_in_4bit=true", "round them otherwise"),
+    ],
+)
+def test_fp8_refuses_weights_that_it_cannot_round(fields, monkeypatch, asked, why):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "-1")
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp8")
+    with pytest.raises(ValueError, match=f"fp8 rounds the frozen weights, and .*{why}.*: launch with bf16.yaml"):
+        parsed(fields, asked)
+
+
+def test_a_null_length_is_refused(tmp_path):
+    path = tmp_path / "r.yaml"
+    path.write_text("max_length: null\n")
+    with pytest.raises(ValueError, match="max_length is null: give the most tokens"):
+        parse_recipe(["--config", str(path)], Launch.from_environment())
 
 
 def test_the_launch_config_decides_the_precision(fields, monkeypatch):

@@ -26,6 +26,7 @@ from sftlab.launch import Launch
 from sftlab.ran import what_ran
 from sftlab.resume import NoRoom, dtypes_kept, is_full
 from sftlab.run import adapter_hash
+from sftlab.trainer import LabTrainer
 
 
 def scalars(run, tag="train/loss"):
@@ -101,6 +102,60 @@ def test_a_killed_run_continues_from_its_checkpoint_and_says_what_it_cost(finish
     assert record["measured"]["checkpoints"]["mb"] > 0.05
     assert [folder.name for folder in in_order(tmp_path / "run")] == ["checkpoint-36", "checkpoint-40"]
     assert not list((tmp_path / "run").rglob("training_args.bin"))
+
+
+@pytest.fixture
+def told_to_stop(monkeypatch):
+    """TERM arrives within a step, once."""
+
+    def at(step):
+        whole, left = LabTrainer.training_step, [step]
+
+        def stepping(self, *args, **kwargs):
+            if left == [self.state.global_step + 1]:
+                left.clear()
+                os.kill(os.getpid(), signal.SIGTERM)
+            return whole(self, *args, **kwargs)
+
+        monkeypatch.setattr(LabTrainer, "training_step", stepping)
+
+    return at
+
+
+def test_a_stop_is_saved_where_only_better_models_are(fields, tmp_path, told_to_stop, train_here, trained_here):
+    best = {"save_strategy": "best", "metric_for_best_model": "eval_loss", "greater_is_better": "false"}
+    own = {**fields, **best, "max_steps": "6", "eval_strategy": "steps", "eval_steps": "2", "learning_rate": "0"}
+    told_to_stop(4)
+    assert train_here(own).returncode
+    assert read(tmp_path / "run")["status"] == "interrupted"
+    assert "checkpoint-4" in [folder.name for folder in in_order(tmp_path / "run")]
+    trained_here(own)
+    assert read(tmp_path / "run")["measured"]["global_step"] == 6
+
+
+def test_what_was_timed_before_a_stop_counts(fields, tmp_path, told_to_stop, train_here):
+    told_to_stop(5)
+    assert train_here({**fields, "save_steps": "100"}).returncode
+    assert read(tmp_path / "run")["measured"]["timed_steps"] == 4, "all but the warm-up"
+
+
+def test_a_stop_in_the_last_step_of_an_epoch_keeps_what_the_epoch_ends_with(
+    fields, rows, tmp_path, told_to_stop, train_here, trained_here
+):
+    own = {
+        **fields, "num_train_epochs": "2", "max_steps": "-1", "lora_dropout": "0.1", "eval_on_start": "true",
+        "eval_strategy": "epoch", "logging_strategy": "epoch", "save_steps": "100",
+    }  # fmt: skip
+    trained_here({**own, "output_dir": str(tmp_path / "whole")})
+    whole = read(tmp_path / "whole")["measured"]
+    told_to_stop(whole["global_step"] // 2)
+    assert train_here(own).returncode
+    trained_here(own)
+    found = read(tmp_path / "run")
+    assert found["interruptions"][0]["step"] == whole["global_step"] // 2
+    assert found["measured"]["train_loss"] == whole["train_loss"]
+    for tag in ("eval/loss", "train/loss"):
+        assert scalars(tmp_path / "run", tag) == scalars(tmp_path / "whole", tag)
 
 
 def test_other_data_are_refused_with_what_differs_or_continued_with_on_request(
@@ -219,6 +274,23 @@ def test_a_stream_that_has_begun_again_goes_on_where_it_was(fields):
     again = build(fields, **more, overwrite="true")
     found = train(again, resume_from_checkpoint=f"{fields['output_dir']}/checkpoint-25")
     assert [e["loss"] for e in found] == losses
+
+
+def test_a_stream_whose_pass_ends_within_a_step_leaves_those_rows(fields):
+    streamed = {"dataset_streaming": "true", "streaming_eval_rows": 10, "max_steps": 30, "lora_dropout": 0}
+    losses = []
+    for micro in (8, 2):
+        trainer = build({**fields, "global_batch_size": "8", "per_device_train_batch_size": str(micro)}, **streamed)
+        losses.append([entry["loss"] for entry in train(trainer)])
+        assert trainer.state.epoch > 1, "the stream has begun again"
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+def test_a_stream_of_fewer_rows_than_a_step_takes_fails(fields, tmp_path, train_here):
+    own = {"dataset_streaming": "true", "streaming_eval_rows": "10", "global_batch_size": "2000"}
+    done = train_here({**fields, **own, "per_device_train_batch_size": "2000"})
+    assert "the training ended at step 0 of 6: a pass over the stream has no 2000 rows" in done.stderr
+    assert read(tmp_path / "run")["status"] == "failed"
 
 
 def without_times(history):

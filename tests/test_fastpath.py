@@ -470,5 +470,10 @@ def test_fp8_freezes_the_decoders_linears_and_no_others():
     kept = [n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and type(m) is torch.nn.Linear]
     assert all("lora_" in name or "lm_head" in name for name in kept)
     assert flops_per_token(model) == before
+    saved = LoraConfig(r=8, target_modules=["q_proj"], modules_to_save=["down_proj"])
+    model = get_peft_model(LlamaForCausalLM(config), saved)
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    freeze_in_float8(model)
+    assert {name for name, parameter in model.named_parameters() if parameter.requires_grad} == trained
     with pytest.raises(ValueError, match="no frozen linear whose sizes are multiples of 16"):
         freeze_in_float8(torch.nn.Linear(8, 8))

@@ -64,6 +64,24 @@ def test_the_meter_counts_real_tokens_and_leaves_out_warm_up_evaluation_and_savi
     assert of_limit["share_of_limit"] == pytest.approx(4 * 3e5 / 1e12 / 2), "of a model however small"
 
 
+def test_the_meter_stops_before_the_evaluation_at_an_epochs_end(monkeypatch):
+    clock, meter = Clock(monkeypatch), Meter()
+    state, control = SimpleNamespace(global_step=0, max_steps=20), SimpleNamespace()
+    for step in range(20):
+        control.should_evaluate = control.should_save = control.should_training_stop = False
+        meter.on_step_begin(None, state, control)
+        clock.now += 2.0
+        meter.count(tokens=4, rows=2, loss_tokens=3)
+        state.global_step += 1
+        meter.on_step_end(None, state, control)
+        if step == 9:
+            control.should_evaluate = True
+            meter.on_epoch_end(None, state, control)
+            clock.now += 1000.0
+    facts = meter.facts(Flops(token=1.0, loss_token=1.0))
+    assert (facts["timed_steps"], facts["timed_seconds"]) == (15, 30.0)
+
+
 def test_a_slow_processor_is_not_measured_for_minutes(monkeypatch):
     sizes = []
 

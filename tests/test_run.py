@@ -32,6 +32,18 @@ def checkpoint(folder, step, sealed=True):
     return str(path)
 
 
+def test_a_job_that_slurm_starts_again_goes_on_though_it_overwrites(tmp_path, monkeypatch):
+    recipe = {**RECIPE, "overwrite": True}
+    run, _ = started(tmp_path / "r", recipe, overwrite=True)
+    checkpoint(tmp_path / "r", 3)
+    assert started(tmp_path / "r", recipe, overwrite=True)[1].checkpoint is None
+    checkpoint(tmp_path / "r", 3)
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    assert started(tmp_path / "r", recipe, overwrite=True)[1].checkpoint
+    run.finish("succeeded")
+    assert started(tmp_path / "r", recipe, overwrite=True)[1].checkpoint is None, "what another job has finished"
+
+
 def test_a_finished_run_is_replaced_only_with_overwrite(tmp_path):
     run, _ = started(tmp_path / "r")
     run.adapter.mkdir()
