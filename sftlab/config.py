@@ -98,10 +98,9 @@ class ModelArguments(ModelConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if isinstance(self.lora_target_modules, str) and self.lora_target_modules.isidentifier():
-            self.lora_target_modules = [
-                self.lora_target_modules
-            ]  # trl takes it out of its list; to peft it is a pattern
+        targets = self.lora_target_modules
+        if isinstance(targets, str) and targets.isidentifier():  # trl took it out of its list; to peft it is a pattern
+            self.lora_target_modules = [targets]
 
 
 @dataclass
