@@ -10,13 +10,20 @@ would be launched, into a folder that is thrown away. Ends with status 1 where s
 import sftlab.quiet  # noqa: F401, I001  (before the libraries that it quiets)
 
 import argparse
+import os
 import re
+import signal
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
-from sftlab.checkup import FAILS, FINE, Finding, examine
+try:
+    from sftlab.checkup import FAILS, FINE, Finding, examine
+except ModuleNotFoundError as error:
+    sys.exit(
+        f"fails    packages       missing: {error.name}\n{'':<24}-> `make setup`, or pip install -r requirements.txt"
+    )
 
 ROOT = Path(__file__).parent.parent
 # Seconds for two steps, with the model's loading and compilation.
@@ -64,13 +71,17 @@ def rehearse(arguments: argparse.Namespace, fields: list[str]) -> Finding:
     with tempfile.TemporaryDirectory() as folder:
         recipe = [*fields, "--max_steps=2", f"--output_dir={folder}/run", "--eval_strategy=no", "--save_strategy=no"]
         command = [*launch, str(ROOT / "recipes" / "sft.py"), "--config", arguments.config, *recipe]
+        # a session of its own, so that the launcher's processes end with it
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+        done = subprocess.Popen(command, start_new_session=True, **pipes)
         try:
-            done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE)
+            log, _ = done.communicate(timeout=PATIENCE)
         except subprocess.TimeoutExpired:
-            return Finding(
-                "two steps", FAILS, f"not done after {PATIENCE} s", "launch it by hand and watch where it waits"
-            )
-        log = done.stdout + done.stderr
+            todo = "launch it by hand and watch where it waits"
+            return Finding("two steps", FAILS, f"not done after {PATIENCE} s", todo)
+        finally:
+            if done.poll() is None:
+                os.killpg(done.pid, signal.SIGKILL)
         if done.returncode == 0:
             memory = next((line for line in log.splitlines() if "peak memory" in line), "").split()[-1:]
             return Finding("two steps", FINE, f"trained; peak memory {' '.join(memory)} GB")

@@ -56,6 +56,9 @@ class Asked:
             raise ValueError(f"no shape {self.given.random!r}: there are {', '.join(SHAPES)}")
         if self.given.host_us is not None and self.given.host_us <= 0:
             raise ValueError(f"--host_us {self.given.host_us}: give the microseconds that recipes/doctor.py says")
+        for name in ("num_processes", "gpus", "rows", "row_tokens"):
+            if getattr(self.given, name) is not None and getattr(self.given, name) <= 0:
+                raise ValueError(f"--{name} {getattr(self.given, name):g}: give a number above 0")
         self.gpu: GPU = find_gpu(self.given.gpu)
         if self.given.host_us:
             self.gpu = replace(self.gpu, host_us=self.given.host_us)
@@ -213,8 +216,7 @@ def fsdp_fields(recipe: Recipe) -> list[str]:
 
 def compare(asked: Asked) -> str:
     """The recipe under every launch config that a GPU can run."""
-    recipe, _ = asked.plan(asked.given.config_file, asked.flags())
-    refused = []
+    recipe, refused = None, {}
     table = [["launch config", "GPUs", "peak GB", "needed GB", "fits", "largest rows", "real tokens/s", "time"]]
     for path in sorted((ROOT / "accelerate_configs").glob("*.yaml")):
         if path.stem.startswith("cpu"):
@@ -222,10 +224,10 @@ def compare(asked: Asked) -> str:
         several = path.stem in ("ddp", "fsdp")
         flags = {k: v for k, v in asked.flags().items() if k == "num_processes" and several}
         try:
-            more = fsdp_fields(recipe) if path.stem == "fsdp" else []
-            _, plan = asked.plan(str(path), flags, more)
+            more = fsdp_fields(recipe) if recipe and path.stem == "fsdp" else []
+            recipe, plan = asked.plan(str(path), flags, more)
         except ValueError as error:
-            refused.append(f"  {path.stem} cannot run: {error}")
+            refused[path.stem] = str(error)
             continue
         memory, hours = plan.memory, plan.hours
         table.append([
@@ -233,7 +235,10 @@ def compare(asked: Asked) -> str:
             "yes" if plan.fits else "NO", str(most_rows(plan)), figure(plan.tokens_per_s),
             clock(hours) if hours is not None else "not known",
         ])  # fmt: skip
-    return "\n".join([f"{asked.gpu.name}, {asked.gpu.memory_gb:g} GB", aligned(table), *refused])
+    if recipe is None:
+        raise ValueError(next(iter(refused.values())))
+    cannot = [f"  {name} cannot run: {why}" for name, why in refused.items()]
+    return "\n".join([f"{asked.gpu.name}, {asked.gpu.memory_gb:g} GB", aligned(table), *cannot])
 
 
 def accuracy() -> dict[str, str]:

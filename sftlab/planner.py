@@ -245,6 +245,8 @@ def step_of(
     names = model.lora_target_modules or []
     targets = LINEARS if names == "all-linear" or not model.use_peft else names
     targets = frozenset(name.rpartition(".")[2] for name in ([targets] if isinstance(targets, str) else targets))
+    if training.fused_loss is False:
+        raise ValueError("fused_loss: false keeps whole logits: plans are made for the fused loss alone")
     if unknown := sorted(targets - set(LINEARS)):
         raise ValueError(f"LoRA on {', '.join(unknown)}: plans are made for {', '.join(LINEARS)}")
     return Step(

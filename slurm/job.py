@@ -119,9 +119,9 @@ def study(words: list[str]) -> int:
     if planned.returncode:
         raise ValueError(planned.stderr.strip().splitlines()[-1].removeprefix("error: "))
     count = len(planned.stdout.splitlines())
-    options = same_resources()
-    array = submit(["--array", f"0-{count - 1}", *options, "slurm/study.sbatch", *words])
-    last = submit([f"--dependency=afterany:{array}", "--job-name=tables", "slurm/study.sbatch", *words], tables=True)
+    array = submit(["--array", f"0-{count - 1}", *same_place(), *same_resources(), "slurm/study.sbatch", *words])
+    after = [f"--dependency=afterany:{array}", "--job-name=tables"]
+    last = submit([*after, *same_place(), "slurm/study.sbatch", *words], tables=True)
     print(f"{count} tasks are job {array}, their tables job {last}", flush=True)
     return 0
 
@@ -229,13 +229,29 @@ def job_fact(name: str) -> str:
     return next((word.partition("=")[2] for word in shown.split() if word.startswith(f"{name}=")), "")
 
 
+def same_place() -> list[str]:
+    """Options that send a job where this one is, for as long."""
+    return [
+        f"--time={job_fact('TimeLimit')}",
+        *as_given(partition="JOB_PARTITION", account="JOB_ACCOUNT", qos="JOB_QOS"),
+    ]
+
+
 def same_resources() -> list[str]:
     """Options that give the array's tasks what this job has."""
-    options = [f"--partition={os.environ['SLURM_JOB_PARTITION']}", f"--time={job_fact('TimeLimit')}"]
-    if account := os.environ.get("SLURM_JOB_ACCOUNT"):
-        options.append(f"--account={account}")
-    given = {"--cpus-per-task": "SLURM_CPUS_PER_TASK", "--gpus-per-node": "SLURM_GPUS_PER_NODE"}
-    return options + [f"{option}={os.environ[name]}" for option, name in given.items() if os.environ.get(name)]
+    options = as_given(
+        cpus_per_task="CPUS_PER_TASK", gpus="GPUS", gpus_per_node="GPUS_PER_NODE", gpus_per_task="GPUS_PER_TASK",
+        mem="MEM_PER_NODE", mem_per_cpu="MEM_PER_CPU", mem_per_gpu="MEM_PER_GPU",
+    )  # fmt: skip
+    if not any(option.startswith("--gpus") for option in options) and (generic := job_fact("TresPerNode")):
+        options.append("--gres=" + generic.replace("gres/", "").replace("gres:", ""))
+    return options
+
+
+def as_given(**variables: str) -> list[str]:
+    """Options of sbatch as Slurm tells the job, by the variable that does."""
+    found = {option.replace("_", "-"): os.environ.get(f"SLURM_{name}") for option, name in variables.items()}
+    return [f"--{option}={value}" for option, value in found.items() if value not in (None, "", "0", "(null)")]
 
 
 def submit(words: list[str], tables: bool = False) -> str:

@@ -194,6 +194,18 @@ def test_a_study_is_an_array_with_tables_at_its_end(cluster, base, rows, tmp_pat
         ]
 
 
+def test_a_studys_jobs_get_what_was_asked_for_it(monkeypatch):
+    job = load_script("slurm/job.py")
+    asked = {"JOB_PARTITION": "long", "JOB_ACCOUNT": "lab", "JOB_QOS": "(null)", "MEM_PER_NODE": "4096"}
+    for name, value in asked.items():
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    monkeypatch.setattr(job, "job_fact", {"TimeLimit": "02:00:00", "TresPerNode": "gres/gpu:h200:2"}.get)
+    assert job.same_place() == ["--time=02:00:00", "--partition=long", "--account=lab"]
+    assert job.same_resources() == ["--mem=4096", "--gres=gpu:h200:2"]
+    monkeypatch.setenv("SLURM_GPUS_PER_NODE", "2")
+    assert job.same_resources() == ["--gpus-per-node=2", "--mem=4096"]
+
+
 def test_what_slurm_refuses_is_refused_before_anything_runs(cluster, train):
     with pytest.raises(RuntimeError, match="invalid partition"):
         train("--partition=nowhere")

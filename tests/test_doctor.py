@@ -1,8 +1,11 @@
 """What recipes/doctor.py finds before a launch, and what it says of it."""
 
+import os
+import subprocess
 import sys
 from types import SimpleNamespace
 
+import psutil
 import pytest
 import torch
 from conftest import ROOT, arguments, load_script
@@ -28,6 +31,32 @@ def test_the_doctors_exit_code_says_whether_something_fails(doctor, monkeypatch,
     text = capsys.readouterr().out
     assert "-> get it" in text
     assert "1 of the checks failed: b" in text
+
+
+def test_a_rehearsal_that_takes_too_long_leaves_nothing_running(doctor, monkeypatch, tmp_path):
+    launcher = tmp_path / "launcher"
+    launcher.write_text(f"#!/bin/sh\nsleep 300 & echo $! > {tmp_path}/child; wait\n")
+    launcher.chmod(0o755)
+    monkeypatch.setattr(doctor.sys, "executable", str(launcher))
+    monkeypatch.setattr(doctor, "PATIENCE", 1)
+    given = SimpleNamespace(config="r.yaml", config_file="l.yaml", num_processes=None)
+    assert doctor.rehearse(given, []).seen == "not done after 1 s"
+    child = psutil.Process(int((tmp_path / "child").read_text()))
+    assert child.status() == psutil.STATUS_ZOMBIE or not child.is_running()
+
+
+def test_a_missing_package_is_said_before_anything_needs_it(tmp_path):
+    (tmp_path / "torch.py").write_text("raise ModuleNotFoundError(name='torch')")
+    paths = os.pathsep.join([str(tmp_path), str(ROOT)])
+    done = subprocess.run(
+        [sys.executable, "recipes/doctor.py"],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": paths},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 1
+    assert done.stderr.startswith("fails    packages       missing: torch\n")
 
 
 def test_the_machine_is_examined(tmp_path, monkeypatch):
@@ -76,8 +105,8 @@ def test_what_is_missing_is_found(monkeypatch, tmp_path):
 )
 def test_a_rehearsal_that_fails_says_why(doctor, monkeypatch, capsys, log, said):
     monkeypatch.setattr(doctor, "examine", lambda _: [])
-    done = SimpleNamespace(returncode=1, stdout="", stderr=log)
-    monkeypatch.setattr(doctor.subprocess, "run", lambda *_, **__: done)
+    done = SimpleNamespace(returncode=1, communicate=lambda timeout: (log, None), poll=lambda: 1)
+    monkeypatch.setattr(doctor.subprocess, "Popen", lambda *_, **__: done)
     with pytest.raises(SystemExit) as stopped:
         doctor.main([*RECIPE, "--config_file", "accelerate_configs/fsdp.yaml", "--num_processes", "1"])
     text = capsys.readouterr().out

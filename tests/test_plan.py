@@ -117,6 +117,9 @@ def test_compare_has_a_line_for_every_launch_config(printed):
     assert named == {path.stem for path in (ROOT / "accelerate_configs").glob("*.yaml")} - {"cpu", "cpu_ddp"}
     assert "fp8 cannot run: fp8 needs compute capability 8.9" in text
     assert re.search(r"^  fsdp +4 ", text, re.M)
+    older = printed(*SAID, "--compare", "--gpu", "v100-32")
+    assert "single cannot run: bf16 needs compute capability 8.0 or newer" in older
+    assert re.search(r"^  fp16 +1 ", older, re.M)
 
 
 @pytest.mark.parametrize(
@@ -132,6 +135,11 @@ def test_compare_has_a_line_for_every_launch_config(printed):
         (["--lora_rr", "3"], "did you mean 'lora_r'"),
         (["--random", "llama9"], "no shape 'llama9'"),
         (["--host_us", "0"], "give the microseconds that recipes/doctor.py says"),
+        (["--num_processes", "0"], "--num_processes 0: give a number above 0"),
+        (["--row_tokens", "-5"], "--row_tokens -5: give a number above 0"),
+        (["--max_length", "0"], "max_length is 0: give the most tokens"),
+        (["--fused_loss", "false"], "plans are made for the fused loss alone"),
+        (["--compare", "--lora_rr", "3"], "unknown field 'lora_rr'"),
         (["--optim", "adafactor"], "no plan for optim adafactor"),
     ],
 )
