@@ -8,6 +8,7 @@ for each of its assistant turns, with the turns before it as prompt.
 import hashlib
 import json
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -172,17 +173,20 @@ def _with_context(instruction: str, context: str) -> str:
     return f"{instruction}\n\n### Context:\n{context}" if context.strip() else instruction
 
 
-def _conversation(messages: Any) -> Iterator[Turn]:
+def _conversation(messages: Any, first: int = 0) -> Iterator[Turn]:
+    """The assistant's messages from number `first` on that follow a user's, each with what comes before it."""
     if not isinstance(messages, list):
         raise TypeError(f"a conversation must be a list of messages, got {type(messages).__name__}")
     history: list[Message] = []
-    for message in messages:
+    for number, message in enumerate(messages):
+        if not isinstance(message, dict):
+            raise TypeError(f"message {number} has no role and content but is {message!r:.60}")
         name = _text(message, "from") or _text(message, "role")
         content = _text(message, "value") or _text(message, "content")
         if name not in _ROLES:
             raise ValueError(f"unknown role {name!r}: known are {', '.join(_ROLES)}")
         role = _ROLES[name]
-        if role == "assistant" and any(m["role"] == "user" for m in history):
+        if number >= first and role == "assistant" and any(m["role"] == "user" for m in history):
             yield list(history), content
         if role != "assistant" or history:
             history.append({"role": role, "content": content})
@@ -190,13 +194,15 @@ def _conversation(messages: Any) -> Iterator[Turn]:
 
 def _prompt_completion(row: dict[str, Any]) -> Iterator[Turn]:
     prompt, completion = row["prompt"], row["completion"]
-    if isinstance(completion, list):
-        completion = _text(completion[-1] if completion else {}, "content")
-    if isinstance(prompt, list):
-        *_, turn = _conversation([*prompt, {"role": "assistant", "content": completion}])
-        yield turn
-    else:
-        yield from _single(_text(row, "prompt"), _text({"completion": completion}, "completion"))
+    if not isinstance(prompt, list) and not isinstance(completion, list):
+        yield from _single(_text(row, "prompt"), _text(row, "completion"))
+        return
+    before = prompt if isinstance(prompt, list) else [{"role": "user", "content": _text(row, "prompt")}]
+    after = completion if isinstance(completion, list) else [{"role": "assistant", "content": completion}]
+    turns = list(_conversation([*before, *after], first=len(before)))
+    if not turns:
+        raise ValueError("the completion has no assistant's message that follows a user's")
+    yield from turns
 
 
 # shape: (columns it needs, columns it may have, row -> (prompt, response) pairs)
@@ -233,7 +239,9 @@ def _load(args: "DataArguments") -> Dataset | IterableDataset:
                 raise ValueError(f"data file {name} not found (looked in {Path.cwd()})")
             if path.stat().st_size == 0:
                 raise ValueError(f"{name} is empty")
-            return load_dataset(_READERS[path.suffix], data_files=name, split="train", streaming=streaming)
+            reader = _READERS[path.suffix]
+            words = {"keep_default_na": False} if reader == "csv" else {}  # "None", "NA" and "null" are text
+            return load_dataset(reader, data_files=name, split="train", streaming=streaming, **words)
         if path.is_file():
             raise ValueError(f"{name}: unknown file type {path.suffix!r}; known are {', '.join(_READERS)}")
         return load_dataset(name, args.dataset_config, split=args.dataset_train_split, streaming=streaming)
@@ -294,23 +302,17 @@ def _split_stream(dataset: IterableDataset, convert: Converter, args: "DataArgum
     parts = []
     for index, name in enumerate(SPLITS[1:], start=1):
         wanted = args.split_fractions[index] > 0
-        kept = list(rows.filter(_InSplit(index)).take(args.streaming_eval_rows)) if wanted else []
+        kept = list(rows.filter(partial(_in_split, index)).take(args.streaming_eval_rows)) if wanted else []
         refuse_empty(len(kept), name, args.dataset_name, args.split_fractions, 0)
         facts[name] = {"rows": len(kept), "fingerprint": fingerprint(r["row_hash"] for r in kept)}
         columns = {c: [r[c] for r in kept] for c in ("prompt", "completion")}
         parts.append(Dataset.from_dict(columns))
-    train = rows.filter(_InSplit(0)).remove_columns(["split", "row_hash"])
+    train = rows.filter(partial(_in_split, 0)).remove_columns(["split", "row_hash"])
     if next(iter(train), None) is None:
         refuse_empty(0, "train", args.dataset_name, args.split_fractions, 0)
     facts |= {"streaming": True, "empty_responses_dropped": None, "train": {"rows": None, "fingerprint": None}}
     return Splits(train, *parts, facts)
 
 
-class _InSplit:
-    """Filter for one split of a stream."""
-
-    def __init__(self, index: int) -> None:
-        self.index = index
-
-    def __call__(self, row: dict[str, Any]) -> bool:
-        return row["split"] == self.index
+def _in_split(index: int, row: dict[str, Any]) -> bool:
+    return row["split"] == index

@@ -64,6 +64,15 @@ def test_every_file_type_gives_the_same_rows(suffix, tmp_path):
         assert splits.facts[name] == reference.facts[name]
 
 
+@pytest.mark.parametrize("streaming", [False, True])
+def test_words_that_pandas_reads_as_nothing_are_text_in_a_csv_file(streaming, tmp_path):
+    words = ["None", "NA", "null", "nan", "NULL", ""]
+    path = tmp_path / "rows.csv"
+    pd.DataFrame([{"instruction": f"Which {word}?", "response": word} for word in words]).to_csv(path, index=False)
+    rows = load(path, dataset_streaming=streaming).train
+    assert [row["completion"][0]["content"] for row in rows] == words[:-1]
+
+
 def test_context_and_input_become_part_of_the_prompt(tmp_path):
     rows = [{"instruction": "Sum up.", "context": "A long text.", "response": "Short."}]
     prompt = load(write_jsonl(tmp_path / "rows.jsonl", rows)).train[0]["prompt"]
@@ -76,6 +85,18 @@ def test_a_conversation_gives_one_row_for_each_answer(tmp_path):
     splits = load(write_jsonl(tmp_path / "rows.jsonl", rows))
     assert [r["completion"][0]["content"] for r in splits.train] == ["a1", "a2"]
     assert [m["content"] for m in splits.train[1]["prompt"]] == ["s", "q1", "a1", "q2"]
+
+
+@pytest.mark.parametrize(
+    "prompt", [QUESTION, [{"role": "user", "content": QUESTION}, {"role": "assistant", "content": "?"}]]
+)
+def test_every_answer_of_a_completion_is_a_row(prompt, tmp_path):
+    turns = [("assistant", "a1"), ("user", "q2"), ("assistant", "a2")]
+    rows = [{"prompt": prompt, "completion": [{"role": a, "content": b} for a, b in turns]}]
+    train = load(write_jsonl(tmp_path / "rows.jsonl", rows)).train
+    before = [QUESTION] if isinstance(prompt, str) else [QUESTION, "?"]
+    assert [r["completion"] for r in train] == [[{"role": "assistant", "content": a}] for a in ("a1", "a2")]
+    assert [[m["content"] for m in r["prompt"]] for r in train] == [before, [*before, "a1", "q2"]]
 
 
 def test_splits_are_disjoint_by_prompt_and_the_same_for_every_subset_and_order(tmp_path):
@@ -145,6 +166,10 @@ def test_a_stream_gives_the_rows_of_the_loaded_data_set(tmp_path):
         ('{"instruction": "", "response": "b"}\n', "row 0 .*the prompt is empty"),
         ('{"messages": [{"role": "robot", "content": "a"}]}\n', "unknown role 'robot'"),
         ('{"messages": "hello"}\n', "must be a list of messages"),
+        ('{"messages": ["hi", "there"]}\n', "row 0 .*message 0 has no role and content but is 'hi'"),
+        ('{"messages": [null, {"role": "user", "content": "a"}]}\n', "row 0 .*message 0 .* but is None"),
+        ('{"prompt": [{"role": "system", "content": "a"}], "completion": "b"}\n', "row 0 .*follows a user's"),
+        ('{"prompt": "a", "completion": [{"role": "user", "content": "b"}]}\n', "row 0 .*no assistant's message"),
         ("not json at all", "cannot be read"),
     ],
 )
