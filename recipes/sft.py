@@ -35,7 +35,8 @@ from sftlab.interrupt import Stopped, StopOnSignal
 from sftlab.launch import COMPUTE_DTYPE, PRECISIONS, Launch, check_devices, use_all_cpu_cores
 from sftlab.measure import peak_memory, share_of_limit
 from sftlab.model import check_target_modules, load_config, load_tokenizer
-from sftlab.ran import length_facts, what_ran
+from sftlab.packing import refuse_few_rows
+from sftlab.ran import length_facts, refuse_lost_rows, what_ran
 from sftlab.resume import is_full
 from sftlab.run import Run, Start, environment, must_match
 from sftlab.template import set_template, template_hash
@@ -93,15 +94,19 @@ def lab(recipe: Recipe, launch: Launch, run: Run, start: Start, rank: int) -> No
             splits = load_splits(recipe.data, recipe.training.dataset_num_proc)
         if splits.tokens:
             refuse_other_encoding(splits.tokens, tokenizer, recipe.training)
+        if not recipe.data.dataset_streaming:
+            usable = splits.tokens["tokenized"]["train"]["kept"] if splits.tokens else len(splits.train)
+            refuse_few_rows(usable, recipe.data.global_batch_size)
         facts = {"data": splits.facts, "template": {"source": template, "hash": template_hash(tokenizer)}}
         run.check(start, facts, recipe.data.resume_anyway)
+        run.update(**facts)
+        now = environment()
+        must = must_match(recipe.facts(), launch.facts(), now) | facts
+        trainer = build_trainer(recipe, launch, fast, tokenizer, splits, callbacks=[stop])
+        refuse_lost_rows(trainer, splits)
     except ValueError as error:
         run.fail(f"{error}", rank)
         sys.exit(f"error: {error}" if rank == 0 else 2)
-    run.update(**facts)
-    now = environment()
-    must = must_match(recipe.facts(), launch.facts(), now) | facts
-    trainer = build_trainer(recipe, launch, fast, tokenizer, splits, callbacks=[stop])
     if error := compilers.exception():
         print(f"warning: no kernel is ready before the first step: {error}", file=sys.stderr, flush=True)
     trainer.resume.must_match, trainer.resume.hardware = must, now["hardware"]

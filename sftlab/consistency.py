@@ -36,10 +36,10 @@ def settle(recipe: "Recipe", launch: Launch) -> None:
         raise ValueError(
             f"split_fractions is {fractions}: give three shares, train, validation and test, that sum to 1"
         )
-    if fractions[1] == 0 and training.eval_strategy != "no":
+    if fractions[1] == 0 and (training.eval_strategy != "no" or training.eval_on_start):
         raise ValueError(
-            f"eval_strategy is {training.eval_strategy.value} and split_fractions leave no validation rows: give "
-            f"them a share, or pass --eval_strategy no"
+            f"split_fractions is {fractions}, without validation rows, and evaluation is asked for: give them a share "
+            f"or pass --eval_strategy no"
         )
     if data.dataset_streaming and training.max_steps <= 0:
         raise ValueError("dataset_streaming needs max_steps: the length of a stream is not known beforehand")

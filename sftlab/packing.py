@@ -61,11 +61,19 @@ def whole_batches(
     alone are the same under every world size. Raises ValueError where there is none.
     """
     whole = len(sampler) - len(sampler) % global_batch
-    if whole == 0:
-        raise ValueError(f"{len(sampler)} training rows do not fill one global batch of {global_batch}")
+    refuse_few_rows(len(sampler), global_batch)
     if isinstance(sampler, RandomSampler):
         return shuffled(sampler.data_source, num_samples=whole)
     return SequentialSampler(range(whole))
+
+
+def refuse_few_rows(rows: int, global_batch: int, lost: str = "") -> None:
+    """Raise ValueError where there is not one global batch of rows; `lost` says what became of others."""
+    if rows < global_batch:
+        raise ValueError(
+            f"{rows} training rows do not fill one global batch of {global_batch}{lost}: give more rows or a smaller "
+            f"global_batch_size"
+        )
 
 
 def balanced(rows: Sequence[int], lengths: Sequence[int], bins: int) -> list[list[int]]:

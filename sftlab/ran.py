@@ -12,7 +12,9 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from trl import SFTTrainer
 
+from sftlab.data import Splits
 from sftlab.launch import COMPUTE_DTYPE, PRECISIONS
+from sftlab.packing import refuse_few_rows
 
 if TYPE_CHECKING:
     from sftlab.trainer import LabTrainer
@@ -156,6 +158,18 @@ def length_facts(trainer: SFTTrainer, rows: int) -> dict[str, int]:
         "dropped": rows - len(lengths),
         "left_over_an_epoch": len(lengths) % trainer.global_batch,
     }
+
+
+def refuse_lost_rows(trainer: "LabTrainer", splits: Splits) -> None:
+    """Raise ValueError where `max_length` left too few training rows for a step, or no validation row."""
+    said = f"have no response token within max_length {trainer.args.max_length}"
+    if isinstance(trainer.train_dataset, Dataset):
+        rows, kept = len(splits.train), len(trainer.train_dataset)
+        refuse_few_rows(kept, trainer.global_batch, f" ({rows - kept} of {rows} {said})" if kept < rows else "")
+    if trainer.eval_dataset is not None and not len(trainer.eval_dataset):
+        raise ValueError(
+            f"all {len(splits.validation)} validation rows {said}: raise it, or leave validation out (split_fractions)"
+        )
 
 
 def row_lengths(dataset: Dataset) -> np.ndarray:

@@ -20,6 +20,8 @@ def set_template(tokenizer: PreTrainedTokenizerBase, path: str | None = None) ->
     if path is not None:
         if not Path(path).is_file():
             raise ValueError(f"chat_template_path {path} not found: give a .jinja file")
+        if not str(path).endswith((".jinja", ".j2")):
+            raise ValueError(f"chat_template_path {path} is no .jinja file: trl would take it for a model; rename it")
         tokenizer.chat_template = Path(path).read_text(encoding="utf-8")
         return str(path)
     if tokenizer.chat_template:

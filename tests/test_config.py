@@ -70,6 +70,10 @@ def test_every_yaml_value_arrives_with_its_type(fields, tmp_path):
         (["--dataset_fraction", "1.5"], "dataset_fraction is 1.5"),
         (["--split_fractions", "0.5", "0.5"], "split_fractions"),
         (["--split_fractions", "0.9", "0.2", "-0.1"], "split_fractions"),
+        (
+            ["--split_fractions", "1", "0", "0", "--eval_strategy", "steps"],
+            "without validation rows, and evaluation is",
+        ),
         (["--fsdp", "full_shard"], "fsdp is not used here"),
         (["--resume_from_checkpoint", "x"], "resume_from_checkpoint is not used here"),
         (["--save_only_model", "true"], "save_only_model is not used here: a checkpoint without the optimizer"),

@@ -1,5 +1,6 @@
 """What a user types: launches on the CPU, what they leave behind, and how they fail."""
 
+import re
 import subprocess
 import time
 
@@ -19,7 +20,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sftlab.config import DataArguments
-from sftlab.data import load_splits
+from sftlab.data import SPLITS, load_splits, split_index
 from sftlab.pair import finished_run
 from sftlab.run import adapter_hash
 
@@ -149,12 +150,34 @@ def test_a_run_that_only_measures_keeps_no_adapter_and_says_so(finished, tmp_pat
         finished_run(run)
 
 
-def test_fewer_rows_than_a_global_batch_are_refused(finished, tmp_path, train_here):
-    _, fields, _ = finished
-    own = {**fields, "output_dir": str(tmp_path / "run")}
-    done = train_here({**own, "global_batch_size": "200", "per_device_train_batch_size": "200"})
+IN_ALL = {"global_batch_size": "200", "per_device_train_batch_size": "200"}
+
+
+@pytest.mark.parametrize(
+    ("long", "change", "message"),
+    [
+        ((), IN_ALL, "training rows do not fill one global batch of 200: give more rows"),
+        (("train", "validation"), {}, r"0 .* fill one global batch of 8 \((\d+) of \1 have no response token"),
+        (("validation",), {}, r"all \d+ validation rows have no response token within max_length 100: raise it"),
+    ],
+)
+def test_rows_that_cannot_be_trained_or_validated_on_are_a_sentence(
+    fields, tmp_path, train_here, long, change, message
+):
+    def split(question: str) -> str:
+        return SPLITS[split_index([{"role": "user", "content": question}], (0.8, 0.1, 0.1))]
+
+    questions = [
+        q
+        for i in range(200)
+        for q, is_long in ((f"q{i}", False), (f"q{i}" + "?" * 200, True))
+        if (split(q) in long) == is_long
+    ]
+    rows = write_jsonl(tmp_path / "rows.jsonl", [{"question": q, "answer": "a"} for q in questions])
+    done = train_here({**fields, "dataset_name": str(rows), "max_length": "100", **change})
     assert done.returncode != 0
-    assert "do not fill one global batch of 200" in read(tmp_path / "run")["reason"]
+    assert "Traceback" not in done.stderr
+    assert re.search(message, done.stderr) and re.search(message, read(fields["output_dir"])["reason"])
 
 
 def test_what_max_length_cuts_and_drops_is_counted(finished, tmp_path, trained_here):

@@ -107,6 +107,8 @@ def test_a_model_with_a_template_keeps_it_and_a_named_one_replaces_it(base, tmp_
     assert template_hash(tokenizer) != own
     with pytest.raises(ValueError, match="not found"):
         set_template(tokenizer, str(tmp_path / "missing.jinja"))
+    with pytest.raises(ValueError, match=r"t\.txt is no \.jinja file"):
+        set_template(tokenizer, str(named.rename(tmp_path / "t.txt")))
 
 
 def test_a_tokenizer_without_an_end_token_is_refused(base):
