@@ -59,10 +59,6 @@ def test_every_yaml_value_arrives_with_its_type(fields, tmp_path):
         (["--lora_rr", "4"], "unknown field 'lora_rr'; did you mean 'lora_r'?"),
         (["--max_seq_length", "4"], "unknown field 'max_seq_length'.*max_length"),
         (["--lora_r", "0"], "lora_r is 0"),
-        (
-            ["--split_fractions", "1", "0", "0", "--eval_strategy", "epoch"],
-            "eval_strategy is epoch and split_fractions",
-        ),
         (["--pad_to_multiple_of", "8"], "pad_to_multiple_of is not used here"),
         (["--lora_r", "-3"], "lora_r is -3"),
         (["--lora_r", "many"], "lora_r.*invalid int value: 'many'"),
