@@ -11,12 +11,13 @@ from functools import partial
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from sftlab import varlen
 from sftlab.config import Recipe
 from sftlab.launch import COMPUTE_DTYPE, PRECISIONS, Launch
 from sftlab.loss import CHUNK, FrozenHeadLoss
+from sftlab.model import model_class
 from sftlab.packing import TOKENS_MULTIPLE, tiles
 
 # Weights whose sharded layers have not been compiled on GPUs yet.
@@ -73,12 +74,6 @@ def _rounded_weights(recipe: Recipe) -> str | None:
     return bits or ("float8" if recipe.training.mixed_precision == "fp8" else None)
 
 
-def model_class(config: PreTrainedConfig) -> type | None:
-    """The class that transformers' own code gives this config; None for a model of remote code."""
-    mapping = AutoModelForCausalLM._model_mapping
-    return mapping.get(type(config), None)
-
-
 def compile_layers(model: PreTrainedModel) -> None:
     """Compile the forward of every decoder layer and of the last norm, in place.
 
@@ -127,8 +122,9 @@ def rehearse(config: PreTrainedConfig, dtype: torch.dtype, device: torch.device,
     """
     heads, tokens = config.num_attention_heads, TOKENS_MULTIPLE
     size = getattr(config, "head_dim", None) or config.hidden_size // heads
+    key_heads = getattr(config, "num_key_value_heads", None) or heads
     make = partial(torch.zeros, dtype=dtype, device=device, requires_grad=True)
-    query, key, value = (make(tokens, n, size) for n in (heads, *[config.num_key_value_heads] * 2))
+    query, key, value = (make(tokens, n, size) for n in (heads, key_heads, key_heads))
     varlen.varlen_attention(query, key, value, tiles([tokens]).to(device), size**-0.5)[0].sum().backward()
     if fused_loss:
         rows = max(CHUNK // 4, CHUNK - config.hidden_size)

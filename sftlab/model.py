@@ -6,8 +6,12 @@ from typing import Any
 import torch
 from huggingface_hub.errors import GatedRepoError, OfflineModeIsEnabled, RepositoryNotFoundError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
+from transformers.pytorch_utils import Conv1D
 
 from sftlab.config import ModelArguments, TrainingArguments
+
+# GPT-2's linear layer has its weight the other way round
+LINEAR_LAYERS = (torch.nn.Linear, Conv1D)
 
 
 def load_tokenizer(name: str, revision: str, training: TrainingArguments) -> PreTrainedTokenizerBase:
@@ -27,7 +31,17 @@ def load_config(name: str, revision: str, training: TrainingArguments, with_weig
     if with_weights and Path(name).is_dir() and not any(Path(name).glob("*.safetensors")):
         raise ValueError(f"base model {name} holds no .safetensors file: pickled weights are not loaded")
     overrides = training.model_init_kwargs or {}
-    return _from_hub(AutoConfig, name, revision=revision, trust_remote_code=training.trust_remote_code, **overrides)
+    config = _from_hub(AutoConfig, name, revision=revision, trust_remote_code=training.trust_remote_code, **overrides)
+    taken = model_class(config)
+    if taken is not None and taken.config_class is type(config) and config.get_text_config() is not config:
+        raise ValueError(f"{name} is a {taken.__name__}, which sees more than text: give a model of text alone")
+    return config
+
+
+def model_class(config: PreTrainedConfig) -> type | None:
+    """The class that transformers' own code gives this config; None for a model of remote code."""
+    mapping = AutoModelForCausalLM._model_mapping
+    return mapping.get(type(config), None)
 
 
 def check_target_modules(config: PreTrainedConfig, targets: str | list[str], trust_remote_code: bool) -> None:
@@ -36,9 +50,7 @@ def check_target_modules(config: PreTrainedConfig, targets: str | list[str], tru
         return
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
-    has = sorted(
-        {n.rpartition(".")[2] for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)} - {"lm_head"}
-    )
+    has = sorted({n.rpartition(".")[2] for n, m in model.named_modules() if isinstance(m, LINEAR_LAYERS)} - {"lm_head"})
     missing = [t for t in ([targets] if isinstance(targets, str) else targets) if t.rpartition(".")[2] not in has]
     if missing:
         raise ValueError(

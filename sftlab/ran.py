@@ -14,15 +14,16 @@ from trl import SFTTrainer
 
 from sftlab.data import Splits
 from sftlab.launch import COMPUTE_DTYPE, PRECISIONS
+from sftlab.model import LINEAR_LAYERS
 from sftlab.packing import refuse_few_rows
 
 if TYPE_CHECKING:
     from sftlab.trainer import LabTrainer
 
 
-def frozen_linear(model: nn.Module) -> nn.Linear:
+def frozen_linear(model: nn.Module) -> nn.Module:
     """The first linear layer, in its base form where LoRA wraps it; the dtype it computes in is the run's precision."""
-    return next(m for n, m in model.named_modules() if isinstance(m, nn.Linear) and "lora_" not in n)
+    return next(m for n, m in model.named_modules() if isinstance(m, LINEAR_LAYERS) and "lora_" not in n)
 
 
 class _SeenError(Exception):

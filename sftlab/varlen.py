@@ -36,6 +36,8 @@ def why_not_the_model(config: PreTrainedConfig, model_class: type | None) -> str
         return f"{config.model_type} does not take another attention"
     if set(getattr(config, "layer_types", None) or ["full_attention"]) != {"full_attention"}:
         return f"{config.model_type} has layers other than full attention"
+    if getattr(config, "attention_dropout", 0) or getattr(config, "attn_pdrop", 0):
+        return f"{config.model_type} has dropout in its attention"
     if getattr(config, "sliding_window", None) or getattr(config, "attn_logit_softcapping", None):
         return f"{config.model_type} has a sliding window or capped scores"
     return None

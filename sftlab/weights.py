@@ -12,6 +12,7 @@ from trl import get_peft_config
 from sftlab.config import Recipe
 from sftlab.launch import COMPUTE_DTYPE, PRECISIONS, Launch
 from sftlab.measure import Flops, flops_per_token
+from sftlab.model import LINEAR_LAYERS
 
 # The linears of a decoder layer of Llama's kind.
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -92,7 +93,7 @@ def weigh(recipe: Recipe, config: PreTrainedConfig, launch: Launch) -> Weights:
 
 
 def _is_frozen_linear(name: str, module: nn.Module) -> bool:
-    return isinstance(module, nn.Linear) and "lora_" not in name and "lm_head" not in name
+    return isinstance(module, LINEAR_LAYERS) and "lora_" not in name and "lm_head" not in name
 
 
 def packed_bytes(count: int, nested: bool) -> int:

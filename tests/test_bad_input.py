@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import arguments, read
+from transformers import Gemma3Config
 
 BAD_INPUT = [
     ({"lora_target_modules": "query"}, {}, "it has down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj"),
@@ -27,6 +28,14 @@ def test_pickled_weights_are_refused(sft, fields, base, tmp_path, monkeypatch):
     copy = shutil.copytree(base, tmp_path / "pickled", ignore=shutil.ignore_patterns("*.safetensors"))
     torch.save({}, copy / "pytorch_model.bin")
     with pytest.raises(SystemExit, match=r"holds no \.safetensors file"):
+        sft.main(arguments(fields | {"model_name_or_path": str(copy)}))
+
+
+def test_a_model_of_images_is_refused(sft, fields, base, tmp_path, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "-1")
+    copy = shutil.copytree(base, tmp_path / "sees")
+    Gemma3Config().save_pretrained(copy)
+    with pytest.raises(SystemExit, match="Gemma3ForConditionalGeneration, which sees more than text"):
         sft.main(arguments(fields | {"model_name_or_path": str(copy)}))
 
 

@@ -430,6 +430,7 @@ def test_a_head_that_changes_its_logits_keeps_trls_loss(fields, monkeypatch):
         ({"head_dim": 24}, "the heads have size 24"),
         ({"sliding_window": 64}, "a sliding window"),
         ({"attn_logit_softcapping": 30.0}, "capped scores"),
+        ({"attention_dropout": 0.1}, "dropout in its attention"),
         ({"layer_types": ["sliding_attention", "full_attention"]}, "layers other than full attention"),
     ],
 )

@@ -1,6 +1,7 @@
 """What a user types: launches on the CPU, what they leave behind, and how they fail."""
 
 import re
+import shutil
 import subprocess
 import time
 
@@ -17,7 +18,7 @@ from conftest import (
 )
 from peft import PeftModel
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from sftlab.config import DataArguments
 from sftlab.data import SPLITS, load_splits, split_index
@@ -205,6 +206,19 @@ def test_a_diverged_run_fails(finished, tmp_path, train_here):
     assert done.returncode != 0
     assert read(tmp_path / "run")["status"] == "failed"
     assert "diverged" in read(tmp_path / "run")["reason"]
+
+
+def test_gpt2s_layers_are_adapted_and_checked(fields, base, tmp_path, trained_here):
+    ids = {"bos_token_id": 256, "eos_token_id": 257, "pad_token_id": 258}
+    gpt2 = shutil.copytree(base, tmp_path / "gpt2", ignore=shutil.ignore_patterns("*.safetensors"))
+    GPT2LMHeadModel(GPT2Config(vocab_size=259, n_embd=32, n_layer=2, n_head=2, n_positions=512, **ids)).save_pretrained(
+        gpt2
+    )
+    trained_here(fields | {"model_name_or_path": str(gpt2), "lora_target_modules": "c_attn"})
+    run = read(fields["output_dir"])
+    assert run["ran"]["compute"] == {"linear": "Conv1D", "output_dtype": "float32"}
+    assert run["ran"]["trainable_parameters"] == 2 * 16 * (32 + 96)
+    assert losses(fields["output_dir"])[6] < losses(fields["output_dir"])[1] - 0.05
 
 
 def test_num_processes_on_the_command_line_really_starts_them(finished, tmp_path):
