@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from accelerate.utils import gather_object
 from torch import nn
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import PreTrainedConfig, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from sftlab.collectives import Collectives, several_processes
 from sftlab.memory import MemorySplit
@@ -157,16 +157,26 @@ def flops_per_token(model: nn.Module) -> Flops:
     4 for each frozen matrix parameter (2 forward, 2 for the gradient of its input) and 6 for each trainable one (2 more
     for its own gradient). The embedding is a lookup; the head, tied or not, counts where a token is in the loss.
     Attention scores and recomputation under checkpointing are left out. 6N for every parameter would count gradients
-    that LoRA never computes.
+    that LoRA never computes; of experts those that a token goes to are counted, of a module saved whole its copy.
     """
-    head = model.get_output_embeddings().weight
+    head = model.get_output_embeddings()
+    head = next(iter(getattr(head, "modules_to_save", {}).values()), head).weight
     left_out = {id(head), *(id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding))}
-    matrices = [p for p in model.parameters() if p.ndim > 1 and id(p) not in left_out]
-    return Flops(sum(map(_flops, matrices)), _flops(head))
+    left_out |= {id(p) for name, p in model.named_parameters() if ".original_module." in name}
+    taken = _experts_taken(model.config.get_text_config())
+    matrices = {name: p for name, p in model.named_parameters() if p.ndim > 1 and id(p) not in left_out}
+    return Flops(sum(_flops(p) * (taken if ".experts." in name else 1) for name, p in matrices.items()), _flops(head))
 
 
 def _flops(parameter: nn.Parameter) -> float:
     return (6.0 if parameter.requires_grad else 4.0) * parameter.numel() * _packed_factor(parameter)
+
+
+def _experts_taken(config: PreTrainedConfig) -> float:
+    """The share of a mixture's experts that work on a token."""
+    names = ("num_local_experts", "num_experts", "n_routed_experts")
+    experts = next(filter(None, (getattr(config, name, None) for name in names)), None)
+    return config.num_experts_per_tok / experts if experts else 1.0
 
 
 def _packed_factor(parameter: nn.Parameter) -> float:

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from sftlab import measure
@@ -37,6 +37,25 @@ class Clock:
         self.now = 0.0
         monkeypatch.setattr(measure.time, "perf_counter", lambda: self.now)
         monkeypatch.setattr(measure, "gather_object", lambda values: values)
+
+
+def test_a_token_is_worked_on_by_the_experts_it_goes_to():
+    shape = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1}
+    config = MixtralConfig(**shape, num_attention_heads=2, num_local_experts=8, num_experts_per_tok=2)
+    model = get_peft_model(MixtralForCausalLM(config), LoraConfig(r=4, target_modules=["q_proj"]))
+    experts = 2 * 3 * 32 * 64
+    attention = 2 * 32 * 32 + 2 * 32 * config.num_key_value_heads * 16
+    assert flops_per_token(model).token == 4 * (experts + attention + 8 * 32) + 6 * 4 * (32 + 32)
+
+
+def test_of_a_module_that_is_saved_whole_its_copy_counts():
+    shape = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1}
+    config = LlamaConfig(**shape, num_attention_heads=2, tie_word_embeddings=False)
+    plain = flops_per_token(get_peft_model(LlamaForCausalLM(config), LoraConfig(r=4, target_modules=["q_proj"])))
+    saved = LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=["lm_head", "down_proj"])
+    found = flops_per_token(get_peft_model(LlamaForCausalLM(config), saved))
+    assert found.loss_token == 6 * 64 * 32
+    assert found.token == plain.token + 2 * 64 * 32, "trained, it takes its own gradient"
 
 
 def test_the_meter_counts_real_tokens_and_leaves_out_warm_up_evaluation_and_saving(monkeypatch):
