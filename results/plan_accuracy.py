@@ -25,6 +25,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from transformers import LlamaConfig
@@ -86,9 +87,9 @@ def newest(table: Path, measured: Sequence[Path]) -> dict[str, dict[str, str]]:
 
 
 def on_one_host(lines: list[dict[str, str]]) -> list[dict[str, str]]:
-    """A command's rows: its host's speed is the best that any cell saw, for others may have disturbed it."""
-    seen = [line["host_us"] for line in lines if line.get("host_us")]
-    return [line | {"host_us": min(seen, key=float)} for line in lines] if seen else lines
+    """A command's rows: its host's speed is the median of what its cells saw, which vary by a third either way."""
+    seen = [float(line["host_us"]) for line in lines if line.get("host_us")]
+    return [line | {"host_us": round(median(seen), 2)} for line in lines] if seen else lines
 
 
 def predicted(cell: Cell, line: Mapping[str, str]) -> dict[str, Any]:

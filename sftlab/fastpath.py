@@ -20,8 +20,7 @@ from sftlab.loss import CHUNK, FrozenHeadLoss
 from sftlab.model import model_class
 from sftlab.packing import TOKENS_MULTIPLE, tiles
 
-# Weights whose sharded layers have not been compiled on GPUs yet.
-UNTRIED = "not tried with {} weights under FSDP; the recipe's field of that name switches it on"
+UNTIMED = "not timed with {} weights under FSDP; the recipe's field of that name switches it on"
 
 
 @dataclass
@@ -63,15 +62,13 @@ def choose(
     compiled = recipe.training.compile_layers
     if compiled is None:
         compiled = (elsewhere or varlen.no_triton)() is None and not recipe.training.torch_compile
-        if compiled and launch.strategy == "fsdp" and (weights := _rounded_weights(recipe)):
-            compiled, reasons["compile_layers"] = False, UNTRIED.format(weights)
+        if compiled and launch.strategy == "fsdp" and (bits := _quantized_to(recipe)):
+            compiled, reasons["compile_layers"] = False, UNTIMED.format(bits)
     return FastPath(packing, compiled, recipe.training.fused_loss, varlen.NAME if packing else attention, reasons)
 
 
-def _rounded_weights(recipe: Recipe) -> str | None:
-    model = recipe.model
-    bits = "4-bit" if model.load_in_4bit else "8-bit" if model.load_in_8bit else None
-    return bits or ("float8" if recipe.training.mixed_precision == "fp8" else None)
+def _quantized_to(recipe: Recipe) -> str | None:
+    return "4-bit" if recipe.model.load_in_4bit else "8-bit" if recipe.model.load_in_8bit else None
 
 
 def compile_layers(model: PreTrainedModel) -> None:
@@ -87,6 +84,8 @@ def compile_layers(model: PreTrainedModel) -> None:
     norms = [m for name, m in model.base_model.named_children() if "norm" in name]
     for module in [*layers, *norms]:
         module.forward = _with_dynamic_tokens(torch.compile(module.forward))
+        if in_4bit := [m for m in module.modules() if "quant_state" in vars(m)]:
+            module.forward = _with_quant_states(module.forward, in_4bit)
     if any(parameter.requires_grad for parameter in layers[0].parameters()):
         layers[0].forward = _with_gradient(layers[0].forward)
 
@@ -152,6 +151,18 @@ def _with_dynamic_tokens(compiled: Callable) -> Callable:
         return compiled(hidden_states, *args, **kwargs)
 
     return forward
+
+
+def _with_quant_states(forward: Callable, linears: Sequence[nn.Module]) -> Callable:
+    """FSDP gathers 4-bit weights without their scales, which bitsandbytes would add where the graph breaks over it."""
+    from bitsandbytes.nn.modules import fix_4bit_weight_quant_state_from_module
+
+    def with_quant_states(*args: object, **kwargs: object) -> object:
+        for linear in linears:
+            fix_4bit_weight_quant_state_from_module(linear)
+        return forward(*args, **kwargs)
+
+    return with_quant_states
 
 
 def _with_gradient(forward: Callable) -> Callable:

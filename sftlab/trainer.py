@@ -15,7 +15,7 @@ from datasets import Dataset
 from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.nn.functional import pad
-from torch.utils.data import IterableDataset, RandomSampler, Sampler, SequentialSampler
+from torch.utils.data import DataLoader, IterableDataset, RandomSampler, Sampler, SequentialSampler
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, set_seed
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 from trl import SFTTrainer, get_peft_config, get_quantization_config
@@ -33,7 +33,7 @@ from sftlab.model import model_init_kwargs
 from sftlab.packing import BalancedSampler, Collator, WholeBatches, for_the_model, whole_batches
 from sftlab.ran import row_lengths, seen_linear, verify_precision, verify_strategy
 from sftlab.resume import Resume, dtypes_kept
-from sftlab.sharding import average_replicated_, clip_sharded_, gather_ahead, settle_plugin
+from sftlab.sharding import average_replicated_, clip_sharded_, gather_ahead, keep_frozen, settle_plugin
 from sftlab.tokens import refuse_other_encoding, training_rows
 
 
@@ -90,6 +90,12 @@ class LabTrainer(SFTTrainer):
             freeze_in_float8(self.model)
         if self.fast.compile_layers:
             compile_layers(base)
+
+    def _prepare_for_training(self, *args: Any, **kwargs: Any) -> tuple[nn.Module, DataLoader]:
+        prepared = super()._prepare_for_training(*args, **kwargs)
+        if self.is_fsdp_enabled:
+            keep_frozen(self.model, self._trained)
+        return prepared
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
         """One micro-batch; before the first one the strategy and the precision are checked."""

@@ -13,12 +13,12 @@ import os
 import sys
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, accelerator
 from accelerate.state import PartialState
 from accelerate.utils import DistributedType
 from conftest import load_script
 
-begin, prepare = PartialState.__init__, Accelerator.prepare
+begin, prepare, shard = PartialState.__init__, Accelerator.prepare, accelerator.fsdp2_prepare_model
 
 
 def as_on_gpus(self: PartialState, *args: object, **kwargs: object) -> None:
@@ -26,6 +26,11 @@ def as_on_gpus(self: PartialState, *args: object, **kwargs: object) -> None:
     begin(self, *args, **kwargs)
     if self.distributed_type == DistributedType.MULTI_CPU:
         PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+
+
+def trainable(*args: object) -> object:
+    """On a GPU fully_shard makes torchao's float8 weights trainable; here all that accelerate shards."""
+    return shard(*args).requires_grad_(True)
 
 
 def scaled(self: Accelerator, *args: object, **kwargs: object) -> object:
@@ -42,7 +47,7 @@ def unscale(self: Accelerator, optimizer: object = None) -> None:
 
 if __name__ == "__main__":
     os.environ["ACCELERATE_USE_CPU"] = "true"
-    PartialState.__init__ = as_on_gpus
+    PartialState.__init__, accelerator.fsdp2_prepare_model = as_on_gpus, trainable
     if "SCALED" in os.environ:
         Accelerator.prepare, Accelerator.unscale_gradients = scaled, unscale
     sft = load_script("recipes/sft.py")
