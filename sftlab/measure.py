@@ -173,10 +173,16 @@ def _flops(parameter: nn.Parameter) -> float:
 
 
 def _experts_taken(config: PreTrainedConfig) -> float:
-    """The share of a mixture's experts that work on a token."""
-    names = ("num_local_experts", "num_experts", "n_routed_experts")
-    experts = next(filter(None, (getattr(config, name, None) for name in names)), None)
-    return config.num_experts_per_tok / experts if experts else 1.0
+    """The share of a mixture's experts that work on a token; 1 where the config does not say it in one number."""
+    fields = config.to_dict()
+    experts, taken = (
+        next((fields[name] for name in names if isinstance(fields.get(name), int)), None)
+        for names in (
+            ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts"),
+            ("num_experts_per_tok", "num_experts_per_token", "top_k_experts", "moe_topk", "moe_k"),
+        )
+    )
+    return taken / experts if experts and taken else 1.0
 
 
 def _packed_factor(parameter: nn.Parameter) -> float:

@@ -46,6 +46,8 @@ def test_a_token_is_worked_on_by_the_experts_it_goes_to():
     experts = 2 * 3 * 32 * 64
     attention = 2 * 32 * 32 + 2 * 32 * config.num_key_value_heads * 16
     assert flops_per_token(model).token == 4 * (experts + attention + 8 * 32) + 6 * 4 * (32 + 32)
+    model.config.num_experts_per_tok = [1, 2]  # by layer
+    assert flops_per_token(model).token == 4 * (experts * 4 + attention + 8 * 32) + 6 * 4 * (32 + 32)
 
 
 def test_of_a_module_that_is_saved_whole_its_copy_counts():
