@@ -89,6 +89,8 @@ class Asked:
     def _asked_lengths(self, recipe: Recipe) -> Rows:
         longest, mean = recipe.training.max_length, self.given.row_tokens
         if mean is not None or self.given.rows is not None or self.given.random:
+            if longest is None:
+                raise ValueError("max_length is null, so the longest row is not known: pass --max_length")
             said = "as said" if mean else "not known: every row as long as max_length"
             # rows of text spread about half as far as their mean
             mean = min(mean or longest, longest)

@@ -31,7 +31,6 @@ _REFUSED = {
     "bf16_full_eval": "the launch config decides the precision",
     "fp16_full_eval": "the launch config decides the precision",
     "push_to_hub": "upload the finished adapter instead: hf upload NAME RUN/adapter",
-    "pad_to_multiple_of": "packed rows are filled up to a multiple of 128 tokens as it is",
     "packing_strategy": "packing lays whole rows end to end and keeps the rows of a step",
     "padding_free": "packing decides",
     "eval_packing": "packing decides",
@@ -203,13 +202,14 @@ def parse_recipe(argv: list[str], launch: Launch) -> Recipe:
     named = [a[2:].split("=")[0].replace("-", "_") for a in argv if a.startswith("--")]
     _refuse_unknown([*settings, *named], known)
     _refuse_unused([*(key for key, value in settings.items() if value), *named])
-    if settings.get("max_length", 1) is None:
-        raise ValueError("max_length is null: give the most tokens that a row may have")
+    unlimited = settings.get("max_length", 0) is None and "max_length" not in named
     settings = {key: value for key, value in settings.items() if value is not None}
     arguments = [item for key, value in settings.items() for item in _as_arguments(key, value)]
     data, training, model, rest = parser.parse_args_and_config(arguments + argv, return_remaining_strings=True)
     if rest:
         raise ValueError(f"cannot read {' '.join(rest)!r}: every option is --field value")
+    if unlimited:  # null of any other field is as if it were left out
+        training.max_length = None
     given = {name: _value(name, (data, training, model)) for name in [*settings, *named]}
     recipe = Recipe(data, training, model, given)
     settle(recipe, launch)

@@ -27,7 +27,7 @@ def settle(recipe: "Recipe", launch: Launch) -> None:
         raise ValueError(
             "lora_target_modules is unset (PEFT would silently take q_proj and v_proj only): name the modules"
         )
-    if training.max_length < 1:
+    if training.max_length is not None and training.max_length < 1:
         raise ValueError(f"max_length is {training.max_length}: give the most tokens that a row may have")
     if not 0 < data.dataset_fraction <= 1:
         raise ValueError(f"dataset_fraction is {data.dataset_fraction}: it must be above 0 and at most 1")

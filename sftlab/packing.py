@@ -5,6 +5,7 @@ tokens as any other: processes then wait for nobody. Everything is worked out on
 """
 
 import heapq
+import math
 from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from typing import Any
@@ -114,12 +115,14 @@ class Collator:
 
     Adds `loss_positions` and `targets` (the flat index of every token whose next one is in the loss, and that next
     one), `loss_rows` (the row of each), and the ints `real_tokens` and `real_rows`. With `packed`, rows lie end to end
-    in one [1, tokens] and `tiles` tells the attention where they begin.
+    in one [1, tokens] and `tiles` tells the attention where they begin. Tokens are filled up to a `multiple`.
     """
 
-    def __init__(self, pad_token_id: int, packed: bool) -> None:
-        self._collate = DataCollatorForLanguageModeling(pad_token_id=pad_token_id, padding_free=packed)
-        self._packed, self._pad = packed, pad_token_id
+    def __init__(self, pad_token_id: int, packed: bool, multiple: int | None = None) -> None:
+        self._collate = DataCollatorForLanguageModeling(
+            pad_token_id=pad_token_id, padding_free=packed, pad_to_multiple_of=None if packed else multiple
+        )
+        self._packed, self._pad, self._multiple = packed, pad_token_id, math.lcm(TOKENS_MULTIPLE, multiple or 1)
 
     def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
         """Rows of `input_ids` and `labels` to one batch."""
@@ -144,7 +147,7 @@ class Collator:
 
     def _filled_up(self, batch: dict[str, Any], lengths: torch.Tensor) -> dict[str, torch.Tensor]:
         # The tail is a sequence of its own, so that nothing in it is undefined.
-        tail = -batch["input_ids"].shape[1] % TOKENS_MULTIPLE
+        tail = -batch["input_ids"].shape[1] % self._multiple
         return {
             "input_ids": pad(batch["input_ids"], (0, tail), value=self._pad),
             "labels": pad(batch["labels"], (0, tail), value=-100),

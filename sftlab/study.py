@@ -69,7 +69,10 @@ def load(path: Path, runs: Path, given: Mapping[str, Any]) -> Study:
     if given.get("random"):
         from sftlab.shapes import random_files  # it takes transformers with it
 
-        random = given["random"], int(fields.get("max_length") or read_yaml(recipe)["max_length"])
+        longest = fields.get("max_length") or read_yaml(recipe)["max_length"]
+        if longest is None:
+            raise ValueError("max_length is null: --random needs the longest row, pass --max_length")
+        random = given["random"], int(longest)
         model, rows = (str(path.relative_to(ROOT)) for path in random_files(*random))
         fields = {"model_name_or_path": model, "dataset_name": rows, "dataset_fraction": 1.0} | fields
         # of random weights nobody needs what was trained, nor how good it is

@@ -62,7 +62,7 @@ class LabTrainer(SFTTrainer):
         self.add_callback(self.resume)
         if isinstance(self.train_dataset, IterableDataset):
             self.train_dataset = WholeBatches(self.train_dataset, self.global_batch)
-        self.data_collator = Collator(self.processing_class.pad_token_id, fast.packing)
+        self.data_collator = Collator(self.processing_class.pad_token_id, fast.packing, self.args.pad_to_multiple_of)
         self.flops = flops_per_token(self.model)
         self._take_fast_path()
 

@@ -53,13 +53,19 @@ def test_every_yaml_value_arrives_with_its_type(fields, tmp_path):
     assert recipe.training.warmup_steps == 0
 
 
+def test_a_max_length_of_null_is_no_limit(fields, tmp_path):
+    path = tmp_path / "r.yaml"
+    path.write_text(f"{(ROOT / 'recipes/demo/attn_r16.yaml').read_text()}\nmax_length: null\n")
+    for extra, limit in (([], None), (["--max_length", "8"], 8)):
+        assert parse_recipe(["--config", str(path), *extra], Launch.from_environment()).training.max_length == limit
+
+
 @pytest.mark.parametrize(
     ("extra", "message"),
     [
         (["--lora_rr", "4"], "unknown field 'lora_rr'; did you mean 'lora_r'?"),
         (["--max_seq_length", "4"], "unknown field 'max_seq_length'.*max_length"),
         (["--lora_r", "0"], "lora_r is 0"),
-        (["--pad_to_multiple_of", "8"], "pad_to_multiple_of is not used here"),
         (["--lora_r", "-3"], "lora_r is -3"),
         (["--lora_r", "many"], "lora_r.*invalid int value: 'many'"),
         (["--dataset_shape", "orca"], "dataset_shape.*invalid choice"),
@@ -149,13 +155,6 @@ def test_fp8_refuses_weights_that_it_cannot_round(fields, monkeypatch, asked, wh
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp8")
     with pytest.raises(ValueError, match=f"fp8 rounds the frozen weights, and .*{why}.*: launch with bf16.yaml"):
         parsed(fields, asked)
-
-
-def test_a_null_length_is_refused(tmp_path):
-    path = tmp_path / "r.yaml"
-    path.write_text("max_length: null\n")
-    with pytest.raises(ValueError, match="max_length is null: give the most tokens"):
-        parse_recipe(["--config", str(path)], Launch.from_environment())
 
 
 def test_the_launch_config_decides_the_precision(fields, monkeypatch):

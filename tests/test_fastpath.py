@@ -111,6 +111,15 @@ def test_packed_and_fused_gives_the_losses_and_gradients_of_rows_padded_one_by_o
         assert torch.cosine_similarity(gradient.flatten(), expected.flatten(), dim=0) > 0.99999
 
 
+@pytest.mark.parametrize(("packing", "filled_to"), [("true", 384), ("false", 96)])
+def test_batches_are_filled_up_to_the_multiple_that_is_asked_for(fields, on_a_cpu, packing, filled_to):
+    rows = examples(7)
+    trainers = [build(fields, packing=packing, **more) for more in ({}, {"pad_to_multiple_of": 96})]
+    assert trainers[1].data_collator(rows)["input_ids"].shape[1] % filled_to == 0
+    usual, filled = (losses_and_gradients(with_trained_lora(trainer), rows)[0] for trainer in trainers)
+    torch.testing.assert_close(usual, filled, atol=1e-5, rtol=0)
+
+
 def test_a_packed_row_does_not_see_its_neighbours(fields, on_a_cpu):
     trainer = with_trained_lora(build(fields, packing="true"))
     rows = examples(5)

@@ -155,6 +155,11 @@ def test_bad_input_is_one_sentence(plan, monkeypatch, argv, said):
 def test_a_model_without_a_config_and_a_missing_recipe_are_one_sentence(plan, tmp_path):
     assert "holds no config.json" in refusal(plan, *RECIPE, "--model_name_or_path", str(tmp_path))
     assert "--config is missing" in refusal(plan, "--gpu", "h200")
+    (tmp_path / "r.yaml").write_text(
+        "model_name_or_path: m\ndataset_name: d\nmax_length: null\noutput_dir: runs/x\nlora_target_modules: [q_proj]\n"
+    )
+    unlimited = ("--config", str(tmp_path / "r.yaml"), "--gpu", "h200", "--random", "llama3.2-1b", "--rows", "1000")
+    assert "max_length is null, so the longest row is not known" in refusal(plan, *unlimited)
 
 
 def test_gpus_are_known_by_what_cuda_calls_them(monkeypatch):
