@@ -12,6 +12,7 @@ import sftlab.quiet  # noqa: I001  (before the libraries that it quiets)
 import sftlab.settle  # noqa: F401  (before they see the devices)
 
 import atexit
+import faulthandler
 import gc
 import math
 import os
@@ -235,6 +236,7 @@ def planned_row(measured: dict) -> dict[str, str]:
 
 
 if __name__ == "__main__":
+    faulthandler.enable()
     # the interpreter's last collection would walk over every module for seconds
     atexit.register(gc.freeze)
     main(sys.argv[1:])

@@ -85,10 +85,11 @@ def test_a_stopped_run_is_interrupted_and_continues_bit_for_bit(finished, tmp_pa
     assert len(scalars(tmp_path / "run", "train/train_loss")) == 1
 
 
-def test_a_killed_run_continues_from_its_checkpoint_and_says_what_it_cost(finished, tmp_path, trained_here):
+def test_a_crashed_run_says_where_continues_from_its_checkpoint_and_says_what_it_cost(finished, tmp_path, trained_here):
     _folder, fields, _ = finished
     own = {**fields, "output_dir": str(tmp_path / "run"), "max_steps": "40", "logging_steps": "2", "save_steps": "9"}
-    stopped_after(own, 8, signal.SIGKILL)
+    _, output = stopped_after(own, 8, signal.SIGSEGV)
+    assert "Segmentation fault" in output and re.search(r"sft.py\W+ line \d+ in train\b", output)
     assert read(own["output_dir"])["status"] == "running"
     trained_here({**own, "disable_tqdm": "true"})
     record = read(own["output_dir"])
