@@ -48,6 +48,9 @@ def settle(recipe: "Recipe", launch: Launch) -> None:
             f"optim {training.optim.value} is bitsandbytes', which does not update the sharded parameters of FSDP2: "
             f"pass --optim adamw_torch_fused"
         )
+    one_reads = launch.settings.get("FSDP_CPU_RAM_EFFICIENT_LOADING", "").lower() == "true"
+    if launch.strategy == "fsdp" and one_reads and training.mixed_precision == "fp8":
+        raise ValueError("fp8 rounds the weights in every process: leave fsdp_cpu_ram_efficient_loading false")
     _settle_precision(recipe)
     _settle_batch(recipe, launch.world_size)
     if launch.world_size > 2 and (training.deterministic or launch.hides_gpus):

@@ -20,7 +20,7 @@ from sftlab.loss import CHUNK, FrozenHeadLoss
 from sftlab.model import model_class
 from sftlab.packing import TOKENS_MULTIPLE, tiles
 
-UNTIMED = "not timed with {} weights under FSDP; the recipe's field of that name switches it on"
+UNTIMED = "not timed with 8-bit weights under FSDP; the recipe's field of that name switches it on"
 
 
 @dataclass
@@ -62,13 +62,9 @@ def choose(
     compiled = recipe.training.compile_layers
     if compiled is None:
         compiled = (elsewhere or varlen.no_triton)() is None and not recipe.training.torch_compile
-        if compiled and launch.strategy == "fsdp" and (bits := _quantized_to(recipe)):
-            compiled, reasons["compile_layers"] = False, UNTIMED.format(bits)
+        if compiled and launch.strategy == "fsdp" and recipe.model.load_in_8bit:
+            compiled, reasons["compile_layers"] = False, UNTIMED
     return FastPath(packing, compiled, recipe.training.fused_loss, varlen.NAME if packing else attention, reasons)
-
-
-def _quantized_to(recipe: Recipe) -> str | None:
-    return "4-bit" if recipe.model.load_in_4bit else "8-bit" if recipe.model.load_in_8bit else None
 
 
 def compile_layers(model: PreTrainedModel) -> None:

@@ -12,19 +12,24 @@ FORWARD, BACKWARD = torch.float8_e4m3fn, torch.float8_e5m2
 
 
 class FrozenFloat8Linear(nn.Linear):
-    """y = x W^T in float8 with a bfloat16 output. W is kept twice, as the products forward and backward read it."""
+    """y = x W^T in float8 with a bfloat16 output. W is kept twice, as the products forward and backward read it.
 
-    def __init__(self, linear: nn.Linear) -> None:
+    Both are stored as bfloat16 of half the width, which FSDP2 shards and gathers, and gloo sends, as they are.
+    """
+
+    def __init__(self, linear: nn.Linear, device: torch.device | None = None) -> None:
         nn.Module.__init__(self)
         self.in_features, self.out_features = linear.in_features, linear.out_features
-        rounded, self.scale = to_float8(linear.weight.data, FORWARD)
-        self.weight = nn.Parameter(rounded, requires_grad=False)
-        self.weight_t = rounded.t().contiguous()
+        rounded, self.scale = to_float8(linear.weight.data.to(device), FORWARD)
+        for name, weight in (("weight", rounded), ("weight_t", rounded.t().contiguous())):
+            stored = weight.view(torch.bfloat16).to(linear.weight.device)
+            self.register_parameter(name, nn.Parameter(stored, requires_grad=False))
         self.bias = linear.bias
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[..., in] to [..., out] in bfloat16."""
-        y = _Float8Product.apply(x.reshape(-1, self.in_features), self.weight, self.weight_t, self.scale)
+        weight, weight_t = self.weight.view(FORWARD), self.weight_t.view(FORWARD)
+        y = _Float8Product.apply(x.reshape(-1, self.in_features), weight, weight_t, self.scale)
         y = y.view(*x.shape[:-1], self.out_features)
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
@@ -56,8 +61,8 @@ def to_float8(tensor: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, t
     return (tensor.float() / scale).clamp(-largest, largest).to(dtype), scale
 
 
-def freeze_in_float8(model: nn.Module) -> int:
-    """Replace every linear inside the decoder that no LoRA trains; the number of them.
+def freeze_in_float8(model: nn.Module, device: torch.device | None = None) -> int:
+    """Replace every linear inside the decoder that no LoRA trains, rounding on `device`; the number of them.
 
     Raises ValueError where none has sizes that are multiples of 16, which float8 products need.
     """
@@ -66,16 +71,13 @@ def freeze_in_float8(model: nn.Module) -> int:
         raise ValueError("fp8: the model has no frozen linear whose sizes are multiples of 16: launch with bf16.yaml")
     for name in names:
         parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, FrozenFloat8Linear(model.get_submodule(name)))
+        setattr(model.get_submodule(parent), child, FrozenFloat8Linear(model.get_submodule(name), device))
     return len(names)
 
 
-def accelerates_share(sharded: bool) -> AORecipeKwargs:
-    """What accelerate converts, by torchao: under FSDP, which does not shard our weights, the linears; else nothing.
-
-    It would convert the LoRA matrices too, whose rank is too small for float8 to pay.
-    """
-    return AORecipeKwargs(module_filter_func=is_base_linear if sharded else lambda module, name: False)
+def nothing_for_torchao() -> AORecipeKwargs:
+    """accelerate's fp8 with no linear of torchao's: it would convert the LoRA matrices too."""
+    return AORecipeKwargs(enable_fsdp_float8_all_gather=False, module_filter_func=lambda module, name: False)
 
 
 def is_base_linear(module: nn.Module, name: str) -> bool:

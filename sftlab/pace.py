@@ -22,8 +22,7 @@ ATTENTION = (0.14, 0.30)
 TRAFFIC_COMPILED, TRAFFIC_EAGER, TRAFFIC_EAGER_FP32 = 6.7, 22.0, 10.0
 # Bytes for each element that goes into or comes out of a float8 product: its largest value, rounding, reading back.
 # Uncompiled, every operation of `to_float8` reads and writes anew: 2 + 2, 2, 2 + 4, 4 + 4, 4 + 4, 4 + 1.
-# torchao's linears, uncompiled, also round anew for the gradient of a frozen weight, and multiply for it.
-TRAFFIC_FP8_COMPILED, TRAFFIC_FP8_EAGER, TRAFFIC_FP8_SHARDED = 7.0, 33.0, 120.0
+TRAFFIC_FP8_COMPILED, TRAFFIC_FP8_EAGER = 7.0, 33.0
 # Bytes for each element beside a LoRA matrix: read and written three times at 16 bits, forward and backward.
 TRAFFIC_LORA = 4
 # Times that dequantising takes over reading 4 and writing 16 bits a weight.
@@ -32,8 +31,6 @@ DEQUANTISING = 2.4
 # takes besides: float8 (eager, compiled), 4-bit weights, FSDP2's hooks (of one process, of several).
 HOST_COMPILED, HOST_EAGER = (2.7e-3, 0.36e-3), (4.4e-3, 0.86e-3)
 HOST_FP8, HOST_QUANTIZED, HOST_FSDP = (7.0e-3, 2.4e-3), 5.0e-3, (1.0e-3, 3.6e-3)
-# Under FSDP2 the float8 linears are torchao's own, which round sharded weights anew (eager, compiled).
-HOST_FP8_SHARDED = (22e-3, 6e-3)
 # Times as long with checkpointing: the forward again, through hooks that pack and unpack every tensor.
 HOST_CHECKPOINTED, HOST_AGAIN = 1.6, 1.2
 # Seconds of a step in which the GPU waits until float16's loss scale is known to have overflowed or not.
@@ -80,9 +77,7 @@ def pace(step: Step, gpu: GPU) -> Pace:
     bandwidth = gpu.memory_gbs * 1e9
     layer_weights = w.linears * s.layers
     # of a product: forward, its input's gradient, its weight's where that is trained, and the forward again
-    sharded = step.strategy == "fsdp"
-    torchao_eager = step.precision == "fp8" and sharded and not step.compiled
-    passes = 2.0 * (2 + (w.trained >= layer_weights or torchao_eager) + step.checkpointing)
+    passes = 2.0 * (2 + (w.trained >= layer_weights) + step.checkpointing)
     matrices = tokens * passes * layer_weights / (rate * reached) + tokens * 4.0 * w.head / (half * reached)
     attended = (3.5 + step.checkpointing) * 2 * tokens * step.row_length * s.heads * s.head_size * s.layers
     share = min(ATTENTION[1], ATTENTION[0] * max(1.0, step.row_length / 512) ** 0.5)
@@ -92,15 +87,14 @@ def pace(step: Step, gpu: GPU) -> Pace:
     moved = tokens * kept(step) * s.layers * traffic * (1.35 if step.checkpointing else 1.0)
     ends = widths(step)
     if step.precision == "fp8":
-        eager = TRAFFIC_FP8_SHARDED if sharded else TRAFFIC_FP8_EAGER
-        rounding = TRAFFIC_FP8_COMPILED if step.compiled else eager
+        rounding = TRAFFIC_FP8_COMPILED if step.compiled else TRAFFIC_FP8_EAGER
         moved += rounding * tokens * s.layers * sum(a + z for a, z in ends.values())
     trained = sum(a + z for name, (a, z) in ends.items() if name in step.targets) if step.rank else 0
     moved += TRAFFIC_LORA * b * tokens * s.layers * trained
     unpacked = 2.5 * layer_weights * (3 if step.checkpointing else 2) * DEQUANTISING if step.quantized else 0.0
     shards = (step.processes - 1) / step.processes
     sent = 2 * w.gradients * shards if step.strategy == "ddp" else 0.0
-    if sharded:
+    if step.strategy == "fsdp":
         sent = ((3 if step.checkpointing else 2) * w.layer * s.layers + w.tail) * shards
     return Pace(
         matrices,
@@ -118,9 +112,8 @@ def host(step: Step) -> float:
     """Seconds that launching the kernels of a micro-batch takes on the host which the constants are from."""
     layer, lora = HOST_COMPILED if step.compiled else HOST_EAGER
     own = layer + lora * len(step.targets) * (step.rank > 0)
-    sharded = step.strategy == "fsdp"
-    besides = (HOST_FP8_SHARDED if sharded else HOST_FP8)[step.compiled] * (step.precision == "fp8")
-    besides += HOST_QUANTIZED * step.quantized + HOST_FSDP[step.processes > 1] * sharded
+    besides = HOST_FP8[step.compiled] * (step.precision == "fp8") + HOST_QUANTIZED * step.quantized
+    besides += HOST_FSDP[step.processes > 1] * (step.strategy == "fsdp")
     if step.checkpointing:
         own, besides = own * HOST_CHECKPOINTED, besides * HOST_AGAIN
     return step.shape.layers * (own + besides) + HOST_STEP

@@ -144,8 +144,6 @@ def kept(step: Step) -> float:
     lora = b * (inputs + step.rank * len(targets)) + masks
     if step.compiled:
         return 2 * (residual * s.hidden + 4) + attention + b * 2 * s.mlp + lora
-    if step.precision == "fp8" and step.strategy == "fsdp":  # torchao's linears keep their inputs
-        lora += b * (s.hidden * ((not into_attention) + (not into_mlp)) + s.mlp * ("down_proj" not in targets))
     return 2 * (4 * s.hidden + 4) + attention + b * 3 * s.mlp + lora
 
 
@@ -251,7 +249,7 @@ def step_of(
         raise ValueError(f"LoRA on {', '.join(unknown)}: plans are made for {', '.join(LINEARS)}")
     return Step(
         Shape.of(config),
-        weigh(recipe, config, launch),
+        weigh(recipe, config),
         PRECISIONS[training.mixed_precision],
         targets,
         model.lora_r if model.use_peft else 0,

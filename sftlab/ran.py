@@ -1,5 +1,6 @@
 """What really ran: precision, strategy, dtypes and sizes, read from the trainer's own objects, and checked."""
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -130,6 +131,14 @@ def verify_strategy(trainer: "LabTrainer") -> None:
             f"the launch config asks for {launch.strategy} over {launch.world_size} processes; what runs is {ran} over "
             f"{processes}"
         )
+
+
+def verify_trained(model: nn.Module, trained: Sequence[nn.Parameter]) -> None:
+    """Raise RuntimeError where parameters have gradients that no optimizer takes: what wraps the model unfroze them."""
+    kept = set(map(id, trained))
+    left = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in kept]
+    if left:
+        raise RuntimeError(f"{len(left)} parameters have gradients and no optimizer, {left[0]} the first")
 
 
 def verify_precision(trainer: "LabTrainer") -> None:

@@ -36,18 +36,6 @@ def settle_plugin(plugin: FullyShardedDataParallelPlugin, model: nn.Module) -> b
     return whole
 
 
-def keep_frozen(model: nn.Module, trained: Sequence[nn.Parameter]) -> None:
-    """Freeze again all but `trained`, before the first forward.
-
-    fully_shard makes a weight of a tensor subclass trainable when it moves it to a GPU (torch's
-    `_move_states_to_device`), as torchao's float8 weights are: nothing would train it, but its gradient would be there.
-    """
-    kept = set(map(id, trained))
-    for parameter in model.parameters():
-        if id(parameter) not in kept:
-            parameter.requires_grad_(False)
-
-
 def gather_ahead(model: PreTrainedModel) -> None:
     """Under FSDP2, let every decoder layer ask for the next one's weights before it computes.
 

@@ -15,7 +15,7 @@ from datasets import Dataset
 from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.nn.functional import pad
-from torch.utils.data import DataLoader, IterableDataset, RandomSampler, Sampler, SequentialSampler
+from torch.utils.data import IterableDataset, RandomSampler, Sampler, SequentialSampler
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, set_seed
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 from trl import SFTTrainer, get_peft_config, get_quantization_config
@@ -24,16 +24,16 @@ from sftlab import loss, varlen
 from sftlab.config import Recipe
 from sftlab.data import Splits
 from sftlab.fastpath import FastPath, compile_layers
-from sftlab.fp8 import accelerates_share, freeze_in_float8
+from sftlab.fp8 import freeze_in_float8, nothing_for_torchao
 from sftlab.launch import Launch
 from sftlab.likelihood import nats_per_token
 from sftlab.measure import Meter, flops_per_token
 from sftlab.memory import MemorySplit
 from sftlab.model import model_init_kwargs
 from sftlab.packing import BalancedSampler, Collator, WholeBatches, for_the_model, whole_batches
-from sftlab.ran import row_lengths, seen_linear, verify_precision, verify_strategy
+from sftlab.ran import row_lengths, seen_linear, verify_precision, verify_strategy, verify_trained
 from sftlab.resume import Resume, dtypes_kept
-from sftlab.sharding import average_replicated_, clip_sharded_, gather_ahead, keep_frozen, settle_plugin
+from sftlab.sharding import average_replicated_, clip_sharded_, gather_ahead, settle_plugin
 from sftlab.tokens import refuse_other_encoding, training_rows
 
 
@@ -86,22 +86,17 @@ class LabTrainer(SFTTrainer):
         self.fast.fused_loss = not why and self.fast.fused_loss is not False
         if self.fast.fused_loss:
             loss.add_frozen_head_loss(base)
-        if self.args.mixed_precision == "fp8" and not self.is_fsdp_enabled:
-            freeze_in_float8(self.model)
+        if self.args.mixed_precision == "fp8":
+            freeze_in_float8(self.model, self.accelerator.device)
         if self.fast.compile_layers:
             compile_layers(base)
-
-    def _prepare_for_training(self, *args: Any, **kwargs: Any) -> tuple[nn.Module, DataLoader]:
-        prepared = super()._prepare_for_training(*args, **kwargs)
-        if self.is_fsdp_enabled:
-            keep_frozen(self.model, self._trained)
-        return prepared
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
         """One micro-batch; before the first one the strategy and the precision are checked."""
         self.meter.count(inputs["real_tokens"], inputs["real_rows"], len(inputs["targets"]))
         if not self.observed:
             verify_strategy(self)
+            verify_trained(self.model, self._trained)
             gather_ahead(self._base)
             self.observed = seen_linear(self, model, inputs)
             verify_precision(self)
@@ -266,7 +261,7 @@ class LabTrainer(SFTTrainer):
     def _build_accelerator_args(self, **kwargs: Any) -> dict[str, Any]:
         built = super()._build_accelerator_args(**kwargs)
         if self.args.mixed_precision == "fp8":
-            built["kwargs_handlers"].append(accelerates_share(self.launch.strategy == "fsdp"))
+            built["kwargs_handlers"].append(nothing_for_torchao())
         return built
 
 

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig
 from trl import get_peft_config
 
 from sftlab.config import Recipe
-from sftlab.launch import COMPUTE_DTYPE, PRECISIONS, Launch
+from sftlab.launch import COMPUTE_DTYPE, PRECISIONS
 from sftlab.measure import Flops, flops_per_token
 from sftlab.model import LINEAR_LAYERS
 
@@ -38,7 +38,7 @@ class Weights(NamedTuple):
     flops: Flops
 
 
-def weigh(recipe: Recipe, config: PreTrainedConfig, launch: Launch) -> Weights:
+def weigh(recipe: Recipe, config: PreTrainedConfig) -> Weights:
     """Count the weights of a recipe's model, its adapter, gradients and optimizer state on the meta device.
 
     ValueError for a model whose layers are not of Llama's kind, weights in 8 bits, or an optimizer that is not known.
@@ -56,12 +56,11 @@ def weigh(recipe: Recipe, config: PreTrainedConfig, launch: Launch) -> Weights:
             model = get_peft_model(model, peft_config)
     quantized, precision = recipe.model.load_in_4bit, recipe.training.mixed_precision
     linears = {id(m.weight): m for n, m in model.named_modules() if _is_frozen_linear(n, m)}
-    in_float8 = precision == "fp8" and launch.strategy != "fsdp"
 
     def size(parameter: nn.Parameter) -> int:
         if id(parameter) in linears and quantized:
             return packed_bytes(parameter.numel(), recipe.model.use_bnb_nested_quant)
-        return parameter.numel() * (2 if id(parameter) in linears and in_float8 else parameter.element_size())
+        return parameter.numel() * (2 if id(parameter) in linears and precision == "fp8" else parameter.element_size())
 
     adapter = [p for p in model.parameters() if id(p) not in base]
     trained = [p for p in model.parameters() if p.requires_grad]

@@ -1,4 +1,4 @@
-"""recipes/sft.py under FSDP2 on CPU processes, which accelerate itself takes for DDP:
+"""recipes/sft.py under FSDP2 on CPU processes, which accelerate itself takes for DDP, and in any precision:
 
 accelerate launch --config_file accelerate_configs/fsdp.yaml tests/fsdp_on_cpu.py --config recipes/demo/attn_r16.yaml
 
@@ -13,24 +13,19 @@ import os
 import sys
 
 import torch
-from accelerate import Accelerator, accelerator
+from accelerate import Accelerator
 from accelerate.state import PartialState
 from accelerate.utils import DistributedType
 from conftest import load_script
 
-begin, prepare, shard = PartialState.__init__, Accelerator.prepare, accelerator.fsdp2_prepare_model
+begin, prepare = PartialState.__init__, Accelerator.prepare
 
 
 def as_on_gpus(self: PartialState, *args: object, **kwargs: object) -> None:
     """AcceleratorState makes FSDP of several GPUs alone."""
     begin(self, *args, **kwargs)
-    if self.distributed_type == DistributedType.MULTI_CPU:
+    if self.distributed_type == DistributedType.MULTI_CPU and "ACCELERATE_USE_FSDP" in os.environ:
         PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
-
-
-def trainable(*args: object) -> object:
-    """On a GPU fully_shard makes torchao's float8 weights trainable; here all that accelerate shards."""
-    return shard(*args).requires_grad_(True)
 
 
 def scaled(self: Accelerator, *args: object, **kwargs: object) -> object:
@@ -47,7 +42,7 @@ def unscale(self: Accelerator, optimizer: object = None) -> None:
 
 if __name__ == "__main__":
     os.environ["ACCELERATE_USE_CPU"] = "true"
-    PartialState.__init__, accelerator.fsdp2_prepare_model = as_on_gpus, trainable
+    PartialState.__init__ = as_on_gpus
     if "SCALED" in os.environ:
         Accelerator.prepare, Accelerator.unscale_gradients = scaled, unscale
     sft = load_script("recipes/sft.py")

@@ -157,6 +157,16 @@ def test_fp8_refuses_weights_that_it_cannot_round(fields, monkeypatch, asked, wh
         parsed(fields, asked)
 
 
+def test_fp8_refuses_weights_that_one_process_reads_for_all(fields, monkeypatch):
+    for name, value in (("MIXED_PRECISION", "fp8"), ("USE_FSDP", "true")):
+        monkeypatch.setenv(f"ACCELERATE_{name}", value)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "-1")
+    parsed(fields)
+    monkeypatch.setenv("FSDP_CPU_RAM_EFFICIENT_LOADING", "true")
+    with pytest.raises(ValueError, match="fp8 rounds the weights in every process"):
+        parsed(fields)
+
+
 def test_the_launch_config_decides_the_precision(fields, monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "-1")
     for asked, dtype in (("no", "float32"), ("bf16", "bfloat16"), ("fp16", "float16"), ("fp8", "bfloat16")):

@@ -15,7 +15,7 @@ from conftest import arguments, read, short_fields
 from peft import LoraConfig, get_peft_model
 from torch.nn.functional import scaled_dot_product_attention
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback
 
 from sftlab import fastpath, loss, packing, varlen
 from sftlab.config import parse_recipe
@@ -287,6 +287,7 @@ def test_kernels_are_rehearsed_on_the_gpu_of_the_process(fields, monkeypatch):
 
 
 FOUR_BITS = {"load_in_4bit": "true", "use_bnb_nested_quant": "true", "bnb_4bit_quant_type": "nf4"}
+EIGHT_BITS = {"load_in_8bit": "true"}
 
 
 @pytest.mark.parametrize("dropped", [{}, {"gradient_checkpointing": "true"}], ids=["kept", "checkpointed"])
@@ -415,12 +416,13 @@ def test_what_cannot_be_had_is_refused(fields, asked, named):
     "strategy, asked, compiled",
     [
         ("fsdp", {}, True),
-        ("fsdp", FOUR_BITS, False),
-        ("fsdp", FOUR_BITS | {"compile_layers": "true"}, True),
-        ("ddp", FOUR_BITS, True),
+        ("fsdp", FOUR_BITS, True),
+        ("fsdp", EIGHT_BITS, False),
+        ("fsdp", EIGHT_BITS | {"compile_layers": "true"}, True),
+        ("ddp", EIGHT_BITS, True),
     ],
 )
-def test_layers_of_quantized_weights_are_not_compiled_under_fsdp(
+def test_layers_of_8_bit_weights_are_not_compiled_under_fsdp(
     fields, on_a_cpu, monkeypatch, strategy, asked, compiled
 ):
     monkeypatch.setattr(varlen, "no_triton", lambda: None)
@@ -458,6 +460,17 @@ def test_models_whose_attention_the_kernels_do_not_have_are_not_packed(monkeypat
         setattr(config, name, value)
     assert why in varlen.why_not(config, LlamaForCausalLM)
     assert "does not take another attention" in varlen.why_not(LlamaConfig(hidden_size=64, num_attention_heads=2), None)
+
+
+def test_a_parameter_that_something_unfroze_stops_the_run(fields, on_a_cpu):
+    class Unfreeze(TrainerCallback):
+        def on_train_begin(self, args, state, control, model, **kwargs):
+            model.get_input_embeddings().weight.requires_grad_(True)
+
+    trainer = build(fields)
+    trainer.add_callback(Unfreeze())
+    with pytest.raises(RuntimeError, match="1 parameters have gradients and no optimizer, .*embed_tokens"):
+        train(trainer)
 
 
 def test_frozen_float8_linears_are_near_the_linears_they_replace():

@@ -16,13 +16,13 @@ from sftlab import sharding
 IN_BF16 = ("--mixed_precision", "bf16")
 
 
-def command(fields):
-    typed = launch_command("fsdp", fields, IN_BF16)
+def command(fields, config="fsdp", flags=IN_BF16):
+    typed = launch_command(config, fields, flags)
     return [word.replace("recipes/sft.py", "tests/fsdp_on_cpu.py") for word in typed]
 
 
-def launch_fsdp(fields):
-    done = subprocess.run(command(fields), capture_output=True, text=True, cwd=ROOT, timeout=300)
+def launch_fsdp(fields, *other):
+    done = subprocess.run(command(fields, *other), capture_output=True, text=True, cwd=ROOT, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
 
 
@@ -51,6 +51,18 @@ def test_fsdp_trains_as_ddp_does(sharded, tmp_path):
     assert fsdp["losses"] == ddp["losses"]
     assert len(fsdp["losses"]) == 40
     assert adapter(folder) == adapter(tmp_path / "ddp")
+
+
+def test_fsdp_trains_in_fp8_as_ddp_does(base, rows, tmp_path):
+    runs = {config: tmp_path / config for config in ("fsdp", "cpu_ddp")}
+    for config, folder in runs.items():
+        fields = short_fields(base, rows, folder) | {"save_strategy": "no", "eval_strategy": "no"}
+        launch_fsdp(fields, config, ("--mixed_precision", "fp8"))
+    fsdp, ddp = map(read, runs.values())
+    assert fsdp["ran"]["compute"]["linear"] == "FrozenFloat8Linear"
+    assert fsdp["ran"] | {"strategy": "ddp"} == ddp["ran"]
+    assert len(fsdp["losses"]) == 6 and fsdp["losses"] == ddp["losses"]
+    assert adapter(runs["fsdp"]) == adapter(runs["cpu_ddp"])
 
 
 def test_fsdp_gathers_weights_and_averages_gradients_at_once(sharded):

@@ -43,7 +43,7 @@ def test_weights_gradients_and_optimizer_state_are_torchs_own(base, fields, peft
     with launched(exported("accelerate_configs/fp32.yaml")) as launch:
         argv = [*arguments(fields), f"--use_peft={peft}", "--lora_target_modules", *targets]
         recipe = parse_recipe(argv, launch)
-        counted = weigh(recipe, AutoConfig.from_pretrained(base), launch)
+        counted = weigh(recipe, AutoConfig.from_pretrained(base))
     model = AutoModelForCausalLM.from_pretrained(base)
     own = sum(p.nbytes for p in model.parameters())
     if peft == "true":
@@ -227,11 +227,11 @@ def test_layers_of_another_kind_and_8_bits_are_refused(base, fields):
     with launched(exported("accelerate_configs/fp32.yaml")) as launch:
         recipe = parse_recipe([*arguments(fields), "--load_in_8bit=true"], launch)
         with pytest.raises(ValueError, match="no plan is made for weights in 8 bits"):
-            weigh(recipe, AutoConfig.from_pretrained(base), launch)
+            weigh(recipe, AutoConfig.from_pretrained(base))
         recipe = parse_recipe([*arguments(fields), "--lora_target_modules=all-linear"], launch)
         sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}
         with pytest.raises(ValueError, match="phi3 has gate_up_proj, qkv_proj in a layer"):
-            weigh(recipe, Phi3Config(**sizes, vocab_size=100, pad_token_id=0), launch)
+            weigh(recipe, Phi3Config(**sizes, vocab_size=100, pad_token_id=0))
     with pytest.raises(ValueError, match="LoRA on qkv_proj: plans are made for q_proj"):
         forecast(targets=["q_proj", "qkv_proj"])
 
