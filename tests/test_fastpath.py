@@ -422,9 +422,7 @@ def test_what_cannot_be_had_is_refused(fields, asked, named):
         ("ddp", EIGHT_BITS, True),
     ],
 )
-def test_layers_of_8_bit_weights_are_not_compiled_under_fsdp(
-    fields, on_a_cpu, monkeypatch, strategy, asked, compiled
-):
+def test_layers_of_8_bit_weights_are_not_compiled_under_fsdp(fields, on_a_cpu, monkeypatch, strategy, asked, compiled):
     monkeypatch.setattr(varlen, "no_triton", lambda: None)
     recipe = parse_recipe(arguments({**fields, **asked}), Launch.from_environment())
     fast = fastpath.choose(recipe, LlamaConfig(), dataclasses.replace(Launch.from_environment(), strategy=strategy))
@@ -469,7 +467,7 @@ def test_a_parameter_that_something_unfroze_stops_the_run(fields, on_a_cpu):
 
     trainer = build(fields)
     trainer.add_callback(Unfreeze())
-    with pytest.raises(RuntimeError, match="1 parameters have gradients and no optimizer, .*embed_tokens"):
+    with pytest.raises(RuntimeError, match=r"1 parameters have gradients and no optimizer, .*embed_tokens"):
         train(trainer)
 
 
