@@ -121,7 +121,7 @@ def described(asked: Asked, recipe: Recipe, forecast: Forecast) -> str:
     lines = [
         f"{step.processes} x {forecast.gpu.name}, {step.precision}, {step.strategy}",
         f"  rows: {rows.source}; {rows.mean:,.0f} tokens on average, {rows.longest:,} at most",
-        f"  micro-batch: {forecast.micro_batch} rows, x {forecast.accumulation} x {step.processes} a step",
+        f"  micro-batch: {forecast.micro_batch} rows, x {forecast.step.accumulation} x {step.processes} a step",
         f"  host: {host_said(asked)}",
         "",
         f"memory a GPU at the peak, GB (in the {memory.at})",

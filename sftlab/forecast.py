@@ -63,7 +63,6 @@ class Forecast(NamedTuple):
     step: Step
     rows: Rows
     micro_batch: int
-    accumulation: int
     steps: int | None
     memory: Memory
     pace: Pace
@@ -76,7 +75,7 @@ class Forecast(NamedTuple):
     @property
     def step_seconds(self) -> float:
         """Of an optimizer step."""
-        return self.accumulation * self.pace.seconds
+        return self.step.accumulation * self.pace.seconds
 
     @property
     def rows_per_s(self) -> float:
@@ -99,7 +98,7 @@ class Forecast(NamedTuple):
         if self.steps is None:
             return None
         flops = self.step.weights.flops
-        rows = self.steps * self.accumulation * self.micro_batch * self.step.processes
+        rows = self.steps * self.step.accumulation * self.micro_batch * self.step.processes
         return rows * self.rows.mean * (flops.token + flops.loss_token)
 
 
@@ -133,16 +132,16 @@ def foresee(recipe: Recipe, config: PreTrainedConfig, launch: Launch, gpu: GPU, 
 
 
 def _forecast(step: Step, gpu: GPU, rows: Rows, micro_batch: int, accumulation: int, steps: int | None) -> Forecast:
-    many = step.processes * accumulation
+    many, step = step.processes * accumulation, replace(step, accumulation=accumulation)
     largest = replace(step, tokens=rows.largest(micro_batch, many, step.packed, steps or 1000))
     average = micro_batch * (rows.mean if step.packed else rows.longest)
     step = replace(step, tokens=round(average))
-    return Forecast(gpu, step, rows, micro_batch, accumulation, steps, memory(largest), pace(step, gpu))
+    return Forecast(gpu, step, rows, micro_batch, steps, memory(largest), pace(step, gpu))
 
 
 def resized(forecast: Forecast, micro_batch: int, **changes: object) -> Forecast:
     """The forecast with another micro-batch at the same global batch, and a changed step."""
-    accumulation = math.ceil(forecast.accumulation * forecast.micro_batch / micro_batch)
+    accumulation = math.ceil(forecast.step.accumulation * forecast.micro_batch / micro_batch)
     step = replace(forecast.step, **changes)
     return _forecast(step, forecast.gpu, forecast.rows, micro_batch, accumulation, forecast.steps)
 

@@ -14,21 +14,23 @@ FORWARD, BACKWARD = torch.float8_e4m3fn, torch.float8_e5m2
 class FrozenFloat8Linear(nn.Linear):
     """y = x W^T in float8 with a bfloat16 output. W is kept twice, as the products forward and backward read it.
 
-    Both are stored as bfloat16 of half the width, which FSDP2 shards and gathers, and gloo sends, as they are.
+    Both lie one after the other in a bfloat16 parameter of W's shape, which FSDP2 shards and gathers, and gloo sends, as
+    it is.
     """
 
     def __init__(self, linear: nn.Linear, device: torch.device | None = None) -> None:
         nn.Module.__init__(self)
         self.in_features, self.out_features = linear.in_features, linear.out_features
         rounded, self.scale = to_float8(linear.weight.data.to(device), FORWARD)
-        for name, weight in (("weight", rounded), ("weight_t", rounded.t().contiguous())):
-            stored = weight.view(torch.bfloat16).to(linear.weight.device)
-            self.register_parameter(name, nn.Parameter(stored, requires_grad=False))
+        both = torch.cat([rounded.view(torch.uint8).flatten(), rounded.view(torch.uint8).t().flatten()])
+        stored = both.view(torch.bfloat16).view(linear.weight.shape).to(linear.weight.device)
+        self.weight = nn.Parameter(stored, requires_grad=False)
         self.bias = linear.bias
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[..., in] to [..., out] in bfloat16."""
-        weight, weight_t = self.weight.view(FORWARD), self.weight_t.view(FORWARD)
+        weight, weight_t = self.weight.view(-1).view(FORWARD).view(2, -1)
+        weight, weight_t = weight.view(self.out_features, -1), weight_t.view(self.in_features, -1)
         y = _Float8Product.apply(x.reshape(-1, self.in_features), weight, weight_t, self.scale)
         y = y.view(*x.shape[:-1], self.out_features)
         return y if self.bias is None else y + self.bias.to(y.dtype)

@@ -125,6 +125,8 @@ FITTED = """
 1b all nf4 1024x2 fsdp alone checkpointed
 1b attn fp8 512x32 fsdp alone
 1b attn fp8 512x32 fsdp alone compiled
+1b attn bf16 1024x2 single accumulated
+1b all bf16 1024x2 single compiled accumulated
 1b attn bf16 512x16 ddp compiled
 1b all bf16 1024x8 fsdp
 7b attn bf16 1024x4 ddp compiled
@@ -161,6 +163,7 @@ HELD_OUT = """
 7b all nf4 1024x4 fsdp checkpointed
 1b all bf16 1024x8 single compiled dropout
 1b all fp8 1024x8 fsdp alone compiled
+1b all bf16 1024x2 single checkpointed compiled accumulated
 1b all bf16 512x16 single dropout
 """
 

@@ -35,14 +35,14 @@ HOST_FP8, HOST_QUANTIZED, HOST_FSDP = (7.0e-3, 2.4e-3), 5.0e-3, (1.0e-3, 3.6e-3)
 HOST_CHECKPOINTED, HOST_AGAIN = 1.6, 1.2
 # Seconds of a step in which the GPU waits until float16's loss scale is known to have overflowed or not.
 HOST_SCALER = 0.010
-# Seconds of the host for a step beside its layers: batches, loss, optimizer, logs.
-HOST_STEP = 0.012
+# Seconds of the host beside the layers: for a micro-batch (its rows, embedding, loss), for a step (optimizer, logs).
+HOST_MICRO, HOST_STEP = 0.005, 0.007
 # Of a link's published rate, what a collective reaches.
 LINK = 0.7
 
 
 class Pace(NamedTuple):
-    """Seconds of one micro-batch: the GPU's by part, the host's, and those in which one waits for the other."""
+    """Seconds of one micro-batch and its share of the step's: the GPU's by part, the host's, those of waiting."""
 
     matrices: float
     attention: float
@@ -116,7 +116,7 @@ def host(step: Step) -> float:
     besides += HOST_FSDP[step.processes > 1] * (step.strategy == "fsdp")
     if step.checkpointing:
         own, besides = own * HOST_CHECKPOINTED, besides * HOST_AGAIN
-    return step.shape.layers * (own + besides) + HOST_STEP
+    return step.shape.layers * (own + besides) + HOST_MICRO + HOST_STEP / step.accumulation
 
 
 def widths(step: Step) -> dict[str, tuple[int, int]]:

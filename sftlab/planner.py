@@ -84,7 +84,7 @@ class Step:
     packed: bool = True
     dropout: bool = False
     reshard: bool = True
-    accumulated: bool = False
+    accumulation: int = 1
     optimizer_copies: bool = False  # torch's AdamW, unless fused, takes the roots of all second moments at once
     whole_logits: float = 0.0  # float32 copies of all logits at once, where the loss is not taken in chunks
 
@@ -178,7 +178,7 @@ def _in_a_step(step: Step) -> Memory:
     at = "loss" if loss_is_peak else "backward"
     share = step.processes if step.strategy == "fsdp" else 1
     # of a whole training they come as the activations go, unless an earlier micro-batch left some
-    gradients = _gradients(step) if step.rank or step.accumulated else 0
+    gradients = _gradients(step) if step.rank or step.accumulation > 1 else 0
     activations = int(kept_at_end + casts) + (0 if loss_is_peak else int(working))
     trained_share = 1 if step.rank else share  # every process keeps LoRA matrices whole
     return Memory(
@@ -199,7 +199,7 @@ def _after_the_backward(step: Step, loss: Memory) -> list[Memory]:
     done = loss._replace(gradients=_gradients(step), activations=0, logits=0)
     found = []
     if not step.rank:  # the embedding's comes last, beside the head's or what is there already
-        embedding = step.shape.words * step.shape.hidden * step.weight_bytes * (1 + step.accumulated)
+        embedding = step.shape.words * step.shape.hidden * step.weight_bytes * (1 + (step.accumulation > 1))
         found.append(done._replace(gradients=done.gradients + embedding, at="gradients"))
     if step.optimizer_copies:
         found.append(done._replace(optimizer_state=done.optimizer_state * 3 // 2, at="optimizer"))
@@ -264,6 +264,6 @@ def step_of(
         fast.packing,
         model.lora_dropout > 0 and model.use_peft,
         launch.settings.get("FSDP_RESHARD_AFTER_FORWARD", "true") == "true",
-        training.gradient_accumulation_steps > 1,
+        training.gradient_accumulation_steps,
         training.optim == "adamw_torch",
     )

@@ -295,6 +295,18 @@ def test_checkpointing_costs_a_forward_whatever_is_trained():
     assert lora[1].attention / lora[0].attention == pytest.approx(4.5 / 3.5)
 
 
+def test_accumulation_shares_a_steps_work_and_keeps_gradients_beside_activations():
+    rows = Rows(38_000, 64, 0, 64, "said")
+    one, four = (forecast(rows=rows, per_device_train_batch_size=4, global_batch_size=n) for n in (4, 16))
+    assert one.pace.host > one.pace.gpu, "a step so short waits for the host"
+    assert four.pace.gpu == one.pace.gpu and four.pace.host < one.pace.host
+    assert one.step_seconds < four.step_seconds < 4 * one.step_seconds
+    whole = forecast(use_peft="false")
+    assert whole.step.accumulation == 1 and whole.memory.gradients == 0, "they come as the activations go"
+    halved = resized(whole, whole.micro_batch // 2)
+    assert halved.step.accumulation == 2 and halved.memory.gradients > 0
+
+
 def test_time_and_work_follow_from_rows_and_epochs():
     once, twice = forecast(num_train_epochs=1), forecast(num_train_epochs=2)
     assert once.steps == 38_000 // 64
