@@ -14,8 +14,8 @@ FORWARD, BACKWARD = torch.float8_e4m3fn, torch.float8_e5m2
 class FrozenFloat8Linear(nn.Linear):
     """y = x W^T in float8 with a bfloat16 output. W is kept twice, as the products forward and backward read it.
 
-    Both lie one after the other in a bfloat16 parameter of W's shape, which FSDP2 shards and gathers, and gloo sends, as
-    it is.
+    Both lie one after the other in a bfloat16 parameter of W's shape, which FSDP2 shards and gathers, and gloo sends,
+    as it is.
     """
 
     def __init__(self, linear: nn.Linear, device: torch.device | None = None) -> None:
