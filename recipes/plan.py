@@ -24,7 +24,7 @@ from transformers import LlamaConfig, PreTrainedConfig
 
 from sftlab.config import Recipe
 from sftlab.forecast import Forecast, Rows, foresee, measure_rows, most_rows, read_recipe, remedies
-from sftlab.gpus import GPU, GPUS, MEASURED_ON, find_gpu
+from sftlab.gpus import GPU, GPUS, MEASURED_ON, find_gpu, gpu_seen_as
 from sftlab.launch import exported, launched
 from sftlab.model import load_config, load_tokenizer
 from sftlab.shapes import SHAPES
@@ -115,9 +115,9 @@ def described(asked: Asked, recipe: Recipe, forecast: Forecast) -> str:
     """The plan in words and tables."""
     step, rows, memory = forecast.step, forecast.rows, forecast.memory
     largest = memory_rows(forecast)
+    measured_on, known = accuracy(forecast.gpu.name)
     there = forecast.gpu.name == MEASURED_ON
     said = "" if there else f"; on {forecast.gpu.name} extrapolated from its published rates"
-    known = accuracy()
     lines = [
         f"{step.processes} x {forecast.gpu.name}, {step.precision}, {step.strategy}",
         f"  rows: {rows.source}; {rows.mean:,.0f} tokens on average, {rows.longest:,} at most",
@@ -132,7 +132,7 @@ def described(asked: Asked, recipe: Recipe, forecast: Forecast) -> str:
         "speed",
         aligned(speed_rows(forecast)),
         "",
-        f"how sure (H200): memory {known['memory']}, speed {known['speed']}{said}",
+        f"how sure ({measured_on}): memory {known['memory']}, speed {known['speed']}{said}",
     ]
     return "\n".join(lines)
 
@@ -243,18 +243,23 @@ def compare(asked: Asked) -> str:
     return "\n".join([f"{asked.gpu.name}, {asked.gpu.memory_gb:g} GB", aligned(table), *cannot])
 
 
-def accuracy() -> dict[str, str]:
-    """What results/plan_accuracy.csv says: of the cells that were held out of the fitting, else of the fitted ones."""
-    path, found = ROOT / "results" / "plan_accuracy.csv", {}
-    lines = read_csv(path)
+def accuracy(gpu: str) -> tuple[str, dict[str, str]]:
+    """What results/plan_accuracy.csv says of a GPU's cells, or else of the H200's: the GPU, and by what is planned.
+
+    Cells that the planner's constants are from count only where there are no others.
+    """
+    lines = [line for line in read_csv(ROOT / "results" / "plan_accuracy.csv") if line["hardware"]]
+    own = [line for line in lines if (seen := gpu_seen_as(line["hardware"])) and seen.name == gpu]
+    lines = own or [line for line in lines if line["held_out"] != "extrapolated"]
+    found = {}
     for what, limit in (("memory", 0.05), ("speed", 0.15)):
         errors = {kind: [abs(float(x[f"{what}_error"])) for x in lines if x["held_out"] == kind and x[f"{what}_error"]]
-                  for kind in ("yes", "no")}  # fmt: skip
-        kind = "held-out" if errors["yes"] else "fitted"
-        counted = errors["yes"] or errors["no"]
-        near = sum(error <= limit for error in counted)
-        found[what] = f"within {limit:.0%} on {near} of {len(counted)} {kind} cells" if counted else "not measured"
-    return found
+                  for kind in ("extrapolated", "yes", "no")}  # fmt: skip
+        kind = next((kind for kind in errors if errors[kind]), "no")
+        near, title = sum(error <= limit for error in errors[kind]), {"yes": "held-out ", "no": "fitted "}.get(kind, "")
+        counted = f"within {limit:.0%} on {near} of {len(errors[kind])} {title}cells"
+        found[what] = counted if errors[kind] else "not measured"
+    return (gpu if own else MEASURED_ON), found
 
 
 def gb(size: float) -> str:

@@ -3,14 +3,15 @@
 python results/on_gpus.py [--only NAME ...] [--list] [--folder runs/on_gpus]
 
 Jobs of all GPUs run alone, in the order below; those of one GPU beside each other, one a GPU, each on processor cores
-of its own (of a core's two threads neither goes to another job). What ended well is not run again, what was broken off
-goes on by itself where its script can. A job's output is in FOLDER/NAME.log, what ended well in FOLDER/done; the exit
+of its own (of a core's two threads neither goes to another job). `--at_once` is for H200s; smaller GPUs get fewer beside
+each other. What ended well is not run again, what was broken off goes on by itself where its script can. A job's output is in FOLDER/NAME.log, what ended well in FOLDER/done; the exit
 status is 1 where a job failed.
 """
 
 import argparse
 import os
 import queue
+import re
 import subprocess
 import sys
 import time
@@ -19,6 +20,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
+
+from sftlab.gpus import GPUS, MEASURED_ON
 
 ROOT = Path(__file__).parent.parent
 STUDY = "recipes/study.py recipes/studies"
@@ -62,8 +65,15 @@ def main(argv: list[str]) -> None:
         return print("\n".join(f"{name}: python {jobs[name]}" for name in arguments.only))
     if not (gpus := torch.cuda.device_count()):
         sys.exit("error: there is no GPU here")
-    lacking = run({name: jobs[name] for name in arguments.only}, gpus, arguments.folder)
+    memory_gb = torch.cuda.get_device_properties(0).total_memory / 2**30
+    lacking = run({name: held_by(memory_gb, jobs[name]) for name in arguments.only}, gpus, arguments.folder)
     sys.exit(f"error: {', '.join(lacking)} failed, see {arguments.folder}" if lacking else 0)
+
+
+def held_by(memory_gb: float, words: str) -> str:
+    """A job with no more trainings beside each other than a GPU's memory holds."""
+    share = min(1.0, memory_gb / (0.99 * GPUS[MEASURED_ON].memory_gb))  # of one name, some show a little less
+    return re.sub(r"(?<=--at_once )\d+", lambda at_once: str(max(1, int(int(at_once[0]) * share))), words)
 
 
 def run(jobs: Mapping[str, str], gpus: int, folder: Path) -> list[str]:

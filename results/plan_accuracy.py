@@ -9,8 +9,8 @@ Random-initialised Llama-3.2-1B and Llama-2-7B, recipes/sft.py itself, 12 steps 
 so that a micro-batch has rows x length tokens (`mixed`: lognormal lengths up to it). Many cells share a process
 (results/plan_worker.py). What X.csv has is not measured again; a cell that ran out of memory is a result. `--part i/n`
 takes every n-th cell, for n GPUs at once (CUDA_VISIBLE_DEVICES). `within40`: the allocator is given 40 GB, as on a
-smaller GPU. sftlab/matrix.py says which cells are held out of the fitting. `--rehearse`: the same on a CPU with a tiny
-shape.
+smaller GPU. sftlab/matrix.py says which cells are held out of the fitting; on GPUs other than the H200 all are
+(`extrapolated`). `--rehearse`: the same on a CPU with a tiny shape.
 """
 
 import argparse
@@ -33,7 +33,7 @@ from transformers import LlamaConfig
 from sftlab.config import parse_recipe
 from sftlab.evidence import outcome
 from sftlab.forecast import Rows, foresee, of_lengths
-from sftlab.gpus import GPUS, HOST_US, MEASURED_ON
+from sftlab.gpus import GPU, GPUS, HOST_US, MEASURED_ON, gpu_seen_as
 from sftlab.launch import exported, launched
 from sftlab.matrix import CELLS, SHAPES, Cell
 from sftlab.planner import FRAGMENTATION, memory
@@ -74,16 +74,26 @@ def main() -> None:
         return measure(chosen, arguments.out, arguments.gpus, arguments.rehearse)
     table = ROOT / "results" / "plan_accuracy.csv"
     measured = newest(table, arguments.measured)
-    lines = [predicted(cell, measured[cell.name]) for cell in chosen if cell.name in measured]
+    found = [(cell, measured[cell.name, name]) for name in GPUS for cell in CELLS if (cell.name, name) in measured]
+    lines = [predicted(cell, line) for cell, line in found]
     write_csv(table, [*lines, *published()])
     print(summary(lines))
     return None
 
 
-def newest(table: Path, measured: Sequence[Path]) -> dict[str, dict[str, str]]:
-    """The rows of a table by cell, those of --measure in the place of older ones."""
+def newest(table: Path, measured: Sequence[Path]) -> dict[tuple[str, str], dict[str, str]]:
+    """The rows of a table by cell and GPU, those of --measure in the place of older ones."""
     found = [read_csv(table), *(on_one_host(read_csv(path)) for path in measured)]
-    return {line["cell"]: line for lines in found for line in lines}
+    return {(line["cell"], gpu.name): line for lines in found for line in lines if (gpu := measured_on(line))}
+
+
+def measured_on(line: Mapping[str, str]) -> GPU | None:
+    """The GPU of a row, on a host of the row's speed; None for what was published. ValueError where it is not known."""
+    if not line["hardware"]:
+        return None
+    if gpu := gpu_seen_as(line["hardware"]):
+        return replace(gpu, host_us=float(line["host_us"] or HOST_US))
+    raise ValueError(f"{line['cell']}: no figures for {line['hardware']}, known are {', '.join(GPUS)}")
 
 
 def on_one_host(lines: list[dict[str, str]]) -> list[dict[str, str]]:
@@ -95,7 +105,7 @@ def on_one_host(lines: list[dict[str, str]]) -> list[dict[str, str]]:
 def predicted(cell: Cell, line: Mapping[str, str]) -> dict[str, Any]:
     """A measured row, and beside it what the planner of today says of the cell."""
     file, flags = cell.launch()
-    shape, gpu = SHAPES[cell.shape], replace(GPUS[MEASURED_ON], host_us=float(line.get("host_us") or HOST_US))
+    shape, gpu = SHAPES[cell.shape], measured_on(line)
     rows = of_lengths(random_lengths(3000, *cell.files()[1:]), None, "the cell's")
     with launched(exported(ROOT / file, flags)) as launch:
         recipe = parse_recipe(cell.argv(), launch)
@@ -112,7 +122,8 @@ def predicted(cell: Cell, line: Mapping[str, str]) -> dict[str, Any]:
         facts[f"{name}_error"] = round(ours / float(theirs) - 1, 4) if theirs else ""
     made = {name for name in line if name.startswith("predicted")} | {"held_out", "memory_error", "speed_error"}
     kept = {name: value for name, value in line.items() if name not in made | set(facts) | {"cell"}}
-    return {"cell": cell.name, "held_out": "yes" if cell.held_out else "no", **facts, **kept}
+    held_out = "extrapolated" if gpu.name != MEASURED_ON else "yes" if cell.held_out else "no"
+    return {"cell": cell.name, "held_out": held_out, **facts, **kept}
 
 
 def published() -> list[dict[str, Any]]:
@@ -144,18 +155,15 @@ def published() -> list[dict[str, Any]]:
 
 
 def summary(lines: Sequence[Mapping[str, Any]]) -> str:
-    """Cells near enough, fitted and held out apart, and the worst."""
+    """Cells near enough, fitted, held out and on other GPUs apart, and the worst."""
     said = []
     for name, limit in (("memory", 0.05), ("speed", 0.15)):
-        for held_out in ("no", "yes"):
-            errors = {x["cell"]: x[f"{name}_error"] for x in lines if x["held_out"] == held_out}
-            errors = {cell: error for cell, error in errors.items() if error != ""}
-            near = sum(abs(error) <= limit for error in errors.values())
-            said.append(
-                f"{name}, {'held out' if held_out == 'yes' else 'fitted'}: {near} of {len(errors)} within {limit:.0%}"
-            )
-            worst = sorted(errors.items(), key=lambda item: -abs(item[1]))
-            said += [f"    {error:+.1%}  {cell}" for cell, error in worst if abs(error) > limit]
+        for held_out, title in (("no", "fitted"), ("yes", "held out"), ("extrapolated", "other GPUs")):
+            errors = [(x[f"{name}_error"], x["cell"]) for x in lines if x["held_out"] == held_out]
+            errors = sorted((x for x in errors if x[0] != ""), key=lambda x: -abs(x[0]))
+            far = [f"    {error:+.1%}  {cell}" for error, cell in errors if abs(error) > limit]
+            if errors:
+                said += [f"{name}, {title}: {len(errors) - len(far)} of {len(errors)} within {limit:.0%}", *far]
     wrong = [x["cell"] for x in lines if x["fits"] == "no" and x["predicted_fits"] == "yes"]
     return "\n".join([*said, f"said to fit, but ran out of memory: {', '.join(wrong) or 'none'}"])
 

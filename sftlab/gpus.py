@@ -71,15 +71,20 @@ def find_gpu(name: str) -> GPU:
     if not torch.cuda.is_available():
         raise ValueError(f"--gpu here: this machine shows no GPU; name one of {', '.join(GPUS)}")
     seen, memory_gb = torch.cuda.get_device_name(0), torch.cuda.get_device_properties(0).total_memory / 2**30
-    # the longest name that fits: "H100 PCIe" before "H100"
-    fits = {words: gpu for gpu in GPUS.values() for words in gpu.seen_as if re.search(rf"(?<!\w){words}(?!\w)", seen)}
-    found = fits[max(fits, key=len)] if fits else None
+    found = gpu_seen_as(seen)
     # a part of a GPU, or a laptop's, has the name and less memory
     if not found or abs(memory_gb / found.memory_gb - 1) > SAME_MEMORY:
         raise ValueError(
             f"--gpu here: no figures for {seen}, {memory_gb:.1f} GB; name the nearest of {', '.join(GPUS)}"
         )
     return replace(found, memory_gb=round(memory_gb, 1), host_us=measure_host())
+
+
+def gpu_seen_as(name: str) -> GPU | None:
+    """The GPU that CUDA calls so."""
+    # the longest name that fits: "H100 PCIe" before "H100"
+    fits = {words: gpu for gpu in GPUS.values() for words in gpu.seen_as if re.search(rf"(?<!\w){words}(?!\w)", name)}
+    return fits[max(fits, key=len)] if fits else None
 
 
 def measure_host() -> float:

@@ -63,3 +63,10 @@ def test_its_commands_name_what_there_is(capsys):
     for line in listed:
         words = shlex.split(line.partition(": python ")[2])
         assert all((ROOT / word).is_file() for word in words if word.endswith((".py", ".yaml"))), line
+
+
+def test_a_smaller_gpu_gets_fewer_trainings_beside_each_other():
+    words = "recipes/study.py x9.yaml --at_once 9 --max_steps 24"
+    for memory_gb, at_once in ((139.8, 9), (139.7, 9), (178.4, 9), (79.2, 5), (14.6, 1)):
+        assert SCRIPT.held_by(memory_gb, words) == words.replace("at_once 9", f"at_once {at_once}")
+    assert SCRIPT.held_by(14.6, "results/kv_cache.py --batches 8") == "results/kv_cache.py --batches 8"
