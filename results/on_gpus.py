@@ -3,9 +3,9 @@
 python results/on_gpus.py [--only NAME ...] [--list] [--folder runs/on_gpus]
 
 Jobs of all GPUs run alone, in the order below; those of one GPU beside each other, one a GPU, each on processor cores
-of its own (of a core's two threads neither goes to another job). `--at_once` is for H200s; smaller GPUs get fewer beside
-each other. What ended well is not run again, what was broken off goes on by itself where its script can. A job's output is in FOLDER/NAME.log, what ended well in FOLDER/done; the exit
-status is 1 where a job failed.
+of its own (of a core's two threads neither goes to another job). `--at_once` is for H200s; smaller GPUs get fewer
+beside each other. What ended well is not run again, what was broken off goes on by itself where its script can. A job's
+output is in FOLDER/NAME.log, what ended well in FOLDER/done; the exit status is 1 where a job failed.
 """
 
 import argparse
