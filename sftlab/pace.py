@@ -1,10 +1,12 @@
 """How long a training step takes, worked out from its arithmetic and its memory traffic on a GPU's published rates.
 
 The GPU's time is the sum of what its kernels need; the host's is what launching them takes, and the longer of the two
-counts. Constants were taken from profiles on one H200 (results/throughput_profile.csv and the fitted cells of
-results/plan_accuracy.csv); on other GPUs they are extrapolated, and on other hosts go by a small operation's time.
+counts. What a kernel reaches of a rate, and the host's times, were taken from profiles on one H200
+(results/throughput_profile.csv and the fitted cells of results/plan_accuracy.csv); on other GPUs they are extrapolated,
+and on other hosts go by a small operation's time.
 """
 
+from dataclasses import replace
 from typing import NamedTuple
 
 from sftlab.gpus import GPU, HOST_US
@@ -18,13 +20,19 @@ ATTENTION_FP32 = {64: 0.10, 128: 0.0045}
 MATRIX_FP32 = 0.76 * 0.85
 # Attention's share of the matrix rate on rows of a few hundred tokens; it grows with their length up to the second.
 ATTENTION = (0.14, 0.30)
-# Bytes moved for each byte that a layer keeps: norms, activations, casts and sums, forward and backward.
-TRAFFIC_COMPILED, TRAFFIC_EAGER, TRAFFIC_EAGER_FP32 = 6.7, 22.0, 10.0
+# Of the published memory rate, what the kernels between a layer's products reach.
+MEMORY = 0.68
+# Bytes that these move, forward and backward, for each byte that the layer keeps without LoRA. tests/test_pace.py
+# counts them, and the next two lines'.
+TRAFFIC_COMPILED, TRAFFIC_EAGER, TRAFFIC_EAGER_FP32 = 5.0, 13.7, 10.9
+# Elements for each that goes into or comes out of a linear with LoRA; float32 matrices have them cast and cast back.
+LORA_COMPILED, LORA_EAGER, LORA_CASTS = 5.5, 8.0, 14.0
+# The forward's share of both, which checkpointing moves again.
+FORWARD, FORWARD_LORA = 0.32, 0.45
 # Bytes for each element that goes into or comes out of a float8 product: its largest value, rounding, reading back.
-# Uncompiled, every operation of `to_float8` reads and writes anew: 2 + 2, 2, 2 + 4, 4 + 4, 4 + 4, 4 + 1.
-TRAFFIC_FP8_COMPILED, TRAFFIC_FP8_EAGER = 7.0, 33.0
-# Bytes for each element beside a LoRA matrix: read and written three times at 16 bits, forward and backward.
-TRAFFIC_LORA = 4
+# Uncompiled, every operation of `to_float8` reads and writes anew: 2 + 2, 2, 2 + 4, 4 + 4, 4 + 4, 4 + 1. What goes in
+# is rounded forward, the gradient of what comes out backward.
+TRAFFIC_FP8_COMPILED, TRAFFIC_FP8_EAGER, FORWARD_FP8 = 7.0, 33.0, 0.5
 # Times that dequantising takes over reading 4 and writing 16 bits a weight.
 DEQUANTISING = 2.4
 # Seconds of the host for a decoder layer, forward and backward, and for each module with LoRA in it; and what a layer
@@ -83,14 +91,6 @@ def pace(step: Step, gpu: GPU) -> Pace:
     share = min(ATTENTION[1], ATTENTION[0] * max(1.0, step.row_length / 512) ** 0.5)
     if b == 4 and step.packed:
         share = ATTENTION_FP32[64 if s.head_size <= 64 else 128]
-    traffic = TRAFFIC_COMPILED if step.compiled else TRAFFIC_EAGER_FP32 if b == 4 else TRAFFIC_EAGER
-    moved = tokens * kept(step) * s.layers * traffic * (1.35 if step.checkpointing else 1.0)
-    ends = widths(step)
-    if step.precision == "fp8":
-        rounding = TRAFFIC_FP8_COMPILED if step.compiled else TRAFFIC_FP8_EAGER
-        moved += rounding * tokens * s.layers * sum(a + z for a, z in ends.values())
-    trained = sum(a + z for name, (a, z) in ends.items() if name in step.targets) if step.rank else 0
-    moved += TRAFFIC_LORA * b * tokens * s.layers * trained
     unpacked = 2.5 * layer_weights * (3 if step.checkpointing else 2) * DEQUANTISING if step.quantized else 0.0
     shards = (step.processes - 1) / step.processes
     sent = 2 * w.gradients * shards if step.strategy == "ddp" else 0.0
@@ -99,13 +99,30 @@ def pace(step: Step, gpu: GPU) -> Pace:
     return Pace(
         matrices,
         attended / (half * share),
-        moved / bandwidth,
+        tokens * s.layers * traffic(step) / (bandwidth * MEMORY),
         3 * b * tokens * s.words / bandwidth / 0.6,
         unpacked / bandwidth,
         sent / (gpu.link_gbs * 1e9 * LINK),
         host(step) * gpu.host_us / HOST_US,
         HOST_SCALER * (step.precision == "fp16"),
     )
+
+
+def traffic(step: Step) -> float:
+    """Bytes a token that the kernels between a decoder layer's products move, forward and backward."""
+    b, again, ends = step.compute_bytes, step.checkpointing, widths(step)
+    with_lora = [ends[name] for name in step.targets if step.rank]
+    uncompiled = TRAFFIC_EAGER_FP32 if b == 4 else TRAFFIC_EAGER
+    bare = replace(step, targets=frozenset(), dropout=False)
+    moved = kept(bare) * (TRAFFIC_COMPILED if step.compiled else uncompiled) * (1 + FORWARD * again)
+    elements = LORA_COMPILED if step.compiled else LORA_CASTS if step.casts else LORA_EAGER
+    moved += b * elements * sum(a + z for a, z in with_lora) * (1 + FORWARD_LORA * again)
+    # an element read and written, and a byte of mask; backward the same
+    moved += step.dropout * (2 * b + 1) * sum(a for a, _ in with_lora) * (2 + again)
+    if step.precision == "fp8":
+        rounding = TRAFFIC_FP8_COMPILED if step.compiled else TRAFFIC_FP8_EAGER
+        moved += rounding * sum(a + z for a, z in ends.values()) * (1 + FORWARD_FP8 * again)
+    return moved
 
 
 def host(step: Step) -> float:
