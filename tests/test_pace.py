@@ -4,6 +4,7 @@ import contextlib
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from shutil import which
 
 import pytest
 import torch
@@ -124,6 +125,7 @@ def test_eager_layers_move_what_the_plan_says(shape, dtype, lora32):
             assert traffic(step) == pytest.approx(moved, rel=0.12), (targets, again)
 
 
+@pytest.mark.skipif(not (which("g++") or which("clang++")), reason="there is no C++ compiler for inductor")
 @pytest.mark.parametrize(("shape", "targets"), [("1b", frozenset()), ("1b", ALL), ("7b", ALL)])
 def test_compiled_layers_move_what_the_plan_says(shape, targets, monkeypatch):
     monkeypatch.setattr(torch._inductor.compile_fx.inductor_metrics_log, "isEnabledFor", lambda level: True)
