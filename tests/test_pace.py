@@ -1,6 +1,5 @@
 """What the plan says that a layer's kernels move, against what they do move, counted on a CPU."""
 
-import contextlib
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -31,12 +30,10 @@ MOVE_NOTHING = {
     "_reshape_alias", "_unsafe_view", "alias", "as_strided", "detach", "empty", "expand", "permute", "select", "slice",
     "split", "squeeze", "t", "transpose", "unsqueeze", "view",
 }  # fmt: skip
-# A step names them in parts of their own.
-COUNTED_APART = ("attention",)
 
 
 class Moved(TorchDispatchMode):
-    """Adds up the bytes that operations read and write."""
+    """Adds up the bytes that operations read and write, attention's apart: a plan has a part of its own for it."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -45,21 +42,22 @@ class Moved(TorchDispatchMode):
     def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
         made = operation(*args, **(kwargs or {}))
         name = operation.overloadpacket.__name__
-        if name not in MOVE_NOTHING and not any(word in name for word in COUNTED_APART):
+        if name not in MOVE_NOTHING and "attention" not in name:
             tensors = [x for x in tree_leaves((args, kwargs, made)) if isinstance(x, torch.Tensor)]
             self.bytes += sum(x.numel() * x.element_size() for x in tensors if x.numel() > 1)
         return made
 
 
+def config_of(shape: str) -> LlamaConfig:
+    """A decoder of one layer."""
+    return LlamaConfig(**SHAPES[shape], num_hidden_layers=1, vocab_size=64, attn_implementation="sdpa")
+
+
 def layer_of(
     shape: str, targets: frozenset[str], dtype: torch.dtype, lora32: bool
 ) -> tuple[LlamaForCausalLM, Callable]:
-    """A decoder of one layer, LoRA on it, and that layer."""
-    config = LlamaConfig(
-        **SHAPES[shape], num_hidden_layers=1, vocab_size=64, head_dim=SHAPES[shape]["hidden_size"] // 4,
-        attn_implementation="sdpa",
-    )  # fmt: skip
-    model = LlamaForCausalLM._from_config(config, dtype=dtype)
+    """A decoder with LoRA on it, and its layer."""
+    model = LlamaForCausalLM._from_config(config_of(shape), dtype=dtype)
     model.requires_grad_(False)
     if targets:
         lora = LoraConfig(r=2, target_modules=sorted(targets), lora_dropout=0.0)
@@ -71,8 +69,7 @@ def passes(model: LlamaForCausalLM, layer: Callable, tokens: int, dtype: torch.d
     """The layer forward and backward."""
     x = torch.randn(1, tokens, model.config.hidden_size, dtype=dtype, requires_grad=True)
     positions = model.model.rotary_emb(x, torch.arange(tokens)[None])
-    half = torch.autocast("cpu", torch.bfloat16) if dtype == torch.bfloat16 else contextlib.nullcontext()
-    with half:
+    with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
         layer(x, position_embeddings=positions).backward(torch.ones_like(x))
 
 
@@ -87,12 +84,11 @@ def eager(shape: str, targets: frozenset[str], dtype: torch.dtype, lora32: bool,
     return (counts[1] - counts[0]) / 128
 
 
-def compiled(shape: str, targets: frozenset[str], dtype: torch.dtype, lora32: bool) -> float:
-    """The same as inductor counts it of its kernels, without attention's operands and the weights."""
-    model, layer = layer_of(shape, targets, dtype, lora32)
+def compiled(step: Step, shape: str) -> float:
+    """The same in bf16 as inductor counts it of its kernels, without attention's operands and the weights."""
+    model, layer = layer_of(shape, step.targets, torch.bfloat16, True)
     metrics.reset()
-    passes(model, torch.compile(layer.forward), 1024, dtype)
-    step = step_of(shape, targets, dtype, lora32)
+    passes(model, torch.compile(layer.forward), 1024, torch.bfloat16)
     query, key = (heads * step.shape.head_size for heads in (step.shape.heads, step.shape.key_heads))
     weights = 2 * step.compute_bytes * sum(a * z for a, z in widths(step).values())
     return (metrics.num_bytes_accessed - weights) / 1024 - step.compute_bytes * 6 * (query + key)
@@ -100,12 +96,11 @@ def compiled(shape: str, targets: frozenset[str], dtype: torch.dtype, lora32: bo
 
 def step_of(shape: str, targets: frozenset[str], dtype: torch.dtype, lora32: bool, **more: bool) -> Step:
     """The layer to the planner."""
-    model, _ = layer_of(shape, frozenset(), dtype, lora32)
     precision = "fp32" if dtype == torch.float32 else "bf16"
     weights = Weights(*[0] * len(Weights._fields))
     # 4-bit weights have LoRA matrices in the compute dtype, others in float32
     return Step(
-        Shape.of(model.config), weights, precision, targets, 2 if targets else 0, 64, 64.0,
+        Shape.of(config_of(shape)), weights, precision, targets, 2 if targets else 0, 64, 64.0,
         quantized=precision == "bf16" and not lora32, weight_bytes=4 if precision == "fp32" else 2, **more,
     )  # fmt: skip
 
@@ -132,7 +127,7 @@ def test_compiled_layers_move_what_the_plan_says(shape, targets, monkeypatch):
     torch.compiler.reset()
     with torch.compiler.config.patch(force_disable_caches=True):
         step = step_of(shape, targets, torch.bfloat16, True)
-        moved = compiled(shape, targets, torch.bfloat16, True) - products(step)
+        moved = compiled(step, shape) - products(step)
     assert traffic(step) == pytest.approx(moved, rel=0.12)
 
 
