@@ -10,7 +10,8 @@ so that a micro-batch has rows x length tokens (`mixed`: lognormal lengths up to
 (results/plan_worker.py). What X.csv has is not measured again; a cell that ran out of memory is a result. `--part i/n`
 takes every n-th cell, for n GPUs at once (CUDA_VISIBLE_DEVICES). `within40`: the allocator is given 40 GB, as on a
 smaller GPU. sftlab/matrix.py says which cells are held out of the fitting; on GPUs other than the H200 all are
-(`extrapolated`). `--rehearse`: the same on a CPU with a tiny shape.
+(`extrapolated`). Speeds count where the host's was measured (`host_us`), for a plan goes by it. `--rehearse`: the same
+on a CPU with a tiny shape.
 """
 
 import argparse
@@ -116,9 +117,9 @@ def predicted(cell: Cell, line: Mapping[str, str]) -> dict[str, Any]:
     ran_out = line["status"] == "out of memory"
     facts["predicted_fits"] = "yes" if peak * (1 + FRAGMENTATION) <= limit else "no"
     facts["fits"] = "no" if ran_out else "yes" if line["status"] == "succeeded" else ""
-    for name, ours, theirs in (
-        ("memory", peak, line["peak_allocated_gb"]), ("speed", speed, line["tokens_per_s"]),
-    ):  # fmt: skip
+    # a plan of speed is for a host of a given speed: where nobody measured it, plan and cell stand beside each other
+    judged = line["tokens_per_s"] if line["host_us"] else ""
+    for name, ours, theirs in (("memory", peak, line["peak_allocated_gb"]), ("speed", speed, judged)):
         facts[f"{name}_error"] = round(ours / float(theirs) - 1, 4) if theirs else ""
     made = {name for name in line if name.startswith("predicted")} | {"held_out", "memory_error", "speed_error"}
     kept = {name: value for name, value in line.items() if name not in made | set(facts) | {"cell"}}
@@ -155,7 +156,7 @@ def published() -> list[dict[str, Any]]:
 
 
 def summary(lines: Sequence[Mapping[str, Any]]) -> str:
-    """Cells near enough, fitted, held out and on other GPUs apart, and the worst."""
+    """Cells near enough, fitted, held out and on other GPUs apart, and the worst; speeds of unknown hosts apart."""
     said = []
     for name, limit in (("memory", 0.05), ("speed", 0.15)):
         for held_out, title in (("no", "fitted"), ("yes", "held out"), ("extrapolated", "other GPUs")):
@@ -164,6 +165,11 @@ def summary(lines: Sequence[Mapping[str, Any]]) -> str:
             far = [f"    {error:+.1%}  {cell}" for error, cell in errors if abs(error) > limit]
             if errors:
                 said += [f"{name}, {title}: {len(errors) - len(far)} of {len(errors)} within {limit:.0%}", *far]
+    ratios = [
+        x["predicted_tokens_per_s"] / float(x["tokens_per_s"]) for x in lines if x["tokens_per_s"] and not x["host_us"]
+    ]
+    near = sum(abs(ratio - 1) <= 0.15 for ratio in ratios)
+    said += [f"speed, on hosts of unknown speed, not counted: {near} of {len(ratios)} within 15%"] if ratios else []
     wrong = [x["cell"] for x in lines if x["fits"] == "no" and x["predicted_fits"] == "yes"]
     return "\n".join([*said, f"said to fit, but ran out of memory: {', '.join(wrong) or 'none'}"])
 

@@ -14,8 +14,9 @@ import triton.language as tl
 from sftlab.packing import TILE
 
 LOG2_E = math.log2(math.e)
-# Keys that a program reads at a time: the quickest for rows of a few hundred to some thousand tokens (H200, bfloat16).
-KEYS = 32
+# Tokens that a program reads at a time, its warps and stages. In 16 bits: the quickest for rows of a few hundred to
+# some thousand tokens (H200, bfloat16). In float32, where fewer warps or more tokens spill: tests/test_kernels.py.
+BY_ROWS, BY_KEYS, FLOAT32 = (32, 4, 3), (TILE, 4, 1), (16, 8, 2)
 
 
 def attention_forward(
@@ -25,9 +26,10 @@ def attention_forward(
     tokens, heads, size = query.shape
     output = torch.empty_like(query)
     lse = torch.empty(heads, tokens, device=query.device, dtype=torch.float32)
+    read, warps, stages = FLOAT32 if query.dtype == torch.float32 else BY_ROWS
     _forward[(tiles.shape[1], heads)](
         query, key, value, output, lse, tiles, scale * LOG2_E, tokens, heads, heads // key.shape[1], size,
-        TILE, KEYS, _precision(query), num_warps=4, num_stages=3,
+        TILE, read, _precision(query), num_warps=warps, num_stages=stages,
     )  # fmt: skip
     return output, lse
 
@@ -48,13 +50,15 @@ def attention_backward(
     d_query, d_key, d_value = torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
     delta = torch.empty_like(lse)
     shape = (scale, scale * LOG2_E, tokens, heads, groups, size)
+    read, warps, stages = FLOAT32 if query.dtype == torch.float32 else BY_ROWS
     _backward_query[(tiles.shape[1], heads)](
         query, key, value, output, gradient, lse, delta, d_query, tiles[0], *shape,
-        TILE, KEYS, _precision(query), num_warps=4, num_stages=3,
+        TILE, read, _precision(query), num_warps=warps, num_stages=stages,
     )  # fmt: skip
+    read, warps, stages = FLOAT32 if query.dtype == torch.float32 else BY_KEYS
     _backward_key[(tiles.shape[1], heads // groups)](
         query, key, value, gradient, lse, delta, d_key, d_value, tiles[1], *shape,
-        TILE, TILE, _precision(query), num_warps=4, num_stages=1,
+        read, TILE, _precision(query), num_warps=warps, num_stages=stages,
     )  # fmt: skip
     return d_query, d_key, d_value
 

@@ -1,4 +1,13 @@
-"""The Triton kernels against plain PyTorch. They need a GPU; their last run there is in docs/LOG.md."""
+"""The Triton kernels against plain PyTorch. They need a GPU; their last run there is in docs/LOG.md.
+
+Without one, Triton (`pip install triton==3.6.0 "numpy<2.4"`) runs attention on a CPU, slowly, and compiles it:
+TRITON_INTERPRET=1 pytest tests/test_kernels.py -k gradients; pytest tests/test_kernels.py -k registers
+"""
+
+import os
+import re
+import subprocess
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -8,7 +17,9 @@ from sftlab.loss import FrozenHeadLoss
 from sftlab.packing import tiles
 from sftlab.varlen import varlen_attention
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="the kernels run on a CUDA GPU alone")
+triton = pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
+interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+on_a_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="the kernels run on a CUDA GPU alone")
 
 LENGTHS = [1, 63, 64, 65, 200, 513, 128, 17]
 # Largest difference over the largest value of plain float32 attention.
@@ -26,12 +37,19 @@ def plain_attention(query, key, value, lengths):
     return torch.cat(found)
 
 
+@triton
+@pytest.mark.skipif(
+    not (torch.cuda.is_available() or interpreted), reason="neither a CUDA GPU nor Triton's interpreter"
+)
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize("heads, key_heads, size", [(8, 2, 64), (4, 4, 128)])
 def test_attention_and_its_gradients(dtype, heads, key_heads, size):
+    if interpreted and dtype == torch.bfloat16:
+        pytest.skip("Triton's interpreter multiplies bfloat16's bits as integers")
     torch.manual_seed(0)
-    table = tiles(LENGTHS).cuda()
-    exact = [torch.randn(sum(LENGTHS), n, size, device="cuda") for n in (heads, key_heads, key_heads, heads)]
+    device = "cpu" if interpreted else "cuda"
+    table = tiles(LENGTHS).to(device)
+    exact = [torch.randn(sum(LENGTHS), n, size, device=device) for n in (heads, key_heads, key_heads, heads)]
     exact = [t.to(dtype).float() for t in exact]
     want = [t.clone().requires_grad_() for t in exact[:3]]
     torch.backends.cuda.matmul.allow_tf32 = False
@@ -44,6 +62,48 @@ def test_attention_and_its_gradients(dtype, heads, key_heads, size):
         assert (found.float() - right).abs().max() < TOLERANCE[dtype] * right.abs().max()
 
 
+@triton
+@pytest.mark.skipif(interpreted, reason="Triton's interpreter runs no compiled kernel")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("heads, key_heads, size", [(32, 8, 64), (32, 32, 128)])
+@pytest.mark.parametrize("capability", [80, 89, 90])
+def test_attention_keeps_its_sums_in_registers(monkeypatch, tmp_path, dtype, heads, key_heads, size, capability):
+    """Spilled, the kernels went through gigabytes of memory, and asked for more shared memory than some GPUs have."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from sftlab import kernels
+
+    started = []
+    for name in ("_forward", "_backward_query", "_backward_key"):
+        kernel = getattr(kernels, name)
+
+        def start(*args, kernel=kernel, **options):
+            started.append((kernel, dict(zip(kernel.arg_names, args, strict=True)), options))
+
+        monkeypatch.setattr(kernels, name, {(tiles([64]).shape[1], n): start for n in (heads, key_heads)})
+    query, key = (torch.zeros(64, n, size, dtype=dtype) for n in (heads, key_heads))
+    lse = kernels.attention_forward(query, key, key, tiles([64]), 1.0)[1]
+    kernels.attention_backward(query, query, key, key, query, lse, tiles([64]), 1.0)
+    types = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.int32: "*i32"}
+    assert len(started) == 3
+    for kernel, arguments, options in started:
+        constants = {p.name: arguments[p.name] for p in kernel.params if p.is_constexpr}
+        of = {n: types[a.dtype] if torch.is_tensor(a) else "fp32" if isinstance(a, float) else "i32"
+              for n, a in arguments.items()}  # fmt: skip
+        aligned = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(of) if of[n][0] == "*"}
+        source = ASTSource(kernel, of | dict.fromkeys(constants, "constexpr"), constants, aligned)
+        made = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+        (tmp_path / "ptx").write_text(made.asm["ptx"])
+        architecture = re.search(r"\.target (\w+)", made.asm["ptx"])[1]
+        words = [triton.knobs.nvidia.ptxas.path, "-v", f"--gpu-name={architecture}", tmp_path / "ptx"]
+        said = subprocess.run([*words, "-o", os.devnull], capture_output=True, text=True, check=True).stderr
+        assert int(re.search(r"(\d+) bytes stack frame", said)[1]) <= 128, f"{kernel.__name__}: {said}"
+        assert made.metadata.shared <= 99 * 1024, "what GPUs of capability 8.6 and 8.9 have for a program"
+
+
+@on_a_gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("words", [1000, 128256])
 def test_cross_entropy_over_a_frozen_head(dtype, words):

@@ -258,6 +258,9 @@ def test_predictions_are_made_anew_from_measured_rows(tmp_path):
     assert abs(made["memory_error"]) < 0.05
     assert made["predicted_peak_gb"] < 20
     assert made["held_out"] == "no"
+    # the plan is for a host of a given speed
+    assert made["speed_error"] == "" and "unknown speed, not counted: 1 of 1" in script.summary([made])
+    assert abs(script.predicted(cell, line | {"host_us": "2.78"})["speed_error"]) < 0.15
     waits = next(cell for cell in CELLS if cell.name == "1b all nf4 512x16 single checkpointed")
     speeds = [script.predicted(waits, line | {"host_us": us})["predicted_tokens_per_s"] for us in ("", "3.7", "7.4")]
     assert speeds[0] == speeds[1] > 1.5 * speeds[2]
@@ -268,7 +271,7 @@ def test_predictions_are_made_anew_from_measured_rows(tmp_path):
     assert (made["predicted_fits"], made["fits"], made["memory_error"]) == ("no", "no", "")
     assert "ran out of memory: none" in script.summary([made])
     assert "x" in script.summary([made | {"cell": "x", "predicted_fits": "yes"}]).splitlines()[-1]
-    there = script.predicted(cell, line | {"hardware": "NVIDIA H100 80GB HBM3", "memory_error": ""})
+    there = script.predicted(cell, line | {"hardware": "NVIDIA H100 80GB HBM3", "memory_error": "", "host_us": "3.7"})
     assert (there["held_out"], there["limit_gb"]) == ("extrapolated", GPUS["h100-80"].memory_gb)
     assert there["predicted_tokens_per_s"] < script.predicted(cell, line)["predicted_tokens_per_s"]
     assert "speed, other GPUs: 0 of 1 within 15%" in script.summary([there])
