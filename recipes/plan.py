@@ -23,6 +23,7 @@ from typing import Any
 from transformers import LlamaConfig, PreTrainedConfig
 
 from sftlab.config import Recipe
+from sftlab.consistency import of_bitsandbytes
 from sftlab.forecast import Forecast, Rows, foresee, measure_rows, most_rows, read_recipe, remedies
 from sftlab.gpus import GPU, GPUS, MEASURED_ON, find_gpu, gpu_seen_as
 from sftlab.launch import exported, launched
@@ -212,8 +213,7 @@ def verdict(asked: Asked, recipe: Recipe, forecast: Forecast) -> str:
 
 def fsdp_fields(recipe: Recipe) -> list[str]:
     """What a recipe needs besides under FSDP2: an optimizer that updates its shards."""
-    theirs = any(word in recipe.training.optim for word in ("paged", "bnb", "8bit"))
-    return ["--optim=adamw_torch_fused"] if theirs else []
+    return ["--optim=adamw_torch_fused"] if of_bitsandbytes(recipe.training.optim) else []
 
 
 def compare(asked: Asked) -> str:

@@ -25,6 +25,7 @@ from sftlab.gpus import GPUS, MEASURED_ON
 
 ROOT = Path(__file__).parent.parent
 STUDY = "recipes/study.py recipes/studies"
+FLOAT32 = "'sft.py fp32, 20 rows' 'published loop, fp32'"
 DETERMINISTIC = "'sft.py bf16' 'sft.py bf16, deterministic' 'sft.py bf16, dropout 0.05'"
 ALL_GPUS = {
     "ddp_scaling": f"{STUDY}/ddp_scaling.yaml --random llama3.2-1b --max_steps 24 --at_once 6",
@@ -46,6 +47,7 @@ ONE_GPU = {
     "kv_cache_float32": "results/kv_cache.py --model llama3.2-1b --batches 1 8 --prompts 256 --outputs 32"
     " --out results/kv_cache_float32",
     "throughput": "results/throughput.py",
+    "float32": f"results/throughput.py --variants {FLOAT32} --out results/float32.csv",
     "deterministic": f"results/throughput.py --variants {DETERMINISTIC} --repeats 5 --out results/deterministic.csv",
     "plan_1gpu": "results/plan_accuracy.py --measure --gpus 1 --out runs/plan_1gpu.csv",
 }

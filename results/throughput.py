@@ -74,6 +74,7 @@ VARIANTS = {
     "sft.py fp8, 64 rows": sft("fp8", rows=64, gb=46),
     "sft.py bf16, all linears, 64 rows": sft("single", rows=64, gb=66, lora_target_modules=ALL),
     "sft.py bf16, 20 rows": sft("single", rows=20, gb=16),
+    "sft.py fp32, 20 rows": sft("fp32", rows=20, gb=30),
     "sft.py bf16, dropout 0.05": sft("single", lora_dropout=0.05),
     "sft.py bf16, deterministic": sft("single", deterministic="true"),
     "sft.py bf16, not compiled": sft("single", gb=30, compile_layers="false"),

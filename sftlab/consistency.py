@@ -8,6 +8,11 @@ if TYPE_CHECKING:
     from sftlab.config import Recipe
 
 
+def of_bitsandbytes(optim: str) -> bool:
+    """Whether an optimizer of this name is bitsandbytes'."""
+    return any(word in optim for word in ("paged", "bnb", "8bit", "lion"))
+
+
 def settle(recipe: "Recipe", launch: Launch) -> None:
     """Fill in what the recipe leaves open: dtype, micro-batch and accumulation.
 
@@ -43,7 +48,7 @@ def settle(recipe: "Recipe", launch: Launch) -> None:
         )
     if data.dataset_streaming and training.max_steps <= 0:
         raise ValueError("dataset_streaming needs max_steps: the length of a stream is not known beforehand")
-    if launch.strategy == "fsdp" and any(word in training.optim for word in ("paged", "bnb", "8bit", "lion")):
+    if launch.strategy == "fsdp" and of_bitsandbytes(training.optim):
         raise ValueError(
             f"optim {training.optim.value} is bitsandbytes', which does not update the sharded parameters of FSDP2: "
             f"pass --optim adamw_torch_fused"

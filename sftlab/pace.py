@@ -38,11 +38,13 @@ DEQUANTISING = 2.4
 # Seconds of the host for a decoder layer, forward and backward, and for each module with LoRA in it; and what a layer
 # takes besides: float8 (eager, compiled), 4-bit weights, FSDP2's hooks (of one process, of several).
 HOST_COMPILED, HOST_EAGER = (2.7e-3, 0.36e-3), (4.4e-3, 0.86e-3)
-HOST_FP8, HOST_QUANTIZED, HOST_FSDP = (7.0e-3, 2.4e-3), 5.0e-3, (1.0e-3, 3.6e-3)
+HOST_FP8, HOST_QUANTIZED, HOST_FSDP = (7.0e-3, 2.4e-3), 3.25e-3, (1.0e-3, 3.6e-3)
 # Times as long with checkpointing: the forward again, through hooks that pack and unpack every tensor.
 HOST_CHECKPOINTED, HOST_AGAIN = 1.6, 1.2
 # Seconds of a step in which the GPU waits until float16's loss scale is known to have overflowed or not.
 HOST_SCALER = 0.010
+# Seconds of a step for each trained tensor where the optimizer waits for the GPU after it, which is idle else.
+HOST_TENSOR = 0.12e-3
 # Seconds of the host beside the layers: for a micro-batch (its rows, embedding, loss), for a step (optimizer, logs).
 HOST_MICRO, HOST_STEP = 0.005, 0.007
 # Of a link's published rate, what a collective reaches.
@@ -104,7 +106,7 @@ def pace(step: Step, gpu: GPU) -> Pace:
         unpacked / bandwidth,
         sent / (gpu.link_gbs * 1e9 * LINK),
         host(step) * gpu.host_us / HOST_US,
-        HOST_SCALER * (step.precision == "fp16"),
+        HOST_SCALER * (step.precision == "fp16") / step.accumulation + one_by_one(step) * gpu.host_us / HOST_US,
     )
 
 
@@ -123,6 +125,12 @@ def traffic(step: Step) -> float:
         rounding = TRAFFIC_FP8_COMPILED if step.compiled else TRAFFIC_FP8_EAGER
         moved += rounding * sum(a + z for a, z in ends.values()) * (1 + FORWARD_FP8 * again)
     return moved
+
+
+def one_by_one(step: Step) -> float:
+    """A micro-batch's share of the seconds that updating the trained tensors one after the other takes."""
+    of_a_layer = 2 * len(step.targets) if step.rank else len(widths(step)) + 2
+    return HOST_TENSOR * step.optimizer_waits * of_a_layer * step.shape.layers / step.accumulation
 
 
 def host(step: Step) -> float:

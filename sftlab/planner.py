@@ -13,6 +13,7 @@ import torch
 from transformers import PreTrainedConfig
 
 from sftlab.config import Recipe
+from sftlab.consistency import of_bitsandbytes
 from sftlab.fastpath import FastPath
 from sftlab.launch import COMPUTE_DTYPE, PRECISIONS, Launch
 from sftlab.loss import CHUNK
@@ -86,6 +87,7 @@ class Step:
     reshard: bool = True
     accumulation: int = 1
     optimizer_copies: bool = False  # torch's AdamW, unless fused, takes the roots of all second moments at once
+    optimizer_waits: bool = False  # bitsandbytes' wait for the GPU after every trained tensor
     whole_logits: float = 0.0  # float32 copies of all logits at once, where the loss is not taken in chunks
 
     @property
@@ -266,4 +268,5 @@ def step_of(
         launch.settings.get("FSDP_RESHARD_AFTER_FORWARD", "true") == "true",
         training.gradient_accumulation_steps,
         training.optim == "adamw_torch",
+        of_bitsandbytes(training.optim),
     )

@@ -295,6 +295,23 @@ def test_checkpointing_costs_a_forward_whatever_is_trained():
     assert lora[1].attention / lora[0].attention == pytest.approx(4.5 / 3.5)
 
 
+def test_bitsandbytes_optimizers_wait_for_every_tensor_once_a_step():
+    rows, a_step = Rows(38_000, 64, 0, 64, "said"), {}
+    for targets, accumulation in ((ATTENTION, 1), (ALL, 1), (ALL, 4)):
+        fields = {"rows": rows, "targets": targets, "per_device_train_batch_size": 4}
+        two = (forecast(optim=name, global_batch_size=4 * accumulation, **fields)
+               for name in ("paged_adamw_32bit", "adamw_torch_fused"))  # fmt: skip
+        paged, fused = (plan.step_seconds for plan in two)
+        a_step[len(targets), accumulation] = paged - fused
+    assert a_step[7, 1] == pytest.approx(7 / 3 * a_step[3, 1])
+    assert a_step[7, 4] == pytest.approx(a_step[7, 1]) and 0.02 < a_step[7, 1] < 0.04
+
+
+def test_a_loss_scale_is_waited_for_once_a_step():
+    waits = [forecast("fp16", per_device_train_batch_size=8, global_batch_size=n).pace.waiting for n in (8, 32)]
+    assert waits[1] == pytest.approx(waits[0] / 4)
+
+
 def test_accumulation_shares_a_steps_work_and_keeps_gradients_beside_activations():
     rows = Rows(38_000, 64, 0, 64, "said")
     one, four = (forecast(rows=rows, per_device_train_batch_size=4, global_batch_size=n) for n in (4, 16))
