@@ -127,9 +127,9 @@ def model_of(base, llama_like, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def trl_rows(model_of):
+def trl_rows(model_of, tmp_path_factory):
     """(rows, recipe) -> the rows that trl's own preparation makes."""
-    trainers = {}
+    trainers, folder = {}, str(tmp_path_factory.mktemp("trl"))
 
     def prepare(rows, recipe):
         name, args = recipe.model.model_name_or_path, recipe.training
@@ -138,7 +138,7 @@ def trl_rows(model_of):
             tokenizer.chat_template = INSTRUCTION_TEMPLATE.read_text()
         if name not in trainers:
             one = Dataset.from_list([{"prompt": "a", "completion": "b"}])
-            trainers[name] = SFTTrainer(name, SFTConfig(report_to="none", use_cpu=True), train_dataset=one)
+            trainers[name] = SFTTrainer(name, SFTConfig(folder, report_to="none", use_cpu=True), train_dataset=one)
         trainer = trainers[name]
         trainer.completion_only_loss = args.completion_only_loss is not False
         made = trainer._prepare_dataset(rows, tokenizer, args, False, None, "train")
