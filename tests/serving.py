@@ -88,6 +88,11 @@ class Server:
         return self.process.wait(20)
 
 
+def heed_ctrl_c() -> None:
+    """Tests that a shell started in the background ignore Ctrl-C, and so would what they start."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 @contextlib.contextmanager
 def serve(folder: Path, *arguments: str, slow: bool = False):
     """`python app/app.py ARGUMENTS` on a free port; ends it as Ctrl-C does, which must be clean."""
@@ -100,7 +105,9 @@ def serve(folder: Path, *arguments: str, slow: bool = False):
     environment["SLOW_LOG"] = str(folder / "slow.jsonl")
     command = [sys.executable, *script, "--port", str(port), "--votes", str(folder / "votes.jsonl"), *arguments]
     with (folder / "said.txt").open("w") as out:
-        process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, cwd=ROOT, env=environment)
+        process = subprocess.Popen(
+            command, stdout=out, stderr=subprocess.STDOUT, cwd=ROOT, env=environment, preexec_fn=heed_ctrl_c
+        )
     server = Server(process, port, folder)
     try:
         while process.poll() is None:
