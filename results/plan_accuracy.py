@@ -44,6 +44,8 @@ from sftlab.shapes import make_random_files, random_lengths
 from sftlab.table import read_csv, write_csv
 
 ROOT = Path(__file__).parent.parent
+# How far a plan may be off.
+LIMITS = {"memory": 0.05, "speed": 0.15}
 # Seconds without a new cell after which a process has hung.
 PATIENCE = 240
 
@@ -158,18 +160,18 @@ def published() -> list[dict[str, Any]]:
 def summary(lines: Sequence[Mapping[str, Any]]) -> str:
     """Cells near enough, fitted, held out and on other GPUs apart, and the worst; speeds of unknown hosts apart."""
     said = []
-    for name, limit in (("memory", 0.05), ("speed", 0.15)):
+    for name, limit in LIMITS.items():
         for held_out, title in (("no", "fitted"), ("yes", "held out"), ("extrapolated", "other GPUs")):
             errors = [(x[f"{name}_error"], x["cell"]) for x in lines if x["held_out"] == held_out]
             errors = sorted((x for x in errors if x[0] != ""), key=lambda x: -abs(x[0]))
             far = [f"    {error:+.1%}  {cell}" for error, cell in errors if abs(error) > limit]
             if errors:
                 said += [f"{name}, {title}: {len(errors) - len(far)} of {len(errors)} within {limit:.0%}", *far]
-    ratios = [
-        x["predicted_tokens_per_s"] / float(x["tokens_per_s"]) for x in lines if x["tokens_per_s"] and not x["host_us"]
-    ]
-    near = sum(abs(ratio - 1) <= 0.15 for ratio in ratios)
-    said += [f"speed, on hosts of unknown speed, not counted: {near} of {len(ratios)} within 15%"] if ratios else []
+    aside = [x for x in lines if x["tokens_per_s"] and not x["host_us"]]
+    near = sum(abs(x["predicted_tokens_per_s"] / float(x["tokens_per_s"]) - 1) <= LIMITS["speed"] for x in aside)
+    if aside:
+        within = f"{near} of {len(aside)} within {LIMITS['speed']:.0%}"
+        said.append(f"speed, on hosts of unknown speed, not counted: {within}")
     wrong = [x["cell"] for x in lines if x["fits"] == "no" and x["predicted_fits"] == "yes"]
     return "\n".join([*said, f"said to fit, but ran out of memory: {', '.join(wrong) or 'none'}"])
 

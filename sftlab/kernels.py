@@ -26,10 +26,10 @@ def attention_forward(
     tokens, heads, size = query.shape
     output = torch.empty_like(query)
     lse = torch.empty(heads, tokens, device=query.device, dtype=torch.float32)
-    read, warps, stages = FLOAT32 if query.dtype == torch.float32 else BY_ROWS
+    read, precision, options = _launch(query, BY_ROWS)
     _forward[(tiles.shape[1], heads)](
         query, key, value, output, lse, tiles, scale * LOG2_E, tokens, heads, heads // key.shape[1], size,
-        TILE, read, _precision(query), num_warps=warps, num_stages=stages,
+        TILE, read, precision, **options,
     )  # fmt: skip
     return output, lse
 
@@ -50,15 +50,15 @@ def attention_backward(
     d_query, d_key, d_value = torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
     delta = torch.empty_like(lse)
     shape = (scale, scale * LOG2_E, tokens, heads, groups, size)
-    read, warps, stages = FLOAT32 if query.dtype == torch.float32 else BY_ROWS
+    read, precision, options = _launch(query, BY_ROWS)
     _backward_query[(tiles.shape[1], heads)](
         query, key, value, output, gradient, lse, delta, d_query, tiles[0], *shape,
-        TILE, read, _precision(query), num_warps=warps, num_stages=stages,
+        TILE, read, precision, **options,
     )  # fmt: skip
-    read, warps, stages = FLOAT32 if query.dtype == torch.float32 else BY_KEYS
+    read, precision, options = _launch(query, BY_KEYS)
     _backward_key[(tiles.shape[1], heads // groups)](
         query, key, value, gradient, lse, delta, d_key, d_value, tiles[1], *shape,
-        read, TILE, _precision(query), num_warps=warps, num_stages=stages,
+        read, TILE, precision, **options,
     )  # fmt: skip
     return d_query, d_key, d_value
 
@@ -71,8 +71,11 @@ def softmax_cross_entropy_(
     _cross_entropy[(rows,)](logits, targets, losses, entropies, hits, words, logits.stride(0), 8192, num_warps=16)
 
 
-def _precision(tensor: torch.Tensor) -> str:
-    return "ieee" if tensor.dtype == torch.float32 else "tf32"
+def _launch(tensor: torch.Tensor, in_16_bits: tuple[int, int, int]) -> tuple[int, str, dict[str, int]]:
+    """Tokens read at a time, the precision of products, and Triton's options for tensors of this dtype."""
+    whole = tensor.dtype == torch.float32
+    read, warps, stages = FLOAT32 if whole else in_16_bits
+    return read, "ieee" if whole else "tf32", {"num_warps": warps, "num_stages": stages}
 
 
 @triton.jit

@@ -84,7 +84,7 @@ def pace(step: Step, gpu: GPU) -> Pace:
     s, w, tokens, b = step.shape, step.weights, step.tokens, step.compute_bytes
     rate, half = gpu.tflops(step.precision) * 1e12, gpu.tflops("fp32" if b == 4 else "bf16") * 1e12
     reached = MATRIX_FP32 if b == 4 else MATRIX
-    bandwidth = gpu.memory_gbs * 1e9
+    bandwidth, slower = gpu.memory_gbs * 1e9, gpu.host_us / HOST_US
     layer_weights = w.linears * s.layers
     # of a product: forward, its input's gradient, its weight's where that is trained, and the forward again
     passes = 2.0 * (2 + (w.trained >= layer_weights) + step.checkpointing)
@@ -105,8 +105,8 @@ def pace(step: Step, gpu: GPU) -> Pace:
         3 * b * tokens * s.words / bandwidth / 0.6,
         unpacked / bandwidth,
         sent / (gpu.link_gbs * 1e9 * LINK),
-        host(step) * gpu.host_us / HOST_US,
-        HOST_SCALER * (step.precision == "fp16") / step.accumulation + one_by_one(step) * gpu.host_us / HOST_US,
+        host(step) * slower,
+        (HOST_SCALER * (step.precision == "fp16") + updating(step) * slower) / step.accumulation,
     )
 
 
@@ -127,10 +127,10 @@ def traffic(step: Step) -> float:
     return moved
 
 
-def one_by_one(step: Step) -> float:
-    """A micro-batch's share of the seconds that updating the trained tensors one after the other takes."""
+def updating(step: Step) -> float:
+    """Seconds of a step in which trained tensors are updated one after the other and the GPU waits."""
     of_a_layer = 2 * len(step.targets) if step.rank else len(widths(step)) + 2
-    return HOST_TENSOR * step.optimizer_waits * of_a_layer * step.shape.layers / step.accumulation
+    return HOST_TENSOR * step.optimizer_waits * of_a_layer * step.shape.layers
 
 
 def host(step: Step) -> float:

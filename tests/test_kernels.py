@@ -17,7 +17,7 @@ from sftlab.loss import FrozenHeadLoss
 from sftlab.packing import tiles
 from sftlab.varlen import varlen_attention
 
-triton = pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
+with_triton = pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
 interpreted = os.environ.get("TRITON_INTERPRET") == "1"
 on_a_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="the kernels run on a CUDA GPU alone")
 
@@ -37,7 +37,7 @@ def plain_attention(query, key, value, lengths):
     return torch.cat(found)
 
 
-@triton
+@with_triton
 @pytest.mark.skipif(
     not (torch.cuda.is_available() or interpreted), reason="neither a CUDA GPU nor Triton's interpreter"
 )
@@ -62,7 +62,7 @@ def test_attention_and_its_gradients(dtype, heads, key_heads, size):
         assert (found.float() - right).abs().max() < TOLERANCE[dtype] * right.abs().max()
 
 
-@triton
+@with_triton
 @pytest.mark.skipif(interpreted, reason="Triton's interpreter runs no compiled kernel")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("heads, key_heads, size", [(32, 8, 64), (32, 32, 128)])
