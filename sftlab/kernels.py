@@ -14,9 +14,10 @@ import triton.language as tl
 from sftlab.packing import TILE
 
 LOG2_E = math.log2(math.e)
-# Tokens that a program reads at a time, its warps and stages. In 16 bits: the quickest for rows of a few hundred to
-# some thousand tokens (H200, bfloat16). In float32, where fewer warps or more tokens spill: tests/test_kernels.py.
-BY_ROWS, BY_KEYS, FLOAT32 = (32, 4, 3), (TILE, 4, 1), (16, 8, 2)
+# Tokens that a program owns (a tile's or half of them) and that it reads at a time, its warps and stages. In 16 bits
+# the quickest for rows of a few hundred to some thousand tokens (H200, bfloat16); in float32, where more of them spill
+# (tests/test_kernels.py), the quickest on an H200.
+BY_ROWS, BY_KEYS, FLOAT32 = (TILE, 32, 4, 3), (TILE, TILE, 4, 1), (32, 32, 4, 1)
 
 
 def attention_forward(
@@ -26,10 +27,10 @@ def attention_forward(
     tokens, heads, size = query.shape
     output = torch.empty_like(query)
     lse = torch.empty(heads, tokens, device=query.device, dtype=torch.float32)
-    read, precision, options = _launch(query, BY_ROWS)
-    _forward[(tiles.shape[1], heads)](
+    own, read, precision, options = _launch(query, BY_ROWS)
+    _forward[(tiles.shape[1] * (TILE // own), heads)](
         query, key, value, output, lse, tiles, scale * LOG2_E, tokens, heads, heads // key.shape[1], size,
-        TILE, read, precision, **options,
+        TILE, own, read, precision, **options,
     )  # fmt: skip
     return output, lse
 
@@ -50,15 +51,15 @@ def attention_backward(
     d_query, d_key, d_value = torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
     delta = torch.empty_like(lse)
     shape = (scale, scale * LOG2_E, tokens, heads, groups, size)
-    read, precision, options = _launch(query, BY_ROWS)
-    _backward_query[(tiles.shape[1], heads)](
+    own, read, precision, options = _launch(query, BY_ROWS)
+    _backward_query[(tiles.shape[1] * (TILE // own), heads)](
         query, key, value, output, gradient, lse, delta, d_query, tiles[0], *shape,
-        TILE, read, precision, **options,
+        TILE, own, read, precision, **options,
     )  # fmt: skip
-    read, precision, options = _launch(query, BY_KEYS)
-    _backward_key[(tiles.shape[1], heads // groups)](
+    own, read, precision, options = _launch(query, BY_KEYS)
+    _backward_key[(tiles.shape[1] * (TILE // own), heads // groups)](
         query, key, value, gradient, lse, delta, d_key, d_value, tiles[1], *shape,
-        read, TILE, precision, **options,
+        TILE, own, read, precision, **options,
     )  # fmt: skip
     return d_query, d_key, d_value
 
@@ -71,25 +72,30 @@ def softmax_cross_entropy_(
     _cross_entropy[(rows,)](logits, targets, losses, entropies, hits, words, logits.stride(0), 8192, num_warps=16)
 
 
-def _launch(tensor: torch.Tensor, in_16_bits: tuple[int, int, int]) -> tuple[int, str, dict[str, int]]:
-    """Tokens read at a time, the precision of products, and Triton's options for tensors of this dtype."""
+def _launch(tensor: torch.Tensor, in_16_bits: tuple[int, int, int, int]) -> tuple[int, int, str, dict[str, int]]:
+    """Tokens owned and read at a time, the precision of products, and Triton's options for tensors of this dtype.
+
+    A float32 product is three of the tensor cores': of the numbers' first 11 bits, and of these with the bits that
+    follow. Its error is no larger than a plain one's (tests/test_kernels.py).
+    """
     whole = tensor.dtype == torch.float32
-    read, warps, stages = FLOAT32 if whole else in_16_bits
-    return read, "ieee" if whole else "tf32", {"num_warps": warps, "num_stages": stages}
+    own, read, warps, stages = FLOAT32 if whole else in_16_bits
+    return own, read, "tf32x3" if whole else "tf32", {"num_warps": warps, "num_stages": stages}
 
 
 @triton.jit
-def _tile(tiles, index):
-    return tl.load(tiles + 3 * index), tl.load(tiles + 3 * index + 1), tl.load(tiles + 3 * index + 2)
+def _part(tiles, index, TILE: tl.constexpr, OWN: tl.constexpr):
+    tile = tiles + 3 * (index // (TILE // OWN))
+    return tl.load(tile), tl.load(tile + 1), tl.load(tile + 2) + OWN * (index % (TILE // OWN))
 
 
 @triton.jit
 def _forward(
     query, key, value, output, lse, tiles, scale_log2, tokens,
-    HEADS: tl.constexpr, GROUPS: tl.constexpr, SIZE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-    PRECISION: tl.constexpr,
+    HEADS: tl.constexpr, GROUPS: tl.constexpr, SIZE: tl.constexpr, TILE: tl.constexpr, ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    start, end, first = _tile(tiles, tl.program_id(0))
+    start, end, first = _part(tiles, tl.program_id(0), TILE, ROWS)
     head = tl.program_id(1)
     if first < end:
         KEY_STRIDE: tl.constexpr = HEADS // GROUPS * SIZE
@@ -122,10 +128,10 @@ def _forward(
 @triton.jit
 def _backward_query(
     query, key, value, output, gradient, lse, delta, d_query, tiles, scale, scale_log2, tokens,
-    HEADS: tl.constexpr, GROUPS: tl.constexpr, SIZE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-    PRECISION: tl.constexpr,
+    HEADS: tl.constexpr, GROUPS: tl.constexpr, SIZE: tl.constexpr, TILE: tl.constexpr, ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    start, end, first = _tile(tiles, tl.program_id(0))
+    start, end, first = _part(tiles, tl.program_id(0), TILE, ROWS)
     head = tl.program_id(1)
     if first < end:
         KEY_STRIDE: tl.constexpr = HEADS // GROUPS * SIZE
@@ -156,10 +162,10 @@ def _backward_query(
 @triton.jit
 def _backward_key(
     query, key, value, gradient, lse, delta, d_key, d_value, tiles, scale, scale_log2, tokens,
-    HEADS: tl.constexpr, GROUPS: tl.constexpr, SIZE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-    PRECISION: tl.constexpr,
+    HEADS: tl.constexpr, GROUPS: tl.constexpr, SIZE: tl.constexpr, TILE: tl.constexpr, COLUMNS: tl.constexpr,
+    ROWS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    _, end, first = _tile(tiles, tl.program_id(0))
+    _, end, first = _part(tiles, tl.program_id(0), TILE, COLUMNS)
     key_head = tl.program_id(1)
     if first < end:
         KEY_STRIDE: tl.constexpr = HEADS // GROUPS * SIZE

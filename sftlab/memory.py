@@ -92,7 +92,7 @@ def peak_beyond(work: Callable[[], Any]) -> int:
 
 def _kept_beside(model: nn.Module) -> list[torch.Tensor]:
     """What weights need that is no parameter: float8 ones a second time, scales of the blocks of 4-bit ones."""
-    scales = [state for p in model.parameters() if (state := getattr(p, "quant_state", None)) is not None]
+    scales = [state for m in model.modules() if (state := vars(m).get("quant_state")) is not None]
     scales += [state.state2 for state in scales if state.state2 is not None]
     values = (value for thing in [*model.modules(), *scales] for value in vars(thing).values())
     return [value for value in values if isinstance(value, torch.Tensor)]

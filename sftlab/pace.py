@@ -14,10 +14,10 @@ from sftlab.planner import Step, kept
 
 # Of the published matrix rate: what a large product reaches, and of that what a decoder's products do on average.
 MATRIX = 0.80 * 0.85
-# Of float32's rate, the attention kernels, whose products have no tensor cores, by head size; large heads spill.
-ATTENTION_FP32 = {64: 0.10, 128: 0.0045}
-# float32 products of the same sizes
-MATRIX_FP32 = 0.76 * 0.85
+# Of 16 bits' matrix rate, the attention kernels in float32: each product is three of TF32, at half that rate.
+ATTENTION_FP32 = 0.14 / 6
+# What float32 products reach of its rate, the decoder's on average (results/float32_profile.csv).
+MATRIX_FP32 = 0.75
 # Attention's share of the matrix rate on rows of a few hundred tokens; it grows with their length up to the second.
 ATTENTION = (0.14, 0.30)
 # Of the published memory rate, what the kernels between a layer's products reach.
@@ -90,9 +90,9 @@ def pace(step: Step, gpu: GPU) -> Pace:
     passes = 2.0 * (2 + (w.trained >= layer_weights) + step.checkpointing)
     matrices = tokens * passes * layer_weights / (rate * reached) + tokens * 4.0 * w.head / (half * reached)
     attended = (3.5 + step.checkpointing) * 2 * tokens * step.row_length * s.heads * s.head_size * s.layers
-    share = min(ATTENTION[1], ATTENTION[0] * max(1.0, step.row_length / 512) ** 0.5)
+    attending = half * min(ATTENTION[1], ATTENTION[0] * max(1.0, step.row_length / 512) ** 0.5)
     if b == 4 and step.packed:
-        share = ATTENTION_FP32[64 if s.head_size <= 64 else 128]
+        attending = gpu.tflops("bf16") * 1e12 * ATTENTION_FP32
     unpacked = 2.5 * layer_weights * (3 if step.checkpointing else 2) * DEQUANTISING if step.quantized else 0.0
     shards = (step.processes - 1) / step.processes
     sent = 2 * w.gradients * shards if step.strategy == "ddp" else 0.0
@@ -100,7 +100,7 @@ def pace(step: Step, gpu: GPU) -> Pace:
         sent = ((3 if step.checkpointing else 2) * w.layer * s.layers + w.tail) * shards
     return Pace(
         matrices,
-        attended / (half * share),
+        attended / attending,
         tokens * s.layers * traffic(step) / (bandwidth * MEMORY),
         3 * b * tokens * s.words / bandwidth / 0.6,
         unpacked / bandwidth,

@@ -7,6 +7,7 @@ TRITON_INTERPRET=1 pytest tests/test_kernels.py -k gradients; pytest tests/test_
 import os
 import re
 import subprocess
+from collections import defaultdict
 from importlib.util import find_spec
 
 import pytest
@@ -22,8 +23,8 @@ interpreted = os.environ.get("TRITON_INTERPRET") == "1"
 on_a_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="the kernels run on a CUDA GPU alone")
 
 LENGTHS = [1, 63, 64, 65, 200, 513, 128, 17]
-# Largest difference over the largest value of plain float32 attention.
-TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.5e-2}
+# Largest difference over the largest value of plain attention in float64; in float32 itself it is 1.3e-6.
+TOLERANCE = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1.5e-2}
 
 
 def plain_attention(query, key, value, lengths):
@@ -50,16 +51,15 @@ def test_attention_and_its_gradients(dtype, heads, key_heads, size):
     device = "cpu" if interpreted else "cuda"
     table = tiles(LENGTHS).to(device)
     exact = [torch.randn(sum(LENGTHS), n, size, device=device) for n in (heads, key_heads, key_heads, heads)]
-    exact = [t.to(dtype).float() for t in exact]
+    exact = [t.to(dtype).double() for t in exact]
     want = [t.clone().requires_grad_() for t in exact[:3]]
-    torch.backends.cuda.matmul.allow_tf32 = False
     expected = plain_attention(*want, LENGTHS)
     expected.backward(exact[3])
     got = [t.to(dtype).requires_grad_() for t in exact[:3]]
     output = varlen_attention(*got, table, size**-0.5)[0]
     output.backward(exact[3].to(dtype))
     for found, right in ((output, expected), *((g.grad, w.grad) for g, w in zip(got, want, strict=True))):
-        assert (found.float() - right).abs().max() < TOLERANCE[dtype] * right.abs().max()
+        assert (found.double() - right).abs().max() < TOLERANCE[dtype] * right.abs().max()
 
 
 @with_triton
@@ -68,7 +68,7 @@ def test_attention_and_its_gradients(dtype, heads, key_heads, size):
 @pytest.mark.parametrize("heads, key_heads, size", [(32, 8, 64), (32, 32, 128)])
 @pytest.mark.parametrize("capability", [80, 89, 90])
 def test_attention_keeps_its_sums_in_registers(monkeypatch, tmp_path, dtype, heads, key_heads, size, capability):
-    """Spilled, the kernels went through gigabytes of memory, and asked for more shared memory than some GPUs have."""
+    """Hundreds of bytes a thread may spill; with 18 KB a step took four times as long, and too much shared memory."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -82,7 +82,7 @@ def test_attention_keeps_its_sums_in_registers(monkeypatch, tmp_path, dtype, hea
         def start(*args, kernel=kernel, **options):
             started.append((kernel, dict(zip(kernel.arg_names, args, strict=True)), options))
 
-        monkeypatch.setattr(kernels, name, {(tiles([64]).shape[1], n): start for n in (heads, key_heads)})
+        monkeypatch.setattr(kernels, name, defaultdict(lambda start=start: start))
     query, key = (torch.zeros(64, n, size, dtype=dtype) for n in (heads, key_heads))
     lse = kernels.attention_forward(query, key, key, tiles([64]), 1.0)[1]
     kernels.attention_backward(query, query, key, key, query, lse, tiles([64]), 1.0)
@@ -99,7 +99,7 @@ def test_attention_keeps_its_sums_in_registers(monkeypatch, tmp_path, dtype, hea
         architecture = re.search(r"\.target (\w+)", made.asm["ptx"])[1]
         words = [triton.knobs.nvidia.ptxas.path, "-v", f"--gpu-name={architecture}", tmp_path / "ptx"]
         said = subprocess.run([*words, "-o", os.devnull], capture_output=True, text=True, check=True).stderr
-        assert int(re.search(r"(\d+) bytes stack frame", said)[1]) <= 128, f"{kernel.__name__}: {said}"
+        assert int(re.search(r"(\d+) bytes stack frame", said)[1]) <= 512, f"{kernel.__name__}: {said}"
         assert made.metadata.shared <= 99 * 1024, "what GPUs of capability 8.6 and 8.9 have for a program"
 
 
