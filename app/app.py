@@ -22,7 +22,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
-import sftlab.quiet  # noqa: F401, I001  (before torch)
+import sftlab.quiet  # noqa: I001  (before torch)
+import sftlab.libraries  # noqa: F401
 import gradio as gr
 from starlette.middleware import Middleware
 from transformers.hf_argparser import string_to_bool

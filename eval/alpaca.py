@@ -10,7 +10,8 @@ alpaca-canaries-*.jsonl beside it. Answers and judgements are kept as they come:
 and scores again without a GPU.
 """
 
-import sftlab.quiet  # noqa: F401, I001  (before the libraries that it quiets)
+import sftlab.quiet  # noqa: I001  (before the libraries that it quiets)
+import sftlab.libraries  # noqa: F401
 
 import argparse
 import sys

@@ -8,7 +8,8 @@ or off, few-shot count and limit; RUN/eval/harness/ has a record a document and 
 in place of the hub. After an interruption the same command asks only what was not yet answered.
 """
 
-import sftlab.quiet  # noqa: F401, I001  (before the libraries that it quiets)
+import sftlab.quiet  # noqa: I001  (before the libraries that it quiets)
+import sftlab.libraries  # noqa: F401
 
 import argparse
 import difflib

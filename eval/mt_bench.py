@@ -9,7 +9,8 @@ plot, and every prompt, answer, judgement and rating in mt_bench-judgements-*.js
 they come: the same command goes on after a kill, and scores again without a GPU.
 """
 
-import sftlab.quiet  # noqa: F401, I001  (before the libraries that it quiets)
+import sftlab.quiet  # noqa: I001  (before the libraries that it quiets)
+import sftlab.libraries  # noqa: F401
 
 import argparse
 import sys

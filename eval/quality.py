@@ -7,7 +7,8 @@ switched off and on). Writes RUN/eval/quality.json and, one record a row, RUN/ev
 RUN/eval/answers-*.jsonl as they are generated: started again after a kill, it goes on from there.
 """
 
-import sftlab.quiet  # noqa: F401, I001  (before the libraries that it quiets)
+import sftlab.quiet  # noqa: I001  (before the libraries that it quiets)
+import sftlab.libraries  # noqa: F401
 
 import argparse
 import json

@@ -10,7 +10,8 @@ model; rows count as `max_length` tokens then, unless said. `--compare` plans th
 Short steps wait for the host: `--host_us` is what recipes/doctor.py says of it, and `--gpu here` measures it.
 """
 
-import sftlab.quiet  # noqa: F401, I001  (before the libraries that it quiets)
+import sftlab.quiet  # noqa: I001  (before the libraries that it quiets)
+import sftlab.libraries  # noqa: F401
 
 import argparse
 import contextlib
@@ -24,7 +25,7 @@ from transformers import LlamaConfig, PreTrainedConfig
 
 from sftlab.config import Recipe
 from sftlab.consistency import of_bitsandbytes
-from sftlab.forecast import Forecast, Rows, foresee, measure_rows, most_rows, read_recipe, remedies
+from sftlab.forecast import LIMITS, Forecast, Rows, foresee, measure_rows, most_rows, read_recipe, remedies
 from sftlab.gpus import GPU, GPUS, MEASURED_ON, find_gpu, gpu_seen_as
 from sftlab.launch import exported, launched
 from sftlab.model import load_config, load_tokenizer
@@ -252,7 +253,7 @@ def accuracy(gpu: str) -> tuple[str, dict[str, str]]:
     own = [line for line in lines if (seen := gpu_seen_as(line["hardware"])) and seen.name == gpu]
     lines = own or [line for line in lines if line["held_out"] != "extrapolated"]
     found = {}
-    for what, limit in (("memory", 0.05), ("speed", 0.15)):
+    for what, limit in LIMITS.items():
         errors = {kind: [abs(float(x[f"{what}_error"])) for x in lines if x["held_out"] == kind and x[f"{what}_error"]]
                   for kind in ("extrapolated", "yes", "no")}  # fmt: skip
         kind = next((kind for kind in errors if errors[kind]), "no")

@@ -9,7 +9,8 @@ same command again after an interruption, and it continues. A finished run is re
 """
 
 import sftlab.quiet  # noqa: I001  (before the libraries that it quiets)
-import sftlab.settle  # noqa: F401  (before they see the devices)
+import sftlab.settle  # before they see the devices
+import sftlab.libraries  # noqa: F401
 
 import atexit
 import faulthandler

@@ -33,7 +33,7 @@ from transformers import LlamaConfig
 
 from sftlab.config import parse_recipe
 from sftlab.evidence import outcome
-from sftlab.forecast import Rows, foresee, of_lengths
+from sftlab.forecast import LIMITS, Rows, foresee, of_lengths
 from sftlab.gpus import GPU, GPUS, HOST_US, MEASURED_ON, gpu_seen_as
 from sftlab.launch import exported, launched
 from sftlab.matrix import CELLS, SHAPES, Cell
@@ -44,8 +44,6 @@ from sftlab.shapes import make_random_files, random_lengths
 from sftlab.table import read_csv, write_csv
 
 ROOT = Path(__file__).parent.parent
-# How far a plan may be off.
-LIMITS = {"memory": 0.05, "speed": 0.15}
 # Seconds without a new cell after which a process has hung.
 PATIENCE = 240
 

@@ -26,6 +26,8 @@ from sftlab.tokens import SPLITS, is_tokenized, open_tokens
 # Rows of a data set that are read for their lengths.
 SAMPLE = 400
 MOST_ROWS = 2**14
+# How far from the measured figure a plan may be.
+LIMITS = {"memory": 0.05, "speed": 0.15}
 
 
 class Rows(NamedTuple):

@@ -7,7 +7,8 @@ they are clipped there, which accelerate does for fp16 alone.
 """
 
 import sftlab.quiet  # noqa: I001  (before the libraries that it quiets)
-import sftlab.settle  # noqa: F401  (before they see the devices)
+import sftlab.settle  # before they see the devices
+import sftlab.libraries  # noqa: F401
 
 import os
 import sys

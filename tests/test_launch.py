@@ -1,5 +1,6 @@
 """What the machine cannot run is refused before anything starts; GPU machines are stood in for by their answers."""
 
+import gc
 import os
 import subprocess
 import sys
@@ -82,3 +83,12 @@ def test_the_environment_of_accelerate_is_read(monkeypatch):
     assert (Launch.from_environment().precision, Launch.from_environment().strategy) == ("fp32", "ddp")
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     assert Launch.from_environment().strategy == "fsdp"
+
+
+def test_garbage_is_collected_again_once_the_libraries_are_imported():
+    gc.unfreeze()
+    sys.modules.pop("sftlab.libraries", None)
+    import sftlab.libraries  # noqa: F401
+
+    assert gc.isenabled() and gc.get_freeze_count() > 0
+    gc.unfreeze()
