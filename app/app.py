@@ -270,8 +270,7 @@ def main(argv: list[str]) -> None:
     """Read the options, load the model, serve until Ctrl-C or SIGTERM."""
     options = parse(argv)
     lab = Lab(options.runs, options.run, options.report, options.votes, options.load_in_4bit)
-    listen = options.listen or "SPACE_ID" in os.environ
-    if listen:
+    if listen := options.listen or "SPACE_ID" in os.environ:
         print(f"warning: anyone who reaches this machine can chat{'' if options.auth else ', without a password'}")
     for first in list(lab.runs())[:1]:
         try:
