@@ -68,7 +68,7 @@ def test_attention_and_its_gradients(dtype, heads, key_heads, size):
 @pytest.mark.parametrize("heads, key_heads, size", [(32, 8, 64), (32, 32, 128)])
 @pytest.mark.parametrize("capability", [80, 89, 90])
 def test_attention_keeps_its_sums_in_registers(monkeypatch, tmp_path, dtype, heads, key_heads, size, capability):
-    """Hundreds of bytes a thread may spill; with 18 KB a step took four times as long, and too much shared memory."""
+    """Large float32 heads spill hundreds of bytes. Where they spilled 18 KB, a step took four times as long."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -99,7 +99,8 @@ def test_attention_keeps_its_sums_in_registers(monkeypatch, tmp_path, dtype, hea
         architecture = re.search(r"\.target (\w+)", made.asm["ptx"])[1]
         words = [triton.knobs.nvidia.ptxas.path, "-v", f"--gpu-name={architecture}", tmp_path / "ptx"]
         said = subprocess.run([*words, "-o", os.devnull], capture_output=True, text=True, check=True).stderr
-        assert int(re.search(r"(\d+) bytes stack frame", said)[1]) <= 512, f"{kernel.__name__}: {said}"
+        spilled = 512 if dtype == torch.float32 and size == 128 else 128
+        assert int(re.search(r"(\d+) bytes stack frame", said)[1]) <= spilled, f"{kernel.__name__}: {said}"
         assert made.metadata.shared <= 99 * 1024, "what GPUs of capability 8.6 and 8.9 have for a program"
 
 

@@ -253,12 +253,12 @@ def test_a_one_layer_cut_trains_from_a_stream(finished, tmp_path, trained_here):
 def test_real_data_train_alike_on_one_and_two_processes(finished, tmp_path):
     _, fields, _ = finished
     own = {**fields, "dataset_name": str(SHARED / "alpaca_en_1k.json"), "lora_dropout": "0", "save_strategy": "no"}
-    own |= {"max_steps": "30", "global_batch_size": "16", "max_length": "256"}
+    own |= {"max_steps": "60", "global_batch_size": "16", "max_length": "256"}
     for config in ("cpu", "cpu_ddp"):
         launched(config, {**own, "output_dir": str(tmp_path / config)})
     one, two = losses(tmp_path / "cpu"), losses(tmp_path / "cpu_ddp")
-    assert max(abs(one[s] - two[s]) for s in range(1, 31)) < 1e-3
+    assert max(abs(one[s] - two[s]) for s in range(1, 61)) < 1e-3
     started = time.time()
     launched("cpu", {**own, "dataset_name": str(SHARED / "gsm8k_train.jsonl"), "output_dir": str(tmp_path / "gsm8k")})
     assert read(tmp_path / "gsm8k")["data"]["shape"] == "gsm8k"
-    assert time.time() - started < 100
+    assert time.time() - started < 200
