@@ -49,7 +49,7 @@ results: $(STAMP)
 	  || $(BIN)/accelerate launch --config_file accelerate_configs/cpu.yaml recipes/sft.py --config recipes/demo/$$recipe.yaml; \
 	  $(BIN)/python eval/quality.py --run runs/demo-$$recipe; done
 	$(BIN)/python eval/report.py --runs $(RECIPES:%=runs/demo-%) --axis lora_target_modules lora_r --out results/demo
-	$(BIN)/python results/readme.py
+	$(BIN)/python benchmarks/fill_readme.py
 
 test: $(STAMP)
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile

@@ -22,16 +22,16 @@ from pathlib import Path
 from typing import Any, Literal
 
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
-import sftlab.quiet  # noqa: I001  (before torch)
-import sftlab.libraries  # noqa: F401
+import sftlab.startup.filter_warnings  # noqa: I001  (before torch)
+import sftlab.startup.preload  # noqa: F401
 import gradio as gr
 from starlette.middleware import Middleware
 from transformers.hf_argparser import string_to_bool
 
-from sftlab.chat import Settings
-from sftlab.conversation import Turn, column, history, saved, sides
-from sftlab.gate import Gate, accounts
-from sftlab.lab import Lab
+from sftlab.chat.engine import Settings
+from sftlab.chat.conversation import Turn, column, history, saved, sides
+from sftlab.chat.request_filter import Gate, accounts
+from sftlab.chat.service import Lab
 
 MODEL = {"concurrency_id": "model", "concurrency_limit": 1, "show_progress": "minimal", "api_visibility": "private"}
 QUICK = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}

@@ -10,8 +10,8 @@ alpaca-canaries-*.jsonl beside it. Answers and judgements are kept as they come:
 and scores again without a GPU.
 """
 
-import sftlab.quiet  # noqa: I001  (before the libraries that it quiets)
-import sftlab.libraries  # noqa: F401
+import sftlab.startup.filter_warnings  # noqa: I001  (before the libraries that it quiets)
+import sftlab.startup.preload  # noqa: F401
 
 import argparse
 import sys
@@ -21,19 +21,19 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from sftlab.annotators import ALPACA_EVAL_2, Annotators, official
-from sftlab.canary import UNPARSED_REFUSED, UNPARSED_SAID, Canaries, spread
-from sftlab.contestants import Contestants, refuse_twins
-from sftlab.generate import Answer, AnswerFile, Sampling, answer_facts, digest
-from sftlab.judge import add_judge_flags, judge_from
-from sftlab.judged import canary_table, judgement_hashes, keep_entry, share, write_records
-from sftlab.length import length_controlled, lengths, mean_characters
-from sftlab.outputs import Task, read_preferences, read_task
-from sftlab.pair import finished_run, one_sentence
-from sftlab.pairwise import Pair, judge_pairs, tally, win_rates
-from sftlab.run import SIDES, adapter_hash, environment
-from sftlab.significance import FEW_ROWS, method
-from sftlab.table import aligned, figure, interval, p_value, percent
+from sftlab.judging.alpaca_annotators import ALPACA_EVAL_2, Annotators, official
+from sftlab.judging.sanity_checks import UNPARSED_REFUSED, UNPARSED_SAID, Canaries, spread
+from sftlab.judging.model_answers import Contestants, refuse_twins
+from sftlab.evaluation.generation import Answer, AnswerFile, Sampling, answer_facts, digest
+from sftlab.judging.judges import add_judge_flags, judge_from
+from sftlab.judging.judgement_files import canary_table, judgement_hashes, keep_entry, share, write_records
+from sftlab.judging.length_control import length_controlled, lengths, mean_characters
+from sftlab.judging.alpaca_files import Task, read_preferences, read_task
+from sftlab.evaluation.base_and_tuned import finished_run, one_sentence
+from sftlab.judging.pairwise import Pair, judge_pairs, tally, win_rates
+from sftlab.runs.run_directory import SIDES, adapter_hash, environment
+from sftlab.evaluation.significance import FEW_ROWS, method
+from sftlab.tables import aligned, figure, interval, p_value, percent
 
 Judged = Callable[..., list[dict[str, Any]]]
 SHOWN_CONTRADICTIONS = 3

@@ -8,8 +8,8 @@ or off, few-shot count and limit; RUN/eval/harness/ has a record a document and 
 in place of the hub. After an interruption the same command asks only what was not yet answered.
 """
 
-import sftlab.quiet  # noqa: I001  (before the libraries that it quiets)
-import sftlab.libraries  # noqa: F401
+import sftlab.startup.filter_warnings  # noqa: I001  (before the libraries that it quiets)
+import sftlab.startup.preload  # noqa: F401
 
 import argparse
 import difflib
@@ -34,11 +34,11 @@ from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.tasks import TaskManager
 
 from sftlab.files import write_json
-from sftlab.config import ModelArguments
-from sftlab.pair import answering, finished_run, load_pair, one_sentence, run_tokenizer
-from sftlab.run import SIDES, adapter_hash, environment
-from sftlab.significance import FEW_ROWS, Paired, add_holm, compare, compare_rates, mean, with_counts
-from sftlab.table import aligned, interval, p_value
+from sftlab.config.parser import ModelArguments
+from sftlab.evaluation.base_and_tuned import answering, finished_run, load_pair, one_sentence, run_tokenizer
+from sftlab.runs.run_directory import SIDES, adapter_hash, environment
+from sftlab.evaluation.significance import FEW_ROWS, Paired, add_holm, compare, compare_rates, mean, with_counts
+from sftlab.tables import aligned, interval, p_value
 
 LOCAL_TASKS = str(Path(__file__).parent / "tasks")
 SEED = 1234  # lm-eval's own, of the few-shot examples

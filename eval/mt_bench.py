@@ -9,8 +9,8 @@ plot, and every prompt, answer, judgement and rating in mt_bench-judgements-*.js
 they come: the same command goes on after a kill, and scores again without a GPU.
 """
 
-import sftlab.quiet  # noqa: I001  (before the libraries that it quiets)
-import sftlab.libraries  # noqa: F401
+import sftlab.startup.filter_warnings  # noqa: I001  (before the libraries that it quiets)
+import sftlab.startup.preload  # noqa: F401
 
 import argparse
 import sys
@@ -23,13 +23,13 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from sftlab.canary import UNPARSED_REFUSED, UNPARSED_SAID, spread
-from sftlab.contestants import Contestants, refuse_twins
-from sftlab.generate import Answer, AnswerFile, Sampling, answer_facts, digest
-from sftlab.judge import add_judge_flags, judge_from
-from sftlab.judged import canary_table, judgement_hashes, keep_entry, title_hash, write_records
-from sftlab.pair import finished_run, one_sentence
-from sftlab.ratings import (
+from sftlab.judging.sanity_checks import UNPARSED_REFUSED, UNPARSED_SAID, spread
+from sftlab.judging.model_answers import Contestants, refuse_twins
+from sftlab.evaluation.generation import Answer, AnswerFile, Sampling, answer_facts, digest
+from sftlab.judging.judges import add_judge_flags, judge_from
+from sftlab.judging.judgement_files import canary_table, judgement_hashes, keep_entry, title_hash, write_records
+from sftlab.evaluation.base_and_tuned import finished_run, one_sentence
+from sftlab.judging.ratings import (
     Answered,
     Question,
     Rated,
@@ -40,9 +40,9 @@ from sftlab.ratings import (
     right_over_shuffled,
     unparsed,
 )
-from sftlab.run import SIDES, adapter_hash, environment
-from sftlab.significance import FEW_ROWS, RESAMPLES
-from sftlab.table import aligned, interval, p_value, percent
+from sftlab.runs.run_directory import SIDES, adapter_hash, environment
+from sftlab.evaluation.significance import FEW_ROWS, RESAMPLES
+from sftlab.tables import aligned, interval, p_value, percent
 
 COLOURS = {"base": "0.6", "tuned": "tab:blue"}
 

@@ -7,8 +7,8 @@ switched off and on). Writes RUN/eval/quality.json and, one record a row, RUN/ev
 RUN/eval/answers-*.jsonl as they are generated: started again after a kill, it goes on from there.
 """
 
-import sftlab.quiet  # noqa: I001  (before the libraries that it quiets)
-import sftlab.libraries  # noqa: F401
+import sftlab.startup.filter_warnings  # noqa: I001  (before the libraries that it quiets)
+import sftlab.startup.preload  # noqa: F401
 
 import argparse
 import json
@@ -25,7 +25,7 @@ from transformers import PreTrainedTokenizerBase
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from sftlab.files import write_json
-from sftlab.generate import (
+from sftlab.evaluation.generation import (
     BATCHES_WORTH_COMPILING,
     AnswerFile,
     Generator,
@@ -35,13 +35,20 @@ from sftlab.generate import (
     generation_facts,
     longest_prompt,
 )
-from sftlab.heldout import HeldOut, Rows, held_out, select
-from sftlab.likelihood import Likelihood, likelihood, nats_of_the_token_read
-from sftlab.pair import answering, finished_run, load_pair, model_settings, run_tokenizer, one_sentence
-from sftlab.run import SIDES, adapter_hash, environment
-from sftlab.scores import NAMES, ROUGE_SIGNATURE, Bleu, paired_scores, score_texts
-from sftlab.significance import FEW_ROWS, add_holm, compare, method
-from sftlab.table import aligned, interval, p_value, preview
+from sftlab.evaluation.held_out import HeldOut, Rows, held_out, select
+from sftlab.models.likelihood import Likelihood, likelihood, nats_of_the_token_read
+from sftlab.evaluation.base_and_tuned import (
+    answering,
+    finished_run,
+    load_pair,
+    model_settings,
+    run_tokenizer,
+    one_sentence,
+)
+from sftlab.runs.run_directory import SIDES, adapter_hash, environment
+from sftlab.evaluation.text_metrics import NAMES, ROUGE_SIGNATURE, Bleu, paired_scores, score_texts
+from sftlab.evaluation.significance import FEW_ROWS, add_holm, compare, method
+from sftlab.tables import aligned, interval, p_value, preview
 
 SHOWN_PROMPTS = 3
 

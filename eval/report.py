@@ -4,7 +4,7 @@ python eval/report.py --runs runs --out results/report [--axis lora_r lora_targe
     [--allow-confounded]
 
 Reads run.json and what eval/ wrote beside it; writes OUT/report.md, runs.csv and plots (PNG and SVG). Refuses runs that
-differ in more than the axis asked for; sftlab/confound.py knows what follows from which axis.
+differ in more than the axis asked for; sftlab/comparison/comparability.py knows what follows from which axis.
 """
 
 import argparse
@@ -21,12 +21,12 @@ import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 
-from sftlab import confound
-from sftlab.evidence import Evidence, about, compare_tuned, figures, find_runs, read_evidence, twins
-from sftlab.run import SIDES
-from sftlab.scores import NAMES
-from sftlab.significance import RESAMPLES, add_holm
-from sftlab.table import aligned, interval, markdown, p_value, preview, without_empty_columns, write_csv
+from sftlab.comparison import comparability
+from sftlab.comparison.run_results import Evidence, about, compare_tuned, figures, find_runs, read_evidence, twins
+from sftlab.evaluation.significance import RESAMPLES, add_holm
+from sftlab.evaluation.text_metrics import NAMES
+from sftlab.runs.run_directory import SIDES
+from sftlab.tables import aligned, interval, markdown, p_value, preview, without_empty_columns, write_csv
 
 SHOWN = ("response_perplexity", "bleu", "rougeL")
 # CSV column: its heading in the table, and how a figure is written there
@@ -85,25 +85,25 @@ def main(argv: list[str]) -> None:
 
 def judge(runs: dict[str, Evidence], asked: list[str], allow: bool) -> Report:
     """Settle the axes and collect what a reader must know; ValueError where the runs differ in more."""
-    settings = {name: confound.settings(one.run, one.quality, one.judged) for name, one in runs.items()}
-    axes = confound.settle_axes(settings, asked, allow)
-    order = sorted(runs, key=lambda name: ([confound.in_order(settings[name].value(axis)) for axis in axes], name))
+    settings = {name: comparability.settings(one.run, one.quality, one.judged) for name, one in runs.items()}
+    axes = comparability.settle_axes(settings, asked, allow)
+    order = sorted(runs, key=lambda name: ([comparability.in_order(settings[name].value(axis)) for axis in axes], name))
     runs, settings = {name: runs[name] for name in order}, {name: settings[name] for name in order}
-    left = confound.differences(settings, axes)
-    confounders = confound.describe(left)
+    left = comparability.differences(settings, axes)
+    confounders = comparability.describe(left)
     rows = {name: {"run": name, "confounded": "; ".join(confounders) or "no"} for name in order}
     for name, row in rows.items():
-        row |= {f"axis {axis}": confound.short(settings[name].value(axis)) for axis in axes}
+        row |= {f"axis {axis}": comparability.short(settings[name].value(axis)) for axis in axes}
         row |= figures(runs[name], settings[name].facts)
-    follows = {k: v for k, v in confound.differences(settings).items() if k not in {*left, *axes, *COLUMNS}}
+    follows = {k: v for k, v in comparability.differences(settings).items() if k not in {*left, *axes, *COLUMNS}}
     none = "none" if left else "none, all settings are equal"
     notes = [f"axis: {', '.join(axes) or none}{'' if asked or not axes else ' (inferred)'}"]
-    notes += [f"differs with the axis: {line}" for line in confound.describe(follows)]
+    notes += [f"differs with the axis: {line}" for line in comparability.describe(follows)]
     commits = {name: one.run.get("git_commit") for name, one in runs.items()}
     if len(set(commits.values())) > 1:
-        notes += confound.describe({"code differs, git_commit": commits})
+        notes += comparability.describe({"code differs, git_commit": commits})
     repeated = False
-    for group in confound.replicas(settings):
+    for group in comparability.replicas(settings):
         found = [rows[name]["tokens_per_s"] or 0.0 for name in group]
         ends = f"{min(found):,.0f} to {max(found):,.0f} real tokens/s"
         if all(found):
@@ -114,7 +114,7 @@ def judge(runs: dict[str, Evidence], asked: list[str], allow: bool) -> Report:
     warnings = [f"{name}: {what}, of another adapter than the run's; evaluate it again" for name, what in stale.items()]
     for axis in (axis for axis in axes if len({row[f"axis {axis}"] for row in rows.values()}) == 1 < len(rows)):
         warnings.append(f"the runs do not differ in {axis}")
-    for a, b in confound.moving_together(settings, axes):
+    for a, b in comparability.moving_together(settings, axes):
         warnings.append(f"{a} and {b} change together: what one does cannot be told from what the other does")
     for a, b, same in twins(runs):
         alike = {what.partition(" (")[0] for what in same.split(", ")} == {"answers"}

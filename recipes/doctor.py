@@ -7,7 +7,7 @@ One line a check: fine, warning or fails. With a recipe, its launch is rehearsed
 would be launched, into a folder that is thrown away. Ends with status 1 where something fails.
 """
 
-import sftlab.quiet  # noqa: F401, I001  (before the libraries that it quiets)
+import sftlab.startup.filter_warnings  # noqa: F401, I001  (before the libraries that it quiets)
 
 import argparse
 import os
@@ -19,7 +19,7 @@ import tempfile
 from pathlib import Path
 
 try:
-    from sftlab.checkup import FAILS, FINE, Finding, examine
+    from sftlab.planning.machine_checks import FAILS, FINE, Finding, examine
 except ModuleNotFoundError as error:
     sys.exit(
         f"fails    packages       missing: {error.name}\n{'':<24}-> `make setup`, or pip install -r requirements.txt"

@@ -10,8 +10,8 @@ model; rows count as `max_length` tokens then, unless said. `--compare` plans th
 Short steps wait for the host: `--host_us` is what recipes/doctor.py says of it, and `--gpu here` measures it.
 """
 
-import sftlab.quiet  # noqa: I001  (before the libraries that it quiets)
-import sftlab.libraries  # noqa: F401
+import sftlab.startup.filter_warnings  # noqa: I001  (before the libraries that it quiets)
+import sftlab.startup.preload  # noqa: F401
 
 import argparse
 import contextlib
@@ -23,14 +23,14 @@ from typing import Any
 
 from transformers import LlamaConfig, PreTrainedConfig
 
-from sftlab.config import Recipe
-from sftlab.consistency import of_bitsandbytes
-from sftlab.forecast import LIMITS, Forecast, Rows, foresee, measure_rows, most_rows, read_recipe, remedies
-from sftlab.gpus import GPU, GPUS, MEASURED_ON, find_gpu, gpu_seen_as
-from sftlab.launch import exported, launched
-from sftlab.model import load_config, load_tokenizer
-from sftlab.shapes import SHAPES
-from sftlab.table import aligned, figure, read_csv
+from sftlab.config.parser import Recipe
+from sftlab.config.validation import of_bitsandbytes
+from sftlab.planning.plan import LIMITS, Forecast, Rows, foresee, measure_rows, most_rows, read_recipe, remedies
+from sftlab.planning.gpu_specs import GPU, GPUS, MEASURED_ON, find_gpu, gpu_seen_as
+from sftlab.config.launch import exported, launched
+from sftlab.models.loading import load_config, load_tokenizer
+from sftlab.models.random_models import SHAPES
+from sftlab.tables import aligned, figure, read_csv
 
 ROOT = Path(__file__).parent.parent
 GB = 2**30

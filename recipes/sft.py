@@ -4,13 +4,13 @@ accelerate launch --config_file accelerate_configs/cpu.yaml recipes/sft.py --con
 accelerate launch --config_file accelerate_configs/ddp.yaml recipes/sft.py \
     --config recipes/llama3.2-1b/attn_r16.yaml [--any_field value]
 
-Fields are those of trl's ModelConfig and SFTConfig and of sftlab/config.py; the command line beats the YAML. Start the
+Fields are those of trl's ModelConfig and SFTConfig and of sftlab/config/parser.py; the command line beats the YAML. Start the
 same command again after an interruption, and it continues. A finished run is replaced only with --overwrite.
 """
 
-import sftlab.quiet  # noqa: I001  (before the libraries that it quiets)
-import sftlab.settle  # before they see the devices
-import sftlab.libraries  # noqa: F401
+import sftlab.startup.filter_warnings  # noqa: I001  (before the libraries that it quiets)
+import sftlab.startup.single_process  # before they see the devices
+import sftlab.startup.preload  # noqa: F401
 
 import atexit
 import faulthandler
@@ -27,23 +27,23 @@ from accelerate.utils import broadcast_object_list
 from torch.utils.data import IterableDataset
 from transformers import PreTrainedTokenizerBase
 
-from sftlab.config import Recipe, parse_recipe
-from sftlab.data import Splits, load_splits
-from sftlab.deterministic import compute_deterministically
-from sftlab.fastpath import FastPath, choose, start_compilers
+from sftlab.config.parser import Recipe, parse_recipe
+from sftlab.data.splits import Splits, load_splits
+from sftlab.training.determinism import compute_deterministically
+from sftlab.fastpath.selection import FastPath, choose, start_compilers
 from sftlab.files import sync, sync_tree
-from sftlab.forecast import planned_memory
-from sftlab.interrupt import Stopped, StopOnSignal
-from sftlab.launch import COMPUTE_DTYPE, PRECISIONS, Launch, check_devices, use_all_cpu_cores
-from sftlab.measure import peak_memory, share_of_limit
-from sftlab.model import check_target_modules, load_config, load_tokenizer
-from sftlab.packing import refuse_few_rows
-from sftlab.ran import length_facts, refuse_lost_rows, what_ran
-from sftlab.resume import is_full
-from sftlab.run import Run, Start, environment, must_match
-from sftlab.template import set_template, template_hash
-from sftlab.tokens import refuse_other_encoding
-from sftlab.trainer import LabTrainer, build_trainer
+from sftlab.planning.plan import planned_memory
+from sftlab.training.stop_on_signal import Stopped, StopOnSignal
+from sftlab.config.launch import COMPUTE_DTYPE, PRECISIONS, Launch, check_devices, use_all_cpu_cores
+from sftlab.measurement.throughput import peak_memory, share_of_limit
+from sftlab.models.loading import check_target_modules, load_config, load_tokenizer
+from sftlab.data.collator import refuse_few_rows
+from sftlab.training.verification import length_facts, refuse_lost_rows, what_ran
+from sftlab.training.checkpointing import is_full
+from sftlab.runs.run_directory import Run, Start, environment, must_match
+from sftlab.data.chat_template import set_template, template_hash
+from sftlab.data.tokenized_dataset import refuse_other_encoding
+from sftlab.training.trainer import LabTrainer, build_trainer
 
 
 def main(argv: list[str]) -> None:

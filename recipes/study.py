@@ -4,15 +4,15 @@ python recipes/study.py recipes/studies/lora_rank.yaml [--recipe RECIPE.yaml] [-
     [--out results/lora_rank] [--dry-run] [--at_once n] [--task i] [--any_field value]
 python recipes/study.py recipes/studies/precision.yaml --random llama3.2-1b     (speed and memory need no weights)
 
-A study file has an `axis` (fields in which cells may differ; sftlab/confound.py knows what follows from them), `cells`
+A study file has an `axis` (fields in which cells may differ; sftlab/comparison/comparability.py knows what follows from them), `cells`
 (each with recipe fields and `launch`, `processes`, `flags` of its own), `seeds` or `repeats`, the `recipe`, `fields`
 for all, the `reference` cell (the first), `quality: true` for eval/quality.py on every run, and `published` figures.
 Repeats are interleaved. Started again, it skips what is done; what was broken off or failed is trained anew; memory
-that ran out is a result. `--at_once n` starts n trainings beside each other and times them in turn (sftlab/turns.py),
+that ran out is a result. `--at_once n` starts n trainings beside each other and times them in turn (sftlab/comparison/timed_turns.py),
 where the memory has room for them. `--task i` trains the i-th alone (from 0, for a SLURM array), writes no tables.
 """
 
-import sftlab.quiet  # noqa: F401, I001  (before the libraries that it quiets)
+import sftlab.startup.filter_warnings  # noqa: F401, I001  (before the libraries that it quiets)
 
 import argparse
 import shlex
@@ -30,10 +30,9 @@ import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from sftlab.evidence import about, read_evidence
-from sftlab.run import read_run
-from sftlab.study import GIVEN, Study, check, load
-from sftlab.summary import (
+from sftlab.comparison.run_results import about, read_evidence
+from sftlab.comparison.study_file import GIVEN, Study, check, load
+from sftlab.comparison.study_summary import (
     COUNTS,
     MEASURED,
     TITLES,
@@ -46,8 +45,7 @@ from sftlab.summary import (
     summarise,
     table,
 )
-from sftlab.table import aligned, figure, markdown, write_csv
-from sftlab.tasks import (
+from sftlab.comparison.study_tasks import (
     ROOT,
     Task,
     begin,
@@ -59,7 +57,9 @@ from sftlab.tasks import (
     ran_out,
     result,
 )
-from sftlab.turns import Command, in_turn
+from sftlab.comparison.timed_turns import Command, in_turn
+from sftlab.runs.run_directory import read_run
+from sftlab.tables import aligned, figure, markdown, write_csv
 
 # Each in its panel: the first of a line that was measured.
 PLOTTED = (
@@ -151,7 +151,7 @@ def train(tasks: list[Task], at_once: int = 1, random: tuple[str, int] | None = 
         else:
             todo.append(task)
     if todo and random:
-        from sftlab.shapes import make_random_files  # it takes transformers with it
+        from sftlab.models.random_models import make_random_files  # it takes transformers with it
 
         make_random_files(*random)
     began = said_at = time.monotonic()

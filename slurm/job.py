@@ -25,9 +25,9 @@ from typing import Any
 
 import psutil
 
-from sftlab.child import Child
-from sftlab.run import Run, read_run
-from sftlab.settings import read_yaml
+from sftlab.child_process import Child
+from sftlab.runs.run_directory import Run, read_run
+from sftlab.yaml_files import read_yaml
 
 REQUEUED_S = 120
 PATHS = "paths are those of the project's folder"

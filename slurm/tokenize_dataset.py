@@ -9,7 +9,7 @@ the same command again after an interruption: whole shards are kept. Under Slurm
 and this folder must be where every node sees them.
 """
 
-import sftlab.quiet  # noqa: F401, I001  (before the libraries that it quiets)
+import sftlab.startup.filter_warnings  # noqa: F401, I001  (before the libraries that it quiets)
 
 import argparse
 import ctypes
@@ -34,14 +34,14 @@ from dask_jobqueue import SLURMCluster
 from datasets import Dataset
 from tqdm import tqdm
 
-from sftlab.data import Converter, read_source
-from sftlab.encoder import Encoder
-from sftlab.shards import begin, convert_counting, finish, finished_records, place_of, tokenize_shard
-from sftlab.table import aligned
-from sftlab.tokens import backend_text, encoding_settings
+from sftlab.data.splits import Converter, read_source
+from sftlab.data.batch_encoder import Encoder
+from sftlab.data.shard_writer import begin, convert_counting, finish, finished_records, place_of, tokenize_shard
+from sftlab.tables import aligned
+from sftlab.data.tokenized_dataset import backend_text, encoding_settings
 
 if TYPE_CHECKING:
-    from sftlab.config import Recipe
+    from sftlab.config.parser import Recipe
 
 # Every local worker imports this file when it starts: what would bring torch along is imported where it is used.
 PROBED_ROWS = 256
@@ -56,8 +56,8 @@ def main(argv: list[str]) -> None:
     """Check everything, then tokenize, put together and say what came of it."""
     try:
         arguments, fields = parse_arguments(argv)
-        from sftlab.config import parse_recipe
-        from sftlab.launch import Launch
+        from sftlab.config.launch import Launch
+        from sftlab.config.parser import parse_recipe
 
         recipe = parse_recipe(fields, Launch.from_environment())
         places, settings, backend, encoder = prepare(recipe, arguments)
@@ -104,8 +104,8 @@ def prepare(recipe: "Recipe", arguments: argparse.Namespace) -> tuple[list[bytes
 
     The first rows are converted and encoded here, so that a mistake is found before any worker starts.
     """
-    from sftlab.model import load_tokenizer
-    from sftlab.template import set_template
+    from sftlab.data.chat_template import set_template
+    from sftlab.models.loading import load_tokenizer
 
     data, model = recipe.data, recipe.model
     if data.dataset_streaming:
@@ -279,7 +279,7 @@ def plot_lengths(lengths: np.ndarray, limit: int | None, path: Path) -> None:
 
 def filled(lengths: np.ndarray, micro_batch: int) -> tuple[float, float]:
     """Share of real tokens in micro-batches of rows in random order: padded to the longest, and packed."""
-    from sftlab.packing import TOKENS_MULTIPLE
+    from sftlab.data.collator import TOKENS_MULTIPLE
 
     order = np.random.default_rng(0).permutation(lengths)[: 10_000 * micro_batch]
     whole = order[: len(order) - len(order) % micro_batch] if len(order) > micro_batch else order

@@ -16,9 +16,9 @@ from serving import serve
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from sftlab import interrupt
+from sftlab.config.launch import exported
 from sftlab.files import write_json
-from sftlab.launch import exported
+from sftlab.training import stop_on_signal
 
 ROOT = Path(__file__).parent.parent
 SHARED = ROOT.parent / "shared" / "data"
@@ -140,7 +140,7 @@ def sft():
 @pytest.fixture
 def handlers():
     """What a training in this process does with signals ends with the test."""
-    before = {number: signal.getsignal(number) for number in interrupt.SIGNALS}
+    before = {number: signal.getsignal(number) for number in stop_on_signal.SIGNALS}
     yield
     for number, handler in before.items():
         signal.signal(number, handler)

@@ -6,9 +6,9 @@ With SCALED in the environment the loss is scaled as under fp16, which itself ne
 they are clipped there, which accelerate does for fp16 alone.
 """
 
-import sftlab.quiet  # noqa: I001  (before the libraries that it quiets)
-import sftlab.settle  # before they see the devices
-import sftlab.libraries  # noqa: F401
+import sftlab.startup.filter_warnings  # noqa: I001  (before the libraries that it quiets)
+import sftlab.startup.single_process  # before they see the devices
+import sftlab.startup.preload  # noqa: F401
 
 import os
 import sys

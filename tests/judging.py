@@ -10,11 +10,11 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
-from sftlab.config import parse_recipe
-from sftlab.contestants import Contestants
-from sftlab.generate import Answer
-from sftlab.launch import Launch
-from sftlab.template import set_template, template_hash
+from sftlab.config.launch import Launch
+from sftlab.config.parser import parse_recipe
+from sftlab.data.chat_template import set_template, template_hash
+from sftlab.evaluation.generation import Answer
+from sftlab.judging.model_answers import Contestants
 
 
 def untrained_run(base: Path, folder: Path) -> Path:

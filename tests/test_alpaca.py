@@ -7,10 +7,10 @@ import pytest
 from conftest import SHARED, load_script, needs_shared
 from judging import ScriptedJudge, canned, entry, lines, longer_output, no_hub
 
-from sftlab import length
-from sftlab import outputs as outputs_module
-from sftlab.generate import digest
-from sftlab.judge import load_format
+from sftlab.evaluation.generation import digest
+from sftlab.judging import alpaca_files as outputs_module
+from sftlab.judging import length_control
+from sftlab.judging.judges import load_format
 
 ROWS = 40
 QUESTIONS = [f"What is the number {i} in words?" for i in range(ROWS)]
@@ -43,7 +43,7 @@ def evaluate(alpaca, run, reference, monkeypatch):
         }
         canned(monkeypatch, said["base"], said["tuned"])
         judge = judge or ScriptedJudge(rule)
-        monkeypatch.setattr(length, "RESAMPLES", 20)
+        monkeypatch.setattr(length_control, "RESAMPLES", 20)
         monkeypatch.setattr(alpaca, "judge_from", lambda _: (judge, load_format(style)))
         alpaca.main(["--run", str(run), "--judge", "scripted", "--reference", reference, *flags])
         return entry(run)
@@ -257,9 +257,9 @@ def test_limit_takes_the_first_and_entries_of_other_judges_stay(evaluate, run):
 def test_the_name_alpacaeval_2_stands_for_its_judge_reference_and_instructions(alpaca, run, monkeypatch, capsys):
     """The whole path with alpaca-eval's annotators; in place of the API a model that prefers the longer output."""
     monkeypatch.setenv("OPENAI_API_KEY", "none")
-    monkeypatch.setattr(length, "RESAMPLES", 5)
+    monkeypatch.setattr(length_control, "RESAMPLES", 5)
     standin = SHARED / "alpaca_eval" / "df_gamed_standin.csv"
-    monkeypatch.setattr(length.alpaca_metrics(), "hf_hub_download", lambda **_: standin)
+    monkeypatch.setattr(length_control.alpaca_metrics(), "hf_hub_download", lambda **_: standin)
     monkeypatch.setattr("alpaca_eval.decoders.openai.openai_completions", longer_output)
     monkeypatch.setattr(outputs_module, "_ALPACA_EVAL", digest(QUESTIONS))
     path = outputs(run.parent / "published.json", RIGHT, "gpt4_1106_preview")

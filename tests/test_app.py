@@ -14,11 +14,11 @@ import pytest
 from conftest import ROOT, load_script, read
 from serving import serve, waits_for
 
-from sftlab import votes
-from sftlab.chat import Chat, Piece, Settings
-from sftlab.conversation import Turn, column, history, inert, saved
-from sftlab.gate import accounts
-from sftlab.lab import Lab
+from sftlab.chat import votes
+from sftlab.chat.conversation import Turn, column, history, inert, saved
+from sftlab.chat.engine import Chat, Piece, Settings
+from sftlab.chat.request_filter import accounts
+from sftlab.chat.service import Lab
 
 pytest.importorskip("gradio", reason="gradio is not installed")
 from gradio_client import Client
@@ -234,7 +234,7 @@ class Recorder:
 
 @pytest.fixture
 def page(app, offered, tmp_path, monkeypatch):
-    monkeypatch.setattr("sftlab.lab.Chat", Recorder)
+    monkeypatch.setattr("sftlab.chat.service.Chat", Recorder)
     return app.Page(Lab(offered, offered / "second", offered, tmp_path / "votes.jsonl", True))
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from serving import waits_for
 
-from sftlab import votes
+from sftlab.chat import votes
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "google-chrome", "chromium-browser"))), None)

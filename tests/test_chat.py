@@ -24,11 +24,11 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from sftlab.chat import UPDATE_S, Chat, Settings, _Draw
-from sftlab.generate import Generator, Sampling
-from sftlab.pair import answering, finished_run, load_pair
-from sftlab.run import SIDES
-from sftlab.template import prompt_ids
+from sftlab.chat.engine import UPDATE_S, Chat, Settings, _Draw
+from sftlab.data.chat_template import prompt_ids
+from sftlab.evaluation.base_and_tuned import answering, finished_run, load_pair
+from sftlab.evaluation.generation import Generator, Sampling
+from sftlab.runs.run_directory import SIDES
 
 QUESTION = [{"role": "user", "content": "Repeat the number 7 in words."}]
 TALK = [
@@ -98,7 +98,7 @@ def written(chat, text=None, seconds=0.002):
 
     hook = chat._model.get_base_model().lm_head.register_forward_hook(script)
     try:
-        with patch("sftlab.chat.UPDATE_S", 0):
+        with patch("sftlab.chat.engine.UPDATE_S", 0):
             yield steps
     finally:
         hook.remove()

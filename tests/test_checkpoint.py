@@ -7,9 +7,9 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils.tensorboard import SummaryWriter
 
-from sftlab import curves, progress
-from sftlab.checkpoint import MANIFEST, in_order, newest_valid, remove, rotate, seal, verify
 from sftlab.files import write_json
+from sftlab.runs import progress, tensorboard_curves
+from sftlab.runs.checkpoint_manifest import MANIFEST, in_order, newest_valid, remove, rotate, seal, verify
 
 
 def saved(run, step, sealed=True, needs=()):
@@ -121,7 +121,7 @@ def test_a_deletion_that_was_cut_short_leaves_nothing_that_counts(tmp_path, monk
 
 def test_a_manifest_of_another_format_is_not_read(tmp_path, monkeypatch):
     folder = saved(tmp_path, 3)
-    monkeypatch.setattr("sftlab.checkpoint.FORMAT", 2)
+    monkeypatch.setattr("sftlab.runs.checkpoint_manifest.FORMAT", 2)
     with pytest.raises(ValueError, match="has format 1, this version reads 2"):
         verify(folder)
 
@@ -158,7 +158,7 @@ def test_curves_are_cut_at_the_checkpoint(logged):
     folder, history = logged
     (path,) = folder.iterdir()
     path.write_bytes(path.read_bytes()[:-7])  # the last record was cut off by the kill
-    assert curves.restore(folder, history, step=5, saved=105.5) == 0
+    assert tensorboard_curves.restore(folder, history, step=5, saved=105.5) == 0
     assert read_curves(folder) == {"train/loss": [(s, s / 10) for s in range(1, 6)]}
     events = EventAccumulator(str(folder)).Reload()
     assert "args/text_summary" in events.Tags()["tensors"]
@@ -171,9 +171,9 @@ def test_curves_that_were_lost_are_written_anew(logged, fault):
     (path,) = folder.iterdir()
     path.write_bytes(path.read_bytes()[:200])
     fault(path)
-    assert curves.restore(folder, history, step=5, saved=105.5) > 0
+    assert tensorboard_curves.restore(folder, history, step=5, saved=105.5) > 0
     assert read_curves(folder) == {"train/loss": [(s, s / 10) for s in range(1, 6)]}
-    assert curves.restore(folder, history, step=5, saved=105.5) == 0
+    assert tensorboard_curves.restore(folder, history, step=5, saved=105.5) == 0
 
 
 def test_progress_outlives_its_writer_and_says_what_was_lost(tmp_path):

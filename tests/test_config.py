@@ -6,9 +6,9 @@ import pytest
 import yaml
 from conftest import ROOT, arguments
 
-from sftlab.config import parse_recipe
-from sftlab.launch import Launch
-from sftlab.settings import read_yaml
+from sftlab.config.launch import Launch
+from sftlab.config.parser import parse_recipe
+from sftlab.yaml_files import read_yaml
 
 RECIPES = sorted(p for p in (ROOT / "recipes").glob("*/*.yaml") if p.parent.name != "studies")
 TARGETS = {

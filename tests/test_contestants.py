@@ -3,11 +3,11 @@
 import pytest
 from conftest import read
 
-from sftlab import contestants as module
-from sftlab.contestants import Contestants
-from sftlab.generate import Generator, Sampling
-from sftlab.pair import answering, load_pair
-from sftlab.template import prompt_ids
+from sftlab.data.chat_template import prompt_ids
+from sftlab.evaluation.base_and_tuned import answering, load_pair
+from sftlab.evaluation.generation import Generator, Sampling
+from sftlab.judging import model_answers as module
+from sftlab.judging.model_answers import Contestants
 
 ASKED = [[{"role": "user", "content": f"Question {i}{'!' * (7 * i)}"}] for i in range(5)]
 

@@ -16,17 +16,17 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from test_fastpath import build, train
 from transformers import TrainerCallback
 
-from sftlab import interrupt
-from sftlab.checkpoint import in_order, seal, verify
-from sftlab.config import parse_recipe
-from sftlab.deterministic import compute_deterministically
+from sftlab.config.launch import Launch
+from sftlab.config.parser import parse_recipe
 from sftlab.files import write_json
-from sftlab.interrupt import StopOnSignal, Stopped
-from sftlab.launch import Launch
-from sftlab.ran import what_ran
-from sftlab.resume import NoRoom, dtypes_kept, is_full
-from sftlab.run import adapter_hash
-from sftlab.trainer import LabTrainer
+from sftlab.runs.checkpoint_manifest import in_order, seal, verify
+from sftlab.runs.run_directory import adapter_hash
+from sftlab.training import stop_on_signal
+from sftlab.training.checkpointing import NoRoom, dtypes_kept, is_full
+from sftlab.training.determinism import compute_deterministically
+from sftlab.training.stop_on_signal import StopOnSignal, Stopped
+from sftlab.training.trainer import LabTrainer
+from sftlab.training.verification import what_ran
 
 
 def scalars(run, tag="train/loss"):
@@ -185,7 +185,9 @@ class Room:
 
     def __init__(self, monkeypatch, left):
         self.left = left
-        monkeypatch.setattr("sftlab.resume.shutil.disk_usage", lambda path: SimpleNamespace(free=self.left))
+        monkeypatch.setattr(
+            "sftlab.training.checkpointing.shutil.disk_usage", lambda path: SimpleNamespace(free=self.left)
+        )
 
 
 def test_a_disk_too_small_for_one_checkpoint_is_refused_before_the_first_step(fields, monkeypatch):
@@ -218,7 +220,7 @@ def test_older_checkpoints_give_way_where_the_recipe_lets_them(fields, monkeypat
     trainer.resume.planned_bytes = lambda: 1 << 20
     left = 5 << 19  # two and a half
     monkeypatch.setattr(
-        "sftlab.resume.shutil.disk_usage",
+        "sftlab.training.checkpointing.shutil.disk_usage",
         lambda path: SimpleNamespace(free=left - (len(in_order(trainer.resume.folder)) << 20)),
     )
     train(trainer)
@@ -250,7 +252,7 @@ def test_the_last_valid_checkpoint_outlives_a_kill_at_any_point_of_saving_the_ne
             raise KeyboardInterrupt
         return seal(*args)
 
-    monkeypatch.setattr("sftlab.resume.seal", sealing)
+    monkeypatch.setattr("sftlab.training.checkpointing.seal", sealing)
     with pytest.raises(KeyboardInterrupt):
         train(trainer)
     verify(trainer.resume.folder / "checkpoint-3")
@@ -366,11 +368,11 @@ def test_one_of_several_ranks_does_not_leave_before_the_others_know(handlers, mo
     stop = StopOnSignal()
     os.kill(os.getpid(), signal.SIGTERM)
     time.sleep(0.05)
-    monkeypatch.setattr("sftlab.interrupt.dist.is_initialized", lambda: True)
-    monkeypatch.setattr("sftlab.interrupt.dist.get_world_size", lambda: 2)
-    monkeypatch.setattr("sftlab.interrupt.dist.new_group", lambda backend: "all")
+    monkeypatch.setattr("sftlab.training.stop_on_signal.dist.is_initialized", lambda: True)
+    monkeypatch.setattr("sftlab.training.stop_on_signal.dist.get_world_size", lambda: 2)
+    monkeypatch.setattr("sftlab.training.stop_on_signal.dist.new_group", lambda backend: "all")
     told = []
-    monkeypatch.setattr("sftlab.interrupt.dist.all_reduce", lambda flag, **kwargs: told.append(int(flag)))
+    monkeypatch.setattr("sftlab.training.stop_on_signal.dist.all_reduce", lambda flag, **kwargs: told.append(int(flag)))
     with pytest.raises(Stopped, match="signal 15"):
         stop.on_train_begin(None, None, None)
     assert told == [signal.SIGTERM]
@@ -382,7 +384,7 @@ def test_a_second_ctrl_c_stops_at_once_but_one_press_counts_once(handlers, monke
     for _ in range(2):
         os.kill(os.getpid(), signal.SIGINT)
         time.sleep(0.05)
-    monkeypatch.setattr(interrupt, "ONE_PRESS_S", 0.0)
+    monkeypatch.setattr(stop_on_signal, "ONE_PRESS_S", 0.0)
     with pytest.raises(Stopped):
         os.kill(os.getpid(), signal.SIGINT)
         time.sleep(1)

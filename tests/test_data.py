@@ -6,8 +6,8 @@ import pandas as pd
 import pytest
 from conftest import SHARED, instruction_rows, needs_shared, write_jsonl
 
-from sftlab.config import DataArguments
-from sftlab.data import SPLITS, load_splits, split_index
+from sftlab.config.parser import DataArguments
+from sftlab.data.splits import SPLITS, load_splits, split_index
 
 QUESTION, ANSWER = "What is two and two?", "Four."
 SHAPED = {

@@ -13,10 +13,10 @@ from peft import PeftConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
-from sftlab import demo
-from sftlab.config import DataArguments
-from sftlab.data import load_splits
-from sftlab.template import encode
+from sftlab.config.parser import DataArguments
+from sftlab.data.chat_template import encode
+from sftlab.data.splits import load_splits
+from sftlab.models import demo
 
 
 def build(out: Path, *flags: str) -> subprocess.CompletedProcess:

@@ -10,8 +10,8 @@ import pytest
 import torch
 from conftest import ROOT, arguments, load_script
 
-from sftlab import checkup
-from sftlab.checkup import FAILS, FINE, WARNING, Finding
+from sftlab.planning import machine_checks
+from sftlab.planning.machine_checks import FAILS, FINE, WARNING, Finding
 
 RECIPE = ["--config", "recipes/llama3.2-1b/attn_r16.yaml"]
 
@@ -61,7 +61,7 @@ def test_a_missing_package_is_said_before_anything_needs_it(tmp_path):
 
 def test_the_machine_is_examined(tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    found = {finding.what: finding for finding in checkup.examine(tmp_path / "runs")}
+    found = {finding.what: finding for finding in machine_checks.examine(tmp_path / "runs")}
     assert {"python", "packages", "CUDA", "bitsandbytes", "disk", "hub", "SLURM"} <= set(found)
     assert all(finding.todo for finding in found.values() if finding.level != FINE)
     assert found["python"].level == FINE
@@ -70,29 +70,29 @@ def test_the_machine_is_examined(tmp_path, monkeypatch):
 
 def test_what_is_missing_is_found(monkeypatch, tmp_path):
     monkeypatch.setattr(sys, "version_info", (3, 10, 1))
-    assert checkup.check_python().level == FAILS
-    monkeypatch.setattr(checkup, "ROOT", tmp_path)
+    assert machine_checks.check_python().level == FAILS
+    monkeypatch.setattr(machine_checks, "ROOT", tmp_path)
     (tmp_path / "requirements.txt").write_text("torch==0.1\nno-such-package==1.0\n-e .\n")
-    assert checkup.check_packages().seen == "missing: no-such-package"
+    assert machine_checks.check_packages().seen == "missing: no-such-package"
     (tmp_path / "requirements.txt").write_text("torch==0.1\n")
-    assert "(0.1 was tested)" in checkup.check_packages().seen
-    monkeypatch.setattr(checkup.shutil, "disk_usage", lambda _: SimpleNamespace(free=2**30))
-    assert checkup.check_disk(tmp_path / "not" / "there").level == FAILS
-    monkeypatch.setattr(checkup.shutil, "which", lambda _: None)
+    assert "(0.1 was tested)" in machine_checks.check_packages().seen
+    monkeypatch.setattr(machine_checks.shutil, "disk_usage", lambda _: SimpleNamespace(free=2**30))
+    assert machine_checks.check_disk(tmp_path / "not" / "there").level == FAILS
+    monkeypatch.setattr(machine_checks.shutil, "which", lambda _: None)
     monkeypatch.delenv("CC", raising=False)
-    assert checkup.check_compiler().level == FAILS
-    assert checkup.check_slurm().level == FINE
-    assert checkup.check_float8((8, 0), "A100").level == WARNING
-    assert checkup.check_float8((9, 0), "H200").level == FINE
-    monkeypatch.setattr(checkup, "ask", lambda *_: "550.1")
+    assert machine_checks.check_compiler().level == FAILS
+    assert machine_checks.check_slurm().level == FINE
+    assert machine_checks.check_float8((8, 0), "A100").level == WARNING
+    assert machine_checks.check_float8((9, 0), "H200").level == FINE
+    monkeypatch.setattr(machine_checks, "ask", lambda *_: "550.1")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.version, "cuda", None)
-    assert "CPU build, and there is a GPU" in checkup.check_cuda().seen
+    assert "CPU build, and there is a GPU" in machine_checks.check_cuda().seen
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    assert "hides the GPUs" in checkup.check_cuda().seen
+    assert "hides the GPUs" in machine_checks.check_cuda().seen
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
-    assert "update the driver" in checkup.check_cuda().todo
+    assert "update the driver" in machine_checks.check_cuda().todo
 
 
 @pytest.mark.parametrize(

@@ -17,16 +17,17 @@ from torch.nn.functional import scaled_dot_product_attention
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback
 
-from sftlab import fastpath, loss, packing, varlen
-from sftlab.config import parse_recipe
-from sftlab.data import load_splits
-from sftlab.fp8 import FrozenFloat8Linear, freeze_in_float8
-from sftlab.launch import Launch
-from sftlab.measure import flops_per_token
-from sftlab.model import load_config, load_tokenizer
-from sftlab.packing import TILE, BalancedSampler
-from sftlab.template import set_template
-from sftlab.trainer import LabTrainer, build_trainer
+from sftlab.config.launch import Launch
+from sftlab.config.parser import parse_recipe
+from sftlab.data import collator
+from sftlab.data.chat_template import set_template
+from sftlab.data.collator import TILE, BalancedSampler
+from sftlab.data.splits import load_splits
+from sftlab.fastpath import fused_loss, selection, varlen_attention
+from sftlab.fastpath.float8 import FrozenFloat8Linear, freeze_in_float8
+from sftlab.measurement.throughput import flops_per_token
+from sftlab.models.loading import load_config, load_tokenizer
+from sftlab.training.trainer import LabTrainer, build_trainer
 
 
 def reference_attention(query, key, value, table, scale):
@@ -45,8 +46,8 @@ def reference_attention(query, key, value, table, scale):
 @pytest.fixture
 def on_a_cpu(monkeypatch):
     """Let packing run here, with the reference attention."""
-    monkeypatch.setattr(varlen, "why_not", lambda config, model_class: None)
-    monkeypatch.setattr(varlen, "varlen_attention", reference_attention)
+    monkeypatch.setattr(varlen_attention, "why_not", lambda config, model_class: None)
+    monkeypatch.setattr(varlen_attention, "varlen_attention", reference_attention)
 
 
 def build(fields: dict[str, str], **more: object) -> LabTrainer:
@@ -57,7 +58,7 @@ def build(fields: dict[str, str], **more: object) -> LabTrainer:
     tokenizer = load_tokenizer(model.model_name_or_path, model.model_revision, args)
     set_template(tokenizer, args.chat_template_path)
     config = load_config(model.model_name_or_path, model.model_revision, args)
-    fast = fastpath.choose(recipe, config, launch)
+    fast = selection.choose(recipe, config, launch)
     args.disable_tqdm, args.report_to = True, []
     return build_trainer(recipe, launch, fast, tokenizer, load_splits(recipe.data))
 
@@ -186,7 +187,7 @@ class Costs(TorchDispatchMode):
 
 
 def test_a_step_reads_nothing_back_and_holds_one_chunk_of_logits(fields, on_a_cpu, monkeypatch):
-    monkeypatch.setattr(loss, "CHUNK", 50)
+    monkeypatch.setattr(fused_loss, "CHUNK", 50)
     costs = {}
     for name, switch in (("fast", "true"), ("trl", "false")):
         trainer = build(fields, packing=switch, fused_loss=switch, logging_steps=100)
@@ -252,16 +253,16 @@ def test_the_rehearsed_kernels_are_those_of_every_step(fields, monkeypatch, weig
         called.setdefault("loss", set()).add((logits.shape[1], logits.stride(0), form(logits, *columns)))
         plain(logits, *columns)
 
-    plain = loss.cross_entropy_
-    stub = types.ModuleType("sftlab.kernels")
+    plain = fused_loss.cross_entropy_
+    stub = types.ModuleType("sftlab.fastpath.triton_kernels")
     stub.attention_forward, stub.attention_backward = attention_forward, attention_backward
-    monkeypatch.setitem(sys.modules, "sftlab.kernels", stub)
-    monkeypatch.setattr(varlen, "why_not", lambda config, model_class: None)
-    monkeypatch.setattr(loss, "cross_entropy_", cross_entropy_)
+    monkeypatch.setitem(sys.modules, "sftlab.fastpath.triton_kernels", stub)
+    monkeypatch.setattr(varlen_attention, "why_not", lambda config, model_class: None)
+    monkeypatch.setattr(fused_loss, "cross_entropy_", cross_entropy_)
     trainer = build(fields, packing="true")
     for weight in trainer.model.parameters():
         weight.data = weight.data if weight.requires_grad else weight.data.to(weights)
-    fastpath.rehearse(trainer.model.config, dtype, torch.device("cpu"), fused_loss=True)
+    selection.rehearse(trainer.model.config, dtype, torch.device("cpu"), fused_loss=True)
     rehearsed, called = called, {}
     assert {name: len(forms) for name, forms in rehearsed.items()} == {"forward": 1, "backward": 1, "loss": 1}
     with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
@@ -274,16 +275,16 @@ def test_kernels_are_rehearsed_on_the_gpu_of_the_process(fields, monkeypatch):
     done = []
     note = lambda what: lambda *given: done.append((threading.current_thread().name, what, *given))  # noqa: E731
     monkeypatch.setattr(torch.cuda, "set_device", note("device"))
-    monkeypatch.setattr(fastpath, "rehearse", note("rehearsed"))
+    monkeypatch.setattr(selection, "rehearse", note("rehearsed"))
     recipe = parse_recipe(arguments(fields), Launch.from_environment())
     config = load_config(recipe.model.model_name_or_path, None, recipe.training)
-    fast = fastpath.FastPath(packing=True, compile_layers=False, fused_loss=None, attn_implementation=None)
+    fast = selection.FastPath(packing=True, compile_layers=False, fused_loss=None, attn_implementation=None)
     monkeypatch.setenv("LOCAL_RANK", "1")
-    assert fastpath.start_compilers(recipe, config, fast).exception(20) is None
+    assert selection.start_compilers(recipe, config, fast).exception(20) is None
     gpu = torch.device("cuda", 1)
     assert done == [("rehearsal_0", "device", gpu), ("rehearsal_0", "rehearsed", config, torch.float32, gpu, True)]
     recipe.training.dataset_num_proc = 2
-    assert fastpath.start_compilers(recipe, config, fast).done() and len(done) == 2, "tokenizing forks"
+    assert selection.start_compilers(recipe, config, fast).done() and len(done) == 2, "tokenizing forks"
 
 
 FOUR_BITS = {"load_in_4bit": "true", "use_bnb_nested_quant": "true", "bnb_4bit_quant_type": "nf4"}
@@ -307,7 +308,7 @@ def test_compiled_layers_have_the_gradients_of_uncompiled_ones(fields, on_a_cpu,
             for linear in (m for m in trainer.model.modules() if "quant_state" in vars(m)):
                 linear.weight = torch.nn.Parameter(linear.weight.data, requires_grad=False)
         if compiled:
-            fastpath.compile_layers(trainer.model.get_base_model())
+            selection.compile_layers(trainer.model.get_base_model())
         with torch.autocast("cpu", torch.bfloat16, enabled=weights != "whole"):
             found.append(losses_and_gradients(trainer, examples(5)))
     assert not torch._dynamo.utils.counters["graph_break"]
@@ -356,7 +357,7 @@ def test_a_packed_run_goes_on_in_the_middle_of_an_epoch_as_if_nothing_had_happen
 
 @pytest.mark.parametrize("lengths", [[64], [65], [200, 3, 64], [64, 64, 64, 64], [1, 0]])
 def test_tables_of_tiles_cover_every_token_once_and_are_aligned(lengths):
-    table = packing.tiles(lengths)
+    table = collator.tiles(lengths)
     assert table.shape[1] * 3 * 4 % 16 == 0, "Triton would compile the backward for both alignments"
     ends = [sum(lengths[: i + 1]) for i in range(len(lengths))]
     for half in table.tolist():
@@ -372,9 +373,9 @@ def test_the_loss_does_not_depend_on_the_chunk(monkeypatch):
     positions, targets = torch.randperm(90)[:50], torch.randint(0, 37, (50,))
     found = []
     for chunk in (7, 4096):
-        monkeypatch.setattr(loss, "CHUNK", chunk)
+        monkeypatch.setattr(fused_loss, "CHUNK", chunk)
         mine = hidden.clone().requires_grad_()
-        nats, entropies, hits = loss.FrozenHeadLoss.apply(mine, weight, positions, targets)
+        nats, entropies, hits = fused_loss.FrozenHeadLoss.apply(mine, weight, positions, targets)
         (nats * torch.arange(50.0)).sum().backward()
         found.append((nats, entropies, hits, mine.grad))
     for one, other in zip(*found, strict=True):
@@ -423,9 +424,9 @@ def test_what_cannot_be_had_is_refused(fields, asked, named):
     ],
 )
 def test_layers_of_8_bit_weights_are_not_compiled_under_fsdp(fields, on_a_cpu, monkeypatch, strategy, asked, compiled):
-    monkeypatch.setattr(varlen, "no_triton", lambda: None)
+    monkeypatch.setattr(varlen_attention, "no_triton", lambda: None)
     recipe = parse_recipe(arguments({**fields, **asked}), Launch.from_environment())
-    fast = fastpath.choose(recipe, LlamaConfig(), dataclasses.replace(Launch.from_environment(), strategy=strategy))
+    fast = selection.choose(recipe, LlamaConfig(), dataclasses.replace(Launch.from_environment(), strategy=strategy))
     assert (fast.packing, fast.fused_loss, fast.compile_layers) == (True, None, compiled)
     assert ("compile_layers" in fast.reasons) == (not compiled)
 
@@ -451,13 +452,15 @@ def test_a_head_that_changes_its_logits_keeps_trls_loss(fields, monkeypatch):
 def test_models_whose_attention_the_kernels_do_not_have_are_not_packed(monkeypatch, change, why):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
-    monkeypatch.setattr(varlen, "find_spec", lambda name: name)
+    monkeypatch.setattr(varlen_attention, "find_spec", lambda name: name)
     config = LlamaConfig(hidden_size=64, num_attention_heads=2, num_hidden_layers=2)
-    assert varlen.why_not(config, LlamaForCausalLM) is None
+    assert varlen_attention.why_not(config, LlamaForCausalLM) is None
     for name, value in change.items():
         setattr(config, name, value)
-    assert why in varlen.why_not(config, LlamaForCausalLM)
-    assert "does not take another attention" in varlen.why_not(LlamaConfig(hidden_size=64, num_attention_heads=2), None)
+    assert why in varlen_attention.why_not(config, LlamaForCausalLM)
+    assert "does not take another attention" in varlen_attention.why_not(
+        LlamaConfig(hidden_size=64, num_attention_heads=2), None
+    )
 
 
 def test_a_parameter_that_something_unfroze_stops_the_run(fields, on_a_cpu):

@@ -11,7 +11,7 @@ from conftest import ROOT, launch, launch_command, read, short_fields
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
-from sftlab import sharding
+from sftlab.fastpath import fsdp
 
 IN_BF16 = ("--mixed_precision", "bf16")
 
@@ -102,7 +102,7 @@ def _clip_in_one_of_two(rank: int, store: str, out: str) -> None:
             parameters = [torch.nn.Parameter(distribute_tensor(torch.zeros(n, 5), mesh, [Shard(0)])) for n in (4, 7, 1)]
             for parameter in parameters:
                 parameter.grad = distribute_tensor(torch.randn(parameter.shape), mesh, [Shard(0)])
-            clip = sharding.clip_sharded_ if name == "ours" else torch.nn.utils.clip_grad_norm_
+            clip = fsdp.clip_sharded_ if name == "ours" else torch.nn.utils.clip_grad_norm_
             norm = clip(parameters, max_norm)
             norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
             found[name, max_norm] = [norm, *(parameter.grad.full_tensor() for parameter in parameters)]

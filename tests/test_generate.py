@@ -9,8 +9,8 @@ from conftest import byte_tokenizer
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
-from sftlab.generate import Answer, AnswerFile, Generator, NotANumber, Sampling
-from sftlab.template import Turn, end_of_turn, set_template
+from sftlab.data.chat_template import Turn, end_of_turn, set_template
+from sftlab.evaluation.generation import Answer, AnswerFile, Generator, NotANumber, Sampling
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"

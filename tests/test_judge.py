@@ -11,17 +11,17 @@ from conftest import SHARED, byte_tokenizer, needs_shared
 from judging import ScriptedJudge, longer_output, no_hub
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from sftlab import judge as judging
-from sftlab.annotators import Annotators, official
-from sftlab.canary import Canaries
-from sftlab.generate import AnswerFile
-from sftlab.judge import CUT, LocalJudge, ServerJudge, ask, load_format, longest_fitting
-from sftlab.judged import judgement_hashes
-from sftlab.length import alpaca_metrics, length_controlled
-from sftlab.outputs import read_outputs, read_preferences
-from sftlab.pairwise import Pair, judge_pairs, score, tally
-from sftlab.run import SIDES
-from sftlab.template import set_template
+from sftlab.data.chat_template import set_template
+from sftlab.evaluation.generation import AnswerFile
+from sftlab.judging import judges as judging
+from sftlab.judging.alpaca_annotators import Annotators, official
+from sftlab.judging.alpaca_files import read_outputs, read_preferences
+from sftlab.judging.judgement_files import judgement_hashes
+from sftlab.judging.judges import CUT, LocalJudge, ServerJudge, ask, load_format, longest_fitting
+from sftlab.judging.length_control import alpaca_metrics, length_controlled
+from sftlab.judging.pairwise import Pair, judge_pairs, score, tally
+from sftlab.judging.sanity_checks import Canaries
+from sftlab.runs.run_directory import SIDES
 
 PLAIN = [{"role": "user", "content": "Which is better?"}]
 
@@ -353,7 +353,7 @@ def test_annotators_of_alpaca_eval_see_both_orders_and_are_not_asked_twice(monke
 
 
 def test_length_control_finds_the_rate_at_equal_length(monkeypatch):
-    monkeypatch.setattr("sftlab.length.RESAMPLES", 30)
+    monkeypatch.setattr("sftlab.judging.length_control.RESAMPLES", 30)
     rng = np.random.default_rng(0)
     references, answers, scores = ["y" * int(n) for n in rng.integers(100, 2000, 800)], {}, {}
     for side, intercept in (("base", 0.0), ("tuned", 1.0)):
@@ -374,7 +374,7 @@ def test_length_control_finds_the_rate_at_equal_length(monkeypatch):
 
 
 def test_the_rate_at_equal_length_is_the_raw_one_where_length_does_not_matter(monkeypatch):
-    monkeypatch.setattr("sftlab.length.RESAMPLES", 60)
+    monkeypatch.setattr("sftlab.judging.length_control.RESAMPLES", 60)
     rng = np.random.default_rng(0)
     answers, references = (["x" * int(n) for n in rng.integers(100, 1000, 200)] for _ in range(2))
     scores = (rng.random(200) < 0.55).astype(float)

@@ -14,9 +14,9 @@ import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from sftlab.loss import FrozenHeadLoss
-from sftlab.packing import tiles
-from sftlab.varlen import varlen_attention
+from sftlab.data.collator import tiles
+from sftlab.fastpath.fused_loss import FrozenHeadLoss
+from sftlab.fastpath.varlen_attention import varlen_attention
 
 with_triton = pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
 interpreted = os.environ.get("TRITON_INTERPRET") == "1"
@@ -73,19 +73,19 @@ def test_attention_keeps_its_sums_in_registers(monkeypatch, tmp_path, dtype, hea
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from sftlab import kernels
+    from sftlab.fastpath import triton_kernels
 
     started = []
     for name in ("_forward", "_backward_query", "_backward_key"):
-        kernel = getattr(kernels, name)
+        kernel = getattr(triton_kernels, name)
 
         def start(*args, kernel=kernel, **options):
             started.append((kernel, dict(zip(kernel.arg_names, args, strict=True)), options))
 
-        monkeypatch.setattr(kernels, name, defaultdict(lambda start=start: start))
+        monkeypatch.setattr(triton_kernels, name, defaultdict(lambda start=start: start))
     query, key = (torch.zeros(64, n, size, dtype=dtype) for n in (heads, key_heads))
-    lse = kernels.attention_forward(query, key, key, tiles([64]), 1.0)[1]
-    kernels.attention_backward(query, query, key, key, query, lse, tiles([64]), 1.0)
+    lse = triton_kernels.attention_forward(query, key, key, tiles([64]), 1.0)[1]
+    triton_kernels.attention_backward(query, query, key, key, query, lse, tiles([64]), 1.0)
     types = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.int32: "*i32"}
     assert len(started) == 3
     for kernel, arguments, options in started:

@@ -7,7 +7,7 @@ import torch
 from conftest import load_script
 from transformers import AutoModelForCausalLM, DynamicCache
 
-kv_cache = load_script("results/kv_cache.py")
+kv_cache = load_script("benchmarks/kv_cache.py")
 
 
 @pytest.fixture(scope="module")

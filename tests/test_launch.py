@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import ROOT
 
-from sftlab.launch import Launch, check_devices, settle_single_process
+from sftlab.config.launch import Launch, check_devices, settle_single_process
 
 
 def on(monkeypatch, gpus, capability=(9, 0)):
@@ -50,7 +50,7 @@ def test_a_precision_that_the_gpu_lacks_is_refused(monkeypatch, precision, capab
         check_devices(asks(precision))
 
 
-@pytest.mark.parametrize("script", ["recipes/sft.py", "results/turnstile.py"])
+@pytest.mark.parametrize("script", ["recipes/sft.py", "benchmarks/throughput_worker.py"])
 @pytest.mark.parametrize("processes, seen", [("1", "3"), ("2", "3,5")])
 def test_no_library_is_imported_before_one_process_sees_one_device(script, processes, seen):
     look = "import os, sys; sys.modules['torch'] = None; sys.argv = [sys.argv[1]]\n"
@@ -87,8 +87,8 @@ def test_the_environment_of_accelerate_is_read(monkeypatch):
 
 def test_garbage_is_collected_again_once_the_libraries_are_imported():
     gc.unfreeze()
-    sys.modules.pop("sftlab.libraries", None)
-    import sftlab.libraries  # noqa: F401
+    sys.modules.pop("sftlab.startup.preload", None)
+    import sftlab.startup.preload  # noqa: F401
 
     assert gc.isenabled() and gc.get_freeze_count() > 0
     gc.unfreeze()

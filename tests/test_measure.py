@@ -10,9 +10,9 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
-from sftlab import measure
-from sftlab.likelihood import likelihood, with_fused_head
-from sftlab.measure import Flops, Meter, flops_per_token
+from sftlab.measurement import throughput
+from sftlab.measurement.throughput import Flops, Meter, flops_per_token
+from sftlab.models.likelihood import likelihood, with_fused_head
 
 
 def test_flops_are_four_a_frozen_and_six_a_trained_parameter():
@@ -35,8 +35,8 @@ def test_flops_are_four_a_frozen_and_six_a_trained_parameter():
 class Clock:
     def __init__(self, monkeypatch):
         self.now = 0.0
-        monkeypatch.setattr(measure.time, "perf_counter", lambda: self.now)
-        monkeypatch.setattr(measure, "gather_object", lambda values: values)
+        monkeypatch.setattr(throughput.time, "perf_counter", lambda: self.now)
+        monkeypatch.setattr(throughput, "gather_object", lambda values: values)
 
 
 def test_a_token_is_worked_on_by_the_experts_it_goes_to(monkeypatch):
@@ -82,8 +82,8 @@ def test_the_meter_counts_real_tokens_and_leaves_out_warm_up_evaluation_and_savi
     assert facts["step_time_s"] == 2.0
     assert facts["model_tflops_per_s"] == 12.0
     tiny = meter.facts(Flops(token=3e5, loss_token=0.0))
-    monkeypatch.setattr(measure, "matrix_rate", lambda *_: 1e12)
-    of_limit = measure.share_of_limit(tiny, torch.device("cpu"), torch.float32, world_size=2)
+    monkeypatch.setattr(throughput, "matrix_rate", lambda *_: 1e12)
+    of_limit = throughput.share_of_limit(tiny, torch.device("cpu"), torch.float32, world_size=2)
     assert of_limit["share_of_limit"] == pytest.approx(4 * 3e5 / 1e12 / 2), "of a model however small"
 
 
@@ -112,14 +112,14 @@ def test_a_slow_processor_is_not_measured_for_minutes(monkeypatch):
         sizes.append(len(a))
         time.sleep(0.06 if len(a) > 256 else 0.0)
 
-    monkeypatch.setattr(measure.F, "linear", slow)
-    rate = measure.matrix_rate(torch.device("cpu"), torch.bfloat16)
+    monkeypatch.setattr(throughput.F, "linear", slow)
+    rate = throughput.matrix_rate(torch.device("cpu"), torch.bfloat16)
     assert set(sizes) == {256, 512}
     assert rate > 2 * 512**3 / 0.07, "the best of what was tried"
 
 
 def test_a_run_too_short_to_time_says_so(monkeypatch):
-    monkeypatch.setattr(measure, "gather_object", lambda values: values)
+    monkeypatch.setattr(throughput, "gather_object", lambda values: values)
     assert Meter().facts(Flops(1.0, 0.0))["tokens_per_s"] is None
 
 

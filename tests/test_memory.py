@@ -6,8 +6,8 @@ from bitsandbytes.nn import Linear4bit
 from conftest import read, short_fields
 from torch import nn
 
-from sftlab.fp8 import FrozenFloat8Linear
-from sftlab.memory import MemorySplit
+from sftlab.fastpath.float8 import FrozenFloat8Linear
+from sftlab.measurement.memory import MemorySplit
 
 GB = 2**30
 

@@ -9,10 +9,10 @@ import pytest
 from conftest import ROOT, SHARED, load_script, needs_shared
 from judging import ScriptedJudge, canned, entry, lines
 
-from sftlab.contestants import Contestants
-from sftlab.generate import Sampling
-from sftlab.judge import load_format
-from sftlab.ratings import noise_floor, read_questions
+from sftlab.evaluation.generation import Sampling
+from sftlab.judging.judges import load_format
+from sftlab.judging.model_answers import Contestants
+from sftlab.judging.ratings import noise_floor, read_questions
 
 CATEGORIES = ["writing", "stem", "math", "coding"]
 

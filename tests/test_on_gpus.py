@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, load_script
 
-SCRIPT = load_script("results/on_gpus.py")
+SCRIPT = load_script("benchmarks/run_all.py")
 
 
 def job(folder: Path, name: str, code: int = 0) -> str:
@@ -69,4 +69,4 @@ def test_a_smaller_gpu_gets_fewer_trainings_beside_each_other():
     words = "recipes/study.py x9.yaml --at_once 9 --max_steps 24"
     for memory_gb, at_once in ((139.8, 9), (139.7, 9), (178.4, 9), (79.2, 5), (14.6, 1)):
         assert SCRIPT.held_by(memory_gb, words) == words.replace("at_once 9", f"at_once {at_once}")
-    assert SCRIPT.held_by(14.6, "results/kv_cache.py --batches 8") == "results/kv_cache.py --batches 8"
+    assert SCRIPT.held_by(14.6, "benchmarks/kv_cache.py --batches 8") == "benchmarks/kv_cache.py --batches 8"

@@ -14,9 +14,9 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from sftlab.pace import traffic, widths
-from sftlab.planner import Shape, Step
-from sftlab.weights import Weights
+from sftlab.planning.step_memory import Shape, Step
+from sftlab.planning.step_time import traffic, widths
+from sftlab.planning.weight_memory import Weights
 
 # The proportions of Llama-3.2-1B and of Llama-2-7B, an eighth as wide.
 SHAPES = {

@@ -13,13 +13,14 @@ from conftest import ROOT, arguments, load_script
 from datasets import Dataset
 from transformers import AutoConfig
 
-from sftlab import checkup, forecast, gpus
-from sftlab.checkup import FINE
-from sftlab.config import parse_recipe
-from sftlab.fastpath import FastPath
-from sftlab.gpus import GPUS, find_gpu
-from sftlab.launch import exported, launched
-from sftlab.matrix import CELLS, HELD_OUT
+from sftlab.config.launch import exported, launched
+from sftlab.config.parser import parse_recipe
+from sftlab.fastpath.selection import FastPath
+from sftlab.planning import gpu_specs, machine_checks
+from sftlab.planning.accuracy_cells import CELLS, HELD_OUT
+from sftlab.planning.gpu_specs import GPUS, find_gpu
+from sftlab.planning.machine_checks import FINE
+from sftlab.planning.plan import planned_memory
 
 RECIPE = ["--config", "recipes/llama3.2-1b/attn_r16.yaml"]
 SAID = [*RECIPE, "--random", "llama3.2-1b", "--rows", "38105", "--row_tokens", "315"]
@@ -163,7 +164,7 @@ def test_a_model_without_a_config_and_a_missing_recipe_are_one_sentence(plan, tm
 
 def test_gpus_are_known_by_what_cuda_calls_them(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(gpus, "measure_host", lambda: 2.5)
+    monkeypatch.setattr(gpu_specs, "measure_host", lambda: 2.5)
 
     def shows(seen, memory_gb):
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: seen)
@@ -192,21 +193,21 @@ def test_gpus_are_known_by_what_cuda_calls_them(monkeypatch):
 def test_short_steps_go_by_the_host_s_speed_and_the_plan_says_how_it_is_known(printed):
     short = ["--per_device_train_batch_size", "2", "--global_batch_size", "2"]
     said = {host: printed(*SAID, *more, *short) for host, more in ((None, []), (7.4, ["--host_us", "7.4"]))}
-    assert f"host: {gpus.HOST_US:g} us a small operation (assumed)" in said[None]
+    assert f"host: {gpu_specs.HOST_US:g} us a small operation (assumed)" in said[None]
     assert "host: 7.4 us a small operation (as said)" in said[7.4]
     step = {host: float(re.search(r"a step, s +([\d.]+) \(the host", text)[1]) for host, text in said.items()}
-    assert step[7.4] / step[None] == pytest.approx(7.4 / gpus.HOST_US, rel=0.01)
+    assert step[7.4] / step[None] == pytest.approx(7.4 / gpu_specs.HOST_US, rel=0.01)
     long = [printed(*SAID, "--per_device_train_batch_size", "64", "--host_us", str(us)) for us in (1.0, 2.0)]
     assert re.search("a step, s.*", long[0])[0] == re.search("a step, s.*", long[1])[0]
 
 
 def test_a_host_is_as_fast_as_where_nothing_disturbs_it(monkeypatch):
     times = iter([0, 0, 0, 0.005, 0.1, 0.1, 0.102, 0.2, 0.2, 0.204, 2])
-    monkeypatch.setattr(gpus.time, "perf_counter", lambda: next(times))
-    assert gpus.measure_host() == 2.0
+    monkeypatch.setattr(gpu_specs.time, "perf_counter", lambda: next(times))
+    assert gpu_specs.measure_host() == 2.0
     monkeypatch.undo()
-    assert checkup.check_host().level == FINE
-    assert re.match(r"\d+(\.\d+)? us a small operation", checkup.check_host().seen)
+    assert machine_checks.check_host().level == FINE
+    assert re.match(r"\d+(\.\d+)? us a small operation", machine_checks.check_host().seen)
 
 
 def test_planning_leaves_the_environment_as_it_was(monkeypatch):
@@ -228,9 +229,9 @@ def test_a_run_stores_the_plan_of_what_it_trained(base, fields):
         recipe = parse_recipe(arguments(fields), launch)
         config, state = AutoConfig.from_pretrained(base), SimpleNamespace(max_steps=6)
         trainer = SimpleNamespace(train_dataset=rows, model=SimpleNamespace(config=config), state=state)
-        planned = forecast.planned_memory(recipe, launch, FastPath(True, True, True, "varlen"), trainer)
+        planned = planned_memory(recipe, launch, FastPath(True, True, True, "varlen"), trainer)
         recipe.training.optim = "adafactor"
-        why = forecast.planned_memory(recipe, launch, FastPath(True, True, True, "varlen"), trainer)
+        why = planned_memory(recipe, launch, FastPath(True, True, True, "varlen"), trainer)
     parts = sum(size for name, size in planned.items() if name.endswith("_gb") and name != "allocated_gb")
     assert planned["allocated_gb"] == pytest.approx(parts, abs=0.005)
     assert planned["largest_tokens"] == 384  # 8 rows of 40 tokens, filled up to a multiple of 128
@@ -247,7 +248,7 @@ def test_the_end_of_a_run_shows_planned_beside_measured():
 
 
 def test_predictions_are_made_anew_from_measured_rows(tmp_path):
-    script = load_script("results/plan_accuracy.py")
+    script = load_script("benchmarks/plan_accuracy.py")
     cell = CELLS[0]
     line = dict.fromkeys(("largest_tokens", "reason"), "") | {
         "cell": cell.name, "status": "succeeded", "peak_allocated_gb": "14.254", "tokens_per_s": "65926.5",
@@ -307,14 +308,14 @@ def test_how_sure_goes_by_the_gpu_s_own_cells_where_there_are_some(tmp_path, mon
 
 
 def test_a_command_s_cells_have_one_host_whatever_disturbed_it():
-    script = load_script("results/plan_accuracy.py")
+    script = load_script("benchmarks/plan_accuracy.py")
     lines = [{"cell": "a", "host_us": us} for us in ("5.2", "12.6", "", "4.1")]
     assert [line["host_us"] for line in script.on_one_host(lines)] == [5.2] * 4
     assert script.on_one_host([{"cell": "a"}]) == [{"cell": "a"}]
 
 
 def test_what_is_measured_again_takes_the_place_of_its_rows_alone(tmp_path):
-    script, table, again = load_script("results/plan_accuracy.py"), tmp_path / "table.csv", tmp_path / "again.csv"
+    script, table, again = load_script("benchmarks/plan_accuracy.py"), tmp_path / "table.csv", tmp_path / "again.csv"
     rows = "a,,1,NVIDIA H200\nb,4.0,2,NVIDIA H200\nc,,3,NVIDIA H200\npublished,,,\n"
     table.write_text(f"cell,host_us,seconds,hardware\n{rows}", encoding="utf-8")
     rows = "b,2.7,20,NVIDIA H200\nd,3.1,40,NVIDIA H200\nc,3.1,60,NVIDIA H100 80GB HBM3\n"
@@ -327,17 +328,17 @@ def test_what_is_measured_again_takes_the_place_of_its_rows_alone(tmp_path):
 
 
 def test_published_peaks_are_within_a_tenth():
-    for line in load_script("results/plan_accuracy.py").published():
+    for line in load_script("benchmarks/plan_accuracy.py").published():
         assert abs(line["memory_error"]) < 0.1, line
 
 
 def test_the_committed_table_is_todays_planner():
-    script, cells = load_script("results/plan_accuracy.py"), {cell.name: cell for cell in CELLS}
+    script, cells = load_script("benchmarks/plan_accuracy.py"), {cell.name: cell for cell in CELLS}
     rows = script.newest(ROOT / "results" / "plan_accuracy.csv", [])
     assert len(rows) >= 40 and {name for name, _ in rows} <= set(cells)
     for (name, _), row in list(rows.items())[1::3]:
         made = script.predicted(cells[name], row)
-        assert str(made["predicted_peak_gb"]) == row["predicted_peak_gb"], "run python results/plan_accuracy.py"
+        assert str(made["predicted_peak_gb"]) == row["predicted_peak_gb"], "run python benchmarks/plan_accuracy.py"
         assert str(made["predicted_tokens_per_s"]) == row["predicted_tokens_per_s"]
 
 
@@ -349,7 +350,7 @@ def test_a_third_of_the_cells_is_held_out():
 
 
 def test_a_worker_measures_cells_and_keeps_what_failed(tmp_path, base, rows):
-    """results/plan_worker.py on a CPU: two cells in one process, the second refused."""
+    """benchmarks/plan_accuracy_worker.py on a CPU: two cells in one process, the second refused."""
     argv = arguments({
         "model_name_or_path": str(base), "dataset_name": str(rows), "max_steps": "4", "global_batch_size": "8",
         "per_device_train_batch_size": "8", "save_strategy": "no", "eval_strategy": "no",
@@ -361,7 +362,7 @@ def test_a_worker_measures_cells_and_keeps_what_failed(tmp_path, base, rows):
     ]
     (tmp_path / "cells.json").write_text(json.dumps(listed))
     command = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch"]
-    command += ["--config_file", "accelerate_configs/cpu.yaml", "results/plan_worker.py"]
+    command += ["--config_file", "accelerate_configs/cpu.yaml", "benchmarks/plan_accuracy_worker.py"]
     command += ["--cells", str(tmp_path / "cells.json"), "--out", str(tmp_path / "out.jsonl")]
     subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
     good, bad = map(json.loads, (tmp_path / "out.jsonl").read_text().splitlines())

@@ -13,15 +13,15 @@ from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch._inductor.decomposition import select_decomp_table
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Phi3Config
 
-from sftlab import fastpath, varlen
-from sftlab.config import parse_recipe
-from sftlab.forecast import Rows, foresee, most_rows, of_lengths, resized
-from sftlab.gpus import GPUS
-from sftlab.launch import exported, launched
-from sftlab.packing import balanced, tiles
-from sftlab.planner import Shape, Step, kept
-from sftlab.shapes import SHAPES, random_lengths
-from sftlab.weights import Weights, optimizer_bytes, packed_bytes, weigh
+from sftlab.config.launch import exported, launched
+from sftlab.config.parser import parse_recipe
+from sftlab.data.collator import balanced, tiles
+from sftlab.fastpath import selection, varlen_attention
+from sftlab.models.random_models import SHAPES, random_lengths
+from sftlab.planning.gpu_specs import GPUS
+from sftlab.planning.plan import Rows, foresee, most_rows, of_lengths, resized
+from sftlab.planning.step_memory import Shape, Step, kept
+from sftlab.planning.weight_memory import Weights, optimizer_bytes, packed_bytes, weigh
 
 ATTENTION = ["q_proj", "v_proj", "o_proj"]
 ALL = [*ATTENTION, "k_proj", "gate_proj", "up_proj", "down_proj"]
@@ -75,11 +75,11 @@ def test_an_unknown_optimizer_is_refused():
 @pytest.fixture
 def attention_on_cpu(monkeypatch):
     """The variable-length kernels' shapes without the kernels."""
-    stub = types.ModuleType("sftlab.kernels")
+    stub = types.ModuleType("sftlab.fastpath.triton_kernels")
     stub.attention_forward = lambda q, k, v, *_: (torch.zeros_like(q), torch.zeros(q.shape[1], q.shape[0]))
     stub.attention_backward = lambda g, q, k, v, *_: tuple(map(torch.zeros_like, (q, k, v)))
-    monkeypatch.setitem(sys.modules, "sftlab.kernels", stub)
-    varlen.register()
+    monkeypatch.setitem(sys.modules, "sftlab.fastpath.triton_kernels", stub)
+    varlen_attention.register()
 
 
 def llama(targets, dtype, casts, dropout):
@@ -155,7 +155,7 @@ def test_what_a_compiled_layer_keeps_is_what_inductors_partitioner_keeps(attenti
     monkeypatch.setattr(torch, "compile", lambda forward: compile_(forward, backend=backend))
     torch.compiler.reset()
     model = llama(targets, torch.bfloat16, True, 0.0)
-    fastpath.compile_layers(model.get_base_model())
+    selection.compile_layers(model.get_base_model())
     held = kept_by_autograd(model, torch.bfloat16, True)
     assert TOKENS * kept(planned_step(targets, "bf16", True, True, 0.0)) == pytest.approx(held, rel=0.01)
 

@@ -16,11 +16,11 @@ from rouge_score.rouge_scorer import RougeScorer
 from sacrebleu.metrics import BLEU
 from safetensors.torch import load_file, save_file
 
-from sftlab.evidence import read_evidence
-from sftlab.generate import Answer, Generator
-from sftlab.pair import load_pair
-from sftlab.run import adapter_hash
-from sftlab.template import prompt_ids
+from sftlab.comparison.run_results import read_evidence
+from sftlab.data.chat_template import prompt_ids
+from sftlab.evaluation.base_and_tuned import load_pair
+from sftlab.evaluation.generation import Answer, Generator
+from sftlab.runs.run_directory import adapter_hash
 
 SCORES = ["response_perplexity", "text_perplexity", "bleu", "rouge1", "rouge2", "rougeL"]
 SHORT = ("--max_new_tokens", "16")

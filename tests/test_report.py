@@ -1,4 +1,4 @@
-"""eval/report.py and sftlab/confound.py: which runs may stand side by side, and what a report says of them."""
+"""eval/report.py and sftlab/comparison/comparability.py: which runs may stand side by side, and what a report says of them."""
 
 import csv
 import json
@@ -13,13 +13,13 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, load_script
 
-from sftlab.config import parse_recipe
-from sftlab.confound import differences, settings, suggest_axes
-from sftlab.evidence import outcome
-from sftlab.launch import Launch
-from sftlab.run import adapter_hash
-from sftlab.scores import NAMES, ROUGE_SIGNATURE, Bleu, paired_scores, score_texts
-from sftlab.significance import add_holm, compare
+from sftlab.comparison.comparability import differences, settings, suggest_axes
+from sftlab.comparison.run_results import outcome
+from sftlab.config.launch import Launch
+from sftlab.config.parser import parse_recipe
+from sftlab.evaluation.significance import add_holm, compare
+from sftlab.evaluation.text_metrics import NAMES, ROUGE_SIGNATURE, Bleu, paired_scores, score_texts
+from sftlab.runs.run_directory import adapter_hash
 
 ROWS = 40
 REFERENCES = [f"The answer to question {i} is {i * 7} and no other number." for i in range(ROWS)]

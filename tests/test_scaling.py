@@ -3,8 +3,8 @@
 import pytest
 from conftest import ROOT, load_script
 
-from sftlab.study import load
-from sftlab.summary import add_scaling, summarise
+from sftlab.comparison.study_file import load
+from sftlab.comparison.study_summary import add_scaling, summarise
 
 draw = load_script("recipes/study.py").draw
 

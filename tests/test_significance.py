@@ -9,8 +9,8 @@ import pytest
 from conftest import SHARED, needs_shared
 from sacrebleu.metrics import BLEU
 
-from sftlab.scores import Bleu, paired_scores, rouge, score_texts
-from sftlab.significance import Paired, add_holm, compare, compare_rates, mean, perplexity, with_counts
+from sftlab.evaluation.significance import Paired, add_holm, compare, compare_rates, mean, perplexity, with_counts
+from sftlab.evaluation.text_metrics import Bleu, paired_scores, rouge, score_texts
 
 TEXT = "the a cat dog sat ran on under mat tree and then slept quickly while rain fell over old quiet houses"
 WORDS = TEXT.split()

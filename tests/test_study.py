@@ -13,9 +13,9 @@ import pytest
 import yaml
 from conftest import ROOT, load_script, short_fields
 
-from sftlab.study import check, load
-from sftlab.summary import CHANGED, claims, effects, summarise, table
-from sftlab.tasks import begin, is_done
+from sftlab.comparison.study_file import check, load
+from sftlab.comparison.study_summary import CHANGED, claims, effects, summarise, table
+from sftlab.comparison.study_tasks import begin, is_done
 
 SCRIPT = load_script("recipes/study.py")
 

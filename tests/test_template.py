@@ -6,9 +6,9 @@ from datasets import Dataset
 from transformers import AutoTokenizer
 from trl import SFTConfig, SFTTrainer
 
-from sftlab.config import DataArguments
-from sftlab.data import load_splits
-from sftlab.template import encode, prompt_ids, set_template, template_hash
+from sftlab.config.parser import DataArguments
+from sftlab.data.chat_template import encode, prompt_ids, set_template, template_hash
+from sftlab.data.splits import load_splits
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}{{ eos_token }}\n{% endfor %}"

@@ -22,16 +22,16 @@ from tokenizers import AddedToken, Regex, Tokenizer, models, pre_tokenizers, tra
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from trl import SFTConfig, SFTTrainer
 
-from sftlab.config import parse_recipe
-from sftlab.data import SPLITS, load_splits
-from sftlab.encoder import Encoder
-from sftlab.fastpath import FastPath
-from sftlab.heldout import held_out
-from sftlab.launch import Launch
-from sftlab.shards import begin, finish, finished_records, place_of, tokenize_shard
-from sftlab.template import INSTRUCTION_TEMPLATE
-from sftlab.tokens import MANIFEST, training_rows
-from sftlab.trainer import build_trainer
+from sftlab.config.launch import Launch
+from sftlab.config.parser import parse_recipe
+from sftlab.data.batch_encoder import Encoder
+from sftlab.data.chat_template import INSTRUCTION_TEMPLATE
+from sftlab.data.shard_writer import begin, finish, finished_records, place_of, tokenize_shard
+from sftlab.data.splits import SPLITS, load_splits
+from sftlab.data.tokenized_dataset import MANIFEST, training_rows
+from sftlab.evaluation.held_out import held_out
+from sftlab.fastpath.selection import FastPath
+from sftlab.training.trainer import build_trainer
 
 TURNS = (
     "{{ bos_token }}{% for m in messages %}{{ '<|start|>' + m['role'] + '<|end|>\n' + m['content'] + '<|turn|>' }}"

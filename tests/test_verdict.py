@@ -4,8 +4,15 @@ import hashlib
 
 import pytest
 
-from sftlab.judge import load_format
-from sftlab.verdict import brackets_pair, brackets_score, contradicts, praised, result_pair, result_score
+from sftlab.judging.judges import load_format
+from sftlab.judging.verdict_parsing import (
+    brackets_pair,
+    brackets_score,
+    contradicts,
+    praised,
+    result_pair,
+    result_score,
+)
 
 FEEDBACK = "Response A answers all 3 parts in 120 words, Response B only 2 of 5. "
 

@@ -42,7 +42,7 @@ def is_complete(out: Path) -> bool:
 def build_base(folder: Path, steps: int, seed: int) -> str:
     """Train tokenizer and model, write them to `folder`; returns a line of figures."""
     # Imported here, as torch and transformers take seconds that a build already complete need not wait for.
-    from sftlab import demo
+    from sftlab.models import demo
 
     texts = demo.pretraining_text(40_000, seed)
     tokenizer = demo.train_tokenizer(texts)
@@ -66,7 +66,7 @@ def build_base(folder: Path, steps: int, seed: int) -> str:
 
 def write_rows(path: Path, count: int, seed: int) -> None:
     """`count` instruction rows, one JSON object a line."""
-    from sftlab import demo
+    from sftlab.models import demo
 
     with path.open("w", encoding="utf-8") as file:
         file.writelines(json.dumps(row) + "\n" for row in demo.instruction_rows(count, seed))

@@ -37,11 +37,11 @@ from test_checkpoint import FAULTS  # noqa: E402
 from test_fastpath import reference_attention  # noqa: E402
 from transformers import LlamaConfig, LlamaForCausalLM  # noqa: E402
 
-import sftlab.checkpoint  # noqa: E402
-from sftlab import varlen  # noqa: E402
+import sftlab.runs.checkpoint_manifest  # noqa: E402
+from sftlab.fastpath import varlen_attention  # noqa: E402
 from sftlab.files import file_hash  # noqa: E402
-from sftlab.run import provenance  # noqa: E402
-from sftlab.table import aligned, write_csv  # noqa: E402
+from sftlab.runs.run_directory import provenance  # noqa: E402
+from sftlab.tables import aligned, write_csv  # noqa: E402
 
 FIELDS = {
     "max_steps": 24, "save_steps": 5, "logging_steps": 4, "global_batch_size": 16, "per_device_train_batch_size": 16,
@@ -69,8 +69,8 @@ class Case(NamedTuple):
 
 def packed_on_a_cpu() -> None:
     """Sampler, collator and loss of packed rows, with the tests' attention in place of the GPU's kernels."""
-    varlen.why_not = lambda config, model_class: None
-    varlen.varlen_attention = reference_attention
+    varlen_attention.why_not = lambda config, model_class: None
+    varlen_attention.varlen_attention = reference_attention
 
 
 DROPPED = {"lora_dropout": 0.1}
@@ -301,7 +301,7 @@ def no_verification() -> None:
 
 def no_sums() -> None:
     """What has added up since the last log is not restored."""
-    from sftlab.resume import Resume
+    from sftlab.training.checkpointing import Resume
 
     Resume._restore = lambda self, added_up: None
 

@@ -1,0 +1,114 @@
+"""A conversation with base, tuned or both: what the model is given, what a page shows, what is saved."""
+
+import re
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from sftlab.runs.run_directory import SIDES
+
+
+@dataclass
+class Turn:
+    """One message and its answers; `order` names the sides that answer, left to right as the page shows them."""
+
+    message: str
+    order: tuple[str, ...]
+    blind: bool
+    run: str
+    settings: dict[str, Any]
+    texts: dict[str, str] = field(default_factory=dict)
+    tokens: dict[str, int] = field(default_factory=dict)
+    tokens_per_s: dict[str, float] = field(default_factory=dict)
+    finished: dict[str, str | None] = field(default_factory=dict)
+    first_token_s: float | None = None
+    left_out: int = 0
+    vote: str | None = None
+    adapter: str | None = None  # the hash of the one that answered
+
+    @property
+    def hidden(self) -> bool:
+        """Whether the page must not yet say which answer is whose."""
+        return self.blind and len(self.order) > 1 and self.vote is None
+
+    @property
+    def goes_on(self) -> str:
+        """The side whose answer the conversation goes on from: the voted one, else tuned (blind: the left one)."""
+        if self.vote in self.order:
+            return self.vote
+        return "tuned" if "tuned" in self.order and not self.blind else self.order[0]
+
+    def update(self, piece: Any, left_out: int, adapter: str | None = None) -> None:
+        """Take over what a `sftlab.chat.Piece` of an adapter says, and how many old turns the context had no room for.
+
+        An answer that was stopped while it waited has no token: the turn stays without texts.
+        """
+        if not piece.first_token_s:
+            return
+        self.left_out, self.adapter = left_out, adapter
+        self.texts, self.tokens, self.tokens_per_s = dict(piece.texts), dict(piece.tokens), dict(piece.tokens_per_s)
+        self.finished, self.first_token_s = dict(piece.finished), piece.first_token_s
+
+    def remark(self) -> str:
+        """What the model was not given of the conversation."""
+        turns = "turn was" if self.left_out == 1 else f"{self.left_out} turns were"
+        return f"The oldest {turns} left out: the conversation is longer than the context." if self.left_out else ""
+
+    def footnote(self, side: str) -> str:
+        """Whose answer it is, token count, tokens/s and how it ended; of a hidden one only that it is hidden."""
+        if self.hidden:
+            return f"answer {'AB'[self.order.index(side)]}"
+        ended = {"length": "cut at max new tokens", "stopped": "stopped"}.get(self.finished.get(side) or "")
+        first = f"first after {self.first_token_s:.2f} s" if self.first_token_s is not None else None
+        speed = f"{self.tokens_per_s.get(side, 0):.1f} tokens/s"
+        parts = [side, f"{self.tokens.get(side, 0)} tokens", speed, first, f"seed {self.settings['seed']}", ended]
+        return " · ".join(part for part in parts if part)
+
+
+def history(turns: Sequence[Turn], system: str) -> list[dict[str, str]]:
+    """The messages up to the last turn's own, as the chat template takes them."""
+    messages = [{"role": "system", "content": system.strip()}] if system.strip() else []
+    for turn in turns[:-1]:
+        messages.append({"role": "user", "content": turn.message})
+        messages.append({"role": "assistant", "content": turn.texts[turn.goes_on]})
+    return [*messages, {"role": "user", "content": turns[-1].message}]
+
+
+def inert(text: str) -> str:
+    """Markdown that shows a text's HTML as it is written, in place of rendering it; code is left alone."""
+    parts = re.split(r"(```.*?(?:```|$)|`[^`\n]+`)", text, flags=re.DOTALL)
+    return "".join(part if i % 2 else re.sub(r"<(?=[/!?a-zA-Z])", "&lt;", part) for i, part in enumerate(parts))
+
+
+def column(turns: Sequence[Turn], place: int) -> list[dict[str, Any]]:
+    """What the page shows in its left (0) or right (1) column: messages of a role and texts."""
+    shown: list[dict[str, Any]] = []
+    for turn in turns:
+        side = turn.order[min(place, len(turn.order) - 1)]
+        shown.append({"role": "user", "content": inert(turn.message)})
+        if turn.texts:
+            empty = turn.finished[side] and not turn.texts[side].strip()
+            text = "*(an empty answer)*" if empty else inert(turn.texts[side])
+            footnote = {"type": "text", "text": f"<small>{turn.footnote(side)}</small>"}
+            shown.append({"role": "assistant", "content": [{"type": "text", "text": text or "…"}, footnote]})
+    return shown
+
+
+def saved(turns: Sequence[Turn], system: str) -> dict[str, Any]:
+    """A conversation as it is saved; a vote that is still hidden stays so, its answers named A and B."""
+    rows = []
+    for turn in turns:
+        row = asdict(turn)
+        if turn.hidden:
+            letters = dict(zip(turn.order, "AB", strict=True))
+            row |= {key: {letters[s]: v for s, v in row[key].items()} for key in ("texts", "tokens", "finished")}
+            row |= {"order": ["A", "B"], "tokens_per_s": None}
+        rows.append(row)
+    return {"system": system, "turns": rows}
+
+
+def sides(choice: str) -> tuple[str, ...]:
+    """base, tuned or both as the sides that answer; ValueError otherwise."""
+    if choice not in (*SIDES, "both"):
+        raise ValueError(f"side {choice!r}: expected base, tuned or both")
+    return SIDES if choice == "both" else (choice,)

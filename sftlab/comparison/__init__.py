@@ -1,0 +1,1 @@
+"""Reports and studies: which runs may be compared, and how."""

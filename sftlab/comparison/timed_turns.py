@@ -1,0 +1,93 @@
+"""Trainings that start and warm up beside each other, and are timed one at a time.
+
+A start takes far longer than the steps that a study times. `recipes/study.py --at_once n` starts n trainings; each
+waits before its last step of warm-up until all that were started with it are as far, or have ended, and goes on to its
+own end when it is its turn. One that waits does not use the GPU, and of its memory only what it holds. The next one
+waits for the process to be gone: ending takes seconds of the host, and beside it steps take up to three times as long.
+"""
+
+import os
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import psutil
+
+from sftlab.child_process import Child
+
+# Process that gives the turns, and a folder of this training's.
+VARIABLE = "SFTLAB_TURN"
+
+
+class Command(NamedTuple):
+    """What is run, and the file that its output goes to."""
+
+    words: Sequence[str]
+    log: Path
+
+
+def wait_for_turn(give_back: Callable[[], Any] | None = None) -> float:
+    """Say that this process is warm, and wait until it is let through; the seconds. None without a study around it.
+
+    `give_back` is called before a wait: for memory that this process keeps and does not use.
+    """
+    if VARIABLE not in os.environ:
+        return 0.0
+    giver, folder = os.environ[VARIABLE].split(":", 1)
+    began = time.perf_counter()
+    if give_back:
+        give_back()
+    Path(folder, f"warm{os.environ.get('RANK', 0)}").touch()
+    while not Path(folder, "go").exists() and psutil.pid_exists(int(giver)):
+        time.sleep(0.01)
+    return time.perf_counter() - began
+
+
+def in_turn(commands: Sequence[Command], **options: Any) -> Iterator[int]:
+    """Start all, let one after the other through, and give the place of each as it ends; `options` are Popen's.
+
+    Where this process is told to stop, so are they all, each in its own way; KeyboardInterrupt follows when they have.
+    """
+    together = len(commands) > 1
+    # with a compiler process for every core there would be hundreds
+    environment = ({"TORCHINDUCTOR_COMPILE_THREADS": "4"} if together else {}) | os.environ
+    with tempfile.TemporaryDirectory() as root:
+        folders = [Path(root, str(place)) for place in range(len(commands))]
+        child = None
+        for (words, log), folder in zip(commands, folders, strict=True):
+            folder.mkdir()
+            turn = {VARIABLE: f"{os.getpid()}:{folder}"} if together else {}
+            with log.open("w", encoding="utf-8") as output:
+                given = {"env": environment | turn, "stdout": output, "stderr": subprocess.STDOUT, **options}
+                if child is None:
+                    child = Child(words, **given)
+                else:
+                    child.start_beside(words, **given)
+        _until(child, lambda: all(map(_is_warm, child.processes, folders)))
+        for place, (folder, process) in enumerate(zip(folders, child.processes, strict=True)):
+            (folder / "go").touch()
+            _until(child, _has_ended, process)
+            if child.asked_to_stop:
+                for each in folders:
+                    (each / "go").touch()
+                for each in child.processes:
+                    each.wait()
+                raise KeyboardInterrupt
+            yield place
+
+
+def _is_warm(process: subprocess.Popen, folder: Path) -> bool:
+    return (folder / "warm0").exists() or _has_ended(process)
+
+
+def _has_ended(process: subprocess.Popen) -> bool:
+    return process.poll() is not None
+
+
+def _until(child: Child, condition: Callable[..., bool], *arguments: Any) -> None:
+    """Wait for a condition, or to be told to stop."""
+    while not (child.asked_to_stop or condition(*arguments)):
+        time.sleep(0.02)

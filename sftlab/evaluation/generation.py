@@ -1,0 +1,268 @@
+"""Answers to prompts: batched with left padding, ended where the template ends a turn, kept as they come."""
+
+import hashlib
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from peft import PeftModel
+from tqdm import tqdm
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
+
+from sftlab.data.chat_template import Turn, end_of_turn
+
+_CHECK_EVERY = 8
+# Compiling takes about as long as six batches of 64 rows and 256 tokens without it (a 1B model on an H200).
+BATCHES_WORTH_COMPILING = 6
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen: greedy at temperature 0, else drawn with `seed`."""
+
+    max_new_tokens: int = 256
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens must be at least 1, got {self.max_new_tokens}")
+        if self.temperature < 0 or not 0 < self.top_p <= 1:
+            raise ValueError(
+                f"temperature must be 0 (greedy) or more and top_p in (0, 1], got {self.temperature} and {self.top_p}"
+            )
+
+
+class Answer(NamedTuple):
+    """A continuation without its prompt: stripped text, tokens drawn, what ended it (stop or length).
+
+    `repeats` says that it goes round in circles: at most a tenth as many different tokens as tokens.
+    """
+
+    text: str
+    tokens: int
+    finish: str
+    repeats: bool
+
+
+class NotANumber(ArithmeticError):
+    """The model's logits were NaN; `position` is that of the prompt in its batch."""
+
+    def __init__(self, position: int) -> None:
+        super().__init__(f"NaN logits at prompt {position} of the batch")
+        self.position = position
+
+
+class Unfinished(ValueError):
+    """A batch broke off; `done` has the answers that there are, by position in it."""
+
+    def __init__(self, reason: str, done: dict[int, Answer]) -> None:
+        super().__init__(reason)
+        self.done = done
+
+
+class Generator:
+    """Generates with one model; the model's own sampling defaults (repetition penalty and others) do not apply.
+
+    With `static_rows` every batch is filled up to that many rows over a key-value cache of fixed shape, which lets
+    transformers compile the decoding step on a GPU: half a minute a model to begin with, then several times the speed.
+    """
+
+    def __init__(
+        self,
+        model: PeftModel | PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        sampling: Sampling,
+        static_rows: int | None = None,
+    ) -> None:
+        self.model, self.tokenizer, self.sampling, self.static_rows = model, tokenizer, sampling, static_rows
+        inner = model.get_base_model() if isinstance(model, PeftModel) else model
+        self.turn = end_of_turn(tokenizer, inner.generation_config.eos_token_id)
+        self.pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+        drawn = {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0}
+        inner.generation_config = GenerationConfig(
+            max_new_tokens=sampling.max_new_tokens,
+            do_sample=sampling.temperature > 0,
+            eos_token_id=self.turn.end_tokens,
+            pad_token_id=self.pad,
+            cache_implementation="static" if static_rows else None,
+            **(drawn if sampling.temperature > 0 else {}),
+        )
+
+    @torch.no_grad()
+    def answers(self, prompts: Sequence[list[int]], seed: int = 0) -> list[Answer]:
+        """One answer to each prompt (token ids), all in one batch; `seed` is added to that of the sampling.
+
+        Raises NotANumber where the model's logits are NaN.
+        """
+        filled = [*prompts, *[prompts[-1]] * ((self.static_rows or 0) - len(prompts))]
+        width = max(map(len, prompts))
+        device = self.model.device
+        ids = torch.tensor([[self.pad] * (width - len(p)) + list(p) for p in filled], device=device)
+        mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in filled], device=device)
+        torch.manual_seed(self.sampling.seed + seed)
+        broken = _NanWatch()
+        generated = self.model.generate(
+            input_ids=ids,
+            attention_mask=mask,
+            logits_processor=LogitsProcessorList([broken]),
+            stopping_criteria=StoppingCriteriaList([_NextTurn(self.tokenizer, self.turn.stop_strings, width)]),
+        )
+        if broken.rows is not None and broken.rows.any():
+            raise NotANumber(int(broken.rows.int().argmax()))
+        new_tokens = generated[: len(prompts), width:].tolist()
+        return [self._answer(new) for new in new_tokens]
+
+    def _answer(self, new: list[int]) -> Answer:
+        ends = [position for position, token in enumerate(new) if token in (*self.turn.end_tokens, self.pad)]
+        kept = new[: ends[0]] if ends else new
+        text = self.tokenizer.decode(kept, skip_special_tokens=True)
+        cuts = [text.find(stop) for stop in self.turn.stop_strings if stop in text]
+        finish = "stop" if ends or cuts else "length"
+        text = text[: min(cuts)] if cuts else text
+        return Answer(text.strip(), len(kept), finish, len(kept) >= 10 * len(set(kept)) > 0)
+
+
+class _NextTurn(StoppingCriteria):
+    """Ends a row whose last tokens spell a stop string; looked at every few tokens, as decoding takes time.
+
+    What was drawn beyond the stop string is cut off the text afterwards.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, stop_strings: list[str], width: int) -> None:
+        self.tokenizer, self.stop_strings, self.width = tokenizer, stop_strings, width
+        self.window = max((len(stop.encode()) for stop in stop_strings), default=0) + _CHECK_EVERY
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
+        done = torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+        drawn = input_ids.shape[1] - self.width
+        if self.stop_strings and drawn % _CHECK_EVERY == 0:
+            texts = self.tokenizer.batch_decode(input_ids[:, self.width :][:, -self.window :])
+            hits = [any(stop in text for stop in self.stop_strings) for text in texts]
+            done |= torch.tensor(hits, device=done.device)
+        return done
+
+
+class _NanWatch(LogitsProcessor):
+    """Remembers which rows [rows] ever had NaN among their logits, without a synchronisation at each token."""
+
+    def __init__(self) -> None:
+        self.rows: torch.Tensor | None = None
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        now = scores.isnan().any(dim=-1)
+        self.rows = now if self.rows is None else self.rows | now
+        return scores
+
+
+class AnswerFile:
+    """Answers on disk, a batch a line: a killed evaluation goes on where it stopped, and scoring can be repeated.
+
+    The file's name holds a hash of `settings`, whatever decides what the answers are; its first line holds them. A row
+    is named by its number, or by the hash of its prompt.
+    """
+
+    def __init__(self, folder: Path, settings: dict[str, Any], kind: str = "answers") -> None:
+        text = json.dumps(settings, sort_keys=True)
+        self.path = folder / f"{kind}-{hashlib.sha256(text.encode()).hexdigest()[:12]}.jsonl"
+        self.found: dict[tuple[str, int | str], Answer] = {}
+        self.seconds: dict[str, float] = {}
+        lines = self.path.read_bytes().splitlines(keepends=True) if self.path.is_file() else []
+        whole = [line for line in lines if line.endswith(b"\n")] or [text.encode() + b"\n"]
+        if whole != lines:  # new, or torn by a kill in the midst of writing
+            folder.mkdir(parents=True, exist_ok=True)
+            mended = self.path.with_suffix(".part")
+            mended.write_bytes(b"".join(whole))
+            mended.replace(self.path)
+        for line in whole[1:]:
+            self._take(json.loads(line))
+
+    def add(self, side: str, rows: Sequence[int | str], answers: Sequence[Answer], seconds: float) -> None:
+        """Keep the answers of `side` to these rows, all or none of them, and the time that they took."""
+        batch = {"side": side, "rows": list(rows), "seconds": round(seconds, 4)}
+        batch["answers"] = [answer._asdict() for answer in answers]
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(batch, ensure_ascii=False) + "\n")
+        self._take(batch)
+
+    def pace(self, side: str) -> dict[str, Any]:
+        """Seconds that all answers of `side` took, and rows a second, over every sitting."""
+        rows, seconds = sum(found == side for found, _ in self.found), self.seconds[side]
+        return {"seconds": round(seconds, 2), "rows_per_s": round(rows / seconds, 2) if seconds else None}
+
+    def _take(self, batch: dict[str, Any]) -> None:
+        self.seconds[batch["side"]] = self.seconds.get(batch["side"], 0.0) + batch["seconds"]
+        for row, answer in zip(batch["rows"], batch["answers"], strict=True):
+            self.found[batch["side"], row] = Answer(**answer)
+
+
+def fill(
+    file: AnswerFile,
+    side: str,
+    rows: Sequence[int | str],
+    prompts: Sequence[Any],
+    size: int,
+    answer: Callable[[Sequence[Any], int], Sequence[Answer]],
+    title: str,
+) -> None:
+    """Have `answer` (given prompts and a seed, the place of the batch) answer what `file` does not hold yet."""
+    found = sum((side, row) in file.found for row in rows)
+    with tqdm(total=len(rows), initial=found, desc=title, unit="row") as bar:
+        for start in range(0, len(rows), size):
+            batch = zip(rows[start : start + size], prompts[start : start + size], strict=True)
+            missing = [(row, prompt) for row, prompt in batch if (side, row) not in file.found]
+            if missing:
+                names, asked = zip(*missing, strict=True)
+                started = time.perf_counter()
+                try:
+                    new = answer(asked, start)
+                except NotANumber as error:
+                    raise ValueError(
+                        f"{side} model, row {names[error.position]}: NaN logits while it answers"
+                    ) from error
+                except Unfinished as error:
+                    kept = [names[position] for position in error.done]
+                    file.add(side, kept, list(error.done.values()), time.perf_counter() - started)
+                    raise
+                file.add(side, names, new, time.perf_counter() - started)
+                bar.update(len(missing))
+
+
+def answer_facts(answers: Sequence[Answer]) -> dict[str, Any]:
+    """How answers ended, and the hash of their texts."""
+    return {
+        "empty": sum(not answer.text for answer in answers),
+        "cut_at_max_new_tokens": sum(answer.finish == "length" for answer in answers),
+        "repetitive": sum(answer.repeats for answer in answers),
+        "mean_tokens": round(sum(answer.tokens for answer in answers) / len(answers), 1),
+        "hash": digest([answer.text for answer in answers]),
+    }
+
+
+def digest(content: Any) -> str:
+    """SHA-256 of texts or ids (hexadecimal, 24 digits)."""
+    return hashlib.sha256(json.dumps(content, ensure_ascii=False).encode()).hexdigest()[:24]
+
+
+def longest_prompt(config: PreTrainedConfig, sampling: Sampling) -> int:
+    """Tokens that a prompt may have, so that its answer still fits the model's positions."""
+    return config.get_text_config().max_position_embeddings - sampling.max_new_tokens
+
+
+def generation_facts(sampling: Sampling, turn: Turn) -> dict[str, Any]:
+    """The generation settings, for the records."""
+    return asdict(sampling) | {"end_tokens": turn.end_tokens, "stop_strings": turn.stop_strings}

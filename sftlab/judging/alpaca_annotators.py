@@ -1,0 +1,95 @@
+"""Pairs judged by alpaca-eval's own annotator configs, and its own metrics of what they say."""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
+
+from sftlab.judging.length_control import alpaca_metrics, quiet_alpaca
+from sftlab.judging.pairwise import Pair, score
+from sftlab.judging.verdict_parsing import Verdict
+
+# The judge that alpaca-eval's length control was fitted to, and the reference of its leaderboard.
+ALPACA_EVAL_2 = ("weighted_alpaca_eval_gpt4_turbo", "gpt4_1106_preview")
+_KEYS = ("OPENAI_API_KEY", "OPENAI_API_KEYS", "OPENAI_CLIENT_CONFIG_PATH")
+
+
+class Annotators:
+    """One of alpaca-eval's configs; its annotations are kept in `folder`, and asked again of nothing that is kept.
+
+    alpaca-eval draws the order of each pair by its instruction: called again with the outputs exchanged, it shows the
+    other order.
+    """
+
+    def __init__(self, name: str, folder: Path) -> None:
+        with quiet_alpaca():
+            from alpaca_eval.annotators import PairwiseAnnotator
+            from alpaca_eval.constants import EVALUATORS_CONFIG_DIR
+            from alpaca_eval.utils import load_configs
+
+        there = Path(EVALUATORS_CONFIG_DIR)
+        if not (there / name / "configs.yaml").is_file():
+            known = ", ".join(sorted(path.parent.name for path in there.glob("*/configs.yaml")))
+            raise ValueError(f"alpaca-eval has no annotators {name!r}: it has {known}")
+        asks_openai = any(one["fn_completions"] == "openai_completions" for one in load_configs(there / name).values())
+        if asks_openai and not any(os.environ.get(key) for key in _KEYS):
+            raise ValueError(f"--annotators {name} asks OpenAI's API: set OPENAI_API_KEY in the environment")
+        self.name = name
+        folder.mkdir(parents=True, exist_ok=True)
+        with quiet_alpaca():
+            self.annotator = PairwiseAnnotator(annotators_config=name, caching_path=folder / f"annotations-{name}.json")
+        self.facts = {"judge": name, "annotators": True}
+
+    def judged(self, pairs: Sequence[Pair], title: str) -> list[dict[str, Any]]:
+        """Records as `judge_pairs` makes them; the first verdict is of alpaca-eval's own order (`annotation`)."""
+        first = self._annotate(pairs, "reference", "answer")
+        second = self._annotate(pairs, "answer", "reference")
+        records = []
+        for pair, own, exchanged in zip(pairs, first, second, strict=True):
+            verdicts = [_verdict(own["preference"]), _verdict(exchanged["preference"])]
+            record = {**pair._asdict(), "verdicts": verdicts, "contradictions": [False, False], "characters_cut": 0}
+            record |= {"judgements": [one.get("preference_raw_completion") for one in (own, exchanged)]}
+            records.append(record | {"score": score(verdicts), "annotation": own})
+        return records
+
+    def _annotate(self, pairs: Sequence[Pair], one: str, two: str) -> list[dict[str, Any]]:
+        rows = [{"instruction": p.instruction, "output_1": getattr(p, one), "output_2": getattr(p, two)} for p in pairs]
+        with quiet_alpaca():
+            return self.annotator(rows)
+
+
+def official(records: Sequence[dict[str, Any]], names: tuple[str, str], control: bool) -> dict[str, Any]:
+    """alpaca-eval's metrics of its own order: win rate and standard error, length-controlled with `control`.
+
+    `names` are those of the model and of the reference. The length control needs AlpacaEval's df_gamed.csv from the
+    hub; where it cannot be had, `note` says so.
+    """
+    import pandas
+
+    glm = alpaca_metrics()
+    table = pandas.DataFrame([record["annotation"] for record in records])
+    table["generator_2"], table["generator_1"] = names
+    with quiet_alpaca():
+        if not control:
+            return _plain(glm.get_winrate(table))
+        try:
+            return _plain(glm.get_length_controlled_winrate(table, save_weights_dir=None))
+        except (OfflineModeIsEnabled, LocalEntryNotFoundError, HfHubHTTPError):
+            note = "no length-controlled rate: AlpacaEval's df_gamed.csv is not in the hub's cache and cannot be had"
+            return _plain(glm.get_winrate(table)) | {"note": note}
+
+
+def _verdict(preference: float | None) -> Verdict:
+    """alpaca-eval's preference (towards 1: the first output, 2: the second, 1.5 or 0 a tie) as `score` reads letters.
+
+    The answer is the second output of the first call, where A says that it won; the first of the other: B.
+    """
+    if preference is None or preference != preference:
+        return None
+    return "C" if preference in (0, 1.5) else "AB"[preference < 1.5]
+
+
+def _plain(metrics: dict[str, Any]) -> dict[str, Any]:
+    return {key: value if isinstance(value, str) else float(value) for key, value in metrics.items()}

@@ -1,0 +1,115 @@
+"""Whether a judge can be believed: what it says where the right answer is known beforehand."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from scipy.stats import binomtest
+
+from sftlab.judging.pairwise import Pair, rate, tally
+from sftlab.tables import percent
+
+# A good answer must beat one to another instruction this often; an interval that ends below it fails.
+OVER_SHUFFLED = 0.95
+# Judgements without a verdict beyond which nothing is said, and beyond which it is said on top.
+UNPARSED_REFUSED, UNPARSED_SAID = 0.05, 0.01
+CONTRADICTIONS = 0.05
+# Of two equal models the better one is found by chance: so unlikely a split of wins and losses fails.
+CHANCE = 0.01
+
+
+def shuffled(pairs: Sequence[Pair]) -> list[Pair]:
+    """Each answer against the one to another instruction: half the list on, so that no answer meets itself."""
+    step = max(1, len(pairs) // 2)
+    others = [pairs[(place + step) % len(pairs)] for place in range(len(pairs))]
+    return [pair._replace(reference=other.answer) for pair, other in zip(pairs, others, strict=True)]
+
+
+def spread(items: Sequence[Any], count: int) -> list[Any]:
+    """At most `count` of the items, evenly spread."""
+    count = min(count, len(items))
+    return [items[place * len(items) // count] for place in range(count)]
+
+
+class Canaries:
+    """Asks a judge of pairs and collects a row each: what is expected, what was found, whether it passed.
+
+    `judged` (pairs and a title) gives the records of pairs, as `judge_pairs` does.
+    """
+
+    def __init__(self, judged: Callable[[Sequence[Pair], str], list[dict[str, Any]]]) -> None:
+        self.judged = judged
+        self.rows: list[dict[str, Any]] = []
+        self.records: list[dict[str, Any]] = []
+
+    def same_answer(self, pairs: Sequence[Pair]) -> None:
+        """An answer against itself: half after the swap, by construction; how often the first is preferred tells."""
+        found = tally(self._judged("same answer twice", [pair._replace(reference=pair.answer) for pair in pairs]))
+        row = self._add("same answer twice", "50 % after the swap", found)
+        first = found["first_preferred"]["value"]
+        row["note"] = "no preference" if first is None else f"the first preferred in {percent(first)}"
+
+    def over_shuffled(self, pairs: Sequence[Pair]) -> None:
+        """Good answers against answers to other instructions."""
+        found = tally(self._judged("good over shuffled", shuffled(pairs)))
+        row = self._add("good over shuffled", f"over {percent(OVER_SHUFFLED)}", found)
+        row["passed"] &= not row["passed"] or row["interval_95"][1] >= OVER_SHUFFLED
+
+    def noise_floor(self, pairs: Sequence[Pair]) -> None:
+        """One model against itself, both answers drawn: whichever wins, wins by chance."""
+        found = tally(self._judged("base against base", pairs))
+        row = self._add("base against base", "50 % within chance", found)
+        decided = found["wins"] + found["losses"]
+        row["passed"] &= not decided or binomtest(found["wins"], decided).pvalue > CHANCE
+        row["note"] = f"{found['wins']} won, {found['losses']} lost"
+
+    def agreement(self, pairs: Sequence[Pair], preferred: Sequence[bool], whose: str) -> None:
+        """Whether the judge prefers what another judge preferred (True: the answer, not the reference); a tie is half.
+
+        One model may be preferred nearly always: the two kinds of pairs are said apart too.
+        """
+        records = self._judged(f"agreement with {whose}", pairs)
+        row = self._add(f"agreement with {whose}", "over 50 %", tally(records))
+        known = [(r["score"], wins) for r, wins in zip(records, preferred, strict=True) if r["score"] is not None]
+        agreed = {kind: [1 - abs(value - kind) for value, wins in known if wins is kind] for kind in (False, True)}
+        together = sum(map(sum, agreed.values()))
+        row |= rate(int(together), len(known))
+        row["value"] = together / len(known) if known else None
+        row["passed"] = bool(known) and row["interval_95"][0] > 0.5
+        names = {False: "reference", True: "answer"}
+        row["note"] = ", ".join(
+            f"{sum(agreed[kind]):g} of {len(agreed[kind])} where the {names[kind]} won" for kind in agreed
+        )
+
+    def behaviour(self, records: Sequence[dict[str, Any]]) -> None:
+        """What every judgement made so far must keep to: a verdict, and none against its own words."""
+        found = tally([*self.records, *records])
+        for what, limit in (("unparsed", UNPARSED_REFUSED), ("contradictions", CONTRADICTIONS)):
+            row = {
+                "canary": what,
+                "expected": f"at most {percent(limit)}",
+                "pairs": found["pairs"],
+                **found[what],
+                "note": "",
+            }
+            value = row["value"]
+            self.rows.append(row | {"passed": value is None or value <= limit})
+
+    @property
+    def fit(self) -> bool:
+        """Whether the judge passed all of them."""
+        return all(row["passed"] for row in self.rows)
+
+    def _judged(self, name: str, pairs: Sequence[Pair]) -> list[dict[str, Any]]:
+        records = self.judged(pairs, name)
+        self.records += [{"canary": name, **record} for record in records]
+        return records
+
+    def _add(self, name: str, expected: str, found: dict[str, Any]) -> dict[str, Any]:
+        parsed = found["pairs"] - found["pairs_unparsed"]
+        ties = parsed - found["wins"] - found["losses"]
+        share = rate(found["wins"] + ties // 2, parsed)
+        if parsed:
+            share["value"] = (found["wins"] + ties / 2) / parsed
+        row = {"canary": name, "expected": expected, "pairs": found["pairs"], **share, "passed": parsed > 0, "note": ""}
+        self.rows.append(row)
+        return row

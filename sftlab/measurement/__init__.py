@@ -1,0 +1,1 @@
+"""What a step takes: tokens a second, FLOPs, memory, collectives."""

@@ -1,0 +1,1 @@
+"""Loading a base model, or making a random one."""

@@ -1,0 +1,276 @@
+"""The run directory and its run.json: the contract between training, evaluation, report and app."""
+
+import json
+import os
+import platform
+import shutil
+import socket
+import subprocess
+import time
+from collections.abc import Iterator, Mapping
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from sftlab.files import file_hash, write_json
+from sftlab.paths import ROOT
+from sftlab.runs import progress, tensorboard_curves
+from sftlab.runs.checkpoint_manifest import newest_valid, remove_all
+
+# the two models of a run, as evaluations name them
+SIDES = ("base", "tuned")
+STATUSES = ("running", "succeeded", "failed", "interrupted")
+_PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "bitsandbytes", "torchao")
+# What may differ between an interrupted run and its continuation.
+_FREE_FIELDS = {
+    "overwrite", "resume_anyway", "disable_tqdm", "log_level", "logging_first_step", "report_to", "dataset_num_proc",
+    "output_dir", "logging_dir", "run_name", "save_total_limit", "save_adapter",
+}  # fmt: skip
+
+
+def read_run(folder: str | os.PathLike) -> dict[str, Any]:
+    """run.json of a run directory; ValueError where there is none."""
+    path = Path(folder) / "run.json"
+    if not path.is_file():
+        raise ValueError(f"{folder} is no run directory: it has no run.json")
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def adapter_hash(folder: str | os.PathLike) -> str | None:
+    """SHA-256 of the weights of a run's adapter (hexadecimal, 16 digits); None where there are none."""
+    weights = Path(folder) / "adapter" / "adapter_model.safetensors"
+    if not weights.is_file():
+        return None
+    return file_hash(weights)[:16]
+
+
+class Start(NamedTuple):
+    """How a run starts: the checkpoint it continues from, what must match according to its manifest, and warnings."""
+
+    checkpoint: str | None
+    must_match: dict[str, Any]
+    warnings: list[str]
+
+
+class Run:
+    """One run's record. Rank 0 writes it; any rank may say that the run failed."""
+
+    def __init__(self, folder: str | os.PathLike, is_main: bool) -> None:
+        self.folder = Path(folder)
+        self.path = self.folder / "run.json"
+        self.is_main = is_main
+
+    @property
+    def adapter(self) -> Path:
+        """Where the adapter, tokenizer and template are saved."""
+        return self.folder / "adapter"
+
+    def start(self, recipe: dict[str, Any], launch: dict[str, Any], overwrite: bool, anyway: bool = False) -> Start:
+        """Begin or continue (rank 0 only), from the newest valid checkpoint, if there is one.
+
+        Raises ValueError where a finished run would be overwritten, or where the run that would be continued had
+        another recipe, launch config or other versions, unless `anyway`; run.json says then what differed.
+        """
+        record, warnings = self._record()
+        overwrite = overwrite and not _requeued(record)
+        if not overwrite:
+            self._refuse(record)
+        found = newest_valid(self.folder) if not overwrite else None
+        if found is None or found.folder is None:
+            return self._begin(record, recipe, launch, overwrite, warnings + (found.set_aside if found else []))
+        manifest, now = found.manifest, environment()
+        must = manifest["must_match"]
+        differing = list(differences(must, must | must_match(recipe, launch, now)))
+        self._refuse_unless(anyway, differing)
+        computed_on = {"hardware": comparable(manifest["hardware"])}
+        changed = [*differing, *differences(computed_on, {"hardware": comparable(now["hardware"])})]
+        if changed:
+            warnings.append(f"{self.folder} goes on with {'; '.join(changed)}: not exactly as if undisturbed")
+        if "tensorboard" in (recipe.get("report_to") or []):
+            warnings += self._restore_curves(found.folder, manifest)
+        reached = (manifest["step"], manifest["train_seconds"])
+        entry = self._interruption(record, str(found.folder), *reached, found.set_aside) | {"changed": changed}
+        self._write(record, recipe, launch, now, [entry])
+        return Start(str(found.folder), must, warnings + found.set_aside)
+
+    def _restore_curves(self, checkpoint: Path, manifest: dict[str, Any]) -> list[str]:
+        history = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))["log_history"]
+        folder = self.folder / "tensorboard"
+        lost = tensorboard_curves.restore(folder, history, manifest["step"], manifest["saved"])
+        return [f"{folder} lacked {lost} figures and was written anew from {checkpoint.name}"] if lost else []
+
+    def check(self, start: Start, facts: dict[str, Any], anyway: bool) -> None:
+        """What is known only after `start`: raise ValueError where `facts` differ from those of the run continued."""
+        if not start.checkpoint:
+            return
+        differing = list(differences({name: start.must_match.get(name) for name in facts}, facts))
+        self._refuse_unless(anyway, differing)
+        if differing and self.is_main:
+            *before, last = read_run(self.folder)["interruptions"]
+            self.update(interruptions=[*before, last | {"changed": last["changed"] + differing}])
+
+    def _record(self) -> tuple[dict[str, Any] | None, list[str]]:
+        """run.json, None without one; {} and a warning where it cannot be read: the checkpoints say what is needed."""
+        for left in self.folder.glob(".run.json.*"):
+            left.unlink()
+        try:
+            record = read_run(self.folder) if self.path.is_file() else None
+            if record is not None and not {"status", "recipe"} <= set(record):
+                raise ValueError("it has no status or no recipe")
+            return record, []
+        except ValueError as error:
+            aside = self.path.replace(self.folder / "broken-run.json")
+            return {}, [f"{self.path} cannot be read ({error}) and was moved to {aside}"]
+
+    def _refuse(self, record: dict[str, Any] | None) -> None:
+        if record and record["status"] == "succeeded":
+            raise ValueError(f"{self.folder} holds a finished run: pass --overwrite, or another --output_dir")
+        if record and record["status"] == "running" and _alive(record.get("host_pid")):
+            raise ValueError(f"{self.folder} is being written by a running process ({record['host_pid'][1]})")
+
+    def _begin(self, record: dict | None, recipe: dict, launch: dict, overwrite: bool, warnings: list[str]) -> Start:
+        """From the first step on. An interruption before the first checkpoint is one all the same."""
+        again = record and not overwrite and not list(differences(record["recipe"], recipe))
+        entries = [self._interruption(record, None, 0, 0.0, warnings)] if again else []
+        if record is not None:  # else the folder may be somebody's own
+            self._clear()
+        self._write(record if again else None, recipe, launch, environment(), entries)
+        return Start(None, {}, warnings)
+
+    def _interruption(
+        self, record: dict | None, checkpoint: str | None, step: int, seconds: float, aside: list[str]
+    ) -> dict[str, Any]:
+        """An entry of `interruptions`: how the last start ended, and what it costs to go on from `step`."""
+        old = record or {}
+        entry = {"status": old.get("status", "unknown"), "reason": old.get("reason"), "continued": _now()}
+        cost = progress.cost(progress.read(self.folder), step, seconds, time.time())
+        return entry | {"from": checkpoint, "step": step, **cost, "set_aside": aside}
+
+    def _write(
+        self, old: dict | None, recipe: dict, launch: dict, now: dict[str, Any], entries: list[dict[str, Any]]
+    ) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        old = old or {}
+        record = {"status": "running", "reason": None, "started": old.get("started", _now())}
+        record["interruptions"] = [*old.get("interruptions", []), *entries]
+        record |= {"host_pid": [socket.gethostname(), os.getpid()], "recipe": recipe, "launch": launch, **now}
+        write_json(self.path, record)
+
+    def _refuse_unless(self, anyway: bool, differing: list[str]) -> None:
+        if differing and not anyway:
+            raise ValueError(
+                f"{self.folder} holds an unfinished run with other settings: {'; '.join(differing[:5])}. Start it with "
+                f"the same settings to continue it, with --resume_anyway to continue it with these (run.json will say "
+                f"so), with --overwrite to begin anew, or with another --output_dir"
+            )
+
+    def _clear(self) -> None:
+        for name in ("adapter", ".adapter", "tensorboard", "eval"):
+            shutil.rmtree(self.folder / name, ignore_errors=True)
+        remove_all(self.folder)
+        for name in ("run.json", progress.NAME):
+            (self.folder / name).unlink(missing_ok=True)
+
+    def update(self, **facts: Any) -> None:
+        """Add facts to run.json (rank 0)."""
+        if self.is_main:
+            write_json(self.path, read_run(self.folder) | facts)
+
+    def finish(self, status: str, **facts: Any) -> None:
+        """Write the final status (rank 0)."""
+        assert status in STATUSES
+        self.update(status=status, finished=_now(), **facts)
+
+    def fail(self, reason: str, rank: int | None) -> None:
+        """Record a failure, from any rank or from outside (None); the first one stands."""
+        if self.path.is_file():
+            record = read_run(self.folder)
+            if record["status"] == "running":
+                record |= {"status": "failed", "reason": reason, "failed_rank": rank, "finished": _now()}
+                write_json(self.path, record)
+
+
+def _requeued(record: Mapping[str, Any] | None) -> bool:
+    """Whether Slurm starts a job again that began an unfinished run: it goes on, though it was told to overwrite."""
+    again = int(os.environ.get("SLURM_RESTART_COUNT", 0)) > 0
+    return bool(again and record and record["status"] != "succeeded" and record["recipe"].get("overwrite"))
+
+
+def must_match(recipe: Mapping[str, Any], launch: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, Any]:
+    """What must be the same for a run to be continued exactly, as a manifest holds it; `now` is `environment()`."""
+    asked = {name: launch.get(name) for name in ("precision", "strategy", "world_size")}
+    found = {"recipe": dict(recipe), "launch": asked, "versions": now["versions"]}
+    return json.loads(json.dumps(found, default=str))
+
+
+def comparable(hardware: Mapping[str, Any]) -> dict[str, Any]:
+    """What decides the order of sums, and so the last digits: the GPU, without one the number of CPU cores."""
+    return {name: hardware.get(name) for name in (("gpu",) if hardware.get("gpu") else ("cpu_cores", "machine"))}
+
+
+def environment() -> dict[str, Any]:
+    """Versions, git commit and hardware of this process."""
+    import torch
+
+    versions = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            versions[package] = None
+    hardware: dict[str, Any] = {"cpu_cores": len(os.sched_getaffinity(0)), "machine": platform.machine()}
+    if torch.cuda.is_available():
+        versions["cuda"] = torch.version.cuda
+        hardware["gpu"] = torch.cuda.get_device_name(0)
+        hardware["gpus_visible"] = torch.cuda.device_count()
+        hardware["gpu_memory_gb"] = round(torch.cuda.get_device_properties(0).total_memory / 2**30, 1)
+    return {"versions": versions, "git_commit": _git_commit(), "hardware": hardware}
+
+
+def provenance() -> dict[str, str]:
+    """Hardware and versions of this process, as columns of a table of results."""
+    facts = environment()
+    hardware = facts["hardware"].get("gpu") or f"{facts['hardware']['cpu_cores']} CPU cores"
+    return {"hardware": hardware, "versions": " ".join(f"{k} {v}" for k, v in facts["versions"].items())}
+
+
+def _git_commit() -> str | None:
+    try:
+        done = subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--abbrev=12"],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            timeout=10,
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() or None
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+    """Each difference in a few words; settings that may differ are left out."""
+    old, new = (json.loads(json.dumps(dict(one), default=str)) for one in (old, new))
+    for name in sorted(set(old) | set(new)):
+        was, is_ = old.get(name), new.get(name)
+        if was == is_ or name in _FREE_FIELDS:
+            continue
+        if isinstance(was, dict) and isinstance(is_, dict):
+            yield from differences(was, is_, "" if name == "recipe" else f"{prefix}{name} ")
+        else:
+            yield f"{prefix}{name} ({was!r} was, {is_!r} is)".replace("launch world_size", "world size")
+
+
+def _alive(host_pid: list | None) -> bool:
+    if not host_pid or host_pid[0] != socket.gethostname() or host_pid[1] == os.getpid():
+        return False
+    try:
+        command = Path(f"/proc/{host_pid[1]}/cmdline").read_bytes()
+    except OSError:
+        return False
+    return b"sft.py" in command
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")

@@ -1,0 +1,1 @@
+"""Imported first, for their effect on what is imported after them."""

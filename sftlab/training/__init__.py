@@ -1,0 +1,1 @@
+"""The trainer, and going on exactly where it was interrupted."""
