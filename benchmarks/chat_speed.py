@@ -35,7 +35,8 @@ from transformers.generation.streamers import BaseStreamer
 
 import sftlab.chat.engine
 from sftlab.chat.engine import Chat, Settings
-from sftlab.runs.run_directory import SIDES, environment
+from sftlab.runs.environment import environment
+from sftlab.runs.run_directory import SIDES
 from sftlab.models.random_models import train_random_llama
 from sftlab.data.chat_template import end_of_turn, prompt_ids
 from sftlab.tables import read_csv

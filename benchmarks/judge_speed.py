@@ -22,7 +22,7 @@ from transformers import AutoTokenizer
 from sftlab.data.chat_template import set_template
 from sftlab.judging.judges import LocalJudge, Messages
 from sftlab.models.random_models import SHAPES, save_random_llama
-from sftlab.runs.run_directory import provenance
+from sftlab.runs.environment import provenance
 from sftlab.tables import read_csv, write_csv
 
 ROOT = Path(__file__).parent.parent

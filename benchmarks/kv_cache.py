@@ -26,10 +26,10 @@ import matplotlib.pyplot as plt
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from sftlab.measurement.hardware_limit import synchronize
 from sftlab.measurement.memory import peak_beyond
-from sftlab.measurement.throughput import synchronize
 from sftlab.models.random_models import SHAPES, make_random_files, random_files
-from sftlab.runs.run_directory import provenance
+from sftlab.runs.environment import provenance
 from sftlab.tables import aligned, read_csv, write_csv
 
 ROOT = Path(__file__).parent.parent

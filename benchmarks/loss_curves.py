@@ -20,7 +20,8 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from sftlab.models.random_models import save_random_llama
-from sftlab.runs.run_directory import provenance, read_run
+from sftlab.runs.environment import provenance
+from sftlab.runs.run_directory import read_run
 from sftlab.tables import write_csv
 
 ROOT = Path(__file__).parent.parent

@@ -24,7 +24,7 @@ from sftlab.data.splits import load_splits
 from sftlab.fastpath.selection import choose
 from sftlab.config.launch import Launch
 from sftlab.models.loading import load_config, load_tokenizer
-from sftlab.runs.run_directory import provenance
+from sftlab.runs.environment import provenance
 from sftlab.models.random_models import save_random_llama
 from sftlab.tables import write_csv
 from sftlab.data.chat_template import set_template

@@ -40,7 +40,8 @@ from sftlab.planning.accuracy_cells import CELLS, SHAPES, Cell
 from sftlab.planning.gpu_specs import GPU, GPUS, HOST_US, MEASURED_ON, gpu_seen_as
 from sftlab.planning.plan import LIMITS, Rows, foresee, of_lengths
 from sftlab.planning.step_memory import FRAGMENTATION, memory
-from sftlab.runs.run_directory import provenance, read_run
+from sftlab.runs.environment import provenance
+from sftlab.runs.run_directory import read_run
 from sftlab.tables import read_csv, write_csv
 
 ROOT = Path(__file__).parent.parent

@@ -27,7 +27,8 @@ import torch
 
 from sftlab.models.random_models import make_random_files, random_files
 from sftlab.runs import progress
-from sftlab.runs.run_directory import adapter_hash, provenance, read_run
+from sftlab.runs.environment import provenance
+from sftlab.runs.run_directory import adapter_hash, read_run
 from sftlab.tables import read_csv, write_csv
 
 ROOT = Path(__file__).parent.parent

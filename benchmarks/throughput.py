@@ -30,9 +30,9 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import torch
 
-from sftlab.measurement.throughput import matrix_rate
+from sftlab.measurement.hardware_limit import matrix_rate
 from sftlab.models.random_models import make_random_files, random_files
-from sftlab.runs.run_directory import provenance
+from sftlab.runs.environment import provenance
 from sftlab.tables import write_csv
 
 ROOT = Path(__file__).parent.parent

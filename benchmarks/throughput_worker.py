@@ -26,7 +26,9 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
-from sftlab.measurement.throughput import Flops, Meter, flops_per_token, synchronize
+from sftlab.measurement.flops import Flops, flops_per_token
+from sftlab.measurement.hardware_limit import synchronize
+from sftlab.measurement.throughput import Meter
 from sftlab.data.chat_template import encode, set_template
 from sftlab.training.trainer import LabTrainer
 

@@ -23,13 +23,14 @@ import torch
 from transformers import TrainerCallback
 from trl import SFTTrainer, get_peft_config
 
-from sftlab.config.parser import Recipe, parse_recipe
+from sftlab.config.parser import parse_recipe
+from sftlab.config.recipe import Recipe
 from sftlab.data.splits import load_splits
 from sftlab.fastpath.selection import FastPath
 from sftlab.training.stop_on_signal import StopOnSignal
 from sftlab.config.launch import Launch, check_devices, use_all_cpu_cores
 from sftlab.models.loading import load_tokenizer, model_init_kwargs
-from sftlab.runs.run_directory import provenance
+from sftlab.runs.environment import provenance
 from sftlab.tables import write_csv
 from sftlab.data.chat_template import set_template
 from sftlab.training.trainer import build_trainer

@@ -24,14 +24,16 @@ from typing import Any
 from sftlab.judging.alpaca_annotators import ALPACA_EVAL_2, Annotators, official
 from sftlab.judging.sanity_checks import UNPARSED_REFUSED, UNPARSED_SAID, Canaries, spread
 from sftlab.judging.model_answers import Contestants, refuse_twins
-from sftlab.evaluation.generation import Answer, AnswerFile, Sampling, answer_facts, digest
+from sftlab.evaluation.answer_file import AnswerFile, answer_facts, digest
+from sftlab.evaluation.generation import Answer, Sampling
 from sftlab.judging.judges import add_judge_flags, judge_from
 from sftlab.judging.judgement_files import canary_table, judgement_hashes, keep_entry, share, write_records
 from sftlab.judging.length_control import length_controlled, lengths, mean_characters
 from sftlab.judging.alpaca_files import Task, read_preferences, read_task
 from sftlab.evaluation.base_and_tuned import finished_run, one_sentence
 from sftlab.judging.pairwise import Pair, judge_pairs, tally, win_rates
-from sftlab.runs.run_directory import SIDES, adapter_hash, environment
+from sftlab.runs.environment import environment
+from sftlab.runs.run_directory import SIDES, adapter_hash
 from sftlab.evaluation.significance import FEW_ROWS, method
 from sftlab.tables import aligned, figure, interval, p_value, percent
 

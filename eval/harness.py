@@ -34,9 +34,10 @@ from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.tasks import TaskManager
 
 from sftlab.files import write_json
-from sftlab.config.parser import ModelArguments
+from sftlab.config.recipe import ModelArguments
 from sftlab.evaluation.base_and_tuned import answering, finished_run, load_pair, one_sentence, run_tokenizer
-from sftlab.runs.run_directory import SIDES, adapter_hash, environment
+from sftlab.runs.environment import environment
+from sftlab.runs.run_directory import SIDES, adapter_hash
 from sftlab.evaluation.significance import FEW_ROWS, Paired, add_holm, compare, compare_rates, mean, with_counts
 from sftlab.tables import aligned, interval, p_value
 

@@ -25,7 +25,8 @@ from matplotlib.figure import Figure
 
 from sftlab.judging.sanity_checks import UNPARSED_REFUSED, UNPARSED_SAID, spread
 from sftlab.judging.model_answers import Contestants, refuse_twins
-from sftlab.evaluation.generation import Answer, AnswerFile, Sampling, answer_facts, digest
+from sftlab.evaluation.answer_file import AnswerFile, answer_facts, digest
+from sftlab.evaluation.generation import Answer, Sampling
 from sftlab.judging.judges import add_judge_flags, judge_from
 from sftlab.judging.judgement_files import canary_table, judgement_hashes, keep_entry, title_hash, write_records
 from sftlab.evaluation.base_and_tuned import finished_run, one_sentence
@@ -40,7 +41,8 @@ from sftlab.judging.ratings import (
     right_over_shuffled,
     unparsed,
 )
-from sftlab.runs.run_directory import SIDES, adapter_hash, environment
+from sftlab.runs.environment import environment
+from sftlab.runs.run_directory import SIDES, adapter_hash
 from sftlab.evaluation.significance import FEW_ROWS, RESAMPLES
 from sftlab.tables import aligned, interval, p_value, percent
 

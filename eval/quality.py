@@ -25,16 +25,8 @@ from transformers import PreTrainedTokenizerBase
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from sftlab.files import write_json
-from sftlab.evaluation.generation import (
-    BATCHES_WORTH_COMPILING,
-    AnswerFile,
-    Generator,
-    Sampling,
-    answer_facts,
-    fill,
-    generation_facts,
-    longest_prompt,
-)
+from sftlab.evaluation.answer_file import AnswerFile, answer_facts, fill
+from sftlab.evaluation.generation import BATCHES_WORTH_COMPILING, Generator, Sampling, generation_facts, longest_prompt
 from sftlab.evaluation.held_out import HeldOut, Rows, held_out, select
 from sftlab.models.likelihood import Likelihood, likelihood, nats_of_the_token_read
 from sftlab.evaluation.base_and_tuned import (
@@ -45,7 +37,8 @@ from sftlab.evaluation.base_and_tuned import (
     run_tokenizer,
     one_sentence,
 )
-from sftlab.runs.run_directory import SIDES, adapter_hash, environment
+from sftlab.runs.environment import environment
+from sftlab.runs.run_directory import SIDES, adapter_hash
 from sftlab.evaluation.text_metrics import NAMES, ROUGE_SIGNATURE, Bleu, paired_scores, score_texts
 from sftlab.evaluation.significance import FEW_ROWS, add_holm, compare, method
 from sftlab.tables import aligned, interval, p_value, preview

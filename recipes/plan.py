@@ -23,7 +23,7 @@ from typing import Any
 
 from transformers import LlamaConfig, PreTrainedConfig
 
-from sftlab.config.parser import Recipe
+from sftlab.config.recipe import Recipe
 from sftlab.config.validation import of_bitsandbytes
 from sftlab.planning.plan import LIMITS, Forecast, Rows, foresee, measure_rows, most_rows, read_recipe, remedies
 from sftlab.planning.gpu_specs import GPU, GPUS, MEASURED_ON, find_gpu, gpu_seen_as

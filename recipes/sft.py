@@ -27,20 +27,24 @@ from accelerate.utils import broadcast_object_list
 from torch.utils.data import IterableDataset
 from transformers import PreTrainedTokenizerBase
 
-from sftlab.config.parser import Recipe, parse_recipe
+from sftlab.config.parser import parse_recipe
+from sftlab.config.recipe import Recipe
 from sftlab.data.splits import Splits, load_splits
 from sftlab.training.determinism import compute_deterministically
-from sftlab.fastpath.selection import FastPath, choose, start_compilers
+from sftlab.fastpath.kernel_warmup import start_compilers
+from sftlab.fastpath.selection import FastPath, choose
 from sftlab.files import sync, sync_tree
 from sftlab.planning.plan import planned_memory
 from sftlab.training.stop_on_signal import Stopped, StopOnSignal
 from sftlab.config.launch import COMPUTE_DTYPE, PRECISIONS, Launch, check_devices, use_all_cpu_cores
-from sftlab.measurement.throughput import peak_memory, share_of_limit
+from sftlab.measurement.hardware_limit import share_of_limit
+from sftlab.measurement.memory import peak_memory
 from sftlab.models.loading import check_target_modules, load_config, load_tokenizer
-from sftlab.data.collator import refuse_few_rows
+from sftlab.data.samplers import refuse_few_rows
 from sftlab.training.verification import length_facts, refuse_lost_rows, what_ran
 from sftlab.training.checkpointing import is_full
-from sftlab.runs.run_directory import Run, Start, environment, must_match
+from sftlab.runs.environment import environment
+from sftlab.runs.run_directory import Run, Start, must_match
 from sftlab.data.chat_template import set_template, template_hash
 from sftlab.data.tokenized_dataset import refuse_other_encoding
 from sftlab.training.trainer import LabTrainer, build_trainer

@@ -34,14 +34,15 @@ from dask_jobqueue import SLURMCluster
 from datasets import Dataset
 from tqdm import tqdm
 
-from sftlab.data.splits import Converter, read_source
+from sftlab.data.splits import Converter
+from sftlab.data.sources import read_source
 from sftlab.data.batch_encoder import Encoder
 from sftlab.data.shard_writer import begin, convert_counting, finish, finished_records, place_of, tokenize_shard
 from sftlab.tables import aligned
 from sftlab.data.tokenized_dataset import backend_text, encoding_settings
 
 if TYPE_CHECKING:
-    from sftlab.config.parser import Recipe
+    from sftlab.config.recipe import Recipe
 
 # Every local worker imports this file when it starts: what would bring torch along is imported where it is used.
 PROBED_ROWS = 256

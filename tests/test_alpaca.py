@@ -7,7 +7,7 @@ import pytest
 from conftest import SHARED, load_script, needs_shared
 from judging import ScriptedJudge, canned, entry, lines, longer_output, no_hub
 
-from sftlab.evaluation.generation import digest
+from sftlab.evaluation.answer_file import digest
 from sftlab.judging import alpaca_files as outputs_module
 from sftlab.judging import length_control
 from sftlab.judging.judges import load_format

@@ -6,7 +6,7 @@ import pandas as pd
 import pytest
 from conftest import SHARED, instruction_rows, needs_shared, write_jsonl
 
-from sftlab.config.parser import DataArguments
+from sftlab.config.recipe import DataArguments
 from sftlab.data.splits import SPLITS, load_splits, split_index
 
 QUESTION, ANSWER = "What is two and two?", "Four."

@@ -13,7 +13,7 @@ from peft import PeftConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
-from sftlab.config.parser import DataArguments
+from sftlab.config.recipe import DataArguments
 from sftlab.data.chat_template import encode
 from sftlab.data.splits import load_splits
 from sftlab.models import demo

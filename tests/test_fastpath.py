@@ -21,11 +21,12 @@ from sftlab.config.launch import Launch
 from sftlab.config.parser import parse_recipe
 from sftlab.data import collator
 from sftlab.data.chat_template import set_template
-from sftlab.data.collator import TILE, BalancedSampler
+from sftlab.data.collator import TILE
+from sftlab.data.samplers import BalancedSampler
 from sftlab.data.splits import load_splits
-from sftlab.fastpath import fused_loss, selection, varlen_attention
+from sftlab.fastpath import compile_layers, fused_loss, kernel_warmup, selection, varlen_attention
 from sftlab.fastpath.float8 import FrozenFloat8Linear, freeze_in_float8
-from sftlab.measurement.throughput import flops_per_token
+from sftlab.measurement.flops import flops_per_token
 from sftlab.models.loading import load_config, load_tokenizer
 from sftlab.training.trainer import LabTrainer, build_trainer
 
@@ -262,7 +263,7 @@ def test_the_rehearsed_kernels_are_those_of_every_step(fields, monkeypatch, weig
     trainer = build(fields, packing="true")
     for weight in trainer.model.parameters():
         weight.data = weight.data if weight.requires_grad else weight.data.to(weights)
-    selection.rehearse(trainer.model.config, dtype, torch.device("cpu"), fused_loss=True)
+    kernel_warmup.rehearse(trainer.model.config, dtype, torch.device("cpu"), fused_loss=True)
     rehearsed, called = called, {}
     assert {name: len(forms) for name, forms in rehearsed.items()} == {"forward": 1, "backward": 1, "loss": 1}
     with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
@@ -280,11 +281,11 @@ def test_kernels_are_rehearsed_on_the_gpu_of_the_process(fields, monkeypatch):
     config = load_config(recipe.model.model_name_or_path, None, recipe.training)
     fast = selection.FastPath(packing=True, compile_layers=False, fused_loss=None, attn_implementation=None)
     monkeypatch.setenv("LOCAL_RANK", "1")
-    assert selection.start_compilers(recipe, config, fast).exception(20) is None
+    assert kernel_warmup.start_compilers(recipe, config, fast).exception(20) is None
     gpu = torch.device("cuda", 1)
     assert done == [("rehearsal_0", "device", gpu), ("rehearsal_0", "rehearsed", config, torch.float32, gpu, True)]
     recipe.training.dataset_num_proc = 2
-    assert selection.start_compilers(recipe, config, fast).done() and len(done) == 2, "tokenizing forks"
+    assert kernel_warmup.start_compilers(recipe, config, fast).done() and len(done) == 2, "tokenizing forks"
 
 
 FOUR_BITS = {"load_in_4bit": "true", "use_bnb_nested_quant": "true", "bnb_4bit_quant_type": "nf4"}
@@ -308,7 +309,7 @@ def test_compiled_layers_have_the_gradients_of_uncompiled_ones(fields, on_a_cpu,
             for linear in (m for m in trainer.model.modules() if "quant_state" in vars(m)):
                 linear.weight = torch.nn.Parameter(linear.weight.data, requires_grad=False)
         if compiled:
-            selection.compile_layers(trainer.model.get_base_model())
+            compile_layers.compile_layers(trainer.model.get_base_model())
         with torch.autocast("cpu", torch.bfloat16, enabled=weights != "whole"):
             found.append(losses_and_gradients(trainer, examples(5)))
     assert not torch._dynamo.utils.counters["graph_break"]

@@ -10,7 +10,8 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from sftlab.data.chat_template import Turn, end_of_turn, set_template
-from sftlab.evaluation.generation import Answer, AnswerFile, Generator, NotANumber, Sampling
+from sftlab.evaluation.answer_file import AnswerFile
+from sftlab.evaluation.generation import Answer, Generator, NotANumber, Sampling
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"

@@ -12,7 +12,7 @@ from judging import ScriptedJudge, longer_output, no_hub
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from sftlab.data.chat_template import set_template
-from sftlab.evaluation.generation import AnswerFile
+from sftlab.evaluation.answer_file import AnswerFile
 from sftlab.judging import judges as judging
 from sftlab.judging.alpaca_annotators import Annotators, official
 from sftlab.judging.alpaca_files import read_outputs, read_preferences

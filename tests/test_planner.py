@@ -15,8 +15,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaFor
 
 from sftlab.config.launch import exported, launched
 from sftlab.config.parser import parse_recipe
-from sftlab.data.collator import balanced, tiles
-from sftlab.fastpath import selection, varlen_attention
+from sftlab.data.collator import tiles
+from sftlab.data.samplers import balanced
+from sftlab.fastpath import compile_layers, varlen_attention
 from sftlab.models.random_models import SHAPES, random_lengths
 from sftlab.planning.gpu_specs import GPUS
 from sftlab.planning.plan import Rows, foresee, most_rows, of_lengths, resized
@@ -155,7 +156,7 @@ def test_what_a_compiled_layer_keeps_is_what_inductors_partitioner_keeps(attenti
     monkeypatch.setattr(torch, "compile", lambda forward: compile_(forward, backend=backend))
     torch.compiler.reset()
     model = llama(targets, torch.bfloat16, True, 0.0)
-    selection.compile_layers(model.get_base_model())
+    compile_layers.compile_layers(model.get_base_model())
     held = kept_by_autograd(model, torch.bfloat16, True)
     assert TOKENS * kept(planned_step(targets, "bf16", True, True, 0.0)) == pytest.approx(held, rel=0.01)
 

@@ -8,7 +8,8 @@ from test_checkpoint import flipped
 
 from sftlab.runs import progress
 from sftlab.runs.checkpoint_manifest import seal
-from sftlab.runs.run_directory import Run, environment, must_match, read_run
+from sftlab.runs.environment import environment
+from sftlab.runs.run_directory import Run, must_match, read_run
 from sftlab.training.verification import tf32_products
 
 RECIPE = {"learning_rate": 0.1, "overwrite": False, "output_dir": "here"}
@@ -109,11 +110,11 @@ def test_other_versions_are_refused_and_other_hardware_is_said(tmp_path, monkeyp
     checkpoint(tmp_path / "r", 3)
     now = environment()
     later = now | {"versions": now["versions"] | {"torch": "9.9"}}
-    monkeypatch.setattr("sftlab.runs.run_directory.environment", lambda: later)
+    monkeypatch.setattr("sftlab.runs.environment.environment", lambda: later)
     with pytest.raises(ValueError, match=r"versions torch \(.* was, '9.9' is\)"):
         started(tmp_path / "r")
     elsewhere = now | {"hardware": now["hardware"] | {"cpu_cores": 999}}
-    monkeypatch.setattr("sftlab.runs.run_directory.environment", lambda: elsewhere)
+    monkeypatch.setattr("sftlab.runs.environment.environment", lambda: elsewhere)
     assert "hardware cpu_cores" in started(tmp_path / "r")[1].warnings[0]
 
 

@@ -20,7 +20,7 @@ from peft import PeftModel
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
-from sftlab.config.parser import DataArguments
+from sftlab.config.recipe import DataArguments
 from sftlab.data.splits import SPLITS, load_splits, split_index
 from sftlab.evaluation.base_and_tuned import finished_run
 from sftlab.runs.run_directory import adapter_hash

@@ -6,7 +6,7 @@ from datasets import Dataset
 from transformers import AutoTokenizer
 from trl import SFTConfig, SFTTrainer
 
-from sftlab.config.parser import DataArguments
+from sftlab.config.recipe import DataArguments
 from sftlab.data.chat_template import encode, prompt_ids, set_template, template_hash
 from sftlab.data.splits import load_splits
 

@@ -10,7 +10,8 @@ import psutil
 import pytest
 from conftest import ROOT
 
-from sftlab.comparison.timed_turns import VARIABLE, Command, in_turn
+from sftlab.comparison.timed_turns import Command, in_turn
+from sftlab.measurement.timing_turn import VARIABLE
 
 # Warms up for some time, waits, and is timed; notes when. Told to stop, it does so in its turn, as a training does.
 TRAINING = """

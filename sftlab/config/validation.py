@@ -1,11 +1,7 @@
 """A recipe agrees with itself and with the launch config, or is refused; what it leaves open follows from them."""
 
-from typing import TYPE_CHECKING
-
 from sftlab.config.launch import COMPUTE_DTYPE, PRECISIONS, Launch
-
-if TYPE_CHECKING:
-    from sftlab.config.parser import Recipe
+from sftlab.config.recipe import Recipe
 
 
 def of_bitsandbytes(optim: str) -> bool:
@@ -13,7 +9,7 @@ def of_bitsandbytes(optim: str) -> bool:
     return any(word in optim for word in ("paged", "bnb", "8bit", "lion"))
 
 
-def settle(recipe: "Recipe", launch: Launch) -> None:
+def settle(recipe: Recipe, launch: Launch) -> None:
     """Fill in what the recipe leaves open: dtype, micro-batch and accumulation.
 
     Raises ValueError with one sentence for what is missing, cannot be, or contradicts the rest or the launch config.
@@ -64,7 +60,7 @@ def settle(recipe: "Recipe", launch: Launch) -> None:
         training.ddp_find_unused_parameters = True
 
 
-def _settle_precision(recipe: "Recipe") -> None:
+def _settle_precision(recipe: Recipe) -> None:
     """Refuse a recipe whose dtype contradicts the launch config's precision; fill in `dtype` where it is unset."""
     model = recipe.model
     precision = PRECISIONS[recipe.training.mixed_precision]
@@ -85,7 +81,7 @@ def _settle_precision(recipe: "Recipe") -> None:
     model.dtype = model.dtype or (compute if model.use_peft else "float32")
 
 
-def _settle_batch(recipe: "Recipe", world_size: int) -> None:
+def _settle_batch(recipe: Recipe, world_size: int) -> None:
     """Derive micro-batch and accumulation from `global_batch_size`, so that the launch config does not change it."""
     data, training = recipe.data, recipe.training
     per_device, total = training.per_device_train_batch_size, data.global_batch_size

@@ -13,7 +13,7 @@ from typing import Any
 from tokenizers import Tokenizer, models, normalizers
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from sftlab.data.splits import Message
+from sftlab.data.formats import Message
 
 # Texts are handed to the backend in slices of about so many characters: it needs some 100 bytes a token for a while.
 CHARACTERS_AT_ONCE = 1_000_000

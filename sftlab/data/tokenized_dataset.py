@@ -28,7 +28,7 @@ from sftlab.files import file_hash
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from sftlab.config.parser import DataArguments, TrainingArguments
+    from sftlab.config.recipe import DataArguments, TrainingArguments
 
 SPLITS = ("train", "validation", "test")
 FORMAT = 1

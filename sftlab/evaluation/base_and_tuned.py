@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 from trl import get_quantization_config
 
-from sftlab.config.parser import ModelArguments
+from sftlab.config.recipe import ModelArguments
 from sftlab.data.chat_template import template_hash
 from sftlab.fastpath import varlen_attention
 from sftlab.models.likelihood import with_fused_head

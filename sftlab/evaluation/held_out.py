@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from sftlab.config.parser import DataArguments
+from sftlab.config.recipe import DataArguments
 from sftlab.data.chat_template import encode, prompt_ids
 from sftlab.data.splits import Splits, load_splits, opening_key
 

@@ -15,7 +15,7 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 from transformers import PreTrainedModel
 
-from sftlab.fastpath.selection import decoder_layers
+from sftlab.fastpath.compile_layers import decoder_layers
 
 LORA_MODULES = r".*\.lora_[AB]\.\w+"
 

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
-from sftlab.evaluation.generation import digest
+from sftlab.evaluation.answer_file import digest
 from sftlab.judging.pairwise import Pair
 
 # Of the 805 instructions in their published order.

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from sftlab.evaluation.generation import digest
+from sftlab.evaluation.answer_file import digest
 from sftlab.files import write_json
 from sftlab.tables import aligned
 

@@ -18,15 +18,13 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
 
 from sftlab.data.chat_template import prompt_ids
+from sftlab.evaluation.answer_file import AnswerFile, digest, fill
 from sftlab.evaluation.generation import (
     BATCHES_WORTH_COMPILING,
     Answer,
-    AnswerFile,
     Generator,
     Sampling,
     Unfinished,
-    digest,
-    fill,
     longest_prompt,
 )
 from sftlab.judging.verdict_parsing import READERS, Verdict

@@ -11,17 +11,9 @@ from peft import PeftModel
 from transformers import AutoConfig
 
 from sftlab.data.chat_template import prompt_ids
+from sftlab.evaluation.answer_file import AnswerFile, digest, fill
 from sftlab.evaluation.base_and_tuned import answering, load_pair, model_settings, run_tokenizer
-from sftlab.evaluation.generation import (
-    BATCHES_WORTH_COMPILING,
-    Answer,
-    AnswerFile,
-    Generator,
-    Sampling,
-    digest,
-    fill,
-    longest_prompt,
-)
+from sftlab.evaluation.generation import BATCHES_WORTH_COMPILING, Answer, Generator, Sampling, longest_prompt
 
 Conversation = list[dict[str, str]]
 

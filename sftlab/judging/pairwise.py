@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from scipy.stats import binomtest
 
-from sftlab.evaluation.generation import AnswerFile
+from sftlab.evaluation.answer_file import AnswerFile
 from sftlab.evaluation.significance import Paired, compare, mean
 from sftlab.judging.judges import Format, Judge, ask, longest_fitting
 from sftlab.judging.verdict_parsing import Verdict, contradicts

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from sftlab.evaluation.generation import AnswerFile
+from sftlab.evaluation.answer_file import AnswerFile
 from sftlab.evaluation.significance import Paired, add_holm, compare
 from sftlab.judging.judges import Format, Judge, ask, longest_fitting
 from sftlab.judging.pairwise import mean_of_parsed, parts, rate

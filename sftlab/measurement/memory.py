@@ -5,11 +5,13 @@ the first micro-batch's forward leaves behind for its backward, and `peak` the m
 from the allocator, on a CPU from the profiler's record of it.
 """
 
+import resource
 from collections.abc import Callable, Sequence
 from itertools import accumulate
 from typing import Any
 
 import torch
+from accelerate.utils import gather_object
 from torch import nn
 from torch.profiler import ProfilerActivity, profile, record_function
 from transformers import TrainerCallback
@@ -117,3 +119,27 @@ def _changes(record: profile) -> list[tuple[int, int]]:
 
 def _most(changes: Sequence[tuple[int, int]]) -> int:
     return max(accumulate((change for _, change in changes), initial=0))
+
+
+def peak_memory(split: MemorySplit | None = None, earlier: dict[str, Any] | None = None) -> list[dict[str, float]]:
+    """`peak_of_process` of every rank; every process calls it."""
+    return gather_object([peak_of_process(split, earlier)])
+
+
+def peak_of_process(split: MemorySplit | None = None, earlier: dict[str, Any] | None = None) -> dict[str, Any]:
+    """Peak memory in GB (2**30 bytes): GPU allocated and reserved, or the process's resident set.
+
+    With `split`, a step's memory by part as well. With `earlier`, what an earlier start of the run had, the larger one.
+    """
+    before, parts = (split.peak_before, split.facts) if split else (0, {})
+    earlier = earlier or {}
+    if torch.cuda.is_available():
+        mine = {
+            "allocated_gb": round(max(before, torch.cuda.max_memory_allocated()) / 2**30, 3),
+            "reserved_gb": round(torch.cuda.max_memory_reserved() / 2**30, 3),
+        }
+    else:
+        mine = {"resident_gb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 3)}
+    mine = {name: max(peak, earlier.get(name, 0.0)) for name, peak in mine.items()}
+    parts = parts or earlier.get("step", {})
+    return mine | ({"step": parts} if parts else {})

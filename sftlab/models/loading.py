@@ -8,7 +8,7 @@ from huggingface_hub.errors import GatedRepoError, OfflineModeIsEnabled, Reposit
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
-from sftlab.config.parser import ModelArguments, TrainingArguments
+from sftlab.config.recipe import ModelArguments, TrainingArguments
 
 # GPT-2's linear layer has its weight the other way round
 LINEAR_LAYERS = (torch.nn.Linear, Conv1D)

@@ -12,16 +12,18 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 from trl import SFTTrainer
 
 from sftlab.config.launch import BF16_CAPABILITY, Launch, check_precision
-from sftlab.config.parser import Recipe, parse_recipe
+from sftlab.config.parser import parse_recipe
+from sftlab.config.recipe import Recipe
 from sftlab.data.chat_template import encode, set_template
 from sftlab.data.collator import TOKENS_MULTIPLE
-from sftlab.data.splits import Converter, read_source
+from sftlab.data.samplers import row_lengths
+from sftlab.data.sources import read_source
+from sftlab.data.splits import Converter
 from sftlab.data.tokenized_dataset import SPLITS, is_tokenized, open_tokens
 from sftlab.fastpath.selection import FastPath, choose
 from sftlab.planning.gpu_specs import GPU
 from sftlab.planning.step_memory import Memory, Step, memory, step_of
 from sftlab.planning.step_time import Pace, pace
-from sftlab.training.verification import row_lengths
 
 # Rows of a data set that are read for their lengths.
 SAMPLE = 400

@@ -13,7 +13,7 @@ import torch
 from transformers import PreTrainedConfig
 
 from sftlab.config.launch import COMPUTE_DTYPE, PRECISIONS, Launch
-from sftlab.config.parser import Recipe
+from sftlab.config.recipe import Recipe
 from sftlab.config.validation import of_bitsandbytes
 from sftlab.data.collator import TOKENS_MULTIPLE
 from sftlab.fastpath.fused_loss import CHUNK

@@ -10,8 +10,8 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig
 from trl import get_peft_config
 
 from sftlab.config.launch import COMPUTE_DTYPE, PRECISIONS
-from sftlab.config.parser import Recipe
-from sftlab.measurement.throughput import Flops, flops_per_token
+from sftlab.config.recipe import Recipe
+from sftlab.measurement.flops import Flops, flops_per_token
 from sftlab.models.loading import LINEAR_LAYERS
 
 # The linears of a decoder layer of Llama's kind.

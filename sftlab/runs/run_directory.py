@@ -2,26 +2,22 @@
 
 import json
 import os
-import platform
 import shutil
 import socket
-import subprocess
 import time
 from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from sftlab.files import file_hash, write_json
-from sftlab.paths import ROOT
 from sftlab.runs import progress, tensorboard_curves
 from sftlab.runs.checkpoint_manifest import newest_valid, remove_all
+from sftlab.runs.environment import environment
 
 # the two models of a run, as evaluations name them
 SIDES = ("base", "tuned")
 STATUSES = ("running", "succeeded", "failed", "interrupted")
-_PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "bitsandbytes", "torchao")
 # What may differ between an interrupted run and its continuation.
 _FREE_FIELDS = {
     "overwrite", "resume_anyway", "disable_tqdm", "log_level", "logging_first_step", "report_to", "dataset_num_proc",
@@ -207,46 +203,6 @@ def must_match(recipe: Mapping[str, Any], launch: Mapping[str, Any], now: Mappin
 def comparable(hardware: Mapping[str, Any]) -> dict[str, Any]:
     """What decides the order of sums, and so the last digits: the GPU, without one the number of CPU cores."""
     return {name: hardware.get(name) for name in (("gpu",) if hardware.get("gpu") else ("cpu_cores", "machine"))}
-
-
-def environment() -> dict[str, Any]:
-    """Versions, git commit and hardware of this process."""
-    import torch
-
-    versions = {"python": platform.python_version()}
-    for package in _PACKAGES:
-        try:
-            versions[package] = version(package)
-        except PackageNotFoundError:
-            versions[package] = None
-    hardware: dict[str, Any] = {"cpu_cores": len(os.sched_getaffinity(0)), "machine": platform.machine()}
-    if torch.cuda.is_available():
-        versions["cuda"] = torch.version.cuda
-        hardware["gpu"] = torch.cuda.get_device_name(0)
-        hardware["gpus_visible"] = torch.cuda.device_count()
-        hardware["gpu_memory_gb"] = round(torch.cuda.get_device_properties(0).total_memory / 2**30, 1)
-    return {"versions": versions, "git_commit": _git_commit(), "hardware": hardware}
-
-
-def provenance() -> dict[str, str]:
-    """Hardware and versions of this process, as columns of a table of results."""
-    facts = environment()
-    hardware = facts["hardware"].get("gpu") or f"{facts['hardware']['cpu_cores']} CPU cores"
-    return {"hardware": hardware, "versions": " ".join(f"{k} {v}" for k, v in facts["versions"].items())}
-
-
-def _git_commit() -> str | None:
-    try:
-        done = subprocess.run(
-            ["git", "describe", "--always", "--dirty", "--abbrev=12"],
-            cwd=ROOT,
-            capture_output=True,
-            text=True,
-            timeout=10,
-        )
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return done.stdout.strip() or None
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> Iterator[str]:

@@ -22,7 +22,7 @@ from torch import nn
 from torch.utils.data import IterableDataset
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from sftlab.measurement.throughput import peak_of_process
+from sftlab.measurement.memory import peak_of_process
 from sftlab.runs.checkpoint_manifest import in_order, remove, rotate, seal
 from sftlab.runs.progress import Notes
 

@@ -21,20 +21,23 @@ from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 from trl import SFTTrainer, get_peft_config, get_quantization_config
 
 from sftlab.config.launch import Launch
-from sftlab.config.parser import Recipe
-from sftlab.data.collator import BalancedSampler, Collator, WholeBatches, for_the_model, whole_batches
+from sftlab.config.recipe import Recipe
+from sftlab.data.collator import Collator, for_the_model
+from sftlab.data.samplers import BalancedSampler, WholeBatches, row_lengths, whole_batches
 from sftlab.data.splits import Splits
 from sftlab.data.tokenized_dataset import refuse_other_encoding, training_rows
 from sftlab.fastpath import fused_loss, varlen_attention
+from sftlab.fastpath.compile_layers import compile_layers
 from sftlab.fastpath.float8 import freeze_in_float8, nothing_for_torchao
 from sftlab.fastpath.fsdp import average_replicated_, clip_sharded_, gather_ahead, settle_plugin
-from sftlab.fastpath.selection import FastPath, compile_layers
+from sftlab.fastpath.selection import FastPath
+from sftlab.measurement.flops import flops_per_token
 from sftlab.measurement.memory import MemorySplit
-from sftlab.measurement.throughput import Meter, flops_per_token
+from sftlab.measurement.throughput import Meter
 from sftlab.models.likelihood import nats_per_token
 from sftlab.models.loading import model_init_kwargs
 from sftlab.training.checkpointing import Resume, dtypes_kept
-from sftlab.training.verification import row_lengths, seen_linear, verify_precision, verify_strategy, verify_trained
+from sftlab.training.verification import seen_linear, verify_precision, verify_strategy, verify_trained
 
 
 class LabTrainer(SFTTrainer):

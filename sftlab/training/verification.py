@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pyarrow.compute as pc
 import torch
 from accelerate.utils import DistributedType
 from datasets import Dataset
@@ -14,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 from trl import SFTTrainer
 
 from sftlab.config.launch import COMPUTE_DTYPE, PRECISIONS
-from sftlab.data.collator import refuse_few_rows
+from sftlab.data.samplers import refuse_few_rows, row_lengths
 from sftlab.data.splits import Splits
 from sftlab.models.loading import LINEAR_LAYERS
 
@@ -180,8 +179,3 @@ def refuse_lost_rows(trainer: "LabTrainer", splits: Splits) -> None:
         raise ValueError(
             f"all {len(splits.validation)} validation rows {said}: raise it, or leave validation out (split_fractions)"
         )
-
-
-def row_lengths(dataset: Dataset) -> np.ndarray:
-    """Tokens of every row."""
-    return pc.list_value_length(dataset.with_format("arrow")[:]["input_ids"]).to_numpy()

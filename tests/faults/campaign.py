@@ -40,7 +40,7 @@ from transformers import LlamaConfig, LlamaForCausalLM  # noqa: E402
 import sftlab.runs.checkpoint_manifest  # noqa: E402
 from sftlab.fastpath import varlen_attention  # noqa: E402
 from sftlab.files import file_hash  # noqa: E402
-from sftlab.runs.run_directory import provenance  # noqa: E402
+from sftlab.runs.environment import provenance  # noqa: E402
 from sftlab.tables import aligned, write_csv  # noqa: E402
 
 FIELDS = {

@@ -1,0 +1,51 @@
+"""Hardware, versions and commit of this process."""
+
+import os
+import platform
+import subprocess
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+from sftlab.paths import ROOT
+
+_PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "bitsandbytes", "torchao")
+
+
+def environment() -> dict[str, Any]:
+    """Versions, git commit and hardware of this process."""
+    import torch
+
+    versions = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            versions[package] = None
+    hardware: dict[str, Any] = {"cpu_cores": len(os.sched_getaffinity(0)), "machine": platform.machine()}
+    if torch.cuda.is_available():
+        versions["cuda"] = torch.version.cuda
+        hardware["gpu"] = torch.cuda.get_device_name(0)
+        hardware["gpus_visible"] = torch.cuda.device_count()
+        hardware["gpu_memory_gb"] = round(torch.cuda.get_device_properties(0).total_memory / 2**30, 1)
+    return {"versions": versions, "git_commit": _git_commit(), "hardware": hardware}
+
+
+def provenance() -> dict[str, str]:
+    """Hardware and versions of this process, as columns of a table of results."""
+    facts = environment()
+    hardware = facts["hardware"].get("gpu") or f"{facts['hardware']['cpu_cores']} CPU cores"
+    return {"hardware": hardware, "versions": " ".join(f"{k} {v}" for k, v in facts["versions"].items())}
+
+
+def _git_commit() -> str | None:
+    try:
+        done = subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--abbrev=12"],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            timeout=10,
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() or None
