@@ -1,9 +1,12 @@
-"""Chat in the browser with the base and the tuned model of a finished run; a Hugging Face Space as it stands.
+"""Chat in the browser with the base and the tuned model of a finished run.
+
+A Hugging Face Space as it stands.
 
 python app/app.py --run runs/x [--port 7860] [--listen] [--auth user:password|FILE] [--load-in-4bit]
 
-Without --run it takes the newest finished run under runs/. It serves localhost alone unless --listen says otherwise.
-Each option is an environment variable as well: SFTLAB_RUN=runs/x, SFTLAB_PORT=7860, SFTLAB_LOAD_IN_4BIT=1.
+Without --run it takes the newest finished run under runs/. It serves localhost alone unless
+--listen says otherwise. Each option is an environment variable as well: SFTLAB_RUN=runs/x,
+SFTLAB_PORT=7860, SFTLAB_LOAD_IN_4BIT=1.
 """
 
 import argparse
@@ -33,10 +36,17 @@ from sftlab.chat.conversation import Turn, column, history, saved, sides
 from sftlab.chat.request_filter import Gate, accounts
 from sftlab.chat.service import Lab
 
-MODEL = {"concurrency_id": "model", "concurrency_limit": 1, "show_progress": "minimal", "api_visibility": "private"}
+MODEL = {
+    "concurrency_id": "model",
+    "concurrency_limit": 1,
+    "show_progress": "minimal",
+    "api_visibility": "private",
+}
 QUICK = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
 REPORTS = (Path("results/report"), Path("results/demo"))
-FAILED = "**Not answered:** too many messages wait already, or the server failed. Try again in a moment."
+FAILED = (
+    "**Not answered:** too many messages wait already, or the server failed. Try again in a moment."
+)
 BETTER = {"left": "Left is better", "tie": "Tie", "right": "Right is better"}
 DOWNLOAD = """(text) => { const link = document.createElement("a");
 link.href = URL.createObjectURL(new Blob([text], {type: "application/json"})); link.download = "conversation.json";
@@ -73,12 +83,22 @@ class Page:
         return limits, f"<small>{self.lab.facts_line(run)}</small>"
 
     def busy(self, request: gr.Request) -> bool:
-        """Whether the session's last message is still being answered: until then only Stop does anything."""
+        """Whether the session's last message is still being answered:
+
+        until then only Stop does anything.
+        """
         return request.session_hash in self.stops and not self.stops[request.session_hash].is_set()
 
     def send(self, request: gr.Request, box: str) -> tuple[Any, ...]:
-        """Take the message out of the box. A message to answer comes after the time, so that it is news each time."""
-        return (f"{time.time()} {box}", "") if box.strip() and not self.busy(request) else (gr.skip(), gr.skip())
+        """Take the message out of the box.
+
+        A message to answer comes after the time, so that it is news each time.
+        """
+        return (
+            (f"{time.time()} {box}", "")
+            if box.strip() and not self.busy(request)
+            else (gr.skip(), gr.skip())
+        )
 
     def begin(
         self, request: gr.Request, asked: str, turns: list[Turn], run: str,
@@ -97,17 +117,29 @@ class Page:
     def columns(self, turns: list[Turn]) -> tuple[Any, Any]:
         """Both columns; the right one only where two models answer."""
         both = bool(turns) and len(turns[-1].order) > 1
-        names = ("A", "B") if both and turns[-1].hidden else turns[-1].order if turns else ("conversation",)
+        names = (
+            ("A", "B")
+            if both and turns[-1].hidden
+            else turns[-1].order
+            if turns
+            else ("conversation",)
+        )
         left = gr.update(value=column(turns, 0), label=names[0])
-        return left, gr.update(value=column(turns, 1) if both else [], label=names[-1], visible=both)
+        return left, gr.update(
+            value=column(turns, 1) if both else [], label=names[-1], visible=both
+        )
 
-    def answer(self, turns: list[Turn], system: str, request: gr.Request) -> Iterator[tuple[Any, ...]]:
+    def answer(
+        self, turns: list[Turn], system: str, request: gr.Request
+    ) -> Iterator[tuple[Any, ...]]:
         """Stream the answers to the last turn."""
         stop, turn = self.stops.setdefault(request.session_hash, threading.Event()), turns[-1]
         yield turns, gr.skip(), gr.skip(), ""
         try:
             messages = history(turns, system)
-            for piece, left_out in self.lab.answer(turn.run, messages, turn.order, Settings(**turn.settings), stop):
+            for piece, left_out in self.lab.answer(
+                turn.run, messages, turn.order, Settings(**turn.settings), stop
+            ):
                 turn.update(piece, left_out, self.lab.adapter)
                 yield turns, *self.columns(turns), turn.remark()
         except ValueError as error:
@@ -146,7 +178,12 @@ class Page:
         """Take the last message back into the box."""
         if not turns or self.busy(request):
             return box, turns, *self.columns(turns), gr.skip()
-        return box or turns[-1].message, turns[:-1], *self.columns(turns[:-1]), gr.update(visible=False)
+        return (
+            box or turns[-1].message,
+            turns[:-1],
+            *self.columns(turns[:-1]),
+            gr.update(visible=False),
+        )
 
     def clear(self, request: gr.Request, turns: list[Turn]) -> tuple[Any, ...]:
         """Begin a new conversation."""
@@ -165,11 +202,13 @@ class Page:
         top_k: int = Settings.top_k, max_new_tokens: int = Settings.max_new_tokens,
         repetition_penalty: float = Settings.repetition_penalty, seed: int = Settings.seed, run: str | None = None,
     ) -> Iterator[dict[str, Any]]:  # fmt: skip
-        """Answer a message as the tuned model, the base model or both, from one load of the weights.
+        """Answer a message as the tuned model, the base model or both, from one load of the
+        weights.
 
-        history: earlier messages, each with role and content. run: a finished run's name, the first one if left out.
-        Yields texts, tokens, tokens_per_s and finished (stop, length or stopped), each by side, as they grow; with
-        first_token_s, left_out (old turns the context had no room for), run and settings.
+        history: earlier messages, each with role and content. run: a finished run's name, the first
+        one if left out. Yields texts, tokens, tokens_per_s and finished (stop, length or stopped),
+        each by side, as they grow; with first_token_s, left_out (old turns the context had no room
+        for), run and settings.
         """
         earlier = [{"role": "system", "content": system.strip()}] if system.strip() else []
         stop, name = threading.Event(), run or next(iter(self.lab.runs()), None)
@@ -224,22 +263,40 @@ def chat_tab(page: Page, blocks: gr.Blocks, run: gr.Dropdown, facts: gr.Markdown
     with gr.Row():
         with gr.Column(scale=3, min_width=300):
             with gr.Row():
-                look = {"height": "50vh", "buttons": ["copy", "copy_all"], "allow_tags": False, "latex_delimiters": []}
+                look = {
+                    "height": "50vh",
+                    "buttons": ["copy", "copy_all"],
+                    "allow_tags": False,
+                    "latex_delimiters": [],
+                }
                 left = gr.Chatbot(label="conversation", elem_id="left", min_width=280, **look)
                 right = gr.Chatbot(visible=False, elem_id="right", min_width=280, **look)
             with gr.Row(visible=False) as ballot:
-                better = {name: gr.Button(text, size="sm", min_width=80) for name, text in BETTER.items()}
+                better = {
+                    name: gr.Button(text, size="sm", min_width=80) for name, text in BETTER.items()
+                }
             note = gr.Markdown(elem_id="note")
             with gr.Row():
-                box = gr.Textbox(show_label=False, placeholder="Your message", lines=1, max_lines=8, scale=5,
-                                 min_width=200, elem_id="message")  # fmt: skip
+                box = gr.Textbox(
+                    show_label=False,
+                    placeholder="Your message",
+                    lines=1,
+                    max_lines=8,
+                    scale=5,
+                    min_width=200,
+                    elem_id="message",
+                )
                 send = gr.Button("Send", variant="primary", scale=1, min_width=80)
                 stop = gr.Button("Stop", variant="stop", scale=1, min_width=80, visible=False)
             with gr.Row():
                 names = ("Retry", "Undo", "Clear", "Save")
-                retry, undo, clear, save = (gr.Button(name, size="sm", min_width=60) for name in names)
+                retry, undo, clear, save = (
+                    gr.Button(name, size="sm", min_width=60) for name in names
+                )
         with gr.Column(scale=1, min_width=260):
-            side = gr.Radio(["both", "tuned", "base"], value="both", label="Who answers", elem_id="side")
+            side = gr.Radio(
+                ["both", "tuned", "base"], value="both", label="Who answers", elem_id="side"
+            )
             blind = gr.Checkbox(label="Blind: say whose answer it was after the vote")
             system, *settings = settings_column()
     file, ballots = gr.Textbox(elem_classes="off"), gr.Markdown(elem_classes="tables")
@@ -248,7 +305,12 @@ def chat_tab(page: Page, blocks: gr.Blocks, run: gr.Dropdown, facts: gr.Markdown
     chosen = [pending, turns, run, side, blind, *settings]
     begun = pending.change(page.begin, chosen, [*shown, send, stop, ballot], **QUICK)
     answered = begun.success(page.answer, [turns, system], [*shown, note], **MODEL)
-    ended = {"fn": page.end, "inputs": [box, turns], "outputs": [box, *shown, send, stop, ballot], **QUICK}
+    ended = {
+        "fn": page.end,
+        "inputs": [box, turns],
+        "outputs": [box, *shown, send, stop, ballot],
+        **QUICK,
+    }
     answered.then(**ended)  # not after a failure, such as a full queue
     answered.failure(**ended).then(lambda: FAILED, None, note, **QUICK)
     gr.on([send.click, box.submit], page.send, box, [pending, box], **QUICK)
@@ -256,8 +318,12 @@ def chat_tab(page: Page, blocks: gr.Blocks, run: gr.Dropdown, facts: gr.Markdown
     gr.on([left.edit, right.edit], page.edit, turns, [pending, turns], **QUICK)
     stop.click(page.stop, None, None, **QUICK)
     undo.click(page.undo, [box, turns], [box, *shown, ballot], **QUICK)
-    gr.on([clear.click, left.clear, right.clear], page.clear, turns, [*shown, ballot, note], **QUICK)
-    written = save.click(lambda *talk: json.dumps(saved(*talk), indent=2), [turns, system], file, **QUICK)
+    gr.on(
+        [clear.click, left.clear, right.clear], page.clear, turns, [*shown, ballot, note], **QUICK
+    )
+    written = save.click(
+        lambda *talk: json.dumps(saved(*talk), indent=2), [turns, system], file, **QUICK
+    )
     written.then(None, file, None, js=DOWNLOAD, api_visibility="private")
     for name, button in better.items():
         cast = partial(page.vote, choice=name)
@@ -271,14 +337,19 @@ def main(argv: list[str]) -> None:
     options = parse(argv)
     lab = Lab(options.runs, options.run, options.report, options.votes, options.load_in_4bit)
     if listen := options.listen or "SPACE_ID" in os.environ:
-        print(f"warning: anyone who reaches this machine can chat{'' if options.auth else ', without a password'}")
+        print(
+            "warning: anyone who reaches this machine can "
+            f"chat{'' if options.auth else ', without a password'}"
+        )
     for first in list(lab.runs())[:1]:
         try:
             lab.model(first)
         except ValueError as error:
             print(f"warning: {error}", file=sys.stderr)
     print(f"chat on http://localhost:{options.port}", flush=True)
-    theme = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
+    theme = gr.themes.Default(
+        font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]
+    )
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     build(Page(lab)).queue(max_size=options.queue, api_open=False).launch(
         server_name="0.0.0.0" if listen else "127.0.0.1", server_port=options.port, share=False, auth=options.auth,
@@ -291,20 +362,32 @@ def main(argv: list[str]) -> None:
     except KeyboardInterrupt:
         print("closing", flush=True)
         lab.close()
-        os._exit(0)  # the server would wait for open pages, and the interpreter clean up for two seconds
+        os._exit(
+            0
+        )  # the server would wait for open pages, and the interpreter clean up for two seconds
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
     """The options, from the command line or the environment."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    switch = {"nargs": "?", "type": string_to_bool, "const": True, "default": False, "metavar": "true|false"}
+    switch = {
+        "nargs": "?",
+        "type": string_to_bool,
+        "const": True,
+        "default": False,
+        "metavar": "true|false",
+    }
     parser.add_argument("--run", type=Path, help="run directory (default: the newest finished)")
     parser.add_argument("--runs", type=Path, default="runs", help="folder of runs (default: runs)")
     reports = [folder for folder in REPORTS if (folder / "report.md").is_file()]
-    parser.add_argument("--report", type=Path, default=[*reports, REPORTS[0]][0], help="what eval/report.py wrote")
+    parser.add_argument(
+        "--report", type=Path, default=[*reports, REPORTS[0]][0], help="what eval/report.py wrote"
+    )
     parser.add_argument("--votes", type=Path, help="JSONL of votes (default: beside the runs)")
     parser.add_argument("--port", type=int, default=7860)
-    parser.add_argument("--queue", type=int, default=16, help="messages that may wait (default: 16)")
+    parser.add_argument(
+        "--queue", type=int, default=16, help="messages that may wait (default: 16)"
+    )
     parser.add_argument("--listen", **switch, help="serve other machines too")
     parser.add_argument("--auth", type=accounts, metavar="USER:PASSWORD|FILE")
     parser.add_argument("--load-in-4bit", **switch)

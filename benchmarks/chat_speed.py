@@ -2,11 +2,13 @@
 
 python benchmarks/chat_speed.py --run RUN --out results/chat_cpu.csv [--load-in-4bit] [--tokens 24] [--rounds 7]
 
-The same message is answered by `generate` with a TextIteratorStreamer (two of them over a batch of both models), by the
-engine (sftlab/chat/engine.py), by the app in a process of its own over HTTP, and by the app through gradio_client (both only
-where gradio is installed), in changing order. A first round warms up; ratios to bare `generate` are of one round each.
-No answer ends before it has all its tokens. The lines join those of other commands in the file. With --tokenizer DIR
-and --dataset FILE a RUN that does not exist is made: two training steps on a random model of Llama-3.2-1B's shape.
+The same message is answered by `generate` with a TextIteratorStreamer (two of them over a batch of
+both models), by the engine (sftlab/chat/engine.py), by the app in a process of its own over HTTP,
+and by the app through gradio_client (both only where gradio is installed), in changing order. A
+first round warms up; ratios to bare `generate` are of one round each. No answer ends before it has
+all its tokens. The lines join those of other commands in the file. With --tokenizer DIR and
+--dataset FILE a RUN that does not exist is made: two training steps on a random model of
+Llama-3.2-1B's shape.
 """
 
 import sftlab.startup.filter_warnings  # noqa: I001  (before the libraries that it quiets)
@@ -46,7 +48,16 @@ MESSAGE = "Write these words in reverse order: mouse, plum, bear, car, lemon, ri
 CELLS = {"one, greedy": (("tuned",), 0.0), "one, drawn": (("tuned",), 0.7)}
 CELLS |= {"both, greedy": (SIDES, 0.0), "both, drawn": (SIDES, 0.7)}
 FEW_STEPS = (
-    *("--max_steps", "2", "--max_length", "64", "--global_batch_size", "1", "--per_device_train_batch_size", "1"),
+    *(
+        "--max_steps",
+        "2",
+        "--max_length",
+        "64",
+        "--global_batch_size",
+        "1",
+        "--per_device_train_batch_size",
+        "1",
+    ),
     *("--split_fractions", "0.98", "0.002", "0.018"),
 )
 
@@ -63,7 +74,10 @@ class Rows(BaseStreamer):
     """A TextIteratorStreamer for each row of a batch."""
 
     def __init__(self, tokenizer: Any, rows: int) -> None:
-        self.rows = [TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True) for _ in range(rows)]
+        self.rows = [
+            TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+            for _ in range(rows)
+        ]
 
     def put(self, value: torch.Tensor) -> None:
         """The prompts, or each row's next token."""
@@ -95,8 +109,17 @@ def bare(chat: Chat, sides: tuple[str, ...], settings: Settings) -> Iterator[int
     prompt = prompt_ids(chat._tokenizer, [{"role": "user", "content": MESSAGE}])
     ids = torch.tensor([prompt] * len(sides), device=chat._model.device)
     streamer = Rows(chat._tokenizer, len(sides))
-    drawn = {"do_sample": True, "temperature": settings.temperature, "top_p": settings.top_p, "top_k": settings.top_k}
-    given = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "max_new_tokens": settings.max_new_tokens}
+    drawn = {
+        "do_sample": True,
+        "temperature": settings.temperature,
+        "top_p": settings.top_p,
+        "top_k": settings.top_k,
+    }
+    given = {
+        "input_ids": ids,
+        "attention_mask": torch.ones_like(ids),
+        "max_new_tokens": settings.max_new_tokens,
+    }
     given |= drawn if settings.temperature else {}
     given |= {"adapter_names": ["__base__", "default"]} if len(sides) > 1 else {}
     thread = threading.Thread(target=chat._model.generate, kwargs={**given, "streamer": streamer})
@@ -108,7 +131,9 @@ def bare(chat: Chat, sides: tuple[str, ...], settings: Settings) -> Iterator[int
 
 def engine(chat: Chat, sides: tuple[str, ...], settings: Settings) -> Iterator[int]:
     """The app's engine without the app."""
-    for piece in chat.reply([{"role": "user", "content": MESSAGE}], sides, settings, threading.Event()):
+    for piece in chat.reply(
+        [{"role": "user", "content": MESSAGE}], sides, settings, threading.Event()
+    ):
         yield max(piece.tokens.values())
 
 
@@ -116,7 +141,9 @@ def app(url: str, sides: tuple[str, ...], settings: Settings) -> Iterator[int]:
     """The app, over HTTP as a browser or curl asks it."""
     side, steered = "both" if len(sides) > 1 else sides[0], list(vars(settings).values())
     body = json.dumps({"data": [MESSAGE, None, side, "", *steered, None]}).encode()
-    asked = urllib.request.Request(f"{url}/gradio_api/call/chat", body, {"Content-Type": "application/json"})
+    asked = urllib.request.Request(
+        f"{url}/gradio_api/call/chat", body, {"Content-Type": "application/json"}
+    )
     with urllib.request.urlopen(asked) as answer:
         event = json.load(answer)["event_id"]
     with urllib.request.urlopen(f"{url}/gradio_api/call/chat/{event}") as lines:
@@ -138,14 +165,19 @@ def endless() -> None:
 
     def turn(tokenizer: Any, ends: Any) -> Any:
         found = end_of_turn(tokenizer, ends)
-        return found._replace(end_tokens=[], stop_strings=[stop.upper() for stop in found.stop_strings])
+        return found._replace(
+            end_tokens=[], stop_strings=[stop.upper() for stop in found.stop_strings]
+        )
 
     sftlab.chat.end_of_turn = turn
 
 
 @contextlib.contextmanager
 def serving(run: Path, flags: list[str]) -> Iterator[dict[str, Callable]]:
-    """The ways to ask the app on this run, which is running meanwhile; none where gradio is missing."""
+    """The ways to ask the app on this run, which is running meanwhile.
+
+    None where gradio is missing.
+    """
     if importlib.util.find_spec("gradio") is None:
         print("gradio is not installed here: the app is left out", flush=True)
         yield {}
@@ -155,21 +187,28 @@ def serving(run: Path, flags: list[str]) -> Iterator[dict[str, Callable]]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
-    process = subprocess.Popen([sys.executable, __file__, "--serve", "--run", str(run), "--port", port, *flags])
+    process = subprocess.Popen(
+        [sys.executable, __file__, "--serve", "--run", str(run), "--port", port, *flags]
+    )
     try:
         while process.poll() is None:
             with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", int(port))):
                 break
             time.sleep(0.2)
         url = f"http://127.0.0.1:{port}"
-        yield {"app": partial(app, url), "app, gradio_client": partial(gradio_client, Client(url, verbose=False))}
+        yield {
+            "app": partial(app, url),
+            "app, gradio_client": partial(gradio_client, Client(url, verbose=False)),
+        }
     finally:
         process.terminate()
         process.wait()
 
 
 def after_closing(chat: Chat) -> float:
-    """GB of GPU memory still taken, beyond what there was before, once an answer under way has been closed."""
+    """GB of GPU memory still taken, beyond what there was before, once an answer under way has been
+    closed.
+    """
     before = torch.cuda.memory_allocated()
     settings = Settings(0, max_new_tokens=64)
     answer = chat.reply([{"role": "user", "content": MESSAGE}], SIDES, settings, threading.Event())
@@ -193,8 +232,18 @@ def measure(run: Path, arguments: argparse.Namespace) -> list[dict[str, Any]]:
                 turn = [list(ways)[(number + i) % len(ways)] for i in range(len(ways))]
                 rounds.append({way: timed(partial(ways[way], sides, settings)) for way in turn})
             for way in list(ways)[1:]:
-                line = {"run": run.name, "parameters": size, "dtype": str(chat._model.dtype), "cell": cell, "way": way}
-                lines.append(line | compare(rounds[1:], way) | {"tokens": arguments.tokens, "rounds": arguments.rounds})
+                line = {
+                    "run": run.name,
+                    "parameters": size,
+                    "dtype": str(chat._model.dtype),
+                    "cell": cell,
+                    "way": way,
+                }
+                lines.append(
+                    line
+                    | compare(rounds[1:], way)
+                    | {"tokens": arguments.tokens, "rounds": arguments.rounds}
+                )
                 print(json.dumps(lines[-1]), flush=True)
     closed = after_closing(chat) if torch.cuda.is_available() else None
     print(f"GPU memory that an answer leaves once it is closed (GB): {closed}", flush=True)
@@ -203,7 +252,10 @@ def measure(run: Path, arguments: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def compare(rounds: list[dict[str, Speed]], way: str) -> dict[str, Any]:
-    """Medians of a way and of the bare one; their ratios, round by round: median, least, greatest."""
+    """Medians of a way and of the bare one.
+
+    Their ratios, round by round: median, least, greatest.
+    """
     facts: dict[str, Any] = {}
     for field, digits in (("first_token_s", 4), ("tokens_per_s", 2)):
         one, other = ([getattr(found[name], field) for found in rounds] for name in (way, "bare"))
@@ -213,9 +265,15 @@ def compare(rounds: list[dict[str, Speed]], way: str) -> dict[str, Any]:
             f"bare_{field}": round(statistics.median(other), digits),
         }
         spread = statistics.median(ratios), min(ratios), max(ratios)
-        facts |= {f"{field}_ratio{name}": round(r, 3) for name, r in zip(("", "_min", "_max"), spread, strict=True)}
+        facts |= {
+            f"{field}_ratio{name}": round(r, 3)
+            for name, r in zip(("", "_min", "_max"), spread, strict=True)
+        }
     if torch.cuda.is_available() and way == "engine":
-        peaks = {name: round(max(found[name].peak for found in rounds) / 2**30, 3) for name in ("engine", "bare")}
+        peaks = {
+            name: round(max(found[name].peak for found in rounds) / 2**30, 3)
+            for name in ("engine", "bare")
+        }
         facts |= {"peak_gb": peaks["engine"], "bare_peak_gb": peaks["bare"]}
     else:  # the app's memory is another process's
         facts |= {"peak_gb": None, "bare_peak_gb": None}
@@ -227,7 +285,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--run", type=Path, required=True, help="finished run directory")
     parser.add_argument("--out", type=Path, default=ROOT / "results" / "chat.csv")
-    parser.add_argument("--tokenizer", help="to make a missing run: folder of a tokenizer of at most 128,256 tokens")
+    parser.add_argument(
+        "--tokenizer", help="to make a missing run: folder of a tokenizer of at most 128,256 tokens"
+    )
     parser.add_argument("--dataset", help="to make a missing run: local data file")
     parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=7)
@@ -248,8 +308,13 @@ def main() -> None:
     facts = environment()
     hardware = facts["hardware"].get("gpu") or f"{facts['hardware']['cpu_cores']} CPU cores"
     options = f"--tokens {arguments.tokens} --rounds {arguments.rounds}"
-    command = " ".join(["python benchmarks/chat_speed.py --run", f"runs/{run.name}", options, *flags])
-    shared = {"hardware": hardware, "versions": " ".join(f"{k} {v}" for k, v in facts["versions"].items())}
+    command = " ".join(
+        ["python benchmarks/chat_speed.py --run", f"runs/{run.name}", options, *flags]
+    )
+    shared = {
+        "hardware": hardware,
+        "versions": " ".join(f"{k} {v}" for k, v in facts["versions"].items()),
+    }
     lines = [line | shared | {"command": command} for line in measure(run, arguments)]
     lines = [line for line in read_csv(arguments.out) if line["command"] != command] + lines
     with arguments.out.open("w", newline="", encoding="utf-8") as file:

@@ -1,11 +1,13 @@
-"""What exact continuation costs: saving a checkpoint in pairs with transformers' own, steps with and without it.
+"""What exact continuation costs: saving a checkpoint in pairs with transformers' own, steps with
+and without it.
 
 accelerate launch --config_file accelerate_configs/ddp.yaml benchmarks/checkpoint_cost.py --table OUT.csv \
     --config recipes/llama3.2-1b/attn_r16.yaml [--any_field value]
 
-Steps are timed in blocks, in every other one of which the callbacks work that agree on signals and note the progress.
-Then checkpoints of the last step are saved in turn by SFTTrainer and by recipes/sft.py's trainer. The first pairs warm
-up and are left out; a row a pair, and one of the medians.
+Steps are timed in blocks, in every other one of which the callbacks work that agree on signals and
+note the progress. Then checkpoints of the last step are saved in turn by SFTTrainer and by
+recipes/sft.py's trainer. The first pairs warm up and are left out; a row a pair, and one of the
+medians.
 """
 
 import sftlab.startup.filter_warnings  # noqa: I001  (before the libraries that it quiets)
@@ -39,7 +41,9 @@ OWN |= {"eval_strategy": "no", "save_strategy": "no", "save_total_limit": 2}
 
 
 class Cost(TrainerCallback):
-    """Takes the machinery out of a trainer's callbacks, lets it work in every other block of steps, and times both."""
+    """Takes the machinery out of a trainer's callbacks, lets it work in every other block of steps,
+    and times both.
+    """
 
     def __init__(self, trainer: LabTrainer, stop: StopOnSignal) -> None:
         self.trainer, self.machinery = trainer, (stop, trainer.resume)
@@ -74,7 +78,10 @@ class Cost(TrainerCallback):
             took = [0.0, 0.0]
             for way in (0, 1) if pair % 2 else (1, 0):
                 if trainer.is_world_process_zero():
-                    shutil.rmtree(trainer.resume.folder / f"checkpoint-{trainer.state.global_step}", ignore_errors=True)
+                    shutil.rmtree(
+                        trainer.resume.folder / f"checkpoint-{trainer.state.global_step}",
+                        ignore_errors=True,
+                    )
                 began = self._now()
                 ways[way](trainer.model_wrapped, None)
                 took[way] = self._now() - began
@@ -96,7 +103,11 @@ def main() -> None:
     check_devices(launch)
     use_all_cpu_cores(launch)
     recipe = parse_recipe([*rest, *(f"--{name}={value}" for name, value in OWN.items())], launch)
-    name, revision, args = recipe.model.model_name_or_path, recipe.model.model_revision, recipe.training
+    name, revision, args = (
+        recipe.model.model_name_or_path,
+        recipe.model.model_revision,
+        recipe.training,
+    )
     tokenizer, config = load_tokenizer(name, revision, args), load_config(name, revision, args)
     set_template(tokenizer, args.chat_template_path)
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(Path(args.output_dir) / "tensorboard")
@@ -108,17 +119,37 @@ def main() -> None:
     if trainer.is_world_process_zero():
         steps = list(zip(watch.blocks[2::2], watch.blocks[3::2], strict=True))
         size = round(trainer.resume.sizes[-1] / 2**20, 2)
-        write_csv(given.table, paired("step", steps, {}) + paired("saving", watch.saves[1:], {"checkpoint_mb": size}))
+        write_csv(
+            given.table,
+            paired("step", steps, {}) + paired("saving", watch.saves[1:], {"checkpoint_mb": size}),
+        )
 
 
-def paired(what: str, pairs: list[tuple[float, float]], more: dict[str, Any]) -> list[dict[str, Any]]:
+def paired(
+    what: str, pairs: list[tuple[float, float]], more: dict[str, Any]
+) -> list[dict[str, Any]]:
     """A row a pair, and one of their medians with the lowest and highest difference."""
-    rows = [{"what": what, "result": f"pair {n}", "ours_s": a, "stock_s": b} for n, (a, b) in enumerate(pairs, 1)]
+    rows = [
+        {"what": what, "result": f"pair {n}", "ours_s": a, "stock_s": b}
+        for n, (a, b) in enumerate(pairs, 1)
+    ]
     apart = [a - b for a, b in pairs]
     ours, stock = (statistics.median(side) for side in zip(*pairs, strict=True))
-    median = {"what": what, "result": "median of the pairs", "ours_s": ours, "stock_s": stock} | more
-    median |= {"difference_s": statistics.median(apart), "lowest_s": min(apart), "highest_s": max(apart)}
-    digits = [row | {k: round(v, 6) for k, v in row.items() if isinstance(v, float)} for row in [*rows, median]]
+    median = {
+        "what": what,
+        "result": "median of the pairs",
+        "ours_s": ours,
+        "stock_s": stock,
+    } | more
+    median |= {
+        "difference_s": statistics.median(apart),
+        "lowest_s": min(apart),
+        "highest_s": max(apart),
+    }
+    digits = [
+        row | {k: round(v, 6) for k, v in row.items() if isinstance(v, float)}
+        for row in [*rows, median]
+    ]
     return digits
 
 

@@ -2,9 +2,10 @@
 
 python benchmarks/evaluation_speed.py --tokenizer DIR --dataset FILE [--out results]
 
-A random-initialised model of Llama-3.2-1B's shape is fine-tuned for five steps, and its evaluation timed: 1,000 rows in
-batches of 64 with the decoding step compiled (as it comes), 192 rows without, and 64 rows of 512 tokens in batches of
-32 for the memory. Such a model never ends an answer, so every answer has all 256 tokens. Writes evaluation.csv.
+A random-initialised model of Llama-3.2-1B's shape is fine-tuned for five steps, and its evaluation
+timed: 1,000 rows in batches of 64 with the decoding step compiled (as it comes), 192 rows without,
+and 64 rows of 512 tokens in batches of 32 for the memory. Such a model never ends an answer, so
+every answer has all 256 tokens. Writes evaluation.csv.
 """
 
 import argparse
@@ -32,7 +33,9 @@ CELLS = {
 def main() -> None:
     """Make the model and the run, evaluate it once a cell, write a line as each ends."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--tokenizer", required=True, help="folder of a tokenizer of at most 128,256 tokens")
+    parser.add_argument(
+        "--tokenizer", required=True, help="folder of a tokenizer of at most 128,256 tokens"
+    )
     parser.add_argument("--dataset", required=True, help="local data file with at least 2,000 rows")
     parser.add_argument("--out", type=Path, default=ROOT / "results")
     arguments = parser.parse_args()
@@ -40,7 +43,9 @@ def main() -> None:
     flags = ("--max_steps", "5", "--split_fractions", "0.4", "0.02", "0.58")
     train_random_llama(RUN, arguments.tokenizer, arguments.dataset, "single", flags)
     long = ROOT / "data" / "long.jsonl"
-    long.write_text("".join(json.dumps(row) + "\n" for row in long_rows(arguments.dataset)), encoding="utf-8")
+    long.write_text(
+        "".join(json.dumps(row) + "\n" for row in long_rows(arguments.dataset)), encoding="utf-8"
+    )
     lines = []
     for name, (flags, is_long) in CELLS.items():
         lines += measure(name, [*flags, *(["--dataset_name", str(long)] if is_long else [])])
@@ -52,9 +57,13 @@ def main() -> None:
 
 def long_rows(dataset: str) -> list[dict[str, str]]:
     """64 questions of their own with answers of more than 512 tokens, made of the data set's texts."""
-    texts = [" ".join(json.loads(line).values()) for line in Path(dataset).read_text(encoding="utf-8").splitlines()]
+    texts = [
+        " ".join(json.loads(line).values())
+        for line in Path(dataset).read_text(encoding="utf-8").splitlines()
+    ]
     return [
-        {"question": f"Recite part {i} of the book.", "answer": " ".join(texts[8 * i : 8 * i + 8])} for i in range(64)
+        {"question": f"Recite part {i} of the book.", "answer": " ".join(texts[8 * i : 8 * i + 8])}
+        for i in range(64)
     ]
 
 

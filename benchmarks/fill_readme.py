@@ -28,7 +28,9 @@ def main() -> None:
         block = BLOCK.format(name, content)
         text, found = re.subn(BLOCK.format(name, "(?:.*\n)*?"), lambda _, block=block: block, text)
         if found != 1:
-            sys.exit(f"error: README.md has {found} blocks {name}, expected one between its markers")
+            sys.exit(
+                f"error: README.md has {found} blocks {name}, expected one between its markers"
+            )
     readme.write_text(text, encoding="utf-8")
     print(f"README.md: filled in from {DEMO} and results/demo/runs.csv")
 
@@ -47,15 +49,27 @@ def recipes_table() -> str:
     with (ROOT / "results" / "demo" / "runs.csv").open(encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))
     run = read_run(ROOT / DEMO)
-    versions = ", ".join(f"{name} {run['versions'][name]}" for name in ("torch", "transformers", "trl", "peft"))
+    versions = ", ".join(
+        f"{name} {run['versions'][name]}" for name in ("torch", "transformers", "trl", "peft")
+    )
     lines = [
-        "| recipe | targets | rank | trainable | real tokens/s | peak GB | tuned response perplexity | tuned BLEU |",
+        "| recipe | targets | rank | trainable | real tokens/s | peak GB | tuned response "
+        "perplexity | tuned BLEU |",
         "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for row in rows:
-        perplexity, bleu = (scored(row, f"tuned {score}") for score in ("response_perplexity", "bleu"))
-        cells = [row["run"].removeprefix("demo-"), row["axis lora_target_modules"].replace("_proj", "")]
-        cells += [row["axis lora_r"], f"{int(row['trainable_parameters']):,}", f"{float(row['tokens_per_s']):,.0f}"]
+        perplexity, bleu = (
+            scored(row, f"tuned {score}") for score in ("response_perplexity", "bleu")
+        )
+        cells = [
+            row["run"].removeprefix("demo-"),
+            row["axis lora_target_modules"].replace("_proj", ""),
+        ]
+        cells += [
+            row["axis lora_r"],
+            f"{int(row['trainable_parameters']):,}",
+            f"{float(row['tokens_per_s']):,.0f}",
+        ]
         cells += [f"{float(row['peak_memory_gb']):.2f}", perplexity, bleu]
         lines.append(f"| {' | '.join(cells)} |")
     about = f"{run['hardware']['cpu_cores']} CPU cores, {versions}; in brackets 95 % intervals over the test rows."

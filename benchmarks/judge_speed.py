@@ -1,12 +1,14 @@
-"""How fast a judge of 7 billion parameters answers and judges in batches and one at a time, and its memory, on a GPU.
+"""How fast a judge of 7 billion parameters answers and judges in batches and one at a time, and its
+memory, on a GPU.
 
 python benchmarks/judge_speed.py [--what answers judgements] [--out results] [--rehearse]
 
-A random-initialised model of Mistral-7B's shape (that of Prometheus 2) through the code that eval/alpaca.py and
-eval/mt_bench.py judge with. Prompts have AlpacaEval's lengths: 40 tokens for an answer; for a judgement 1,000 in the
-mean, as with two answers in it. Such a model never ends a text, so each has all 256 tokens. Every cell is warmed up by
-a batch. Writes judge.csv, in which lines of what is not measured now stay; --rehearse takes a tiny shape and few
-tokens, to try the script on a CPU.
+A random-initialised model of Mistral-7B's shape (that of Prometheus 2) through the code that
+eval/alpaca.py and eval/mt_bench.py judge with. Prompts have AlpacaEval's lengths: 40 tokens for an
+answer; for a judgement 1,000 in the mean, as with two answers in it. Such a model never ends a
+text, so each has all 256 tokens. Every cell is warmed up by a batch. Writes judge.csv, in which
+lines of what is not measured now stay; --rehearse takes a tiny shape and few tokens, to try the
+script on a CPU.
 """
 
 import argparse
@@ -27,14 +29,24 @@ from sftlab.tables import read_csv, write_csv
 
 ROOT = Path(__file__).parent.parent
 TINY = {
-    "vocab_size": 1000, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2,
-    "num_key_value_heads": 1, "max_position_embeddings": 32768, "tie_word_embeddings": False, "bos_token_id": 998,
-    "eos_token_id": 998, "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
-}  # fmt: skip
+    "vocab_size": 1000,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "max_position_embeddings": 32768,
+    "tie_word_embeddings": False,
+    "bos_token_id": 998,
+    "eos_token_id": 998,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+}
 
 
 class Cell(NamedTuple):
-    """What is measured: answers or judgements, how many at once, with the decoding step compiled, in 4 bits."""
+    """What is measured: answers or judgements, how many at once, with the decoding step compiled,
+    in 4 bits.
+    """
 
     what: str
     batch: int
@@ -61,7 +73,9 @@ def main() -> None:
     kinds = ["answers", "judgements"]
     parser.add_argument("--what", nargs="+", choices=kinds, default=kinds, help="what is measured")
     parser.add_argument("--out", type=Path, default=ROOT / "results")
-    parser.add_argument("--rehearse", action="store_true", help="a tiny shape and few tokens, for a CPU")
+    parser.add_argument(
+        "--rehearse", action="store_true", help="a tiny shape and few tokens, for a CPU"
+    )
     arguments = parser.parse_args()
     shape, new_tokens = ("tiny", 16) if arguments.rehearse else ("mistral-7b", 256)
     if arguments.rehearse:
@@ -76,8 +90,13 @@ def main() -> None:
         line = measure(cell, folder, new_tokens)
         single = next((one for one in lines if one["what"] == cell.what), line)
         line["times_one_at_a_time"] = round(line["rows_per_s"] / single["rows_per_s"], 2)
-        lines.append({"shape": shape, **line, **provenance(), "command": "python benchmarks/judge_speed.py"})
-        print({key: value for key, value in lines[-1].items() if key not in ("versions", "command")}, flush=True)
+        lines.append(
+            {"shape": shape, **line, **provenance(), "command": "python benchmarks/judge_speed.py"}
+        )
+        print(
+            {key: value for key, value in lines[-1].items() if key not in ("versions", "command")},
+            flush=True,
+        )
         write_csv(path, kept + lines)
 
 
@@ -96,12 +115,17 @@ def prompts(what: str, count: int, seed: int = 0) -> list[Messages]:
     generator = np.random.default_rng(seed)
     mean = 40 if what == "answers" else 1000
     lengths = np.clip(generator.lognormal(np.log(mean) - 0.08, 0.4, count), 10, 3000).astype(int)
-    texts = [" ".join(f"w{i}" for i in generator.integers(0, 900, length)) for length in sorted(lengths)[::-1]]
+    texts = [
+        " ".join(f"w{i}" for i in generator.integers(0, 900, length))
+        for length in sorted(lengths)[::-1]
+    ]
     return [[{"role": "user", "content": text}] for text in texts]
 
 
 def measure(cell: Cell, folder: Path, new_tokens: int) -> dict[str, Any]:
-    """Rows a second over whole batches after one that warms up, and the peak memory in GB (2**30 bytes)."""
+    """Rows a second over whole batches after one that warms up, and the peak memory in GB (2**30
+    bytes).
+    """
     gpu = torch.cuda.is_available()
     judge = LocalJudge(str(folder), new_tokens, cell.in_4bit, cell.batch)
     judge.many = cell.compiled

@@ -1,13 +1,15 @@
-"""Generation with and without the KV cache: time, tokens/s, peak memory, and whether the greedy answers are the same.
+"""Generation with and without the KV cache: time, tokens/s, peak memory, and whether the greedy
+answers are the same.
 
 python benchmarks/kv_cache.py --model data/demo/base [--dtype float32] [--batches 1 8 16] [--prompts 256 1024]
     [--outputs 32 128] [--repeats 3] [--out results/kv_cache]
 
-`--model llama3.2-1b` or `llama2-7b` takes a random-initialised model of that shape. Prompts are random tokens, the same
-for both; every answer has exactly the length asked for. Without the cache every step sees the whole text again. Times
-are medians with lowest and highest of repeats in turn, after one warm-up; memory is what a generation held beyond the
-weights, from one that is not timed. Published seconds, of the 1B model on another GPU, stand beside the same cells.
-The table is written after every cell; started again, the same command goes on after the last.
+`--model llama3.2-1b` or `llama2-7b` takes a random-initialised model of that shape. Prompts are
+random tokens, the same for both; every answer has exactly the length asked for. Without the cache
+every step sees the whole text again. Times are medians with lowest and highest of repeats in turn,
+after one warm-up; memory is what a generation held beyond the weights, from one that is not timed.
+Published seconds, of the 1B model on another GPU, stand beside the same cells. The table is written
+after every cell; started again, the same command goes on after the last.
 """
 
 import argparse
@@ -34,35 +36,55 @@ from sftlab.tables import aligned, read_csv, write_csv
 
 ROOT = Path(__file__).parent.parent
 CACHES = {"with": True, "without": False}
-# Seconds of the published study of Llama-3.2-1B on a P100, by cache, batch, prompt and output; peaks did not differ by
-# cache there.
+# Seconds of the published study of Llama-3.2-1B on a P100, by cache, batch, prompt and output;
+# peaks did not differ by cache there.
 PUBLISHED = {
-    ("with", 1, 256, 32): 4.54, ("without", 1, 256, 32): 11.61, ("with", 8, 256, 32): 28.41,
-    ("without", 8, 256, 32): 29.16, ("with", 16, 256, 32): 52.42, ("without", 16, 256, 32): 52.46,
-}  # fmt: skip
+    ("with", 1, 256, 32): 4.54,
+    ("without", 1, 256, 32): 11.61,
+    ("with", 8, 256, 32): 28.41,
+    ("without", 8, 256, 32): 29.16,
+    ("with", 16, 256, 32): 52.42,
+    ("without", 16, 256, 32): 52.46,
+}
 
 
 def main(argv: list[str]) -> None:
     """Measure every cell, write CSV and plot, print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", required=True, help=f"a model's folder or name, or {' or '.join(SHAPES)}")
+    parser.add_argument(
+        "--model", required=True, help=f"a model's folder or name, or {' or '.join(SHAPES)}"
+    )
     parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), default="float32")
-    for name, default in (("batches", [1, 8, 16]), ("prompts", [256, 1024]), ("outputs", [32, 128])):
+    for name, default in (
+        ("batches", [1, 8, 16]),
+        ("prompts", [256, 1024]),
+        ("outputs", [32, 128]),
+    ):
         parser.add_argument(f"--{name}", type=int, nargs="+", default=default)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--out", type=Path, default=ROOT / "results" / "kv_cache")
     arguments = parser.parse_args(argv)
     model = load(arguments.model, getattr(torch, arguments.dtype))
-    about = {"repeats": str(arguments.repeats), "model": arguments.model, "dtype": arguments.dtype, **provenance()}
+    about = {
+        "repeats": str(arguments.repeats),
+        "model": arguments.model,
+        "dtype": arguments.dtype,
+        **provenance(),
+    }
     table = arguments.out.with_suffix(".csv")
     table.parent.mkdir(parents=True, exist_ok=True)
     done, lines = earlier(table, about), []
     for prompt, output, batch in product(arguments.prompts, arguments.outputs, arguments.batches):
-        known = [line for line in done if (line["batch"], line["prompt"], line["output"]) == (batch, prompt, output)]
+        known = [
+            line
+            for line in done
+            if (line["batch"], line["prompt"], line["output"]) == (batch, prompt, output)
+        ]
         lines += known or cell(model, batch, prompt, output, arguments.repeats)
         write_csv(table, [line | about for line in lines])
         print(
-            f"batch {batch}, {prompt} + {output} tokens: {lines[-1]['times_as_long']} times as long without"
+            f"batch {batch}, {prompt} + {output} tokens: {lines[-1]['times_as_long']} times as "
+            "long without"
             f"{'; done before' if known else ''}",
             flush=True,
         )
@@ -73,7 +95,9 @@ def main(argv: list[str]) -> None:
 def earlier(path: Path, about: dict[str, str]) -> list[dict[str, Any]]:
     """Lines of a table that were measured with this model, machine and versions."""
     rows = [row for row in read_csv(path) if about.items() <= row.items()]
-    return [{name: number(value) for name, value in row.items() if name not in about} for row in rows]
+    return [
+        {name: number(value) for name, value in row.items() if name not in about} for row in rows
+    ]
 
 
 def number(text: str) -> float | str:
@@ -93,10 +117,14 @@ def load(name: str, dtype: torch.dtype) -> PreTrainedModel:
     return model.to("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def cell(model: PreTrainedModel, batch: int, prompt: int, output: int, repeats: int) -> list[dict[str, Any]]:
+def cell(
+    model: PreTrainedModel, batch: int, prompt: int, output: int, repeats: int
+) -> list[dict[str, Any]]:
     """A line with the cache and a line without."""
     generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(0, model.config.vocab_size, (batch, prompt), generator=generator).to(model.device)
+    ids = torch.randint(0, model.config.vocab_size, (batch, prompt), generator=generator).to(
+        model.device
+    )
     seconds: dict[str, list[float]] = {name: [] for name in CACHES}
     answers = {name: generate(model, ids, output, cache) for name, cache in CACHES.items()}
     for _ in range(repeats):
@@ -112,15 +140,25 @@ def cell(model: PreTrainedModel, batch: int, prompt: int, output: int, repeats: 
         peak = peak_beyond(lambda cache=cache: generate(model, ids, output, cache))
         lines.append(
             {
-                "cache": name, "batch": batch, "prompt": prompt, "output": output, "seconds": round(middle, 4),
-                "lowest": round(min(seconds[name]), 4), "highest": round(max(seconds[name]), 4),
-                "tokens_per_s": round(batch * output / middle, 1), "peak_mb": round(peak / 2**20, 2),
-                "cache_mb": round(cache_bytes(model, batch, prompt + output - 1) / 2**20, 2) if cache else 0.0,
+                "cache": name,
+                "batch": batch,
+                "prompt": prompt,
+                "output": output,
+                "seconds": round(middle, 4),
+                "lowest": round(min(seconds[name]), 4),
+                "highest": round(max(seconds[name]), 4),
+                "tokens_per_s": round(batch * output / middle, 1),
+                "peak_mb": round(peak / 2**20, 2),
+                "cache_mb": round(cache_bytes(model, batch, prompt + output - 1) / 2**20, 2)
+                if cache
+                else 0.0,
                 "times_as_long": round(middle / statistics.median(seconds["with"]), 2),
                 "same_answers": f"{same} of {batch}",
-                "published_seconds": PUBLISHED.get((name, batch, prompt, output), "") if published_of(model) else "",
+                "published_seconds": PUBLISHED.get((name, batch, prompt, output), "")
+                if published_of(model)
+                else "",
             }
-        )  # fmt: skip
+        )
     return lines
 
 
@@ -128,34 +166,68 @@ def cell(model: PreTrainedModel, batch: int, prompt: int, output: int, repeats: 
 def generate(model: PreTrainedModel, ids: torch.Tensor, output: int, cache: bool) -> torch.Tensor:
     """Greedy answers of exactly `output` tokens, [batch, output]."""
     found = model.generate(
-        ids, attention_mask=torch.ones_like(ids), do_sample=False, use_cache=cache, max_new_tokens=output,
-        min_new_tokens=output, pad_token_id=0,
-    )  # fmt: skip
+        ids,
+        attention_mask=torch.ones_like(ids),
+        do_sample=False,
+        use_cache=cache,
+        max_new_tokens=output,
+        min_new_tokens=output,
+        pad_token_id=0,
+    )
     return found[:, ids.shape[1] :]
 
 
 def published_of(model: PreTrainedModel) -> bool:
     """Whether the model has the shape that was published about."""
-    return all(getattr(model.config, name) == value for name, value in SHAPES["llama3.2-1b"].items() if "size" in name)
+    return all(
+        getattr(model.config, name) == value
+        for name, value in SHAPES["llama3.2-1b"].items()
+        if "size" in name
+    )
 
 
 def cache_bytes(model: PreTrainedModel, batch: int, tokens: int) -> int:
     """What keys and values of `tokens` take: the last token of an answer is never read again."""
     config = model.config
     size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return 2 * config.num_hidden_layers * config.num_key_value_heads * size * tokens * batch * model.dtype.itemsize
+    return (
+        2
+        * config.num_hidden_layers
+        * config.num_key_value_heads
+        * size
+        * tokens
+        * batch
+        * model.dtype.itemsize
+    )
 
 
 def draw(lines: list[dict[str, Any]], out: Path, where: str) -> None:
     """Seconds and peak memory against the batch, a column a prompt and output."""
     columns = list(dict.fromkeys((line["prompt"], line["output"]) for line in lines))
-    canvas, panels = plt.subplots(2, len(columns), figsize=(2.6 * len(columns) + 1, 5), squeeze=False, sharex=True)
+    canvas, panels = plt.subplots(
+        2, len(columns), figsize=(2.6 * len(columns) + 1, 5), squeeze=False, sharex=True
+    )
     for (prompt, output), (above, below) in zip(columns, panels.T, strict=True):
         for name, colour, style in (("with", "#0072B2", "o-"), ("without", "#D55E00", "s--")):
-            mine = [one for one in lines if (one["cache"], one["prompt"], one["output"]) == (name, prompt, output)]
+            mine = [
+                one
+                for one in lines
+                if (one["cache"], one["prompt"], one["output"]) == (name, prompt, output)
+            ]
             batches = [one["batch"] for one in mine]
-            above.plot(batches, [one["seconds"] for one in mine], style, color=colour, label=f"{name} cache")
-            above.vlines(batches, [one["lowest"] for one in mine], [one["highest"] for one in mine], color=colour)
+            above.plot(
+                batches,
+                [one["seconds"] for one in mine],
+                style,
+                color=colour,
+                label=f"{name} cache",
+            )
+            above.vlines(
+                batches,
+                [one["lowest"] for one in mine],
+                [one["highest"] for one in mine],
+                color=colour,
+            )
             below.plot(batches, [one["peak_mb"] for one in mine], style, color=colour)
         above.set(title=f"{prompt} + {output} tokens", ylim=(0, None))
         below.set(xlabel="batch", ylim=(0, None), xticks=batches)

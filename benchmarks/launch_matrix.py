@@ -1,10 +1,12 @@
-"""Every launch config on real GPUs: does what was asked for run, do the losses agree, does the adapter load.
+"""Every launch config on real GPUs: does what was asked for run, do the losses agree, does the
+adapter load.
 
 python benchmarks/launch_matrix.py --tokenizer DIR --dataset FILE [--out results] [--only NAME ...]
 
-A random-initialised model of Llama-3.2-1B's shape is saved once and trained for 30 steps a cell by `accelerate launch
-recipes/sft.py`, at one global batch and data order. Needs two GPUs for the cells with two processes. One-process cells
-run two at a time where there are two GPUs. A cell that succeeded already is not run again. Writes launch_matrix.csv.
+A random-initialised model of Llama-3.2-1B's shape is saved once and trained for 30 steps a cell by
+`accelerate launch recipes/sft.py`, at one global batch and data order. Needs two GPUs for the cells
+with two processes. One-process cells run two at a time where there are two GPUs. A cell that
+succeeded already is not run again. Writes launch_matrix.csv.
 """
 
 import argparse
@@ -39,7 +41,9 @@ ADAPTER_CHECKED = ("ddp", "fsdp", "fsdp_qlora")
 
 
 class Cell(NamedTuple):
-    """One launch: a launch config, accelerate's own flags, the processes that must run, and recipe overrides."""
+    """One launch: a launch config, accelerate's own flags, the processes that must run, and recipe
+    overrides.
+    """
 
     config: str
     processes: int = 1
@@ -55,7 +59,12 @@ CELLS = {
     "fp8": Cell("fp8"),
     "qlora_single": Cell("single", overrides=QLORA),
     "cpu_on_gpu_machine": Cell(
-        "cpu", overrides={"model_init_kwargs": '{"num_hidden_layers": 1}', "max_steps": "2", "max_length": "64"}
+        "cpu",
+        overrides={
+            "model_init_kwargs": '{"num_hidden_layers": 1}',
+            "max_steps": "2",
+            "max_length": "64",
+        },
     ),
     "ddp": Cell("ddp", 2),
     "fsdp": Cell("fsdp", 2),
@@ -71,7 +80,9 @@ CELLS = {
 def main() -> None:
     """Make the base model, run the cells, compare, write."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--tokenizer", required=True, help="folder of a tokenizer of at most 128,256 tokens")
+    parser.add_argument(
+        "--tokenizer", required=True, help="folder of a tokenizer of at most 128,256 tokens"
+    )
     parser.add_argument("--dataset", required=True, help="local data file")
     parser.add_argument("--out", type=Path, default=ROOT / "results")
     parser.add_argument("--only", nargs="*", default=list(CELLS))
@@ -84,7 +95,13 @@ def main() -> None:
     names = [n for n in arguments.only if CELLS[n].processes <= torch.cuda.device_count()]
     single = [n for n in names if CELLS[n].processes == 1]
     with ThreadPoolExecutor(torch.cuda.device_count()) as pool:
-        runs = dict(zip(single, pool.map(lambda n: run_cell(n, base, arguments.dataset, gpus), single), strict=True))
+        runs = dict(
+            zip(
+                single,
+                pool.map(lambda n: run_cell(n, base, arguments.dataset, gpus), single),
+                strict=True,
+            )
+        )
     for name in names:
         if name not in runs:
             runs[name] = run_cell(name, base, arguments.dataset, None)
@@ -99,21 +116,47 @@ def main() -> None:
         writer.writerows(rows)
 
 
-def run_cell(name: str, base: Path, dataset: str, gpus: "Queue[str] | None") -> tuple[str, dict[str, Any]]:
-    """Launch one cell, on one GPU of the queue where it has one process; returns its command and its run.json."""
+def run_cell(
+    name: str, base: Path, dataset: str, gpus: "Queue[str] | None"
+) -> tuple[str, dict[str, Any]]:
+    """Launch one cell, on one GPU of the queue where it has one process.
+
+    Returns its command and its run.json.
+    """
     cell = CELLS[name]
     folder = ROOT / "runs" / f"matrix-{name}"
     fields = {
-        "model_name_or_path": str(base), "dataset_name": dataset, "dataset_fraction": "1", "output_dir": str(folder),
-        "lora_dropout": "0", "global_batch_size": "32", "max_steps": str(STEPS), "logging_steps": "1",
-        "warmup_steps": "3", "eval_strategy": "no", "save_strategy": "no", "overwrite": "true", **cell.overrides,
-    }  # fmt: skip
+        "model_name_or_path": str(base),
+        "dataset_name": dataset,
+        "dataset_fraction": "1",
+        "output_dir": str(folder),
+        "lora_dropout": "0",
+        "global_batch_size": "32",
+        "max_steps": str(STEPS),
+        "logging_steps": "1",
+        "warmup_steps": "3",
+        "eval_strategy": "no",
+        "save_strategy": "no",
+        "overwrite": "true",
+        **cell.overrides,
+    }
     command = [
-        *("accelerate", "launch", "--config_file", f"accelerate_configs/{cell.config}.yaml", *cell.flags),
+        *(
+            "accelerate",
+            "launch",
+            "--config_file",
+            f"accelerate_configs/{cell.config}.yaml",
+            *cell.flags,
+        ),
         *("recipes/sft.py", "--config", "recipes/llama3.2-1b/attn_r16.yaml"),
         *(item for key, value in fields.items() for item in (f"--{key}", value)),
     ]
-    shown = " ".join(command).replace(str(base), "BASE").replace(dataset, "ROWS").replace(str(ROOT) + "/", "")
+    shown = (
+        " ".join(command)
+        .replace(str(base), "BASE")
+        .replace(dataset, "ROWS")
+        .replace(str(ROOT) + "/", "")
+    )
     if (folder / "run.json").is_file() and read_run(folder)["status"] == "succeeded":
         return shown, read_run(folder)
     environment = dict(os.environ)
@@ -128,17 +171,27 @@ def run_cell(name: str, base: Path, dataset: str, gpus: "Queue[str] | None") -> 
     if (folder / "run.json").is_file():
         run = read_run(folder)
     else:
-        refusal = next((line for line in done.stderr.splitlines() if line.startswith("error: ")), None)
+        refusal = next(
+            (line for line in done.stderr.splitlines() if line.startswith("error: ")), None
+        )
         run = {"status": "refused" if refusal else "failed", "reason": refusal}
     took = time.time() - started
-    print(f"{name}: {run['status']} ({run.get('reason')}), exit {done.returncode}, {took:.0f} s", flush=True)
+    print(
+        f"{name}: {run['status']} ({run.get('reason')}), exit {done.returncode}, {took:.0f} s",
+        flush=True,
+    )
     if run["status"] == "failed":
         print(done.stdout[-1500:], done.stderr[-3000:], flush=True)
     return shown, run
 
 
-def row(name: str, command: str, run: dict[str, Any], runs: dict[str, tuple[str, dict[str, Any]]]) -> dict[str, Any]:
-    """One line of the table; the loss columns compare with the one-GPU bf16 run at the same global batch."""
+def row(
+    name: str, command: str, run: dict[str, Any], runs: dict[str, tuple[str, dict[str, Any]]]
+) -> dict[str, Any]:
+    """One line of the table.
+
+    The loss columns compare with the one-GPU bf16 run at the same global batch.
+    """
     ran, measured, versions = run.get("ran", {}), run.get("measured", {}), run.get("versions", {})
     memory = [r.get("allocated_gb", r.get("resident_gb")) for r in measured.get("peak_memory", [])]
     losses = dict(map(tuple, run.get("losses", [])))

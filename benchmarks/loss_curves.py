@@ -1,10 +1,11 @@
-"""Training curves of the fast path against rows padded one by one: the same start, rows, order and learning rates.
+"""Training curves of the fast path against rows padded one by one: the same start, rows, order and
+learning rates.
 
 python benchmarks/loss_curves.py --tokenizer DIR --dataset FILE [--steps 300] [--out results/curves.csv]
 
-Random-initialised Llama-3.2-1B, LoRA r=16 on q, v and o, 32 rows a step: `plain` (padded, not compiled, trl's loss),
-`fast` (as sft.py comes) and `fp8`, each a run of recipes/sft.py. Writes the loss of every step and a plot, and says how
-far the means of 20 steps are from the plain ones.
+Random-initialised Llama-3.2-1B, LoRA r=16 on q, v and o, 32 rows a step: `plain` (padded, not
+compiled, trl's loss), `fast` (as sft.py comes) and `fp8`, each a run of recipes/sft.py. Writes the
+loss of every step and a plot, and says how far the means of 20 steps are from the plain ones.
 """
 
 import argparse
@@ -34,7 +35,9 @@ WINDOW = 20
 def main() -> None:
     """Train the curves, write them, compare them."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--tokenizer", required=True, help="folder of a tokenizer of at most 128,256 tokens")
+    parser.add_argument(
+        "--tokenizer", required=True, help="folder of a tokenizer of at most 128,256 tokens"
+    )
     parser.add_argument("--dataset", required=True, help="local data file")
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--out", type=Path, default=ROOT / "results" / "curves.csv")
@@ -45,25 +48,46 @@ def main() -> None:
         run = train(name, launch, fields, arguments.dataset, arguments.steps)
         losses[name], measured = [loss for _, loss in run["losses"]], run["measured"]
         apart[name] = float(np.abs(means(losses[name]) / means(losses["plain"]) - 1).max())
-        print(f"{name}: last loss {losses[name][-1]:.4f}, at most {apart[name]:.3%} from plain; ", end="")
         print(
-            ", ".join(f"{k} {measured[k]}" for k in ("tokens_per_s", "warm_up_s", "time_to_first_step_s")), flush=True
+            f"{name}: last loss {losses[name][-1]:.4f}, at most {apart[name]:.3%} from plain; ",
+            end="",
+        )
+        print(
+            ", ".join(
+                f"{k} {measured[k]}" for k in ("tokens_per_s", "warm_up_s", "time_to_first_step_s")
+            ),
+            flush=True,
         )
         write(arguments.out, losses)
     draw(arguments.out.with_suffix(".png"), losses, apart)
 
 
-def train(name: str, launch: str, fields: dict[str, str], dataset: str, steps: int) -> dict[str, Any]:
+def train(
+    name: str, launch: str, fields: dict[str, str], dataset: str, steps: int
+) -> dict[str, Any]:
     """run.json of one run, the loss of every step in it."""
     fields = {
-        "model_name_or_path": BASE, "dataset_name": dataset, "dataset_fraction": "1",
-        "output_dir": f"runs/curve-{name}", "max_steps": str(steps), "logging_steps": "1", "global_batch_size": "32",
-        "per_device_train_batch_size": "32", "eval_strategy": "no", "save_strategy": "no", "lora_dropout": "0",
-        "overwrite": "true", **fields,
-    }  # fmt: skip
+        "model_name_or_path": BASE,
+        "dataset_name": dataset,
+        "dataset_fraction": "1",
+        "output_dir": f"runs/curve-{name}",
+        "max_steps": str(steps),
+        "logging_steps": "1",
+        "global_batch_size": "32",
+        "per_device_train_batch_size": "32",
+        "eval_strategy": "no",
+        "save_strategy": "no",
+        "lora_dropout": "0",
+        "overwrite": "true",
+        **fields,
+    }
     command = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch"]
     command += ["--config_file", f"accelerate_configs/{launch}.yaml", "recipes/sft.py"]
-    command += ["--config", "recipes/llama3.2-1b/attn_r16.yaml", *(f"--{k}={v}" for k, v in fields.items())]
+    command += [
+        "--config",
+        "recipes/llama3.2-1b/attn_r16.yaml",
+        *(f"--{k}={v}" for k, v in fields.items()),
+    ]
     subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
     return read_run(ROOT / fields["output_dir"])
 
@@ -77,14 +101,17 @@ def means(losses: list[float]) -> np.ndarray:
 def write(path: Path, losses: dict[str, list[float]]) -> None:
     """A line a step."""
     rows = [
-        {"step": i, **dict(zip(losses, v, strict=True))} for i, v in enumerate(zip(*losses.values(), strict=True), 1)
+        {"step": i, **dict(zip(losses, v, strict=True))}
+        for i, v in enumerate(zip(*losses.values(), strict=True), 1)
     ]
     write_csv(path, [rows[0] | provenance(), *rows[1:]])
 
 
 def draw(path: Path, losses: dict[str, list[float]], apart: dict[str, float]) -> None:
     """The curves, and below them how far each is from the plain one."""
-    figure, (above, below) = plt.subplots(2, 1, sharex=True, figsize=(8, 6), height_ratios=[3, 1], layout="constrained")
+    figure, (above, below) = plt.subplots(
+        2, 1, sharex=True, figsize=(8, 6), height_ratios=[3, 1], layout="constrained"
+    )
     steps = (np.arange(len(means(losses["plain"]))) + 1) * WINDOW
     for (name, values), style in zip(losses.items(), ("-", "--", ":"), strict=False):
         above.plot(steps, means(values), style, label=name)

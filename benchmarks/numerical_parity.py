@@ -1,11 +1,12 @@
-"""Losses and LoRA gradients of one step: the fast path, and rows padded one by one, against the same in float32.
+"""Losses and LoRA gradients of one step: the fast path, and rows padded one by one, against the
+same in float32.
 
 python benchmarks/numerical_parity.py --tokenizer DIR --dataset FILE [--rows 32] [--out results/parity.csv]
 
-Random-initialised Llama-3.2-1B, LoRA r=16 on q, v and o with B drawn at random (zero as it begins, it would leave A
-without a gradient), the first rows of the data set. `plain`: padded, not compiled, trl's loss. Each is a process of its
-own under its launch config. A line compares the nats of every token in the loss, and the direction of the gradient of
-every LoRA matrix.
+Random-initialised Llama-3.2-1B, LoRA r=16 on q, v and o with B drawn at random (zero as it begins,
+it would leave A without a gradient), the first rows of the data set. `plain`: padded, not compiled,
+trl's loss. Each is a process of its own under its launch config. A line compares the nats of every
+token in the loss, and the direction of the gradient of every LoRA matrix.
 """
 
 import sftlab.startup.filter_warnings  # noqa: I001  (before the libraries that it quiets)
@@ -34,13 +35,19 @@ ROOT = Path(__file__).parent.parent
 BASE = "data/llama3.2-1b-random"
 OFF = ["--packing", "false", "--compile_layers", "false", "--fused_loss", "false"]
 STEPS = {
-    "plain fp32": ("fp32", OFF), "fast fp32": ("fp32", []), "plain bf16": ("single", OFF), "fast bf16": ("single", []),
+    "plain fp32": ("fp32", OFF),
+    "fast fp32": ("fp32", []),
+    "plain bf16": ("single", OFF),
+    "fast bf16": ("single", []),
     "fast fp8": ("fp8", []),
-}  # fmt: skip
+}
 PAIRS = [
-    ("fast fp32", "plain fp32"), ("plain bf16", "plain fp32"), ("fast bf16", "plain fp32"), ("fast bf16", "plain bf16"),
+    ("fast fp32", "plain fp32"),
+    ("plain bf16", "plain fp32"),
+    ("fast bf16", "plain fp32"),
+    ("fast bf16", "plain bf16"),
     ("fast fp8", "plain fp32"),
-]  # fmt: skip
+]
 
 
 def main() -> None:
@@ -57,7 +64,12 @@ def main() -> None:
     save_random_llama(ROOT / BASE, arguments.tokenizer)
     with tempfile.TemporaryDirectory() as folder:
         for name, (launch, fields) in STEPS.items():
-            start(launch, [*fields, "--dataset_name", arguments.dataset], arguments.rows, f"{folder}/{name}")
+            start(
+                launch,
+                [*fields, "--dataset_name", arguments.dataset],
+                arguments.rows,
+                f"{folder}/{name}",
+            )
         taken = {name: torch.load(f"{folder}/{name}") for name in STEPS}
     about = provenance()
     lines = [{"step": a, "against": b, **compare(taken[a], taken[b]), **about} for a, b in PAIRS]
@@ -69,9 +81,29 @@ def main() -> None:
 def start(launch: str, fields: list[str], rows: int, out: str) -> None:
     """One step in a process of its own."""
     command = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch"]
-    command += ["--config_file", f"accelerate_configs/{launch}.yaml", "benchmarks/numerical_parity.py", "--step", out]
-    command += ["--rows", str(rows), "--config", "recipes/llama3.2-1b/attn_r16.yaml", "--model_name_or_path", BASE]
-    command += ["--dataset_fraction", "1", "--lora_dropout", "0", "--per_device_train_batch_size", str(rows)]
+    command += [
+        "--config_file",
+        f"accelerate_configs/{launch}.yaml",
+        "benchmarks/numerical_parity.py",
+        "--step",
+        out,
+    ]
+    command += [
+        "--rows",
+        str(rows),
+        "--config",
+        "recipes/llama3.2-1b/attn_r16.yaml",
+        "--model_name_or_path",
+        BASE,
+    ]
+    command += [
+        "--dataset_fraction",
+        "1",
+        "--lora_dropout",
+        "0",
+        "--per_device_train_batch_size",
+        str(rows),
+    ]
     command += ["--global_batch_size", str(rows), "--output_dir", f"{out}-run", *fields]
     subprocess.run(command, cwd=ROOT, check=True)
 
@@ -89,7 +121,9 @@ def take_step(argv: list[str], rows: int, out: Path) -> None:
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             parameter.data.copy_(torch.randn(parameter.shape, generator=generator) * 0.02)
-    batch = trainer._prepare_inputs(trainer.data_collator(trainer.train_dataset.select(range(rows)).to_list()))
+    batch = trainer._prepare_inputs(
+        trainer.data_collator(trainer.train_dataset.select(range(rows)).to_list())
+    )
     with trainer.accelerator.autocast():
         nats = trainer.token_losses(model, batch)[0]
     nats.mean().backward()
@@ -102,16 +136,22 @@ def compare(step: dict, against: dict) -> dict[str, float]:
     apart = (step["nats"] - against["nats"]).abs()
     cosines = torch.tensor(
         [
-            torch.cosine_similarity(gradient.flatten().double(), against["gradients"][name].flatten().double(), dim=0)
+            torch.cosine_similarity(
+                gradient.flatten().double(), against["gradients"][name].flatten().double(), dim=0
+            )
             for name, gradient in step["gradients"].items()
         ]
     )
     return {
-        "tokens": len(apart), "mean_nats": round(step["nats"].mean().item(), 6),
-        "mean_nats_against": round(against["nats"].mean().item(), 6), "greatest_difference": f"{apart.max():.2g}",
-        "mean_difference": f"{apart.mean():.2g}", "matrices": len(cosines), "least_cosine": f"{cosines.min():.6f}",
+        "tokens": len(apart),
+        "mean_nats": round(step["nats"].mean().item(), 6),
+        "mean_nats_against": round(against["nats"].mean().item(), 6),
+        "greatest_difference": f"{apart.max():.2g}",
+        "mean_difference": f"{apart.mean():.2g}",
+        "matrices": len(cosines),
+        "least_cosine": f"{cosines.min():.6f}",
         "median_cosine": f"{cosines.median():.6f}",
-    }  # fmt: skip
+    }
 
 
 if __name__ == "__main__":

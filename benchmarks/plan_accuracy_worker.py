@@ -1,12 +1,13 @@
-"""The cells of benchmarks/plan_accuracy.py, which starts it, one after the other in one process (or one a GPU).
+"""The cells of benchmarks/plan_accuracy.py, which starts it, one after the other in one process (or
+one a GPU).
 
 accelerate launch --config_file accelerate_configs/single.yaml benchmarks/plan_accuracy_worker.py --cells cells.json --out X.jsonl
 
-Every cell is recipes/sft.py's own `main` under its own launch config: accelerate's state and the allocator begin anew,
-only the processes (and their process group) stay. `cells.json` holds a list of {"name", "variables", "argv",
-"limit_gb"}; a line of measurements a cell is added to X.jsonl, and `begun` beside it names the last that began.
-A cell that fails where several processes run ends them, for the others may be waiting for it; so does one that leaves
-memory behind.
+Every cell is recipes/sft.py's own `main` under its own launch config: accelerate's state and the
+allocator begin anew, only the processes (and their process group) stay. `cells.json` holds a list
+of {"name", "variables", "argv", "limit_gb"}; a line of measurements a cell is added to X.jsonl, and
+`begun` beside it names the last that began. A cell that fails where several processes run ends
+them, for the others may be waiting for it; so does one that leaves memory behind.
 """
 
 import sftlab.startup.filter_warnings  # noqa: I001  (before the libraries that it quiets)
@@ -73,7 +74,10 @@ def main() -> None:
         if rank == 0:
             arguments.out.with_name("begun").write_text(cell["name"], encoding="utf-8")
         reason = train(sft, cell["argv"])
-        facts = watch.facts | {"held_before_gb": held, "seconds": round(time.perf_counter() - began, 1)}
+        facts = watch.facts | {
+            "held_before_gb": held,
+            "seconds": round(time.perf_counter() - began, 1),
+        }
         facts["host_us"] = measure_host()
         if rank == 0:
             with arguments.out.open("a", encoding="utf-8") as file:
@@ -97,7 +101,9 @@ def begin(cell: dict[str, Any], watch: Watch) -> float:
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     whole = torch.cuda.get_device_properties(0).total_memory
-    torch.cuda.set_per_process_memory_fraction(min(1.0, cell["limit_gb"] * 2**30 / whole) if cell["limit_gb"] else 1.0)
+    torch.cuda.set_per_process_memory_fraction(
+        min(1.0, cell["limit_gb"] * 2**30 / whole) if cell["limit_gb"] else 1.0
+    )
     return gb(torch.cuda.memory_allocated())
 
 

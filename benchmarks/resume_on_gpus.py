@@ -1,12 +1,14 @@
-"""Kill and continue on GPUs: losses and adapters against undisturbed runs, and what the machinery costs.
+"""Kill and continue on GPUs: losses and adapters against undisturbed runs, and what the machinery
+costs.
 
 python benchmarks/resume_on_gpus.py [--out results] [--seconds 230] [--at_once 5] [--only ddp-bf16 ...]
 
-Needs two GPUs for DDP and FSDP. Every case is three launches of recipes/sft.py on the first 4 layers of a random
-Llama-3.2-1B shape: undisturbed, killed (SIGKILL to every process after its first checkpoint), continued. What saving
-and listening cost comes first, on the whole shape with nothing beside it (benchmarks/checkpoint_cost.py). Writes a row a
-case to continuation.csv as it goes and keeps what else is there; a case that does not begin within --seconds is a row
-that says so (--only NAME ... runs it later). Without GPUs: the demo model; what a CPU cannot do is refused.
+Needs two GPUs for DDP and FSDP. Every case is three launches of recipes/sft.py on the first 4
+layers of a random Llama-3.2-1B shape: undisturbed, killed (SIGKILL to every process after its first
+checkpoint), continued. What saving and listening cost comes first, on the whole shape with nothing
+beside it (benchmarks/checkpoint_cost.py). Writes a row a case to continuation.csv as it goes and
+keeps what else is there; a case that does not begin within --seconds is a row that says so (--only
+NAME ... runs it later). Without GPUs: the demo model; what a CPU cannot do is refused.
 """
 
 import argparse
@@ -57,7 +59,12 @@ class Case(NamedTuple):
         return 1 if self.strategy == "single" else 2
 
 
-CASES = [Case(s, p, d) for d in (True, False) for s in ("single", "ddp", "fsdp") for p in ("bf16", "fp16")]
+CASES = [
+    Case(s, p, d)
+    for d in (True, False)
+    for s in ("single", "ddp", "fsdp")
+    for p in ("bf16", "fp16")
+]
 CASES += [Case(strategy, "bf16", True, False) for strategy in ("single", "ddp", "fsdp")]
 
 
@@ -67,7 +74,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=ROOT / "results")
     parser.add_argument("--seconds", type=float, default=230.0, help="no case begins after these")
     parser.add_argument("--at_once", type=int, default=5, help="cases that run beside each other")
-    parser.add_argument("--only", nargs="+", choices=[case.name for case in CASES], help="these cases, and no costs")
+    parser.add_argument(
+        "--only", nargs="+", choices=[case.name for case in CASES], help="these cases, and no costs"
+    )
     arguments = parser.parse_args()
     deadline = time.monotonic() + arguments.seconds
     gpus = torch.cuda.device_count()
@@ -109,7 +118,12 @@ class Table:
             self._rows = [row for row in self._rows if (row["what"], row["case"]) not in new]
             self._rows += [row | self._about for row in rows]
             for row in rows:
-                print("  ".join(f"{key} {value}" for key, value in row.items() if value not in ("", None)), flush=True)
+                print(
+                    "  ".join(
+                        f"{key} {value}" for key, value in row.items() if value not in ("", None)
+                    ),
+                    flush=True,
+                )
             write_csv(self._path, self._rows)
 
 
@@ -125,7 +139,9 @@ def kill_and_continue(case: Case, number: int, gpus: int) -> dict[str, Any]:
         return {"result": refused}
     reached = step_of(cut)
     if (status := read_run(cut)["status"]) != "running":
-        return {"result": f"not shown: the run that was to be killed {status} before ({read_run(cut).get('reason')})"}
+        return {
+            "result": f"not shown: the run that was to be killed {status} before ({read_run(cut).get('reason')})"
+        }
     launch(case, cut, number, gpus, None)
     runs = {"undisturbed": read_run(whole), "continued": read_run(cut)}
     for name, run in runs.items():
@@ -139,7 +155,9 @@ def kill_and_continue(case: Case, number: int, gpus: int) -> dict[str, Any]:
         "result": "same adapter" if hashes[0] == hashes[1] else "another adapter",
         "killed_at": reached if killed else None,
         "from_step": stop["step"],
-        "largest_loss_difference_before": max(d for step, d in apart.items() if step <= stop["step"]),
+        "largest_loss_difference_before": max(
+            d for step, d in apart.items() if step <= stop["step"]
+        ),
         "largest_loss_difference_after": max(d for step, d in apart.items() if step > stop["step"]),
         "steps_equal_after": f"{sum(d == 0 for s, d in apart.items() if s > stop['step'])} of {STEPS - stop['step']}",
         "validation_loss_difference": abs(
@@ -161,16 +179,35 @@ def difference(a: float | None, b: float | None) -> float:
     return (a or 0.0) - (b or 0.0)
 
 
-def launch(case: Case, folder: Path, number: int, gpus: int, kill_when: Callable[[], bool] | None) -> bool:
-    """Run recipes/sft.py to its end, or until `kill_when`; whether it was killed. Its output goes beside the folder."""
+def launch(
+    case: Case, folder: Path, number: int, gpus: int, kill_when: Callable[[], bool] | None
+) -> bool:
+    """Run recipes/sft.py to its end, or until `kill_when`; whether it was killed.
+
+    Its output goes beside the folder.
+    """
     fields = {
-        "output_dir": folder, "max_steps": STEPS, "save_steps": SAVED, "logging_steps": 1, "warmup_steps": 3,
-        "lora_dropout": 0.05, "save_total_limit": 2, "eval_strategy": "no", "disable_tqdm": "true",
-        "deterministic": str(case.deterministic).lower(), **BATCH,
-    }  # fmt: skip
-    fields |= base_fields(gpus, 256) | ({"model_init_kwargs": '{"num_hidden_layers": 4}'} if gpus else {})
+        "output_dir": folder,
+        "max_steps": STEPS,
+        "save_steps": SAVED,
+        "logging_steps": 1,
+        "warmup_steps": 3,
+        "lora_dropout": 0.05,
+        "save_total_limit": 2,
+        "eval_strategy": "no",
+        "disable_tqdm": "true",
+        "deterministic": str(case.deterministic).lower(),
+        **BATCH,
+    }
+    fields |= base_fields(gpus, 256) | (
+        {"model_init_kwargs": '{"num_hidden_layers": 4}'} if gpus else {}
+    )
     fields |= {} if case.compiled is None else {"compile_layers": str(case.compiled).lower()}
-    command = launcher(case.strategy, case.precision, gpus) + ["recipes/sft.py", "--config", recipe(gpus)]
+    command = launcher(case.strategy, case.precision, gpus) + [
+        "recipes/sft.py",
+        "--config",
+        recipe(gpus),
+    ]
     # many compile at once
     environment = (
         os.environ
@@ -180,9 +217,13 @@ def launch(case: Case, folder: Path, number: int, gpus: int, kill_when: Callable
     folder.parent.mkdir(parents=True, exist_ok=True)
     with folder.with_suffix(".log").open("a", encoding="utf-8") as log:
         process = subprocess.Popen(
-            [*command, *(f"--{name}={value}" for name, value in fields.items())], cwd=ROOT, env=environment,
-            stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
-        )  # fmt: skip
+            [*command, *(f"--{name}={value}" for name, value in fields.items())],
+            cwd=ROOT,
+            env=environment,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
         while process.poll() is None:
             if kill_when and kill_when():
                 kill_tree(process.pid)
@@ -212,7 +253,10 @@ def refusal(folder: Path) -> str | None:
     if (folder / "run.json").is_file():
         return None
     lines = folder.with_suffix(".log").read_text(encoding="utf-8", errors="replace").splitlines()
-    return next((f"refused: {line[7:]}" for line in lines if line.startswith("error: ")), f"failed: {lines[-1:]}")
+    return next(
+        (f"refused: {line[7:]}" for line in lines if line.startswith("error: ")),
+        f"failed: {lines[-1:]}",
+    )
 
 
 def launcher(strategy: str, precision: str, gpus: int) -> list[str]:
@@ -233,7 +277,12 @@ def base_fields(gpus: int, longest: int) -> dict[str, Any]:
     if not gpus:
         return {}
     model, rows = random_files("llama3.2-1b", 512)
-    return {"model_name_or_path": model, "dataset_name": rows, "dataset_fraction": 1.0, "max_length": longest}
+    return {
+        "model_name_or_path": model,
+        "dataset_name": rows,
+        "dataset_fraction": 1.0,
+        "max_length": longest,
+    }
 
 
 def cost(strategy: str, gpus: int) -> list[dict[str, Any]]:

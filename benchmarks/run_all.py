@@ -1,11 +1,14 @@
-"""The measurements that random weights can give, one after the other on this machine's GPUs; goes on where it ended.
+"""The measurements that random weights can give, one after the other on this machine's GPUs.
+
+Goes on where it ended.
 
 python benchmarks/run_all.py [--only NAME ...] [--list] [--folder runs/on_gpus]
 
-Jobs of all GPUs run alone, in the order below; those of one GPU beside each other, one a GPU, each on processor cores
-of its own (of a core's two threads neither goes to another job). `--at_once` is for H200s; smaller GPUs get fewer
-beside each other. What ended well is not run again, what was broken off goes on by itself where its script can. A job's
-output is in FOLDER/NAME.log, what ended well in FOLDER/done; the exit status is 1 where a job failed.
+Jobs of all GPUs run alone, in the order below; those of one GPU beside each other, one a GPU, each
+on processor cores of its own (of a core's two threads neither goes to another job). `--at_once` is
+for H200s; smaller GPUs get fewer beside each other. What ended well is not run again, what was
+broken off goes on by itself where its script can. A job's output is in FOLDER/NAME.log, what ended
+well in FOLDER/done; the exit status is 1 where a job failed.
 """
 
 import argparse
@@ -58,7 +61,12 @@ def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     jobs = {**ALL_GPUS, **ONE_GPU}
     parser.add_argument(
-        "--only", nargs="+", choices=jobs, default=list(jobs), metavar="NAME", help="these, in this order"
+        "--only",
+        nargs="+",
+        choices=jobs,
+        default=list(jobs),
+        metavar="NAME",
+        help="these, in this order",
     )
     parser.add_argument("--list", action="store_true", help="print the commands")
     parser.add_argument("--folder", type=Path, default=ROOT / "runs" / "on_gpus")
@@ -68,20 +76,31 @@ def main(argv: list[str]) -> None:
     if not (gpus := torch.cuda.device_count()):
         sys.exit("error: there is no GPU here")
     memory_gb = torch.cuda.get_device_properties(0).total_memory / 2**30
-    lacking = run({name: held_by(memory_gb, jobs[name]) for name in arguments.only}, gpus, arguments.folder)
+    lacking = run(
+        {name: held_by(memory_gb, jobs[name]) for name in arguments.only}, gpus, arguments.folder
+    )
     sys.exit(f"error: {', '.join(lacking)} failed, see {arguments.folder}" if lacking else 0)
 
 
 def held_by(memory_gb: float, words: str) -> str:
     """A job with no more trainings beside each other than a GPU's memory holds."""
-    share = min(1.0, memory_gb / (0.99 * GPUS[MEASURED_ON].memory_gb))  # of one name, some show a little less
-    return re.sub(r"(?<=--at_once )\d+", lambda at_once: str(max(1, int(int(at_once[0]) * share))), words)
+    share = min(
+        1.0, memory_gb / (0.99 * GPUS[MEASURED_ON].memory_gb)
+    )  # of one name, some show a little less
+    return re.sub(
+        r"(?<=--at_once )\d+", lambda at_once: str(max(1, int(int(at_once[0]) * share))), words
+    )
 
 
 def run(jobs: Mapping[str, str], gpus: int, folder: Path) -> list[str]:
-    """Run jobs (Python's words by name) that `folder` does not call done; names of those that failed."""
+    """Run jobs (Python's words by name) that `folder` does not call done.
+
+    Names of those that failed.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    done = (folder / "done").read_text(encoding="utf-8").split() if (folder / "done").is_file() else []
+    done = (
+        (folder / "done").read_text(encoding="utf-8").split() if (folder / "done").is_file() else []
+    )
     for name in jobs:
         if name in done:
             print(f"{name}: done before", flush=True)
@@ -108,19 +127,30 @@ def run(jobs: Mapping[str, str], gpus: int, folder: Path) -> list[str]:
     return [name for name in left if not ended[name]]
 
 
-def one(name: str, words: str, folder: Path, gpu: str | None = None, cores: Sequence[int] = ()) -> bool:
+def one(
+    name: str, words: str, folder: Path, gpu: str | None = None, cores: Sequence[int] = ()
+) -> bool:
     """Run a job, on a GPU and cores alone where they are given; whether it ended well."""
     visible = {} if gpu is None else {"CUDA_VISIBLE_DEVICES": gpu}
     print(f"{name}: begins{'' if gpu is None else f' on GPU {gpu}'}", flush=True)
     began = time.monotonic()
     with (folder / f"{name}.log").open("a", encoding="utf-8") as log:
         process = subprocess.Popen(
-            f"exec {sys.executable} {words}", shell=True, cwd=ROOT, env=os.environ | visible, stdout=log, stderr=log
+            f"exec {sys.executable} {words}",
+            shell=True,
+            cwd=ROOT,
+            env=os.environ | visible,
+            stdout=log,
+            stderr=log,
         )
         if cores:
             os.sched_setaffinity(process.pid, cores)
         code = process.wait()
-    print(f"{name}: {'done' if code == 0 else f'exit status {code}'}, {time.monotonic() - began:.0f} s", flush=True)
+    print(
+        f"{name}: {'done' if code == 0 else f'exit status {code}'}, {time.monotonic() - began:.0f} "
+        "s",
+        flush=True,
+    )
     if code == 0:
         with (folder / "done").open("a", encoding="utf-8") as done:
             done.write(f"{name}\n")
@@ -132,7 +162,9 @@ def shares(count: int) -> list[list[int]]:
     physical: dict[str, list[int]] = {}
     for cpu in sorted(os.sched_getaffinity(0)):
         siblings = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")
-        physical.setdefault(siblings.read_text() if siblings.is_file() else str(cpu), []).append(cpu)
+        physical.setdefault(siblings.read_text() if siblings.is_file() else str(cpu), []).append(
+            cpu
+        )
     cores = list(physical.values())
     each = max(1, len(cores) // count)
     parts = [cores[i * each : (i + 1) * each] for i in range(count)]

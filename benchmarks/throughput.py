@@ -1,16 +1,19 @@
-"""Training throughput of this project, of trl and of the published loop, side by side on one GPU or several.
+"""Training throughput of this project, of trl and of the published loop, side by side on one GPU or
+several.
 
 python benchmarks/throughput.py [--variants NAME ...] [--out results/throughput.csv]
 CUDA_VISIBLE_DEVICES=0,1 python benchmarks/throughput.py     (throughput_2gpus.csv: DDP and FSDP2 against one GPU)
 
-Random-initialised Llama-3.2-1B or, for QLoRA, Llama-2-7B; rows of words of one token each, lognormal(5.75, 0.7) tokens
-cut to 16..512 unless the variant's name says otherwise; LoRA r=16 on q, v and o; 32 rows a step unless it says so, trl
-and the published loop 20. Every variant is a process of its own (benchmarks/throughput_worker.py); as many as fit the GPU's memory
-are started at once, warm up, and are then let through a turnstile one at a time, `--repeats` times round, so that every
-repeat has one of each. `sft.py` variants are recipes/sft.py itself, TensorBoard on; DDP and FSDP2 take every GPU, with
-as much work for each. Only tokens that are not padding count. Of the `sft.py` variants one more turn is profiled, by
-class of kernel (..._profile.csv). The share of the limit is model FLOPs (4 for each frozen parameter and token, 6 for a
-trained one, the head at the tokens in the loss alone) over the rate of a matrix product measured in the same command.
+Random-initialised Llama-3.2-1B or, for QLoRA, Llama-2-7B; rows of words of one token each,
+lognormal(5.75, 0.7) tokens cut to 16..512 unless the variant's name says otherwise; LoRA r=16 on q,
+v and o; 32 rows a step unless it says so, trl and the published loop 20. Every variant is a process
+of its own (benchmarks/throughput_worker.py); as many as fit the GPU's memory are started at once,
+warm up, and are then let through a turnstile one at a time, `--repeats` times round, so that every
+repeat has one of each. `sft.py` variants are recipes/sft.py itself, TensorBoard on; DDP and FSDP2
+take every GPU, with as much work for each. Only tokens that are not padding count. Of the `sft.py`
+variants one more turn is profiled, by class of kernel (..._profile.csv). The share of the limit is
+model FLOPs (4 for each frozen parameter and token, 6 for a trained one, the head at the tokens in
+the loss alone) over the rate of a matrix product measured in the same command.
 """
 
 import argparse
@@ -41,7 +44,10 @@ ALL = [*ATTENTION, "gate_proj", "up_proj", "down_proj"]
 
 
 class Variant(NamedTuple):
-    """A trainer under a launch config; `fields` are those of the recipe, of trl's SFTConfig, or of the loop."""
+    """A trainer under a launch config.
+
+    `fields` are those of the recipe, of trl's SFTConfig, or of the loop.
+    """
 
     kind: str
     launch: str
@@ -52,7 +58,14 @@ class Variant(NamedTuple):
     gb: int = 30  # what it reserves of a GPU's memory, or somewhat more
 
 
-def sft(launch: str, rows: int = 32, longest: int = 512, gb: int = 20, on_all: bool = False, **fields: Any) -> Variant:
+def sft(
+    launch: str,
+    rows: int = 32,
+    longest: int = 512,
+    gb: int = 20,
+    on_all: bool = False,
+    **fields: Any,
+) -> Variant:
     """recipes/sft.py under a launch config, with `rows` a process and step."""
     fields |= {"per_device_train_batch_size": rows, "max_length": longest}
     return Variant("sft", launch, fields, longest, on_all_gpus=on_all, gb=gb)
@@ -60,9 +73,13 @@ def sft(launch: str, rows: int = 32, longest: int = 512, gb: int = 20, on_all: b
 
 LLAMA_7B = "llama2-7b"
 QLORA_7B = {
-    "load_in_4bit": True, "optim": "paged_adamw_32bit", "gradient_checkpointing": True, "max_length": 1024,
-    "per_device_train_batch_size": 4, "lora": {"r": 32, "lora_alpha": 64, "target_modules": ALL},
-}  # fmt: skip
+    "load_in_4bit": True,
+    "optim": "paged_adamw_32bit",
+    "gradient_checkpointing": True,
+    "max_length": 1024,
+    "per_device_train_batch_size": 4,
+    "lora": {"r": 32, "lora_alpha": 64, "target_modules": ALL},
+}
 VARIANTS = {
     "sft.py bf16": sft("single"),
     "sft.py fp8": sft("fp8", gb=14),
@@ -84,12 +101,18 @@ VARIANTS = {
     "sft.py bf16, rows to 1024": sft("single", rows=24, longest=1024),
     "sft.py bf16, rows to 4096": sft("single", rows=16, longest=4096),
     "sft.py fp8, rows to 4096": sft("fp8", rows=16, longest=4096, gb=14),
-    "trl as it comes": Variant("trl", "single", {"dtype": "float32", "gradient_checkpointing": True}, gb=16),
+    "trl as it comes": Variant(
+        "trl", "single", {"dtype": "float32", "gradient_checkpointing": True}, gb=16
+    ),
     "published loop, fp32": Variant("loop", "single", {"autocast": None}, gb=50),
     "trl bf16, compiled": Variant("trl", "single", {"torch_compile": True}, gb=22),
     "trl bf16, packed, sdpa": Variant("trl", "single", {"packing": True}, gb=26),
-    "trl bf16, packed, sdpa, Liger": Variant("trl", "single", {"packing": True, "use_liger_kernel": True}, gb=24),
-    "sft.py QLoRA, 7B": sft("single", rows=4, longest=1024, gb=24, recipe="llama2-7b/all_r32")._replace(shape=LLAMA_7B),
+    "trl bf16, packed, sdpa, Liger": Variant(
+        "trl", "single", {"packing": True, "use_liger_kernel": True}, gb=24
+    ),
+    "sft.py QLoRA, 7B": sft(
+        "single", rows=4, longest=1024, gb=24, recipe="llama2-7b/all_r32"
+    )._replace(shape=LLAMA_7B),
     "trl QLoRA, 7B": Variant("trl", "single", QLORA_7B, 1024, LLAMA_7B, gb=40),
     "sft.py bf16, DDP": sft("ddp", gb=24, on_all=True),
     "sft.py bf16, FSDP2": sft("fsdp", gb=24, on_all=True),
@@ -106,10 +129,15 @@ def main() -> None:
     default = [name for name in VARIANTS if name not in several]
     count, name = torch.cuda.device_count(), "throughput.csv"
     if count > 1:
-        default, name = ["sft.py bf16", "sft.py fp8", "sft.py bf16, 64 rows", *several], f"throughput_{count}gpus.csv"
+        default, name = (
+            ["sft.py bf16", "sft.py fp8", "sft.py bf16, 64 rows", *several],
+            f"throughput_{count}gpus.csv",
+        )
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=default, metavar="NAME")
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--gb", type=int, default=130, help="memory of a GPU that a group of variants may reserve")
+    parser.add_argument(
+        "--gb", type=int, default=130, help="memory of a GPU that a group of variants may reserve"
+    )
     parser.add_argument("--out", type=Path, default=ROOT / "results" / name)
     arguments = parser.parse_args()
     variants = [VARIANTS[name] for name in arguments.variants]
@@ -120,8 +148,14 @@ def main() -> None:
     for group in groups(arguments.variants, arguments.gb):
         with tempfile.TemporaryDirectory() as folder:
             for name, reports in drive(group, arguments.repeats, Path(folder)).items():
-                profiles += [{"variant": name} | report["kernels"] for report in reports if "kernels" in report]
-                lines.append({"variant": name, **summary(name, reports[: arguments.repeats], rate), **about})
+                profiles += [
+                    {"variant": name} | report["kernels"]
+                    for report in reports
+                    if "kernels" in report
+                ]
+                lines.append(
+                    {"variant": name, **summary(name, reports[: arguments.repeats], rate), **about}
+                )
         write_table(arguments.out, lines)
         write_table(arguments.out.with_stem(f"{arguments.out.stem}_profile"), profiles)
         draw(arguments.out.with_suffix(".png"), lines)
@@ -138,7 +172,10 @@ def groups(names: list[str], gb: int) -> list[list[str]]:
 
 
 def drive(names: list[str], repeats: int, folder: Path) -> dict[str, list[dict[str, Any]]]:
-    """Start a worker a variant, then let them through in turn, `repeats` times. A worker may fail."""
+    """Start a worker a variant, then let them through in turn, `repeats` times.
+
+    A worker may fail.
+    """
     processes, reports = {}, {name: [] for name in names}
     for number, name in enumerate(names):
         (folder / str(number)).mkdir()
@@ -170,14 +207,36 @@ def start(name: str, repeats: int, folder: Path) -> subprocess.Popen:
     if variant.kind == "sft":
         fields["global_batch_size"] = fields["per_device_train_batch_size"] * processes
     command = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch"]
-    command += ["--config_file", f"accelerate_configs/{variant.launch}.yaml", "--num_processes", str(processes)]
-    command += ["benchmarks/throughput_worker.py", "--kind", variant.kind, "--fields", json.dumps(fields)]
+    command += [
+        "--config_file",
+        f"accelerate_configs/{variant.launch}.yaml",
+        "--num_processes",
+        str(processes),
+    ]
+    command += [
+        "benchmarks/throughput_worker.py",
+        "--kind",
+        variant.kind,
+        "--fields",
+        json.dumps(fields),
+    ]
     model, rows = random_files(variant.shape, variant.longest)
-    command += ["--base", str(model), "--rows", str(rows), "--turns", str(repeats), "--folder", str(folder)]
+    command += [
+        "--base",
+        str(model),
+        "--rows",
+        str(rows),
+        "--turns",
+        str(repeats),
+        "--folder",
+        str(folder),
+    ]
     # with a compiler process for every core, a group would have hundreds
     environment = os.environ | {"TORCHINDUCTOR_COMPILE_THREADS": "4"}
     log = (folder / "log").open("w")
-    return subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, env=environment)
+    return subprocess.Popen(
+        command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, env=environment
+    )
 
 
 def gpus(variant: Variant) -> int:
@@ -201,8 +260,12 @@ def summary(name: str, reports: list[dict[str, Any]], rate: float) -> dict[str, 
         "tokens_per_s": round(statistics.median(tokens)) if tokens else "failed",
         "lowest": round(tokens[0]) if tokens else "",
         "highest": round(tokens[-1]) if tokens else "",
-        "rows_per_s": round(statistics.median(r["rows_per_s"] for r in reports), 1) if tokens else "",
-        "share_of_limit": round(statistics.median(r["model_flops_per_s"] for r in reports) / rate / count, 3)
+        "rows_per_s": round(statistics.median(r["rows_per_s"] for r in reports), 1)
+        if tokens
+        else "",
+        "share_of_limit": round(
+            statistics.median(r["model_flops_per_s"] for r in reports) / rate / count, 3
+        )
         if tokens
         else "",
         "peak_gb": max(r["peak_gb"] for r in reports) if tokens else "",
@@ -214,7 +277,13 @@ def summary(name: str, reports: list[dict[str, Any]], rate: float) -> dict[str, 
 
 def write_table(path: Path, lines: list[dict[str, Any]]) -> None:
     """Lines as CSV, milliseconds rounded."""
-    write_csv(path, [{k: round(v, 3) if isinstance(v, float) else v for k, v in line.items()} for line in lines])
+    write_csv(
+        path,
+        [
+            {k: round(v, 3) if isinstance(v, float) else v for k, v in line.items()}
+            for line in lines
+        ],
+    )
 
 
 def draw(path: Path, lines: list[dict[str, Any]]) -> None:
@@ -226,7 +295,13 @@ def draw(path: Path, lines: list[dict[str, Any]]) -> None:
         reach = [[speed - line["lowest"]], [line["highest"] - speed]]
         color = "C0" if line["variant"].startswith("sft.py") else "C7"
         axes.barh(at, speed, xerr=reach, color=color, ecolor="black", capsize=3)
-        axes.text(line["highest"], at, f"  {speed:,}  ({line['share_of_limit']:.0%})", va="center", fontsize=8)
+        axes.text(
+            line["highest"],
+            at,
+            f"  {speed:,}  ({line['share_of_limit']:.0%})",
+            va="center",
+            fontsize=8,
+        )
     axes.set_yticks(range(len(shown)), [line["variant"] for line in shown])
     axes.set_xlabel("real tokens/s: median and range (share of the measured matrix rate)")
     axes.margins(x=0.2, y=0.01)

@@ -1,10 +1,12 @@
-"""One variant of benchmarks/throughput.py in a process of its own, which starts it: trains when it is let through.
+"""One variant of benchmarks/throughput.py in a process of its own, which starts it: trains when it
+is let through.
 
 accelerate launch --config_file accelerate_configs/single.yaml benchmarks/throughput_worker.py --kind sft --fields '{}' \
     --base DIR --rows FILE --turns 3 --folder DIR
 
-It warms up and writes `ready0`; at `go0` it trains a turn of steps and writes `done0` (JSON), and so on. The turn after
-the last, of ten steps, is profiled. A turn starts with an idle GPU and ends with one.
+It warms up and writes `ready0`; at `go0` it trains a turn of steps and writes `done0` (JSON), and
+so on. The turn after the last, of ten steps, is profiled. A turn starts with an idle GPU and ends
+with one.
 """
 
 import sftlab.startup.filter_warnings  # noqa: I001  (before the libraries that it quiets)
@@ -36,7 +38,12 @@ ROOT = Path(__file__).parent.parent
 # Steps before the first turn and in a turn; the slower the variant, the fewer.
 WARM_STEPS, STEPS = {"sft": 20, "trl": 10, "loop": 5}, {"sft": 30, "trl": 10, "loop": 8}
 PROFILED_STEPS = 10
-LORA = {"r": 16, "lora_alpha": 32, "target_modules": ["q_proj", "v_proj", "o_proj"], "task_type": "CAUSAL_LM"}
+LORA = {
+    "r": 16,
+    "lora_alpha": 32,
+    "target_modules": ["q_proj", "v_proj", "o_proj"],
+    "task_type": "CAUSAL_LM",
+}
 # What a kernel's name says of its work; the first match counts.
 KERNELS = {
     "matrix products": ("nvjet", "gemm", "cutlass", "cublas", "splitK"),
@@ -52,7 +59,9 @@ KERNELS = {
 
 
 class Turnstile(TrainerCallback):
-    """Lets steps through when told so, times them and counts what they train on, over all processes."""
+    """Lets steps through when told so, times them and counts what they train on, over all
+    processes.
+    """
 
     def __init__(self, folder: Path, kind: str, turns: int) -> None:
         self._folder, self._turns, self._turn = folder, turns, 0
@@ -64,10 +73,15 @@ class Turnstile(TrainerCallback):
         self.flops: Flops | None = None
 
     def count(self, *counts: torch.Tensor | int) -> None:
-        """Add a micro-batch's tokens, rows and tokens in the loss; what is on the GPU stays there."""
+        """Add a micro-batch's tokens, rows and tokens in the loss.
+
+        What is on the GPU stays there.
+        """
         self._counts = [total + count for total, count in zip(self._counts, counts, strict=True)]
 
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **kwargs: Any) -> None:
+    def on_log(
+        self, args: Any, state: Any, control: Any, logs: dict[str, float], **kwargs: Any
+    ) -> None:
         """Keep the training loss."""
         self._loss = logs.get("loss", self._loss)
 
@@ -92,14 +106,24 @@ class Turnstile(TrainerCallback):
         if self._turn == self._turns:
             self._profiler.stop()
             report["kernels"] = kernel_classes(self._profiler, seconds)
-        counts, rank = torch.tensor([float(count) for count in self._counts], dtype=torch.float64), 0
+        counts, rank = (
+            torch.tensor([float(count) for count in self._counts], dtype=torch.float64),
+            0,
+        )
         if dist.is_initialized():
             counts, rank = counts.cuda(), dist.get_rank()
             dist.all_reduce(counts)
         tokens, rows, loss_tokens = (counts / seconds).tolist()
         work = self.flops.token * tokens + self.flops.loss_token * loss_tokens
-        report |= {"tokens_per_s": tokens, "rows_per_s": rows, "model_flops_per_s": work, "loss": self._loss}
-        report["peak_gb"] = torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else 0.0
+        report |= {
+            "tokens_per_s": tokens,
+            "rows_per_s": rows,
+            "model_flops_per_s": work,
+            "loss": self._loss,
+        }
+        report["peak_gb"] = (
+            torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else 0.0
+        )
         if rank == 0:
             (self._folder / "report").write_text(json.dumps(report), encoding="utf-8")
             (self._folder / "report").rename(self._folder / f"done{self._turn}")
@@ -110,12 +134,16 @@ def kernel_classes(profiler: torch.profiler.profile, seconds: float) -> dict[str
     """Milliseconds a step that the GPU spends in each class of kernel, and in none."""
     spent = dict.fromkeys([*KERNELS, "other"], 0.0)
     for event in profiler.key_averages():
-        found = (name for name, words in KERNELS.items() if any(word in event.key for word in words))
+        found = (
+            name for name, words in KERNELS.items() if any(word in event.key for word in words)
+        )
         spent[next(found, "other")] += event.self_device_time_total / 1e3 / PROFILED_STEPS
     return spent | {"none": seconds / PROFILED_STEPS * 1e3 - sum(spent.values())}
 
 
-def train_sft(fields: dict[str, Any], base: str, rows: str, steps: int, turnstile: Turnstile, folder: Path) -> None:
+def train_sft(
+    fields: dict[str, Any], base: str, rows: str, steps: int, turnstile: Turnstile, folder: Path
+) -> None:
     """recipes/sft.py, with the turnstile among its callbacks."""
     build, count = LabTrainer.__init__, Meter.count
 
@@ -125,25 +153,45 @@ def train_sft(fields: dict[str, Any], base: str, rows: str, steps: int, turnstil
 
     LabTrainer.__init__ = with_turnstile
     Meter.count = lambda self, *counts: (count(self, *counts), turnstile.count(*counts))
-    recipe, targets = fields.pop("recipe", "llama3.2-1b/attn_r16"), fields.pop("lora_target_modules", None)
+    recipe, targets = (
+        fields.pop("recipe", "llama3.2-1b/attn_r16"),
+        fields.pop("lora_target_modules", None),
+    )
     settings = {
-        "model_name_or_path": base, "dataset_name": rows, "dataset_fraction": 1, "output_dir": folder / "run",
-        "max_steps": steps, "eval_strategy": "no", "save_strategy": "no", "lora_dropout": 0, "disable_tqdm": "true",
+        "model_name_or_path": base,
+        "dataset_name": rows,
+        "dataset_fraction": 1,
+        "output_dir": folder / "run",
+        "max_steps": steps,
+        "eval_strategy": "no",
+        "save_strategy": "no",
+        "lora_dropout": 0,
+        "disable_tqdm": "true",
         **fields,
-    }  # fmt: skip
+    }
     argv = ["--config", f"recipes/{recipe}.yaml", *(f"--{k}={v}" for k, v in settings.items())]
-    argv += ["--split_fractions", "0.99", "0", "0.01", *(["--lora_target_modules", *targets] if targets else [])]
+    argv += [
+        "--split_fractions",
+        "0.99",
+        "0",
+        "0.01",
+        *(["--lora_target_modules", *targets] if targets else []),
+    ]
     spec = importlib.util.spec_from_file_location("sft", ROOT / "recipes" / "sft.py")
     sft = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(sft)
     sft.main(argv)
 
 
-def train_trl(fields: dict[str, Any], base: str, rows: str, steps: int, turnstile: Turnstile, folder: Path) -> None:
+def train_trl(
+    fields: dict[str, Any], base: str, rows: str, steps: int, turnstile: Turnstile, folder: Path
+) -> None:
     """Plain SFTTrainer on the same tokens, TensorBoard on."""
 
     class Counting(SFTTrainer):
-        def training_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
+        def training_step(
+            self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any
+        ) -> torch.Tensor:
             packed = inputs.get("attention_mask") is None
             tokens = inputs["input_ids"].numel() if packed else inputs["attention_mask"].sum()
             count = (inputs["position_ids"] == 0).sum() if packed else inputs["input_ids"].shape[0]
@@ -154,24 +202,46 @@ def train_trl(fields: dict[str, Any], base: str, rows: str, steps: int, turnstil
     model_fields = {"dtype": fields.pop("dtype", "bfloat16")}
     if fields.pop("load_in_4bit", False):
         model_fields["quantization_config"] = BitsAndBytesConfig(
-            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=torch.bfloat16, bnb_4bit_quant_storage=torch.bfloat16,
-        )  # fmt: skip
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=torch.bfloat16,
+            bnb_4bit_quant_storage=torch.bfloat16,
+        )
     lora = LoraConfig(**LORA | fields.pop("lora", {}))
-    settings = {"per_device_train_batch_size": 20, "max_length": 512, "bf16": True, "gradient_checkpointing": False}
+    settings = {
+        "per_device_train_batch_size": 20,
+        "max_length": 512,
+        "bf16": True,
+        "gradient_checkpointing": False,
+    }
     args = SFTConfig(
-        output_dir=str(folder), max_steps=steps, model_init_kwargs=model_fields, report_to="tensorboard",
-        logging_steps=10, save_strategy="no", learning_rate=2e-4, disable_tqdm=True, **settings | fields,
-    )  # fmt: skip
+        output_dir=str(folder),
+        max_steps=steps,
+        model_init_kwargs=model_fields,
+        report_to="tensorboard",
+        logging_steps=10,
+        save_strategy="no",
+        learning_rate=2e-4,
+        disable_tqdm=True,
+        **settings | fields,
+    )
     ids = token_rows(base, rows, args.max_length, 2 * steps * args.per_device_train_batch_size)
     dataset = Dataset.from_dict({"input_ids": ids, "labels": ids})
-    trainer = Counting(model=base, args=args, train_dataset=dataset, peft_config=lora, callbacks=[turnstile])
+    trainer = Counting(
+        model=base, args=args, train_dataset=dataset, peft_config=lora, callbacks=[turnstile]
+    )
     turnstile.flops = flops_per_token(trainer.model)
     trainer.train()
 
 
-def train_loop(fields: dict[str, Any], base: str, rows: str, steps: int, turnstile: Turnstile, folder: Path) -> None:
-    """The published 1B study's loop rebuilt: float32 weights, autocast, rows padded to 512, 20 a step, whole logits."""
+def train_loop(
+    fields: dict[str, Any], base: str, rows: str, steps: int, turnstile: Turnstile, folder: Path
+) -> None:
+    """The published 1B study's loop rebuilt:
+
+    float32 weights, autocast, rows padded to 512, 20 a step, whole logits.
+    """
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).cuda().train()
     model = get_peft_model(model, LoraConfig(**LORA))
     turnstile.flops = flops_per_token(model)
@@ -206,7 +276,9 @@ def token_rows(base: str, path: str, max_length: int, count: int) -> list[list[i
     for row in (rows * (1 + count // len(rows)))[:count]:
         asked = {"role": "user", "content": row["instruction"]}
         answer = {"role": "assistant", "content": row["response"]}
-        found.append(encode(tokenizer, {"prompt": [asked], "completion": [answer]}, max_length)["input_ids"])
+        found.append(
+            encode(tokenizer, {"prompt": [asked], "completion": [answer]}, max_length)["input_ids"]
+        )
     return found
 
 
@@ -223,7 +295,12 @@ def main() -> None:
     arguments = parser.parse_args()
     turnstile = Turnstile(arguments.folder, arguments.kind, arguments.turns)
     kinds[arguments.kind](
-        arguments.fields, arguments.base, arguments.rows, turnstile.total, turnstile, arguments.folder
+        arguments.fields,
+        arguments.base,
+        arguments.rows,
+        turnstile.total,
+        turnstile,
+        arguments.folder,
     )
 
 

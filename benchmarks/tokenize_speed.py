@@ -1,17 +1,21 @@
-"""Rows a second of tokenization: this project's workers, one thread that only encodes, and the published design.
+"""Rows a second of tokenization: this project's workers, one thread that only encodes, and the
+published design.
 
 python benchmarks/tokenize_speed.py --tokenizer meta-llama/Llama-3.2-1B --files alpaca.json gsm8k_train.jsonl \
     [--rows 60000] [--rounds 5] [--table results/tokenize.csv]
 
-A corpus is made of the files' rows (Alpaca's and GSM8K's columns), each of its rows holding several of theirs. In every
-round each variant tokenizes it once, in turn; ratios are taken within a round. What a cluster takes to start, its
-workers' tokenizers loaded, is measured apart. Under Slurm (where `sinfo` answers) jobs of Slurm are a variant too.
+A corpus is made of the files' rows (Alpaca's and GSM8K's columns), each of its rows holding several
+of theirs. In every round each variant tokenizes it once, in turn; ratios are taken within a round.
+What a cluster takes to start, its workers' tokenizers loaded, is measured apart. Under Slurm (where
+`sinfo` answers) jobs of Slurm are a variant too.
 
-The published design is rebuilt: rows go out through Dask, a worker calls the Hugging Face tokenizer for each, and lists
-of ids, mask and labels come back. Its labels are the ids: it does not encode prompts to mask them, the others do.
+The published design is rebuilt: rows go out through Dask, a worker calls the Hugging Face tokenizer
+for each, and lists of ids, mask and labels come back. Its labels are the ids: it does not encode
+prompts to mask them, the others do.
 
-The model of scaling beside it: start + rows / (workers x a worker's rows/s), or the scheduler's seconds a task where
-that is longer, + half a shard at the end + the client putting the shards together.
+The model of scaling beside it: start + rows / (workers x a worker's rows/s), or the scheduler's
+seconds a task where that is longer, + half a shard at the end + the client putting the shards
+together.
 """
 
 import sftlab.startup.filter_warnings  # noqa: F401, I001  (before the libraries that it quiets)
@@ -56,16 +60,28 @@ def main() -> None:
     try:
         corpus = make_corpus(arguments, work)
         load_tokenizer(arguments.tokenizer).save_pretrained(work / "tokenizer")
-        slurm = bool(shutil.which("sinfo")) and subprocess.run(["sinfo"], capture_output=True).returncode == 0
-        variants = {"one thread that only encodes": encode_only, "local workers": local, "published design": published}
+        slurm = (
+            bool(shutil.which("sinfo"))
+            and subprocess.run(["sinfo"], capture_output=True).returncode == 0
+        )
+        variants = {
+            "one thread that only encodes": encode_only,
+            "local workers": local,
+            "published design": published,
+        }
         variants |= {"SLURM workers": slurm_workers} if slurm else {}
         rounds = []
         for number in range(arguments.rounds):
-            names = list(variants)[number % len(variants) :] + list(variants)[: number % len(variants)]
+            names = (
+                list(variants)[number % len(variants) :] + list(variants)[: number % len(variants)]
+            )
             measured = {}
             for name in names:
                 measured[name] = variants[name](corpus, work)
-                print(f"round {number + 1}, {name}: {measured[name]['rows_per_s']:,.0f} rows/s", flush=True)
+                print(
+                    f"round {number + 1}, {name}: {measured[name]['rows_per_s']:,.0f} rows/s",
+                    flush=True,
+                )
             rounds.append(measured)
         overhead = scheduler_cost()
     finally:
@@ -81,25 +97,39 @@ def parse_arguments() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tokenizer", required=True, help="a model on the hub, or a folder")
-    parser.add_argument("--files", required=True, nargs="+", help="rows in Alpaca's or GSM8K's columns")
+    parser.add_argument(
+        "--files", required=True, nargs="+", help="rows in Alpaca's or GSM8K's columns"
+    )
     parser.add_argument("--rows", type=int, default=60_000)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--folder", help="where shards are written (default: the system's temporary folder)")
+    parser.add_argument(
+        "--folder", help="where shards are written (default: the system's temporary folder)"
+    )
     parser.add_argument("--table", type=Path, default=Path("results/tokenize.csv"))
     return parser.parse_args()
 
 
 def make_corpus(arguments: argparse.Namespace, work: Path) -> Dataset:
-    """Rows of three questions and three answers each, in an order that is always the same; memory-mapped."""
+    """Rows of three questions and three answers each, in an order that is always the same.
+
+    Memory-mapped.
+    """
     asked, answered, draw = [], [], random.Random(0)
     for name in arguments.files:
         for row in load_dataset("json", data_files=name, split="train"):
-            asked.append("\n".join(filter(None, (row.get("instruction"), row.get("input"), row.get("question")))))
+            asked.append(
+                "\n".join(
+                    filter(None, (row.get("instruction"), row.get("input"), row.get("question")))
+                )
+            )
             answered.append(row.get("output") or row.get("answer"))
     path = work / "corpus.jsonl"
     with path.open("w", encoding="utf-8") as file:
         for _ in range(arguments.rows):
-            row = {"instruction": "\n".join(draw.sample(asked, 3)), "response": "\n".join(draw.sample(answered, 3))}
+            row = {
+                "instruction": "\n".join(draw.sample(asked, 3)),
+                "response": "\n".join(draw.sample(answered, 3)),
+            }
             file.write(json.dumps(row) + "\n")
     return load_dataset("json", data_files=str(path), split="train", cache_dir=str(work / "cache"))
 
@@ -115,9 +145,14 @@ def load_tokenizer(name: str) -> Any:
 
 
 def encode_only(corpus: Dataset, work: Path) -> dict[str, float]:
-    """The backend over whole texts that are there already, in one thread; nothing is made of the ids."""
+    """The backend over whole texts that are there already, in one thread.
+
+    Nothing is made of the ids.
+    """
     tokenizer = load_tokenizer(str(work / "tokenizer"))
-    render = Encoder(tokenizer.backend_tokenizer, tokenizer.chat_template, tokenizer.special_tokens_map)._texts
+    render = Encoder(
+        tokenizer.backend_tokenizer, tokenizer.chat_template, tokenizer.special_tokens_map
+    )._texts
     seconds = 0.0
     for part in parts(corpus):
         texts = render([messages(row) for row in part])
@@ -128,13 +163,18 @@ def encode_only(corpus: Dataset, work: Path) -> dict[str, float]:
 
 
 def messages(row: dict[str, str]) -> list[dict[str, str]]:
-    return [{"role": "user", "content": row["instruction"]}, {"role": "assistant", "content": row["response"]}]
+    return [
+        {"role": "user", "content": row["instruction"]},
+        {"role": "assistant", "content": row["response"]},
+    ]
 
 
 def local(corpus: Dataset, work: Path) -> dict[str, float]:
     """This project's workers as processes of this machine."""
     began = time.perf_counter()
-    with LocalCluster(n_workers=WORKERS, threads_per_worker=1, env=THREADS, dashboard_address=None) as cluster:
+    with LocalCluster(
+        n_workers=WORKERS, threads_per_worker=1, env=THREADS, dashboard_address=None
+    ) as cluster:
         return shards(cluster, corpus, work, began)
 
 
@@ -142,14 +182,25 @@ def slurm_workers(corpus: Dataset, work: Path) -> dict[str, float]:
     """This project's workers as jobs of Slurm."""
     began = time.perf_counter()
     prologue = [f"export {name}={value}" for name, value in THREADS.items()]
-    job = {"cores": 1, "processes": 1, "memory": "2GB", "walltime": "00:30:00", "log_directory": str(work)}
-    with SLURMCluster(**job, job_script_prologue=prologue, scheduler_options={"dashboard_address": None}) as cluster:
+    job = {
+        "cores": 1,
+        "processes": 1,
+        "memory": "2GB",
+        "walltime": "00:30:00",
+        "log_directory": str(work),
+    }
+    with SLURMCluster(
+        **job, job_script_prologue=prologue, scheduler_options={"dashboard_address": None}
+    ) as cluster:
         cluster.adapt(minimum_jobs=WORKERS, maximum_jobs=WORKERS)
         return shards(cluster, corpus, work, began)
 
 
 def shards(cluster: Any, corpus: Dataset, work: Path, began: float) -> dict[str, float]:
-    """Tokenize into shards, from the moment on when every worker has its tokenizer; the shards put together too."""
+    """Tokenize into shards, from the moment on when every worker has its tokenizer.
+
+    The shards put together too.
+    """
     folder = work / "out"
     shutil.rmtree(folder, ignore_errors=True)
     with Client(cluster) as client:
@@ -158,7 +209,9 @@ def shards(cluster: Any, corpus: Dataset, work: Path, began: float) -> dict[str,
         client.run(warm_up, str(folder), place_of(corpus, 0, 8))
         started = time.perf_counter()
         tasks = [
-            client.submit(tokenize_shard, str(folder), number, place_of(part, 0, len(part)), 0, pure=False)
+            client.submit(
+                tokenize_shard, str(folder), number, place_of(part, 0, len(part)), 0, pure=False
+            )
             for number, part in enumerate(parts(corpus))
         ]
         records = [record for _, record in as_completed(tasks, with_results=True)]
@@ -167,7 +220,12 @@ def shards(cluster: Any, corpus: Dataset, work: Path, began: float) -> dict[str,
         ended = time.perf_counter()
         memory = max(client.run(highest_mb).values())
     rate = len(corpus) / (ended - started)
-    return {"rows_per_s": rate, "start_s": started - began, "finish_s": ended - encoded, "worker_mb": memory}
+    return {
+        "rows_per_s": rate,
+        "start_s": started - began,
+        "finish_s": ended - encoded,
+        "worker_mb": memory,
+    }
 
 
 def parts(corpus: Dataset) -> list[Dataset]:
@@ -178,7 +236,11 @@ def parts(corpus: Dataset) -> list[Dataset]:
 
 def begin_folder(folder: Path, corpus: Dataset, work: Path) -> dict[str, Any]:
     tokenizer = load_tokenizer(str(work / "tokenizer"))
-    settings = {"dataset_name": "corpus", "dataset_shape": "dolly", "split_fractions": [0.9, 0.1, 0.0]}
+    settings = {
+        "dataset_name": "corpus",
+        "dataset_shape": "dolly",
+        "split_fractions": [0.9, 0.1, 0.0],
+    }
     settings |= {"rows": len(corpus), "max_length": MAX_LENGTH, "truncation_mode": "keep_start"}
     encoder = {"template": tokenizer.chat_template, "special_tokens": tokenizer.special_tokens_map}
     settings["completion_only_loss"] = True
@@ -203,13 +265,16 @@ def published(corpus: Dataset, work: Path) -> dict[str, float]:
     """Rows out through the scheduler, one call of the Hugging Face tokenizer a row, lists back."""
     began = time.perf_counter()
     with (
-        LocalCluster(n_workers=WORKERS, threads_per_worker=1, env=THREADS, dashboard_address=None) as cluster,
+        LocalCluster(
+            n_workers=WORKERS, threads_per_worker=1, env=THREADS, dashboard_address=None
+        ) as cluster,
         Client(cluster) as client,
     ):
         client.run(encode_rows, [dict(corpus[0])], str(work / "tokenizer"))
         started = time.perf_counter()
         tasks = [
-            client.submit(encode_rows, part.to_list(), str(work / "tokenizer"), pure=False) for part in parts(corpus)
+            client.submit(encode_rows, part.to_list(), str(work / "tokenizer"), pure=False)
+            for part in parts(corpus)
         ]
         back = [row for rows in client.gather(tasks) for row in rows]
         ended = time.perf_counter()
@@ -230,7 +295,9 @@ def encode_rows(rows: list[dict[str, str]], tokenizer: str) -> list[dict[str, li
 def scheduler_cost(tasks: int = 5000) -> float:
     """Seconds a task that does nothing."""
     with (
-        LocalCluster(n_workers=WORKERS, threads_per_worker=1, env=THREADS, dashboard_address=None) as cluster,
+        LocalCluster(
+            n_workers=WORKERS, threads_per_worker=1, env=THREADS, dashboard_address=None
+        ) as cluster,
         Client(cluster) as client,
     ):
         client.gather([client.submit(abs, number, pure=False) for number in range(100)])
@@ -251,18 +318,27 @@ def model_minutes(workers: int, measured: dict[str, float], overhead: float) -> 
 def medians(rounds: list[dict[str, dict[str, float]]], name: str, rows: int) -> dict[str, float]:
     """The median over the rounds of all that was measured of a variant."""
     keys = rounds[0][name]
-    return {key: statistics.median(one[name][key] for one in rounds) for key in keys} | {"rows": rows}
+    return {key: statistics.median(one[name][key] for one in rounds) for key in keys} | {
+        "rows": rows
+    }
 
 
-def table(rounds: list[dict[str, dict[str, float]]], overhead: float, rows: int) -> list[dict[str, Any]]:
-    """One line a variant, ratios to one thread that only encodes and to the published design; then the model's."""
+def table(
+    rounds: list[dict[str, dict[str, float]]], overhead: float, rows: int
+) -> list[dict[str, Any]]:
+    """One line a variant, ratios to one thread that only encodes and to the published design.
+
+    Then the model's.
+    """
     lines = []
     base, design = "one thread that only encodes", "published design"
     for name in rounds[0]:
         line: dict[str, Any] = {"variant": name, "workers": 1 if name == base else WORKERS}
         found = medians(rounds, name, rows)
         line |= {
-            key: round(found[key], 2) for key in ("rows_per_s", "start_s", "finish_s", "worker_mb") if key in found
+            key: round(found[key], 2)
+            for key in ("rows_per_s", "start_s", "finish_s", "worker_mb")
+            if key in found
         }
         for key, other in (("", base), ("_to_published", design)):
             ratios = [one[name]["rows_per_s"] / one[other]["rows_per_s"] for one in rounds]
@@ -279,7 +355,13 @@ def table(rounds: list[dict[str, dict[str, float]]], overhead: float, rows: int)
         ("published: OpenOrca serially", SERIAL_MINUTES),
         ("published: Dask and SLURM", CLUSTER_MINUTES),
     ):
-        lines.append({"variant": name, "minutes": minutes, "rows_per_s": round(OPENORCA_ROWS / minutes / 60, 1)})
+        lines.append(
+            {
+                "variant": name,
+                "minutes": minutes,
+                "rows_per_s": round(OPENORCA_ROWS / minutes / 60, 1),
+            }
+        )
     return lines
 
 
@@ -289,7 +371,10 @@ def about(arguments: argparse.Namespace) -> dict[str, str]:
     versions = [f"{name} {version(name)}" for name in packages]
     command = f"--tokenizer {Path(arguments.tokenizer).name} --files {' '.join(Path(f).name for f in arguments.files)}"
     command += f" --rows {arguments.rows} --rounds {arguments.rounds}"
-    hardware, command = f"{len(os.sched_getaffinity(0))} CPU cores", f"python benchmarks/tokenize_speed.py {command}"
+    hardware, command = (
+        f"{len(os.sched_getaffinity(0))} CPU cores",
+        f"python benchmarks/tokenize_speed.py {command}",
+    )
     return {"hardware": hardware, "versions": " ".join(versions), "command": command}
 
 
@@ -308,9 +393,22 @@ def plot(rounds: list[dict[str, dict[str, float]]], overhead: float, rows: int, 
     left.invert_yaxis()
     left.set(xlabel=f"rows/s over those of one thread that only encodes ({WORKERS} workers)")
     measured = medians(rounds, "local workers", rows)
-    right.loglog(MODELLED, [model_minutes(n, measured, overhead) for n in MODELLED], "o-", label="model, from these")
-    for minutes, label in ((SERIAL_MINUTES, "published, serial"), (CLUSTER_MINUTES, "published, Dask and SLURM")):
-        right.axhline(minutes, color="tab:red", linestyle=":" if minutes == SERIAL_MINUTES else "--", label=label)
+    right.loglog(
+        MODELLED,
+        [model_minutes(n, measured, overhead) for n in MODELLED],
+        "o-",
+        label="model, from these",
+    )
+    for minutes, label in (
+        (SERIAL_MINUTES, "published, serial"),
+        (CLUSTER_MINUTES, "published, Dask and SLURM"),
+    ):
+        right.axhline(
+            minutes,
+            color="tab:red",
+            linestyle=":" if minutes == SERIAL_MINUTES else "--",
+            label=label,
+        )
     right.set(xlabel="workers of one core", ylabel="minutes for 3 million rows")
     right.legend()
     figure.savefig(path, dpi=150)

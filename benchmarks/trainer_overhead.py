@@ -1,10 +1,12 @@
-"""What recipes/sft.py's trainer costs over plain SFTTrainer, the fast path switched off: step times in pairs, in turn.
+"""What recipes/sft.py's trainer costs over plain SFTTrainer, the fast path switched off: step times
+in pairs, in turn.
 
 accelerate launch --config_file accelerate_configs/cpu.yaml benchmarks/trainer_overhead.py --pairs 15 \
     --table results/overhead_cpu.csv --config recipes/demo/attn_r16.yaml --max_steps 100 [--any_field value]
 
-Both trainers live in one process, as separate processes differ by more than the effect. They train on the same tokens
-in the same order and log to TensorBoard; one stopwatch times both, from the beginning of step 6 to the end of the last.
+Both trainers live in one process, as separate processes differ by more than the effect. They train
+on the same tokens in the same order and log to TensorBoard; one stopwatch times both, from the
+beginning of step 6 to the end of the last.
 """
 
 import sftlab.startup.filter_warnings  # noqa: I001  (before the libraries that it quiets)
@@ -63,17 +65,27 @@ class Stopwatch(TrainerCallback):
 def build(argv: list[str], launch: Launch, lab: bool) -> tuple[SFTTrainer, Stopwatch]:
     """The project's trainer as recipes/sft.py builds it, or plain SFTTrainer."""
     recipe: Recipe = parse_recipe(argv, launch)
-    tokenizer = load_tokenizer(recipe.model.model_name_or_path, recipe.model.model_revision, recipe.training)
+    tokenizer = load_tokenizer(
+        recipe.model.model_name_or_path, recipe.model.model_revision, recipe.training
+    )
     set_template(tokenizer, recipe.training.chat_template_path)
     args, splits, watch = recipe.training, load_splits(recipe.data), Stopwatch()
     if lab:
         plain = FastPath(False, False, False, None)
-        return build_trainer(recipe, launch, plain, tokenizer, splits, [watch, StopOnSignal()]), watch
-    args.model_init_kwargs = model_init_kwargs(recipe.model, args.trust_remote_code, args.model_init_kwargs)
+        return build_trainer(
+            recipe, launch, plain, tokenizer, splits, [watch, StopOnSignal()]
+        ), watch
+    args.model_init_kwargs = model_init_kwargs(
+        recipe.model, args.trust_remote_code, args.model_init_kwargs
+    )
     trainer = SFTTrainer(
-        model=recipe.model.model_name_or_path, args=args, train_dataset=splits.train, processing_class=tokenizer,
-        peft_config=get_peft_config(recipe.model), callbacks=[watch],
-    )  # fmt: skip
+        model=recipe.model.model_name_or_path,
+        args=args,
+        train_dataset=splits.train,
+        processing_class=tokenizer,
+        peft_config=get_peft_config(recipe.model),
+        callbacks=[watch],
+    )
     return trainer, watch
 
 
@@ -89,19 +101,36 @@ def main() -> None:
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         os.environ["TENSORBOARD_LOGGING_DIR"] = folder
-        argv = [*rest, "--output_dir", folder, "--eval_strategy", "no", "--save_strategy", "no", "--disable_tqdm=true"]
+        argv = [
+            *rest,
+            "--output_dir",
+            folder,
+            "--eval_strategy",
+            "no",
+            "--save_strategy",
+            "no",
+            "--disable_tqdm=true",
+        ]
         trainers = {name: build(argv, launch, name == "sft.py") for name in ("sft.py", "plain")}
         for pair in range(arguments.pairs):
             losses = {}
             for name in trainers if pair % 2 == 0 else reversed(trainers):
                 losses[name] = trainers[name][0].train().training_loss
             ours, plain = (trainers[name][1].step_time_s for name in ("sft.py", "plain"))
-            rows.append({"pair": pair + 1, "sft_py_step_s": round(ours, 6), "plain_step_s": round(plain, 6)})
-            rows[-1] |= {"ratio": round(ours / plain, 4), "loss_difference": abs(losses["sft.py"] - losses["plain"])}
+            rows.append(
+                {"pair": pair + 1, "sft_py_step_s": round(ours, 6), "plain_step_s": round(plain, 6)}
+            )
+            rows[-1] |= {
+                "ratio": round(ours / plain, 4),
+                "loss_difference": abs(losses["sft.py"] - losses["plain"]),
+            }
     about = provenance() | {"arguments": " ".join(sys.argv[1:])}
     write_csv(arguments.table, [row | about for row in rows])
     ratios = [row["ratio"] for row in rows]
-    print(f"sft.py over plain SFTTrainer: median {statistics.median(ratios)}, {min(ratios)} to {max(ratios)}")
+    print(
+        f"sft.py over plain SFTTrainer: median {statistics.median(ratios)}, {min(ratios)} to "
+        f"{max(ratios)}"
+    )
 
 
 if __name__ == "__main__":

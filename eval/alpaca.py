@@ -1,13 +1,14 @@
-"""AlpacaEval's 805 instructions: a judge compares base's and tuned's answers with a reference, in both orders.
+"""AlpacaEval's 805 instructions: a judge compares base's and tuned's answers with a reference, in
+both orders.
 
 python eval/alpaca.py --run runs/x --judge prometheus-eval/prometheus-7b-v2.0 [--reference base|FILE|NAME] [--limit 100]
     [--judge_in_4bit | --judge_url http://localhost:8000/v1] [--agreement annotations.json]
 python eval/alpaca.py --run runs/x --annotators weighted_alpaca_eval_gpt4_turbo
 
-The judge is tried first where the right answer is known (the canaries). Writes RUN/eval/alpaca.json (the newest entry
-of each judge and reference) and, with every prompt, answer, judgement and verdict, alpaca-judgements-*.jsonl and
-alpaca-canaries-*.jsonl beside it. Answers and judgements are kept as they come: the same command goes on after a kill,
-and scores again without a GPU.
+The judge is tried first where the right answer is known (the canaries). Writes RUN/eval/alpaca.json
+(the newest entry of each judge and reference) and, with every prompt, answer, judgement and
+verdict, alpaca-judgements-*.jsonl and alpaca-canaries-*.jsonl beside it. Answers and judgements are
+kept as they come: the same command goes on after a kill, and scores again without a GPU.
 """
 
 import sftlab.startup.filter_warnings  # noqa: I001  (before the libraries that it quiets)
@@ -27,7 +28,13 @@ from sftlab.judging.model_answers import Contestants, refuse_twins
 from sftlab.evaluation.answer_file import AnswerFile, answer_facts, digest
 from sftlab.evaluation.generation import Answer, Sampling
 from sftlab.judging.judges import add_judge_flags, judge_from
-from sftlab.judging.judgement_files import canary_table, judgement_hashes, keep_entry, share, write_records
+from sftlab.judging.judgement_files import (
+    canary_table,
+    judgement_hashes,
+    keep_entry,
+    share,
+    write_records,
+)
 from sftlab.judging.length_control import length_controlled, lengths, mean_characters
 from sftlab.judging.alpaca_files import Task, read_preferences, read_task
 from sftlab.evaluation.base_and_tuned import finished_run, one_sentence
@@ -57,16 +64,32 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--run", required=True, type=Path, help="a finished run's directory")
     add_judge_flags(parser)
-    parser.add_argument("--annotators", help="judge by this config of alpaca-eval instead (most need an API key)")
-    parser.add_argument("--reference", default="gpt4_1106_preview", help="base, a file of outputs, or a published name")
-    parser.add_argument("--instructions", type=Path, help="a file of instructions (default: those of the reference)")
-    parser.add_argument("--agreement", type=Path, help="published annotations that the judge must agree with")
-    parser.add_argument("--limit", type=int, default=0, help="the first n instructions (default: all)")
+    parser.add_argument(
+        "--annotators", help="judge by this config of alpaca-eval instead (most need an API key)"
+    )
+    parser.add_argument(
+        "--reference",
+        default="gpt4_1106_preview",
+        help="base, a file of outputs, or a published name",
+    )
+    parser.add_argument(
+        "--instructions", type=Path, help="a file of instructions (default: those of the reference)"
+    )
+    parser.add_argument(
+        "--agreement", type=Path, help="published annotations that the judge must agree with"
+    )
+    parser.add_argument(
+        "--limit", type=int, default=0, help="the first n instructions (default: all)"
+    )
     parser.add_argument("--canaries", type=int, default=100, help="pairs of each canary")
     parser.add_argument("--batch_size", type=int, default=32, help="answers at once")
     parser.add_argument("--max_new_tokens", type=int, default=1024, help="longest answer")
-    parser.add_argument("--temperature", type=float, default=0.0, help="of the answers; 0 (default) is greedy")
-    parser.add_argument("--allow-unparsed", action="store_true", help="give a win rate whatever share is unparsed")
+    parser.add_argument(
+        "--temperature", type=float, default=0.0, help="of the answers; 0 (default) is greedy"
+    )
+    parser.add_argument(
+        "--allow-unparsed", action="store_true", help="give a win rate whatever share is unparsed"
+    )
     return parser.parse_args(argv)
 
 
@@ -81,7 +104,9 @@ def evaluate(arguments: argparse.Namespace) -> None:
     judged, facts = choose_judge(arguments)
     contestants = Contestants(arguments.run, run, arguments.batch_size)
     asked = [[{"role": "user", "content": text}] for text in task.questions.instructions]
-    answers = {side: contestants.answers(side, asked, sampling, f"{side} answers") for side in SIDES}
+    answers = {
+        side: contestants.answers(side, asked, sampling, f"{side} answers") for side in SIDES
+    }
     prompts_cut = contestants.prompts_cut // len(SIDES)
     about = {side: answer_facts(answers[side]) | mean_characters(answers[side]) for side in SIDES}
     refuse_twins(about)
@@ -104,7 +129,8 @@ def evaluate(arguments: argparse.Namespace) -> None:
     if refused:
         sys.exit(
             f"error: {percent(unparsed_rate(report))} of the judgements hold no verdict, more than "
-            f"{percent(UNPARSED_REFUSED)}: no win rate is given without --allow-unparsed; every judgement is in the "
+            f"{percent(UNPARSED_REFUSED)}: no win rate is given without --allow-unparsed; every "
+            "judgement is in the "
             "files named above"
         )
 
@@ -124,14 +150,19 @@ def facts_of(
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "adapter_hash": adapter_hash(arguments.run),
         "rows": len(task.questions.instructions),
-        "questions_hash": digest([task.questions.instructions, task.reference.texts if task.reference else None]),
+        "questions_hash": digest(
+            [task.questions.instructions, task.reference.texts if task.reference else None]
+        ),
         "reference": task.reference.name if task.reference else "base",
         "judge": judge,
         "judge_fit": canaries.fit,
         "canaries": canaries.rows,
         "judged": {side: tally(one) | {"hash": hashes[side]} for side, one in records.items()},
         "scores": {},
-        "generation": {"temperature": arguments.temperature, "max_new_tokens": arguments.max_new_tokens},
+        "generation": {
+            "temperature": arguments.temperature,
+            "max_new_tokens": arguments.max_new_tokens,
+        },
         "statistics": method(len(task.questions.instructions), "instructions"),
         **environment(),
     }
@@ -166,7 +197,9 @@ def try_judge(
     canaries.same_answer(known)
     canaries.over_shuffled(known)
     again = zip(few, *drawn, strict=True)
-    canaries.noise_floor([Pair(row, instructions[row], one.text, two.text) for row, one, two in again])
+    canaries.noise_floor(
+        [Pair(row, instructions[row], one.text, two.text) for row, one, two in again]
+    )
     if preferences:
         pairs, preferred, whose = preferences
         chosen = spread(range(len(pairs)), count)
@@ -178,12 +211,16 @@ def compare_with_reference(
     judged: Judged, task: Task, answers: dict[str, list[Answer]]
 ) -> dict[str, list[dict[str, Any]]]:
     """The judge's records of each side against the reference; base is not judged against itself."""
-    reference = task.reference.texts if task.reference else [answer.text for answer in answers["base"]]
+    reference = (
+        task.reference.texts if task.reference else [answer.text for answer in answers["base"]]
+    )
     sides = SIDES if task.reference else ("tuned",)
     found = {}
     for side in sides:
         rows = enumerate(zip(task.questions.instructions, answers[side], reference, strict=True))
-        pairs = [Pair(row, instruction, answer.text, text) for row, (instruction, answer, text) in rows]
+        pairs = [
+            Pair(row, instruction, answer.text, text) for row, (instruction, answer, text) in rows
+        ]
         found[side] = judged(pairs, title=f"judging {side}")
     return found
 
@@ -194,7 +231,8 @@ def rates(
     records: dict[str, list[dict[str, Any]]],
     answers: dict[str, list[Answer]],
 ) -> dict[str, Any]:
-    """Win rates, what they are at equal length, and alpaca-eval's own metrics where its annotators judged.
+    """Win rates, what they are at equal length, and alpaca-eval's own metrics where its annotators
+    judged.
 
     Nothing where a model has no verdict at all.
     """
@@ -202,7 +240,9 @@ def rates(
     halves = [None if one is None else 0.5 for one in scores["tuned"]]
     if any(set(one) == {None} for one in scores.values()):
         return {}
-    found: dict[str, Any] = {"scores": {"win_rate": win_rates(scores.get("base", halves), scores["tuned"])}}
+    found: dict[str, Any] = {
+        "scores": {"win_rate": win_rates(scores.get("base", halves), scores["tuned"])}
+    }
     texts = {side: [answer.text for answer in answers[side]] for side in SIDES}
     reference = task.reference.texts if task.reference else texts["base"]
     found["length"] = {side: lengths(one, texts[side], reference) for side, one in scores.items()}
@@ -210,24 +250,37 @@ def rates(
     if arguments.annotators:
         name = task.reference.name if task.reference else "base"
         control = is_alpaca_eval_2(arguments, task)
-        found["alpaca_eval"] = {side: official(one, (side, name), control) for side, one in records.items()}
+        found["alpaca_eval"] = {
+            side: official(one, (side, name), control) for side, one in records.items()
+        }
     return found
 
 
 def is_alpaca_eval_2(arguments: argparse.Namespace, task: Task) -> bool:
     """Whether judge, reference and instructions are those of AlpacaEval 2."""
     whole = task.questions.published and not arguments.limit
-    return whole and task.reference is not None and (arguments.annotators, task.reference.name) == ALPACA_EVAL_2
+    return (
+        whole
+        and task.reference is not None
+        and (arguments.annotators, task.reference.name) == ALPACA_EVAL_2
+    )
 
 
 def title(arguments: argparse.Namespace, task: Task, facts: dict[str, Any]) -> str:
-    """What the score is called: AlpacaEval 2 only with its judge, its reference and all of its instructions."""
+    """What the score is called:
+
+    AlpacaEval 2 only with its judge, its reference and all of its instructions.
+    """
     judge = Path(facts["judge"]).name
     reference = task.reference.name if task.reference else "base"
     number = len(task.questions.instructions)
     if is_alpaca_eval_2(arguments, task):
         return f"AlpacaEval 2, judge {judge}, reference {reference}"
-    name = "AlpacaEval instructions" if task.questions.published else f"instructions of {task.questions.name}"
+    name = (
+        "AlpacaEval instructions"
+        if task.questions.published
+        else f"instructions of {task.questions.name}"
+    )
     first = f", first {number}" if arguments.limit else ""
     return f"{name}{first}, judge {judge}, reference {reference}"
 
@@ -242,25 +295,43 @@ def warnings(arguments: argparse.Namespace, report: dict[str, Any]) -> list[str]
     found = []
     if not report["judge_fit"]:
         failed = [row["canary"] for row in report["canaries"] if not row["passed"]]
-        found.append(f"the judge is UNFIT, it failed: {', '.join(failed)}; what it says of the models means nothing")
+        found.append(
+            f"the judge is UNFIT, it failed: {', '.join(failed)}; what it says of the models means "
+            "nothing"
+        )
     if unparsed_rate(report) > UNPARSED_SAID:
-        found.append(f"{percent(unparsed_rate(report))} of the judgements hold no verdict and are left out")
+        found.append(
+            f"{percent(unparsed_rate(report))} of the judgements hold no verdict and are left out"
+        )
     if not arguments.agreement:
-        found.append("the judge's agreement with GPT-4 was not tried: pass --agreement with published annotations")
+        found.append(
+            "the judge's agreement with GPT-4 was not tried: pass --agreement with published "
+            "annotations"
+        )
     if report["rows"] < FEW_ROWS:
         found.append(f"fewer than {FEW_ROWS} instructions: the intervals are rough")
     if report["instructions_cut"]:
-        found.append(f"{report['instructions_cut']} instructions were too long for the model: cut from the middle")
+        found.append(
+            f"{report['instructions_cut']} instructions were too long for the model: cut from the "
+            "middle"
+        )
     for side, one in report["judged"].items():
         if one["pairs_cut"]:
-            found.append(f"{one['pairs_cut']} pairs of {side} were too long for the judge: answers cut from the middle")
+            found.append(
+                f"{one['pairs_cut']} pairs of {side} were too long for the judge: answers cut from "
+                "the middle"
+            )
     return found
 
 
-def write(folder: Path, report: dict[str, Any], records: dict[str, list], canaries: Canaries) -> list[str]:
+def write(
+    folder: Path, report: dict[str, Any], records: dict[str, list], canaries: Canaries
+) -> list[str]:
     """The entry in alpaca.json, and the records beside it; returns the files' names."""
     sides = [{"side": side, **record} for side, one in records.items() for record in one]
-    names = write_records(folder, "alpaca", report["title"], judgements=sides, canaries=canaries.records)
+    names = write_records(
+        folder, "alpaca", report["title"], judgements=sides, canaries=canaries.records
+    )
     keep_entry(folder / "alpaca.json", report | {"files": names})
     return names
 
@@ -275,36 +346,62 @@ def table(report: dict[str, Any]) -> list[list[str]]:
         lines.append([f"win rate, %{mark}", *cells, p_value(one["p_value"])])
     controlled = report.get("length_controlled") or {}
     if controlled:
-        cells = [interval(controlled[k]) if k in controlled else "" for k in ("base", "tuned", "difference")]
+        cells = [
+            interval(controlled[k]) if k in controlled else ""
+            for k in ("base", "tuned", "difference")
+        ]
         lines.append([f"at equal length, %, fitted to this judge's own verdicts{mark}", *cells, ""])
     judged, length = report["judged"], report.get("length", {})
     for name, key in (("ties", "ties"), ("unparsed", "unparsed"), *ORDERS):
-        lines.append([name, *(share(judged[side][key]) if side in judged else "" for side in SIDES), "", ""])
+        lines.append(
+            [name, *(share(judged[side][key]) if side in judged else "" for side in SIDES), "", ""]
+        )
     for name in ("longer", "shorter") if length else ():
-        lines.append([f"wins when {name}", *(share(length[s][name]) if s in length else "" for s in SIDES), "", ""])
+        lines.append(
+            [
+                f"wins when {name}",
+                *(share(length[s][name]) if s in length else "" for s in SIDES),
+                "",
+                "",
+            ]
+        )
     for name in ("mean_characters", "empty"):
-        lines.append([NAMED[name], *(figure(report["answers"][side][name]) for side in SIDES), "", ""])
+        lines.append(
+            [NAMED[name], *(figure(report["answers"][side][name]) for side in SIDES), "", ""]
+        )
     return lines
 
 
 def print_report(report: dict[str, Any], records: dict[str, list[dict[str, Any]]]) -> None:
     """Warnings, the canaries, the result, and the contradictions."""
-    print(f"\n{report['title']}: base against tuned of {report['run']} on {report['rows']} instructions")
+    print(
+        f"\n{report['title']}: base against tuned of {report['run']} on {report['rows']} "
+        "instructions"
+    )
     for warning in report["warnings"]:
         print(f"  warning: {warning}")
-    print(f"\n{canary_table(report['canaries'])}\n  the judge is {'fit' if report['judge_fit'] else 'UNFIT'}\n")
+    print(
+        f"\n{canary_table(report['canaries'])}\n  the judge is "
+        f"{'fit' if report['judge_fit'] else 'UNFIT'}\n"
+    )
     print(aligned(table(report)))
     for side, metrics in report.get("alpaca_eval", {}).items():
         shown = ", ".join(
-            f"{key} {value if isinstance(value, str) else figure(value)}" for key, value in metrics.items()
+            f"{key} {value if isinstance(value, str) else figure(value)}"
+            for key, value in metrics.items()
         )
         print(f"  alpaca-eval's own metrics, {side}: {shown}")
     if report["reference"] == "base":
         print("  base is the reference: its win rate is 50 % by construction")
     print(f"  in brackets 95 % intervals; {report['statistics']}")
-    against = [record for one in records.values() for record in one if any(record["contradictions"])]
+    against = [
+        record for one in records.values() for record in one if any(record["contradictions"])
+    ]
     for record in against[:SHOWN_CONTRADICTIONS]:
-        print(f"  contradiction, row {record['row']}: verdicts {record['verdicts']} against the judge's own words")
+        print(
+            f"  contradiction, row {record['row']}: verdicts {record['verdicts']} against the "
+            "judge's own words"
+        )
     print(f"  written: {', '.join(report['files'])}")
 
 

@@ -3,8 +3,9 @@
 python recipes/doctor.py
 python recipes/doctor.py --config recipes/demo/attn_r16.yaml --config_file accelerate_configs/cpu.yaml [--field value]
 
-One line a check: fine, warning or fails. With a recipe, its launch is rehearsed too: two steps of recipes/sft.py as it
-would be launched, into a folder that is thrown away. Ends with status 1 where something fails.
+One line a check: fine, warning or fails. With a recipe, its launch is rehearsed too: two steps of
+recipes/sft.py as it would be launched, into a folder that is thrown away. Ends with status 1 where
+something fails.
 """
 
 import sftlab.startup.filter_warnings  # noqa: F401, I001  (before the libraries that it quiets)
@@ -22,7 +23,8 @@ try:
     from sftlab.planning.machine_checks import FAILS, FINE, Finding, examine
 except ModuleNotFoundError as error:
     sys.exit(
-        f"fails    packages       missing: {error.name}\n{'':<24}-> `make setup`, or pip install -r requirements.txt"
+        f"fails    packages       missing: {error.name}\n{'':<24}-> `make setup`, or pip install "
+        "-r requirements.txt"
     )
 
 ROOT = Path(__file__).parent.parent
@@ -34,18 +36,27 @@ def main(argv: list[str]) -> None:
     """Examine, rehearse, say."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--config", help="recipe to rehearse")
-    parser.add_argument("--config_file", default="accelerate_configs/single.yaml", help="launch config")
+    parser.add_argument(
+        "--config_file", default="accelerate_configs/single.yaml", help="launch config"
+    )
     parser.add_argument("--num_processes", type=int)
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="where runs are written")
     arguments, fields = parser.parse_known_args(argv)
     if fields and not arguments.config:
-        sys.exit(f"error: {fields[0]} is a recipe's field, and no recipe was given: pass --config RECIPE.yaml")
+        sys.exit(
+            f"error: {fields[0]} is a recipe's field, and no recipe was given: pass --config "
+            "RECIPE.yaml"
+        )
     failed = []
     for finding in examine(arguments.runs):
         failed += say(finding)
     if arguments.config:
         failed += say(rehearse(arguments, fields))
-    print(f"\n{len(failed)} of the checks failed: {', '.join(failed)}" if failed else "\nnothing stands in the way")
+    print(
+        f"\n{len(failed)} of the checks failed: {', '.join(failed)}"
+        if failed
+        else "\nnothing stands in the way"
+    )
     sys.exit(1 if failed else 0)
 
 
@@ -69,7 +80,13 @@ def rehearse(arguments: argparse.Namespace, fields: list[str]) -> Finding:
     ]
     launch += ["--num_processes", str(arguments.num_processes)] if arguments.num_processes else []
     with tempfile.TemporaryDirectory() as folder:
-        recipe = [*fields, "--max_steps=2", f"--output_dir={folder}/run", "--eval_strategy=no", "--save_strategy=no"]
+        recipe = [
+            *fields,
+            "--max_steps=2",
+            f"--output_dir={folder}/run",
+            "--eval_strategy=no",
+            "--save_strategy=no",
+        ]
         command = [*launch, str(ROOT / "recipes" / "sft.py"), "--config", arguments.config, *recipe]
         # a session of its own, so that the launcher's processes end with it
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
@@ -83,14 +100,27 @@ def rehearse(arguments: argparse.Namespace, fields: list[str]) -> Finding:
             if done.poll() is None:
                 os.killpg(done.pid, signal.SIGKILL)
         if done.returncode == 0:
-            memory = next((line for line in log.splitlines() if "peak memory" in line), "").split()[-1:]
+            memory = next((line for line in log.splitlines() if "peak memory" in line), "").split()[
+                -1:
+            ]
             return Finding("two steps", FINE, f"trained; peak memory {' '.join(memory)} GB")
     # the launcher's own error comes after the one that it is about
-    said = [line for line in log.splitlines() if re.match(r"(\[rank\d+\]: )?(error|[\w.]+Error): ", line)]
+    said = [
+        line
+        for line in log.splitlines()
+        if re.match(r"(\[rank\d+\]: )?(error|[\w.]+Error): ", line)
+    ]
     seen = said[0].strip() if said else f"ended with status {done.returncode}"
     if "out of memory" in seen.lower():
-        return Finding("two steps", FAILS, seen[:200], "recipes/plan.py says what would make it fit")
-    return Finding("two steps", FAILS, seen[:300], "the message says what to change; launch it by hand to see the rest")
+        return Finding(
+            "two steps", FAILS, seen[:200], "recipes/plan.py says what would make it fit"
+        )
+    return Finding(
+        "two steps",
+        FAILS,
+        seen[:300],
+        "the message says what to change; launch it by hand to see the rest",
+    )
 
 
 if __name__ == "__main__":

@@ -1,13 +1,15 @@
-"""Say before a launch whether a recipe fits a GPU, how fast it will train, and what would make it fit.
+"""Say before a launch whether a recipe fits a GPU, how fast it will train, and what would make it
+fit.
 
 python recipes/plan.py --config recipes/llama3.2-1b/attn_r16.yaml --config_file accelerate_configs/single.yaml
     [--num_processes n] [--gpu h200|h100-80|a100-40|...|here] [--gpus n] [--host_us x] [--compare] [--any_field value]
 python recipes/plan.py --random llama3.2-1b --rows 38105 --row_tokens 315 --config RECIPE.yaml --config_file LAUNCH.yaml
 
-Needs the model's config alone, no weights and no GPU. Row lengths are read from a local data set; of one on the hub say
-`--rows` and `--row_tokens` (what a row has on average). `--random` takes a published shape instead of the recipe's
-model; rows count as `max_length` tokens then, unless said. `--compare` plans the recipe under every launch config.
-Short steps wait for the host: `--host_us` is what recipes/doctor.py says of it, and `--gpu here` measures it.
+Needs the model's config alone, no weights and no GPU. Row lengths are read from a local data set;
+of one on the hub say `--rows` and `--row_tokens` (what a row has on average). `--random` takes a
+published shape instead of the recipe's model; rows count as `max_length` tokens then, unless said.
+`--compare` plans the recipe under every launch config. Short steps wait for the host: `--host_us`
+is what recipes/doctor.py says of it, and `--gpu here` measures it.
 """
 
 import sftlab.startup.filter_warnings  # noqa: I001  (before the libraries that it quiets)
@@ -25,7 +27,16 @@ from transformers import LlamaConfig, PreTrainedConfig
 
 from sftlab.config.recipe import Recipe
 from sftlab.config.validation import of_bitsandbytes
-from sftlab.planning.plan import LIMITS, Forecast, Rows, foresee, measure_rows, most_rows, read_recipe, remedies
+from sftlab.planning.plan import (
+    LIMITS,
+    Forecast,
+    Rows,
+    foresee,
+    measure_rows,
+    most_rows,
+    read_recipe,
+    remedies,
+)
 from sftlab.planning.gpu_specs import GPU, GPUS, MEASURED_ON, find_gpu, gpu_seen_as
 from sftlab.config.launch import exported, launched
 from sftlab.models.loading import load_config, load_tokenizer
@@ -41,23 +52,33 @@ class Asked:
 
     def __init__(self, argv: Sequence[str]) -> None:
         parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
-        parser.add_argument("--config_file", default="accelerate_configs/single.yaml", help="launch config")
+        parser.add_argument(
+            "--config_file", default="accelerate_configs/single.yaml", help="launch config"
+        )
         parser.add_argument("--num_processes", type=int)
         parser.add_argument("--mixed_precision")
         parser.add_argument("--gpu", default=MEASURED_ON, help=f"{', '.join(GPUS)}, or here")
         parser.add_argument("--gpus", type=int, help="how many there are")
-        parser.add_argument("--host_us", type=float, help="microseconds of a small operation on the GPUs' host")
+        parser.add_argument(
+            "--host_us", type=float, help="microseconds of a small operation on the GPUs' host"
+        )
         parser.add_argument("--compare", action="store_true", help="under every launch config")
-        parser.add_argument("--random", metavar="SHAPE", help=f"one of {', '.join(SHAPES)} instead of the model")
+        parser.add_argument(
+            "--random", metavar="SHAPE", help=f"one of {', '.join(SHAPES)} instead of the model"
+        )
         parser.add_argument("--rows", type=int, help="training rows")
         parser.add_argument("--row_tokens", type=float, help="tokens of a row on average")
         self.given, self.fields = parser.parse_known_args(argv)
         if not any(word.startswith("--config=") or word == "--config" for word in self.fields):
-            raise ValueError("--config is missing: give a recipe, for example recipes/llama3.2-1b/attn_r16.yaml")
+            raise ValueError(
+                "--config is missing: give a recipe, for example recipes/llama3.2-1b/attn_r16.yaml"
+            )
         if self.given.random and self.given.random not in SHAPES:
             raise ValueError(f"no shape {self.given.random!r}: there are {', '.join(SHAPES)}")
         if self.given.host_us is not None and self.given.host_us <= 0:
-            raise ValueError(f"--host_us {self.given.host_us}: give the microseconds that recipes/doctor.py says")
+            raise ValueError(
+                f"--host_us {self.given.host_us}: give the microseconds that recipes/doctor.py says"
+            )
         for name in ("num_processes", "gpus", "rows", "row_tokens"):
             if getattr(self.given, name) is not None and getattr(self.given, name) <= 0:
                 raise ValueError(f"--{name} {getattr(self.given, name):g}: give a number above 0")
@@ -68,20 +89,31 @@ class Asked:
 
     def flags(self) -> dict[str, Any]:
         """accelerate's flags."""
-        asked = {"num_processes": self.given.num_processes, "mixed_precision": self.given.mixed_precision}
+        asked = {
+            "num_processes": self.given.num_processes,
+            "mixed_precision": self.given.mixed_precision,
+        }
         return {name: value for name, value in asked.items() if value is not None}
 
-    def plan(self, file: str, flags: Mapping[str, Any], more: Sequence[str] = ()) -> tuple[Recipe, Forecast]:
+    def plan(
+        self, file: str, flags: Mapping[str, Any], more: Sequence[str] = ()
+    ) -> tuple[Recipe, Forecast]:
         """The recipe, with `more` fields, under a launch config."""
         with launched(exported(file, flags)) as launch:
             recipe = read_recipe([*self.fields, *more], launch, self.gpu, self.given.gpus)
-            return recipe, foresee(recipe, self._config(recipe), launch, self.gpu, self._lengths(recipe))
+            return recipe, foresee(
+                recipe, self._config(recipe), launch, self.gpu, self._lengths(recipe)
+            )
 
     def _config(self, recipe: Recipe) -> PreTrainedConfig:
         if self.given.random:
-            return LlamaConfig(**SHAPES[self.given.random] | (recipe.training.model_init_kwargs or {}))
+            return LlamaConfig(
+                **SHAPES[self.given.random] | (recipe.training.model_init_kwargs or {})
+            )
         model = recipe.model
-        return load_config(model.model_name_or_path, model.model_revision, recipe.training, with_weights=False)
+        return load_config(
+            model.model_name_or_path, model.model_revision, recipe.training, with_weights=False
+        )
 
     def _lengths(self, recipe: Recipe) -> Rows:
         if self._rows is None:
@@ -92,13 +124,17 @@ class Asked:
         longest, mean = recipe.training.max_length, self.given.row_tokens
         if mean is not None or self.given.rows is not None or self.given.random:
             if longest is None:
-                raise ValueError("max_length is null, so the longest row is not known: pass --max_length")
+                raise ValueError(
+                    "max_length is null, so the longest row is not known: pass --max_length"
+                )
             said = "as said" if mean else "not known: every row as long as max_length"
             # rows of text spread about half as far as their mean
             mean = min(mean or longest, longest)
             return Rows(self.given.rows, mean, min(0.5 * mean, longest - mean), longest, said)
         model = recipe.model
-        return measure_rows(recipe, load_tokenizer(model.model_name_or_path, model.model_revision, recipe.training))
+        return measure_rows(
+            recipe, load_tokenizer(model.model_name_or_path, model.model_revision, recipe.training)
+        )
 
 
 def main(argv: list[str]) -> None:
@@ -123,7 +159,8 @@ def described(asked: Asked, recipe: Recipe, forecast: Forecast) -> str:
     lines = [
         f"{step.processes} x {forecast.gpu.name}, {step.precision}, {step.strategy}",
         f"  rows: {rows.source}; {rows.mean:,.0f} tokens on average, {rows.longest:,} at most",
-        f"  micro-batch: {forecast.micro_batch} rows, x {forecast.step.accumulation} x {step.processes} a step",
+        f"  micro-batch: {forecast.micro_batch} rows, x {forecast.step.accumulation} x "
+        f"{step.processes} a step",
         f"  host: {host_said(asked)}",
         "",
         f"memory a GPU at the peak, GB (in the {memory.at})",
@@ -141,7 +178,9 @@ def described(asked: Asked, recipe: Recipe, forecast: Forecast) -> str:
 
 def host_said(asked: Asked) -> str:
     """How fast the host is, and how that is known."""
-    how = "as said" if asked.given.host_us else "measured" if asked.given.gpu == "here" else "assumed"
+    how = (
+        "as said" if asked.given.host_us else "measured" if asked.given.gpu == "here" else "assumed"
+    )
     return f"{asked.gpu.host_us:g} us a small operation ({how})"
 
 
@@ -160,7 +199,11 @@ def memory_rows(forecast: Forecast) -> list[tuple[str, str]]:
     )
     parts = [(name.replace("_", " "), gb(getattr(memory, name))) for name in names]
     parts += [("allocated", gb(memory.allocated)), ("fragmentation", gb(memory.fragmentation))]
-    return [*parts, ("needed, CUDA's context too", gb(memory.needed)), ("there is", f"{forecast.gpu.memory_gb:.2f}")]
+    return [
+        *parts,
+        ("needed, CUDA's context too", gb(memory.needed)),
+        ("there is", f"{forecast.gpu.memory_gb:.2f}"),
+    ]
 
 
 def speed_rows(forecast: Forecast) -> list[tuple[str, str]]:
@@ -172,7 +215,10 @@ def speed_rows(forecast: Forecast) -> list[tuple[str, str]]:
         else "the host, which launches kernels: larger micro-batches are faster"
     )
     lines = [
-        ("real tokens/s, rows/s", f"{figure(forecast.tokens_per_s)}, {figure(forecast.rows_per_s)}"),
+        (
+            "real tokens/s, rows/s",
+            f"{figure(forecast.tokens_per_s)}, {figure(forecast.rows_per_s)}",
+        ),
         ("a step, s", f"{figure(forecast.step_seconds)} ({waits})"),
     ]
     if hours is None:
@@ -195,20 +241,32 @@ def verdict(asked: Asked, recipe: Recipe, forecast: Forecast) -> str:
     file, flags = asked.given.config_file, asked.flags()
     tried = [(" ".join(words), file, flags, words) for words in remedies(recipe, forecast)]
     several = max(2, forecast.step.processes)
-    if forecast.step.strategy != "fsdp" and (asked.given.gpus is None or asked.given.gpus >= several):
+    if forecast.step.strategy != "fsdp" and (
+        asked.given.gpus is None or asked.given.gpus >= several
+    ):
         sharded, more = "accelerate_configs/fsdp.yaml", flags | {"num_processes": several}
         tried.append((f"{sharded} --num_processes {several}", sharded, more, fsdp_fields(recipe)))
     found = []
     for said, *change in tried:
         with contextlib.suppress(ValueError):  # a change that this recipe refuses is no remedy
             found.append((asked.plan(*change)[1], said))
-    helping = sorted((plan.step_seconds * plan.step.processes, words, plan) for plan, words in found if plan.fits)
+    helping = sorted(
+        (plan.step_seconds * plan.step.processes, words, plan) for plan, words in found if plan.fits
+    )
     short = forecast.memory.needed / GB - forecast.gpu.memory_gb
-    lines = [f"does NOT fit: {short:.1f} GB short" + (f"; {most} rows a micro-batch would fit" if most else "")]
+    lines = [
+        f"does NOT fit: {short:.1f} GB short"
+        + (f"; {most} rows a micro-batch would fit" if most else "")
+    ]
     if not helping:
-        return "\n".join([*lines, "no single change makes it fit: combine several, or take a larger GPU"])
+        return "\n".join(
+            [*lines, "no single change makes it fit: combine several, or take a larger GPU"]
+        )
     lines.append("single changes that make it fit, the fewest GPU-seconds a step first:")
-    table = [[words, f"{gb(plan.memory.needed)} GB", f"{figure(s)} GPU-s a step"] for s, words, plan in helping]
+    table = [
+        [words, f"{gb(plan.memory.needed)} GB", f"{figure(s)} GPU-s a step"]
+        for s, words, plan in helping
+    ]
     return "\n".join([*lines, aligned(table)])
 
 
@@ -220,7 +278,18 @@ def fsdp_fields(recipe: Recipe) -> list[str]:
 def compare(asked: Asked) -> str:
     """The recipe under every launch config that a GPU can run."""
     recipe, refused = None, {}
-    table = [["launch config", "GPUs", "peak GB", "needed GB", "fits", "largest rows", "real tokens/s", "time"]]
+    table = [
+        [
+            "launch config",
+            "GPUs",
+            "peak GB",
+            "needed GB",
+            "fits",
+            "largest rows",
+            "real tokens/s",
+            "time",
+        ]
+    ]
     for path in sorted((ROOT / "accelerate_configs").glob("*.yaml")):
         if path.stem.startswith("cpu"):
             continue
@@ -233,11 +302,18 @@ def compare(asked: Asked) -> str:
             refused[path.stem] = str(error)
             continue
         memory, hours = plan.memory, plan.hours
-        table.append([
-            path.stem, str(plan.step.processes), gb(memory.allocated), gb(memory.needed),
-            "yes" if plan.fits else "NO", str(most_rows(plan)), figure(plan.tokens_per_s),
-            clock(hours) if hours is not None else "not known",
-        ])  # fmt: skip
+        table.append(
+            [
+                path.stem,
+                str(plan.step.processes),
+                gb(memory.allocated),
+                gb(memory.needed),
+                "yes" if plan.fits else "NO",
+                str(most_rows(plan)),
+                figure(plan.tokens_per_s),
+                clock(hours) if hours is not None else "not known",
+            ]
+        )
     if recipe is None:
         raise ValueError(next(iter(refused.values())))
     cannot = [f"  {name} cannot run: {why}" for name, why in refused.items()]
@@ -245,7 +321,8 @@ def compare(asked: Asked) -> str:
 
 
 def accuracy(gpu: str) -> tuple[str, dict[str, str]]:
-    """What results/plan_accuracy.csv says of a GPU's cells, or else of the H200's: the GPU, and by what is planned.
+    """What results/plan_accuracy.csv says of a GPU's cells, or else of the H200's: the GPU, and by
+    what is planned.
 
     Cells that the planner's constants are from count only where there are no others.
     """
@@ -254,10 +331,19 @@ def accuracy(gpu: str) -> tuple[str, dict[str, str]]:
     lines = own or [line for line in lines if line["held_out"] != "extrapolated"]
     found = {}
     for what, limit in LIMITS.items():
-        errors = {kind: [abs(float(x[f"{what}_error"])) for x in lines if x["held_out"] == kind and x[f"{what}_error"]]
-                  for kind in ("extrapolated", "yes", "no")}  # fmt: skip
+        errors = {
+            kind: [
+                abs(float(x[f"{what}_error"]))
+                for x in lines
+                if x["held_out"] == kind and x[f"{what}_error"]
+            ]
+            for kind in ("extrapolated", "yes", "no")
+        }
         kind = next((kind for kind in errors if errors[kind]), "no")
-        near, title = sum(error <= limit for error in errors[kind]), {"yes": "held-out ", "no": "fitted "}.get(kind, "")
+        near, title = (
+            sum(error <= limit for error in errors[kind]),
+            {"yes": "held-out ", "no": "fitted "}.get(kind, ""),
+        )
         counted = f"within {limit:.0%} on {near} of {len(errors[kind])} {title}cells"
         found[what] = counted if errors[kind] else "not measured"
     return (gpu if own else MEASURED_ON), found

@@ -4,8 +4,9 @@ accelerate launch --config_file accelerate_configs/cpu.yaml recipes/sft.py --con
 accelerate launch --config_file accelerate_configs/ddp.yaml recipes/sft.py \
     --config recipes/llama3.2-1b/attn_r16.yaml [--any_field value]
 
-Fields are those of trl's ModelConfig and SFTConfig and of sftlab/config/parser.py; the command line beats the YAML. Start the
-same command again after an interruption, and it continues. A finished run is replaced only with --overwrite.
+Fields are those of trl's ModelConfig and SFTConfig and of sftlab/config/parser.py; the command line
+beats the YAML. Start the same command again after an interruption, and it continues. A finished run
+is replaced only with --overwrite.
 """
 
 import sftlab.startup.filter_warnings  # noqa: I001  (before the libraries that it quiets)
@@ -82,7 +83,11 @@ def begin(recipe: Recipe, launch: Launch, rank: int) -> tuple[Run, Start]:
     run = Run(recipe.training.output_dir, is_main=rank == 0)
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(run.folder / "tensorboard")
     data = recipe.data
-    found = [run.start(recipe.facts(), launch.facts(), data.overwrite, data.resume_anyway) if run.is_main else None]
+    found = [
+        run.start(recipe.facts(), launch.facts(), data.overwrite, data.resume_anyway)
+        if run.is_main
+        else None
+    ]
     if launch.world_size > 1:
         broadcast_object_list(found)
     if run.is_main:
@@ -101,9 +106,14 @@ def lab(recipe: Recipe, launch: Launch, run: Run, start: Start, rank: int) -> No
         if splits.tokens:
             refuse_other_encoding(splits.tokens, tokenizer, recipe.training)
         if not recipe.data.dataset_streaming:
-            usable = splits.tokens["tokenized"]["train"]["kept"] if splits.tokens else len(splits.train)
+            usable = (
+                splits.tokens["tokenized"]["train"]["kept"] if splits.tokens else len(splits.train)
+            )
             refuse_few_rows(usable, recipe.data.global_batch_size)
-        facts = {"data": splits.facts, "template": {"source": template, "hash": template_hash(tokenizer)}}
+        facts = {
+            "data": splits.facts,
+            "template": {"source": template, "hash": template_hash(tokenizer)},
+        }
         run.check(start, facts, recipe.data.resume_anyway)
         run.update(**facts)
         now = environment()
@@ -114,24 +124,36 @@ def lab(recipe: Recipe, launch: Launch, run: Run, start: Start, rank: int) -> No
         run.fail(f"{error}", rank)
         sys.exit(f"error: {error}" if rank == 0 else 2)
     if error := compilers.exception():
-        print(f"warning: no kernel is ready before the first step: {error}", file=sys.stderr, flush=True)
+        print(
+            f"warning: no kernel is ready before the first step: {error}",
+            file=sys.stderr,
+            flush=True,
+        )
     trainer.resume.must_match, trainer.resume.hardware = must, now["hardware"]
     train(trainer, recipe, run, start, stop, splits)
 
 
-def prepare(recipe: Recipe, launch: Launch) -> tuple[PreTrainedTokenizerBase, str, FastPath, Future]:
-    """Tokenizer with its template, the fast path and its compilers, after checking what the recipe targets."""
+def prepare(
+    recipe: Recipe, launch: Launch
+) -> tuple[PreTrainedTokenizerBase, str, FastPath, Future]:
+    """Tokenizer with its template, the fast path and its compilers, after checking what the recipe
+    targets.
+    """
     name, revision = recipe.model.model_name_or_path, recipe.model.model_revision
     tokenizer = load_tokenizer(name, revision, recipe.training)
     config = load_config(name, revision, recipe.training)
     if recipe.model.use_peft:
-        check_target_modules(config, recipe.model.lora_target_modules, recipe.training.trust_remote_code)
+        check_target_modules(
+            config, recipe.model.lora_target_modules, recipe.training.trust_remote_code
+        )
     template = set_template(tokenizer, recipe.training.chat_template_path)
     fast = choose(recipe, config, launch)
     return tokenizer, template, fast, start_compilers(recipe, config, fast)
 
 
-def train(trainer: LabTrainer, recipe: Recipe, run: Run, start: Start, stop: StopOnSignal, splits: Splits) -> None:
+def train(
+    trainer: LabTrainer, recipe: Recipe, run: Run, start: Start, stop: StopOnSignal, splits: Splits
+) -> None:
     """Train, save the adapter, measure, and write the run's end."""
     args, launch = trainer.args, trainer.launch
     if run.is_main:
@@ -160,18 +182,24 @@ def train(trainer: LabTrainer, recipe: Recipe, run: Run, start: Start, stop: Sto
         measured["planned_memory"] = planned_memory(recipe, launch, trainer.fast, trainer)
     facts["losses"] = [[e["step"], e["loss"]] for e in state.log_history if "loss" in e]
     if result is None:
-        unsaved = [one for one in trainer.resume.skipped if one.startswith(f"step {state.global_step}:")]
-        reason = "; ".join([f"signal {stop.agreed} at step {state.global_step} of {state.max_steps}", *unsaved])
+        unsaved = [
+            one for one in trainer.resume.skipped if one.startswith(f"step {state.global_step}:")
+        ]
+        reason = "; ".join(
+            [f"signal {stop.agreed} at step {state.global_step} of {state.max_steps}", *unsaved]
+        )
         run.finish("interrupted", reason=reason, measured=measured, **facts)
         sys.exit(128 + stop.agreed)
     if state.global_step < state.max_steps:
         raise RuntimeError(
-            f"the training ended at step {state.global_step} of {state.max_steps}: a pass over the stream has no "
+            f"the training ended at step {state.global_step} of {state.max_steps}: a pass over the "
+            "stream has no "
             f"{trainer.global_batch} rows, which one step takes"
         )
     if not math.isfinite(result.training_loss):
         raise RuntimeError(
-            f"diverged: the mean training loss is {result.training_loss}; the curve shows where it broke"
+            f"diverged: the mean training loss is {result.training_loss}; the curve shows where it "
+            "broke"
         )
     if args.save_adapter:
         save_adapter(trainer, run)
@@ -187,7 +215,9 @@ def train(trainer: LabTrainer, recipe: Recipe, run: Run, start: Start, stop: Sto
 
 
 def save_adapter(trainer: LabTrainer, run: Run) -> None:
-    """Adapter, tokenizer and template to a temporary folder (every rank takes part), then into place."""
+    """Adapter, tokenizer and template to a temporary folder (every rank takes part), then into
+    place.
+    """
     temporary = run.folder / ".adapter"
     if run.is_main:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -204,7 +234,9 @@ def save_adapter(trainer: LabTrainer, run: Run) -> None:
 
 def print_summary(run: Run, ran: dict, measured: dict, data: dict, saved: bool) -> None:
     """The run in a table, and what comes next."""
-    memory = " ".join(str(rank.get("reserved_gb", rank.get("resident_gb"))) for rank in measured["peak_memory"])
+    memory = " ".join(
+        str(rank.get("reserved_gb", rank.get("resident_gb"))) for rank in measured["peak_memory"]
+    )
     sizes = ", ".join(f"{name} {data[name]['rows']}" for name in ("train", "validation", "test"))
     share, lengths = measured["share_of_limit"], data["tokenized"]
     rows = {
@@ -216,12 +248,16 @@ def print_summary(run: Run, ran: dict, measured: dict, data: dict, saved: bool) 
         else "not known: a stream",
         "global batch": f"{ran['micro_batch']} x {ran['accumulation']} x {ran['world_size']}",
         "real tokens/s, rows/s": f"{measured['tokens_per_s']}, {measured['rows_per_s']}",
-        "share of the limit": f"{share:.1%} of a {measured['limit']}" if share else "not measured: too few steps",
+        "share of the limit": f"{share:.1%} of a {measured['limit']}"
+        if share
+        else "not measured: too few steps",
         "peak memory a rank (GB)": memory,
         **planned_row(measured),
         "first step, training (s)": f"{measured['time_to_first_step_s']}, {measured['train_seconds']}",
         "train loss": f"{measured['train_loss']:.4f}",
-        "validation loss": f"{measured['validation_loss']:.4f}" if "validation_loss" in measured else "no split",
+        "validation loss": f"{measured['validation_loss']:.4f}"
+        if "validation_loss" in measured
+        else "no split",
     }
     print(f"\n{run.folder}: succeeded")
     for name, value in rows.items():

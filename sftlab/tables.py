@@ -1,4 +1,7 @@
-"""How figures are written: values with intervals, p-values, beginnings of texts; tables as text, Markdown and CSV."""
+"""How figures are written: values with intervals, p-values, beginnings of texts.
+
+Tables as text, Markdown and CSV.
+"""
 
 import csv
 from collections.abc import Mapping, Sequence
@@ -42,7 +45,10 @@ def preview(text: str, width: int = 100) -> str:
 def aligned(lines: Sequence[Sequence[str]]) -> str:
     """Lines of cells in columns, two blanks apart, indented by two."""
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    padded = ("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in lines)
+    padded = (
+        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True))
+        for line in lines
+    )
     return "\n".join(f"  {line}".rstrip() for line in padded)
 
 
@@ -54,7 +60,9 @@ def without_empty_columns(lines: Sequence[Sequence[str]]) -> list[list[str]]:
 
 def markdown(lines: Sequence[Sequence[str]]) -> list[str]:
     """A heading and its lines of cells as the lines of a Markdown table."""
-    marked = [f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in lines]
+    marked = [
+        f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in lines
+    ]
     return [marked[0], "|" + " --- |" * len(lines[0]), *marked[1:]]
 
 
@@ -69,6 +77,8 @@ def read_csv(path: Path) -> list[dict[str, str]]:
 def write_csv(path: Path, lines: Sequence[Mapping[str, Any]]) -> None:
     """Lines of perhaps different columns."""
     with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(dict.fromkeys(key for line in lines for key in line)), lineterminator="\n")
+        writer = csv.DictWriter(
+            file, list(dict.fromkeys(key for line in lines for key in line)), lineterminator="\n"
+        )
         writer.writeheader()
         writer.writerows(lines)

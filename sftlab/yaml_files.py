@@ -9,8 +9,13 @@ import yaml
 RECIPE_HINT = "give the path of a YAML file, for example recipes/demo/attn_r16.yaml"
 
 
-def read_yaml(path: str | os.PathLike, what: str = "recipe", hint: str = RECIPE_HINT) -> dict[str, Any]:
-    """Read a flat YAML mapping; ValueError if the file is missing (with `hint`), is not YAML or is no mapping."""
+def read_yaml(
+    path: str | os.PathLike, what: str = "recipe", hint: str = RECIPE_HINT
+) -> dict[str, Any]:
+    """Read a flat YAML mapping.
+
+    ValueError if the file is missing (with `hint`), is not YAML or is no mapping.
+    """
     if not Path(path).is_file():
         raise ValueError(f"{what} {path} not found: {hint}")
     try:

@@ -3,11 +3,12 @@
 sbatch slurm/train.sbatch RECIPE.yaml LAUNCH.yaml [--field value]      (and eval, study, tokenize: see those files)
 python slurm/job.py train RECIPE.yaml LAUNCH.yaml [--field value]      (what train.sbatch runs)
 
-The work runs under srun. This process stays, hears Slurm's signals and decides how the job ends, by what the work left
-behind (run.json) and not by a launcher's exit status:
+The work runs under srun. This process stays, hears Slurm's signals and decides how the job ends, by
+what the work left behind (run.json) and not by a launcher's exit status:
 
 - succeeded: the job completes. Failed, or gone without a word: it fails, and is not started again.
-- stopped by the signal before the time limit, by preemption or by a requeue: requeued, SFTLAB_MAX_RESTARTS times.
+- stopped by the signal before the time limit, by preemption or by a requeue: requeued,
+  SFTLAB_MAX_RESTARTS times.
 - cancelled: it ends cancelled.
 """
 
@@ -36,10 +37,18 @@ PR_SET_CHILD_SUBREAPER = 36
 
 def main(argv: list[str]) -> int:
     """Run what the sbatch file names; the job's exit status."""
-    kinds = {"train": train, "evaluate": evaluate, "study": study, "tokenize": tokenize, "node": node}
+    kinds = {
+        "train": train,
+        "evaluate": evaluate,
+        "study": study,
+        "tokenize": tokenize,
+        "node": node,
+    }
     try:
         if not argv or argv[0] not in kinds:
-            raise ValueError(f"the sbatch files beside this one start it, with one of {', '.join(kinds)}")
+            raise ValueError(
+                f"the sbatch files beside this one start it, with one of {', '.join(kinds)}"
+            )
         return kinds[argv[0]](argv[1:])
     except (ValueError, FileNotFoundError) as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
@@ -49,28 +58,50 @@ def main(argv: list[str]) -> int:
 def train(words: list[str]) -> int:
     """RECIPE LAUNCH [--field value ...]: the launcher on every node, one process a GPU."""
     if len(words) < 2 or words[1].startswith("-"):
-        raise ValueError("usage: sbatch slurm/train.sbatch RECIPE.yaml LAUNCH.yaml [--field value ...]")
+        raise ValueError(
+            "usage: sbatch slurm/train.sbatch RECIPE.yaml LAUNCH.yaml [--field value ...]"
+        )
     recipe, launch, fields = words[0], words[1], words[2:]
     run = output_dir(read_yaml(recipe, hint=PATHS), fields) / "run.json"
-    nodes, a_node = int(os.environ["SLURM_JOB_NUM_NODES"]), processes_a_node(read_yaml(launch, "launch config", PATHS))
+    nodes, a_node = (
+        int(os.environ["SLURM_JOB_NUM_NODES"]),
+        processes_a_node(read_yaml(launch, "launch config", PATHS)),
+    )
     command = ["accelerate", "launch", "--config_file", launch, "--num_machines", str(nodes)]
     command += ["--num_processes", str(nodes * a_node), "--main_process_ip", first_address()]
     # another port after a requeue: the former one may still be closing
     restarts = int(os.environ.get("SLURM_RESTART_COUNT", 0))
-    command += ["--main_process_port", str(20000 + (7 * int(os.environ["SLURM_JOB_ID"]) + restarts) % 10000)]
+    command += [
+        "--main_process_port",
+        str(20000 + (7 * int(os.environ["SLURM_JOB_ID"]) + restarts) % 10000),
+    ]
     command += ["recipes/sft.py", "--config", recipe, *fields]
     before = status_of(run)
     if before == "succeeded" and restarts:
         print(f"{run.parent}: succeeded before the restart", flush=True)
         return 0
     started = time.time()
-    work = under_srun(["--nodes", str(nodes), "--ntasks-per-node=1", sys.executable, "slurm/job.py", "node", *command])
+    work = under_srun(
+        [
+            "--nodes",
+            str(nodes),
+            "--ntasks-per-node=1",
+            sys.executable,
+            "slurm/job.py",
+            "node",
+            *command,
+        ]
+    )
     code = work.wait()
     after, changed = status_of(run), run.is_file() and run.stat().st_mtime >= started
     if after == "succeeded" and changed:
         return 0
     # one that a full disk stopped would be stopped again
-    if after == "interrupted" and changed and str(read_run(run.parent)["reason"]).startswith("signal "):
+    if (
+        after == "interrupted"
+        and changed
+        and str(read_run(run.parent)["reason"]).startswith("signal ")
+    ):
         return go_on(f"{run.parent} was interrupted")
     if after == "running" and changed and work.asked_to_stop:
         return go_on(f"{run.parent} was cut off while it stopped")
@@ -80,9 +111,13 @@ def train(words: list[str]) -> int:
 
 
 def reason_of(folder: Path) -> str:
-    """Why a run failed; of one that still says running, that its processes are gone, which is noted."""
+    """Why a run failed; of one that still says running, that its processes are gone, which is
+    noted.
+    """
     try:
-        Run(folder, is_main=False).fail("its processes ended without a word: was one killed?", rank=None)
+        Run(folder, is_main=False).fail(
+            "its processes ended without a word: was one killed?", rank=None
+        )
         return read_run(folder)["reason"]
     except OSError as error:
         return f"it failed, and run.json cannot say so: {error}"
@@ -91,7 +126,9 @@ def reason_of(folder: Path) -> str:
 def evaluate(words: list[str]) -> int:
     """RUN [evaluation ...]: scripts of eval/ in turn."""
     if not words:
-        raise ValueError("usage: sbatch slurm/eval.sbatch RUN ['script of eval/ and its options' ...]")
+        raise ValueError(
+            "usage: sbatch slurm/eval.sbatch RUN ['script of eval/ and its options' ...]"
+        )
     run, evaluations = words[0], [shlex.split(one) for one in words[1:] or ["quality"]]
     if not (Path(run) / "run.json").is_file():
         raise ValueError(f"{run} is no run directory: it has no run.json")
@@ -101,13 +138,17 @@ def evaluate(words: list[str]) -> int:
             raise ValueError(f"there is no evaluation {name}: there are {known}")
     for left, (name, *options) in zip(reversed(range(len(evaluations))), evaluations, strict=True):
         which = "--runs" if name == "report" else "--run"
-        if code := one_command([sys.executable, f"eval/{name}.py", which, run, *options], more_to_do=left > 0):
+        if code := one_command(
+            [sys.executable, f"eval/{name}.py", which, run, *options], more_to_do=left > 0
+        ):
             return code
     return 0
 
 
 def study(words: list[str]) -> int:
-    """STUDY [options]: the first job submits the array, whose tasks train, the last one writes the tables."""
+    """STUDY [options]: the first job submits the array, whose tasks train, the last one writes the
+    tables.
+    """
     if not words:
         raise ValueError("usage: sbatch slurm/study.sbatch STUDY.yaml [options of study.py]")
     command = [sys.executable, "recipes/study.py", *words]
@@ -119,7 +160,16 @@ def study(words: list[str]) -> int:
     if planned.returncode:
         raise ValueError(planned.stderr.strip().splitlines()[-1].removeprefix("error: "))
     count = len(planned.stdout.splitlines())
-    array = submit(["--array", f"0-{count - 1}", *same_place(), *same_resources(), "slurm/study.sbatch", *words])
+    array = submit(
+        [
+            "--array",
+            f"0-{count - 1}",
+            *same_place(),
+            *same_resources(),
+            "slurm/study.sbatch",
+            *words,
+        ]
+    )
     after = [f"--dependency=afterany:{array}", "--job-name=tables"]
     last = submit([*after, *same_place(), "slurm/study.sbatch", *words], tables=True)
     print(f"{count} tasks are job {array}, their tables job {last}", flush=True)
@@ -158,7 +208,10 @@ def under_srun(words: list[str]) -> Child:
 
 
 def one_command(command: list[str], more_to_do: bool = False) -> int:
-    """Run a command in one task; requeued where a signal stopped it, or came when there is more to do."""
+    """Run a command in one task.
+
+    Requeued where a signal stopped it, or came when there is more to do.
+    """
     work = under_srun(["--nodes=1", "--ntasks=1", *command])
     code = work.wait()
     if work.asked_to_stop and (code or more_to_do):
@@ -172,9 +225,16 @@ def go_on(what: str) -> int:
     if state != "RUNNING":
         print(f"{what}; the job is {state.lower()}", flush=True)
         return 1
-    restarts, most = int(os.environ.get("SLURM_RESTART_COUNT", 0)), int(os.environ.get("SFTLAB_MAX_RESTARTS", 20))
+    restarts, most = (
+        int(os.environ.get("SLURM_RESTART_COUNT", 0)),
+        int(os.environ.get("SFTLAB_MAX_RESTARTS", 20)),
+    )
     if restarts >= most:
-        print(f"error: {what}, and {most} restarts are used up: submit it again to go on", file=sys.stderr, flush=True)
+        print(
+            f"error: {what}, and {most} restarts are used up: submit it again to go on",
+            file=sys.stderr,
+            flush=True,
+        )
         return 1
     print(f"{what}: requeued, restart {restarts + 1} of at most {most}", flush=True)
     # Slurm ends this process then; an ending of its own before that would end the job
@@ -189,7 +249,9 @@ def processes_a_node(config: dict[str, Any]) -> int:
     if str(config.get("gpu_ids", "")).startswith("-1") or config.get("use_cpu"):
         return int(os.environ.get("SLURM_NTASKS_PER_NODE", 1))
     if not (gpus := int(os.environ.get("SLURM_GPUS_ON_NODE", 0))):
-        raise ValueError("the launch config needs GPUs and the job has none: sbatch --gpus-per-node=N")
+        raise ValueError(
+            "the launch config needs GPUs and the job has none: sbatch --gpus-per-node=N"
+        )
     return gpus
 
 
@@ -216,17 +278,25 @@ def status_of(run: Path) -> str | None:
 
 def first_address() -> str:
     """The address of the job's first node."""
-    shown = subprocess.run(["scontrol", "show", "hostnames"], capture_output=True, text=True, check=True)
+    shown = subprocess.run(
+        ["scontrol", "show", "hostnames"], capture_output=True, text=True, check=True
+    )
     first = shown.stdout.split()[0]
-    facts = subprocess.run(["scontrol", "-o", "show", "node", first], capture_output=True, text=True, check=True)
-    return next((w.partition("=")[2] for w in facts.stdout.split() if w.startswith("NodeAddr=")), first)
+    facts = subprocess.run(
+        ["scontrol", "-o", "show", "node", first], capture_output=True, text=True, check=True
+    )
+    return next(
+        (w.partition("=")[2] for w in facts.stdout.split() if w.startswith("NodeAddr=")), first
+    )
 
 
 def job_fact(name: str) -> str:
     """A field of this job as the controller has it."""
     command = ["scontrol", "-o", "show", "job", os.environ["SLURM_JOB_ID"]]
     shown = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    return next((word.partition("=")[2] for word in shown.split() if word.startswith(f"{name}=")), "")
+    return next(
+        (word.partition("=")[2] for word in shown.split() if word.startswith(f"{name}=")), ""
+    )
 
 
 def same_place() -> list[str]:
@@ -240,25 +310,45 @@ def same_place() -> list[str]:
 def same_resources() -> list[str]:
     """Options that give the array's tasks what this job has."""
     options = as_given(
-        cpus_per_task="CPUS_PER_TASK", gpus="GPUS", gpus_per_node="GPUS_PER_NODE", gpus_per_task="GPUS_PER_TASK",
-        mem="MEM_PER_NODE", mem_per_cpu="MEM_PER_CPU", mem_per_gpu="MEM_PER_GPU",
-    )  # fmt: skip
-    if not any(option.startswith("--gpus") for option in options) and (generic := job_fact("TresPerNode")):
+        cpus_per_task="CPUS_PER_TASK",
+        gpus="GPUS",
+        gpus_per_node="GPUS_PER_NODE",
+        gpus_per_task="GPUS_PER_TASK",
+        mem="MEM_PER_NODE",
+        mem_per_cpu="MEM_PER_CPU",
+        mem_per_gpu="MEM_PER_GPU",
+    )
+    if not any(option.startswith("--gpus") for option in options) and (
+        generic := job_fact("TresPerNode")
+    ):
         options.append("--gres=" + generic.replace("gres/", "").replace("gres:", ""))
     return options
 
 
 def as_given(**variables: str) -> list[str]:
     """Options of sbatch as Slurm tells the job, by the variable that does."""
-    found = {option.replace("_", "-"): os.environ.get(f"SLURM_{name}") for option, name in variables.items()}
-    return [f"--{option}={value}" for option, value in found.items() if value not in (None, "", "0", "(null)")]
+    found = {
+        option.replace("_", "-"): os.environ.get(f"SLURM_{name}")
+        for option, name in variables.items()
+    }
+    return [
+        f"--{option}={value}"
+        for option, value in found.items()
+        if value not in (None, "", "0", "(null)")
+    ]
 
 
 def submit(words: list[str], tables: bool = False) -> str:
     """The number of a new job."""
-    kept = {name: value for name, value in os.environ.items() if not name.startswith("SLURM_") or name == "SLURM_CONF"}
+    kept = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith("SLURM_") or name == "SLURM_CONF"
+    }
     kept |= {"SFTLAB_STUDY": "tables"} if tables else {}
-    done = subprocess.run(["sbatch", "--parsable", *words], env=kept, capture_output=True, text=True)
+    done = subprocess.run(
+        ["sbatch", "--parsable", *words], env=kept, capture_output=True, text=True
+    )
     if done.returncode:
         raise ValueError(f"sbatch refused: {done.stderr.strip()}")
     return done.stdout.strip().partition(";")[0]

@@ -1,4 +1,6 @@
-"""A tiny random base model with a byte-level tokenizer, rows for it, and the launcher as a user types it."""
+"""A tiny random base model with a byte-level tokenizer, rows for it, and the launcher as a user
+types it.
+"""
 
 import importlib.util
 import json
@@ -22,7 +24,9 @@ from sftlab.training import stop_on_signal
 
 ROOT = Path(__file__).parent.parent
 SHARED = ROOT.parent / "shared" / "data"
-needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="the shared data sets are not beside this checkout")
+needs_shared = pytest.mark.skipif(
+    not SHARED.is_dir(), reason="the shared data sets are not beside this checkout"
+)
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -38,7 +42,11 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token="<bos>", eos_token="<eos>", pad_token="<pad>", model_max_length=512
+        tokenizer_object=tokenizer,
+        bos_token="<bos>",
+        eos_token="<eos>",
+        pad_token="<pad>",
+        model_max_length=512,
     )
 
 
@@ -53,10 +61,18 @@ def base(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("models") / "base"
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=259, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=1, max_position_embeddings=512, bos_token_id=256, eos_token_id=257, pad_token_id=258,
+        vocab_size=259,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=512,
+        bos_token_id=256,
+        eos_token_id=257,
+        pad_token_id=258,
         initializer_range=0.1,
-    )  # fmt: skip
+    )
     LlamaForCausalLM(config).save_pretrained(folder)
     byte_tokenizer().save_pretrained(folder)
     return folder
@@ -64,7 +80,11 @@ def base(tmp_path_factory) -> Path:
 
 def instruction_rows(count: int) -> list[dict[str, str]]:
     return [
-        {"instruction": f"Repeat the number {i} in words.", "context": "", "response": f"It is {i}{'!' * (i % 17)}"}
+        {
+            "instruction": f"Repeat the number {i} in words.",
+            "context": "",
+            "response": f"It is {i}{'!' * (i % 17)}",
+        }
         for i in range(count)
     ]
 
@@ -83,10 +103,18 @@ def rows(tmp_path_factory) -> Path:
 def short_fields(base: Path, rows: Path, folder: Path) -> dict[str, str]:
     """Overrides that turn recipes/demo/attn_r16.yaml into a run of seconds."""
     return {
-        "model_name_or_path": str(base), "dataset_name": str(rows), "output_dir": str(folder),
-        "max_steps": "6", "global_batch_size": "8", "per_device_train_batch_size": "8", "max_length": "128",
-        "logging_steps": "1", "warmup_steps": "1", "save_steps": "3", "learning_rate": "0.01",
-    }  # fmt: skip
+        "model_name_or_path": str(base),
+        "dataset_name": str(rows),
+        "output_dir": str(folder),
+        "max_steps": "6",
+        "global_batch_size": "8",
+        "per_device_train_batch_size": "8",
+        "max_length": "128",
+        "logging_steps": "1",
+        "warmup_steps": "1",
+        "save_steps": "3",
+        "learning_rate": "0.01",
+    }
 
 
 @pytest.fixture
@@ -99,20 +127,27 @@ def arguments(fields: dict[str, str], recipe: str = "recipes/demo/attn_r16.yaml"
 
 
 def launch_command(config: str, fields: dict[str, str], flags: tuple[str, ...] = ()) -> list[str]:
-    """`accelerate launch --config_file accelerate_configs/CONFIG.yaml FLAGS recipes/sft.py --config ...`"""
+    """`accelerate launch --config_file accelerate_configs/CONFIG.yaml FLAGS recipes/sft.py --config
+    ...`
+    """
     return [
-        str(Path(sys.executable).parent / "accelerate"), "launch",
+        str(Path(sys.executable).parent / "accelerate"),
+        "launch",
         *("--config_file", str(ROOT / "accelerate_configs" / f"{config}.yaml"), *flags),
         *(str(ROOT / "recipes" / "sft.py"), *arguments(fields)),
-    ]  # fmt: skip
+    ]
 
 
-def launch(config: str, fields: dict[str, str], flags: tuple[str, ...] = ()) -> subprocess.CompletedProcess:
+def launch(
+    config: str, fields: dict[str, str], flags: tuple[str, ...] = ()
+) -> subprocess.CompletedProcess:
     command = launch_command(config, fields, flags)
     return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=300)
 
 
-def launched(config: str, fields: dict[str, str], flags: tuple[str, ...] = ()) -> subprocess.CompletedProcess:
+def launched(
+    config: str, fields: dict[str, str], flags: tuple[str, ...] = ()
+) -> subprocess.CompletedProcess:
     """A launch that succeeds."""
     done = launch(config, fields, flags)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -148,7 +183,10 @@ def handlers():
 
 @pytest.fixture
 def train_here(sft, monkeypatch, handlers, capfd):
-    """A run under cpu.yaml in this process: what a launch does, less the imports, which are most of so short a one."""
+    """A run under cpu.yaml in this process:
+
+    what a launch does, less the imports, which are most of so short a one.
+    """
 
     def train(fields: dict[str, str]) -> subprocess.CompletedProcess:
         for name, value in exported(ROOT / "accelerate_configs" / "cpu.yaml").items():
@@ -182,7 +220,9 @@ def trained_here(train_here):
 
 
 @pytest.fixture(scope="session")
-def finished(base, rows, tmp_path_factory) -> tuple[Path, dict[str, str], subprocess.CompletedProcess]:
+def finished(
+    base, rows, tmp_path_factory
+) -> tuple[Path, dict[str, str], subprocess.CompletedProcess]:
     """Folder, fields and output of one undisturbed run of six steps under cpu.yaml, evaluation on."""
     folder = tmp_path_factory.mktemp("runs") / "finished"
     fields = {**short_fields(base, rows, folder), "lora_dropout": "0.1"}
@@ -200,7 +240,9 @@ def copy_of(run: Path, folder: Path) -> Path:
 
 def records(folder: Path) -> list[dict]:
     """The lines of quality.jsonl."""
-    return [json.loads(line) for line in (folder / "eval" / "quality.jsonl").read_text().splitlines()]
+    return [
+        json.loads(line) for line in (folder / "eval" / "quality.jsonl").read_text().splitlines()
+    ]
 
 
 @pytest.fixture(scope="session")
@@ -227,7 +269,10 @@ def server(offered, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def slow(finished, tmp_path_factory):
-    """The app with the slow model and room for one message to wait; its runs are folder/runs alone."""
+    """The app with the slow model and room for one message to wait.
+
+    Its runs are folder/runs alone.
+    """
     folder = tmp_path_factory.mktemp("slow")
     (folder / "runs" / "first").mkdir(parents=True)
     copy_of(finished[0], folder / "runs" / "first")

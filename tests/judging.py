@@ -1,4 +1,6 @@
-"""Runs without training, canned answers and scripted judges for the tests of eval/alpaca.py and eval/mt_bench.py."""
+"""Runs without training, canned answers and scripted judges for the tests of eval/alpaca.py and
+eval/mt_bench.py.
+"""
 
 import json
 import math
@@ -21,13 +23,20 @@ def untrained_run(base: Path, folder: Path) -> Path:
     """The directory of a succeeded run whose adapter is random."""
     tokenizer = byte_tokenizer()
     set_template(tokenizer)
-    lora = LoraConfig(r=4, lora_alpha=64, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    lora = LoraConfig(
+        r=4, lora_alpha=64, target_modules=["q_proj", "v_proj"], init_lora_weights=False
+    )
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), lora)
     model.save_pretrained(folder / "adapter")
     tokenizer.save_pretrained(folder / "adapter")
     flags = ["--config", str(ROOT / "recipes/demo/attn_r16.yaml"), f"--model_name_or_path={base}"]
     recipe = parse_recipe(flags, Launch("fp32", "single", 1, 1, True, {})).facts()
-    run = {"status": "succeeded", "reason": None, "recipe": recipe, "template": {"hash": template_hash(tokenizer)}}
+    run = {
+        "status": "succeeded",
+        "reason": None,
+        "recipe": recipe,
+        "template": {"hash": template_hash(tokenizer)},
+    }
     (folder / "run.json").write_text(json.dumps(run, default=str))
     return folder
 
@@ -51,7 +60,10 @@ def canned(monkeypatch, base: dict[str, str], tuned: dict[str, str]) -> None:
 
 
 class ScriptedJudge:
-    """Says what `rule` says: of a pair given its instruction and both answers, of one answer its prompt."""
+    """Says what `rule` says:
+
+    of a pair given its instruction and both answers, of one answer its prompt.
+    """
 
     facts = {"judge": "scripted"}
     room = None
@@ -70,7 +82,8 @@ class ScriptedJudge:
 
 
 PROMETHEUS = re.compile(
-    r"###Instruction:\n(.*?)\n\n###Response A:\n(.*?)\n\n###Response B:\n(.*?)\n\n###Score Rubric:", re.DOTALL
+    r"###Instruction:\n(.*?)\n\n###Response A:\n(.*?)\n\n###Response B:\n(.*?)\n\n###Score Rubric:",
+    re.DOTALL,
 )
 FASTCHAT = re.compile(
     r"\[User Question\]\n(.*?)\n\n\[The Start of Assistant A's Answer\]\n(.*?)\n\[The End of Assistant A's Answer\]\n\n"
@@ -97,12 +110,17 @@ def lines(run: Path, pattern: str) -> list[dict]:
 
 
 def longer_output(prompts, **_):
-    """OpenAI's completions of alpaca-eval's weighted prompt: the longer output is preferred, by 9 to 1."""
+    """OpenAI's completions of alpaca-eval's weighted prompt:
+
+    the longer output is preferred, by 9 to 1.
+    """
     shown = [prompt.split('"output": """')[1:] for prompt in prompts]
     chosen = ["mM"[len(a.split('"""')[0]) < len(b.split('"""')[0])] for a, b in shown]
     found = []
     for letter in chosen:
-        top = [{"token": token, "logprob": math.log(0.9 if token == letter else 0.1)} for token in "mM"]
+        top = [
+            {"token": token, "logprob": math.log(0.9 if token == letter else 0.1)} for token in "mM"
+        ]
         found.append({"logprobs": {"content": [{"top_logprobs": top}]}})
     return {"completions": chosen, "completions_all": found}
 

@@ -1,4 +1,7 @@
-"""Plain PyTorch LoRA fine-tuning without peft, trl or accelerate: the yardstick for the trainer's losses."""
+"""Plain PyTorch LoRA fine-tuning without peft, trl or accelerate:
+
+the yardstick for the trainer's losses.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +29,10 @@ Fault = Literal[
 
 @dataclass(frozen=True)
 class Settings:
-    """Hyper-parameters of one run; `batch_size` is in rows per micro-batch, `max_length` in tokens."""
+    """Hyper-parameters of one run.
+
+    `batch_size` is in rows per micro-batch, `max_length` in tokens.
+    """
 
     batch_size: int
     accumulation: int
@@ -43,7 +49,9 @@ class Settings:
 
 @dataclass
 class Curve:
-    """Per optimizer step: loss in nats per token, gradient norm before clipping, learning rate used."""
+    """Per optimizer step: loss in nats per token, gradient norm before clipping, learning rate
+    used.
+    """
 
     losses: list[float] = field(default_factory=list)
     grad_norms: list[float] = field(default_factory=list)
@@ -74,7 +82,11 @@ class LoraLinear(nn.Module):
 
 
 def build_model(
-    config: LlamaConfig, state: dict[str, Tensor], adapter: Adapter, alpha: float, fault: Fault | None
+    config: LlamaConfig,
+    state: dict[str, Tensor],
+    adapter: Adapter,
+    alpha: float,
+    fault: Fault | None,
 ) -> LlamaForCausalLM:
     """Load the frozen base weights and wrap every layer named in `adapter`."""
     model = LlamaForCausalLM(config)
@@ -89,7 +101,10 @@ def build_model(
 
 
 def encode(row: dict[str, Any], tokenizer: Any, max_length: int, fault: Fault | None) -> Example:
-    """Spell out the instruction format for one row; only the response and its end token are labelled."""
+    """Spell out the instruction format for one row.
+
+    Only the response and its end token are labelled.
+    """
     question, answer = row["prompt"][0]["content"].strip(), row["completion"][0]["content"].strip()
     prompt = f"{tokenizer.bos_token}### Instruction:\n{question}\n\n### Response:\n"
     prompt_ids = tokenizer.encode(prompt, add_special_tokens=False)
@@ -98,7 +113,9 @@ def encode(row: dict[str, Any], tokenizer: Any, max_length: int, fault: Fault | 
     if fault == "end_token_left_out":
         response_labels[-1] = IGNORED
     prompt_labels = list(prompt_ids) if fault == "loss_on_prompt" else [IGNORED] * len(prompt_ids)
-    return Example((prompt_ids + response_ids)[:max_length], (prompt_labels + response_labels)[:max_length])
+    return Example(
+        (prompt_ids + response_ids)[:max_length], (prompt_labels + response_labels)[:max_length]
+    )
 
 
 def pad(examples: list[Example], pad_id: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -112,7 +129,9 @@ def pad(examples: list[Example], pad_id: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def align(logits: Tensor, labels: Tensor, fault: Fault | None) -> tuple[Tensor, Tensor]:
-    """Pair the logits (rows, tokens, vocab) at position t with the label (rows, tokens) at position t + 1."""
+    """Pair the logits (rows, tokens, vocab) at position t with the label (rows, tokens) at position
+    t + 1.
+    """
     if fault == "unshifted_loss":
         return logits, labels
     return logits[:, :-1], labels[:, 1:]
@@ -127,13 +146,21 @@ def summed_loss(logits: Tensor, labels: Tensor, fault: Fault | None) -> tuple[Te
     return (torch.logsumexp(chosen, dim=1) - picked).sum(), int(kept.sum())
 
 
-def accumulate(model: nn.Module, micro_batches: list[list[Example]], pad_id: int, fault: Fault | None) -> float:
-    """Back-propagate one global batch, micro-batch by micro-batch, and return its loss per response token."""
-    global_tokens = sum(label != IGNORED for batch in micro_batches for e in batch for label in e.labels[1:])
+def accumulate(
+    model: nn.Module, micro_batches: list[list[Example]], pad_id: int, fault: Fault | None
+) -> float:
+    """Back-propagate one global batch, micro-batch by micro-batch, and return its loss per response
+    token.
+    """
+    global_tokens = sum(
+        label != IGNORED for batch in micro_batches for e in batch for label in e.labels[1:]
+    )
     loss = 0.0
     for batch in micro_batches:
         ids, mask, labels = pad(batch, pad_id)
-        summed, tokens = summed_loss(model(input_ids=ids, attention_mask=mask).logits, labels, fault)
+        summed, tokens = summed_loss(
+            model(input_ids=ids, attention_mask=mask).logits, labels, fault
+        )
         if fault == "accumulation_not_divided":
             part = summed / tokens
         elif fault == "mean_of_means":
@@ -146,7 +173,10 @@ def accumulate(model: nn.Module, micro_batches: list[list[Example]], pad_id: int
 
 
 def clip(parameters: list[nn.Parameter], limit: float) -> float:
-    """Scale all gradients so that their joint L2 norm is at most `limit`; return the norm from before."""
+    """Scale all gradients so that their joint L2 norm is at most `limit`.
+
+    Return the norm from before.
+    """
     norm = math.sqrt(sum(float(p.grad.double().pow(2).sum()) for p in parameters))
     factor = min(1.0, limit / (norm + 1e-6))
     for p in parameters:
@@ -155,14 +185,22 @@ def clip(parameters: list[nn.Parameter], limit: float) -> float:
 
 
 def schedule(step: int, settings: Settings) -> float:
-    """Learning rate of optimizer step `step` (from 0): linear from 0 to the peak, then linear to 0."""
+    """Learning rate of optimizer step `step` (from 0):
+
+    linear from 0 to the peak, then linear to 0.
+    """
     if step < settings.warmup_steps:
         return settings.learning_rate * step / settings.warmup_steps
-    return settings.learning_rate * (settings.steps - step) / (settings.steps - settings.warmup_steps)
+    return (
+        settings.learning_rate * (settings.steps - step) / (settings.steps - settings.warmup_steps)
+    )
 
 
 def global_batches(examples: list[Example], settings: Settings) -> Iterator[list[list[Example]]]:
-    """Walk the rows in order, epoch after epoch; the last global batch of an epoch may be smaller."""
+    """Walk the rows in order, epoch after epoch.
+
+    The last global batch of an epoch may be smaller.
+    """
     size, per_step = settings.batch_size, settings.batch_size * settings.accumulation
     while True:
         for start in range(0, len(examples), per_step):

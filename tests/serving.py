@@ -1,4 +1,7 @@
-"""The chat app as a process of its own, for every test that needs one: with the tiny model, or with a slow stand-in."""
+"""The chat app as a process of its own, for every test that needs one:
+
+with the tiny model, or with a slow stand-in.
+"""
 
 import contextlib
 import json
@@ -13,7 +16,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 
-# The app with a model that takes its time, repeats the message, and writes down what reaches it and when it is stopped.
+# The app with a model that takes its time, repeats the message, and writes down what reaches it and
+# when it is stopped.
 SLOW = """
 import json, os, runpy, sys, time
 from sftlab import lab
@@ -57,7 +61,9 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 
 
 class Server:
-    """A running app: where it listens, its process, its votes, what it said, and what reached the slow model."""
+    """A running app: where it listens, its process, its votes, what it said, and what reached the
+    slow model.
+    """
 
     def __init__(self, process: subprocess.Popen, port: int, folder: Path) -> None:
         self.url, self.process, self.folder = f"http://127.0.0.1:{port}", process, folder
@@ -68,7 +74,9 @@ class Server:
 
     def memory(self) -> int:
         """Resident kilobytes."""
-        return int(re.search(r"VmRSS:\s+(\d+)", Path(f"/proc/{self.process.pid}/status").read_text())[1])
+        return int(
+            re.search(r"VmRSS:\s+(\d+)", Path(f"/proc/{self.process.pid}/status").read_text())[1]
+        )
 
     def log(self) -> list[dict]:
         """What reached the slow model."""
@@ -76,7 +84,10 @@ class Server:
         return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
     def last_answer(self) -> dict:
-        """The newest answer of the slow model: what was asked, at which step it was told to stop, how it ended."""
+        """The newest answer of the slow model:
+
+        what was asked, at which step it was told to stop, how it ended.
+        """
         found: dict = {}
         for record in self.log():
             found = record if "settings" in record else record | found
@@ -103,10 +114,23 @@ def serve(folder: Path, *arguments: str, slow: bool = False):
     script = [*([str(folder / "slow.py")] if slow else []), str(ROOT / "app" / "app.py")]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
     environment["SLOW_LOG"] = str(folder / "slow.jsonl")
-    command = [sys.executable, *script, "--port", str(port), "--votes", str(folder / "votes.jsonl"), *arguments]
+    command = [
+        sys.executable,
+        *script,
+        "--port",
+        str(port),
+        "--votes",
+        str(folder / "votes.jsonl"),
+        *arguments,
+    ]
     with (folder / "said.txt").open("w") as out:
         process = subprocess.Popen(
-            command, stdout=out, stderr=subprocess.STDOUT, cwd=ROOT, env=environment, preexec_fn=heed_ctrl_c
+            command,
+            stdout=out,
+            stderr=subprocess.STDOUT,
+            cwd=ROOT,
+            env=environment,
+            preexec_fn=heed_ctrl_c,
         )
     server = Server(process, port, folder)
     try:

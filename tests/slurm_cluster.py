@@ -1,7 +1,9 @@
-"""A real Slurm on this host for tests: a controller and node daemons of its own, in a folder, on the loopback alone.
+"""A real Slurm on this host for tests: a controller and node daemons of its own, in a folder, on
+the loopback alone.
 
-Needs Debian's slurm-wlm (slurmctld, slurmd, the commands); authentication is 'none', so nothing outside the folder is
-touched. Two partitions: `batch`, whose jobs are requeued when `urgent` needs their nodes, after a grace time.
+Needs Debian's slurm-wlm (slurmctld, slurmd, the commands); authentication is 'none', so nothing
+outside the folder is touched. Two partitions: `batch`, whose jobs are requeued when `urgent` needs
+their nodes, after a grace time.
 """
 
 import os
@@ -64,7 +66,10 @@ def free_ports(count: int) -> list[int]:
 
 
 class SlurmCluster:
-    """`with SlurmCluster(folder) as cluster:`; commands run with `cluster.env`, or through `run` from the project."""
+    """`with SlurmCluster(folder) as cluster:`.
+
+    Commands run with `cluster.env`, or through `run` from the project.
+    """
 
     def __init__(self, folder: Path, nodes: int = 2, cpus: int = 2) -> None:
         self.folder, self.nodes = Path(folder), [f"n{number}" for number in range(1, nodes + 1)]
@@ -77,11 +82,18 @@ class SlurmCluster:
             place = f"NodeHostname={host} NodeAddr=127.0.0.1 Port={node_port}"
             lines.append(f"NodeName={name} {place} CPUs={cpus} RealMemory=8000 State=UNKNOWN")
         every = "Nodes=ALL MaxTime=60 State=UP"
-        lines.append(f"PartitionName=batch {every} Default=YES PriorityTier=1 PreemptMode=REQUEUE GraceTime={GRACE_S}")
+        lines.append(
+            f"PartitionName=batch {every} Default=YES PriorityTier=1 PreemptMode=REQUEUE "
+            f"GraceTime={GRACE_S}"
+        )
         lines.append(f"PartitionName=urgent {every} PriorityTier=10 PreemptMode=OFF")
         (self.folder / "slurm.conf").write_text("\n".join(lines) + "\n")
         (self.folder / "cgroup.conf").write_text("CgroupAutomount=no\n")
-        kept = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM", "SBATCH"))}
+        kept = {
+            name: value
+            for name, value in os.environ.items()
+            if not name.startswith(("SLURM", "SBATCH"))
+        }
         self.env = kept | {"SLURM_CONF": str(self.folder / "slurm.conf")}
         self._daemons: list[subprocess.Popen] = []
 
@@ -92,11 +104,15 @@ class SlurmCluster:
         for command in commands:
             log = (self.folder / "daemons.out").open("ab")
             self._daemons.append(
-                subprocess.Popen(command, env=self.env, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+                subprocess.Popen(
+                    command, env=self.env, stdin=subprocess.DEVNULL, stdout=log, stderr=log
+                )
             )
         try:
             states = ("sinfo", "-h", "-N", "-p", "batch", "-o", "%t")
-            self.wait_until(lambda: self.run(*states, check=False).split(), ["idle"] * len(self.nodes))
+            self.wait_until(
+                lambda: self.run(*states, check=False).split(), ["idle"] * len(self.nodes)
+            )
         except BaseException:
             self._stop_daemons()
             raise
@@ -119,7 +135,9 @@ class SlurmCluster:
 
     def run(self, *command: str, check: bool = True, cwd: Path | None = None, **env: str) -> str:
         """What a command prints; RuntimeError where it fails."""
-        done = subprocess.run(command, env=self.env | env, cwd=cwd, capture_output=True, text=True, timeout=120)
+        done = subprocess.run(
+            command, env=self.env | env, cwd=cwd, capture_output=True, text=True, timeout=120
+        )
         if check and done.returncode:
             raise RuntimeError(f"{' '.join(command)}: {done.stdout}{done.stderr}")
         return done.stdout

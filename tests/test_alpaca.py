@@ -1,4 +1,7 @@
-"""eval/alpaca.py as a user types it: scripted judges give the reports they should, and what it refuses."""
+"""eval/alpaca.py as a user types it:
+
+scripted judges give the reports they should, and what it refuses.
+"""
 
 import json
 import re
@@ -23,7 +26,9 @@ def alpaca():
 
 
 def outputs(path, texts, name="good"):
-    path.write_text(json.dumps([{"instruction": q, "output": t, "generator": name} for q, t in texts.items()]))
+    path.write_text(
+        json.dumps([{"instruction": q, "output": t, "generator": name} for q, t in texts.items()])
+    )
     return str(path)
 
 
@@ -34,11 +39,18 @@ def reference(tmp_path):
 
 @pytest.fixture
 def evaluate(alpaca, run, reference, monkeypatch):
-    """Evaluates canned answers with a scripted judge; answers are right in the rows named, else wrong."""
+    """Evaluates canned answers with a scripted judge.
 
-    def build(rule, base=range(10), tuned=range(25), style="prometheus", flags=(), judge=None, texts=None):
+    Answers are right in the rows named, else wrong.
+    """
+
+    def build(
+        rule, base=range(10), tuned=range(25), style="prometheus", flags=(), judge=None, texts=None
+    ):
         said = texts or {
-            side: {q: RIGHT[q] if i in right else f"No idea of {i}." for i, q in enumerate(QUESTIONS)}
+            side: {
+                q: RIGHT[q] if i in right else f"No idea of {i}." for i, q in enumerate(QUESTIONS)
+            }
             for side, right in (("base", base), ("tuned", tuned))
         }
         canned(monkeypatch, said["base"], said["tuned"])
@@ -76,7 +88,12 @@ def test_a_perfect_judge_is_fit_and_its_win_rates_are_those_of_the_answers(evalu
     assert one["base"]["value"] == pytest.approx(50 * 10 / ROWS)
     assert one["tuned"]["value"] == pytest.approx(50 * 25 / ROWS)
     assert one["difference"]["value"] == pytest.approx(50 * 15 / ROWS)
-    assert 0 < one["difference"]["interval_95"][0] < one["difference"]["value"] < one["difference"]["interval_95"][1]
+    assert (
+        0
+        < one["difference"]["interval_95"][0]
+        < one["difference"]["value"]
+        < one["difference"]["interval_95"][1]
+    )
     assert one["p_value"] < 0.001
     tuned = report["judged"]["tuned"]
     assert (tuned["wins"], tuned["losses"], tuned["ties"]["value"]) == (0, 15, 25 / ROWS)
@@ -110,18 +127,25 @@ def test_a_judge_that_prefers_longer_answers_is_shown_to(evaluate):
     texts = {"base": dict.fromkeys(QUESTIONS, "No.")}
     texts["tuned"] = {q: "x" * 100 if i < 30 else "No." for i, q in enumerate(QUESTIONS)}
     report = evaluate(longer, texts=texts)
-    assert report["scores"]["win_rate"]["base"] == {"value": 0, "interval_95": [0, pytest.approx(8.76, abs=0.01)]}
+    assert report["scores"]["win_rate"]["base"] == {
+        "value": 0,
+        "interval_95": [0, pytest.approx(8.76, abs=0.01)],
+    }
     assert report["scores"]["win_rate"]["tuned"]["value"] == 75
     assert report["judged"]["tuned"]["orders_agree"]["value"] == 1
     assert report["length"]["tuned"]["longer"]["value"] == 1
     assert report["length"]["tuned"]["shorter"]["value"] == 0
     assert report["length"]["tuned"]["shorter"]["pairs"] == 10
-    assert report["answers"]["tuned"]["mean_characters"] == pytest.approx((30 * 100 + 10 * 3) / ROWS)
+    assert report["answers"]["tuned"]["mean_characters"] == pytest.approx(
+        (30 * 100 + 10 * 3) / ROWS
+    )
     assert not report["judge_fit"]
 
 
 def unparsable(every):
-    """A judge as good as the perfect one that gives no verdict where the instruction's number divides by `every`."""
+    """A judge as good as the perfect one that gives no verdict where the instruction's number
+    divides by `every`.
+    """
 
     def rule(question, a, b):
         number = int(re.search(r"\d+", question)[0])
@@ -131,7 +155,9 @@ def unparsable(every):
 
 
 def test_beyond_five_per_cent_unparsed_no_win_rate_is_given(evaluate, run, capsys):
-    with pytest.raises(SystemExit, match="10 % of the judgements hold no verdict, more than 5 %: no win rate"):
+    with pytest.raises(
+        SystemExit, match="10 % of the judgements hold no verdict, more than 5 %: no win rate"
+    ):
         evaluate(unparsable(10), style="fastchat")
     report = entry(run)
     assert report["scores"] == {}
@@ -144,7 +170,9 @@ def test_beyond_five_per_cent_unparsed_no_win_rate_is_given(evaluate, run, capsy
     report = evaluate(unparsable(10), style="fastchat", flags=["--allow-unparsed"])
     wrong = [i for i in range(ROWS) if i % 10 != 9]
     tuned = [0.5 if i < 25 else 0 for i in wrong]
-    assert report["scores"]["win_rate"]["tuned"]["value"] == pytest.approx(100 * sum(tuned) / len(tuned))
+    assert report["scores"]["win_rate"]["tuned"]["value"] == pytest.approx(
+        100 * sum(tuned) / len(tuned)
+    )
 
 
 def test_a_judge_without_any_verdict_passes_nothing_that_asks_for_one(evaluate, run):
@@ -165,7 +193,9 @@ def test_between_one_and_five_per_cent_unparsed_it_is_said_on_top(evaluate, caps
 
 
 def test_a_judge_that_contradicts_itself_is_listed_and_unfit(evaluate, capsys):
-    report = evaluate(lambda q, a, b: "Response B is significantly better. It deserves a 5. [RESULT] A")
+    report = evaluate(
+        lambda q, a, b: "Response B is significantly better. It deserves a 5. [RESULT] A"
+    )
     one = report["judged"]["tuned"]
     assert one["contradictions"]["value"] == 1
     assert one["contradicting_rows"] == list(range(ROWS))
@@ -174,7 +204,9 @@ def test_a_judge_that_contradicts_itself_is_listed_and_unfit(evaluate, capsys):
 
 
 def test_base_as_reference_is_half_by_construction(evaluate, reference, run, capsys):
-    report = evaluate(perfect, style="fastchat", flags=["--reference", "base", "--instructions", reference])
+    report = evaluate(
+        perfect, style="fastchat", flags=["--reference", "base", "--instructions", reference]
+    )
     assert report["scores"]["win_rate"]["base"] == {"value": 50.0, "interval_95": [50.0, 50.0]}
     assert report["scores"]["win_rate"]["tuned"]["value"] == pytest.approx(50 + 50 * 15 / ROWS)
     assert report["title"].endswith("judge scripted, reference base")
@@ -228,10 +260,15 @@ def test_empty_answers_are_judged_and_counted(evaluate, capsys):
 
 def test_agreement_with_published_preferences(evaluate, tmp_path):
     rows = [
-        {"instruction": q, "output_1": RIGHT[q] if i % 2 else "No.", "output_2": "No." if i % 2 else RIGHT[q],
-         "preference": 1.0 if i % 2 else 2.0, "annotator": "gpt"}
+        {
+            "instruction": q,
+            "output_1": RIGHT[q] if i % 2 else "No.",
+            "output_2": "No." if i % 2 else RIGHT[q],
+            "preference": 1.0 if i % 2 else 2.0,
+            "annotator": "gpt",
+        }
         for i, q in enumerate(QUESTIONS)
-    ]  # fmt: skip
+    ]
     path = tmp_path / "annotations.json"
     path.write_text(json.dumps(rows))
     report = evaluate(perfect, style="fastchat", flags=["--agreement", str(path)])
@@ -254,8 +291,13 @@ def test_limit_takes_the_first_and_entries_of_other_judges_stay(evaluate, run):
 
 
 @needs_shared
-def test_the_name_alpacaeval_2_stands_for_its_judge_reference_and_instructions(alpaca, run, monkeypatch, capsys):
-    """The whole path with alpaca-eval's annotators; in place of the API a model that prefers the longer output."""
+def test_the_name_alpacaeval_2_stands_for_its_judge_reference_and_instructions(
+    alpaca, run, monkeypatch, capsys
+):
+    """The whole path with alpaca-eval's annotators.
+
+    In place of the API a model that prefers the longer output.
+    """
     monkeypatch.setenv("OPENAI_API_KEY", "none")
     monkeypatch.setattr(length_control, "RESAMPLES", 5)
     standin = SHARED / "alpaca_eval" / "df_gamed_standin.csv"
@@ -263,18 +305,28 @@ def test_the_name_alpacaeval_2_stands_for_its_judge_reference_and_instructions(a
     monkeypatch.setattr("alpaca_eval.decoders.openai.openai_completions", longer_output)
     monkeypatch.setattr(outputs_module, "_ALPACA_EVAL", digest(QUESTIONS))
     path = outputs(run.parent / "published.json", RIGHT, "gpt4_1106_preview")
-    canned(monkeypatch, dict.fromkeys(QUESTIONS, "No."), {q: f"{text} And more." for q, text in RIGHT.items()})
+    canned(
+        monkeypatch,
+        dict.fromkeys(QUESTIONS, "No."),
+        {q: f"{text} And more." for q, text in RIGHT.items()},
+    )
     judge = ["--annotators", "weighted_alpaca_eval_gpt4_turbo", "--canaries", "4"]
     alpaca.main(["--run", str(run), "--reference", path, *judge])
     report = entry(run)
-    assert report["title"] == "AlpacaEval 2, judge weighted_alpaca_eval_gpt4_turbo, reference gpt4_1106_preview"
+    assert (
+        report["title"]
+        == "AlpacaEval 2, judge weighted_alpaca_eval_gpt4_turbo, reference gpt4_1106_preview"
+    )
     assert report["scores"]["win_rate"]["tuned"]["value"] == 100
     official = report["alpaca_eval"]["tuned"]
     assert official["win_rate"] == pytest.approx(90)
     assert official["n_total"] == ROWS
     assert 0 < official["length_controlled_winrate"] < 100
     assert "alpaca-eval's own metrics, tuned: win_rate 90" in capsys.readouterr().out
-    for flags in (["--limit", "39"], ["--reference", outputs(run.parent / "other.json", RIGHT, "other")]):
+    for flags in (
+        ["--limit", "39"],
+        ["--reference", outputs(run.parent / "other.json", RIGHT, "other")],
+    ):
         alpaca.main(["--run", str(run), "--reference", path, *judge, *flags])
         assert entry(run)["title"].startswith("AlpacaEval instructions, ")
         assert "length_controlled_winrate" not in entry(run)["alpaca_eval"]["tuned"]
@@ -282,21 +334,35 @@ def test_the_name_alpacaeval_2_stands_for_its_judge_reference_and_instructions(a
 
 def test_a_reference_with_other_instructions_is_refused(evaluate, tmp_path):
     other = outputs(tmp_path / "other.json", {QUESTIONS[0]: "This."}, "other")
-    with pytest.raises(SystemExit, match="the reference other answers other instructions: 39 of 40 are not in it"):
-        evaluate(perfect, flags=["--reference", other, "--instructions", str(tmp_path / "reference.json")])
+    with pytest.raises(
+        SystemExit, match="the reference other answers other instructions: 39 of 40 are not in it"
+    ):
+        evaluate(
+            perfect,
+            flags=["--reference", other, "--instructions", str(tmp_path / "reference.json")],
+        )
 
 
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
         (["--judge", "x", "--annotators", "y"], "either --judge or --annotators"),
-        (["--reference", "nothing.json", "--judge", "x"], "'nothing.json' is neither base nor a file"),
+        (
+            ["--reference", "nothing.json", "--judge", "x"],
+            "'nothing.json' is neither base nor a file",
+        ),
         (["--reference", "gpt4_1106_preview", "--judge", "x"], "not in the hub's cache"),
         (["--annotators", "nobody"], "no annotators 'nobody': it has"),
         (["--annotators", "weighted_alpaca_eval_gpt4_turbo"], "set OPENAI_API_KEY"),
         (["--judge", "x", "--limit", "-1"], "--limit must be 0"),
-        (["--judge", "x", "--judge_format", "y"], "no judge format 'y': there are fastchat, prometheus"),
-        (["--judge", "x", "--judge_url", "http://localhost:1/v1", "--judge_in_4bit"], "--judge_in_4bit is for a local"),
+        (
+            ["--judge", "x", "--judge_format", "y"],
+            "no judge format 'y': there are fastchat, prometheus",
+        ),
+        (
+            ["--judge", "x", "--judge_url", "http://localhost:1/v1", "--judge_in_4bit"],
+            "--judge_in_4bit is for a local",
+        ),
     ],
 )
 def test_mistakes_are_one_sentence(alpaca, run, reference, monkeypatch, flags, message):
@@ -316,4 +382,6 @@ def test_files_of_another_form_are_refused(alpaca, run, tmp_path):
     ):
         (tmp_path / "bad.json").write_text(content)
         with pytest.raises(SystemExit, match=message):
-            alpaca.main(["--run", str(run), "--judge", "x", "--reference", str(tmp_path / "bad.json")])
+            alpaca.main(
+                ["--run", str(run), "--judge", "x", "--reference", str(tmp_path / "bad.json")]
+            )

@@ -1,4 +1,7 @@
-"""The chat app as its users meet it: the server in a process of its own, called through its API and by hand."""
+"""The chat app as its users meet it:
+
+the server in a process of its own, called through its API and by hand.
+"""
 
 import json
 import os
@@ -36,7 +39,9 @@ def test_the_api_answers_as_both_sides_with_the_settings(client):
     assert one["run"] == "second"
     assert one["settings"] == vars(Settings(temperature=1.0, max_new_tokens=12, seed=3))
     again = client.predict("Repeat the number 5 in words.", **asked, api_name="/chat")
-    other = client.predict("Repeat the number 5 in words.", **(asked | {"seed": 4}), api_name="/chat")
+    other = client.predict(
+        "Repeat the number 5 in words.", **(asked | {"seed": 4}), api_name="/chat"
+    )
     assert one["texts"] == again["texts"] != other["texts"]
 
 
@@ -61,8 +66,12 @@ def test_what_cannot_be_is_said_in_a_sentence(server, client, asked, words):
 
 
 def test_old_turns_are_left_out_where_the_context_is_full(client):
-    turns = [{"role": role, "content": role * 20} for _ in range(4) for role in ("user", "assistant")]
-    found = client.predict("And now?", history=turns, max_new_tokens=20, temperature=0, api_name="/chat")
+    turns = [
+        {"role": role, "content": role * 20} for _ in range(4) for role in ("user", "assistant")
+    ]
+    found = client.predict(
+        "And now?", history=turns, max_new_tokens=20, temperature=0, api_name="/chat"
+    )
     assert found["left_out"] >= 1
     assert found["tokens"]["tuned"] >= 1
 
@@ -81,10 +90,10 @@ def test_old_turns_are_left_out_where_the_context_is_full(client):
 )  # fmt: skip
 def test_no_file_can_be_read_through_the_server(server, offered, path):
     host, port = server.url.removeprefix("http://").split(":")
-    request = (
-        f"GET {path.format(run=offered / 'first')} HTTP/1.1\r\nHost: localhost:{port}\r\nConnection: close\r\n\r\n"
-    )
-    with socket.create_connection((host, int(port)), timeout=10) as connection:  # as it is: clients tidy paths
+    request = f"GET {path.format(run=offered / 'first')} HTTP/1.1\r\nHost: localhost:{port}\r\nConnection: close\r\n\r\n"
+    with socket.create_connection(
+        (host, int(port)), timeout=10
+    ) as connection:  # as it is: clients tidy paths
         connection.sendall(request.encode())
         answer = b"".join(iter(lambda: connection.recv(65536), b""))
     assert answer.split()[1] in (b"403", b"404", b"400"), answer[:300]
@@ -94,7 +103,9 @@ def test_no_file_can_be_read_through_the_server(server, offered, path):
 
 def test_files_cannot_be_uploaded_and_the_queue_cannot_be_passed_by(server):
     assert httpx.post(f"{server.url}/gradio_api/upload", files={"files": b"x"}).status_code == 403
-    assert httpx.post(f"{server.url}/gradio_api/run/chat", json={"data": ["hello"]}).status_code == 404
+    assert (
+        httpx.post(f"{server.url}/gradio_api/run/chat", json={"data": ["hello"]}).status_code == 404
+    )
 
 
 def test_other_hosts_are_neither_answered_nor_asked(server):
@@ -105,7 +116,10 @@ def test_other_hosts_are_neither_answered_nor_asked(server):
 
 
 def test_eight_clients_at_once_get_their_own_answers(server, offered):
-    """40 messages, 5 of each client: every reply is the engine's to that prompt, and the memory stays."""
+    """40 messages, 5 of each client:
+
+    every reply is the engine's to that prompt, and the memory stays.
+    """
     chat, steered = Chat(offered / "first"), {"max_new_tokens": 24, "temperature": 1.0}
 
     def engine(number: int) -> str:
@@ -124,11 +138,18 @@ def test_eight_clients_at_once_get_their_own_answers(server, offered):
         list(threads.map(ask, clients, range(8)))
         before = server.memory()
         started = time.perf_counter()
-        parts = list(threads.map(lambda i: {n: ask(clients[i], n) for n in range(i * 5, i * 5 + 5)}, range(8)))
+        parts = list(
+            threads.map(
+                lambda i: {n: ask(clients[i], n) for n in range(i * 5, i * 5 + 5)}, range(8)
+            )
+        )
         seconds = time.perf_counter() - started
     after = server.memory()
     assert {number: text for part in parts for number, text in part.items()} == expected
-    print(f"40 messages in {seconds:.1f} s; memory {before / 1024:.1f} MB before, {after / 1024:.1f} MB after")
+    print(
+        f"40 messages in {seconds:.1f} s; memory {before / 1024:.1f} MB before, {after / 1024:.1f} "
+        "MB after"
+    )
     assert abs(after / before - 1) < 0.05
 
 
@@ -157,13 +178,20 @@ def test_a_full_queue_says_so_and_a_client_that_leaves_ends_its_answer(slow):
 
 
 def test_passwords_and_an_end_in_the_middle_of_an_answer(offered, tmp_path):
-    """A server of its own: accounts from a file, other machines served, ended by Ctrl-C while it answers."""
+    """A server of its own: accounts from a file, other machines served, ended by Ctrl-C while it
+    answers.
+    """
     (tmp_path / "accounts").write_text("ann:secret\nbob:other\n")
     arguments = ("--auth", str(tmp_path / "accounts"), "--listen", "--run", str(offered / "first"))
     with serve(tmp_path, *arguments) as running:
         assert "warning: anyone who reaches this machine" in running.said()
         assert httpx.get(f"{running.url}/config").status_code == 401
-        assert httpx.post(f"{running.url}/login", data={"username": "ann", "password": "wrong"}).status_code == 400
+        assert (
+            httpx.post(
+                f"{running.url}/login", data={"username": "ann", "password": "wrong"}
+            ).status_code
+            == 400
+        )
         with pytest.raises(Exception, match=r"[Aa]uth|credentials|401"):
             Client(running.url, verbose=False)
         bob = Client(running.url, auth=("bob", "other"), verbose=False)
@@ -200,7 +228,9 @@ def test_one_model_is_in_memory(offered, tmp_path):
     assert lab.model("first") is first
     weights = weakref.ref(first._model)
     settings = Settings(0, max_new_tokens=400)
-    answer = lab.answer("first", [{"role": "user", "content": "Hello"}], ("base",), settings, threading.Event())
+    answer = lab.answer(
+        "first", [{"role": "user", "content": "Hello"}], ("base",), settings, threading.Event()
+    )
     next(answer)
     second = lab.model("second")
     assert weights() is None
@@ -208,7 +238,11 @@ def test_one_model_is_in_memory(offered, tmp_path):
     assert isinstance(second, Chat)
     lab.close()
     with pytest.raises(ValueError, match="closed"):
-        list(second.reply([{"role": "user", "content": "Hello"}], ("base",), settings, threading.Event()))
+        list(
+            second.reply(
+                [{"role": "user", "content": "Hello"}], ("base",), settings, threading.Event()
+            )
+        )
 
 
 class Recorder:
@@ -229,7 +263,13 @@ class Recorder:
         self.asked.append((history, sides, settings))
         for end in (None, "stop"):
             each = {side: f"{side} says" for side in sides}
-            yield Piece(each, dict.fromkeys(sides, 2), dict.fromkeys(sides, 9.0), 0.1, dict.fromkeys(sides, end))
+            yield Piece(
+                each,
+                dict.fromkeys(sides, 2),
+                dict.fromkeys(sides, 9.0),
+                0.1,
+                dict.fromkeys(sides, end),
+            )
 
 
 @pytest.fixture
@@ -240,7 +280,14 @@ def page(app, offered, tmp_path, monkeypatch):
 
 def test_the_pages_settings_reach_the_model(page):
     request = SimpleNamespace(session_hash="one")
-    settings = {"temperature": 0, "top_p": 0.5, "top_k": 7, "max_new_tokens": 9, "repetition_penalty": 1.2, "seed": 11}
+    settings = {
+        "temperature": 0,
+        "top_p": 0.5,
+        "top_k": 7,
+        "max_new_tokens": 9,
+        "repetition_penalty": 1.2,
+        "seed": 11,
+    }
     turns, *_ = page.begin(request, "0.5 Hello", [], "second", "both", True, *settings.values())
     *_, last = page.answer(turns, "Be brief.", request)
     chat = page.lab.model("second")
@@ -250,13 +297,17 @@ def test_the_pages_settings_reach_the_model(page):
     assert "oldest turn was left out" in last[-1]
     asked, turns, seed = page.again(request, turns, settings["seed"])
     assert (asked.partition(" ")[2], turns, seed) == ("Hello", [], 12)
-    turns, *_ = page.begin(request, "0.5 Hello", [], "second", "both", True, *(settings | {"seed": None}).values())
+    turns, *_ = page.begin(
+        request, "0.5 Hello", [], "second", "both", True, *(settings | {"seed": None}).values()
+    )
     assert "seed must be a whole number" in list(page.answer(turns, "", request))[-1][-1]
 
 
 def test_a_message_waits_for_the_one_before(app, page):
     request, nothing = SimpleNamespace(session_hash="one"), app.gr.skip()
-    turns, *_ = page.begin(request, "0.5 Hello", [], "second", "tuned", False, *vars(Settings()).values())
+    turns, *_ = page.begin(
+        request, "0.5 Hello", [], "second", "tuned", False, *vars(Settings()).values()
+    )
     assert page.send(request, "And?") == (nothing, nothing)
     assert page.clear(request, turns)[0] == turns
     box, turns, *_ = page.end(request, "", turns)  # what had no answer returns to the box
@@ -269,10 +320,15 @@ def test_a_message_waits_for_the_one_before(app, page):
 
 def test_a_run_trained_anew_is_loaded_anew_and_votes_name_the_adapter_that_answered(page, offered):
     request = SimpleNamespace(session_hash="one")
-    turns, *_ = page.begin(request, "0.5 Hello", [], "second", "both", True, *vars(Settings(seed=5)).values())
+    turns, *_ = page.begin(
+        request, "0.5 Hello", [], "second", "both", True, *vars(Settings(seed=5)).values()
+    )
     list(page.answer(turns, "", request))
     answered, before = page.lab.adapter, page.lab.model("second")
-    weights, record = offered / "second" / "adapter" / "adapter_model.safetensors", offered / "second" / "run.json"
+    weights, record = (
+        offered / "second" / "adapter" / "adapter_model.safetensors",
+        offered / "second" / "run.json",
+    )
     old, times = weights.read_bytes(), (record.stat().st_atime_ns, record.stat().st_mtime_ns)
     try:
         weights.write_bytes(old[:-1] + bytes([old[-1] ^ 1]))
@@ -294,7 +350,9 @@ def test_models_that_answer_one_after_the_other_do_so_in_the_drawn_order(page):
         assert chat.asked[-1][1] == order
 
 
-@pytest.mark.parametrize("said, means", [("0", False), ("false", False), ("1", True), ("yes", True)])
+@pytest.mark.parametrize(
+    "said, means", [("0", False), ("false", False), ("1", True), ("yes", True)]
+)
 def test_switches_in_the_environment_mean_what_they_say(app, monkeypatch, said, means, capsys):
     monkeypatch.setenv("SFTLAB_LISTEN", said)
     monkeypatch.setenv("SFTLAB_PORT", "7999")
@@ -315,7 +373,9 @@ def test_a_password_may_have_blanks(tmp_path):
 
 def test_a_vote_keeps_both_texts_and_the_settings(page):
     request = SimpleNamespace(session_hash="one")
-    turns, *_ = page.begin(request, "0.5 Hello", [], "second", "both", True, *vars(Settings(seed=5)).values())
+    turns, *_ = page.begin(
+        request, "0.5 Hello", [], "second", "both", True, *vars(Settings(seed=5)).values()
+    )
     list(page.answer(turns, "", request))
     left = turns[0].order[0]
     assert turns[0].footnote(left) == "answer A"
@@ -334,9 +394,15 @@ def test_a_vote_keeps_both_texts_and_the_settings(page):
 def test_the_hidden_order_is_random(page):
     request = SimpleNamespace(session_hash="one")
     settings = vars(Settings()).values()
-    orders = {page.begin(request, "0.5 Hi", [], "second", "both", True, *settings)[0][0].order for _ in range(50)}
+    orders = {
+        page.begin(request, "0.5 Hi", [], "second", "both", True, *settings)[0][0].order
+        for _ in range(50)
+    }
     assert orders == {("base", "tuned"), ("tuned", "base")}
-    assert page.begin(request, "0.5 Hi", [], "second", "both", False, *settings)[0][0].order == ("base", "tuned")
+    assert page.begin(request, "0.5 Hi", [], "second", "both", False, *settings)[0][0].order == (
+        "base",
+        "tuned",
+    )
 
 
 def test_the_table_of_votes_has_wilsons_interval(tmp_path):
@@ -356,13 +422,21 @@ def test_the_table_of_votes_has_wilsons_interval(tmp_path):
 
 
 def test_the_conversation_goes_on_from_the_better_answer():
-    first = Turn("one", ("base", "tuned"), False, "x", {"seed": 0}, texts={"base": "B", "tuned": "T"})
+    first = Turn(
+        "one", ("base", "tuned"), False, "x", {"seed": 0}, texts={"base": "B", "tuned": "T"}
+    )
     turns = [first, Turn("two", ("tuned",), False, "x", {"seed": 0})]
     assert [m["content"] for m in history(turns, " ")] == ["one", "T", "two"]
     first.vote = "base"
     assert [m["content"] for m in history(turns, "S")] == ["S", "one", "B", "two"]
     blind = Turn(
-        "one", ("base", "tuned"), True, "x", {"seed": 0}, {"base": "", "tuned": "T"}, finished={"base": "stop"}
+        "one",
+        ("base", "tuned"),
+        True,
+        "x",
+        {"seed": 0},
+        {"base": "", "tuned": "T"},
+        finished={"base": "stop"},
     )
     assert blind.goes_on == "base"
     assert column([blind], 0)[1]["content"][0]["text"] == "*(an empty answer)*"
@@ -381,7 +455,11 @@ def test_html_is_shown_not_rendered():
 
 def test_the_space_needs_the_versions_that_were_tested():
     lines = (ROOT / "requirements.txt").read_text().splitlines()
-    needed = [x for x in (ROOT / "app" / "requirements.txt").read_text().splitlines() if x and not x.startswith("#")]
+    needed = [
+        x
+        for x in (ROOT / "app" / "requirements.txt").read_text().splitlines()
+        if x and not x.startswith("#")
+    ]
     assert needed
     assert not [line for line in needed if line not in lines]
     front = (ROOT / "app" / "README.md").read_text().split("---")[1]

@@ -9,7 +9,11 @@ from conftest import arguments, read
 from transformers import Gemma3Config
 
 BAD_INPUT = [
-    ({"lora_target_modules": "query"}, {}, "it has down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj"),
+    (
+        {"lora_target_modules": "query"},
+        {},
+        "it has down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj",
+    ),
     ({"dataset_name": "nowhere.jsonl"}, {}, "data file nowhere.jsonl not found"),
     ({"model_name_or_path": "data/nowhere"}, {}, "base model data/nowhere not found"),
     ({"model_name_or_path": "nobody/nothing"}, {}, "hf auth login"),
@@ -25,7 +29,9 @@ BAD_INPUT = [
 
 def test_pickled_weights_are_refused(sft, fields, base, tmp_path, monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "-1")
-    copy = shutil.copytree(base, tmp_path / "pickled", ignore=shutil.ignore_patterns("*.safetensors"))
+    copy = shutil.copytree(
+        base, tmp_path / "pickled", ignore=shutil.ignore_patterns("*.safetensors")
+    )
     torch.save({}, copy / "pytorch_model.bin")
     with pytest.raises(SystemExit, match=r"holds no \.safetensors file"):
         sft.main(arguments(fields | {"model_name_or_path": str(copy)}))
@@ -35,13 +41,20 @@ def test_a_model_of_images_is_refused(sft, fields, base, tmp_path, monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "-1")
     copy = shutil.copytree(base, tmp_path / "sees")
     Gemma3Config().save_pretrained(copy)
-    with pytest.raises(SystemExit, match="Gemma3ForConditionalGeneration, which sees more than text"):
+    with pytest.raises(
+        SystemExit, match="Gemma3ForConditionalGeneration, which sees more than text"
+    ):
         sft.main(arguments(fields | {"model_name_or_path": str(copy)}))
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU machine these launches are right or differently wrong")
+@pytest.mark.skipif(
+    torch.cuda.is_available(),
+    reason="on a GPU machine these launches are right or differently wrong",
+)
 @pytest.mark.parametrize(("change", "environment", "message"), BAD_INPUT)
-def test_bad_input_is_one_sentence_before_any_model_is_loaded(sft, fields, monkeypatch, change, environment, message):
+def test_bad_input_is_one_sentence_before_any_model_is_loaded(
+    sft, fields, monkeypatch, change, environment, message
+):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "-1")
     monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", "")
     for name, value in environment.items():

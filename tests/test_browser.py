@@ -14,8 +14,12 @@ from serving import waits_for
 from sftlab.chat import votes
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "google-chrome", "chromium-browser"))), None)
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="neither chromium nor google-chrome is on the PATH")
+CHROMIUM = next(
+    filter(None, map(shutil.which, ("chromium", "google-chrome", "chromium-browser"))), None
+)
+pytestmark = pytest.mark.skipif(
+    CHROMIUM is None, reason="neither chromium nor google-chrome is on the PATH"
+)
 ARGUMENTS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--disable-background-networking"]
 WIDTHS = {"desktop": {"width": 1280, "height": 900}, "phone": {"width": 390, "height": 844}}
 
@@ -28,11 +32,16 @@ def browser():
 
 @pytest.fixture
 def visit(browser):
-    """Opens the page of a server; what it asked of other hosts and what broke in it fail the test."""
+    """Opens the page of a server.
+
+    What it asked of other hosts and what broke in it fail the test.
+    """
     pages = []
 
     def open_page(url: str, width: str = "desktop", scheme: str = "light", loaded: str = "rank 16"):
-        context = browser.new_context(viewport=WIDTHS[width], color_scheme=scheme, accept_downloads=True)
+        context = browser.new_context(
+            viewport=WIDTHS[width], color_scheme=scheme, accept_downloads=True
+        )
         context.grant_permissions(["clipboard-read", "clipboard-write"])
         page = context.new_page()
         page.asked, page.broke = [], []
@@ -89,7 +98,9 @@ def test_a_conversation_at_every_width_and_scheme(server, visit, width, scheme):
     assert answered(page).startswith("base · ")
     assert answered(page, "right").startswith("tuned · ")
     shot(page, f"{width}-{scheme}-answered")
-    overflow = page.evaluate("document.documentElement.scrollWidth - document.documentElement.clientWidth")
+    overflow = page.evaluate(
+        "document.documentElement.scrollWidth - document.documentElement.clientWidth"
+    )
     assert overflow <= 0, f"the page is {overflow} pixels wider than the window"
     assert page.evaluate("document.body.classList.contains('dark')") == (scheme == "dark")
 
@@ -108,7 +119,9 @@ def test_sliders_act_and_retry_takes_the_next_seed(server, visit):
     page.locator("#left small", has_text=" 9 tokens").wait_for()
     answered(page)
     page.get_by_role("button", name="Undo").click()
-    page.wait_for_function("document.querySelector('#message textarea').value.startsWith('Repeat the number 7')")
+    page.wait_for_function(
+        "document.querySelector('#message textarea').value.startsWith('Repeat the number 7')"
+    )
     assert page.locator("#left small").count() == 0
 
 
@@ -120,7 +133,9 @@ def test_text_streams_and_stop_ends_it_within_a_token(slow, visit):
     words.wait_for()
     lengths = [len(words.last.inner_text())]
     while len(lengths) < 4:
-        page.wait_for_function("n => document.querySelector('#left .bot').innerText.length > n", arg=lengths[-1] + 10)
+        page.wait_for_function(
+            "n => document.querySelector('#left .bot').innerText.length > n", arg=lengths[-1] + 10
+        )
         lengths.append(len(words.last.inner_text()))
     page.fill("#message textarea", "too early")
     page.locator("#message textarea").press("Enter")
@@ -136,7 +151,10 @@ def test_text_streams_and_stop_ends_it_within_a_token(slow, visit):
 
 
 def test_a_place_in_the_queue_is_shown_and_a_full_one_says_so(slow, visit):
-    """One answers, one waits (the server's queue holds one), the third is told; Stop lets the second in."""
+    """One answers, one waits (the server's queue holds one), the third is told.
+
+    Stop lets the second in.
+    """
     first, second, third = (visit(slow.url) for _ in range(3))
     for page, text in ((first, "one"), (second, "two"), (third, "three")):
         slide(page, "Max new tokens", "2000" if page is first else "3")
@@ -158,7 +176,13 @@ def test_a_place_in_the_queue_is_shown_and_a_full_one_says_so(slow, visit):
 
 def test_the_settings_of_the_page_reach_the_model(slow, visit):
     page = visit(slow.url)
-    chosen = {"Temperature": "0.35", "Top-p": "0.55", "Top-k": "12", "Max new tokens": "3", "Repetition penalty": "1.3"}
+    chosen = {
+        "Temperature": "0.35",
+        "Top-p": "0.55",
+        "Top-k": "12",
+        "Max new tokens": "3",
+        "Repetition penalty": "1.3",
+    }
     for label, value in chosen.items():
         slide(page, label, value)
     page.get_by_label("Seed").fill("42")
@@ -167,8 +191,13 @@ def test_the_settings_of_the_page_reach_the_model(slow, visit):
     answered(page)
     asked = slow.last_answer()
     assert asked["settings"] == {
-        "temperature": 0.35, "top_p": 0.55, "top_k": 12, "max_new_tokens": 3, "repetition_penalty": 1.3, "seed": 42,
-    }  # fmt: skip
+        "temperature": 0.35,
+        "top_p": 0.55,
+        "top_k": 12,
+        "max_new_tokens": 3,
+        "repetition_penalty": 1.3,
+        "seed": 42,
+    }
     assert asked["history"][0] == {"role": "system", "content": "Answer in verse."}
     assert sorted(asked["sides"]) == ["base", "tuned"]
 
@@ -191,7 +220,11 @@ def test_a_closed_tab_ends_its_generation_within_a_token(slow, visit, browser):
 def test_html_is_inert_and_code_is_code(slow, visit):
     page = visit(slow.url)
     slide(page, "Max new tokens", "2")
-    say(page, "<script>alert(1)</script> <img src=http://evil.example/x onerror=alert(2)> **bold** `a <b>`")
+    say(
+        page,
+        "<script>alert(1)</script> <img src=http://evil.example/x onerror=alert(2)> **bold** `a "
+        "<b>`",
+    )
     answered(page, says=" 2 tokens")
     answer = page.locator("#left .bot").first
     assert "<script>alert(1)</script>" in answer.inner_text()
@@ -211,7 +244,11 @@ def test_a_blind_vote_is_revealed_written_and_summed(server, visit):
     page.get_by_role("button", name="Right is better").click()
     page.locator("#note").get_by_text("Voted").wait_for()
     vote = votes.read(server.ballot)[-1]
-    assert (vote["blind"], vote["vote"], vote["message"]) == (True, vote["order"][1], "Repeat the number 3 in words.")
+    assert (vote["blind"], vote["vote"], vote["message"]) == (
+        True,
+        vote["order"][1],
+        "Repeat the number 3 in words.",
+    )
     page.locator("#right small", has_text=f"{vote['order'][1]} · ").wait_for()
     page.get_by_role("row", name="first blind").wait_for()
     shot(page, "voted")
@@ -232,7 +269,9 @@ def test_another_run_a_broken_one_and_a_reload(server, visit):
     shot(page, "runs")
     page.get_by_role("tab", name="Results").click()
     page.locator(".tables img").first.wait_for()
-    assert page.evaluate("[...document.querySelectorAll('.tables img')].every(image => image.naturalWidth > 100)")
+    assert page.evaluate(
+        "[...document.querySelectorAll('.tables img')].every(image => image.naturalWidth > 100)"
+    )
     shot(page, "results")
     page.reload()
     page.locator("#facts").get_by_text("rank 16").wait_for()
@@ -255,7 +294,9 @@ def test_editing_copying_and_saving(slow, visit):
     answered(page)
     page.locator("#left .bot").last.hover()
     page.locator("#left").get_by_label("Copy").last.click()
-    assert waits_for(lambda: page.evaluate("navigator.clipboard.readText()").startswith("heard three word"))
+    assert waits_for(
+        lambda: page.evaluate("navigator.clipboard.readText()").startswith("heard three word")
+    )
     with page.expect_download() as download:
         page.get_by_role("button", name="Save").click()
     [turn] = json.loads(Path(download.value.path()).read_text())["turns"]

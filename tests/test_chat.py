@@ -64,9 +64,9 @@ def evaluated(finished):
 
     def answer(chat, history, side, tokens=24):
         with answering(model, side):
-            return Generator(model, chat._tokenizer, Sampling(tokens)).answers([prompt_ids(chat._tokenizer, history)])[
-                0
-            ]
+            return Generator(model, chat._tokenizer, Sampling(tokens)).answers(
+                [prompt_ids(chat._tokenizer, history)]
+            )[0]
 
     return answer
 
@@ -81,7 +81,8 @@ def texts(chat, history=QUESTION, sides=SIDES, settings=GREEDY):
 
 @contextmanager
 def written(chat, text=None, seconds=0.002):
-    """Every row writes `text` (bytes), or what it likes, a token in so many seconds, and each of them can be seen.
+    """Every row writes `text` (bytes), or what it likes, a token in so many seconds, and each of
+    them can be seen.
 
     Yields the list of its steps.
     """
@@ -124,7 +125,9 @@ def test_both_sides_in_one_batch_answer_as_the_evaluation_does(chat, evaluated, 
     assert last.texts["base"] != last.texts["tuned"]
 
 
-@pytest.mark.parametrize("settings", [GREEDY, Settings(max_new_tokens=24), Settings(3.0, 1.0, 0, 24, 1.3, 5)])
+@pytest.mark.parametrize(
+    "settings", [GREEDY, Settings(max_new_tokens=24), Settings(3.0, 1.0, 0, 24, 1.3, 5)]
+)
 def test_a_side_says_the_same_alone_and_beside_the_other(chat, settings):
     both = texts(chat, settings=settings)
     assert {side: texts(chat, sides=[side], settings=settings)[side] for side in SIDES} == both
@@ -153,7 +156,10 @@ def test_tokens_are_drawn_with_their_probabilities(chat):
         logits = chat._model(input_ids=prompt, adapter_names=["__base__"]).logits[0, -1]
     expected = (logits / 0.5).softmax(-1).max()
     best = chat._tokenizer.decode([int(logits.argmax())])
-    drawn = [texts(chat, sides=["base"], settings=Settings(0.5, 1.0, 0, 1, seed=seed))["base"] for seed in range(400)]
+    drawn = [
+        texts(chat, sides=["base"], settings=Settings(0.5, 1.0, 0, 1, seed=seed))["base"]
+        for seed in range(400)
+    ]
     assert best.strip()
     assert drawn.count(best) / 400 == pytest.approx(float(expected), abs=0.1)
 
@@ -167,14 +173,22 @@ def test_what_may_be_drawn_is_what_transformers_processors_keep(temperature, top
     processors += [TopKLogitsWarper(top_k)] if top_k else []
     processors += [TopPLogitsWarper(top_p)] if top_p < 1 else []
     logits, tokens = _Draw(Settings(temperature, top_p, top_k), 2, scores.device).kept(scores)
-    found = logits if tokens is None else torch.full_like(scores, -torch.inf).scatter(-1, tokens, logits)
+    found = (
+        logits
+        if tokens is None
+        else torch.full_like(scores, -torch.inf).scatter(-1, tokens, logits)
+    )
     assert torch.equal(found, processors(None, scores.clone()))
     assert found.isfinite().any(dim=-1).all()
 
 
-def test_the_models_own_defaults_and_padding_do_not_count(finished, tmp_path, base, chat, monkeypatch):
+def test_the_models_own_defaults_and_padding_do_not_count(
+    finished, tmp_path, base, chat, monkeypatch
+):
     model = AutoModelForCausalLM.from_pretrained(base)
-    model.generation_config.update(repetition_penalty=5.0, no_repeat_ngram_size=1, min_new_tokens=20)
+    model.generation_config.update(
+        repetition_penalty=5.0, no_repeat_ngram_size=1, min_new_tokens=20
+    )
     model.save_pretrained(tmp_path / "base")
     byte_tokenizer().save_pretrained(tmp_path / "base")
     folder = copy_of(finished[0], tmp_path / "run")
@@ -283,21 +297,29 @@ def test_half_a_character_is_never_shown(chat):
 
 def test_a_side_that_has_ended_stays_as_it_is(chat):
     free, kept = texts(chat), chat._turn
-    letter = max("abcdefghijklmnop", key=lambda x: abs(free["base"].find(x) - free["tuned"].find(x)))
-    chat._turn = kept._replace(end_tokens=byte_tokenizer()(letter, add_special_tokens=False)["input_ids"])
+    letter = max(
+        "abcdefghijklmnop", key=lambda x: abs(free["base"].find(x) - free["tuned"].find(x))
+    )
+    chat._turn = kept._replace(
+        end_tokens=byte_tokenizer()(letter, add_special_tokens=False)["input_ids"]
+    )
     try:
         last = pieces(chat)[-1]
     finally:
         chat._turn = kept
     assert last.texts == {side: text.partition(letter)[0].strip() for side, text in free.items()}
-    assert last.finished == {side: "stop" if letter in text else "length" for side, text in free.items()}
+    assert last.finished == {
+        side: "stop" if letter in text else "length" for side, text in free.items()
+    }
     assert last.tokens["base"] != last.tokens["tuned"]
 
 
 def test_the_history_goes_through_the_runs_template(chat, monkeypatch):
     seen = []
     original = chat._model.generate
-    monkeypatch.setattr(chat._model, "generate", lambda **given: (seen.append(given), original(**given))[1])
+    monkeypatch.setattr(
+        chat._model, "generate", lambda **given: (seen.append(given), original(**given))[1]
+    )
     pieces(chat, TALK)
     expected = prompt_ids(chat._tokenizer, TALK)
     assert seen[0]["input_ids"].tolist() == [expected, expected]
@@ -312,7 +334,9 @@ def test_fit_drops_the_oldest_whole_turns(chat):
     assert chat.fit(TALK, room) == (TALK, 0)
     assert chat.fit(TALK, room + 1) == ([TALK[0], TALK[3]], 1)
     assert chat.fit(TALK[1:], room + 50) == ([TALK[3]], 1)
-    talk = [{"role": role, "content": f"{turn}"} for turn in range(9) for role in ("user", "assistant")]
+    talk = [
+        {"role": role, "content": f"{turn}"} for turn in range(9) for role in ("user", "assistant")
+    ]
     kept, dropped = chat.fit([*talk, *QUESTION], 300)
     assert 0 < dropped < 9
     assert kept == [*talk[2 * dropped :], *QUESTION]
@@ -356,24 +380,35 @@ def test_a_run_that_cannot_be_loaded_is_refused_in_a_sentence(finished, tmp_path
         return message
 
     def rewrite(**facts):
-        return lambda folder: (folder / "run.json").write_text(json.dumps(finished_run(finished[0]) | facts))
+        return lambda folder: (folder / "run.json").write_text(
+            json.dumps(finished_run(finished[0]) | facts)
+        )
 
     weights, config = "adapter/adapter_model.safetensors", "adapter/adapter_config.json"
     recipe = finished_run(finished[0])["recipe"]
     assert "does not load" in broken("no_weights", lambda x: (x / weights).unlink())
-    assert "does not load" in broken("torn", lambda x: (x / weights).write_bytes((x / weights).read_bytes()[:999]))
+    assert "does not load" in broken(
+        "torn", lambda x: (x / weights).write_bytes((x / weights).read_bytes()[:999])
+    )
     assert "does not load" in broken("empty", lambda x: (x / weights).write_bytes(b""))
     assert "does not load" in broken("config", lambda x: (x / config).write_text("{"))
-    assert "holds no tokenizer" in broken("tokens", lambda x: (x / "adapter/tokenizer.json").unlink())
+    assert "holds no tokenizer" in broken(
+        "tokens", lambda x: (x / "adapter/tokenizer.json").unlink()
+    )
     assert "did not succeed" in broken("failed", rewrite(status="failed", reason="boom"))
     assert "line 1" in broken("json", lambda x: (x / "run.json").write_text("{"))
-    assert "cannot be loaded" in broken("base", rewrite(recipe=recipe | {"model_name_or_path": "nowhere/at_all"}))
+    assert "cannot be loaded" in broken(
+        "base", rewrite(recipe=recipe | {"model_name_or_path": "nowhere/at_all"})
+    )
     with pytest.raises(ValueError, match="no run directory"):
         Chat(tmp_path / "nowhere")
 
 
 def test_four_threads_get_each_its_own_answer(chat):
-    histories = [[{"role": "user", "content": f"Repeat the number {i} in words."}] for i in (3, 14, 159, 2653)]
+    histories = [
+        [{"role": "user", "content": f"Repeat the number {i} in words."}]
+        for i in (3, 14, 159, 2653)
+    ]
     sides = [("base",), ("tuned",), SIDES, ("tuned",)]
     alone = [texts(chat, *asked) for asked in zip(histories, sides, strict=True)]
     assert len({text for answer in alone for text in answer.values()}) > 2
@@ -410,8 +445,12 @@ def test_a_reply_that_waits_can_be_stopped_and_one_that_failed_hinders_none(chat
 def test_an_adapter_that_peft_cannot_mix_answers_one_side_after_the_other(finished, tmp_path, base):
     folder = copy_of(finished[0], tmp_path / "dora")
     torch.manual_seed(1)
-    config = LoraConfig(r=4, use_dora=True, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
-    get_peft_model(AutoModelForCausalLM.from_pretrained(base), config).save_pretrained(folder / "adapter")
+    config = LoraConfig(
+        r=4, use_dora=True, target_modules=["q_proj", "v_proj"], init_lora_weights=False
+    )
+    get_peft_model(AutoModelForCausalLM.from_pretrained(base), config).save_pretrained(
+        folder / "adapter"
+    )
     chat = Chat(folder)
     letters_alone(chat._model)
     found = pieces(chat)
@@ -419,7 +458,10 @@ def test_an_adapter_that_peft_cannot_mix_answers_one_side_after_the_other(finish
     for side in SIDES:
         with answering(model, side):
             generator = Generator(model, chat._tokenizer, Sampling(24))
-            assert found[-1].texts[side] == generator.answers([prompt_ids(chat._tokenizer, QUESTION)])[0].text
+            assert (
+                found[-1].texts[side]
+                == generator.answers([prompt_ids(chat._tokenizer, QUESTION)])[0].text
+            )
     assert found[-1].texts["base"] != found[-1].texts["tuned"]
     assert found[-1].finished == {"base": "length", "tuned": "length"}
     assert texts(chat, sides=["tuned"]) == {"tuned": found[-1].texts["tuned"]}
@@ -427,7 +469,9 @@ def test_an_adapter_that_peft_cannot_mix_answers_one_side_after_the_other(finish
 
 @pytest.mark.parametrize("width", [32, 64])
 def test_four_bits_answer_both_sides_or_are_refused(finished, tmp_path, base, width):
-    config = AutoConfig.from_pretrained(base, hidden_size=width, head_dim=width // 2, intermediate_size=64)
+    config = AutoConfig.from_pretrained(
+        base, hidden_size=width, head_dim=width // 2, intermediate_size=64
+    )
     torch.manual_seed(2)
     model = AutoModelForCausalLM.from_config(config)
     model.save_pretrained(tmp_path / "base")

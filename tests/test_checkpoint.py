@@ -1,4 +1,7 @@
-"""A checkpoint counts when all of it is there, bit by bit; what does not count is named, and nothing valid is lost."""
+"""A checkpoint counts when all of it is there, bit by bit.
+
+What does not count is named, and nothing valid is lost.
+"""
 
 import json
 import shutil
@@ -9,7 +12,15 @@ from torch.utils.tensorboard import SummaryWriter
 
 from sftlab.files import write_json
 from sftlab.runs import progress, tensorboard_curves
-from sftlab.runs.checkpoint_manifest import MANIFEST, in_order, newest_valid, remove, rotate, seal, verify
+from sftlab.runs.checkpoint_manifest import (
+    MANIFEST,
+    in_order,
+    newest_valid,
+    remove,
+    rotate,
+    seal,
+    verify,
+)
 
 
 def saved(run, step, sealed=True, needs=()):
@@ -19,7 +30,11 @@ def saved(run, step, sealed=True, needs=()):
     for name in ("adapter.safetensors", "optimizer.pt", "shards/0.distcp"):
         (folder / name).write_bytes(bytes([step % 256]) * 5000)
     if sealed:
-        seal(folder, {"step": step, "saved": 1.5, "must_match": {"recipe": {"learning_rate": 0.1}}}, needs)
+        seal(
+            folder,
+            {"step": step, "saved": 1.5, "must_match": {"recipe": {"learning_rate": 0.1}}},
+            needs,
+        )
     return folder
 
 
@@ -89,7 +104,10 @@ def test_one_without_the_best_model_that_it_needs_does_not_count(tmp_path):
     flipped(best / "optimizer.pt")
     found = newest_valid(tmp_path)
     assert found.folder == oldest
-    assert "checkpoint-9 needs checkpoint-6, the best model so far, but checkpoint-6/optimizer.pt" in found.set_aside[0]
+    assert (
+        "checkpoint-9 needs checkpoint-6, the best model so far, but checkpoint-6/optimizer.pt"
+        in found.set_aside[0]
+    )
 
 
 def test_only_one_that_was_cut_short_is_kept(tmp_path):
@@ -151,7 +169,10 @@ def logged(tmp_path):
 
 def read_curves(folder):
     events = EventAccumulator(str(folder)).Reload()
-    return {tag: [(e.step, round(e.value, 6)) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+    return {
+        tag: [(e.step, round(e.value, 6)) for e in events.Scalars(tag)]
+        for tag in events.Tags()["scalars"]
+    }
 
 
 def test_curves_are_cut_at_the_checkpoint(logged):
@@ -162,7 +183,13 @@ def test_curves_are_cut_at_the_checkpoint(logged):
     assert read_curves(folder) == {"train/loss": [(s, s / 10) for s in range(1, 6)]}
     events = EventAccumulator(str(folder)).Reload()
     assert "args/text_summary" in events.Tags()["tensors"]
-    assert [e.wall_time for e in events.Scalars("train/loss")] == [101.0, 102.0, 103.0, 104.0, 105.0]
+    assert [e.wall_time for e in events.Scalars("train/loss")] == [
+        101.0,
+        102.0,
+        103.0,
+        104.0,
+        105.0,
+    ]
 
 
 @pytest.mark.parametrize("fault", FAULTS)

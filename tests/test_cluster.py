@@ -1,4 +1,7 @@
-"""What sbatch does, on a real Slurm of two nodes: every ending in run.json and in Slurm, and no process left."""
+"""What sbatch does, on a real Slurm of two nodes:
+
+every ending in run.json and in Slurm, and no process left.
+"""
 
 import csv
 import shutil
@@ -11,7 +14,9 @@ import yaml
 from conftest import ROOT, load_script, read, short_fields
 from slurm_cluster import FOUND, SlurmCluster
 
-pytestmark = pytest.mark.skipif(None in FOUND.values(), reason="slurmctld and slurmd are not installed (slurm-wlm)")
+pytestmark = pytest.mark.skipif(
+    None in FOUND.values(), reason="slurmctld and slurmd are not installed (slurm-wlm)"
+)
 
 
 @pytest.fixture(scope="module")
@@ -36,12 +41,20 @@ def train(cluster, base, rows, tmp_path):
 
 
 def environment(cluster):
-    return {"PATH": f"{ROOT}/.venv/bin:{cluster.env['PATH']}", "HF_HUB_OFFLINE": "1", "OMP_WAIT_POLICY": "PASSIVE"}
+    return {
+        "PATH": f"{ROOT}/.venv/bin:{cluster.env['PATH']}",
+        "HF_HUB_OFFLINE": "1",
+        "OMP_WAIT_POLICY": "PASSIVE",
+    }
 
 
 def left_over(folder):
     """Processes that still work for this run."""
-    return [p.pid for p in psutil.process_iter(["cmdline"]) if str(folder) in " ".join(p.info["cmdline"] or [])]
+    return [
+        p.pid
+        for p in psutil.process_iter(["cmdline"])
+        if str(folder) in " ".join(p.info["cmdline"] or [])
+    ]
 
 
 def begun(run):
@@ -53,13 +66,19 @@ def workers(run):
     """The training processes of a run."""
     every = psutil.process_iter(["cmdline"])
     words = ((p, p.info["cmdline"] or []) for p in every)
-    return [p for p, line in words if "recipes/sft.py" in line and f"--output_dir={run}" in line and "-u" in line]
+    return [
+        p
+        for p, line in words
+        if "recipes/sft.py" in line and f"--output_dir={run}" in line and "-u" in line
+    ]
 
 
 def ended(cluster, job, run, status, *states):
     """The job and the run ended so, and nothing of them is left."""
     state = cluster.wait(job, seconds=180)
-    assert (state, read(run)["status"]) == (states[0], status), (run.parent / f"log-{job}").read_text()[-3000:]
+    assert (state, read(run)["status"]) == (states[0], status), (
+        run.parent / f"log-{job}"
+    ).read_text()[-3000:]
     cluster.wait_until(lambda: len(left_over(run)), 0, seconds=60)
 
 
@@ -81,7 +100,10 @@ def test_before_its_time_limit_a_job_saves_and_goes_on_by_itself(cluster, train)
     ended(cluster, job, run, "succeeded", "COMPLETED")
     (stop,) = read(run)["interruptions"]
     assert "signal 15 at step" in stop["reason"]
-    assert cluster.run("scontrol", "-o", "show", "job", job).partition("Restarts=")[2].split()[0] == "1"
+    assert (
+        cluster.run("scontrol", "-o", "show", "job", job).partition("Restarts=")[2].split()[0]
+        == "1"
+    )
 
 
 def test_a_cancelled_job_ends_interrupted_and_stays_so(cluster, train):
@@ -89,7 +111,11 @@ def test_a_cancelled_job_ends_interrupted_and_stays_so(cluster, train):
     begun(run)
     cluster.run("scancel", job)
     ended(cluster, job, run, "interrupted", "CANCELLED")
-    assert cluster.run("squeue", "-h", "-j", job, "-o", "%T").strip() in ("", "CANCELLED", "COMPLETING")
+    assert cluster.run("squeue", "-h", "-j", job, "-o", "%T").strip() in (
+        "",
+        "CANCELLED",
+        "COMPLETING",
+    )
 
 
 @pytest.mark.cluster
@@ -159,7 +185,10 @@ def test_a_killed_launcher_leaves_no_worker_behind(cluster, train):
 def test_a_full_disk_fails_the_job(cluster, train, tmp_path):
     run = tmp_path / "run"
     run.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=400k", "none", str(run)]).returncode == 0
+    mounted = (
+        subprocess.run(["mount", "-t", "tmpfs", "-o", "size=400k", "none", str(run)]).returncode
+        == 0
+    )
     if not mounted:
         pytest.skip("mounting a small file system needs root")
     try:
@@ -177,13 +206,29 @@ def test_a_full_disk_fails_the_job(cluster, train, tmp_path):
 @pytest.mark.cluster
 def test_a_study_is_an_array_with_tables_at_its_end(cluster, base, rows, tmp_path):
     fields = {k: v for k, v in short_fields(base, rows, tmp_path).items() if k != "output_dir"}
-    content = {"recipe": "recipes/demo/attn_r16.yaml", "launch": "cpu", "axis": ["lora_r"], "fields": fields}
+    content = {
+        "recipe": "recipes/demo/attn_r16.yaml",
+        "launch": "cpu",
+        "axis": ["lora_r"],
+        "fields": fields,
+    }
     content["cells"] = {"r2": {"lora_r": 2, "lora_alpha": 4}, "r4": {"lora_r": 4, "lora_alpha": 8}}
     (tmp_path / "small.yaml").write_text(yaml.safe_dump(content), encoding="utf-8")
-    words = [str(tmp_path / "small.yaml"), "--runs", str(tmp_path / "runs"), "--out", str(tmp_path / "out")]
+    words = [
+        str(tmp_path / "small.yaml"),
+        "--runs",
+        str(tmp_path / "runs"),
+        "--out",
+        str(tmp_path / "out"),
+    ]
     log = f"--output={tmp_path}/log-%A_%a"
     job = cluster.submit(
-        log, "slurm/study.sbatch", *words, cwd=ROOT, **environment(cluster), SBATCH_OUTPUT=f"{tmp_path}/log-%A_%a"
+        log,
+        "slurm/study.sbatch",
+        *words,
+        cwd=ROOT,
+        **environment(cluster),
+        SBATCH_OUTPUT=f"{tmp_path}/log-%A_%a",
     )
     assert cluster.wait(job) == "COMPLETED"
     cluster.wait_until(lambda: cluster.run("squeue", "-h", "-o", "%i"), "", seconds=180)
@@ -196,10 +241,17 @@ def test_a_study_is_an_array_with_tables_at_its_end(cluster, base, rows, tmp_pat
 
 def test_a_studys_jobs_get_what_was_asked_for_it(monkeypatch):
     job = load_script("slurm/job.py")
-    asked = {"JOB_PARTITION": "long", "JOB_ACCOUNT": "lab", "JOB_QOS": "(null)", "MEM_PER_NODE": "4096"}
+    asked = {
+        "JOB_PARTITION": "long",
+        "JOB_ACCOUNT": "lab",
+        "JOB_QOS": "(null)",
+        "MEM_PER_NODE": "4096",
+    }
     for name, value in asked.items():
         monkeypatch.setenv(f"SLURM_{name}", value)
-    monkeypatch.setattr(job, "job_fact", {"TimeLimit": "02:00:00", "TresPerNode": "gres/gpu:h200:2"}.get)
+    monkeypatch.setattr(
+        job, "job_fact", {"TimeLimit": "02:00:00", "TresPerNode": "gres/gpu:h200:2"}.get
+    )
     assert job.same_place() == ["--time=02:00:00", "--partition=long", "--account=lab"]
     assert job.same_resources() == ["--mem=4096", "--gres=gpu:h200:2"]
     monkeypatch.setenv("SLURM_GPUS_PER_NODE", "2")
@@ -209,17 +261,25 @@ def test_a_studys_jobs_get_what_was_asked_for_it(monkeypatch):
 def test_what_slurm_refuses_is_refused_before_anything_runs(cluster, train):
     with pytest.raises(RuntimeError, match="invalid partition"):
         train("--partition=nowhere")
-    with pytest.raises(RuntimeError, match=r"Requested node configuration|Invalid generic resource"):
+    with pytest.raises(
+        RuntimeError, match=r"Requested node configuration|Invalid generic resource"
+    ):
         train("--gpus-per-node=3")
 
 
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["train", "recipes/none.yaml", "accelerate_configs/cpu.yaml"], "recipe recipes/none.yaml not found"),
+        (
+            ["train", "recipes/none.yaml", "accelerate_configs/cpu.yaml"],
+            "recipe recipes/none.yaml not found",
+        ),
         (["train", "recipes/demo/attn_r16.yaml", "none.yaml"], "launch config none.yaml not found"),
         (["train", "recipes/demo/attn_r16.yaml"], "usage: sbatch slurm/train.sbatch"),
-        (["train", "recipes/demo/attn_r16.yaml", "accelerate_configs/ddp.yaml"], "needs GPUs and the job has none"),
+        (
+            ["train", "recipes/demo/attn_r16.yaml", "accelerate_configs/ddp.yaml"],
+            "needs GPUs and the job has none",
+        ),
         ([], "the sbatch files beside this one start it"),
         (["evaluate", "runs/none"], "runs/none is no run directory"),
         (["study", "recipes/studies/none.yaml"], "none.yaml"),
@@ -236,7 +296,10 @@ def test_a_mistake_is_one_sentence(words, said, capfd, monkeypatch):
 
 def test_processes_follow_the_allocation(monkeypatch):
     job = load_script("slurm/job.py")
-    gpu, cpu = {"distributed_type": "MULTI_GPU", "num_processes": 2}, {"gpu_ids": "-1,-1", "num_processes": 1}
+    gpu, cpu = (
+        {"distributed_type": "MULTI_GPU", "num_processes": 2},
+        {"gpu_ids": "-1,-1", "num_processes": 1},
+    )
     monkeypatch.setenv("SLURM_GPUS_ON_NODE", "4")
     assert (job.processes_a_node(gpu), job.processes_a_node(cpu)) == (4, 1)
     monkeypatch.setenv("SLURM_NTASKS_PER_NODE", "3")

@@ -28,8 +28,13 @@ def processes(count, strategy="ddp"):
 
 def test_the_command_line_beats_the_recipe(fields):
     assert parsed(fields).model.lora_r == 16
-    assert parsed(fields, "--lora_r", "4", "--lora_target_modules", "q_proj", "k_proj").model.lora_r == 4
-    assert parsed(fields, "--lora_target_modules", "q_proj", "k_proj").model.lora_target_modules == ["q_proj", "k_proj"]
+    assert (
+        parsed(fields, "--lora_r", "4", "--lora_target_modules", "q_proj", "k_proj").model.lora_r
+        == 4
+    )
+    assert parsed(
+        fields, "--lora_target_modules", "q_proj", "k_proj"
+    ).model.lora_target_modules == ["q_proj", "k_proj"]
 
 
 def test_one_target_is_a_list_of_one_and_a_pattern_stays_a_pattern(fields):
@@ -41,8 +46,10 @@ def test_one_target_is_a_list_of_one_and_a_pattern_stays_a_pattern(fields):
 def test_every_yaml_value_arrives_with_its_type(fields, tmp_path):
     path = tmp_path / "r.yaml"
     path.write_text(
-        "learning_rate: 1e-4\npacking: true\nmodel_init_kwargs: {num_hidden_layers: 1}\nwarmup_steps: null\n"
-        "split_fractions: [0.5, 0.25, 0.25]\nmodel_name_or_path: a\ndataset_name: b\noutput_dir: c\n"
+        "learning_rate: 1e-4\npacking: true\nmodel_init_kwargs: {num_hidden_layers: "
+        "1}\nwarmup_steps: null\n"
+        "split_fractions: [0.5, 0.25, 0.25]\nmodel_name_or_path: a\ndataset_name: b\noutput_dir: "
+        "c\n"
         "lora_target_modules: [q_proj, v_proj]\n"
     )
     recipe = parse_recipe(["--config", str(path)], Launch.from_environment())
@@ -57,7 +64,12 @@ def test_a_max_length_of_null_is_no_limit(fields, tmp_path):
     path = tmp_path / "r.yaml"
     path.write_text(f"{(ROOT / 'recipes/demo/attn_r16.yaml').read_text()}\nmax_length: null\n")
     for extra, limit in (([], None), (["--max_length", "8"], 8)):
-        assert parse_recipe(["--config", str(path), *extra], Launch.from_environment()).training.max_length == limit
+        assert (
+            parse_recipe(
+                ["--config", str(path), *extra], Launch.from_environment()
+            ).training.max_length
+            == limit
+        )
 
 
 @pytest.mark.parametrize(
@@ -78,9 +90,15 @@ def test_a_max_length_of_null_is_no_limit(fields, tmp_path):
         ),
         (["--fsdp", "full_shard"], "fsdp is not used here"),
         (["--resume_from_checkpoint", "x"], "resume_from_checkpoint is not used here"),
-        (["--save_only_model", "true"], "save_only_model is not used here: a checkpoint without the optimizer"),
+        (
+            ["--save_only_model", "true"],
+            "save_only_model is not used here: a checkpoint without the optimizer",
+        ),
         (["--ignore_data_skip", "true"], "ignore_data_skip is not used here"),
-        (["--full_determinism", "true"], "full_determinism is not used here: deterministic does it"),
+        (
+            ["--full_determinism", "true"],
+            "full_determinism is not used here: deterministic does it",
+        ),
         (["--dataset_streaming"], None),
         (["stray"], "cannot read 'stray'"),
         (["--gradient_accumulation_steps", "3"], "contradict each other"),
@@ -125,9 +143,18 @@ def test_missing_targets_and_missing_names_are_refused(tmp_path):
 
 @pytest.mark.parametrize(
     ("total", "per_device", "world", "micro", "accumulation"),
-    [(16, 16, 1, 16, 1), (16, 16, 2, 8, 1), (16, 4, 2, 4, 2), (32, 4, 8, 4, 1), (32, 4, 1, 4, 8), (0, 4, 2, 4, 1)],
+    [
+        (16, 16, 1, 16, 1),
+        (16, 16, 2, 8, 1),
+        (16, 4, 2, 4, 2),
+        (32, 4, 8, 4, 1),
+        (32, 4, 1, 4, 8),
+        (0, 4, 2, 4, 1),
+    ],
 )
-def test_the_global_batch_is_the_same_under_every_world_size(fields, total, per_device, world, micro, accumulation):
+def test_the_global_batch_is_the_same_under_every_world_size(
+    fields, total, per_device, world, micro, accumulation
+):
     fields |= {"global_batch_size": str(total), "per_device_train_batch_size": str(per_device)}
     recipe = parsed(fields, launch=processes(world))
     assert recipe.training.per_device_train_batch_size == micro
@@ -153,7 +180,9 @@ def test_a_global_batch_that_does_not_divide_is_refused(fields):
 def test_fp8_refuses_weights_that_it_cannot_round(fields, monkeypatch, asked, why):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "-1")
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp8")
-    with pytest.raises(ValueError, match=f"fp8 rounds the frozen weights, and .*{why}.*: launch with bf16.yaml"):
+    with pytest.raises(
+        ValueError, match=f"fp8 rounds the frozen weights, and .*{why}.*: launch with bf16.yaml"
+    ):
         parsed(fields, asked)
 
 
@@ -169,7 +198,12 @@ def test_fp8_refuses_weights_that_one_process_reads_for_all(fields, monkeypatch)
 
 def test_the_launch_config_decides_the_precision(fields, monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "-1")
-    for asked, dtype in (("no", "float32"), ("bf16", "bfloat16"), ("fp16", "float16"), ("fp8", "bfloat16")):
+    for asked, dtype in (
+        ("no", "float32"),
+        ("bf16", "bfloat16"),
+        ("fp16", "float16"),
+        ("fp8", "bfloat16"),
+    ):
         monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", asked)
         recipe = parsed(fields)
         assert recipe.training.mixed_precision == asked
@@ -207,7 +241,9 @@ def test_a_recipe_says_what_its_name_says(path, monkeypatch):
     assert settings["lora_r"] == int(rank)
     assert settings["lora_target_modules"] == TARGETS[targets]
     assert settings["output_dir"] == f"runs/{path.parent.name}-{path.stem}"
-    assert re.search(rf"# +accelerate launch .*--config recipes/{path.parent.name}/{path.stem}.yaml", text)
+    assert re.search(
+        rf"# +accelerate launch .*--config recipes/{path.parent.name}/{path.stem}.yaml", text
+    )
     assert len(text.splitlines()) < 60
     launch = Launch("bf16", "ddp", 2, 2, True, {})
     parse_recipe(["--config", str(path)], launch)

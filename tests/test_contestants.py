@@ -1,4 +1,7 @@
-"""Base and tuned as they answer a judge's questions: kept answers, drawn ones, prompts without room."""
+"""Base and tuned as they answer a judge's questions:
+
+kept answers, drawn ones, prompts without room.
+"""
 
 import pytest
 from conftest import read
@@ -15,12 +18,17 @@ ASKED = [[{"role": "user", "content": f"Question {i}{'!' * (7 * i)}"}] for i in 
 def test_each_model_answers_as_itself_and_only_once(run, monkeypatch):
     two, sampling = Contestants(run, read(run), 2), Sampling(8)
     assert "model" not in vars(two)
-    found = {side: two.answers(side, [*ASKED, ASKED[0]], sampling, "answers") for side in ("base", "tuned")}
+    found = {
+        side: two.answers(side, [*ASKED, ASKED[0]], sampling, "answers")
+        for side in ("base", "tuned")
+    }
     model = load_pair(run, read(run))
     for side, answers in found.items():
         with answering(model, side):
             alone = Generator(model, two.tokenizer, sampling)
-            assert answers == [alone.answers([prompt_ids(two.tokenizer, one)])[0] for one in [*ASKED, ASKED[0]]]
+            assert answers == [
+                alone.answers([prompt_ids(two.tokenizer, one)])[0] for one in [*ASKED, ASKED[0]]
+            ]
     assert found["base"] != found["tuned"]
     two.free()
     monkeypatch.setattr(module, "load_pair", lambda *_: pytest.fail("loaded again"))

@@ -1,4 +1,7 @@
-"""What is interrupted goes on as if nothing had happened: signals, kills, a full disk; and says what it cost."""
+"""What is interrupted goes on as if nothing had happened: signals, kills, a full disk.
+
+And says what it cost.
+"""
 
 import errno
 import os
@@ -30,15 +33,23 @@ from sftlab.training.verification import what_ran
 
 
 def scalars(run, tag="train/loss"):
-    return [(e.step, e.value) for e in EventAccumulator(str(run / "tensorboard")).Reload().Scalars(tag)]
+    return [
+        (e.step, e.value) for e in EventAccumulator(str(run / "tensorboard")).Reload().Scalars(tag)
+    ]
 
 
 def stopped_after(fields, step, number=signal.SIGTERM, whom="worker", config="cpu"):
-    """Start, signal the training process (or its launcher, or all as Ctrl-C does) at a step, wait for the end."""
+    """Start, signal the training process (or its launcher, or all as Ctrl-C does) at a step, wait
+    for the end.
+    """
     process = subprocess.Popen(
-        launch_command(config, {**fields, "disable_tqdm": "true"}), cwd=ROOT, stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT, text=True, start_new_session=True,
-    )  # fmt: skip
+        launch_command(config, {**fields, "disable_tqdm": "true"}),
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
     seen, output = 0, []
     for line in process.stdout:
         output.append(line)
@@ -54,11 +65,18 @@ def stopped_after(fields, step, number=signal.SIGTERM, whom="worker", config="cp
     return process.returncode, "".join(output)
 
 
-STOPS = [("worker", signal.SIGTERM), ("worker", signal.SIGUSR1), ("launcher", signal.SIGTERM), ("group", signal.SIGINT)]
+STOPS = [
+    ("worker", signal.SIGTERM),
+    ("worker", signal.SIGUSR1),
+    ("launcher", signal.SIGTERM),
+    ("group", signal.SIGINT),
+]
 
 
 @pytest.mark.parametrize(("whom", "number"), STOPS)
-def test_a_stopped_run_is_interrupted_and_continues_bit_for_bit(finished, tmp_path, trained_here, whom, number):
+def test_a_stopped_run_is_interrupted_and_continues_bit_for_bit(
+    finished, tmp_path, trained_here, whom, number
+):
     _, fields, _ = finished
     own = {**fields, "output_dir": str(tmp_path / "run"), "max_steps": "60", "save_strategy": "no"}
     code, output = stopped_after(own, 4, number, whom)
@@ -74,7 +92,11 @@ def test_a_stopped_run_is_interrupted_and_continues_bit_for_bit(finished, tmp_pa
     record = read(own["output_dir"])
     assert record["status"] == "succeeded"
     (stop,) = record["interruptions"]
-    assert (stop["status"], stop["steps_done_again"], stop["seconds_done_again"]) == ("interrupted", 0, 0.0)
+    assert (stop["status"], stop["steps_done_again"], stop["seconds_done_again"]) == (
+        "interrupted",
+        0,
+        0.0,
+    )
     assert stop["stopped_seconds"] > 0
     assert adapter_hash(own["output_dir"]) == adapter_hash(tmp_path / "whole")
     whole = read(tmp_path / "whole")
@@ -85,9 +107,17 @@ def test_a_stopped_run_is_interrupted_and_continues_bit_for_bit(finished, tmp_pa
     assert len(scalars(tmp_path / "run", "train/train_loss")) == 1
 
 
-def test_a_crashed_run_says_where_continues_from_its_checkpoint_and_says_what_it_cost(finished, tmp_path, trained_here):
+def test_a_crashed_run_says_where_continues_from_its_checkpoint_and_says_what_it_cost(
+    finished, tmp_path, trained_here
+):
     _folder, fields, _ = finished
-    own = {**fields, "output_dir": str(tmp_path / "run"), "max_steps": "40", "logging_steps": "2", "save_steps": "9"}
+    own = {
+        **fields,
+        "output_dir": str(tmp_path / "run"),
+        "max_steps": "40",
+        "logging_steps": "2",
+        "save_steps": "9",
+    }
     _, output = stopped_after(own, 8, signal.SIGSEGV)
     assert "Segmentation fault" in output and re.search(r"sft.py\W+ line \d+ in train\b", output)
     assert read(own["output_dir"])["status"] == "running"
@@ -101,7 +131,10 @@ def test_a_crashed_run_says_where_continues_from_its_checkpoint_and_says_what_it
     assert record["measured"]["train_seconds"] > record["measured"]["timed_seconds"]
     assert [step for step, _ in scalars(tmp_path / "run")] == list(range(2, 41, 2))
     assert record["measured"]["checkpoints"]["mb"] > 0.05
-    assert [folder.name for folder in in_order(tmp_path / "run")] == ["checkpoint-36", "checkpoint-40"]
+    assert [folder.name for folder in in_order(tmp_path / "run")] == [
+        "checkpoint-36",
+        "checkpoint-40",
+    ]
     assert not list((tmp_path / "run").rglob("training_args.bin"))
 
 
@@ -123,9 +156,22 @@ def told_to_stop(monkeypatch):
     return at
 
 
-def test_a_stop_is_saved_where_only_better_models_are(fields, tmp_path, told_to_stop, train_here, trained_here):
-    best = {"save_strategy": "best", "metric_for_best_model": "eval_loss", "greater_is_better": "false"}
-    own = {**fields, **best, "max_steps": "6", "eval_strategy": "steps", "eval_steps": "2", "learning_rate": "0"}
+def test_a_stop_is_saved_where_only_better_models_are(
+    fields, tmp_path, told_to_stop, train_here, trained_here
+):
+    best = {
+        "save_strategy": "best",
+        "metric_for_best_model": "eval_loss",
+        "greater_is_better": "false",
+    }
+    own = {
+        **fields,
+        **best,
+        "max_steps": "6",
+        "eval_strategy": "steps",
+        "eval_steps": "2",
+        "learning_rate": "0",
+    }
     told_to_stop(4)
     assert train_here(own).returncode
     assert read(tmp_path / "run")["status"] == "interrupted"
@@ -144,9 +190,15 @@ def test_a_stop_in_the_last_step_of_an_epoch_keeps_what_the_epoch_ends_with(
     fields, rows, tmp_path, told_to_stop, train_here, trained_here
 ):
     own = {
-        **fields, "num_train_epochs": "2", "max_steps": "-1", "lora_dropout": "0.1", "eval_on_start": "true",
-        "eval_strategy": "epoch", "logging_strategy": "epoch", "save_steps": "100",
-    }  # fmt: skip
+        **fields,
+        "num_train_epochs": "2",
+        "max_steps": "-1",
+        "lora_dropout": "0.1",
+        "eval_on_start": "true",
+        "eval_strategy": "epoch",
+        "logging_strategy": "epoch",
+        "save_steps": "100",
+    }
     trained_here({**own, "output_dir": str(tmp_path / "whole")})
     whole = read(tmp_path / "whole")["measured"]
     told_to_stop(whole["global_step"] // 2)
@@ -186,14 +238,17 @@ class Room:
     def __init__(self, monkeypatch, left):
         self.left = left
         monkeypatch.setattr(
-            "sftlab.training.checkpointing.shutil.disk_usage", lambda path: SimpleNamespace(free=self.left)
+            "sftlab.training.checkpointing.shutil.disk_usage",
+            lambda path: SimpleNamespace(free=self.left),
         )
 
 
 def test_a_disk_too_small_for_one_checkpoint_is_refused_before_the_first_step(fields, monkeypatch):
     trainer = build(fields)
     Room(monkeypatch, 1000)
-    with pytest.raises(NoRoom, match=r"a checkpoint needs 1\.\d MB and .* has 0\.0 MB left") as caught:
+    with pytest.raises(
+        NoRoom, match=r"a checkpoint needs 1\.\d MB and .* has 0\.0 MB left"
+    ) as caught:
         trainer.resume.check_room()
     assert is_full(caught.value)
 
@@ -225,10 +280,15 @@ def test_older_checkpoints_give_way_where_the_recipe_lets_them(fields, monkeypat
     )
     train(trainer)
     assert trainer.resume.skipped == []
-    assert [folder.name for folder in in_order(trainer.resume.folder)] == ["checkpoint-6", "checkpoint-9"]
+    assert [folder.name for folder in in_order(trainer.resume.folder)] == [
+        "checkpoint-6",
+        "checkpoint-9",
+    ]
 
 
-def test_a_disk_that_runs_full_in_the_middle_of_saving_leaves_the_last_checkpoint(fields, monkeypatch):
+def test_a_disk_that_runs_full_in_the_middle_of_saving_leaves_the_last_checkpoint(
+    fields, monkeypatch
+):
     trainer = build(fields, max_steps=9)
     added_up = trainer.resume._added_up
 
@@ -239,12 +299,17 @@ def test_a_disk_that_runs_full_in_the_middle_of_saving_leaves_the_last_checkpoin
 
     trainer.resume._added_up = full
     train(trainer)
-    assert [folder.name for folder in in_order(trainer.resume.folder)] == ["checkpoint-3", "checkpoint-9"]
+    assert [folder.name for folder in in_order(trainer.resume.folder)] == [
+        "checkpoint-3",
+        "checkpoint-9",
+    ]
     assert [skip.split(":")[0] for skip in trainer.resume.skipped] == ["step 6"]
     verify(trainer.resume.folder / "checkpoint-9")
 
 
-def test_the_last_valid_checkpoint_outlives_a_kill_at_any_point_of_saving_the_next(fields, monkeypatch):
+def test_the_last_valid_checkpoint_outlives_a_kill_at_any_point_of_saving_the_next(
+    fields, monkeypatch
+):
     trainer = build(fields, max_steps=6, save_total_limit=1)
 
     def sealing(*args):
@@ -264,13 +329,20 @@ def test_a_run_killed_after_its_last_step_takes_no_step_more(fields):
     again = build(fields, overwrite="true")
     again.train(resume_from_checkpoint=f"{fields['output_dir']}/checkpoint-6")
     assert again.state.global_step == 6
-    for (name, parameter), other in zip(first.model.named_parameters(), again.model.parameters(), strict=True):
+    for (name, parameter), other in zip(
+        first.model.named_parameters(), again.model.parameters(), strict=True
+    ):
         assert torch.equal(parameter, other), name
     assert again.observed == first.observed
 
 
 def test_a_stream_that_has_begun_again_goes_on_where_it_was(fields):
-    more = {"dataset_streaming": "true", "streaming_eval_rows": 10, "max_steps": 30, "save_steps": 25}
+    more = {
+        "dataset_streaming": "true",
+        "streaming_eval_rows": 10,
+        "max_steps": 30,
+        "save_steps": 25,
+    }
     whole = build(fields, **more)
     losses = [e["loss"] for e in train(whole)]
     assert whole.state.epoch > 1, "the stream has begun again"
@@ -280,10 +352,18 @@ def test_a_stream_that_has_begun_again_goes_on_where_it_was(fields):
 
 
 def test_a_stream_whose_pass_ends_within_a_step_leaves_those_rows(fields):
-    streamed = {"dataset_streaming": "true", "streaming_eval_rows": 10, "max_steps": 30, "lora_dropout": 0}
+    streamed = {
+        "dataset_streaming": "true",
+        "streaming_eval_rows": 10,
+        "max_steps": 30,
+        "lora_dropout": 0,
+    }
     losses = []
     for micro in (8, 2):
-        trainer = build({**fields, "global_batch_size": "8", "per_device_train_batch_size": str(micro)}, **streamed)
+        trainer = build(
+            {**fields, "global_batch_size": "8", "per_device_train_batch_size": str(micro)},
+            **streamed,
+        )
         losses.append([entry["loss"] for entry in train(trainer)])
         assert trainer.state.epoch > 1, "the stream has begun again"
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
@@ -292,16 +372,27 @@ def test_a_stream_whose_pass_ends_within_a_step_leaves_those_rows(fields):
 def test_a_stream_of_fewer_rows_than_a_step_takes_fails(fields, tmp_path, train_here):
     own = {"dataset_streaming": "true", "streaming_eval_rows": "10", "global_batch_size": "2000"}
     done = train_here({**fields, **own, "per_device_train_batch_size": "2000"})
-    assert "the training ended at step 0 of 6: a pass over the stream has no 2000 rows" in done.stderr
+    assert (
+        "the training ended at step 0 of 6: a pass over the stream has no 2000 rows" in done.stderr
+    )
     assert read(tmp_path / "run")["status"] == "failed"
 
 
 def without_times(history):
-    return [{k: v for k, v in entry.items() if not k.endswith(("runtime", "_per_second"))} for entry in history]
+    return [
+        {k: v for k, v in entry.items() if not k.endswith(("runtime", "_per_second"))}
+        for entry in history
+    ]
 
 
 def test_what_adds_up_between_logs_goes_on(fields):
-    more = {"logging_steps": 4, "save_steps": 6, "max_steps": 18, "lora_dropout": 0.1, "save_total_limit": 5}
+    more = {
+        "logging_steps": 4,
+        "save_steps": 6,
+        "max_steps": 18,
+        "lora_dropout": 0.1,
+        "save_total_limit": 5,
+    }
     whole = build(fields, **more)
     expected = whole.train()
     again = build(fields, **more, overwrite="true")
@@ -309,7 +400,9 @@ def test_what_adds_up_between_logs_goes_on(fields):
     assert found.training_loss == expected.training_loss
     assert without_times(again.state.log_history) == without_times(whole.state.log_history)
     this_start = time.perf_counter() - again.resume._began
-    assert again.resume.seconds == pytest.approx(again.resume.earlier["train_seconds"] + this_start, abs=0.01)
+    assert again.resume.seconds == pytest.approx(
+        again.resume.earlier["train_seconds"] + this_start, abs=0.01
+    )
     assert again.resume.earlier["train_seconds"] > 0.02
     timed = again.meter.facts(again.flops)["timed_steps"]
     assert timed == 2 + 9, "both starts, each without its warm-up"
@@ -333,7 +426,12 @@ def test_deterministic_training_says_so_and_trains(fields, monkeypatch):
 
 @pytest.mark.parametrize(
     ("processes", "on_a_cpu", "more", "looked_for"),
-    [(2, True, {}, False), (3, True, {}, True), (3, False, {}, False), (3, False, {"deterministic": "true"}, True)],
+    [
+        (2, True, {}, False),
+        (3, True, {}, True),
+        (3, False, {}, False),
+        (3, False, {"deterministic": "true"}, True),
+    ],
 )
 def test_sums_over_three_processes_keep_their_order(fields, processes, on_a_cpu, more, looked_for):
     launch = Launch("fp32", "ddp", processes, processes, on_a_cpu, {})
@@ -372,7 +470,10 @@ def test_one_of_several_ranks_does_not_leave_before_the_others_know(handlers, mo
     monkeypatch.setattr("sftlab.training.stop_on_signal.dist.get_world_size", lambda: 2)
     monkeypatch.setattr("sftlab.training.stop_on_signal.dist.new_group", lambda backend: "all")
     told = []
-    monkeypatch.setattr("sftlab.training.stop_on_signal.dist.all_reduce", lambda flag, **kwargs: told.append(int(flag)))
+    monkeypatch.setattr(
+        "sftlab.training.stop_on_signal.dist.all_reduce",
+        lambda flag, **kwargs: told.append(int(flag)),
+    )
     with pytest.raises(Stopped, match="signal 15"):
         stop.on_train_begin(None, None, None)
     assert told == [signal.SIGTERM]

@@ -1,4 +1,7 @@
-"""Data sets of every shape become the same rows; splits hold for every subset; bad data are refused in a sentence."""
+"""Data sets of every shape become the same rows; splits hold for every subset.
+
+Bad data are refused in a sentence.
+"""
 
 import json
 
@@ -15,14 +18,23 @@ SHAPED = {
     "dolly": {"instruction": QUESTION, "context": "", "response": ANSWER, "category": "open_qa"},
     "alpaca": {"instruction": QUESTION, "input": "", "output": ANSWER},
     "gsm8k": {"question": QUESTION, "answer": ANSWER},
-    "sharegpt": {"conversations": [{"from": "human", "value": QUESTION}, {"from": "gpt", "value": ANSWER}]},
-    "messages": {"messages": [{"role": "user", "content": QUESTION}, {"role": "assistant", "content": ANSWER}]},
+    "sharegpt": {
+        "conversations": [{"from": "human", "value": QUESTION}, {"from": "gpt", "value": ANSWER}]
+    },
+    "messages": {
+        "messages": [
+            {"role": "user", "content": QUESTION},
+            {"role": "assistant", "content": ANSWER},
+        ]
+    },
     "prompt_completion": {"prompt": QUESTION, "completion": ANSWER},
 }
 
 
 def load(path, **fields):
-    return load_splits(DataArguments(dataset_name=str(path), **{"split_fractions": [1.0, 0.0, 0.0], **fields}))
+    return load_splits(
+        DataArguments(dataset_name=str(path), **{"split_fractions": [1.0, 0.0, 0.0], **fields})
+    )
 
 
 def all_rows(splits):
@@ -58,7 +70,9 @@ def test_every_file_type_gives_the_same_rows(suffix, tmp_path):
         table = pa.table({k: [r[k] for r in rows] for k in rows[0]})
         with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, table.schema) as writer:
             writer.write_table(table)
-    reference = load(write_jsonl(tmp_path / "reference.jsonl", rows), split_fractions=[0.8, 0.1, 0.1])
+    reference = load(
+        write_jsonl(tmp_path / "reference.jsonl", rows), split_fractions=[0.8, 0.1, 0.1]
+    )
     splits = load(path, split_fractions=[0.8, 0.1, 0.1])
     for name in SPLITS:
         assert splits.facts[name] == reference.facts[name]
@@ -68,7 +82,9 @@ def test_every_file_type_gives_the_same_rows(suffix, tmp_path):
 def test_words_that_pandas_reads_as_nothing_are_text_in_a_csv_file(streaming, tmp_path):
     words = ["None", "NA", "null", "nan", "NULL", ""]
     path = tmp_path / "rows.csv"
-    pd.DataFrame([{"instruction": f"Which {word}?", "response": word} for word in words]).to_csv(path, index=False)
+    pd.DataFrame([{"instruction": f"Which {word}?", "response": word} for word in words]).to_csv(
+        path, index=False
+    )
     rows = load(path, dataset_streaming=streaming).train
     assert [row["completion"][0]["content"] for row in rows] == words[:-1]
 
@@ -88,14 +104,17 @@ def test_a_conversation_gives_one_row_for_each_answer(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "prompt", [QUESTION, [{"role": "user", "content": QUESTION}, {"role": "assistant", "content": "?"}]]
+    "prompt",
+    [QUESTION, [{"role": "user", "content": QUESTION}, {"role": "assistant", "content": "?"}]],
 )
 def test_every_answer_of_a_completion_is_a_row(prompt, tmp_path):
     turns = [("assistant", "a1"), ("user", "q2"), ("assistant", "a2")]
     rows = [{"prompt": prompt, "completion": [{"role": a, "content": b} for a, b in turns]}]
     train = load(write_jsonl(tmp_path / "rows.jsonl", rows)).train
     before = [QUESTION] if isinstance(prompt, str) else [QUESTION, "?"]
-    assert [r["completion"] for r in train] == [[{"role": "assistant", "content": a}] for a in ("a1", "a2")]
+    assert [r["completion"] for r in train] == [
+        [{"role": "assistant", "content": a}] for a in ("a1", "a2")
+    ]
     assert [[m["content"] for m in r["prompt"]] for r in train] == [before, [*before, "a1", "q2"]]
 
 
@@ -127,7 +146,10 @@ def test_one_question_under_several_system_prompts_stays_in_one_split():
 
 def test_split_assignment_is_pinned():
     """The assignment must never change: published test splits depend on it."""
-    found = [split_index([{"role": "user", "content": f"prompt {i}"}], (0.8, 0.1, 0.1)) for i in range(40)]
+    found = [
+        split_index([{"role": "user", "content": f"prompt {i}"}], (0.8, 0.1, 0.1))
+        for i in range(40)
+    ]
     assert "".join(map(str, found)) == "0000000000220000002000000001000000000020"
 
 
@@ -151,7 +173,10 @@ def test_the_fingerprint_sees_a_changed_response_and_a_changed_order(tmp_path):
 def test_a_stream_gives_the_rows_of_the_loaded_data_set(tmp_path):
     path = write_jsonl(tmp_path / "rows.jsonl", instruction_rows(100))
     fractions = {"split_fractions": [0.6, 0.2, 0.2]}
-    loaded, stream = load(path, **fractions), load(path, dataset_streaming=True, streaming_eval_rows=5, **fractions)
+    loaded, stream = (
+        load(path, **fractions),
+        load(path, dataset_streaming=True, streaming_eval_rows=5, **fractions),
+    )
     assert list(stream.train) == list(loaded.train)
     assert list(stream.test) == list(loaded.test)[:5]
     assert stream.facts["streaming"] is True
@@ -161,15 +186,30 @@ def test_a_stream_gives_the_rows_of_the_loaded_data_set(tmp_path):
     ("content", "message"),
     [
         ("", "is empty"),
-        ('{"text": "a"}\n', r"columns text match no known shape; known are openorca \(question, response\)"),
+        (
+            '{"text": "a"}\n',
+            r"columns text match no known shape; known are openorca \(question, response\)",
+        ),
         ('{"instruction": "a", "response": 5}\n', "row 0 .*response is not text but int"),
         ('{"instruction": "", "response": "b"}\n', "row 0 .*the prompt is empty"),
         ('{"messages": [{"role": "robot", "content": "a"}]}\n', "unknown role 'robot'"),
         ('{"messages": "hello"}\n', "must be a list of messages"),
-        ('{"messages": ["hi", "there"]}\n', "row 0 .*message 0 has no role and content but is 'hi'"),
-        ('{"messages": [null, {"role": "user", "content": "a"}]}\n', "row 0 .*message 0 .* but is None"),
-        ('{"prompt": [{"role": "system", "content": "a"}], "completion": "b"}\n', "row 0 .*follows a user's"),
-        ('{"prompt": "a", "completion": [{"role": "user", "content": "b"}]}\n', "row 0 .*no assistant's message"),
+        (
+            '{"messages": ["hi", "there"]}\n',
+            "row 0 .*message 0 has no role and content but is 'hi'",
+        ),
+        (
+            '{"messages": [null, {"role": "user", "content": "a"}]}\n',
+            "row 0 .*message 0 .* but is None",
+        ),
+        (
+            '{"prompt": [{"role": "system", "content": "a"}], "completion": "b"}\n',
+            "row 0 .*follows a user's",
+        ),
+        (
+            '{"prompt": "a", "completion": [{"role": "user", "content": "b"}]}\n',
+            "row 0 .*no assistant's message",
+        ),
         ("not json at all", "cannot be read"),
     ],
 )

@@ -1,4 +1,7 @@
-"""The demo, as `make demo` runs it: the base model is made, LoRA lowers the response perplexity at least threefold."""
+"""The demo, as `make demo` runs it:
+
+the base model is made, LoRA lowers the response perplexity at least threefold.
+"""
 
 import json
 import subprocess
@@ -20,7 +23,13 @@ from sftlab.models import demo
 
 
 def build(out: Path, *flags: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, str(ROOT / "recipes" / "demo" / "build.py"), "--out", str(out), *flags]
+    command = [
+        sys.executable,
+        str(ROOT / "recipes" / "demo" / "build.py"),
+        "--out",
+        str(out),
+        *flags,
+    ]
     return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=400)
 
 
@@ -69,8 +78,13 @@ def test_a_model_tuned_on_unshifted_labels_is_detected(tuned, tmp_path):
     config.inference_mode = False
     torch.manual_seed(0)
     model = get_peft_model(model, config)
-    arguments = {k: v for k, v in read(tuned)["recipe"].items() if k in DataArguments.__dataclass_fields__}
-    rows = [encode(tokenizer, row, 256) for row in load_splits(DataArguments(**arguments)).train.select(range(1600))]
+    arguments = {
+        k: v for k, v in read(tuned)["recipe"].items() if k in DataArguments.__dataclass_fields__
+    }
+    rows = [
+        encode(tokenizer, row, 256)
+        for row in load_splits(DataArguments(**arguments)).train.select(range(1600))
+    ]
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.01)
     for row in (rows[i : i + 16] for i in range(0, len(rows), 16)):
         batch = DataCollatorForLanguageModeling(pad_token_id=tokenizer.pad_token_id)(row)

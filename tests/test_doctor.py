@@ -23,7 +23,10 @@ def doctor():
 
 def test_the_doctors_exit_code_says_whether_something_fails(doctor, monkeypatch, capsys):
     fine, bad = Finding("a", FINE, "is there"), Finding("b", FAILS, "is not", "get it")
-    for findings, status in (([fine, Finding("c", WARNING, "so so", "mind it")], 0), ([fine, bad], 1)):
+    for findings, status in (
+        ([fine, Finding("c", WARNING, "so so", "mind it")], 0),
+        ([fine, bad], 1),
+    ):
         monkeypatch.setattr(doctor, "examine", lambda _, findings=findings: findings)
         with pytest.raises(SystemExit) as stopped:
             doctor.main([])
@@ -99,7 +102,10 @@ def test_what_is_missing_is_found(monkeypatch, tmp_path):
     "log, said",
     [
         ("error: FSDP needs GPUs\nx.ChildFailedError: \n", "error: FSDP needs GPUs"),
-        ("[rank1]: torch.OutOfMemoryError: CUDA out of memory. Tried", "recipes/plan.py says what would make it fit"),
+        (
+            "[rank1]: torch.OutOfMemoryError: CUDA out of memory. Tried",
+            "recipes/plan.py says what would make it fit",
+        ),
         ("Killed", "ended with status 1"),
     ],
 )
@@ -108,7 +114,9 @@ def test_a_rehearsal_that_fails_says_why(doctor, monkeypatch, capsys, log, said)
     done = SimpleNamespace(returncode=1, communicate=lambda timeout: (log, None), poll=lambda: 1)
     monkeypatch.setattr(doctor.subprocess, "Popen", lambda *_, **__: done)
     with pytest.raises(SystemExit) as stopped:
-        doctor.main([*RECIPE, "--config_file", "accelerate_configs/fsdp.yaml", "--num_processes", "1"])
+        doctor.main(
+            [*RECIPE, "--config_file", "accelerate_configs/fsdp.yaml", "--num_processes", "1"]
+        )
     text = capsys.readouterr().out
     assert stopped.value.code == 1
     assert said in text
@@ -122,8 +130,14 @@ def test_fields_need_a_recipe(doctor):
 
 def test_a_rehearsal_trains_two_steps(doctor, monkeypatch, fields, capsys):
     monkeypatch.setattr(doctor, "examine", lambda _: [])
-    fields = {key: value for key, value in fields.items() if key not in ("output_dir", "max_steps", "save_steps")}
+    fields = {
+        key: value
+        for key, value in fields.items()
+        if key not in ("output_dir", "max_steps", "save_steps")
+    }
     with pytest.raises(SystemExit) as stopped:
-        doctor.main([*arguments(fields), "--config_file", str(ROOT / "accelerate_configs" / "cpu.yaml")])
+        doctor.main(
+            [*arguments(fields), "--config_file", str(ROOT / "accelerate_configs" / "cpu.yaml")]
+        )
     assert stopped.value.code == 0
     assert "fine     two steps      trained; peak memory" in capsys.readouterr().out

@@ -1,7 +1,8 @@
-"""The fast path trains the same model: packed rows, fused loss and compiled layers against rows padded one by one.
+"""The fast path trains the same model: packed rows, fused loss and compiled layers against rows
+padded one by one.
 
-Everything here runs on a CPU in float32, with plain attention under a block mask in place of the CUDA kernels; those
-are held to plain attention in tests/test_kernels.py.
+Everything here runs on a CPU in float32, with plain attention under a block mask in place of the
+CUDA kernels; those are held to plain attention in tests/test_kernels.py.
 """
 
 import dataclasses
@@ -81,12 +82,16 @@ def examples(count: int, longest: int = 90) -> list[dict]:
     return found
 
 
-def losses_and_gradients(trainer: LabTrainer, rows: list[dict]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+def losses_and_gradients(
+    trainer: LabTrainer, rows: list[dict]
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     model = trainer.model.train()
     model.zero_grad()
     nats = trainer.token_losses(model, trainer._prepare_inputs(trainer.data_collator(rows)))[0]
     nats.sum().backward()
-    return nats.detach(), {n: p.grad.clone() for n, p in model.named_parameters() if p.requires_grad}
+    return nats.detach(), {
+        n: p.grad.clone() for n, p in model.named_parameters() if p.requires_grad
+    }
 
 
 def with_trained_lora(trainer: LabTrainer) -> LabTrainer:
@@ -98,7 +103,9 @@ def with_trained_lora(trainer: LabTrainer) -> LabTrainer:
     return trainer
 
 
-def test_packed_and_fused_gives_the_losses_and_gradients_of_rows_padded_one_by_one(fields, on_a_cpu):
+def test_packed_and_fused_gives_the_losses_and_gradients_of_rows_padded_one_by_one(
+    fields, on_a_cpu
+):
     fast = with_trained_lora(build(fields, packing="true", fused_loss="true"))
     plain = with_trained_lora(build(fields, packing="false", fused_loss="false"))
     assert (fast.fast.packing, fast.fast.fused_loss) == (True, True)
@@ -114,11 +121,15 @@ def test_packed_and_fused_gives_the_losses_and_gradients_of_rows_padded_one_by_o
 
 
 @pytest.mark.parametrize(("packing", "filled_to"), [("true", 384), ("false", 96)])
-def test_batches_are_filled_up_to_the_multiple_that_is_asked_for(fields, on_a_cpu, packing, filled_to):
+def test_batches_are_filled_up_to_the_multiple_that_is_asked_for(
+    fields, on_a_cpu, packing, filled_to
+):
     rows = examples(7)
     trainers = [build(fields, packing=packing, **more) for more in ({}, {"pad_to_multiple_of": 96})]
     assert trainers[1].data_collator(rows)["input_ids"].shape[1] % filled_to == 0
-    usual, filled = (losses_and_gradients(with_trained_lora(trainer), rows)[0] for trainer in trainers)
+    usual, filled = (
+        losses_and_gradients(with_trained_lora(trainer), rows)[0] for trainer in trainers
+    )
     torch.testing.assert_close(usual, filled, atol=1e-5, rtol=0)
 
 
@@ -128,7 +139,9 @@ def test_a_packed_row_does_not_see_its_neighbours(fields, on_a_cpu):
     before = losses_and_gradients(trainer, rows)[0]
     changed = [dict(row) for row in rows]
     changed[2]["input_ids"] = [(i + 1) % 255 for i in rows[2]["input_ids"]]
-    changed[2]["labels"] = [-100 if label == -100 else (label + 1) % 255 for label in rows[2]["labels"]]
+    changed[2]["labels"] = [
+        -100 if label == -100 else (label + 1) % 255 for label in rows[2]["labels"]
+    ]
     after = losses_and_gradients(trainer, changed)[0]
     row = trainer.data_collator(rows)["loss_rows"]
     torch.testing.assert_close(after[row != 2], before[row != 2], atol=1e-6, rtol=0)
@@ -140,13 +153,19 @@ def train(trainer: LabTrainer, **kwargs: object) -> list[dict]:
     return [entry for entry in trainer.state.log_history if "loss" in entry]
 
 
-@pytest.mark.parametrize("more", [{}, {"per_device_train_batch_size": 2, "gradient_checkpointing": "true"}])
+@pytest.mark.parametrize(
+    "more", [{}, {"per_device_train_batch_size": 2, "gradient_checkpointing": "true"}]
+)
 def test_training_packed_follows_the_plain_curve(fields, on_a_cpu, more):
     curves = {}
     for name, switch in (("fast", "true"), ("plain", "false")):
-        trainer = build(fields, packing=switch, fused_loss=switch, eval_strategy="steps", eval_steps=3, **more)
+        trainer = build(
+            fields, packing=switch, fused_loss=switch, eval_strategy="steps", eval_steps=3, **more
+        )
         curves[name] = train(trainer)
-        curves[f"{name} held out"] = [e["eval_loss"] for e in trainer.state.log_history if "eval_loss" in e]
+        curves[f"{name} held out"] = [
+            e["eval_loss"] for e in trainer.state.log_history if "eval_loss" in e
+        ]
         assert trainer.validation_loss() == pytest.approx(curves[f"{name} held out"][-1], abs=1e-6)
     for fast, plain in zip(curves["fast"], curves["plain"], strict=True):
         for key in ("loss", "grad_norm", "num_tokens"):
@@ -170,7 +189,10 @@ def test_the_loss_of_an_evaluation_is_the_corpus_s_and_does_not_depend_on_the_ba
 
 
 class Costs(TorchDispatchMode):
-    """What a step asks of the device: results read back by the host, and the largest tensor over the vocabulary."""
+    """What a step asks of the device:
+
+    results read back by the host, and the largest tensor over the vocabulary.
+    """
 
     def __init__(self, words: int) -> None:
         super().__init__()
@@ -182,7 +204,11 @@ class Costs(TorchDispatchMode):
         if any(op in name for op in ("_local_scalar_dense", "nonzero", "masked_select")):
             self.reads.append(name)
         for tensor in result if isinstance(result, (tuple, list)) else (result,):
-            if isinstance(tensor, torch.Tensor) and tensor.ndim > 1 and tensor.shape[-1] == self.words:
+            if (
+                isinstance(tensor, torch.Tensor)
+                and tensor.ndim > 1
+                and tensor.shape[-1] == self.words
+            ):
                 self.largest_logits = max(self.largest_logits, tensor.numel() // self.words)
         return result
 
@@ -203,10 +229,14 @@ def test_a_step_reads_nothing_back_and_holds_one_chunk_of_logits(fields, on_a_cp
         trainer.train()
     assert costs["fast"].reads == []
     assert costs["fast"].largest_logits == 50
-    assert len(costs["trl"].reads) >= 6 * 2 * 2, "the count sees what trl reads: two metrics a micro-batch"
+    assert len(costs["trl"].reads) >= 6 * 2 * 2, (
+        "the count sees what trl reads: two metrics a micro-batch"
+    )
 
 
-def test_compiled_layers_are_one_graph_that_batches_of_other_sizes_do_not_compile_anew(fields, on_a_cpu, monkeypatch):
+def test_compiled_layers_are_one_graph_that_batches_of_other_sizes_do_not_compile_anew(
+    fields, on_a_cpu, monkeypatch
+):
     graphs = []
 
     def compiler(graph, inputs):
@@ -214,7 +244,11 @@ def test_compiled_layers_are_one_graph_that_batches_of_other_sizes_do_not_compil
         return graph.forward
 
     compile_ = torch.compile
-    monkeypatch.setattr(torch, "compile", lambda f, **kwargs: compile_(f, backend=compiler, fullgraph=True, **kwargs))
+    monkeypatch.setattr(
+        torch,
+        "compile",
+        lambda f, **kwargs: compile_(f, backend=compiler, fullgraph=True, **kwargs),
+    )
     torch._dynamo.reset()
     compiled = train(build(fields, packing="true", compile_layers="true"))
     found = len(graphs)
@@ -225,9 +259,17 @@ def test_compiled_layers_are_one_graph_that_batches_of_other_sizes_do_not_compil
 
 
 def form(*values: object) -> tuple:
-    """What Triton compiles a kernel for: dtypes, whether pointers are aligned, and sizes that are constants to it."""
+    """What Triton compiles a kernel for:
+
+    dtypes, whether pointers are aligned, and sizes that are constants to it.
+    """
     return tuple(
-        (value.dtype, value.data_ptr() % 16, value.is_contiguous(), value.shape[1:] if value.dim() > 2 else None)
+        (
+            value.dtype,
+            value.data_ptr() % 16,
+            value.is_contiguous(),
+            value.shape[1:] if value.dim() > 2 else None,
+        )
         if isinstance(value, torch.Tensor)
         else value
         for value in values
@@ -236,14 +278,22 @@ def form(*values: object) -> tuple:
 
 @pytest.mark.parametrize(
     "weights, dtype",
-    [(torch.float32, torch.float32), (torch.bfloat16, torch.bfloat16), (torch.float32, torch.bfloat16)],
+    [
+        (torch.float32, torch.float32),
+        (torch.bfloat16, torch.bfloat16),
+        (torch.float32, torch.bfloat16),
+    ],
 )
 def test_the_rehearsed_kernels_are_those_of_every_step(fields, monkeypatch, weights, dtype):
     called = {}
 
     def attention_forward(query, key, value, pieces, scale):
-        called.setdefault("forward", set()).add(form(query, key, value, pieces[0], pieces[1], scale))
-        return torch.zeros_like(query), query.new_zeros(query.shape[1], query.shape[0], dtype=torch.float32)
+        called.setdefault("forward", set()).add(
+            form(query, key, value, pieces[0], pieces[1], scale)
+        )
+        return torch.zeros_like(query), query.new_zeros(
+            query.shape[1], query.shape[0], dtype=torch.float32
+        )
 
     def attention_backward(gradient, query, key, value, output, lse, pieces, scale):
         tensors = (gradient, query, key, value, output, lse[0])
@@ -251,7 +301,9 @@ def test_the_rehearsed_kernels_are_those_of_every_step(fields, monkeypatch, weig
         return torch.zeros_like(query), torch.zeros_like(key), torch.zeros_like(value)
 
     def cross_entropy_(logits, *columns):
-        called.setdefault("loss", set()).add((logits.shape[1], logits.stride(0), form(logits, *columns)))
+        called.setdefault("loss", set()).add(
+            (logits.shape[1], logits.stride(0), form(logits, *columns))
+        )
         plain(logits, *columns)
 
     plain = fused_loss.cross_entropy_
@@ -265,7 +317,11 @@ def test_the_rehearsed_kernels_are_those_of_every_step(fields, monkeypatch, weig
         weight.data = weight.data if weight.requires_grad else weight.data.to(weights)
     kernel_warmup.rehearse(trainer.model.config, dtype, torch.device("cpu"), fused_loss=True)
     rehearsed, called = called, {}
-    assert {name: len(forms) for name, forms in rehearsed.items()} == {"forward": 1, "backward": 1, "loss": 1}
+    assert {name: len(forms) for name, forms in rehearsed.items()} == {
+        "forward": 1,
+        "backward": 1,
+        "loss": 1,
+    }
     with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
         for count in range(1, 9):
             losses_and_gradients(trainer, examples(count))
@@ -279,24 +335,37 @@ def test_kernels_are_rehearsed_on_the_gpu_of_the_process(fields, monkeypatch):
     monkeypatch.setattr(selection, "rehearse", note("rehearsed"))
     recipe = parse_recipe(arguments(fields), Launch.from_environment())
     config = load_config(recipe.model.model_name_or_path, None, recipe.training)
-    fast = selection.FastPath(packing=True, compile_layers=False, fused_loss=None, attn_implementation=None)
+    fast = selection.FastPath(
+        packing=True, compile_layers=False, fused_loss=None, attn_implementation=None
+    )
     monkeypatch.setenv("LOCAL_RANK", "1")
     assert kernel_warmup.start_compilers(recipe, config, fast).exception(20) is None
     gpu = torch.device("cuda", 1)
-    assert done == [("rehearsal_0", "device", gpu), ("rehearsal_0", "rehearsed", config, torch.float32, gpu, True)]
+    assert done == [
+        ("rehearsal_0", "device", gpu),
+        ("rehearsal_0", "rehearsed", config, torch.float32, gpu, True),
+    ]
     recipe.training.dataset_num_proc = 2
-    assert kernel_warmup.start_compilers(recipe, config, fast).done() and len(done) == 2, "tokenizing forks"
+    assert kernel_warmup.start_compilers(recipe, config, fast).done() and len(done) == 2, (
+        "tokenizing forks"
+    )
 
 
 FOUR_BITS = {"load_in_4bit": "true", "use_bnb_nested_quant": "true", "bnb_4bit_quant_type": "nf4"}
 EIGHT_BITS = {"load_in_8bit": "true"}
 
 
-@pytest.mark.parametrize("dropped", [{}, {"gradient_checkpointing": "true"}], ids=["kept", "checkpointed"])
+@pytest.mark.parametrize(
+    "dropped", [{}, {"gradient_checkpointing": "true"}], ids=["kept", "checkpointed"]
+)
 @pytest.mark.parametrize("weights", ["whole", "float8", "4 bits", "4 bits gathered"])
-def test_compiled_layers_have_the_gradients_of_uncompiled_ones(fields, on_a_cpu, monkeypatch, weights, dropped):
+def test_compiled_layers_have_the_gradients_of_uncompiled_ones(
+    fields, on_a_cpu, monkeypatch, weights, dropped
+):
     compile_ = torch.compile
-    monkeypatch.setattr(torch, "compile", lambda f, **kwargs: compile_(f, backend="aot_eager", **kwargs))
+    monkeypatch.setattr(
+        torch, "compile", lambda f, **kwargs: compile_(f, backend="aot_eager", **kwargs)
+    )
     more = dropped | (FOUR_BITS if "4 bits" in weights else {})
     found = []
     torch._dynamo.utils.counters.clear()
@@ -342,8 +411,16 @@ def _spread(rows: list[int], lengths: list[int], size: int) -> int:
     return max(tokens) - min(tokens) if len(tokens) > 1 else len(rows) * 0
 
 
-def test_a_packed_run_goes_on_in_the_middle_of_an_epoch_as_if_nothing_had_happened(fields, on_a_cpu):
-    more = {"packing": "true", "num_train_epochs": 2, "max_steps": -1, "lora_dropout": 0.1, "save_steps": 29}
+def test_a_packed_run_goes_on_in_the_middle_of_an_epoch_as_if_nothing_had_happened(
+    fields, on_a_cpu
+):
+    more = {
+        "packing": "true",
+        "num_train_epochs": 2,
+        "max_steps": -1,
+        "lora_dropout": 0.1,
+        "save_steps": 29,
+    }
     more |= {"global_batch_size": 8, "eval_strategy": "no"}
     undisturbed = build(fields, **more)
     steps = train(undisturbed)
@@ -352,7 +429,9 @@ def test_a_packed_run_goes_on_in_the_middle_of_an_epoch_as_if_nothing_had_happen
     assert 29 % (len(steps) // 2), "the checkpoint lies inside an epoch"
     continued = train(again, resume_from_checkpoint=checkpoint)
     assert [e["loss"] for e in continued] == [e["loss"] for e in steps]
-    for (name, parameter), other in zip(undisturbed.model.named_parameters(), again.model.parameters(), strict=True):
+    for (name, parameter), other in zip(
+        undisturbed.model.named_parameters(), again.model.parameters(), strict=True
+    ):
         assert torch.equal(parameter, other), name
 
 
@@ -365,7 +444,9 @@ def test_tables_of_tiles_cover_every_token_once_and_are_aligned(lengths):
         seen = [at for start, end, first in half for at in range(first, min(first + TILE, end))]
         assert sorted(seen) == list(range(sum(lengths)))
         assert all(end in ends for _, end, _ in half)
-        assert all(first >= end for _, end, first in half[sum(-(-n // TILE) for n in lengths) :]), "empty ones last"
+        assert all(first >= end for _, end, first in half[sum(-(-n // TILE) for n in lengths) :]), (
+            "empty ones last"
+        )
 
 
 def test_the_loss_does_not_depend_on_the_chunk(monkeypatch):
@@ -393,7 +474,11 @@ def test_the_loss_does_not_depend_on_the_chunk(monkeypatch):
 
 def test_where_packing_cannot_be_had_rows_are_padded_and_the_run_says_why(finished):
     run = read(finished[0])
-    assert (run["ran"]["packing"], run["ran"]["compile_layers"], run["ran"]["fused_loss"]) == (False, False, True)
+    assert (run["ran"]["packing"], run["ran"]["compile_layers"], run["ran"]["fused_loss"]) == (
+        False,
+        False,
+        True,
+    )
     assert finished[2].stdout.count("packing is off: a CPU has no variable-length attention") == 1
     assert "non_blocking" not in finished[2].stderr, "a setting for GPUs warns on a CPU"
 
@@ -401,12 +486,21 @@ def test_where_packing_cannot_be_had_rows_are_padded_and_the_run_says_why(finish
 @pytest.mark.parametrize(
     "asked, named",
     [
-        ({"packing": "true"}, "packing is not possible here: a CPU has no variable-length attention"),
+        (
+            {"packing": "true"},
+            "packing is not possible here: a CPU has no variable-length attention",
+        ),
         ({"attn_implementation": "varlen"}, "a CPU has no variable-length attention"),
-        ({"packing": "true", "attn_implementation": "sdpa"}, "attention sdpa would need a dense mask"),
+        (
+            {"packing": "true", "attn_implementation": "sdpa"},
+            "attention sdpa would need a dense mask",
+        ),
         ({"padding_free": "true"}, "padding_free is not used here: packing decides"),
         ({"packing_strategy": "bfd"}, "packing_strategy is not used here"),
-        ({"fused_loss": "true", "label_smoothing_factor": "0.1"}, "fused_loss is not possible here"),
+        (
+            {"fused_loss": "true", "label_smoothing_factor": "0.1"},
+            "fused_loss is not possible here",
+        ),
     ],
 )
 def test_what_cannot_be_had_is_refused(fields, asked, named):
@@ -424,10 +518,14 @@ def test_what_cannot_be_had_is_refused(fields, asked, named):
         ("ddp", EIGHT_BITS, True),
     ],
 )
-def test_layers_of_8_bit_weights_are_not_compiled_under_fsdp(fields, on_a_cpu, monkeypatch, strategy, asked, compiled):
+def test_layers_of_8_bit_weights_are_not_compiled_under_fsdp(
+    fields, on_a_cpu, monkeypatch, strategy, asked, compiled
+):
     monkeypatch.setattr(varlen_attention, "no_triton", lambda: None)
     recipe = parse_recipe(arguments({**fields, **asked}), Launch.from_environment())
-    fast = selection.choose(recipe, LlamaConfig(), dataclasses.replace(Launch.from_environment(), strategy=strategy))
+    fast = selection.choose(
+        recipe, LlamaConfig(), dataclasses.replace(Launch.from_environment(), strategy=strategy)
+    )
     assert (fast.packing, fast.fused_loss, fast.compile_layers) == (True, None, compiled)
     assert ("compile_layers" in fast.reasons) == (not compiled)
 
@@ -447,7 +545,10 @@ def test_a_head_that_changes_its_logits_keeps_trls_loss(fields, monkeypatch):
         ({"sliding_window": 64}, "a sliding window"),
         ({"attn_logit_softcapping": 30.0}, "capped scores"),
         ({"attention_dropout": 0.1}, "dropout in its attention"),
-        ({"layer_types": ["sliding_attention", "full_attention"]}, "layers other than full attention"),
+        (
+            {"layer_types": ["sliding_attention", "full_attention"]},
+            "layers other than full attention",
+        ),
     ],
 )
 def test_models_whose_attention_the_kernels_do_not_have_are_not_packed(monkeypatch, change, why):
@@ -471,7 +572,9 @@ def test_a_parameter_that_something_unfroze_stops_the_run(fields, on_a_cpu):
 
     trainer = build(fields)
     trainer.add_callback(Unfreeze())
-    with pytest.raises(RuntimeError, match=r"1 parameters have gradients and no optimizer, .*embed_tokens"):
+    with pytest.raises(
+        RuntimeError, match=r"1 parameters have gradients and no optimizer, .*embed_tokens"
+    ):
         train(trainer)
 
 
@@ -487,23 +590,38 @@ def test_frozen_float8_linears_are_near_the_linears_they_replace():
         found.append((y.detach(), mine.grad))
     for exact, rounded in zip(*found, strict=True):
         assert rounded.dtype == torch.bfloat16
-        assert torch.cosine_similarity(exact.flatten().float(), rounded.flatten().float(), dim=0) > 0.998
+        assert (
+            torch.cosine_similarity(exact.flatten().float(), rounded.flatten().float(), dim=0)
+            > 0.998
+        )
 
 
 def test_fp8_freezes_the_decoders_linears_and_no_others():
     config = LlamaConfig(
-        vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=2,
     )
-    model = get_peft_model(LlamaForCausalLM(config), LoraConfig(r=8, target_modules=["q_proj", "down_proj"]))
+    model = get_peft_model(
+        LlamaForCausalLM(config), LoraConfig(r=8, target_modules=["q_proj", "down_proj"])
+    )
     before = flops_per_token(model)
     assert freeze_in_float8(model) == 7
-    kept = [n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and type(m) is torch.nn.Linear]
+    kept = [
+        n
+        for n, m in model.named_modules()
+        if isinstance(m, torch.nn.Linear) and type(m) is torch.nn.Linear
+    ]
     assert all("lora_" in name or "lm_head" in name for name in kept)
     assert flops_per_token(model) == before
     saved = LoraConfig(r=8, target_modules=["q_proj"], modules_to_save=["down_proj"])
     model = get_peft_model(LlamaForCausalLM(config), saved)
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     freeze_in_float8(model)
-    assert {name for name, parameter in model.named_parameters() if parameter.requires_grad} == trained
+    assert {
+        name for name, parameter in model.named_parameters() if parameter.requires_grad
+    } == trained
     with pytest.raises(ValueError, match="no frozen linear whose sizes are multiples of 16"):
         freeze_in_float8(torch.nn.Linear(8, 8))

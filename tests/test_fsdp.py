@@ -1,4 +1,7 @@
-"""FSDP2 over two CPU processes: the training that DDP does, to the last bit, and its continuation."""
+"""FSDP2 over two CPU processes:
+
+the training that DDP does, to the last bit, and its continuation.
+"""
 
 import os
 import signal
@@ -22,7 +25,9 @@ def command(fields, config="fsdp", flags=IN_BF16):
 
 
 def launch_fsdp(fields, *other):
-    done = subprocess.run(command(fields, *other), capture_output=True, text=True, cwd=ROOT, timeout=300)
+    done = subprocess.run(
+        command(fields, *other), capture_output=True, text=True, cwd=ROOT, timeout=300
+    )
     assert done.returncode == 0, done.stderr[-3000:]
 
 
@@ -34,7 +39,12 @@ def adapter(folder):
 def sharded(base, rows, tmp_path_factory):
     """Folder and fields of a run whose steps are two micro-batches a process."""
     folder = tmp_path_factory.mktemp("runs") / "fsdp"
-    fields = {**short_fields(base, rows, folder), "max_steps": "40", "save_steps": "20", "eval_strategy": "no"}
+    fields = {
+        **short_fields(base, rows, folder),
+        "max_steps": "40",
+        "save_steps": "20",
+        "eval_strategy": "no",
+    }
     fields |= {"per_device_train_batch_size": "2", "lora_dropout": "0.1"}
     launch_fsdp(fields)
     return folder, fields
@@ -68,17 +78,22 @@ def test_fsdp_trains_in_fp8_as_ddp_does(base, rows, tmp_path):
 def test_fsdp_gathers_weights_and_averages_gradients_at_once(sharded):
     record = read(sharded[0])
     talk, trained = record["measured"]["collectives"], record["ran"]["trainable_parameters"]
-    # of two micro-batches; the last layer is gathered once in each, where without care it would be 19
+    # of two micro-batches; the last layer is gathered once in each, where without care it would be
+    # 19
     assert talk["all_gather"]["calls"] == 17
     assert "reduce_scatter" not in talk, "no gradient of a sharded weight is there to be reduced"
     assert talk["all_reduce"]["mb"] == pytest.approx(trained * 4 / 2**20, abs=2e-3)
 
 
 def test_fsdp_continues_after_a_kill_as_if_nothing_had_happened(sharded, tmp_path, monkeypatch):
-    """With a loss scale as well, which changes nothing where no gradient overflows, and continues too."""
+    """With a loss scale as well, which changes nothing where no gradient overflows, and continues
+    too.
+    """
     monkeypatch.setenv("SCALED", "1")
     fields = {**sharded[1], "output_dir": str(tmp_path / "again"), "disable_tqdm": "true"}
-    process = subprocess.Popen(command(fields), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    process = subprocess.Popen(
+        command(fields), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    )
     steps = (line for line in process.stdout if "'loss'" in line)
     for _ in range(22):
         next(steps)
@@ -99,20 +114,28 @@ def _clip_in_one_of_two(rank: int, store: str, out: str) -> None:
         for name in ("ours", "torch's"):
             torch.manual_seed(0)
             # one row cannot be halved: a rank has an empty shard of it
-            parameters = [torch.nn.Parameter(distribute_tensor(torch.zeros(n, 5), mesh, [Shard(0)])) for n in (4, 7, 1)]
+            parameters = [
+                torch.nn.Parameter(distribute_tensor(torch.zeros(n, 5), mesh, [Shard(0)]))
+                for n in (4, 7, 1)
+            ]
             for parameter in parameters:
                 parameter.grad = distribute_tensor(torch.randn(parameter.shape), mesh, [Shard(0)])
             clip = fsdp.clip_sharded_ if name == "ours" else torch.nn.utils.clip_grad_norm_
             norm = clip(parameters, max_norm)
             norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
-            found[name, max_norm] = [norm, *(parameter.grad.full_tensor() for parameter in parameters)]
+            found[name, max_norm] = [
+                norm,
+                *(parameter.grad.full_tensor() for parameter in parameters),
+            ]
     if rank == 0:
         torch.save(found, out)
     dist.destroy_process_group()
 
 
 def test_sharded_gradients_are_clipped_as_torch_clips_them(tmp_path):
-    torch.multiprocessing.spawn(_clip_in_one_of_two, (f"{tmp_path}/store", f"{tmp_path}/out"), nprocs=2)
+    torch.multiprocessing.spawn(
+        _clip_in_one_of_two, (f"{tmp_path}/store", f"{tmp_path}/out"), nprocs=2
+    )
     found = torch.load(f"{tmp_path}/out")
     for max_norm in (1.0, 1e6):
         torch.testing.assert_close(found["ours", max_norm], found["torch's", max_norm])

@@ -1,4 +1,6 @@
-"""Generation: batches equal single prompts, turns end where the template ends them, kept answers survive."""
+"""Generation: batches equal single prompts, turns end where the template ends them, kept answers
+survive.
+"""
 
 import json
 from pathlib import Path
@@ -43,7 +45,10 @@ def model(base):
 
 
 def prompts(tokenizer, count=9):
-    return [tokenizer(f"{'word ' * (i % 5)}{i} x", add_special_tokens=False)["input_ids"] for i in range(count)]
+    return [
+        tokenizer(f"{'word ' * (i % 5)}{i} x", add_special_tokens=False)["input_ids"]
+        for i in range(count)
+    ]
 
 
 def test_batched_and_single_answers_are_the_same(model, tokenizer):
@@ -95,7 +100,9 @@ def test_sampling_repeats_with_its_seed_and_the_models_own_defaults_do_not_count
     greedy = Generator(model, tokenizer, Sampling(max_new_tokens=16)).answers(prompts(tokenizer))
     assert model.get_base_model().generation_config.repetition_penalty is None
     one, again, other = (
-        Generator(model, tokenizer, Sampling(16, temperature=1.5, seed=seed)).answers(prompts(tokenizer))
+        Generator(model, tokenizer, Sampling(16, temperature=1.5, seed=seed)).answers(
+            prompts(tokenizer)
+        )
         for seed in (1, 1, 2)
     )
     assert one == again
@@ -103,7 +110,9 @@ def test_sampling_repeats_with_its_seed_and_the_models_own_defaults_do_not_count
     assert one != greedy
 
 
-@pytest.mark.parametrize(("field", "value"), [("max_new_tokens", 0), ("temperature", -1), ("top_p", 0), ("top_p", 2)])
+@pytest.mark.parametrize(
+    ("field", "value"), [("max_new_tokens", 0), ("temperature", -1), ("top_p", 0), ("top_p", 2)]
+)
 def test_sampling_that_cannot_be_is_refused(field, value):
     with pytest.raises(ValueError, match=field):
         Sampling(**{field: value})
@@ -111,7 +120,9 @@ def test_sampling_that_cannot_be_is_refused(field, value):
 
 def test_nan_logits_name_the_prompt(model, tokenizer):
     with torch.no_grad():
-        model.get_input_embeddings().weight[tokenizer("!", add_special_tokens=False)["input_ids"][0]] = float("nan")
+        model.get_input_embeddings().weight[
+            tokenizer("!", add_special_tokens=False)["input_ids"][0]
+        ] = float("nan")
     texts = [*prompts(tokenizer)[:2], tokenizer("a!b", add_special_tokens=False)["input_ids"]]
     with pytest.raises(NotANumber) as caught:
         Generator(model, tokenizer, Sampling(max_new_tokens=4)).answers(texts)
@@ -136,7 +147,11 @@ def test_turns_end_as_their_template_says(tokenizer):
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
     tokenizer.chat_template = CHATML
     turn = end_of_turn(tokenizer)
-    assert {tokenizer.decode([i]) for i in turn.end_tokens} == {"<eos>", "<|im_start|>", "<|im_end|>"}
+    assert {tokenizer.decode([i]) for i in turn.end_tokens} == {
+        "<eos>",
+        "<|im_start|>",
+        "<|im_end|>",
+    }
     assert turn.stop_strings == []
 
 

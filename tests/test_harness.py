@@ -1,4 +1,6 @@
-"""eval/harness.py: lm-eval's own figures for both models, paired by document, and tasks that read local files."""
+"""eval/harness.py: lm-eval's own figures for both models, paired by document, and tasks that read
+local files.
+"""
 
 import json
 import shutil
@@ -28,7 +30,10 @@ def arc_rows(count, first=0):
     return [
         {
             "question": f"What comes after {i}?",
-            "choices": {"text": [str(i + 1), f"{i} again", "nothing at all", str(i - 1)], "label": list(LABELS)},
+            "choices": {
+                "text": [str(i + 1), f"{i} again", "nothing at all", str(i - 1)],
+                "label": list(LABELS),
+            },
             "answerKey": LABELS[i % 4],
         }
         for i in range(first, first + count)
@@ -45,7 +50,12 @@ def gsm8k_rows(count, first=0):
 def mmlu_rows(per_subject):
     subjects = ("high_school_physics", "us_foreign_policy")
     return [
-        {"question": f" {subject} {i}? ", "subject": subject, "choices": [f"{i}{c}" for c in "abcd"], "answer": i % 4}
+        {
+            "question": f" {subject} {i}? ",
+            "subject": subject,
+            "choices": [f"{i}{c}" for c in "abcd"],
+            "answer": i % 4,
+        }
         for i in range(per_subject)
         for subject in subjects
     ]
@@ -55,7 +65,10 @@ def truthful_rows(count):
     return [
         {
             "question": f"Is {i} odd?",
-            "mc2_targets": {"choices": ["Yes.", "No.", "It is."], "labels": [i % 2, 1 - i % 2, i % 2]},
+            "mc2_targets": {
+                "choices": ["Yes.", "No.", "It is."],
+                "labels": [i % 2, 1 - i % 2, i % 2],
+            },
         }
         for i in range(count)
     ]
@@ -66,11 +79,18 @@ def files(tmp_path_factory):
     """Handmade files with the hub's columns, by the names that --files gives them."""
     folder = tmp_path_factory.mktemp("files")
     rows = {
-        "arc_challenge_test": arc_rows(32), "arc_challenge_train": arc_rows(6, 100), "arc_easy_test": arc_rows(9, 50),
-        "gsm8k_test": gsm8k_rows(12), "gsm8k_train": gsm8k_rows(30, 20), "truthfulqa_validation": truthful_rows(5),
-        "mmlu_test": mmlu_rows(4), "mmlu_dev": mmlu_rows(3),
-    }  # fmt: skip
-    return {name: str(write_jsonl(folder / f"{name}.jsonl", content)) for name, content in rows.items()}
+        "arc_challenge_test": arc_rows(32),
+        "arc_challenge_train": arc_rows(6, 100),
+        "arc_easy_test": arc_rows(9, 50),
+        "gsm8k_test": gsm8k_rows(12),
+        "gsm8k_train": gsm8k_rows(30, 20),
+        "truthfulqa_validation": truthful_rows(5),
+        "mmlu_test": mmlu_rows(4),
+        "mmlu_dev": mmlu_rows(3),
+    }
+    return {
+        name: str(write_jsonl(folder / f"{name}.jsonl", content)) for name, content in rows.items()
+    }
 
 
 @pytest.fixture(scope="module")
@@ -88,11 +108,17 @@ def named(files, *names):
 
 
 def entries(run):
-    return {entry["task"]: entry for entry in json.loads((run / "eval" / "harness.json").read_text())["entries"]}
+    return {
+        entry["task"]: entry
+        for entry in json.loads((run / "eval" / "harness.json").read_text())["entries"]
+    }
 
 
 def harness_records(run, entry):
-    return [json.loads(line) for line in (run / "eval" / "harness" / entry["records"]).read_text().splitlines()]
+    return [
+        json.loads(line)
+        for line in (run / "eval" / "harness" / entry["records"]).read_text().splitlines()
+    ]
 
 
 def by_hand(base, run, side, files, task, settings):
@@ -101,7 +127,13 @@ def by_hand(base, run, side, files, task, settings):
     model += f",peft={run / 'adapter'}" if side == "tuned" else ""
     manager = TaskManager(include_path=str(TASKS), include_defaults=False, metadata=files)
     return lm_eval.simple_evaluate(
-        model="hf", model_args=model, tasks=[task], task_manager=manager, batch_size=8, device="cpu", **settings
+        model="hf",
+        model_args=model,
+        tasks=[task],
+        task_manager=manager,
+        batch_size=8,
+        device="cpu",
+        **settings,
     )
 
 
@@ -118,7 +150,9 @@ def assert_same(entry, side, records, results, samples):
             assert record[side]["answer"] == sample["resps"][0][0]
         else:
             ours = record[side]["log_likelihoods"]
-            assert ours == pytest.approx([float(response[0][0]) for response in sample["resps"]], abs=1e-4)
+            assert ours == pytest.approx(
+                [float(response[0][0]) for response in sample["resps"]], abs=1e-4
+            )
 
 
 def test_the_figures_are_those_of_the_lm_eval_command(harness, run, base, files, tmp_path):
@@ -127,7 +161,17 @@ def test_the_figures_are_those_of_the_lm_eval_command(harness, run, base, files,
         ("arc_challenge_test", "arc_challenge_train", "gsm8k_test", "gsm8k_train"),
     )
     harness.main(
-        ["--run", str(run), "--tasks", tasks, *named(files, *names), "--num_fewshot", "1", "--batch_size", "8"]
+        [
+            "--run",
+            str(run),
+            "--tasks",
+            tasks,
+            *named(files, *names),
+            "--num_fewshot",
+            "1",
+            "--batch_size",
+            "8",
+        ]
     )
     command = [
         str(Path(sys.executable).parent / "lm_eval"), "run", "--model", "hf", "--batch_size", "8", "--device", "cpu",
@@ -148,16 +192,29 @@ def test_the_figures_are_those_of_the_lm_eval_command(harness, run, base, files,
 
 
 @pytest.mark.parametrize("template", [True, False])
-def test_the_figures_are_those_of_lm_eval_for_either_model_and_template(harness, run, base, files, template):
+def test_the_figures_are_those_of_lm_eval_for_either_model_and_template(
+    harness, run, base, files, template
+):
     names = ("arc_challenge_test", "arc_challenge_train")
     flags = [] if template else ["--no_chat_template"]
     harness.main(
-        ["--run", str(run), "--tasks", "arc_challenge_local", *named(files, *names), "--batch_size", "8", *flags]
+        [
+            "--run",
+            str(run),
+            "--tasks",
+            "arc_challenge_local",
+            *named(files, *names),
+            "--batch_size",
+            "8",
+            *flags,
+        ]
     )
     entry = entries(run)["arc_challenge_local"]
     records = harness_records(run, entry)
     for side in ("base", "tuned") if not template else ("base",):
-        found = by_hand(base, run, side, files, "arc_challenge_local", {"apply_chat_template": template})
+        found = by_hand(
+            base, run, side, files, "arc_challenge_local", {"apply_chat_template": template}
+        )
         task = found["samples"]["arc_challenge_local"]
         assert_same(entry, side, records, found["results"]["arc_challenge_local"], task)
         assert ("### Response" in task[0]["arguments"][0][0]) == template
@@ -168,12 +225,27 @@ def test_real_gsm8k_gives_lm_evals_figures(harness, run, base):
     real = {name: str(SHARED / f"{name}.jsonl") for name in ("gsm8k_test", "gsm8k_train")}
     settings = {"limit": 4, "num_fewshot": 1}
     flags = [part for name, value in settings.items() for part in (f"--{name}", str(value))]
-    harness.main(["--run", str(run), "--tasks", "gsm8k_local", *named(real, *real), "--batch_size", "8", *flags])
+    harness.main(
+        [
+            "--run",
+            str(run),
+            "--tasks",
+            "gsm8k_local",
+            *named(real, *real),
+            "--batch_size",
+            "8",
+            *flags,
+        ]
+    )
     entry = entries(run)["gsm8k_local"]
     assert entry["main_metric"] == "exact_match,flexible-extract"
-    found = by_hand(base, run, "tuned", real, "gsm8k_local", settings | {"apply_chat_template": True})
+    found = by_hand(
+        base, run, "tuned", real, "gsm8k_local", settings | {"apply_chat_template": True}
+    )
     records = harness_records(run, entry)
-    assert_same(entry, "tuned", records, found["results"]["gsm8k_local"], found["samples"]["gsm8k_local"])
+    assert_same(
+        entry, "tuned", records, found["results"]["gsm8k_local"], found["samples"]["gsm8k_local"]
+    )
     assert len(records) == 8
     assert entry["documents"] == 4
 
@@ -201,20 +273,39 @@ def test_an_adapter_that_changes_nothing_gives_differences_of_zero(harness, run,
     assert "corrected for 3 task(s)" in printed
 
 
-def test_settings_have_entries_of_their_own_and_a_repetition_replaces_its_entry(harness, run, files):
-    command = ["--run", str(run), "--tasks", "arc_challenge_local", *named(files, "arc_challenge_test")]
+def test_settings_have_entries_of_their_own_and_a_repetition_replaces_its_entry(
+    harness, run, files
+):
+    command = [
+        "--run",
+        str(run),
+        "--tasks",
+        "arc_challenge_local",
+        *named(files, "arc_challenge_test"),
+    ]
     for flags in ([], ["--limit", "4"], ["--no_chat_template"], ["--limit", "4"]):
         harness.main([*command, *flags])
     found = json.loads((run / "eval" / "harness.json").read_text())["entries"]
     assert [(entry["chat_template"], entry["limit"], entry["documents"]) for entry in found] == [
-        (True, None, 32), (False, None, 32), (True, 4, 4),
-    ]  # fmt: skip
-    assert sorted(path.name for path in (run / "eval" / "harness").iterdir()) == sorted(e["records"] for e in found)
-    assert found[0]["adapter_hash"] and found[0]["versions"]["lm_eval"] and found[0]["hardware"] and found[0]["seconds"]
+        (True, None, 32),
+        (False, None, 32),
+        (True, 4, 4),
+    ]
+    assert sorted(path.name for path in (run / "eval" / "harness").iterdir()) == sorted(
+        e["records"] for e in found
+    )
+    assert (
+        found[0]["adapter_hash"]
+        and found[0]["versions"]["lm_eval"]
+        and found[0]["hardware"]
+        and found[0]["seconds"]
+    )
 
 
 def test_a_group_pools_the_documents_of_its_subtasks(harness, run, files, tmp_path, monkeypatch):
-    folder = shutil.copytree(TASKS, tmp_path / "tasks", ignore=shutil.ignore_patterns("__pycache__"))
+    folder = shutil.copytree(
+        TASKS, tmp_path / "tasks", ignore=shutil.ignore_patterns("__pycache__")
+    )
     group = {"group": "arcs", "task": ["arc_challenge_local", "arc_easy_local"]}
     group["aggregate_metric_list"] = [{"metric": "acc", "weight_by_size": True}]
     (folder / "arcs.yaml").write_text(json.dumps(group))
@@ -228,7 +319,8 @@ def test_a_group_pools_the_documents_of_its_subtasks(harness, run, files, tmp_pa
     parts = entry["subtasks"]
     for side in ("base", "tuned"):
         right = sum(
-            n * parts[t]["acc,none"][side]["value"] for t, n in (("arc_challenge_local", 32), ("arc_easy_local", 9))
+            n * parts[t]["acc,none"][side]["value"]
+            for t, n in (("arc_challenge_local", 32), ("arc_easy_local", 9))
         )
         assert entry["metrics"]["acc,none"][side]["value"] == pytest.approx(right / 41)
     assert set(parts["arc_easy_local"]) == {"acc,none", "acc_norm,none"}
@@ -239,29 +331,56 @@ def test_a_group_pools_the_documents_of_its_subtasks(harness, run, files, tmp_pa
 def test_prompts_beyond_the_window_are_counted_and_said(harness, run, tmp_path, capsys, caplog):
     rows = gsm8k_rows(3) + [{"question": "long " * 100, "answer": "#### 1"}]
     path = write_jsonl(tmp_path / "long.jsonl", rows)
-    harness.main(["--run", str(run), "--tasks", "gsm8k_local", "--files", f"gsm8k_test={path}", "--num_fewshot", "0"])
+    harness.main(
+        [
+            "--run",
+            str(run),
+            "--tasks",
+            "gsm8k_local",
+            "--files",
+            f"gsm8k_test={path}",
+            "--num_fewshot",
+            "0",
+        ]
+    )
     assert entries(run)["gsm8k_local"]["cut_prompts"] == 1
     assert "1 prompts do not fit the model's 512 tokens" in capsys.readouterr().out
-    assert "as fewshot_docs" not in caplog.text  # lm-eval would draw examples from the documents under test
+    assert (
+        "as fewshot_docs" not in caplog.text
+    )  # lm-eval would draw examples from the documents under test
 
 
 def sample(doc_id, **change):
     own = {
-        "doc_id": doc_id, "filter": "none", "doc_hash": f"d{doc_id}", "prompt_hash": f"p{doc_id}", "target_hash": "t",
-        "target": "0", "metrics": ["acc"], "acc": 1.0, "resps": [[(-1.0, True)]], "filtered_resps": [(-1.0, True)],
-    }  # fmt: skip
+        "doc_id": doc_id,
+        "filter": "none",
+        "doc_hash": f"d{doc_id}",
+        "prompt_hash": f"p{doc_id}",
+        "target_hash": "t",
+        "target": "0",
+        "metrics": ["acc"],
+        "acc": 1.0,
+        "resps": [[(-1.0, True)]],
+        "filtered_resps": [(-1.0, True)],
+    }
     return own | change
 
 
 def test_what_was_not_asked_alike_is_not_paired(harness):
     base = [sample(0), sample(1), sample(1, filter="strict")]
     records = harness.pair("task", base, list(reversed(base)))
-    assert [(record["doc_id"], record["filter"]) for record in records] == [(0, "none"), (1, "none"), (1, "strict")]
+    assert [(record["doc_id"], record["filter"]) for record in records] == [
+        (0, "none"),
+        (1, "none"),
+        (1, "strict"),
+    ]
     for tuned in (
         base[:2], [sample(2), *base[1:]], [sample(0, prompt_hash="x"), *base[1:]], [sample(0, doc_hash="x"), *base[1:]],
         [*base, sample(0)], [sample(0, target_hash="x"), *base[1:]],
     ):  # fmt: skip
-        with pytest.raises(ValueError, match="task: base and tuned were not asked the same documents"):
+        with pytest.raises(
+            ValueError, match="task: base and tuned were not asked the same documents"
+        ):
             harness.pair("task", base, tuned)
 
 
@@ -269,7 +388,10 @@ def test_a_figure_that_is_not_its_documents_mean_is_refused(harness):
     records = harness.pair("task", [sample(0), sample(1)], [sample(0, acc=0.0), sample(1)])
 
     def compared(base, tuned):
-        figures = {side: {"task": {"acc,none": x, "other,none": 7}} for side, x in (("base", base), ("tuned", tuned))}
+        figures = {
+            side: {"task": {"acc,none": x, "other,none": 7}}
+            for side, x in (("base", base), ("tuned", tuned))
+        }
         return harness.compare_items("task", records, figures, {"acc"})
 
     assert list(compared(1.0, 0.5)) == ["acc,none"]
@@ -285,18 +407,43 @@ BAD_INPUT = [
     ("arc_easy_local", ["arc_easy_test"], ["--batch_size", "0"], "--batch_size is 0"),
     ("arc_easy_local", [], [], "give --files arc_easy_test=FILE"),
     ("arc_easy_local", [], ["--files", "data.jsonl"], "--files data.jsonl: expected NAME=FILE"),
-    ("arc_easy_local", [], ["--files", "arc_easy_test=nowhere.jsonl"], "data file nowhere.jsonl not found"),
+    (
+        "arc_easy_local",
+        [],
+        ["--files", "arc_easy_test=nowhere.jsonl"],
+        "data file nowhere.jsonl not found",
+    ),
     (
         "arc_easy_local",
         ["arc_easy_test", "gsm8k_test"],
         [],
         "--files gsm8k_test: these tasks read arc_easy_test, arc_easy_tr",
     ),
-    ("arc_easy_local", ["arc_easy_test"], ["--num_fewshot", "2"], "give --files arc_easy_train=FILE"),
+    (
+        "arc_easy_local",
+        ["arc_easy_test"],
+        ["--num_fewshot", "2"],
+        "give --files arc_easy_train=FILE",
+    ),
     ("gsm8k_local", ["gsm8k_test"], [], "cannot be asked with 5 examples: no file of examples"),
-    ("gsm8k_local", ["gsm8k_test", "gsm8k_train"], ["--num_fewshot", "50"], "cannot be asked with 50 examples"),
-    ("mmlu_local", ["mmlu_test", "mmlu_dev"], ["--num_fewshot", "5"], "3 examples of subject high_school_physics"),
-    ("truthfulqa_mc2_local", ["truthfulqa_validation"], ["--num_fewshot", "5"], "fixes its examples itself"),
+    (
+        "gsm8k_local",
+        ["gsm8k_test", "gsm8k_train"],
+        ["--num_fewshot", "50"],
+        "cannot be asked with 50 examples",
+    ),
+    (
+        "mmlu_local",
+        ["mmlu_test", "mmlu_dev"],
+        ["--num_fewshot", "5"],
+        "3 examples of subject high_school_physics",
+    ),
+    (
+        "truthfulqa_mc2_local",
+        ["truthfulqa_validation"],
+        ["--num_fewshot", "5"],
+        "fixes its examples itself",
+    ),
     ("gsm8k_locl", [], [], "lm-eval has no task gsm8k_locl: did you mean gsm8k_local?"),
     ("gsm8k", [], [], "gsm8k_local reads files (--files)"),
 ]
@@ -328,7 +475,9 @@ def test_bad_input_is_one_sentence_before_the_model(
 
 
 def test_files_with_other_columns_are_refused(harness, run, files, tmp_path):
-    flat = write_jsonl(tmp_path / "flat.jsonl", [{"question": "?", "choices": "A or B", "answerKey": "A"}])
+    flat = write_jsonl(
+        tmp_path / "flat.jsonl", [{"question": "?", "choices": "A or B", "answerKey": "A"}]
+    )
     csv = tmp_path / "mmlu.csv"
     csv.write_text("question,subject,choices,answer\nOne?,law,\"['a', 'b', 'c', 'd']\",1\n")
     (tmp_path / "empty.jsonl").write_text("")
@@ -342,7 +491,12 @@ def test_files_with_other_columns_are_refused(harness, run, files, tmp_path):
         ),
         ("mmlu_local", "mmlu_test", csv, "column choices is str, expected list"),
         ("gsm8k_local", "gsm8k_test", files["arc_easy_test"], "column answer is missing"),
-        ("gsm8k_local", "gsm8k_test", tmp_path / "empty.jsonl", "empty.jsonl cannot be read: it has no rows"),
+        (
+            "gsm8k_local",
+            "gsm8k_test",
+            tmp_path / "empty.jsonl",
+            "empty.jsonl cannot be read: it has no rows",
+        ),
         ("gsm8k_local", "gsm8k_test", tmp_path / "broken.jsonl", "broken.jsonl cannot be read"),
     ):
         with pytest.raises(SystemExit) as caught:
@@ -373,7 +527,9 @@ STOCK_TASKS = [
 
 
 @pytest.mark.parametrize(("name", "stock", "splits", "shots"), STOCK_TASKS)
-def test_local_tasks_ask_and_score_as_the_stock_tasks_do(base, files, tmp_path, tokenizer, name, stock, splits, shots):
+def test_local_tasks_ask_and_score_as_the_stock_tasks_do(
+    base, files, tmp_path, tokenizer, name, stock, splits, shots
+):
     chosen = {split: files[file] for split, file in splits.items()}
     if name == "mmlu_local":
         for split in splits:
@@ -381,17 +537,29 @@ def test_local_tasks_ask_and_score_as_the_stock_tasks_do(base, files, tmp_path, 
             kept = [row for row in rows if row["subject"] == "high_school_physics"]
             chosen[split] = str(write_jsonl(tmp_path / f"{split}.jsonl", kept))
     config = load_yaml(STOCK / stock)
-    config |= {"dataset_path": "json", "dataset_name": None, "dataset_kwargs": {"data_files": chosen}, "tag": None}
+    config |= {
+        "dataset_path": "json",
+        "dataset_name": None,
+        "dataset_kwargs": {"data_files": chosen},
+        "tag": None,
+    }
     if name.startswith("arc"):
         config["validation_split"] = None
     theirs = ConfigurableTask(config=config)
-    given = files | {"arc_challenge_test": files["arc_easy_test"], "arc_easy_train": files["arc_challenge_train"]}
+    given = files | {
+        "arc_challenge_test": files["arc_easy_test"],
+        "arc_easy_train": files["arc_challenge_train"],
+    }
     manager = TaskManager(include_path=str(TASKS), include_defaults=False, metadata=given)
     ours = manager.load([name])["tasks"][name]
     assert ours.VERSION == theirs.VERSION
     tokenizer.chat_template = (ROOT / "recipes" / "templates" / "instruction.jinja").read_text()
     lm = HFLM(pretrained=str(base), tokenizer=tokenizer, device="cpu")
-    docs = [doc for doc in ours.eval_docs if doc.get("subject", "high_school_physics") == "high_school_physics"]
+    docs = [
+        doc
+        for doc in ours.eval_docs
+        if doc.get("subject", "high_school_physics") == "high_school_physics"
+    ]
     assert docs == list(theirs.eval_docs)
     for count in {0, shots}:
         for template in (None, lm.apply_chat_template):
@@ -400,14 +568,30 @@ def test_local_tasks_ask_and_score_as_the_stock_tasks_do(base, files, tmp_path, 
                 task.set_fewshot_seed(1234)
                 kwargs = {"apply_chat_template": bool(template), "chat_template": template}
                 contexts = [
-                    task.fewshot_context(doc, num_fewshot=count, fewshot_as_multiturn=True, **kwargs) for doc in docs
+                    task.fewshot_context(
+                        doc, num_fewshot=count, fewshot_as_multiturn=True, **kwargs
+                    )
+                    for doc in docs
                 ]
-                made = [task.construct_requests(doc, ctx, **kwargs) for doc, ctx in zip(docs, contexts, strict=True)]
-                requests.append([[one.args for one in (m if isinstance(m, list) else [m])] for m in made])
+                made = [
+                    task.construct_requests(doc, ctx, **kwargs)
+                    for doc, ctx in zip(docs, contexts, strict=True)
+                ]
+                requests.append(
+                    [[one.args for one in (m if isinstance(m, list) else [m])] for m in made]
+                )
             assert requests[0] == requests[1]
-    answers = [(-float(i), False) for i in range(4)] if ours.OUTPUT_TYPE == "multiple_choice" else ["#### 0"]
+    answers = (
+        [(-float(i), False) for i in range(4)]
+        if ours.OUTPUT_TYPE == "multiple_choice"
+        else ["#### 0"]
+    )
     for doc in docs:
-        given = answers[: len(ours.doc_to_choice(doc))] if ours.OUTPUT_TYPE == "multiple_choice" else answers
+        given = (
+            answers[: len(ours.doc_to_choice(doc))]
+            if ours.OUTPUT_TYPE == "multiple_choice"
+            else answers
+        )
         assert ours.process_results(doc, given) == theirs.process_results(doc, given)
 
 
@@ -431,11 +615,21 @@ def answers_kept(run):
 
 def test_a_killed_evaluation_continues_where_it_stopped(harness, finished, files, tmp_path):
     killed, whole = (copy_of(finished[0], tmp_path / name) for name in ("killed", "whole"))
-    flags = ["--tasks", "gsm8k_local", *named(files, "gsm8k_test"), "--num_fewshot", "0", "--batch_size", "3"]
+    flags = [
+        "--tasks",
+        "gsm8k_local",
+        *named(files, "gsm8k_test"),
+        "--num_fewshot",
+        "0",
+        "--batch_size",
+        "3",
+    ]
     process = subprocess.Popen(
         [sys.executable, str(ROOT / "eval" / "harness.py"), "--run", str(killed), *flags],
-        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=ROOT,
-    )  # fmt: skip
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        cwd=ROOT,
+    )
     while answers_kept(killed) < 6:
         assert process.poll() is None
         time.sleep(0.01)
@@ -462,6 +656,9 @@ def test_answers_of_another_adapter_are_not_reused(harness, run, files, monkeypa
     assert answers_kept(run) == 2 * 36
     monkeypatch.undo()
     weights = load_file(run / "adapter" / "adapter_model.safetensors")
-    save_file({name: value * 3 for name, value in weights.items()}, run / "adapter" / "adapter_model.safetensors")
+    save_file(
+        {name: value * 3 for name, value in weights.items()},
+        run / "adapter" / "adapter_model.safetensors",
+    )
     harness.main(command)
     assert entries(run)["arc_easy_local"]["answers_reused"] == {"base": 0, "tuned": 0}

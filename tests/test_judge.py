@@ -1,4 +1,7 @@
-"""Judges: a local model, a server, alpaca-eval's annotators; what is cut, what is kept, what a dead server leaves."""
+"""Judges: a local model, a server, alpaca-eval's annotators.
+
+What is cut, what is kept, what a dead server leaves.
+"""
 
 import json
 import threading
@@ -31,9 +34,17 @@ def model(tmp_path_factory):
     """Folder of a random judge of 1,024 positions with a chat template."""
     folder = tmp_path_factory.mktemp("judge") / "random"
     config = LlamaConfig(
-        vocab_size=259, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
-        num_key_value_heads=1, max_position_embeddings=1024, bos_token_id=256, eos_token_id=257, pad_token_id=258,
-    )  # fmt: skip
+        vocab_size=259,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=1024,
+        bos_token_id=256,
+        eos_token_id=257,
+        pad_token_id=258,
+    )
     LlamaForCausalLM(config).save_pretrained(folder)
     tokenizer = byte_tokenizer()
     set_template(tokenizer)
@@ -56,7 +67,10 @@ def test_a_local_judge_loads_its_weights_when_it_is_first_asked(model, tmp_path)
     assert first[0] == first[2]
     assert len(file.found) == 2
     again = LocalJudge(model, 8)
-    assert ask(again, prompts, AnswerFile(tmp_path, again.facts, kind="verdicts"), 2, "judging") == first
+    assert (
+        ask(again, prompts, AnswerFile(tmp_path, again.facts, kind="verdicts"), 2, "judging")
+        == first
+    )
     assert "_model" not in vars(again)
     assert [LocalJudge(model, 8).answers([one])[0] for one in prompts] == first
 
@@ -77,7 +91,8 @@ def test_other_weights_are_another_judge(model, tmp_path, monkeypatch):
 def test_a_template_without_a_place_for_a_system_prompt_gets_it_in_the_users_turn(model, system):
     judge = LocalJudge(model, 8)
     judge.tokenizer.chat_template = (
-        f"{{% for m in messages %}}{{% if m.role == 'system' %}}{system}{{% else %}}{{{{ m.content }}}}{{% endif %}}"
+        f"{{% for m in messages %}}{{% if m.role == 'system' %}}{system}{{% else %}}{{{{ m.content "
+        f"}}}}{{% endif %}}"
         "{% endfor %}"
     )
     messages = load_format("fastchat").messages("turn_1", question_1="q", answer_1="a")
@@ -122,7 +137,9 @@ def test_answers_beyond_the_judges_context_are_cut_from_the_middle(model):
     assert tail.endswith("xxxend and short")
     assert cut == len(texts["a"]) - (len(head) - len("Compare: ")) - (len(tail) - len(" and short"))
     assert longest_fitting(judge, build, {"a": "x", "b": "y"}) == (build({"a": "x", "b": "y"}), 0)
-    with pytest.raises(ValueError, match="room for prompts of 1000 tokens, and one without its answers has"):
+    with pytest.raises(
+        ValueError, match="room for prompts of 1000 tokens, and one without its answers has"
+    ):
         longest_fitting(judge, lambda kept: prompt("x" * 2000 + kept["a"]), {"a": "y"})
 
 
@@ -141,21 +158,39 @@ def test_what_was_cut_is_counted_in_the_record(tmp_path):
 
 @pytest.mark.parametrize(
     ("verdicts", "expected"),
-    [("AB", 1), ("BA", 0), ("AA", 0.5), ("BB", 0.5), ("CC", 0.5), ("AC", 0.5), ("CB", 0.5), ("A-", None), ("--", None)],
+    [
+        ("AB", 1),
+        ("BA", 0),
+        ("AA", 0.5),
+        ("BB", 0.5),
+        ("CC", 0.5),
+        ("AC", 0.5),
+        ("CB", 0.5),
+        ("A-", None),
+        ("--", None),
+    ],
 )
 def test_two_orders_make_one_score(verdicts, expected):
     assert score([None if one == "-" else one for one in verdicts]) == expected
 
 
-@pytest.mark.parametrize(("wins", "losses", "passed"), [(30, 10, False), (24, 16, True), (0, 0, True), (10, 30, False)])
+@pytest.mark.parametrize(
+    ("wins", "losses", "passed"), [(30, 10, False), (24, 16, True), (0, 0, True), (10, 30, False)]
+)
 def test_one_model_that_beats_itself_too_often_fails_the_judge(wins, losses, passed):
     scores = [1.0] * wins + [0.0] * losses + [0.5] * (40 - wins - losses)
     letters = {1.0: ["A", "B"], 0.0: ["B", "A"], 0.5: ["A", "A"]}
     records = [
-        {"row": 0, "answer": "x", "score": one, "verdicts": letters[one], "contradictions": [False] * 2,
-         "characters_cut": 0}
+        {
+            "row": 0,
+            "answer": "x",
+            "score": one,
+            "verdicts": letters[one],
+            "contradictions": [False] * 2,
+            "characters_cut": 0,
+        }
         for one in scores
-    ]  # fmt: skip
+    ]
     canaries = Canaries(lambda pairs, title: records)
     canaries.noise_floor([])
     assert (canaries.rows[0]["passed"], canaries.fit) == (passed, passed)
@@ -163,7 +198,10 @@ def test_one_model_that_beats_itself_too_often_fails_the_judge(wins, losses, pas
 
 
 def test_two_models_with_the_same_judgements_stop_it():
-    records = {side: [{"answer": f"{side} {i}", "judgements": ["[RESULT] A"] * 2} for i in range(3)] for side in SIDES}
+    records = {
+        side: [{"answer": f"{side} {i}", "judgements": ["[RESULT] A"] * 2} for i in range(3)]
+        for side in SIDES
+    }
     assert len(set(judgement_hashes(records, "answer", "judgements").values())) == 2
     with pytest.raises(ValueError, match="base and tuned have the same judgements"):
         judgement_hashes(records | {"tuned": records["base"]}, "answer", "judgements")
@@ -188,7 +226,13 @@ class Server:
                 self.wfile.write(body)
 
             def do_GET(self):
-                self.reply(200, {"object": "list", "data": [{"id": "m", "object": "model", "max_model_len": 400}]})
+                self.reply(
+                    200,
+                    {
+                        "object": "list",
+                        "data": [{"id": "m", "object": "model", "max_model_len": 400}],
+                    },
+                )
 
             def do_POST(self):
                 asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
@@ -226,7 +270,9 @@ def test_a_server_is_asked_greedily_and_its_context_is_its_own(monkeypatch):
         assert judge.size(prompt("x" * 30)) == 10
         texts = [one.text for one in judge.answers([prompt("one"), prompt("two")])]
         assert texts == ["judged one [RESULT] A", "judged two [RESULT] A"]
-        assert {(one["temperature"], one["max_tokens"], one["model"]) for one in server.requests} == {(0, 100, "m")}
+        assert {
+            (one["temperature"], one["max_tokens"], one["model"]) for one in server.requests
+        } == {(0, 100, "m")}
         with pytest.raises(ValueError, match="has no model 'other': it has m"):
             ServerJudge("other", server.url, 100)
         assert ServerJudge("m", "http://127.0.0.1:1/v1", 100, context=200).room == 100
@@ -239,7 +285,9 @@ def test_a_server_that_dies_in_the_middle_leaves_everything_kept(monkeypatch, tm
     with Server(dies_at=5) as server:
         judge = ServerJudge("m", server.url, 100)
         file = AnswerFile(tmp_path, judge.facts, kind="verdicts")
-        with pytest.raises(ValueError, match="does not answer, tried 2 times: judgements are kept") as error:
+        with pytest.raises(
+            ValueError, match="does not answer, tried 2 times: judgements are kept"
+        ) as error:
             ask(judge, prompts, file, 2, "judging")
         assert "\n" not in str(error.value)
         assert len(file.found) == 5  # the batch that it died in too
@@ -255,17 +303,24 @@ def test_a_server_that_dies_in_the_middle_leaves_everything_kept(monkeypatch, tm
 
 
 def test_a_server_that_refuses_says_why():
-    with Server(refuses="too long for me") as server, pytest.raises(ValueError, match=r"status 400: .*too long for me"):
+    with (
+        Server(refuses="too long for me") as server,
+        pytest.raises(ValueError, match=r"status 400: .*too long for me"),
+    ):
         ServerJudge("m", server.url, 100).answers([PLAIN])
 
 
-@pytest.mark.parametrize("garbled", ["<html>", {"error": "x"}, {"choices": []}, {"choices": [{"message": None}]}])
+@pytest.mark.parametrize(
+    "garbled", ["<html>", {"error": "x"}, {"choices": []}, {"choices": [{"message": None}]}]
+)
 def test_what_is_no_completion_is_said_and_the_others_are_kept(garbled, tmp_path):
     prompts = [prompt("one"), prompt("garble"), prompt("two")]
     with Server(garbles=garbled) as server:
         judge = ServerJudge("m", server.url, 100)
         file = AnswerFile(tmp_path, judge.facts, kind="verdicts")
-        with pytest.raises(ValueError, match=f"what the judge's server at {server.url} answers is no completion"):
+        with pytest.raises(
+            ValueError, match=f"what the judge's server at {server.url} answers is no completion"
+        ):
             ask(judge, prompts, file, 3, "judging")
         assert len(file.found) == 2
 
@@ -288,18 +343,26 @@ ANNOTATIONS = SHARED / "alpaca_eval" / "alpaca-7b" / "annotations.json"
 
 @needs_shared
 def test_the_public_annotations_give_the_published_figures(monkeypatch):
-    """alpaca-eval's own metrics on the leaderboard's annotations of alpaca-7b, length control offline."""
+    """alpaca-eval's own metrics on the leaderboard's annotations of alpaca-7b, length control
+    offline.
+    """
     folder = SHARED / "alpaca_eval"
     glm = alpaca_metrics()
     monkeypatch.setattr(glm, "hf_hub_download", lambda **_: folder / "df_gamed_standin.csv")
     rows = json.loads(ANNOTATIONS.read_text())
-    found = official([{"annotation": row} for row in rows], ("alpaca-7b", "gpt4_1106_preview"), control=True)
+    found = official(
+        [{"annotation": row} for row in rows], ("alpaca-7b", "gpt4_1106_preview"), control=True
+    )
     assert found["n_total"] == 805
     assert found["win_rate"] == pytest.approx(2.591450540223603, abs=1e-6)
     assert found["standard_error"] == pytest.approx(0.4870855382635108, abs=1e-6)
     assert found["length_controlled_winrate"] == pytest.approx(5.875487163278986, abs=0.15)
-    table = pandas.read_csv(folder / "df_gamed_standin.csv").drop_duplicates("index").set_index("index")
-    monkeypatch.setattr(glm, "_get_instructions_difficulty", lambda: table["instruction_difficulty"])
+    table = (
+        pandas.read_csv(folder / "df_gamed_standin.csv").drop_duplicates("index").set_index("index")
+    )
+    monkeypatch.setattr(
+        glm, "_get_instructions_difficulty", lambda: table["instruction_difficulty"]
+    )
     weights = pandas.read_csv(folder / "glm_weights.csv", index_col=0)
     published = 100 * glm.predict_winrate("alpaca-7b", "gpt4_1106_preview", weights=weights)
     assert published == pytest.approx(5.875487163278986, abs=1e-4)
@@ -319,15 +382,26 @@ def test_the_published_files_are_read():
 def test_without_the_hubs_file_the_official_rate_has_no_length_control(monkeypatch):
     monkeypatch.setattr(alpaca_metrics(), "hf_hub_download", no_hub)
     rows = [
-        {"instruction": f"q{i}", "output_1": "a", "output_2": "bb", "preference": 1.0 + (i % 4 == 0)} for i in range(40)
+        {
+            "instruction": f"q{i}",
+            "output_1": "a",
+            "output_2": "bb",
+            "preference": 1.0 + (i % 4 == 0),
+        }
+        for i in range(40)
     ]
-    found = official([{"annotation": row} for row in rows], ("m", "gpt4_1106_preview"), control=True)
+    found = official(
+        [{"annotation": row} for row in rows], ("m", "gpt4_1106_preview"), control=True
+    )
     assert found["win_rate"] == 25
     assert "df_gamed.csv is not in the hub's cache" in found["note"]
 
 
 def test_annotators_of_alpaca_eval_see_both_orders_and_are_not_asked_twice(monkeypatch, tmp_path):
-    """The config's own prompt and parser; in place of the API a model that prefers the longer output, by 9 to 1."""
+    """The config's own prompt and parser.
+
+    In place of the API a model that prefers the longer output, by 9 to 1.
+    """
     monkeypatch.setenv("OPENAI_API_KEY", "none")
     asked = []
 
@@ -367,10 +441,19 @@ def test_length_control_finds_the_rate_at_equal_length(monkeypatch):
         low, high = found[side]["interval_95"]
         assert low < truth < high
         assert found[side]["value"] == pytest.approx(truth, abs=4)
-    assert found["difference"]["value"] == pytest.approx(found["tuned"]["value"] - found["base"]["value"])
-    assert length_controlled({"tuned": scores["tuned"][:10]}, {"tuned": answers["tuned"][:10]}, references[:10]) is None
+    assert found["difference"]["value"] == pytest.approx(
+        found["tuned"]["value"] - found["base"]["value"]
+    )
+    assert (
+        length_controlled(
+            {"tuned": scores["tuned"][:10]}, {"tuned": answers["tuned"][:10]}, references[:10]
+        )
+        is None
+    )
     few = {"tuned": [1.0] * 9 + [0.0] * 791}
-    assert length_controlled(few, {"tuned": answers["tuned"]}, references) is None, "too few are won"
+    assert length_controlled(few, {"tuned": answers["tuned"]}, references) is None, (
+        "too few are won"
+    )
 
 
 def test_the_rate_at_equal_length_is_the_raw_one_where_length_does_not_matter(monkeypatch):

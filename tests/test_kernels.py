@@ -1,7 +1,10 @@
-"""The Triton kernels against plain PyTorch. They need a GPU; their last run there is in docs/LOG.md.
+"""The Triton kernels against plain PyTorch.
 
-Without one, Triton (`pip install triton==3.6.0 "numpy<2.4"`) runs attention on a CPU, slowly, and compiles it:
-TRITON_INTERPRET=1 pytest tests/test_kernels.py -k gradients; pytest tests/test_kernels.py -k registers
+They need a GPU; their last run there is in docs/LOG.md.
+
+Without one, Triton (`pip install triton==3.6.0 "numpy<2.4"`) runs attention on a CPU, slowly, and
+compiles it: TRITON_INTERPRET=1 pytest tests/test_kernels.py -k gradients; pytest
+tests/test_kernels.py -k registers
 """
 
 import os
@@ -20,10 +23,13 @@ from sftlab.fastpath.varlen_attention import varlen_attention
 
 with_triton = pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
 interpreted = os.environ.get("TRITON_INTERPRET") == "1"
-on_a_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="the kernels run on a CUDA GPU alone")
+on_a_gpu = pytest.mark.skipif(
+    not torch.cuda.is_available(), reason="the kernels run on a CUDA GPU alone"
+)
 
 LENGTHS = [1, 63, 64, 65, 200, 513, 128, 17]
-# Largest difference over the largest value of plain attention in float64; in float32 itself it is 1.3e-6.
+# Largest difference over the largest value of plain attention in float64; in float32 itself it is
+# 1.3e-6.
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1.5e-2}
 
 
@@ -33,14 +39,19 @@ def plain_attention(query, key, value, lengths):
     for length in lengths:
         q, k, v = (t[start : start + length].transpose(0, 1) for t in (query, key, value))
         k, v = k.repeat_interleave(groups, 0), v.repeat_interleave(groups, 0)
-        found.append(scaled_dot_product_attention(q[None], k[None], v[None], is_causal=True)[0].transpose(0, 1))
+        found.append(
+            scaled_dot_product_attention(q[None], k[None], v[None], is_causal=True)[0].transpose(
+                0, 1
+            )
+        )
         start += length
     return torch.cat(found)
 
 
 @with_triton
 @pytest.mark.skipif(
-    not (torch.cuda.is_available() or interpreted), reason="neither a CUDA GPU nor Triton's interpreter"
+    not (torch.cuda.is_available() or interpreted),
+    reason="neither a CUDA GPU nor Triton's interpreter",
 )
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize("heads, key_heads, size", [(8, 2, 64), (4, 4, 128)])
@@ -50,7 +61,10 @@ def test_attention_and_its_gradients(dtype, heads, key_heads, size):
     torch.manual_seed(0)
     device = "cpu" if interpreted else "cuda"
     table = tiles(LENGTHS).to(device)
-    exact = [torch.randn(sum(LENGTHS), n, size, device=device) for n in (heads, key_heads, key_heads, heads)]
+    exact = [
+        torch.randn(sum(LENGTHS), n, size, device=device)
+        for n in (heads, key_heads, key_heads, heads)
+    ]
     exact = [t.to(dtype).double() for t in exact]
     want = [t.clone().requires_grad_() for t in exact[:3]]
     expected = plain_attention(*want, LENGTHS)
@@ -58,7 +72,10 @@ def test_attention_and_its_gradients(dtype, heads, key_heads, size):
     got = [t.to(dtype).requires_grad_() for t in exact[:3]]
     output = varlen_attention(*got, table, size**-0.5)[0]
     output.backward(exact[3].to(dtype))
-    for found, right in ((output, expected), *((g.grad, w.grad) for g, w in zip(got, want, strict=True))):
+    for found, right in (
+        (output, expected),
+        *((g.grad, w.grad) for g, w in zip(got, want, strict=True)),
+    ):
         assert (found.double() - right).abs().max() < TOLERANCE[dtype] * right.abs().max()
 
 
@@ -67,8 +84,13 @@ def test_attention_and_its_gradients(dtype, heads, key_heads, size):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("heads, key_heads, size", [(32, 8, 64), (32, 32, 128)])
 @pytest.mark.parametrize("capability", [80, 89, 90])
-def test_attention_keeps_its_sums_in_registers(monkeypatch, tmp_path, dtype, heads, key_heads, size, capability):
-    """Large float32 heads spill hundreds of bytes. Where they spilled 18 KB, a step took four times as long."""
+def test_attention_keeps_its_sums_in_registers(
+    monkeypatch, tmp_path, dtype, heads, key_heads, size, capability
+):
+    """Large float32 heads spill hundreds of bytes.
+
+    Where they spilled 18 KB, a step took four times as long.
+    """
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -90,18 +112,31 @@ def test_attention_keeps_its_sums_in_registers(monkeypatch, tmp_path, dtype, hea
     assert len(started) == 3
     for kernel, arguments, options in started:
         constants = {p.name: arguments[p.name] for p in kernel.params if p.is_constexpr}
-        of = {n: types[a.dtype] if torch.is_tensor(a) else "fp32" if isinstance(a, float) else "i32"
-              for n, a in arguments.items()}  # fmt: skip
+        of = {
+            n: types[a.dtype] if torch.is_tensor(a) else "fp32" if isinstance(a, float) else "i32"
+            for n, a in arguments.items()
+        }
         aligned = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(of) if of[n][0] == "*"}
         source = ASTSource(kernel, of | dict.fromkeys(constants, "constexpr"), constants, aligned)
         made = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
         (tmp_path / "ptx").write_text(made.asm["ptx"])
         architecture = re.search(r"\.target (\w+)", made.asm["ptx"])[1]
-        words = [triton.knobs.nvidia.ptxas.path, "-v", f"--gpu-name={architecture}", tmp_path / "ptx"]
-        said = subprocess.run([*words, "-o", os.devnull], capture_output=True, text=True, check=True).stderr
+        words = [
+            triton.knobs.nvidia.ptxas.path,
+            "-v",
+            f"--gpu-name={architecture}",
+            tmp_path / "ptx",
+        ]
+        said = subprocess.run(
+            [*words, "-o", os.devnull], capture_output=True, text=True, check=True
+        ).stderr
         spilled = 512 if dtype == torch.float32 and size == 128 else 128
-        assert int(re.search(r"(\d+) bytes stack frame", said)[1]) <= spilled, f"{kernel.__name__}: {said}"
-        assert made.metadata.shared <= 99 * 1024, "what GPUs of capability 8.6 and 8.9 have for a program"
+        assert int(re.search(r"(\d+) bytes stack frame", said)[1]) <= spilled, (
+            f"{kernel.__name__}: {said}"
+        )
+        assert made.metadata.shared <= 99 * 1024, (
+            "what GPUs of capability 8.6 and 8.9 have for a program"
+        )
 
 
 @on_a_gpu

@@ -1,4 +1,6 @@
-"""The cache is really off where it is said to be, the answers stay the same, and the cache's size is the real one."""
+"""The cache is really off where it is said to be, the answers stay the same, and the cache's size
+is the real one.
+"""
 
 import csv
 
@@ -34,19 +36,36 @@ def test_without_the_cache_every_step_sees_the_whole_text(model):
 def test_the_cache_s_size(model):
     ids, cache = torch.randint(0, 200, (3, 11)), DynamicCache(config=model.config)
     model(ids, past_key_values=cache, use_cache=True)
-    held = sum(t.numel() * t.element_size() for layer in cache.layers for t in (layer.keys, layer.values))
+    held = sum(
+        t.numel() * t.element_size() for layer in cache.layers for t in (layer.keys, layer.values)
+    )
     assert kv_cache.cache_bytes(model, 3, 11) == held
 
 
 def test_the_table(base, tmp_path, monkeypatch):
     monkeypatch.setitem(kv_cache.PUBLISHED, ("with", 1, 16, 4), 4.5)
-    argv = ["--model", str(base), "--batches", "1", "2", "--prompts", "16", "96", "--outputs", "4", "--repeats", "1"]
+    argv = [
+        "--model",
+        str(base),
+        "--batches",
+        "1",
+        "2",
+        "--prompts",
+        "16",
+        "96",
+        "--outputs",
+        "4",
+        "--repeats",
+        "1",
+    ]
     kv_cache.main([*argv, "--out", str(tmp_path / "kv")])
     with (tmp_path / "kv.csv").open(encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     assert [(r["cache"], r["batch"], r["prompt"]) for r in rows[:3]] == [
-        ("with", "1", "16"), ("without", "1", "16"), ("with", "2", "16")
-    ]  # fmt: skip
+        ("with", "1", "16"),
+        ("without", "1", "16"),
+        ("with", "2", "16"),
+    ]
     assert {r["same_answers"] for r in rows} == {"1 of 1", "2 of 2"}
     peaks = {(r["cache"], r["batch"], r["prompt"]): float(r["peak_mb"]) for r in rows}
     assert peaks["with", "2", "96"] > peaks["with", "1", "96"] > peaks["with", "1", "16"]
@@ -56,7 +75,19 @@ def test_the_table(base, tmp_path, monkeypatch):
 
 def test_what_was_measured_before_it_was_stopped_is_kept(base, tmp_path, capsys):
     def table(*more):
-        argv = ["--model", str(base), "--batches", "1", "2", "--prompts", "16", "--outputs", "3", "--repeats", "1"]
+        argv = [
+            "--model",
+            str(base),
+            "--batches",
+            "1",
+            "2",
+            "--prompts",
+            "16",
+            "--outputs",
+            "3",
+            "--repeats",
+            "1",
+        ]
         kv_cache.main([*argv, "--out", str(tmp_path / "kv"), *more])
         with (tmp_path / "kv.csv").open(encoding="utf-8") as file:
             return list(csv.DictReader(file))
@@ -67,7 +98,9 @@ def test_what_was_measured_before_it_was_stopped_is_kept(base, tmp_path, capsys)
     assert [row["batch"] for row in again] == ["1", "1", "2", "2"]
     assert capsys.readouterr().out.count("; done before") == 1
     assert table() == again
-    (tmp_path / "kv.csv").write_text((tmp_path / "kv.csv").read_text(encoding="utf-8").replace("torch ", "torch 0"))
+    (tmp_path / "kv.csv").write_text(
+        (tmp_path / "kv.csv").read_text(encoding="utf-8").replace("torch ", "torch 0")
+    )
     capsys.readouterr()
     table()
     assert "done before" not in capsys.readouterr().out, "measured with other versions"

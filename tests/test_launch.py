@@ -1,4 +1,7 @@
-"""What the machine cannot run is refused before anything starts; GPU machines are stood in for by their answers."""
+"""What the machine cannot run is refused before anything starts.
+
+GPU machines are stood in for by their answers.
+"""
 
 import gc
 import os
@@ -25,7 +28,8 @@ def asks(precision="bf16", strategy="single", processes=1, hides_gpus=False):
 def test_more_processes_than_gpus_are_refused(monkeypatch):
     on(monkeypatch, 2)
     with pytest.raises(
-        ValueError, match="starts 8 processes on this machine, which shows 2 GPUs: pass --num_processes 2"
+        ValueError,
+        match="starts 8 processes on this machine, which shows 2 GPUs: pass --num_processes 2",
     ):
         check_devices(asks(strategy="ddp", processes=8))
     check_devices(asks(strategy="fsdp", processes=2))
@@ -56,9 +60,16 @@ def test_no_library_is_imported_before_one_process_sees_one_device(script, proce
     look = "import os, sys; sys.modules['torch'] = None; sys.argv = [sys.argv[1]]\n"
     look += "try: exec(open(sys.argv[0]).read())\n"
     look += "except ImportError as error: print(error.name, os.environ['CUDA_VISIBLE_DEVICES'])"
-    variables = {"WORLD_SIZE": processes, "RANK": "0", "LOCAL_RANK": "0", "CUDA_VISIBLE_DEVICES": "3,5"}
+    variables = {
+        "WORLD_SIZE": processes,
+        "RANK": "0",
+        "LOCAL_RANK": "0",
+        "CUDA_VISIBLE_DEVICES": "3,5",
+    }
     command = [sys.executable, "-c", look, script]
-    found = subprocess.run(command, cwd=ROOT, env=os.environ | variables, capture_output=True, text=True)
+    found = subprocess.run(
+        command, cwd=ROOT, env=os.environ | variables, capture_output=True, text=True
+    )
     assert found.stdout.split() == ["torch", seen], found.stderr
 
 
@@ -75,12 +86,20 @@ def test_one_process_sees_one_device_and_no_process_group(monkeypatch):
 
 
 def test_the_environment_of_accelerate_is_read(monkeypatch):
-    for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE", "ACCELERATE_USE_FSDP", "ACCELERATE_MIXED_PRECISION"):
+    for name in (
+        "WORLD_SIZE",
+        "LOCAL_WORLD_SIZE",
+        "ACCELERATE_USE_FSDP",
+        "ACCELERATE_MIXED_PRECISION",
+    ):
         monkeypatch.delenv(name, raising=False)
     assert Launch.from_environment().precision is None
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
     monkeypatch.setenv("WORLD_SIZE", "4")
-    assert (Launch.from_environment().precision, Launch.from_environment().strategy) == ("fp32", "ddp")
+    assert (Launch.from_environment().precision, Launch.from_environment().strategy) == (
+        "fp32",
+        "ddp",
+    )
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     assert Launch.from_environment().strategy == "fsdp"
 

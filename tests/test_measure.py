@@ -1,4 +1,7 @@
-"""What a run measures: real tokens, the steady state alone, FLOPs that LoRA really needs; exact likelihoods."""
+"""What a run measures: real tokens, the steady state alone, FLOPs that LoRA really needs.
+
+Exact likelihoods.
+"""
 
 import time
 from types import SimpleNamespace
@@ -7,7 +10,13 @@ import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+)
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from sftlab.measurement import hardware_limit, throughput
@@ -19,13 +28,21 @@ from sftlab.models.likelihood import likelihood, with_fused_head
 def test_flops_are_four_a_frozen_and_six_a_trained_parameter():
     with torch.device("meta"):
         config = LlamaConfig(
-            vocab_size=128256, hidden_size=2048, intermediate_size=8192, num_hidden_layers=16, num_attention_heads=32,
-            num_key_value_heads=8, head_dim=64, tie_word_embeddings=True,
-        )  # fmt: skip
+            vocab_size=128256,
+            hidden_size=2048,
+            intermediate_size=8192,
+            num_hidden_layers=16,
+            num_attention_heads=32,
+            num_key_value_heads=8,
+            head_dim=64,
+            tie_word_embeddings=True,
+        )
         model = LlamaForCausalLM(config)
         layer = 2048 * (2048 + 512 + 512 + 2048) + 3 * 2048 * 8192
         matrices = 16 * layer + 128256 * 2048
-        tuned = get_peft_model(model, LoraConfig(r=16, target_modules=["q_proj", "v_proj", "o_proj"]))
+        tuned = get_peft_model(
+            model, LoraConfig(r=16, target_modules=["q_proj", "v_proj", "o_proj"])
+        )
     lora = 16 * 16 * ((2048 + 2048) + (2048 + 512) + (2048 + 2048))
     flops = flops_per_token(tuned)
     assert flops.loss_token == 4 * 128256 * 2048
@@ -42,21 +59,29 @@ class Clock:
 
 def test_a_token_is_worked_on_by_the_experts_it_goes_to(monkeypatch):
     shape = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1}
-    config = MixtralConfig(**shape, num_attention_heads=2, num_local_experts=8, num_experts_per_tok=2)
+    config = MixtralConfig(
+        **shape, num_attention_heads=2, num_local_experts=8, num_experts_per_tok=2
+    )
     model = get_peft_model(MixtralForCausalLM(config), LoraConfig(r=4, target_modules=["q_proj"]))
     experts = 2 * 3 * 32 * 64
     attention = 2 * 32 * 32 + 2 * 32 * config.num_key_value_heads * 16
     assert flops_per_token(model).token == 4 * (experts + attention + 8 * 32) + 6 * 4 * (32 + 32)
     monkeypatch.setattr(
-        MixtralConfig, "to_dict", lambda config: {"num_local_experts": 8, "num_experts_per_tok": [1, 2]}
+        MixtralConfig,
+        "to_dict",
+        lambda config: {"num_local_experts": 8, "num_experts_per_tok": [1, 2]},
     )
-    assert flops_per_token(model).token == 4 * (experts * 4 + attention + 8 * 32) + 6 * 4 * (32 + 32)
+    assert flops_per_token(model).token == 4 * (experts * 4 + attention + 8 * 32) + 6 * 4 * (
+        32 + 32
+    )
 
 
 def test_of_a_module_that_is_saved_whole_its_copy_counts():
     shape = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1}
     config = LlamaConfig(**shape, num_attention_heads=2, tie_word_embeddings=False)
-    plain = flops_per_token(get_peft_model(LlamaForCausalLM(config), LoraConfig(r=4, target_modules=["q_proj"])))
+    plain = flops_per_token(
+        get_peft_model(LlamaForCausalLM(config), LoraConfig(r=4, target_modules=["q_proj"]))
+    )
     saved = LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=["lm_head", "down_proj"])
     found = flops_per_token(get_peft_model(LlamaForCausalLM(config), saved))
     assert found.loss_token == 6 * 64 * 32
@@ -67,7 +92,9 @@ def test_the_meter_counts_real_tokens_and_leaves_out_warm_up_evaluation_and_savi
     clock, meter = Clock(monkeypatch), Meter()
     state = SimpleNamespace(global_step=0, max_steps=20)
     for step in range(20):
-        control = SimpleNamespace(should_evaluate=step == 9, should_save=step == 14, should_training_stop=False)
+        control = SimpleNamespace(
+            should_evaluate=step == 9, should_save=step == 14, should_training_stop=False
+        )
         meter.on_step_begin(None, state, control)
         clock.now += 100.0 if step < 5 else 2.0
         for _ in range(2):
@@ -85,7 +112,9 @@ def test_the_meter_counts_real_tokens_and_leaves_out_warm_up_evaluation_and_savi
     tiny = meter.facts(Flops(token=3e5, loss_token=0.0))
     monkeypatch.setattr(throughput, "matrix_rate", lambda *_: 1e12)
     of_limit = hardware_limit.share_of_limit(tiny, torch.device("cpu"), torch.float32, world_size=2)
-    assert of_limit["share_of_limit"] == pytest.approx(4 * 3e5 / 1e12 / 2), "of a model however small"
+    assert of_limit["share_of_limit"] == pytest.approx(4 * 3e5 / 1e12 / 2), (
+        "of a model however small"
+    )
 
 
 def test_the_meter_stops_before_the_evaluation_at_an_epochs_end(monkeypatch):
@@ -148,10 +177,17 @@ def test_the_likelihood_is_the_shifted_masked_sum_and_does_not_depend_on_the_bat
     rows = encoded_rows()
     expected = []
     for row in rows:
-        logits = scored_model(torch.tensor([row["input_ids"]])).logits.detach()[0, :-1].double().log_softmax(-1)
+        logits = (
+            scored_model(torch.tensor([row["input_ids"]]))
+            .logits.detach()[0, :-1]
+            .double()
+            .log_softmax(-1)
+        )
         picked = -logits.gather(1, torch.tensor(row["input_ids"][1:])[:, None])[:, 0]
         response = torch.tensor(row["labels"][1:]) != -100
-        expected.append([picked[response].sum().item(), response.sum().item(), picked.sum().item(), len(picked)])
+        expected.append(
+            [picked[response].sum().item(), response.sum().item(), picked.sum().item(), len(picked)]
+        )
     expected = np.array(expected)
     for size in (1, 4, 16):
         found = np.hstack(likelihood(scored_model, batches(rows, size)))
@@ -164,7 +200,12 @@ def test_the_likelihood_is_the_shifted_masked_sum_and_does_not_depend_on_the_bat
 def test_a_loss_that_is_not_finite_names_its_row(scored_model):
     with torch.no_grad():
         scored_model.get_input_embeddings().weight[7] = float("nan")
-    rows = [{"input_ids": [1, 2, 3], "labels": [1, 2, 3]}, {"input_ids": [1, 7, 3], "labels": [1, 7, 3]}]
+    rows = [
+        {"input_ids": [1, 2, 3], "labels": [1, 2, 3]},
+        {"input_ids": [1, 7, 3], "labels": [1, 7, 3]},
+    ]
     for names, number in ((None, 1), ([40, 50], 50)):
-        with pytest.raises(ValueError, match=f"row {number}: the model gives no finite probability"):
+        with pytest.raises(
+            ValueError, match=f"row {number}: the model gives no finite probability"
+        ):
             likelihood(scored_model, batches(rows, 1), names=names)

@@ -1,4 +1,7 @@
-"""The memory of a step by part: exact for tensors that can be counted, and what each technique must do to the rest."""
+"""The memory of a step by part:
+
+exact for tensors that can be counted, and what each technique must do to the rest.
+"""
 
 import pytest
 import torch
@@ -14,7 +17,11 @@ GB = 2**30
 
 def test_the_parts_of_a_step_s_memory(base, rows, tmp_path, trained_here):
     def measured(name, **more):
-        fields = short_fields(base, rows, tmp_path / name) | {"measure_memory": "true", "lora_dropout": "0", **more}
+        fields = short_fields(base, rows, tmp_path / name) | {
+            "measure_memory": "true",
+            "lora_dropout": "0",
+            **more,
+        }
         trained_here(fields)
         run = read(tmp_path / name)
         (peak,) = run["measured"]["peak_memory"]
@@ -24,7 +31,9 @@ def test_the_parts_of_a_step_s_memory(base, rows, tmp_path, trained_here):
     trained = run["ran"]["trainable_parameters"]
     rounding = pytest.approx(4 * trained, abs=1e-6 * GB)
     assert lora["gradients"] == rounding
-    assert lora["optimizer_state"] == pytest.approx(8 * trained, abs=2e-6 * GB), "AdamW: two moments"
+    assert lora["optimizer_state"] == pytest.approx(8 * trained, abs=2e-6 * GB), (
+        "AdamW: two moments"
+    )
     assert lora["peak"] >= lora["parameters"] + lora["optimizer_state"] + lora["activations"]
     run, full = measured("full", use_peft="false", optim="sgd", gradient_checkpointing="true")
     assert full["gradients"] == pytest.approx(4 * run["ran"]["trainable_parameters"], abs=1e-6 * GB)
@@ -38,7 +47,8 @@ def test_the_parts_of_a_step_s_memory(base, rows, tmp_path, trained_here):
 
 
 @pytest.mark.parametrize(
-    ("double_quantised", "bytes_a_weight"), [(None, 2), (False, 0.5 + 4 / 64), (True, 0.5 + 1 / 64 + 4 / 64 / 256)]
+    ("double_quantised", "bytes_a_weight"),
+    [(None, 2), (False, 0.5 + 4 / 64), (True, 0.5 + 1 / 64 + 4 / 64 / 256)],
 )
 def test_weights_count_with_all_that_they_need(double_quantised, bytes_a_weight):
     given = nn.Linear(1024, 2048, bias=False, dtype=torch.bfloat16)

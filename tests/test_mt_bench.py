@@ -1,4 +1,7 @@
-"""eval/mt_bench.py as a user types it: both turns, the judge's own scale, references, canaries, plots, mistakes."""
+"""eval/mt_bench.py as a user types it:
+
+both turns, the judge's own scale, references, canaries, plots, mistakes.
+"""
 
 import json
 import subprocess
@@ -30,10 +33,14 @@ def texts(number):
 def files(tmp_path):
     """40 questions of four categories; math and coding have reference answers."""
     questions = [
-        {"question_id": 81 + i, "category": CATEGORIES[i // 10], "turns": texts(81 + i)} for i in range(40)
-    ]  # fmt: skip
+        {"question_id": 81 + i, "category": CATEGORIES[i // 10], "turns": texts(81 + i)}
+        for i in range(40)
+    ]
     right = [
-        {"question_id": 81 + i, "choices": [{"turns": [f"right {81 + i} {turn}" for turn in (1, 2)]}]}
+        {
+            "question_id": 81 + i,
+            "choices": [{"turns": [f"right {81 + i} {turn}" for turn in (1, 2)]}],
+        }
         for i in range(20, 40)
     ]
     found = []
@@ -45,7 +52,10 @@ def files(tmp_path):
 
 @pytest.fixture
 def evaluate(mt_bench, run, files, monkeypatch):
-    """Evaluates canned answers: base is `poor`, tuned `good` in the first turn and poor in the second."""
+    """Evaluates canned answers:
+
+    base is `poor`, tuned `good` in the first turn and poor in the second.
+    """
 
     def build(rule, style="fastchat", flags=(), judge=None):
         said = {side: {} for side in ("base", "tuned")}
@@ -79,9 +89,14 @@ def question_number(prompt):
 
 
 def rates(prompt, scale):
-    """A judge that knows good answers, and right ones by the number of the question; texts in the judge's format."""
+    """A judge that knows good answers, and right ones by the number of the question.
+
+    Texts in the judge's format.
+    """
     text = last_answer(prompt)
-    good = text == f"right {question_number(prompt)} 1" if text.startswith("right") else "good" in text
+    good = (
+        text == f"right {question_number(prompt)} 1" if text.startswith("right") else "good" in text
+    )
     return ("[[9]]" if good else "[[3]]") if scale == 10 else f"[RESULT] {5 if good else 2}"
 
 
@@ -151,12 +166,20 @@ def test_unparsed_ratings_are_left_out_and_many_are_refused(evaluate, run):
     report = evaluate(sometimes)
     assert report["judged"]["tuned"]["unparsed"]["value"] == 1 / 80
     assert report["scores"]["turn 1"]["tuned"]["value"] == 9
-    assert any(warning.startswith("1.25 % of the judgements of tuned") for warning in report["warnings"])
+    assert any(
+        warning.startswith("1.25 % of the judgements of tuned") for warning in report["warnings"]
+    )
     forget(run)
     with pytest.raises(SystemExit, match="more than 5 % of the judgements hold no rating"):
-        evaluate(lambda prompt: "It deserves a 7." if "tuned" in last_answer(prompt) else rates(prompt, 10))
+        evaluate(
+            lambda prompt: (
+                "It deserves a 7." if "tuned" in last_answer(prompt) else rates(prompt, 10)
+            )
+        )
     assert entry(run, "mt_bench")["scores"] == {}
-    assert evaluate(None, flags=["--allow-unparsed"])["scores"] == {}  # no rating of tuned in any group
+    assert (
+        evaluate(None, flags=["--allow-unparsed"])["scores"] == {}
+    )  # no rating of tuned in any group
     forget(run)
     assert evaluate(lambda prompt: "7", flags=["--allow-unparsed"])["scores"] == {}
 
@@ -168,7 +191,9 @@ def test_scoring_again_asks_nothing(evaluate):
     assert judge.asked == []
 
 
-def test_answers_follow_the_categories_temperature_and_the_real_history(mt_bench, untrained, files, monkeypatch):
+def test_answers_follow_the_categories_temperature_and_the_real_history(
+    mt_bench, untrained, files, monkeypatch
+):
     seen = []
 
     def answers(self, side, conversations, sampling, title):
@@ -210,21 +235,43 @@ def test_the_real_questions_are_read():
     questions = read_questions(folder / "question.jsonl", folder / "reference_answer_gpt-4.jsonl")
     assert len(questions) == 80
     referenced = [question.category for question in questions if question.references]
-    assert {name: referenced.count(name) for name in set(referenced)} == {"math": 10, "reasoning": 10, "coding": 10}
+    assert {name: referenced.count(name) for name in set(referenced)} == {
+        "math": 10,
+        "reasoning": 10,
+        "coding": 10,
+    }
 
 
 def test_small_models_from_answers_to_report_with_a_random_judge(run, files, base, tmp_path):
-    """The whole path on real (tiny) models, twice: a random judge is named unfit, and nothing is done again."""
+    """The whole path on real (tiny) models, twice:
+
+    a random judge is named unfit, and nothing is done again.
+    """
     judge = tmp_path / "judge"
     judge.mkdir()
-    for path in [*base.iterdir(), *(run / "adapter").glob("tokenizer*"), *(run / "adapter").glob("chat_template*")]:
+    for path in [
+        *base.iterdir(),
+        *(run / "adapter").glob("tokenizer*"),
+        *(run / "adapter").glob("chat_template*"),
+    ]:
         (judge / path.name).write_bytes(path.read_bytes())
     config = json.loads((judge / "config.json").read_text()) | {"max_position_embeddings": 4096}
     (judge / "config.json").write_text(json.dumps(config))
     outputs = tmp_path / "outputs.json"
-    rows = [{"instruction": text, "output": f"right {i}"} for i in range(8) for text in texts(i)[:1]]
+    rows = [
+        {"instruction": text, "output": f"right {i}"} for i in range(8) for text in texts(i)[:1]
+    ]
     outputs.write_text(json.dumps(rows))
-    short = ["--max_new_tokens", "8", "--judge_max_new_tokens", "8", "--run", str(run), "--judge", str(judge)]
+    short = [
+        "--max_new_tokens",
+        "8",
+        "--judge_max_new_tokens",
+        "8",
+        "--run",
+        str(run),
+        "--judge",
+        str(judge),
+    ]
     for script, flags in (
         ("mt_bench", [*files, "--limit", "8", "--canaries", "4", "--allow-unparsed"]),
         ("alpaca", ["--reference", str(outputs), "--allow-unparsed"]),

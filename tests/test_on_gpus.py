@@ -1,4 +1,7 @@
-"""The measurements on GPUs in one command: done ones are skipped, jobs of one GPU have one each, failures are said."""
+"""The measurements on GPUs in one command:
+
+done ones are skipped, jobs of one GPU have one each, failures are said.
+"""
 
 import json
 import shlex
@@ -15,7 +18,8 @@ def job(folder: Path, name: str, code: int = 0) -> str:
     note = (
         "import json, os, sys, time; began = time.time(); time.sleep(1.5);"
         f"file = open({str(folder / name)!r}, 'a');"
-        "facts = [began, time.time(), os.environ.get('CUDA_VISIBLE_DEVICES'), sorted(os.sched_getaffinity(0))];"
+        "facts = [began, time.time(), os.environ.get('CUDA_VISIBLE_DEVICES'), "
+        "sorted(os.sched_getaffinity(0))];"
         f"print(json.dumps(facts), file=file, flush=True); sys.exit({code})"
     )
     return f"-c {shlex.quote(note)}"
@@ -42,7 +46,9 @@ def test_jobs_of_one_gpu_run_beside_each_other_and_those_of_all_alone(ran, monke
     (left,), (both,), (right,) = notes["left"], notes["both"], notes["right"]
     assert {left[2], right[2]} == {"0", "1"} and both[2] is None
     assert both[1] < min(left[0], right[0]) and max(left[0], right[0]) < min(left[1], right[1])
-    assert not set(left[3]) & set(right[3]) or left[3] == right[3] == both[3], "one core alone cannot be shared out"
+    assert not set(left[3]) & set(right[3]) or left[3] == right[3] == both[3], (
+        "one core alone cannot be shared out"
+    )
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,3")
     _, notes = ran("broken")
     assert notes["broken"][0][2] == "5"
@@ -62,11 +68,16 @@ def test_its_commands_name_what_there_is(capsys):
     assert len(listed) == len(SCRIPT.ALL_GPUS) + len(SCRIPT.ONE_GPU)
     for line in listed:
         words = shlex.split(line.partition(": python ")[2])
-        assert all((ROOT / word).is_file() for word in words if word.endswith((".py", ".yaml"))), line
+        assert all((ROOT / word).is_file() for word in words if word.endswith((".py", ".yaml"))), (
+            line
+        )
 
 
 def test_a_smaller_gpu_gets_fewer_trainings_beside_each_other():
     words = "recipes/study.py x9.yaml --at_once 9 --max_steps 24"
     for memory_gb, at_once in ((139.8, 9), (139.7, 9), (178.4, 9), (79.2, 5), (14.6, 1)):
         assert SCRIPT.held_by(memory_gb, words) == words.replace("at_once 9", f"at_once {at_once}")
-    assert SCRIPT.held_by(14.6, "benchmarks/kv_cache.py --batches 8") == "benchmarks/kv_cache.py --batches 8"
+    assert (
+        SCRIPT.held_by(14.6, "benchmarks/kv_cache.py --batches 8")
+        == "benchmarks/kv_cache.py --batches 8"
+    )

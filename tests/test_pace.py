@@ -20,8 +20,18 @@ from sftlab.planning.weight_memory import Weights
 
 # The proportions of Llama-3.2-1B and of Llama-2-7B, an eighth as wide.
 SHAPES = {
-    "1b": {"hidden_size": 256, "intermediate_size": 1024, "num_attention_heads": 4, "num_key_value_heads": 1},
-    "7b": {"hidden_size": 512, "intermediate_size": 1376, "num_attention_heads": 4, "num_key_value_heads": 4},
+    "1b": {
+        "hidden_size": 256,
+        "intermediate_size": 1024,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 1,
+    },
+    "7b": {
+        "hidden_size": 512,
+        "intermediate_size": 1376,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 4,
+    },
 }
 ATTENTION = frozenset({"q_proj", "v_proj", "o_proj"})
 ALL = ATTENTION | {"k_proj", "gate_proj", "up_proj", "down_proj"}
@@ -33,7 +43,10 @@ MOVE_NOTHING = {
 
 
 class Moved(TorchDispatchMode):
-    """Adds up the bytes that operations read and write, attention's apart: a plan has a part of its own for it."""
+    """Adds up the bytes that operations read and write, attention's apart:
+
+    a plan has a part of its own for it.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -50,7 +63,9 @@ class Moved(TorchDispatchMode):
 
 def config_of(shape: str) -> LlamaConfig:
     """A decoder of one layer."""
-    return LlamaConfig(**SHAPES[shape], num_hidden_layers=1, vocab_size=64, attn_implementation="sdpa")
+    return LlamaConfig(
+        **SHAPES[shape], num_hidden_layers=1, vocab_size=64, attn_implementation="sdpa"
+    )
 
 
 def layer_of(
@@ -73,45 +88,73 @@ def passes(model: LlamaForCausalLM, layer: Callable, tokens: int, dtype: torch.d
         layer(x, position_embeddings=positions).backward(torch.ones_like(x))
 
 
-def eager(shape: str, targets: frozenset[str], dtype: torch.dtype, lora32: bool, again: bool) -> float:
-    """Bytes a token; what does not go by tokens (the weights) is left out. `again`: checkpointed."""
+def eager(
+    shape: str, targets: frozenset[str], dtype: torch.dtype, lora32: bool, again: bool
+) -> float:
+    """Bytes a token; what does not go by tokens (the weights) is left out.
+
+    `again`: checkpointed.
+    """
     counts = []
     for tokens in (64, 192):
         model, layer = layer_of(shape, targets, dtype, lora32)
         with Moved() as moved:
-            passes(model, partial(checkpoint, layer, use_reentrant=False) if again else layer, tokens, dtype)
+            passes(
+                model,
+                partial(checkpoint, layer, use_reentrant=False) if again else layer,
+                tokens,
+                dtype,
+            )
         counts.append(moved.bytes)
     return (counts[1] - counts[0]) / 128
 
 
 def compiled(step: Step, shape: str) -> float:
-    """The same in bf16 as inductor counts it of its kernels, without attention's operands and the weights."""
+    """The same in bf16 as inductor counts it of its kernels, without attention's operands and the
+    weights.
+    """
     model, layer = layer_of(shape, step.targets, torch.bfloat16, True)
     metrics.reset()
     passes(model, torch.compile(layer.forward), 1024, torch.bfloat16)
-    query, key = (heads * step.shape.head_size for heads in (step.shape.heads, step.shape.key_heads))
+    query, key = (
+        heads * step.shape.head_size for heads in (step.shape.heads, step.shape.key_heads)
+    )
     weights = 2 * step.compute_bytes * sum(a * z for a, z in widths(step).values())
     return (metrics.num_bytes_accessed - weights) / 1024 - step.compute_bytes * 6 * (query + key)
 
 
-def step_of(shape: str, targets: frozenset[str], dtype: torch.dtype, lora32: bool, **more: bool) -> Step:
+def step_of(
+    shape: str, targets: frozenset[str], dtype: torch.dtype, lora32: bool, **more: bool
+) -> Step:
     """The layer to the planner."""
     precision = "fp32" if dtype == torch.float32 else "bf16"
     weights = Weights(*[0] * len(Weights._fields))
     # 4-bit weights have LoRA matrices in the compute dtype, others in float32
     return Step(
-        Shape.of(config_of(shape)), weights, precision, targets, 2 if targets else 0, 64, 64.0,
-        quantized=precision == "bf16" and not lora32, weight_bytes=4 if precision == "fp32" else 2, **more,
-    )  # fmt: skip
+        Shape.of(config_of(shape)),
+        weights,
+        precision,
+        targets,
+        2 if targets else 0,
+        64,
+        64.0,
+        quantized=precision == "bf16" and not lora32,
+        weight_bytes=4 if precision == "fp32" else 2,
+        **more,
+    )
 
 
 def products(step: Step) -> float:
     """Bytes of the frozen products' operands; LoRA's own count as LoRA's."""
-    return (2 + step.checkpointing) * step.compute_bytes * sum(a + z for a, z in widths(step).values())
+    return (
+        (2 + step.checkpointing) * step.compute_bytes * sum(a + z for a, z in widths(step).values())
+    )
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize(("dtype", "lora32"), [(torch.bfloat16, True), (torch.bfloat16, False), (torch.float32, True)])
+@pytest.mark.parametrize(
+    ("dtype", "lora32"), [(torch.bfloat16, True), (torch.bfloat16, False), (torch.float32, True)]
+)
 def test_eager_layers_move_what_the_plan_says(shape, dtype, lora32):
     for targets in (frozenset(), ATTENTION, ALL):
         for again in (False, True):
@@ -120,10 +163,14 @@ def test_eager_layers_move_what_the_plan_says(shape, dtype, lora32):
             assert traffic(step) == pytest.approx(moved, rel=0.12), (targets, again)
 
 
-@pytest.mark.skipif(not (which("g++") or which("clang++")), reason="there is no C++ compiler for inductor")
+@pytest.mark.skipif(
+    not (which("g++") or which("clang++")), reason="there is no C++ compiler for inductor"
+)
 @pytest.mark.parametrize(("shape", "targets"), [("1b", frozenset()), ("1b", ALL), ("7b", ALL)])
 def test_compiled_layers_move_what_the_plan_says(shape, targets, monkeypatch):
-    monkeypatch.setattr(torch._inductor.compile_fx.inductor_metrics_log, "isEnabledFor", lambda level: True)
+    monkeypatch.setattr(
+        torch._inductor.compile_fx.inductor_metrics_log, "isEnabledFor", lambda level: True
+    )
     torch.compiler.reset()
     with torch.compiler.config.patch(force_disable_caches=True):
         step = step_of(shape, targets, torch.bfloat16, True)
@@ -138,7 +185,9 @@ def test_dropout_and_float8_move_more():
     for again, times, forward in ((False, 2, 1.0), (True, 3, 1.5)):
         base = traffic(replace(step, checkpointing=again))
         # an element read and written, and a byte of mask
-        assert traffic(replace(step, checkpointing=again, dropout=True)) - base == pytest.approx(5 * times * into)
+        assert traffic(replace(step, checkpointing=again, dropout=True)) - base == pytest.approx(
+            5 * times * into
+        )
         assert traffic(replace(step, checkpointing=again, precision="fp8")) - base == pytest.approx(
             33 * every * forward
         )

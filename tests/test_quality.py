@@ -1,4 +1,7 @@
-"""eval/quality.py as a user types it: the figures, what it refuses, and an evaluation killed in its midst."""
+"""eval/quality.py as a user types it:
+
+the figures, what it refuses, and an evaluation killed in its midst.
+"""
 
 import json
 import re
@@ -56,7 +59,9 @@ def command(run, *flags):
 
 
 def test_the_table_the_file_and_the_records_agree(run):
-    done = subprocess.run(command(run, *SHORT), capture_output=True, text=True, cwd=ROOT, timeout=200)
+    done = subprocess.run(
+        command(run, *SHORT), capture_output=True, text=True, cwd=ROOT, timeout=200
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     found, rows = report(run), records(run)
     assert found["rows"] == len(rows) == read(run)["data"]["test"]["rows"]
@@ -66,12 +71,19 @@ def test_the_table_the_file_and_the_records_agree(run):
     for side in ("base", "tuned"):
         texts = [row[side]["text"] for row in rows]
         values = {name: one[side]["value"] for name, one in found["scores"].items()}
-        for name, kind in (("response_perplexity", "response_nll"), ("text_perplexity", "text_nll")):
+        for name, kind in (
+            ("response_perplexity", "response_nll"),
+            ("text_perplexity", "text_nll"),
+        ):
             nats, tokens = np.array([row[side][kind] for row in rows]).sum(axis=0)
             assert values[name] == pytest.approx(np.exp(nats / tokens), rel=1e-9)
-        assert values["bleu"] == pytest.approx(BLEU().corpus_score(texts, [references]).score, abs=1e-9)
+        assert values["bleu"] == pytest.approx(
+            BLEU().corpus_score(texts, [references]).score, abs=1e-9
+        )
         scorer = RougeScorer(["rougeL"])
-        rouge = [scorer.score(r, t)["rougeL"].fmeasure for r, t in zip(references, texts, strict=True)]
+        rouge = [
+            scorer.score(r, t)["rougeL"].fmeasure for r, t in zip(references, texts, strict=True)
+        ]
         assert values["rougeL"] == pytest.approx(np.mean(rouge), abs=1e-9)
         for one in found["scores"].values():
             low, high = one[side]["interval_95"]
@@ -92,12 +104,17 @@ def test_the_batch_size_changes_nothing(quality, finished, tmp_path):
     for size in (1, 4, 16):
         run = copy_of(finished[0], tmp_path / str(size))
         quality.main(["--run", str(run), "--batch_size", str(size), *SHORT])
-        found[size] = report(run)["scores"], [[r[s]["text"] for s in ("base", "tuned")] for r in records(run)]
+        found[size] = (
+            report(run)["scores"],
+            [[r[s]["text"] for s in ("base", "tuned")] for r in records(run)],
+        )
     for size in (4, 16):
         assert found[size][1] == found[1][1]
         for name in SCORES:
             for side in ("base", "tuned"):
-                assert found[size][0][name][side]["value"] == pytest.approx(found[1][0][name][side]["value"], rel=1e-6)
+                assert found[size][0][name][side]["value"] == pytest.approx(
+                    found[1][0][name][side]["value"], rel=1e-6
+                )
 
 
 def test_base_against_base_is_exactly_no_difference(quality, run):
@@ -116,7 +133,9 @@ def test_answers_are_scored_as_they_are_and_empty_ones_counted(quality, run, mon
         asked[tuple(prompt_ids(tokenizer, row["prompt"]))] = row["completion"][0]["content"]
 
     def canned(self, prompts, seed=0):
-        tuned = self.model.get_base_model().model.layers[0].self_attn.q_proj.disable_adapters is False
+        tuned = (
+            self.model.get_base_model().model.layers[0].self_attn.q_proj.disable_adapters is False
+        )
         texts = [asked[tuple(prompt)] if tuned else "" for prompt in prompts]
         return [Answer(text, 3, "stop", False) for text in texts]
 
@@ -136,7 +155,9 @@ def test_a_killed_evaluation_goes_on_where_it_stopped(quality, finished, tmp_pat
     flags = ("--max_new_tokens", "100", "--batch_size", "2")
     whole, killed = (copy_of(finished[0], tmp_path / name) for name in ("whole", "killed"))
     quality.main(["--run", str(whole), *flags])
-    process = subprocess.Popen(command(killed, *flags), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process = subprocess.Popen(
+        command(killed, *flags), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
     deadline = time.time() + 120
     while time.time() < deadline:
         files = list((killed / "eval").glob("answers-*.jsonl"))
@@ -151,7 +172,9 @@ def test_a_killed_evaluation_goes_on_where_it_stopped(quality, finished, tmp_pat
     quality.main(["--run", str(killed), *flags])
     assert files[0].read_bytes().startswith(kept)
     assert records(killed) == records(whole)
-    assert files[0].read_bytes().count(b"\n") == (whole / "eval" / files[0].name).read_bytes().count(b"\n")
+    assert files[0].read_bytes().count(b"\n") == (
+        whole / "eval" / files[0].name
+    ).read_bytes().count(b"\n")
 
 
 def test_lines_are_ended_by_line_feeds_alone(run):
@@ -159,7 +182,9 @@ def test_lines_are_ended_by_line_feeds_alone(run):
     (run / "eval").mkdir(exist_ok=True)
     (run / "eval" / "quality.json").write_text(json.dumps({"adapter_hash": adapter_hash(run)}))
     record = {"row": 0, "reference": "one\u2028two\u0085three", "tuned": {"text": "four"}}
-    (run / "eval" / "quality.jsonl").write_text(json.dumps(record, ensure_ascii=False) + "\n", encoding="utf-8")
+    (run / "eval" / "quality.jsonl").write_text(
+        json.dumps(record, ensure_ascii=False) + "\n", encoding="utf-8"
+    )
     assert read_evidence(run).records == [record]
 
 
@@ -190,11 +215,15 @@ def test_few_rows_are_said_and_intervals_still_given(quality, run, capsys):
 
 
 def test_another_data_set_is_judged_unless_it_was_trained_on(quality, run, rows, tmp_path):
-    fresh = [row | {"instruction": f"Say {i} backwards."} for i, row in enumerate(instruction_rows(40))]
+    fresh = [
+        row | {"instruction": f"Say {i} backwards."} for i, row in enumerate(instruction_rows(40))
+    ]
     other = write_jsonl(tmp_path / "fresh.jsonl", fresh)
     quality.main(["--run", str(run), "--dataset_name", str(other), *SHORT])
     assert report(run, "quality-fresh")["rows"] == 40
-    with pytest.raises(SystemExit, match=r"\d+ of 200 rows .* ask what the run was trained or validated on") as caught:
+    with pytest.raises(
+        SystemExit, match=r"\d+ of 200 rows .* ask what the run was trained or validated on"
+    ) as caught:
         quality.main(["--run", str(run), "--dataset_name", str(rows), *SHORT])
     assert "\n" not in str(caught.value.code)
 
@@ -222,9 +251,21 @@ BAD_RUNS = [
     (spoil_data, (), "has changed since the run"),
     (spoil_splits, (), "the train split of"),
     (spoil_template, (), "is not the one that the run trained with"),
-    (lambda run, _: change_run(run, model_name_or_path="data/gone"), (), "base model data/gone of the run cannot be"),
-    (lambda run, _: (run / "adapter" / "adapter_model.safetensors").unlink(), (), "does not load on"),
-    (lambda run, _: (run / "adapter" / "adapter_model.safetensors").write_bytes(b"torn"), (), "does not load on"),
+    (
+        lambda run, _: change_run(run, model_name_or_path="data/gone"),
+        (),
+        "base model data/gone of the run cannot be",
+    ),
+    (
+        lambda run, _: (run / "adapter" / "adapter_model.safetensors").unlink(),
+        (),
+        "does not load on",
+    ),
+    (
+        lambda run, _: (run / "adapter" / "adapter_model.safetensors").write_bytes(b"torn"),
+        (),
+        "does not load on",
+    ),
     (lambda run, _: shutil.rmtree(run), (), "is no run directory"),
     (lambda run, _: change_adapter(run, lambda n, t: t * float("nan")), (), "tuned model, row"),
     (lambda run, _: None, ("--max_new_tokens", "0"), "max_new_tokens must be at least 1"),

@@ -1,4 +1,6 @@
-"""SFTTrainer with a LoRA adapter must log the losses of an independent plain PyTorch loop, step by step."""
+"""SFTTrainer with a LoRA adapter must log the losses of an independent plain PyTorch loop, step by
+step.
+"""
 
 from __future__ import annotations
 
@@ -63,7 +65,9 @@ CONFIG = LlamaConfig(
 
 @dataclass(frozen=True)
 class TrainerRun:
-    """What SFTTrainer logged, the adapter it started from, and how often its first attention layer ran."""
+    """What SFTTrainer logged, the adapter it started from, and how often its first attention layer
+    ran.
+    """
 
     curve: Curve
     adapter: Adapter
@@ -75,18 +79,24 @@ Runs = dict[tuple[int, bool], TrainerRun]
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
-    """One token per byte (ids 0 to 255) and three special tokens, with the project's instruction template."""
+    """One token per byte (ids 0 to 255) and three special tokens, with the project's instruction
+    template.
+    """
     alphabet = {symbol: i for i, symbol in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
     raw = Tokenizer(models.BPE(vocab=alphabet, merges=[]))
     raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     raw.decoder = decoders.ByteLevel()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, bos_token="<bos>", eos_token="<eos>", pad_token="<pad>")
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=raw, bos_token="<bos>", eos_token="<eos>", pad_token="<pad>"
+    )
     tokenizer.chat_template = TEMPLATE.read_text(encoding="utf-8")
     return tokenizer
 
 
 def make_rows() -> Rows:
-    """Rows whose responses run from 2 to 120 characters, so that micro-batches weigh very differently."""
+    """Rows whose responses run from 2 to 120 characters, so that micro-batches weigh very
+    differently.
+    """
     draw = random.Random(7)
 
     def text(length: int) -> str:
@@ -149,12 +159,18 @@ def trainer_config(settings: Settings, checkpointing: bool, output_dir: Path) ->
     )
 
 
-def run_trainer(settings: Settings, checkpointing: bool, rows: Rows, output_dir: Path) -> TrainerRun:
+def run_trainer(
+    settings: Settings, checkpointing: bool, rows: Rows, output_dir: Path
+) -> TrainerRun:
     """Fine-tune the seeded model with SFTTrainer and collect its per-step log."""
     model = LlamaForCausalLM(CONFIG)
     model.load_state_dict(base_state())
     lora = LoraConfig(
-        r=4, lora_alpha=settings.lora_alpha, lora_dropout=0.0, target_modules=TARGETS, task_type="CAUSAL_LM"
+        r=4,
+        lora_alpha=settings.lora_alpha,
+        lora_dropout=0.0,
+        target_modules=TARGETS,
+        task_type="CAUSAL_LM",
     )
     with warnings.catch_warnings():
         # Newer transformers renames gradient_checkpointing; older ones know only this name.
@@ -201,7 +217,10 @@ def assert_losses_differ(got: list[float], expected: list[float]) -> None:
 
 @pytest.fixture(scope="module", autouse=True)
 def one_thread() -> Iterator[None]:
-    """Keep torch on one thread: on so small a model, threads that wait for a busy core cost minutes."""
+    """Keep torch on one thread:
+
+    on so small a model, threads that wait for a busy core cost minutes.
+    """
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -226,7 +245,9 @@ def runs(rows: Rows, tmp_path_factory: pytest.TempPathFactory) -> Runs:
     }
 
 
-def run_reference(settings: Settings, adapter: Adapter, rows: Rows, fault: Fault | None = None) -> Curve:
+def run_reference(
+    settings: Settings, adapter: Adapter, rows: Rows, fault: Fault | None = None
+) -> Curve:
     """Run the plain loop from the same base and adapter weights."""
     model = build_model(CONFIG, base_state(), adapter, settings.lora_alpha, fault)
     return train(model, rows, make_tokenizer(), settings, fault)
@@ -236,15 +257,22 @@ def run_reference(settings: Settings, adapter: Adapter, rows: Rows, fault: Fault
 def references(runs: Runs, rows: Rows) -> dict[int, Curve]:
     """The faultless loop by accumulation, from the adapter that SFTTrainer started from."""
     return {
-        settings.accumulation: run_reference(settings, runs[settings.accumulation, False].adapter, rows)
+        settings.accumulation: run_reference(
+            settings, runs[settings.accumulation, False].adapter, rows
+        )
         for settings in (WHOLE, SPLIT)
     }
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("accumulation", [1, 4])
-def test_losses_match(runs: Runs, references: dict[int, Curve], accumulation: int, checkpointing: bool) -> None:
-    """Losses agree at every step; so do the learning rates and the gradient norms before clipping."""
+def test_losses_match(
+    runs: Runs, references: dict[int, Curve], accumulation: int, checkpointing: bool
+) -> None:
+    """Losses agree at every step.
+
+    So do the learning rates and the gradient norms before clipping.
+    """
     logged, expected = runs[accumulation, checkpointing].curve, references[accumulation]
     assert len(logged.losses) == WHOLE.steps
     assert_same_losses(logged.losses, expected.losses)
@@ -264,8 +292,12 @@ def test_checkpointing_recomputes(runs: Runs) -> None:
         assert runs[accumulation, True].forwards == 2 * runs[accumulation, False].forwards > 0
 
 
-def test_data_can_tell_the_faults_apart(runs: Runs, references: dict[int, Curve], rows: Rows) -> None:
-    """Uneven micro-batches, some cut rows, losses that move, and clipping that acts on some steps only."""
+def test_data_can_tell_the_faults_apart(
+    runs: Runs, references: dict[int, Curve], rows: Rows
+) -> None:
+    """Uneven micro-batches, some cut rows, losses that move, and clipping that acts on some steps
+    only.
+    """
     examples = [encode(row, make_tokenizer(), WHOLE.max_length, None) for row in rows]
     tokens = [sum(label != IGNORED for label in e.labels) for e in examples]
     micro = [sum(tokens[i : i + 2]) for i in range(0, ROWS, 2)]
@@ -289,7 +321,10 @@ def test_fault_is_seen(runs: Runs, rows: Rows, fault: Fault) -> None:
 
 @pytest.mark.parametrize(("setting", "value"), NEUTRAL)
 def test_setting_is_seen(runs: Runs, rows: Rows, setting: str, value: float) -> None:
-    """Warm-up, weight decay and clipping each shape the curve: dropping one breaks the agreement."""
+    """Warm-up, weight decay and clipping each shape the curve:
+
+    dropping one breaks the agreement.
+    """
     settings = dataclasses.replace(WHOLE, **{setting: value})
     losses = run_reference(settings, runs[1, False].adapter, rows).losses
     assert_losses_differ(losses, runs[1, False].curve.losses)

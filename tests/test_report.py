@@ -1,4 +1,7 @@
-"""eval/report.py and sftlab/comparison/comparability.py: which runs may stand side by side, and what a report says of them."""
+"""eval/report.py and sftlab/comparison/comparability.py:
+
+which runs may stand side by side, and what a report says of them.
+"""
 
 import csv
 import json
@@ -23,11 +26,29 @@ from sftlab.runs.run_directory import adapter_hash
 
 ROWS = 40
 REFERENCES = [f"The answer to question {i} is {i * 7} and no other number." for i in range(ROWS)]
-VERSIONS = {"python": "3.11.7", "torch": "2.13.0+cpu", "transformers": "5.23.0", "trl": "1.16.0", "peft": "0.21.2"}
+VERSIONS = {
+    "python": "3.11.7",
+    "torch": "2.13.0+cpu",
+    "transformers": "5.23.0",
+    "trl": "1.16.0",
+    "peft": "0.21.2",
+}
 CPU = {"cpu_cores": 2, "machine": "x86_64"}
-GPU = {"cpu_cores": 16, "machine": "x86_64", "gpu": "NVIDIA H200", "gpus_visible": 1, "gpu_memory_gb": 139.8}
-LAUNCH = {"precision": "fp32", "strategy": "single", "world_size": 1, "local_world_size": 1, "hides_gpus": True,
-          "settings": {"ACCELERATE_DYNAMO_BACKEND": "NO", "ACCELERATE_MIXED_PRECISION": "no"}}  # fmt: skip
+GPU = {
+    "cpu_cores": 16,
+    "machine": "x86_64",
+    "gpu": "NVIDIA H200",
+    "gpus_visible": 1,
+    "gpu_memory_gb": 139.8,
+}
+LAUNCH = {
+    "precision": "fp32",
+    "strategy": "single",
+    "world_size": 1,
+    "local_world_size": 1,
+    "hides_gpus": True,
+    "settings": {"ACCELERATE_DYNAMO_BACKEND": "NO", "ACCELERATE_MIXED_PRECISION": "no"},
+}
 
 
 @pytest.fixture(scope="session")
@@ -100,10 +121,15 @@ def make(recipe, tmp_path):
 
 
 def write_quality(folder: Path, wrong: int, generation: dict, hardware: dict) -> None:
-    """quality.json and quality.jsonl of a tuned model that answers `wrong` rows wrongly; texts name the run."""
+    """quality.json and quality.jsonl of a tuned model that answers `wrong` rows wrongly.
+
+    Texts name the run.
+    """
     answers = {
         "base": ["I do not know."] * ROWS,
-        "tuned": [f"{folder.name} says no." if i < wrong else text for i, text in enumerate(REFERENCES)],
+        "tuned": [
+            f"{folder.name} says no." if i < wrong else text for i, text in enumerate(REFERENCES)
+        ],
     }
     scored = {}
     for side, texts in answers.items():
@@ -114,9 +140,15 @@ def write_quality(folder: Path, wrong: int, generation: dict, hardware: dict) ->
             for i, (text, scores) in enumerate(zip(texts, score_texts(texts, REFERENCES, Bleu()), strict=True))
         ]  # fmt: skip
     records = [
-        {"row": i, "prompt": [{"role": "user", "content": f"question {i}"}], "reference": REFERENCES[i],
-         "base": scored["base"][i], "tuned": scored["tuned"][i]} for i in range(ROWS)
-    ]  # fmt: skip
+        {
+            "row": i,
+            "prompt": [{"role": "user", "content": f"question {i}"}],
+            "reference": REFERENCES[i],
+            "base": scored["base"][i],
+            "tuned": scored["tuned"][i],
+        }
+        for i in range(ROWS)
+    ]
     scores = compare(paired_scores(scored["base"], scored["tuned"]), resamples=50)
     add_holm(scores)
     quality = {
@@ -128,7 +160,9 @@ def write_quality(folder: Path, wrong: int, generation: dict, hardware: dict) ->
         "bleu": Bleu().signature(), "rouge": ROUGE_SIGNATURE, "versions": VERSIONS, "hardware": hardware,
     }  # fmt: skip
     (folder / "eval" / "quality.json").write_text(json.dumps(quality))
-    (folder / "eval" / "quality.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    (folder / "eval" / "quality.jsonl").write_text(
+        "".join(json.dumps(record) + "\n" for record in records)
+    )
 
 
 def run_report(report, capsys, *arguments) -> str:
@@ -173,7 +207,9 @@ def test_ranks_alone_are_compared_and_the_axis_is_inferred(make, report, capsys,
         "| r32",
     ]
     assert text.count("no interval") == 1
-    assert str(tmp_path) not in text + printed.rsplit("written to")[0] + (out / "runs.csv").read_text()
+    assert (
+        str(tmp_path) not in text + printed.rsplit("written to")[0] + (out / "runs.csv").read_text()
+    )
     for plot in ("speed", "memory", "losses", "quality"):
         assert (out / f"{plot}.png").read_bytes().startswith(b"\x89PNG")
         assert f"![{plot}]({plot}.svg)" in text
@@ -184,14 +220,20 @@ def test_rank_with_a_fixed_alpha_is_refused(make, report, tmp_path):
         make(f"r{rank}", wrong=None, lora_r=rank, lora_alpha=32)
     for axis in ((), ("--axis", "lora_r"), ("--axis", "lora_r", "lora_alpha")):
         error = refused(report, "--runs", tmp_path / "runs", "--out", tmp_path / "out", *axis)
-        assert "lora_scale: 4.0 (r8) | 2.0 (r16)" in error or "lora_scale: 2.0 (r16) | 4.0 (r8)" in error
+        assert (
+            "lora_scale: 4.0 (r8) | 2.0 (r16)" in error
+            or "lora_scale: 2.0 (r16) | 4.0 (r8)" in error
+        )
         assert "alpha that follows the rank" in error
     assert not (tmp_path / "out").exists()
 
 
 def test_rank_of_a_run_that_never_ran_counts_its_alpha_too(make):
     failed = {"status": "failed", "reason": "RuntimeError: CUDA out of memory", "ran": None}
-    runs = {"a": make("a", wrong=None, lora_r=8, lora_alpha=16), "b": make("b", wrong=None, lora_r=16, top=failed)}
+    runs = {
+        "a": make("a", wrong=None, lora_r=8, lora_alpha=16),
+        "b": make("b", wrong=None, lora_r=16, top=failed),
+    }
     assert list(differences({n: facts(f) for n, f in runs.items()}, ["lora_r"])) == []
     runs["c"] = make("c", wrong=None, lora_r=32, top=failed)
     assert list(differences({n: facts(f) for n, f in runs.items()}, ["lora_r"])) == ["lora_scale"]
@@ -201,30 +243,63 @@ BF16 = {"compute": {"linear": "Linear", "output_dtype": "bfloat16"}}
 
 
 def test_precision_explains_what_follows_from_it_and_no_more(make):
-    bf16 = {"launch": {"precision": "bf16", "settings": {"ACCELERATE_MIXED_PRECISION": "bf16"}}, "ran": BF16}
-    runs = {"fp32": facts(make("fp32", wrong=None)), "bf16": facts(make("bf16", wrong=None, dtype="bfloat16", **bf16))}
+    bf16 = {
+        "launch": {"precision": "bf16", "settings": {"ACCELERATE_MIXED_PRECISION": "bf16"}},
+        "ran": BF16,
+    }
+    runs = {
+        "fp32": facts(make("fp32", wrong=None)),
+        "bf16": facts(make("bf16", wrong=None, dtype="bfloat16", **bf16)),
+    }
     assert set(differences(runs)) == {"precision", "compute", "dtype", "frozen_dtypes"}
     assert suggest_axes(runs) == (["precision"], {})
     # bf16 twice, once over float32 weights: dtype no longer follows from precision
     runs["again"] = facts(make("again", wrong=None, dtype="float32", **bf16))
     assert set(differences(runs, ["precision"])) == {"dtype", "frozen_dtypes"}
-    runs["again"] = facts(make("quantized", wrong=None, dtype="bfloat16", load_in_4bit=True, launch=bf16["launch"],
-                               ran=BF16 | {"quantization": "4bit"}))  # fmt: skip
+    runs["again"] = facts(
+        make(
+            "quantized",
+            wrong=None,
+            dtype="bfloat16",
+            load_in_4bit=True,
+            launch=bf16["launch"],
+            ran=BF16 | {"quantization": "4bit"},
+        )
+    )
     assert set(differences(runs, ["precision"])) == {"quantization"}
 
 
-def test_precision_that_was_asked_for_and_did_not_run_is_no_difference(make, report, capsys, tmp_path):
+def test_precision_that_was_asked_for_and_did_not_run_is_no_difference(
+    make, report, capsys, tmp_path
+):
     for name in ("fp32", "bf16"):
         make(name, wrong=None, launch={"precision": name}, ran={"precision": "bf16", **BF16})
-    printed = run_report(report, capsys, "--runs", tmp_path / "runs", "--out", tmp_path / "out", "--axis", "precision")
+    printed = run_report(
+        report,
+        capsys,
+        "--runs",
+        tmp_path / "runs",
+        "--out",
+        tmp_path / "out",
+        "--axis",
+        "precision",
+    )
     assert "warning: the runs do not differ in precision" in printed
 
 
 def processes(count: int, **more) -> dict:
     strategy = "ddp" if count > 1 else "single"
-    return {"hardware": GPU | {"cpu_cores": 16 * count, "gpus_visible": count}, "wrong": None,
-            "launch": {"strategy": strategy, "world_size": count, "local_world_size": count, "hides_gpus": False},
-            "ran": {"gradients_reduced_in": "float32" if count > 1 else None, **more}}  # fmt: skip
+    return {
+        "hardware": GPU | {"cpu_cores": 16 * count, "gpus_visible": count},
+        "wrong": None,
+        "launch": {
+            "strategy": strategy,
+            "world_size": count,
+            "local_world_size": count,
+            "hides_gpus": False,
+        },
+        "ran": {"gradients_reduced_in": "float32" if count > 1 else None, **more},
+    }
 
 
 def test_world_size_never_explains_another_global_batch(make, report, tmp_path):
@@ -232,7 +307,9 @@ def test_world_size_never_explains_another_global_batch(make, report, tmp_path):
     same = make("same", per_device_train_batch_size=8, **processes(2))
     assert suggest_axes({"one": facts(one), "two": facts(same)}) == (["world_size"], {})
     other = make("other", global_batch_size=32, **processes(2))
-    assert set(differences({"one": facts(one), "two": facts(other)}, ["world_size"])) == {"global_batch"}
+    assert set(differences({"one": facts(one), "two": facts(other)}, ["world_size"])) == {
+        "global_batch"
+    }
     error = refused(report, "--runs", one, other, "--axis", "world_size", "--out", tmp_path / "out")
     assert "global_batch: 16 (one) | 32 (other)" in error
     fsdp = make("fsdp", per_device_train_batch_size=8, **processes(2, strategy="fsdp2"))
@@ -242,25 +319,45 @@ def test_world_size_never_explains_another_global_batch(make, report, tmp_path):
 def test_strategy_explains_how_gradients_are_reduced_and_not_the_optimizer(make):
     ddp = facts(make("ddp", **processes(2)))
     fsdp = facts(
-        make("fsdp", optim="paged_adamw_32bit", **processes(2, strategy="fsdp2", gradients_reduced_in="bfloat16"))
+        make(
+            "fsdp",
+            optim="paged_adamw_32bit",
+            **processes(2, strategy="fsdp2", gradients_reduced_in="bfloat16"),
+        )
     )
-    assert set(differences({"ddp": ddp, "fsdp": fsdp})) == {"strategy", "gradients_reduced_in", "optim"}
+    assert set(differences({"ddp": ddp, "fsdp": fsdp})) == {
+        "strategy",
+        "gradients_reduced_in",
+        "optim",
+    }
     assert set(differences({"ddp": ddp, "fsdp": fsdp}, ["strategy"])) == {"optim"}
 
 
 def test_quantization_explains_dtypes_and_not_precision(make):
-    ran = {"quantization": "4bit", "frozen_dtypes": ["bfloat16", "uint8"], "trainable_dtypes": ["bfloat16"],
-           "compute": {"linear": "Linear4bit", "output_dtype": "float32"}}  # fmt: skip
-    runs = {"full": facts(make("full", wrong=None)), "q": facts(make("q", wrong=None, load_in_4bit=True, ran=ran))}
+    ran = {
+        "quantization": "4bit",
+        "frozen_dtypes": ["bfloat16", "uint8"],
+        "trainable_dtypes": ["bfloat16"],
+        "compute": {"linear": "Linear4bit", "output_dtype": "float32"},
+    }
+    runs = {
+        "full": facts(make("full", wrong=None)),
+        "q": facts(make("q", wrong=None, load_in_4bit=True, ran=ran)),
+    }
     assert suggest_axes(runs) == (["load_in_4bit"], {})
-    runs["q"] = facts(make("q2", wrong=None, load_in_4bit=True, ran=ran, launch={"precision": "bf16"}))
+    runs["q"] = facts(
+        make("q2", wrong=None, load_in_4bit=True, ran=ran, launch={"precision": "bf16"})
+    )
     assert set(differences(runs, ["load_in_4bit"])) == {"precision"}
 
 
 @pytest.mark.parametrize("part", ["train", "validation", "test"])
 def test_other_data_are_explained_by_nothing_but_the_data_set(make, part):
     other = {part: {"rows": 320, "fingerprint": "others"}}
-    runs = {"a": facts(make("a", wrong=None)), "b": facts(make("b", wrong=None, data=other, dataset_fraction=0.5))}
+    runs = {
+        "a": facts(make("a", wrong=None)),
+        "b": facts(make("b", wrong=None, data=other, dataset_fraction=0.5)),
+    }
     assert set(suggest_axes(runs)[1]) == {f"data.{part}"}
     assert set(differences(runs, ["dataset_name"])) == {"dataset_fraction", f"data.{part}"}
     assert not differences(runs, ["dataset_name", "dataset_fraction"])
@@ -289,7 +386,10 @@ def test_the_same_rows_from_another_file_and_bookkeeping_are_no_difference(make)
         ({"hardware": CPU | {"cpu_cores": 4}}, "hardware.cpu_cores"),
         ({"top": {"template": {"source": "x", "hash": "other"}}}, "template"),
         ({"ran": {"attn_implementation": "eager"}}, "attn_implementation"),
-        ({"ran": {"a fact of a later version": 1}, "logging_nan_inf_filter": True}, "logging_nan_inf_filter"),
+        (
+            {"ran": {"a fact of a later version": 1}, "logging_nan_inf_filter": True},
+            "logging_nan_inf_filter",
+        ),
         ({"launch": {"settings": {"FSDP_OFFLOAD_PARAMS": "true"}}}, "launch.FSDP_OFFLOAD_PARAMS"),
         ({"lora_dropout": 0.1}, "lora_dropout"),
     ],
@@ -301,7 +401,9 @@ def test_what_decides_a_figure_is_compared(make, change, field):
 
 def test_order_of_target_modules_is_no_difference(make):
     runs = {"a": ["q_proj", "v_proj"], "b": ["v_proj", "q_proj"]}
-    assert not differences({n: facts(make(n, wrong=None, lora_target_modules=m)) for n, m in runs.items()})
+    assert not differences(
+        {n: facts(make(n, wrong=None, lora_target_modules=m)) for n, m in runs.items()}
+    )
 
 
 def test_how_scores_were_found_is_compared(make, report, tmp_path):
@@ -310,7 +412,9 @@ def test_how_scores_were_found_is_compared(make, report, tmp_path):
     runs = [tmp_path / "runs" / name for name in "abc"]
     report.main(["--runs", *map(str, runs[:2]), "--out", str(tmp_path / "out")])
     make("c", generation={"max_new_tokens": 32})
-    assert "quality.max_new_tokens: 256 (a, b) | 32 (c)" in refused(report, "--runs", *runs, "--out", tmp_path / "o")
+    assert "quality.max_new_tokens: 256 (a, b) | 32 (c)" in refused(
+        report, "--runs", *runs, "--out", tmp_path / "o"
+    )
 
 
 @pytest.fixture
@@ -323,7 +427,9 @@ def test_learning_rate_that_came_with_the_rank_is_refused(confounded, report, tm
     for axis in ((), ("--axis", "lora_r")):
         error = refused(report, "--runs", confounded, "--out", tmp_path / "out", *axis)
         assert "learning_rate: 0.004 (r16) | 0.001 (r8)" in error
-        assert "--axis lora_r learning_rate" in error.replace("learning_rate lora_r", "lora_r learning_rate")
+        assert "--axis lora_r learning_rate" in error.replace(
+            "learning_rate lora_r", "lora_r learning_rate"
+        )
         assert "--allow-confounded" in error
     assert not (tmp_path / "out").exists()
 
@@ -342,7 +448,9 @@ def test_confounded_runs_are_marked_everywhere(confounded, report, capsys, tmp_p
         "learning_rate: 0.001 (r8) | 0.004 (r16)"
     }
     assert len(titles) == 4
-    bare = run_report(report, capsys, "--runs", confounded, "--out", tmp_path / "out", "--allow-confounded")
+    bare = run_report(
+        report, capsys, "--runs", confounded, "--out", tmp_path / "out", "--allow-confounded"
+    )
     assert "all settings are equal" not in bare
     assert all(title.startswith("CONFOUNDED") for title in titles)
 
@@ -357,11 +465,24 @@ def test_runs_that_failed_are_rows(make, report, capsys, tmp_path):
     nan = [[5, 5.2], [10, math.nan]]
     made = {
         "ok": {},
-        "memory": {"status": "failed", "reason": "OutOfMemoryError: CUDA out of memory", "ran": None, "measured": None},
-        "nan": {"status": "failed", "reason": "RuntimeError: diverged: the mean is nan", "losses": nan},
+        "memory": {
+            "status": "failed",
+            "reason": "OutOfMemoryError: CUDA out of memory",
+            "ran": None,
+            "measured": None,
+        },
+        "nan": {
+            "status": "failed",
+            "reason": "RuntimeError: diverged: the mean is nan",
+            "losses": nan,
+        },
         "rising": {"losses": [[5, 5.2], [10, 8.1]]},
         "noisy": {"losses": [[5, 5.2], [10, 5.3]]},
-        "broken": {"status": "failed", "reason": "KeyError: 'x | y' in /home/me/data/rows.jsonl", "measured": None},
+        "broken": {
+            "status": "failed",
+            "reason": "KeyError: 'x | y' in /home/me/data/rows.jsonl",
+            "measured": None,
+        },
         "stopped": {"status": "interrupted", "reason": "signal 15 at step 30 of 60"},
         "going": {"status": "running", "ran": None, "measured": None},
     }
@@ -370,10 +491,15 @@ def test_runs_that_failed_are_rows(make, report, capsys, tmp_path):
     printed = run_report(report, capsys, "--runs", tmp_path / "runs", "--out", tmp_path / "out")
     text, rows = (tmp_path / "out" / "report.md").read_text(), read_csv(tmp_path / "out")
     statuses = {
-        "ok": "succeeded", "memory": "out of memory", "nan": "diverged", "rising": "diverged", "noisy": "succeeded",
-            "broken": "failed",
-        "stopped": "interrupted", "going": "running",
-    }  # fmt: skip
+        "ok": "succeeded",
+        "memory": "out of memory",
+        "nan": "diverged",
+        "rising": "diverged",
+        "noisy": "succeeded",
+        "broken": "failed",
+        "stopped": "interrupted",
+        "going": "running",
+    }
     assert {name: row["status"] for name, row in rows.items()} == statuses
     assert rows["memory"]["tokens_per_s"] == ""
     assert "| diverged: the loss is nan at step 10 |" in table_row(text, "nan")
@@ -393,7 +519,13 @@ def test_a_run_whose_process_is_gone_is_said_to_be():
 
 def test_a_run_judged_twice_is_named(make, report, capsys, tmp_path):
     for rank in (4, 8, 16, 32):
-        folder = make(f"r{rank}", lora_r=rank, lora_alpha=2 * rank, wrong=rank // 4, adapter="x" if rank < 16 else None)
+        folder = make(
+            f"r{rank}",
+            lora_r=rank,
+            lora_alpha=2 * rank,
+            wrong=rank // 4,
+            adapter="x" if rank < 16 else None,
+        )
         (folder / "eval" / "judgments.jsonl").write_text("A\nB\n" if rank > 8 else f"{rank}\n")
     text = (tmp_path / "runs" / "r4" / "eval" / "quality.jsonl").read_text()
     (tmp_path / "runs" / "r32" / "eval" / "quality.jsonl").write_text(text)
@@ -417,7 +549,9 @@ def test_equal_answers_differ_by_exactly_nothing(make, report, capsys, tmp_path)
     flags = ("--reference", tmp_path / "runs" / "b")
     run_report(report, capsys, "--runs", tmp_path / "runs", "--out", tmp_path / "out", *flags)
     section = (tmp_path / "out" / "report.md").read_text().split("## Tuned models against b")[1]
-    assert table_row(section, "a") == "| a | 0 [0, 0] | 1.000 | 0 [0, 0] | 1.000 | 0 [0, 0] | 1.000 |"
+    assert (
+        table_row(section, "a") == "| a | 0 [0, 0] | 1.000 | 0 [0, 0] | 1.000 | 0 [0, 0] | 1.000 |"
+    )
 
 
 def test_holm_counts_every_comparison_of_the_section(make, report, capsys, tmp_path):
@@ -431,7 +565,10 @@ def test_holm_counts_every_comparison_of_the_section(make, report, capsys, tmp_p
     assert "after Holm over all 6 comparisons" in printed
     assert "not compared: r64 (no scores)" in printed
     tuned = {
-        rank: [json.loads(line)["tuned"] for line in (folder / "eval" / "quality.jsonl").read_text().splitlines()]
+        rank: [
+            json.loads(line)["tuned"]
+            for line in (folder / "eval" / "quality.jsonl").read_text().splitlines()
+        ]
         for rank, folder in made.items()
     }
     expected = {}
@@ -465,11 +602,20 @@ def test_scores_on_other_rows_are_not_compared(make, report, capsys, tmp_path):
 
 def test_figures_of_the_csv_are_those_of_the_records(make, report, capsys, tmp_path):
     peaks = [{"allocated_gb": 1.5, "reserved_gb": 9}, {"allocated_gb": 2.25, "reserved_gb": 9}]
-    folder = make("run", measured={"tokens_per_s": 7834.512345678901, "peak_memory": peaks}, hardware=GPU)
+    folder = make(
+        "run", measured={"tokens_per_s": 7834.512345678901, "peak_memory": peaks}, hardware=GPU
+    )
     run_report(report, capsys, "--runs", folder, "--out", tmp_path / "out")
     row = read_csv(tmp_path / "out")["run"]
     run = json.loads((folder / "run.json").read_text())
-    for key in ("tokens_per_s", "rows_per_s", "share_of_limit", "train_seconds", "train_loss", "validation_loss"):
+    for key in (
+        "tokens_per_s",
+        "rows_per_s",
+        "share_of_limit",
+        "train_seconds",
+        "train_loss",
+        "validation_loss",
+    ):
         assert float(row[key]) == run["measured"][key], key
     assert (row["peak_memory_gb"], row["peak_memory_is"]) == ("2.25", "allocated")
     assert row["trainable_parameters"] == "16896"
@@ -501,9 +647,19 @@ def test_scores_of_another_adapter_are_not_the_runs(make, report, capsys, tmp_pa
 
 def test_main_metrics_of_the_harness_are_shown(make, report, capsys, tmp_path):
     folder = make("a", wrong=None)
-    one = {side: {"value": v, "interval_95": [v - 0.1, v + 0.1]} for side, v in (("base", 0.25), ("tuned", 0.375))}
-    entry = {"task": "arc_easy", "chat_template": True, "few_shot": 5, "limit": None, "main_metric": "acc_norm,none",
-             "metrics": {"acc,none": {}, "acc_norm,none": one}, "adapter_hash": adapter_hash(folder)}  # fmt: skip
+    one = {
+        side: {"value": v, "interval_95": [v - 0.1, v + 0.1]}
+        for side, v in (("base", 0.25), ("tuned", 0.375))
+    }
+    entry = {
+        "task": "arc_easy",
+        "chat_template": True,
+        "few_shot": 5,
+        "limit": None,
+        "main_metric": "acc_norm,none",
+        "metrics": {"acc,none": {}, "acc_norm,none": one},
+        "adapter_hash": adapter_hash(folder),
+    }
     stale = entry | {"task": "gsm8k", "adapter_hash": "another"}
     (folder / "eval" / "harness.json").write_text(json.dumps({"entries": [entry, stale]}))
     printed = run_report(report, capsys, "--runs", folder, "--out", tmp_path / "out")
@@ -517,13 +673,26 @@ def test_main_metrics_of_the_harness_are_shown(make, report, capsys, tmp_path):
 def test_scores_of_judges_stand_under_their_titles(make, report, capsys, tmp_path):
     for name in ("r8", "r16"):
         folder = make(name, wrong=None, lora_r=int(name[1:]), lora_alpha=2 * int(name[1:]))
-        one = {side: {"value": v, "interval_95": [v - 4, v + 4]} for side, v in (("base", 12.5), ("tuned", 31.25))}
-        entry = {"title": "AlpacaEval instructions, judge x, reference base", "judge_fit": name == "r8",
-                 "scores": {"win_rate": one}, "adapter_hash": adapter_hash(folder),
-                 "answers": {"tuned": {"hash": f"of {name}"}}, "judged": {"tuned": {"hash": "the same"}},
-                 "judge": {"judge": "x"}, "generation": {"max_new_tokens": 256}, "questions_hash": "q"}  # fmt: skip
+        one = {
+            side: {"value": v, "interval_95": [v - 4, v + 4]}
+            for side, v in (("base", 12.5), ("tuned", 31.25))
+        }
+        entry = {
+            "title": "AlpacaEval instructions, judge x, reference base",
+            "judge_fit": name == "r8",
+            "scores": {"win_rate": one},
+            "adapter_hash": adapter_hash(folder),
+            "answers": {"tuned": {"hash": f"of {name}"}},
+            "judged": {"tuned": {"hash": "the same"}},
+            "judge": {"judge": "x"},
+            "generation": {"max_new_tokens": 256},
+            "questions_hash": "q",
+        }
         rated = entry | {"title": "MT-Bench, judge x, scale 1 to 5", "scores": {"overall": one}}
-        for file, found in (("alpaca", [entry]), ("mt_bench", [rated, rated | {"adapter_hash": "another"}])):
+        for file, found in (
+            ("alpaca", [entry]),
+            ("mt_bench", [rated, rated | {"adapter_hash": "another"}]),
+        ):
             (folder / "eval" / f"{file}.json").write_text(json.dumps({"entries": found}))
     printed = run_report(report, capsys, "--runs", tmp_path / "runs", "--out", tmp_path / "out")
     text, rows = (tmp_path / "out" / "report.md").read_text(), read_csv(tmp_path / "out")
@@ -539,7 +708,9 @@ def test_scores_of_judges_stand_under_their_titles(make, report, capsys, tmp_pat
         json.dumps({"entries": [rated | {"generation": {"max_new_tokens": 9}}]})
     )
     with pytest.raises(SystemExit) as stopped:
-        report.main(["--runs", str(tmp_path / "runs"), "--out", str(tmp_path / "out"), "--axis", "lora_r"])
+        report.main(
+            ["--runs", str(tmp_path / "runs"), "--out", str(tmp_path / "out"), "--axis", "lora_r"]
+        )
     assert "quality.MT-Bench, judge x, scale 1 to 5.max_new_tokens" in str(stopped.value)
 
 
@@ -547,16 +718,29 @@ def test_what_a_user_types(make, report, tmp_path):
     for rank in (8, 16):
         make(f"r{rank}", lora_r=rank, lora_alpha=2 * rank)
     command = [sys.executable, "eval/report.py", "--runs", str(tmp_path / "runs"), "--out"]
-    done = subprocess.run([*command, str(tmp_path / "one")], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        [*command, str(tmp_path / "one")], cwd=ROOT, capture_output=True, text=True, timeout=60
+    )
     assert done.returncode == 0, done.stderr
     assert "axis: lora_r (inferred)" in done.stdout
-    assert "python eval/report.py --runs runs --out one" in (tmp_path / "one" / "report.md").read_text()
+    assert (
+        "python eval/report.py --runs runs --out one"
+        in (tmp_path / "one" / "report.md").read_text()
+    )
     report.main([*command[2:], str(tmp_path / "two")])
-    names = {f"{plot}.{kind}" for plot in ("speed", "memory", "losses", "quality") for kind in ("png", "svg")}
+    names = {
+        f"{plot}.{kind}"
+        for plot in ("speed", "memory", "losses", "quality")
+        for kind in ("png", "svg")
+    }
     assert {path.name for path in (tmp_path / "one").iterdir()} == names | {"report.md", "runs.csv"}
     for name in names | {"runs.csv"}:
-        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes(), name
-    wrong = subprocess.run([*command, "x", "--axis", "lora_rr"], cwd=ROOT, capture_output=True, text=True, timeout=60)
+        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes(), (
+            name
+        )
+    wrong = subprocess.run(
+        [*command, "x", "--axis", "lora_rr"], cwd=ROOT, capture_output=True, text=True, timeout=60
+    )
     assert (wrong.returncode, wrong.stdout) == (1, "")
     assert wrong.stderr.startswith("error: --axis lora_rr")
     assert "did you mean 'lora_r'?" in wrong.stderr
@@ -588,5 +772,14 @@ def test_runs_of_the_same_name_are_told_apart(make, report, capsys, tmp_path):
     for name in "ab":
         (tmp_path / name).mkdir()
         (tmp_path / "runs" / name).rename(tmp_path / name / "run")
-    run_report(report, capsys, "--runs", tmp_path / "a", tmp_path / "b", tmp_path / "a", "--out", tmp_path / "out")
+    run_report(
+        report,
+        capsys,
+        "--runs",
+        tmp_path / "a",
+        tmp_path / "b",
+        tmp_path / "a",
+        "--out",
+        tmp_path / "out",
+    )
     assert list(read_csv(tmp_path / "out")) == ["a/run", "b/run"]

@@ -1,4 +1,6 @@
-"""The run directory: nothing finished is overwritten, nothing unfinished is continued with other settings."""
+"""The run directory: nothing finished is overwritten, nothing unfinished is continued with other
+settings.
+"""
 
 import json
 
@@ -28,7 +30,13 @@ def checkpoint(folder, step, sealed=True):
     if sealed:
         now = environment()
         must = must_match(RECIPE, {"world_size": 1}, now) | DATA
-        facts = {"step": step, "saved": 0.0, "train_seconds": 2.0, "must_match": must, "hardware": now["hardware"]}
+        facts = {
+            "step": step,
+            "saved": 0.0,
+            "train_seconds": 2.0,
+            "must_match": must,
+            "hardware": now["hardware"],
+        }
         seal(path, facts)
     return str(path)
 
@@ -42,7 +50,9 @@ def test_a_job_that_slurm_starts_again_goes_on_though_it_overwrites(tmp_path, mo
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
     assert started(tmp_path / "r", recipe, overwrite=True)[1].checkpoint
     run.finish("succeeded")
-    assert started(tmp_path / "r", recipe, overwrite=True)[1].checkpoint is None, "what another job has finished"
+    assert started(tmp_path / "r", recipe, overwrite=True)[1].checkpoint is None, (
+        "what another job has finished"
+    )
 
 
 def test_a_finished_run_is_replaced_only_with_overwrite(tmp_path):
@@ -69,7 +79,12 @@ def test_an_unfinished_run_continues_from_its_newest_checkpoint(tmp_path, status
     _, start = started(tmp_path / "r")
     (stop,) = read_run(tmp_path / "r")["interruptions"]
     assert start.checkpoint == stop["from"] == newest
-    assert (stop["status"], stop["step"], stop["steps_done_again"], stop["seconds_done_again"]) == (status, 10, 4, 1.5)
+    assert (stop["status"], stop["step"], stop["steps_done_again"], stop["seconds_done_again"]) == (
+        status,
+        10,
+        4,
+        1.5,
+    )
     assert start.warnings == stop["set_aside"]
     assert "checkpoint-11 has no manifest.json" in start.warnings[0]
 
@@ -95,12 +110,17 @@ def test_other_settings_or_another_world_size_are_refused_with_the_difference(tm
     with pytest.raises(ValueError, match=r"world size \(1 was, 2 is\)"):
         started(tmp_path / "r", world_size=2)
     assert read_run(tmp_path / "r")["status"] == "interrupted"
-    assert started(tmp_path / "r", {**RECIPE, "output_dir": "moved", "overwrite": True})[1].checkpoint
+    assert started(tmp_path / "r", {**RECIPE, "output_dir": "moved", "overwrite": True})[
+        1
+    ].checkpoint
     start = started(tmp_path / "r", other, anyway=True)[1]
     (*_, stop) = read_run(tmp_path / "r")["interruptions"]
     assert start.checkpoint
     assert stop["changed"] == ["learning_rate (0.1 was, 0.2 is)"]
-    assert "goes on with learning_rate (0.1 was, 0.2 is): not exactly as if undisturbed" in start.warnings[0]
+    assert (
+        "goes on with learning_rate (0.1 was, 0.2 is): not exactly as if undisturbed"
+        in start.warnings[0]
+    )
     assert started(tmp_path / "r", other, overwrite=True)[1].checkpoint is None
     assert not (tmp_path / "r" / "checkpoint-3").exists()
 
@@ -124,10 +144,15 @@ def test_other_data_are_refused_once_they_are_read(tmp_path):
     run, start = started(tmp_path / "r")
     run.check(start, DATA, anyway=False)
     other = {"data": {"train": {"rows": 10, "fingerprint": "def"}}, "template": {"hash": "uvw"}}
-    with pytest.raises(ValueError, match=r"data train fingerprint \('abc' was, 'def' is\); template hash"):
+    with pytest.raises(
+        ValueError, match=r"data train fingerprint \('abc' was, 'def' is\); template hash"
+    ):
         run.check(start, other, anyway=False)
     run.check(start, other, anyway=True)
-    assert "data train fingerprint ('abc' was, 'def' is)" in read_run(tmp_path / "r")["interruptions"][-1]["changed"]
+    assert (
+        "data train fingerprint ('abc' was, 'def' is)"
+        in read_run(tmp_path / "r")["interruptions"][-1]["changed"]
+    )
     begun, start = started(tmp_path / "r", overwrite=True)
     begun.check(start, other, anyway=False)
 
@@ -161,7 +186,11 @@ def test_the_first_failure_stands_and_a_finished_run_cannot_fail(tmp_path):
     Run(tmp_path / "r", is_main=False).fail("rank one broke", rank=1)
     run.fail("rank nought was stopped", rank=0)
     record = read_run(tmp_path / "r")
-    assert (record["status"], record["reason"], record["failed_rank"]) == ("failed", "rank one broke", 1)
+    assert (record["status"], record["reason"], record["failed_rank"]) == (
+        "failed",
+        "rank one broke",
+        1,
+    )
     other, _ = started(tmp_path / "s")
     other.finish("succeeded")
     other.fail("late", rank=0)

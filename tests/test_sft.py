@@ -25,7 +25,18 @@ from sftlab.data.splits import SPLITS, load_splits, split_index
 from sftlab.evaluation.base_and_tuned import finished_run
 from sftlab.runs.run_directory import adapter_hash
 
-FACTS = {"status", "recipe", "launch", "ran", "measured", "data", "template", "versions", "git_commit", "hardware"}
+FACTS = {
+    "status",
+    "recipe",
+    "launch",
+    "ran",
+    "measured",
+    "data",
+    "template",
+    "versions",
+    "git_commit",
+    "hardware",
+}
 
 
 def losses(run):
@@ -55,7 +66,9 @@ def test_a_run_directory_holds_what_the_contract_says(finished, base):
     assert "succeeded" in done.stdout
     assert "real tokens/s" in done.stdout
     curve = EventAccumulator(str(folder / "tensorboard")).Reload().Scalars("train/loss")
-    assert [(e.step, pytest.approx(e.value, rel=1e-6)) for e in curve] == [(s, losses(folder)[s]) for s in range(1, 7)]
+    assert [(e.step, pytest.approx(e.value, rel=1e-6)) for e in curve] == [
+        (s, losses(folder)[s]) for s in range(1, 7)
+    ]
 
 
 def test_the_adapter_loads_with_plain_peft_and_changes_the_model(finished, base):
@@ -93,7 +106,9 @@ def test_two_processes_give_the_losses_of_one(finished, tmp_path, trained_here):
     assert len(two["measured"]["peak_memory"]) == 2
     assert one["data"] == two["data"]
     talk = two["measured"]["collectives"]
-    assert talk["all_reduce"]["mb"] == pytest.approx(two["ran"]["trainable_parameters"] * 4 / 2**20, abs=2e-3)
+    assert talk["all_reduce"]["mb"] == pytest.approx(
+        two["ran"]["trainable_parameters"] * 4 / 2**20, abs=2e-3
+    )
     assert "broadcast" not in talk, "a model's buffers need not be sent"
     assert one["measured"]["collectives"] is None
     first, second = losses(tmp_path / "one"), losses(tmp_path / "two")
@@ -105,7 +120,9 @@ def test_two_processes_give_the_losses_of_one(finished, tmp_path, trained_here):
     assert abs(one["measured"]["validation_loss"] - two["measured"]["validation_loss"]) < 1e-4
 
 
-def test_the_mean_training_loss_of_two_processes_has_the_steps_that_were_not_logged(finished, tmp_path):
+def test_the_mean_training_loss_of_two_processes_has_the_steps_that_were_not_logged(
+    finished, tmp_path
+):
     folder, fields, _ = finished
     launched("cpu_ddp", {**fields, "output_dir": str(tmp_path / "run"), "logging_steps": "4"})
     assert list(losses(tmp_path / "run")) == [4]
@@ -158,8 +175,16 @@ IN_ALL = {"global_batch_size": "200", "per_device_train_batch_size": "200"}
     ("long", "change", "message"),
     [
         ((), IN_ALL, "training rows do not fill one global batch of 200: give more rows"),
-        (("train", "validation"), {}, r"0 .* fill one global batch of 8 \((\d+) of \1 have no response token"),
-        (("validation",), {}, r"all \d+ validation rows have no response token within max_length 100: raise it"),
+        (
+            ("train", "validation"),
+            {},
+            r"0 .* fill one global batch of 8 \((\d+) of \1 have no response token",
+        ),
+        (
+            ("validation",),
+            {},
+            r"all \d+ validation rows have no response token within max_length 100: raise it",
+        ),
     ],
 )
 def test_rows_that_cannot_be_trained_or_validated_on_are_a_sentence(
@@ -178,7 +203,9 @@ def test_rows_that_cannot_be_trained_or_validated_on_are_a_sentence(
     done = train_here({**fields, "dataset_name": str(rows), "max_length": "100", **change})
     assert done.returncode != 0
     assert "Traceback" not in done.stderr
-    assert re.search(message, done.stderr) and re.search(message, read(fields["output_dir"])["reason"])
+    assert re.search(message, done.stderr) and re.search(
+        message, read(fields["output_dir"])["reason"]
+    )
 
 
 def test_what_max_length_cuts_and_drops_is_counted(finished, tmp_path, trained_here):
@@ -186,13 +213,21 @@ def test_what_max_length_cuts_and_drops_is_counted(finished, tmp_path, trained_h
     questions = [f"q{i}" + "?" * (200 if i % 5 == 0 else 0) for i in range(200)]
     long = [{"instruction": q, "response": "a" * (1 + i % 100)} for i, q in enumerate(questions)]
     rows = write_jsonl(tmp_path / "long.jsonl", long)
-    own = {**fields, "dataset_name": str(rows), "output_dir": str(tmp_path / "run"), "max_steps": "1"}
+    own = {
+        **fields,
+        "dataset_name": str(rows),
+        "output_dir": str(tmp_path / "run"),
+        "max_steps": "1",
+    }
     done = trained_here({**own, "max_length": "100"})
     facts = read(tmp_path / "run")["data"]["tokenized"]
     # one token a character, and bos, the frame of the template, eos
     frame = 1 + len("### Instruction:\n\n\n### Response:\n")
     train = load_splits(DataArguments(dataset_name=str(rows))).train
-    lengths = [(frame + len(r["prompt"][0]["content"]), len(r["completion"][0]["content"]) + 1) for r in train]
+    lengths = [
+        (frame + len(r["prompt"][0]["content"]), len(r["completion"][0]["content"]) + 1)
+        for r in train
+    ]
     kept = [prompt + response for prompt, response in lengths if prompt < 100]
     assert facts["dropped"] == len(lengths) - len(kept) > 0
     assert facts["cut"] == sum(length > 100 for length in kept) > 0
@@ -202,7 +237,14 @@ def test_what_max_length_cuts_and_drops_is_counted(finished, tmp_path, trained_h
 
 def test_a_diverged_run_fails(finished, tmp_path, train_here):
     _, fields, _ = finished
-    done = train_here({**fields, "output_dir": str(tmp_path / "run"), "learning_rate": "1e30", "max_grad_norm": "0"})
+    done = train_here(
+        {
+            **fields,
+            "output_dir": str(tmp_path / "run"),
+            "learning_rate": "1e30",
+            "max_grad_norm": "0",
+        }
+    )
     assert done.returncode != 0
     assert read(tmp_path / "run")["status"] == "failed"
     assert "diverged" in read(tmp_path / "run")["reason"]
@@ -211,9 +253,9 @@ def test_a_diverged_run_fails(finished, tmp_path, train_here):
 def test_gpt2s_layers_are_adapted_and_checked(fields, base, tmp_path, trained_here):
     ids = {"bos_token_id": 256, "eos_token_id": 257, "pad_token_id": 258}
     gpt2 = shutil.copytree(base, tmp_path / "gpt2", ignore=shutil.ignore_patterns("*.safetensors"))
-    GPT2LMHeadModel(GPT2Config(vocab_size=259, n_embd=32, n_layer=2, n_head=2, n_positions=512, **ids)).save_pretrained(
-        gpt2
-    )
+    GPT2LMHeadModel(
+        GPT2Config(vocab_size=259, n_embd=32, n_layer=2, n_head=2, n_positions=512, **ids)
+    ).save_pretrained(gpt2)
     trained_here(fields | {"model_name_or_path": str(gpt2), "lora_target_modules": "c_attn"})
     run = read(fields["output_dir"])
     assert run["ran"]["compute"] == {"linear": "Conv1D", "output_dtype": "float32"}
@@ -223,13 +265,21 @@ def test_gpt2s_layers_are_adapted_and_checked(fields, base, tmp_path, trained_he
 
 def test_num_processes_on_the_command_line_really_starts_them(finished, tmp_path):
     _, fields, _ = finished
-    launched("cpu", {**fields, "output_dir": str(tmp_path / "run"), "max_steps": "2"}, ("--num_processes", "2"))
+    launched(
+        "cpu",
+        {**fields, "output_dir": str(tmp_path / "run"), "max_steps": "2"},
+        ("--num_processes", "2"),
+    )
     assert read(tmp_path / "run")["ran"]["strategy"] == "ddp"
 
 
 def test_mixed_precision_on_the_command_line_really_runs(finished, tmp_path):
     _, fields, _ = finished
-    launched("cpu", {**fields, "output_dir": str(tmp_path / "run"), "max_steps": "2"}, ("--mixed_precision", "bf16"))
+    launched(
+        "cpu",
+        {**fields, "output_dir": str(tmp_path / "run"), "max_steps": "2"},
+        ("--mixed_precision", "bf16"),
+    )
     ran = read(tmp_path / "run")["ran"]
     assert ran["precision"] == "bf16"
     assert ran["compute"]["output_dtype"] == "bfloat16"
@@ -240,9 +290,13 @@ def test_mixed_precision_on_the_command_line_really_runs(finished, tmp_path):
 def test_a_one_layer_cut_trains_from_a_stream(finished, tmp_path, trained_here):
     _, fields, _ = finished
     own = {
-        **fields, "output_dir": str(tmp_path / "run"), "max_steps": "3", "dataset_streaming": "true",
-        "streaming_eval_rows": "10", "model_init_kwargs": '{"num_hidden_layers": 1}',
-    }  # fmt: skip
+        **fields,
+        "output_dir": str(tmp_path / "run"),
+        "max_steps": "3",
+        "dataset_streaming": "true",
+        "streaming_eval_rows": "10",
+        "model_init_kwargs": '{"num_hidden_layers": 1}',
+    }
     trained_here(own)
     record = read(tmp_path / "run")
     assert record["ran"]["trainable_parameters"] == 16 * ((32 + 32) + (32 + 16) + (32 + 32))
@@ -252,13 +306,25 @@ def test_a_one_layer_cut_trains_from_a_stream(finished, tmp_path, trained_here):
 @needs_shared
 def test_real_data_train_alike_on_one_and_two_processes(finished, tmp_path):
     _, fields, _ = finished
-    own = {**fields, "dataset_name": str(SHARED / "alpaca_en_1k.json"), "lora_dropout": "0", "save_strategy": "no"}
+    own = {
+        **fields,
+        "dataset_name": str(SHARED / "alpaca_en_1k.json"),
+        "lora_dropout": "0",
+        "save_strategy": "no",
+    }
     own |= {"max_steps": "60", "global_batch_size": "16", "max_length": "256"}
     for config in ("cpu", "cpu_ddp"):
         launched(config, {**own, "output_dir": str(tmp_path / config)})
     one, two = losses(tmp_path / "cpu"), losses(tmp_path / "cpu_ddp")
     assert max(abs(one[s] - two[s]) for s in range(1, 61)) < 1e-3
     started = time.time()
-    launched("cpu", {**own, "dataset_name": str(SHARED / "gsm8k_train.jsonl"), "output_dir": str(tmp_path / "gsm8k")})
+    launched(
+        "cpu",
+        {
+            **own,
+            "dataset_name": str(SHARED / "gsm8k_train.jsonl"),
+            "output_dir": str(tmp_path / "gsm8k"),
+        },
+    )
     assert read(tmp_path / "gsm8k")["data"]["shape"] == "gsm8k"
     assert time.time() - started < 200

@@ -9,7 +9,15 @@ import pytest
 from conftest import SHARED, needs_shared
 from sacrebleu.metrics import BLEU
 
-from sftlab.evaluation.significance import Paired, add_holm, compare, compare_rates, mean, perplexity, with_counts
+from sftlab.evaluation.significance import (
+    Paired,
+    add_holm,
+    compare,
+    compare_rates,
+    mean,
+    perplexity,
+    with_counts,
+)
 from sftlab.evaluation.text_metrics import Bleu, paired_scores, rouge, score_texts
 
 TEXT = "the a cat dog sat ran on under mat tree and then slept quickly while rain fell over old quiet houses"
@@ -21,7 +29,8 @@ def noisy_records(count, noise, seed=0):
     rng = np.random.default_rng(seed)
     references = [" ".join(rng.choice(WORDS, rng.integers(6, 25))) for _ in range(count)]
     answers = [
-        " ".join(word if rng.random() > noise else rng.choice(WORDS) for word in text.split()) for text in references
+        " ".join(word if rng.random() > noise else rng.choice(WORDS) for word in text.split())
+        for text in references
     ]
     scored = score_texts(answers, references, Bleu())
     for record, text in zip(scored, references, strict=True):
@@ -42,7 +51,9 @@ def test_a_model_against_itself_differs_by_exactly_nothing():
 
 
 def test_a_real_difference_is_found_and_has_the_right_sign():
-    for name, one in compare(paired_scores(noisy_records(200, 0.6), noisy_records(200, 0.1))).items():
+    for name, one in compare(
+        paired_scores(noisy_records(200, 0.6), noisy_records(200, 0.1))
+    ).items():
         if name in ("bleu", "rouge1", "rouge2", "rougeL"):
             assert one["difference"]["interval_95"][0] > 0
             assert one["p_value"] < 0.01
@@ -53,7 +64,9 @@ def test_random_halves_of_the_same_outputs_are_significant_in_a_twentieth_of_tri
     significant = dict.fromkeys(paired_scores(records[:2], records[:2]), 0)
     for trial in range(trials):
         shuffled = np.random.default_rng(trial).permutation(records)
-        for name, one in compare(paired_scores(shuffled[:200], shuffled[200:]), 400, seed=trial).items():
+        for name, one in compare(
+            paired_scores(shuffled[:200], shuffled[200:]), 400, seed=trial
+        ).items():
             significant[name] += one["p_value"] < 0.05
     # a binomial of 200 trials at 5 % lies within 4 and 18 in 99 of 100 cases
     assert all(3 <= hits <= 18 for hits in significant.values()), significant
@@ -63,7 +76,9 @@ def test_intervals_cover_the_truth():
     covered = 0
     for trial in range(100):
         values = np.random.default_rng(trial).normal(2.0, 0.5, 200)
-        one = compare({"x": Paired(perplexity, with_counts(values), with_counts(values))}, 500, seed=trial)["x"]
+        one = compare(
+            {"x": Paired(perplexity, with_counts(values), with_counts(values))}, 500, seed=trial
+        )["x"]
         low, high = one["base"]["interval_95"]
         covered += low <= math.exp(2.0) <= high
     assert covered >= 88
@@ -78,7 +93,9 @@ def test_few_rows_are_not_taken_for_more(rows):
         base, tuned = (with_counts(rng.normal(size=rows)) for _ in range(2))
         found.append(compare({"x": Paired(mean, base, tuned)}, resamples=1000)["x"]["p_value"])
     assert np.mean(np.array(found) < 0.05) < 0.08
-    better = compare({"x": Paired(mean, with_counts(np.zeros(rows)), with_counts(np.arange(1.0, rows + 1)))})["x"]
+    better = compare(
+        {"x": Paired(mean, with_counts(np.zeros(rows)), with_counts(np.arange(1.0, rows + 1)))}
+    )["x"]
     assert better["p_value"] == pytest.approx(min(1, 2 / 2**rows), abs=2e-4)
 
 
@@ -101,7 +118,9 @@ def test_repeated_rows_weigh_as_often_as_they_come():
         error = 1.96 * values.std() / math.sqrt(len(values))
         low, high = one[side]["interval_95"]
         assert one[side]["value"] == pytest.approx(values.mean())
-        assert (low, high) == pytest.approx((values.mean() - error, values.mean() + error), abs=0.1 * error)
+        assert (low, high) == pytest.approx(
+            (values.mean() - error, values.mean() + error), abs=0.1 * error
+        )
 
 
 def test_unequal_or_no_rows_are_refused():
@@ -113,9 +132,16 @@ def test_unequal_or_no_rows_are_refused():
 
 
 def test_holm_is_the_step_down_correction():
-    found = {name: {"p_value": p} for name, p in {"a": 0.01, "b": 0.04, "c": 0.03, "d": 0.9}.items()}
+    found = {
+        name: {"p_value": p} for name, p in {"a": 0.01, "b": 0.04, "c": 0.03, "d": 0.9}.items()
+    }
     add_holm(found)
-    assert {n: round(one["p_holm"], 6) for n, one in found.items()} == {"a": 0.04, "b": 0.09, "c": 0.09, "d": 0.9}
+    assert {n: round(one["p_holm"], 6) for n, one in found.items()} == {
+        "a": 0.04,
+        "b": 0.09,
+        "c": 0.09,
+        "d": 0.9,
+    }
 
 
 def test_rates_are_compared_by_the_pairs_that_disagree():
@@ -153,14 +179,18 @@ def test_the_interval_of_a_paired_difference_of_rates_covers_the_truth():
 
 
 def test_references_against_themselves_are_perfect_and_shuffled_near_nothing():
-    references = [f"{a} {b} {c} {d} {e}" for a, b, c, d, e in np.random.default_rng(0).choice(WORDS, (200, 5))]
+    references = [
+        f"{a} {b} {c} {d} {e}" for a, b, c, d, e in np.random.default_rng(0).choice(WORDS, (200, 5))
+    ]
     check_canaries(references, near_bleu=3, near_rouge=0.35)
 
 
 @needs_shared
 def test_real_references_against_themselves_are_perfect_and_shuffled_near_nothing():
     rows = json.loads((SHARED / "alpaca_en_1k.json").read_text())
-    check_canaries([row["output"] for row in rows if row["output"].strip()][:300], near_bleu=1, near_rouge=0.15)
+    check_canaries(
+        [row["output"] for row in rows if row["output"].strip()][:300], near_bleu=1, near_rouge=0.15
+    )
 
 
 def check_canaries(references, near_bleu, near_rouge):
@@ -182,7 +212,9 @@ def test_rouge_knows_words_of_any_script_and_keeps_its_own_of_ascii():
     plain = [("The cat_sat, on 2 mats!", "a cat sat on two mats"), ("", "x"), ("don't", "do not")]
     theirs = [RougeScorer(["rouge1", "rougeL"]).score(b, a) for a, b in plain]
     ours = rouge(*zip(*plain, strict=True))
-    assert ours[:, [0, 2]].tolist() == [[one["rouge1"].fmeasure, one["rougeL"].fmeasure] for one in theirs]
+    assert ours[:, [0, 2]].tolist() == [
+        [one["rouge1"].fmeasure, one["rougeL"].fmeasure] for one in theirs
+    ]
     other = ["Москва — столица России", "东京是日本的首都", "Grüße aus Köln"]
     assert rouge(other, other).tolist() == [[1, 1, 1]] * 3
     assert 0 < rouge(["东京是中国的首都"], ["东京是日本的首都"])[0, 0] < 1
@@ -191,7 +223,9 @@ def test_rouge_knows_words_of_any_script_and_keeps_its_own_of_ascii():
 
 def test_bleu_of_the_parts_is_sacrebleus_corpus_score():
     rng = np.random.default_rng(0)
-    texts = [[" ".join(rng.choice(WORDS, rng.integers(1, 12))) for _ in range(80)] for _ in range(2)]
+    texts = [
+        [" ".join(rng.choice(WORDS, rng.integers(1, 12))) for _ in range(80)] for _ in range(2)
+    ]
     for tokenize in ("13a", "char"):
         mine = Bleu(tokenize)
         expected = BLEU(tokenize=tokenize).corpus_score(texts[0], [texts[1]]).score

@@ -1,4 +1,6 @@
-"""Studies: confounded ones are refused before they run, what is done is kept, a failure is a row, claims need seeds."""
+"""Studies: confounded ones are refused before they run, what is done is kept, a failure is a row,
+claims need seeds.
+"""
 
 import csv
 import json
@@ -51,7 +53,9 @@ def start(path, tmp_path, *more, **kwargs):
         str(tmp_path / "out"),
         *more,
     ]
-    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **kwargs)
+    return subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **kwargs
+    )
 
 
 def finish(process):
@@ -87,7 +91,9 @@ def test_a_study_killed_in_a_cell_ends_as_if_it_had_not_been(write, tmp_path):
     first = (tmp_path / "runs" / "r4-1" / "run.json").stat().st_mtime_ns
     code, out, err = finish(start(path, tmp_path))
     assert (code, err.splitlines()[-1]) == (1, "error: no result of 1 of 4: wrong, 1"), err
-    assert (tmp_path / "runs" / "r4-1" / "run.json").stat().st_mtime_ns == first, "what was done is kept"
+    assert (tmp_path / "runs" / "r4-1" / "run.json").stat().st_mtime_ns == first, (
+        "what was done is kept"
+    )
     again = json.loads((second / "run.json").read_text(encoding="utf-8"))
     assert (again["status"], again["interruptions"]) == ("succeeded", [])
     assert "[1/4] r4, 1: succeeded" in out and "done before" in out
@@ -96,8 +102,12 @@ def test_a_study_killed_in_a_cell_ends_as_if_it_had_not_been(write, tmp_path):
     for column in ("runs", "train_loss", "validation_loss", "trainable_parameters"):
         assert len(set(columns(tmp_path, column)[1:3])) == 1, column
     assert {p.name for p in (tmp_path / "out").iterdir()} == {
-        "study.md", "runs.csv", "summary.csv", "small.png", "small.svg"
-    }  # fmt: skip
+        "study.md",
+        "runs.csv",
+        "summary.csv",
+        "small.png",
+        "small.svg",
+    }
 
 
 def columns(folder, name):
@@ -108,7 +118,11 @@ def columns(folder, name):
 @pytest.mark.parametrize(
     "cells, more, said",
     [
-        ({**TWO, "r8": {"lora_r": 8, "lora_alpha": 16, "learning_rate": 1e-5}}, {}, "learning_rate"),
+        (
+            {**TWO, "r8": {"lora_r": 8, "lora_alpha": 16, "learning_rate": 1e-5}},
+            {},
+            "learning_rate",
+        ),
         ({**TWO, "r8": {"lora_r": 8, "lora_alpha": 8}}, {}, "lora_scale"),
         ({**TWO, "r8": {"lora_r": 8, "lora_alpha": 16, "weight_decay": 0.1}}, {}, "weight_decay"),
         (TWO, {"axis": ["lora_rank"]}, "did you mean 'lora_r'"),
@@ -127,33 +141,52 @@ def columns(folder, name):
         (TWO, {"flags": {"mixed_precision": "bf17"}}, "mixed_precision is bf17: expected one of"),
     ],
 )
-def test_what_cannot_be_compared_is_refused_before_anything_runs(write, tmp_path, cells, more, said):
+def test_what_cannot_be_compared_is_refused_before_anything_runs(
+    write, tmp_path, cells, more, said
+):
     with pytest.raises(SystemExit) as refused:
         SCRIPT.main([str(write(cells, **more)), "--runs", str(tmp_path / "runs")])
     assert str(refused.value).startswith("error: ") and said in str(refused.value)
     assert not (tmp_path / "runs").exists()
 
 
-@pytest.mark.parametrize("path", sorted(p.name for p in (ROOT / "recipes" / "studies").glob("*.yaml")))
+@pytest.mark.parametrize(
+    "path", sorted(p.name for p in (ROOT / "recipes" / "studies").glob("*.yaml"))
+)
 def test_the_studies_are_commands_of_cells_equal_but_for_their_axis(path, capsys):
     SCRIPT.main([str(ROOT / "recipes" / "studies" / path), "--dry-run"])
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) >= 9 and len(set(lines)) == len(lines)
-    assert all(line.startswith("accelerate launch --config_file accelerate_configs/") for line in lines)
+    assert all(
+        line.startswith("accelerate launch --config_file accelerate_configs/") for line in lines
+    )
 
 
 def test_what_needs_more_gpus_than_there_are_is_a_row(write, tmp_path):
-    path = write({"1 GPU": {"processes": 1}, "64 GPUs": {"processes": 64}}, axis=["world_size"], launch="ddp")
+    path = write(
+        {"1 GPU": {"processes": 1}, "64 GPUs": {"processes": 64}}, axis=["world_size"], launch="ddp"
+    )
     code, out, err = finish(start(path, tmp_path))
     assert (code, err.splitlines()[-1]) == (1, "error: no result of 2 of 2: 1 GPU, 1; 64 GPUs, 1")
     assert columns(tmp_path, "status")[1] == "not run"
     assert "it needs 64 GPUs" in columns(tmp_path, "reason")[1] and "64 GPUs, 1: not run" in out
     before = columns(tmp_path, "reason")
     with pytest.raises(SystemExit, match="no result of 2 of 2"):
-        SCRIPT.main([str(path), "--runs", str(tmp_path / "runs"), "--out", str(tmp_path / "out"), "--no_train"])
+        SCRIPT.main(
+            [
+                str(path),
+                "--runs",
+                str(tmp_path / "runs"),
+                "--out",
+                str(tmp_path / "out"),
+                "--no_train",
+            ]
+        )
     assert columns(tmp_path, "status") == ["not run", "not run"]
     assert columns(tmp_path, "reason") == ["not yet", before[1]]
-    assert "no_train" not in (tmp_path / "out" / "study.md").read_text(), "the command is the trainings'"
+    assert "no_train" not in (tmp_path / "out" / "study.md").read_text(), (
+        "the command is the trainings'"
+    )
 
 
 def ended(folder, status, reason=None, **measured):
@@ -178,12 +211,16 @@ def test_what_is_trained_again(write, tmp_path, status, reason, done):
     assert not is_done(task)
     ended(task.folder, status, reason)
     assert is_done(task) is done
-    other = load(write({"r4": {"lora_r": 4, "lora_alpha": 8, "seed": 7}}), tmp_path / "runs", {}).tasks[0]
+    other = load(
+        write({"r4": {"lora_r": 4, "lora_alpha": 8, "seed": 7}}), tmp_path / "runs", {}
+    ).tasks[0]
     assert other.folder == task.folder
     with pytest.raises(ValueError, match=r"holds r4, 1 with other settings \(command"):
         is_done(other)
     with pytest.raises(SystemExit, match=r"other settings \(command"):
-        SCRIPT.main([str(write(TWO)), "--runs", str(tmp_path / "runs"), "--max_steps", "9", "--no_train"])
+        SCRIPT.main(
+            [str(write(TWO)), "--runs", str(tmp_path / "runs"), "--max_steps", "9", "--no_train"]
+        )
     (task.folder / "task.json").unlink()
     with pytest.raises(ValueError, match="not of this study"):
         is_done(task)
@@ -205,7 +242,9 @@ def test_a_recipe_or_launch_config_that_changed_is_noticed(write, tmp_path):
 
 def test_repeats_of_one_seed_are_trainings_of_their_own(write, tmp_path):
     study = load(write(TWO, repeats=3), tmp_path, {"seed": "7"})
-    assert len({task.name for task in study.tasks}) == len({task.folder for task in study.tasks}) == 6
+    assert (
+        len({task.name for task in study.tasks}) == len({task.folder for task in study.tasks}) == 6
+    )
     assert {task.fields["seed"] for task in study.tasks} == {"7"}
 
 
@@ -220,7 +259,9 @@ def test_yaml_s_no_is_accelerate_s_no(write, tmp_path):
         load(path, tmp_path, {})
 
 
-def test_memory_that_ran_out_beside_others_says_nothing_of_the_cell(write, tmp_path, monkeypatch, capsys):
+def test_memory_that_ran_out_beside_others_says_nothing_of_the_cell(
+    write, tmp_path, monkeypatch, capsys
+):
     """A training that has room alone, one that has none, and one with room for both."""
 
     def fake(task):
@@ -232,9 +273,15 @@ def test_memory_that_ran_out_beside_others_says_nothing_of_the_cell(write, tmp_p
     monkeypatch.setattr(SCRIPT, "python_command", fake)
     tasks = load(write({**TWO, "r8": {"lora_r": 8, "lora_alpha": 16}}), tmp_path / "runs", {}).tasks
     assert SCRIPT.train(tasks, at_once=3) == {}
-    assert [SCRIPT.result(task).split(" ")[0] for task in tasks] == ["out", "succeeded", "succeeded"]
+    assert [SCRIPT.result(task).split(" ")[0] for task in tasks] == [
+        "out",
+        "succeeded",
+        "succeeded",
+    ]
     assert all(map(is_done, tasks))
-    assert "out of memory beside others, so each alone again: r4, 1, r2, 1" in capsys.readouterr().out
+    assert (
+        "out of memory beside others, so each alone again: r4, 1, r2, 1" in capsys.readouterr().out
+    )
     begin(tasks[0], beside=2)
     assert not is_done(tasks[0]), "a study that is broken off there trains it anew"
 
@@ -260,10 +307,16 @@ def words(write, tmp_path, scores, score="tuned response_perplexity"):
 def test_better_needs_three_seeds_and_a_difference_that_they_agree_on(write, tmp_path):
     assert words(write, tmp_path, {"a": [2.0, 2.1, 2.2], "b": [1.0, 1.11, 1.19]}) == ["better"]
     assert words(write, tmp_path, {"a": [2.0, 2.1, 2.2], "b": [3.0, 3.11, 3.19]}) == ["worse"]
-    assert words(write, tmp_path, {"a": [2.0, 2.1, 2.2], "b": [3.0, 3.11, 3.19]}, "tuned bleu") == ["better"]
+    assert words(write, tmp_path, {"a": [2.0, 2.1, 2.2], "b": [3.0, 3.11, 3.19]}, "tuned bleu") == [
+        "better"
+    ]
     assert words(write, tmp_path, {"a": [2.0, 2.1], "b": [1.0, 1.11]}) == ["not distinguishable"]
-    assert words(write, tmp_path, {"a": [2.0, 2.1, 2.2], "b": [1.0, 2.6, 2.3]}) == ["not distinguishable"]
-    assert words(write, tmp_path, {"a": [2.0, 2.1, 2.2], "b": [2.0, 2.1, 2.2]}) == ["not distinguishable"]
+    assert words(write, tmp_path, {"a": [2.0, 2.1, 2.2], "b": [1.0, 2.6, 2.3]}) == [
+        "not distinguishable"
+    ]
+    assert words(write, tmp_path, {"a": [2.0, 2.1, 2.2], "b": [2.0, 2.1, 2.2]}) == [
+        "not distinguishable"
+    ]
 
 
 def test_cells_that_are_equal_are_rarely_called_better(write, tmp_path):
@@ -290,25 +343,57 @@ def test_published_figures_are_shown_beside_their_own_model_and_cells_alone(writ
 
 
 def test_a_summary_has_medians_ranges_and_what_was_published(write, tmp_path):
-    study = load(write({"a": {}, "b": {}}, published=[{"cell": "a", "rows_per_s": 5.0}]), tmp_path, {})
+    study = load(
+        write({"a": {}, "b": {}}, published=[{"cell": "a", "rows_per_s": 5.0}]), tmp_path, {}
+    )
     rows = runs_of({"a": [1.0, 5.0, 2.0]}, "tokens_per_s")
     rows += [{"cell": "b", "seed": 0, "status": "out of memory", "reason": "CUDA out of memory"}]
     a, b = summarise(study, rows)
-    assert (a["tokens_per_s"], a["tokens_per_s low"], a["tokens_per_s high"], a["runs"]) == (2.0, 1.0, 5.0, 3)
-    assert (b["tokens_per_s"], b["runs"], b["status"], b["reason"]) == (None, 0, "out of memory", "CUDA out of memory")
+    assert (a["tokens_per_s"], a["tokens_per_s low"], a["tokens_per_s high"], a["runs"]) == (
+        2.0,
+        1.0,
+        5.0,
+        3,
+    )
+    assert (b["tokens_per_s"], b["runs"], b["status"], b["reason"]) == (
+        None,
+        0,
+        "out of memory",
+        "CUDA out of memory",
+    )
     assert (a["published rows_per_s"], b["published rows_per_s"]) == (5.0, None)
 
 
-def test_a_reason_of_several_lines_takes_one_row_of_the_table_and_one_line_of_the_terminal(write, tmp_path):
+def test_a_reason_of_several_lines_takes_one_row_of_the_table_and_one_line_of_the_terminal(
+    write, tmp_path
+):
     study = load(write({"a": {}}), tmp_path, {})
-    ended(study.tasks[0].folder, "failed", "CompilationError: at 29:34:\n    mean = a | b\n           ^\nother dtypes")
-    assert SCRIPT.result(study.tasks[0]) == "failed (CompilationError: at 29:34: mean = a | b ^ other dtypes)"
-    row = {"cell": "a", "seed": 1, "status": "failed", "reason": "CompilationError: at 29:34:\n    mean = a | b"}
-    assert table(summarise(study, [row]))[1][-1] == "failed: CompilationError: at 29:34: mean = a | b"
+    ended(
+        study.tasks[0].folder,
+        "failed",
+        "CompilationError: at 29:34:\n    mean = a | b\n           ^\nother dtypes",
+    )
+    assert (
+        SCRIPT.result(study.tasks[0])
+        == "failed (CompilationError: at 29:34: mean = a | b ^ other dtypes)"
+    )
+    row = {
+        "cell": "a",
+        "seed": 1,
+        "status": "failed",
+        "reason": "CompilationError: at 29:34:\n    mean = a | b",
+    }
+    assert (
+        table(summarise(study, [row]))[1][-1] == "failed: CompilationError: at 29:34: mean = a | b"
+    )
 
 
 def test_a_grid_has_every_combination_and_says_what_each_factor_changes(write, tmp_path):
-    path = write(None, grid={"half": {"lora_r": 2, "lora_alpha": 4}, "twice": {"max_steps": 12}}, axis=["lora_r"])
+    path = write(
+        None,
+        grid={"half": {"lora_r": 2, "lora_alpha": 4}, "twice": {"max_steps": 12}},
+        axis=["lora_r"],
+    )
     study = load(path, tmp_path, {})
     assert study.cells == ["none", "twice", "half", "half + twice"]
     assert [task.fields["max_steps"] for task in study.tasks] == ["6", 12, "6", 12]
@@ -320,8 +405,15 @@ def test_a_grid_has_every_combination_and_says_what_each_factor_changes(write, t
         "down",
         pytest.approx(0.488, abs=1e-3),
     )
-    assert (twice["step_time_s is"], twice["step_time_s low"], twice["step_time_s high"]) == ("up", 2.0, 2.1)
-    summary = [{"cell": cell} | dict.fromkeys(CHANGED, 1.0 if cell == "none" else 1.02) for cell in study.cells]
+    assert (twice["step_time_s is"], twice["step_time_s low"], twice["step_time_s high"]) == (
+        "up",
+        2.0,
+        2.1,
+    )
+    summary = [
+        {"cell": cell} | dict.fromkeys(CHANGED, 1.0 if cell == "none" else 1.02)
+        for cell in study.cells
+    ]
     assert {one["step_time_s is"] for one in effects(study, summary)} == {"same"}
     summary[0] |= dict.fromkeys(CHANGED)
     assert effects(study, summary)[0]["step_time_s low"] == 1.0

@@ -1,4 +1,7 @@
-"""Training and inference see the same tokens; the loss is on the response and its end token alone."""
+"""Training and inference see the same tokens.
+
+The loss is on the response and its end token alone.
+"""
 
 import pytest
 from conftest import SHARED, needs_shared
@@ -11,7 +14,8 @@ from sftlab.data.chat_template import encode, prompt_ids, set_template, template
 from sftlab.data.splits import load_splits
 
 CHATML = (
-    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}{{ eos_token }}\n{% endfor %}"
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}{{ eos_token }}\n{% "
+    "endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 ROWS = [
@@ -49,9 +53,15 @@ def templated(request, base):
 
 def trl_rows(base, tokenizer, rows, tmp_path, max_length=256):
     config = SFTConfig(
-        output_dir=str(tmp_path), bf16=False, max_length=max_length, report_to="none", gradient_checkpointing=False
+        output_dir=str(tmp_path),
+        bf16=False,
+        max_length=max_length,
+        report_to="none",
+        gradient_checkpointing=False,
     )
-    trainer = SFTTrainer(str(base), config, train_dataset=Dataset.from_list(rows), processing_class=tokenizer)
+    trainer = SFTTrainer(
+        str(base), config, train_dataset=Dataset.from_list(rows), processing_class=tokenizer
+    )
     return trainer.train_dataset
 
 
@@ -75,15 +85,20 @@ def test_evaluation_encodes_as_trl_does(base, templated, tmp_path):
         seen = list(trl_rows(base, templated, rows, tmp_path, max_length))
         own = [encode(templated, r, max_length) for r in rows]
         own = [r for r in own if any(label != -100 for label in r["labels"])]
-        assert [(r["input_ids"], r["labels"]) for r in own] == [(r["input_ids"], r["labels"]) for r in seen]
+        assert [(r["input_ids"], r["labels"]) for r in own] == [
+            (r["input_ids"], r["labels"]) for r in seen
+        ]
 
 
 def test_the_instruction_template_is_the_published_form(base):
     tokenizer = AutoTokenizer.from_pretrained(base)
     set_template(tokenizer)
-    text = tokenizer.apply_chat_template(conversation()["prompt"], add_generation_prompt=True, tokenize=False)
+    text = tokenizer.apply_chat_template(
+        conversation()["prompt"], add_generation_prompt=True, tokenize=False
+    )
     assert text == (
-        "<bos>Be brief.\n\n### Instruction:\nq1\n\n### Response:\na1<eos>\n\n### Instruction:\nq2\n\n### Response:\n"
+        "<bos>Be brief.\n\n### Instruction:\nq1\n\n### Response:\na1<eos>\n\n### "
+        "Instruction:\nq2\n\n### Response:\n"
     )
 
 
@@ -130,7 +145,9 @@ def test_no_prompt_of_the_real_data_merges_with_its_response(base):
     tokenizer = AutoTokenizer.from_pretrained(base)
     set_template(tokenizer)
     for name in ("alpaca_en_1k.json", "gsm8k_test.jsonl"):
-        rows = load_splits(DataArguments(dataset_name=str(SHARED / name), split_fractions=[1.0, 0.0, 0.0])).train
+        rows = load_splits(
+            DataArguments(dataset_name=str(SHARED / name), split_fractions=[1.0, 0.0, 0.0])
+        ).train
         for given in rows.select(range(300)):
             encoded = encode(tokenizer, given, None)
             assert encoded["labels"].count(-100) == len(prompt_ids(tokenizer, given["prompt"]))

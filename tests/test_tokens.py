@@ -1,4 +1,6 @@
-"""A tokenized data set: what trl makes of the same rows, the same bytes however it came about, and what is refused."""
+"""A tokenized data set: what trl makes of the same rows, the same bytes however it came about, and
+what is refused.
+"""
 
 import hashlib
 import json
@@ -14,7 +16,15 @@ from pathlib import Path
 
 import psutil
 import pytest
-from conftest import ROOT, arguments, byte_tokenizer, instruction_rows, load_script, read, write_jsonl
+from conftest import (
+    ROOT,
+    arguments,
+    byte_tokenizer,
+    instruction_rows,
+    load_script,
+    read,
+    write_jsonl,
+)
 from datasets import Dataset, load_dataset
 from slurm_cluster import FOUND, SlurmCluster
 from test_data import SHAPED
@@ -34,7 +44,8 @@ from sftlab.fastpath.selection import FastPath
 from sftlab.training.trainer import build_trainer
 
 TURNS = (
-    "{{ bos_token }}{% for m in messages %}{{ '<|start|>' + m['role'] + '<|end|>\n' + m['content'] + '<|turn|>' }}"
+    "{{ bos_token }}{% for m in messages %}{{ '<|start|>' + m['role'] + '<|end|>\n' + m['content'] "
+    "+ '<|turn|>' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|start|>assistant<|end|>\n' }}{% endif %}"
 )
 ODD = "Ordinary words! a  b \n\n \t\r\n# 'S don't 12345 é\u0301 日本語 <|turn|> ### Response:\n \x85\u3000x"
@@ -54,14 +65,19 @@ def llama_like() -> PreTrainedTokenizerFast:
     )
     backend = Tokenizer(models.BPE(ignore_merges=True))
     backend.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Split(Regex(pattern), "isolated"), pre_tokenizers.ByteLevel(False, use_regex=False)]
+        [
+            pre_tokenizers.Split(Regex(pattern), "isolated"),
+            pre_tokenizers.ByteLevel(False, use_regex=False),
+        ]
     )
     special = ["<bos>", "<eos>", "<pad>", "<|start|>", "<|end|>", "<|turn|>"]
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     text = [ODD * 3, INSTRUCTION_TEMPLATE.read_text(), *map(str, instruction_rows(60))]
     trainer = trainers.BpeTrainer(vocab_size=700, special_tokens=special, initial_alphabet=alphabet)
     backend.train_from_iterator(text, trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<bos>", eos_token="<eos>", pad_token="<pad>")
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, bos_token="<bos>", eos_token="<eos>", pad_token="<pad>"
+    )
 
 
 def recipe_of(fields):
@@ -71,7 +87,15 @@ def recipe_of(fields):
 def tokenized(script, fields, out, size=64, share=0.0):
     """The data set of a recipe tokenized in this process, without a cluster; the manifest."""
     given, rest = script.parse_arguments(
-        ["--out", str(out), "--rows_per_shard", str(size), "--max_bad_rows", str(share), *arguments(fields)]
+        [
+            "--out",
+            str(out),
+            "--rows_per_shard",
+            str(size),
+            "--max_bad_rows",
+            str(share),
+            *arguments(fields),
+        ]
     )
     places, *made = script.prepare(parse_recipe(rest, Launch.from_environment()), given)
     manifest = begin(out, *made)
@@ -85,7 +109,9 @@ def tokenized(script, fields, out, size=64, share=0.0):
 
 def contents(folder):
     """Every file of a folder with its hash; hidden ones too."""
-    return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(Path(folder).iterdir())}
+    return {
+        p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(Path(folder).iterdir())
+    }
 
 
 def shards_of(folder):
@@ -94,20 +120,42 @@ def shards_of(folder):
 
 
 def odd_rows(shape, count=150):
-    """Rows of a shape with odd white space, empty and long responses, prompts beyond max_length, several turns."""
+    """Rows of a shape with odd white space, empty and long responses, prompts beyond max_length,
+    several turns.
+    """
     rng = random.Random(0)
     rows = []
     for i in range(count):
         question = f"{i} " + "".join(rng.choices(ODD, k=rng.choice([5, 40, 90, 160])))
-        answer = rng.choice(["", " \n", "".join(rng.choices(ODD, k=60)), "Fine! " * rng.choice([1, 5, 40]), "\n\nok "])
+        answer = rng.choice(
+            [
+                "",
+                " \n",
+                "".join(rng.choices(ODD, k=60)),
+                "Fine! " * rng.choice([1, 5, 40]),
+                "\n\nok ",
+            ]
+        )
         turns = [("user", question), ("assistant", answer), ("user", "And?"), ("assistant", "So.")][
             : rng.choice([2, 4])
         ]
         rows.append(
             {
-                "openorca": {"system_prompt": rng.choice(["", "Be brief."]), "question": question, "response": answer},
-                "dolly": {"instruction": question, "context": rng.choice(["", "Given."]), "response": answer},
-                "alpaca": {"instruction": question, "input": rng.choice(["", "Given."]), "output": answer},
+                "openorca": {
+                    "system_prompt": rng.choice(["", "Be brief."]),
+                    "question": question,
+                    "response": answer,
+                },
+                "dolly": {
+                    "instruction": question,
+                    "context": rng.choice(["", "Given."]),
+                    "response": answer,
+                },
+                "alpaca": {
+                    "instruction": question,
+                    "input": rng.choice(["", "Given."]),
+                    "output": answer,
+                },
                 "gsm8k": {"question": question, "answer": answer},
                 "sharegpt": {"conversations": [{"from": r, "value": c} for r, c in turns]},
                 "messages": {"messages": [{"role": r, "content": c} for r, c in turns]},
@@ -138,7 +186,9 @@ def trl_rows(model_of, tmp_path_factory):
             tokenizer.chat_template = INSTRUCTION_TEMPLATE.read_text()
         if name not in trainers:
             one = Dataset.from_list([{"prompt": "a", "completion": "b"}])
-            trainers[name] = SFTTrainer(name, SFTConfig(folder, report_to="none", use_cpu=True), train_dataset=one)
+            trainers[name] = SFTTrainer(
+                name, SFTConfig(folder, report_to="none", use_cpu=True), train_dataset=one
+            )
         trainer = trainers[name]
         trainer.completion_only_loss = args.completion_only_loss is not False
         made = trainer._prepare_dataset(rows, tokenizer, args, False, None, "train")
@@ -148,8 +198,13 @@ def trl_rows(model_of, tmp_path_factory):
 
 
 def fields_of(model, rows, folder, **more):
-    return {"model_name_or_path": str(model), "dataset_name": str(rows), "output_dir": str(folder / "run"),
-            "max_length": "100", **more}  # fmt: skip
+    return {
+        "model_name_or_path": str(model),
+        "dataset_name": str(rows),
+        "output_dir": str(folder / "run"),
+        "max_length": "100",
+        **more,
+    }
 
 
 def assert_same_as_trl(script, trl_rows, fields, out):
@@ -169,7 +224,9 @@ def assert_same_as_trl(script, trl_rows, fields, out):
 
 @pytest.mark.parametrize("model", ["bytes", "llama"])
 @pytest.mark.parametrize("shape", SHAPED)
-def test_rows_are_those_that_trl_makes_of_every_shape_and_template(shape, model, script, trl_rows, model_of, tmp_path):
+def test_rows_are_those_that_trl_makes_of_every_shape_and_template(
+    shape, model, script, trl_rows, model_of, tmp_path
+):
     rows = write_jsonl(tmp_path / "rows.jsonl", odd_rows(shape))
     fields = fields_of(model_of[model], rows, tmp_path)
     manifest = assert_same_as_trl(script, trl_rows, fields, tmp_path / "out")
@@ -186,7 +243,9 @@ def test_rows_are_those_that_trl_makes_of_every_shape_and_template(shape, model,
         {"dataset_fraction": "0.5"},
     ],
 )
-def test_rows_are_those_that_trl_makes_under_every_setting(how, script, trl_rows, model_of, tmp_path):
+def test_rows_are_those_that_trl_makes_under_every_setting(
+    how, script, trl_rows, model_of, tmp_path
+):
     rows = write_jsonl(tmp_path / "rows.jsonl", odd_rows("messages"))
     fields = fields_of(model_of["llama"], rows, tmp_path, **how)
     assert_same_as_trl(script, trl_rows, fields, tmp_path / "out")
@@ -200,19 +259,27 @@ def test_a_prompt_encoded_once_gives_the_ids_of_one_encoded_alone(which, templat
         # words are not split at blanks: no place to join is known
         backend = Tokenizer(models.BPE(unk_token="<unk>", fuse_unk=True))
         backend.pre_tokenizer = pre_tokenizers.Metaspace(split=False)
-        backend.train_from_iterator([ODD * 3] * 9, trainers.BpeTrainer(vocab_size=300, special_tokens=["<unk>"]))
+        backend.train_from_iterator(
+            [ODD * 3] * 9, trainers.BpeTrainer(vocab_size=300, special_tokens=["<unk>"])
+        )
     if which == "stripping":
         # tokens that take the white space beside them with them
         backend = Tokenizer.from_str(llama_like._tokenizer.to_str())
         backend.add_special_tokens([AddedToken("###", lstrip=True, rstrip=True)])
     draw = random.Random(1)
     pieces = [*ODD, "\n\n", " \n", "### ", "<|end|>", "<|turn|>\n", "! R", "'s"]
-    texts = [["".join(draw.choices(pieces, k=draw.randint(1, 12))) for _ in "qa"] for _ in range(1500)]
+    texts = [
+        ["".join(draw.choices(pieces, k=draw.randint(1, 12))) for _ in "qa"] for _ in range(1500)
+    ]
     prompts = [[{"role": "user", "content": q}] for q, _ in texts]
     completions = [[{"role": "assistant", "content": a}] for _, a in texts]
     special = {"bos_token": "<bos>", "eos_token": "<eos>"}
     joined, plain = (
-        list(Encoder(Tokenizer.from_str(backend.to_str()), template, special, shortcut)(prompts, completions))
+        list(
+            Encoder(Tokenizer.from_str(backend.to_str()), template, special, shortcut)(
+                prompts, completions
+            )
+        )
         for shortcut in (True, False)
     )
     assert joined == plain
@@ -246,7 +313,14 @@ def test_a_stopped_job_goes_on_and_makes_the_same_bytes(script, made, tmp_path):
 
 
 def command(fields, out, *more):
-    return [sys.executable, str(ROOT / "slurm" / "tokenize_dataset.py"), "--out", str(out), *more, *arguments(fields)]
+    return [
+        sys.executable,
+        str(ROOT / "slurm" / "tokenize_dataset.py"),
+        "--out",
+        str(out),
+        *more,
+        *arguments(fields),
+    ]
 
 
 @contextmanager
@@ -268,7 +342,9 @@ def wait_for(look, seconds=60):
 
 
 def forty_shards(script, base, folder, size=20):
-    """Fields of a recipe with 40 shards of `size` long rows, and the files of every tenth shard, made here."""
+    """Fields of a recipe with 40 shards of `size` long rows, and the files of every tenth shard,
+    made here.
+    """
     lines = [{"instruction": f"{i} {ODD * 80}", "response": ODD} for i in range(40 * size)]
     fields = fields_of(base, write_jsonl(folder / "rows.jsonl", lines), folder, max_length="8000")
     out = ["--out", str(folder / "some"), "--rows_per_shard", str(size)]
@@ -277,7 +353,9 @@ def forty_shards(script, base, folder, size=20):
     begin(folder / "some", *made)
     for number in range(0, 40, 10):
         tokenize_shard(str(folder / "some"), number, places[number], number * size)
-    return fields, {name: digest for name, digest in contents(folder / "some").items() if name != MANIFEST}
+    return fields, {
+        name: digest for name, digest in contents(folder / "some").items() if name != MANIFEST
+    }
 
 
 def shards_there(out):
@@ -290,7 +368,11 @@ def test_two_workers_one_of_them_killed_make_the_bytes_of_one(script, base, tmp_
     two = command(fields, out, "--workers", "2", "--rows_per_shard", "20")
     with log.open("w") as file, started(two, stdout=file, stderr=file) as running:
         wait_for(lambda: shards_there(out) > 3)
-        workers = [p for p in psutil.Process(running.pid).children() if "spawn_main" in " ".join(p.cmdline())]
+        workers = [
+            p
+            for p in psutil.Process(running.pid).children()
+            if "spawn_main" in " ".join(p.cmdline())
+        ]
         assert len(workers) == 2
         workers[1].suspend()
         workers[0].kill()
@@ -320,7 +402,12 @@ def test_jobs_of_slurm_one_of_them_cancelled_make_the_same_bytes(script, base, t
         # the other waits, or it might be done before the lost one is replaced
         slurm.run("scontrol", "suspend", first[1])
         slurm.run("scancel", first[0])
-        wait_for(lambda: set(slurm.run("squeue", "-h", "-t", "PENDING,RUNNING", "-o", "%i").split()) - set(first))
+        wait_for(
+            lambda: (
+                set(slurm.run("squeue", "-h", "-t", "PENDING,RUNNING", "-o", "%i").split())
+                - set(first)
+            )
+        )
         assert shards_there(out) < 40, "it was over before the job was cancelled"
         slurm.run("scontrol", "resume", first[1])
         assert running.wait(120) == 0, log.read_text()
@@ -360,7 +447,9 @@ def refused(script, fields, out, *more):
     return message
 
 
-def test_bad_input_is_one_sentence_and_changes_nothing(script, made, base, rows, tmp_path, monkeypatch):
+def test_bad_input_is_one_sentence_and_changes_nothing(
+    script, made, base, rows, tmp_path, monkeypatch
+):
     fields, folder = made
     before, out = contents(folder), tmp_path / "out"
     assert "at least 1" in refused(script, fields, out, "--workers", "0")
@@ -370,10 +459,14 @@ def test_bad_input_is_one_sentence_and_changes_nothing(script, made, base, rows,
     assert "rows_per_shard 16" in refused(script, fields, folder, "--rows_per_shard", "17")
     template = tmp_path / "turns.jinja"
     template.write_text(TURNS)
-    other = refused(script, fields | {"chat_template_path": str(template)}, folder, "--rows_per_shard", "16")
+    other = refused(
+        script, fields | {"chat_template_path": str(template)}, folder, "--rows_per_shard", "16"
+    )
     assert "another chat template" in other
     changed = write_jsonl(tmp_path / "rows.jsonl", instruction_rows(199))
-    assert "dataset_name" in refused(script, fields | {"dataset_name": str(changed)}, folder, "--rows_per_shard", "16")
+    assert "dataset_name" in refused(
+        script, fields | {"dataset_name": str(changed)}, folder, "--rows_per_shard", "16"
+    )
     assert contents(folder) == before
     taken = tmp_path / "taken"
     taken.mkdir()
@@ -389,16 +482,29 @@ def test_bad_input_is_one_sentence_and_changes_nothing(script, made, base, rows,
 
 def test_a_job_that_slurm_does_not_take_is_one_sentence(script, made, tmp_path, monkeypatch):
     sbatch = tmp_path / "sbatch"
-    sbatch.write_text("#!/bin/sh\necho 'sbatch: error: invalid partition specified: nowhere' >&2\nexit 1\n")
+    sbatch.write_text(
+        "#!/bin/sh\necho 'sbatch: error: invalid partition specified: nowhere' >&2\nexit 1\n"
+    )
     sbatch.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-    said = refused(script, made[0], tmp_path / "out", "--cluster", "slurm", "--partition", "nowhere")
+    said = refused(
+        script, made[0], tmp_path / "out", "--cluster", "slurm", "--partition", "nowhere"
+    )
     assert "invalid partition specified: nowhere" in said
 
 
 def test_rows_that_are_no_text_are_counted_and_refused_above_the_share(script, base, tmp_path):
-    lines = [json.dumps({"messages": [{"role": "user", "content": f"{i}?"}, {"role": "assistant", "content": "Yes."}]})
-             for i in range(60)]  # fmt: skip
+    lines = [
+        json.dumps(
+            {
+                "messages": [
+                    {"role": "user", "content": f"{i}?"},
+                    {"role": "assistant", "content": "Yes."},
+                ]
+            }
+        )
+        for i in range(60)
+    ]
     for i in (3, 40):
         lines[i] = lines[i].replace('"assistant"', '"robot"')
     rows = tmp_path / "rows.jsonl"
@@ -426,7 +532,10 @@ def test_an_empty_split_is_refused_as_in_the_text(script, base, tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"split_fractions": [0.7, 0.2, 0.1]}, r"made with split_fractions \[0.8, 0.1, 0.1\], asked for is \[0.7"),
+        (
+            {"split_fractions": [0.7, 0.2, 0.1]},
+            r"made with split_fractions \[0.8, 0.1, 0.1\], asked for is \[0.7",
+        ),
         ({"dataset_fraction": 0.5}, "dataset_fraction 1.0, asked for is 0.5"),
         ({"dataset_shape": "alpaca"}, "dataset_shape dolly, asked for is alpaca"),
         ({"dataset_streaming": True}, "leave dataset_streaming out"),
@@ -453,12 +562,20 @@ def test_tokens_of_other_rows_or_splits_are_refused(change, message, made):
         ({"eos": "<pad>"}, "another tokenizer"),
     ],
 )
-def test_tokens_of_another_template_tokenizer_or_length_are_refused(change, message, made, model_of):
+def test_tokens_of_another_template_tokenizer_or_length_are_refused(
+    change, message, made, model_of
+):
     fields, folder = made
-    tokenizer = AutoTokenizer.from_pretrained(model_of["llama" if "tokenizer" in change else "bytes"])
+    tokenizer = AutoTokenizer.from_pretrained(
+        model_of["llama" if "tokenizer" in change else "bytes"]
+    )
     tokenizer.chat_template = change.get("template", INSTRUCTION_TEMPLATE.read_text())
     tokenizer.eos_token = change.get("eos", tokenizer.eos_token)
-    settings = {name: value for name, value in change.items() if name not in ("template", "tokenizer", "eos")}
+    settings = {
+        name: value
+        for name, value in change.items()
+        if name not in ("template", "tokenizer", "eos")
+    }
     recipe = recipe_of(fields | {"dataset_name": str(folder)} | settings)
     fast = FastPath(packing=False, compile_layers=False, fused_loss=None, attn_implementation=None)
     with pytest.raises(ValueError, match=message) as caught:
@@ -482,7 +599,9 @@ def test_tokens_that_are_not_finished_or_not_whole_are_refused(made, tmp_path):
         load_splits(data)
 
 
-def test_training_and_judging_on_tokens_is_that_on_the_text(finished, script, tmp_path, trained_here):
+def test_training_and_judging_on_tokens_is_that_on_the_text(
+    finished, script, tmp_path, trained_here
+):
     text, fields, _ = finished
     tokenized(script, fields, tmp_path / "tokens", size=32)
     run = tmp_path / "run"
@@ -491,7 +610,9 @@ def test_training_and_judging_on_tokens_is_that_on_the_text(finished, script, tm
     assert on_tokens["losses"] == on_text["losses"]
     assert on_tokens["measured"]["validation_loss"] == on_text["measured"]["validation_loss"]
     assert on_tokens["data"] == on_text["data"]
-    weights = [(folder / "adapter" / "adapter_model.safetensors").read_bytes() for folder in (text, run)]
+    weights = [
+        (folder / "adapter" / "adapter_model.safetensors").read_bytes() for folder in (text, run)
+    ]
     assert weights[0] == weights[1]
     rows = held_out(on_tokens)
     assert list(rows.rows) == list(held_out(on_text).rows)
@@ -503,9 +624,20 @@ def test_training_and_judging_on_tokens_is_that_on_the_text(finished, script, tm
 @pytest.mark.skipif(not all(FOUND.values()), reason="Slurm is not installed (Debian: slurm-wlm)")
 def test_jobs_that_end_before_they_report_are_not_waited_for_for_ever(script, base, tmp_path):
     fields, _ = forty_shards(script, base, tmp_path)
-    words = command(fields, tmp_path / "tokens", "--cluster", "slurm", "--workers", "2", "--rows_per_shard", "20")
+    words = command(
+        fields,
+        tmp_path / "tokens",
+        "--cluster",
+        "slurm",
+        "--workers",
+        "2",
+        "--rows_per_shard",
+        "20",
+    )
     with SlurmCluster(tmp_path / "slurm") as slurm:
         broken = slurm.env | {"DASK_JOBQUEUE__SLURM__PYTHON": "/bin/false"}
-        done = subprocess.run(words, env=broken, capture_output=True, text=True, cwd=ROOT, timeout=120)
+        done = subprocess.run(
+            words, env=broken, capture_output=True, text=True, cwd=ROOT, timeout=120
+        )
     assert done.returncode == 1
     assert "none of them reported: see" in done.stderr.strip().splitlines()[-1], done.stderr[-3000:]

@@ -1,4 +1,6 @@
-"""Trainings that start together are timed one at a time, whatever becomes of them or of who gives the turns."""
+"""Trainings that start together are timed one at a time, whatever becomes of them or of who gives
+the turns.
+"""
 
 import os
 import signal
@@ -13,7 +15,8 @@ from conftest import ROOT
 from sftlab.comparison.timed_turns import Command, in_turn
 from sftlab.measurement.timing_turn import VARIABLE
 
-# Warms up for some time, waits, and is timed; notes when. Told to stop, it does so in its turn, as a training does.
+# Warms up for some time, waits, and is timed; notes when. Told to stop, it does so in its turn, as
+# a training does.
 TRAINING = """
 import os, pathlib, signal, sys, time
 told = []
@@ -51,12 +54,16 @@ except KeyboardInterrupt:
 
 @pytest.fixture
 def training(tmp_path):
-    """Make a training that takes so many seconds to warm up, to be timed and, where it says so, to exit."""
+    """Make a training that takes so many seconds to warm up, to be timed and, where it says so, to
+    exit.
+    """
 
     def make(name, warm=0.0, timed=0.2, leaving=0.0):
         script = tmp_path / f"{name}.py"
         times = {"warm": warm, "timed": timed, "leaving": leaving}
-        script.write_text(TRAINING.format(root=str(ROOT), log=str(tmp_path / "said"), name=name, **times), "utf-8")
+        script.write_text(
+            TRAINING.format(root=str(ROOT), log=str(tmp_path / "said"), name=name, **times), "utf-8"
+        )
         return str(script)
 
     return make
@@ -70,7 +77,10 @@ def said(tmp_path):
 
 
 def commands(*scripts):
-    return [Command([sys.executable, *script.split(" ")], ROOT / f"{script.split(' ')[0]}.log") for script in scripts]
+    return [
+        Command([sys.executable, *script.split(" ")], ROOT / f"{script.split(' ')[0]}.log")
+        for script in scripts
+    ]
 
 
 def test_all_warm_up_together_and_each_is_timed_alone(training, tmp_path):
@@ -79,7 +89,9 @@ def test_all_warm_up_together_and_each_is_timed_alone(training, tmp_path):
     when = {(name, what): at for name, what, at in said(tmp_path)}
     last_warm = max(at for (_, what), at in when.items() if what == "warm")
     order = [(name, what) for name, what, _ in said(tmp_path) if what != "warm"]
-    assert order == [(name, what) for name in ("quick", "slow", "middling") for what in ("begins", "ends")]
+    assert order == [
+        (name, what) for name in ("quick", "slow", "middling") for what in ("begins", "ends")
+    ]
     assert when["quick", "begins"] > last_warm
     assert when["slow", "warm"] - when["quick", "warm"] > 0.5, "they did not start together"
 
@@ -111,7 +123,9 @@ def started(training, tmp_path, timed):
     giver = tmp_path / "giver.py"
     giver.write_text(GIVER.format(root=str(ROOT)), encoding="utf-8")
     scripts = [training("a", timed=timed), training("b", timed=timed)]
-    process = subprocess.Popen([sys.executable, str(giver), *scripts], stderr=subprocess.PIPE, start_new_session=True)
+    process = subprocess.Popen(
+        [sys.executable, str(giver), *scripts], stderr=subprocess.PIPE, start_new_session=True
+    )
     while ("a", "begins") not in {(name, what) for name, what, _ in said(tmp_path)}:
         time.sleep(0.02)
         assert process.poll() is None
@@ -123,7 +137,10 @@ def test_where_the_giver_is_told_to_stop_all_are(training, tmp_path):
     process.send_signal(signal.SIGTERM)
     _, words = process.communicate(timeout=20)
     assert words == b"stopped\n"
-    assert {(name, what) for name, what, _ in said(tmp_path)} >= {("a", "stopped"), ("b", "stopped")}
+    assert {(name, what) for name, what, _ in said(tmp_path)} >= {
+        ("a", "stopped"),
+        ("b", "stopped"),
+    }
 
 
 def test_where_the_giver_is_killed_nobody_waits_for_ever(training, tmp_path):
@@ -139,9 +156,7 @@ def test_a_signal_that_comes_while_the_first_one_starts_is_not_lost(training, tm
     script = training("a", timed=60)
     giver = tmp_path / "giver.py"
     early = "import os, signal, subprocess, time\nplain = subprocess.Popen\n"
-    early += (
-        "class Popen(plain):\n    def __init__(self, *args, **kwargs):\n        super().__init__(*args, **kwargs)\n"
-    )
+    early += "class Popen(plain):\n    def __init__(self, *args, **kwargs):\n        super().__init__(*args, **kwargs)\n"
     early += "        time.sleep(0.5)\n        os.kill(os.getpid(), signal.SIGTERM)\nsubprocess.Popen = Popen\n"
     giver.write_text(early + GIVER.format(root=str(ROOT)), encoding="utf-8")
     done = subprocess.run([sys.executable, str(giver), script], capture_output=True, timeout=30)

@@ -1,4 +1,7 @@
-"""Judges' texts, each with its one right reading: well-formed, without a verdict, with two, cut off, contradicting."""
+"""Judges' texts, each with its one right reading:
+
+well-formed, without a verdict, with two, cut off, contradicting.
+"""
 
 import hashlib
 
@@ -31,7 +34,9 @@ RELATIVE = {
     "[RESULT] B": "B",
     "Antwort B ist deutlich besser als Antwort A. [RESULT] B": "B",
     "回答A更好，因为它更完整。[RESULT] A": "A",
-    'As asked: "(write a feedback for criteria) [RESULT] (A or B)". ' + FEEDBACK + "[RESULT] B": "B",
+    'As asked: "(write a feedback for criteria) [RESULT] (A or B)". '
+    + FEEDBACK
+    + "[RESULT] B": "B",
     FEEDBACK + "[RESULT] A\n[RESULT] A": "A",
     # no verdict, or not one
     "": None,
@@ -120,10 +125,13 @@ SINGLE = {
 READINGS = [
     (reader, text, verdict)
     for reader, texts in (
-        (result_pair, RELATIVE), (result_score, ABSOLUTE), (brackets_pair, PAIR), (brackets_score, SINGLE)
+        (result_pair, RELATIVE),
+        (result_score, ABSOLUTE),
+        (brackets_pair, PAIR),
+        (brackets_score, SINGLE),
     )
     for text, verdict in texts.items()
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("reader", "text", "verdict"), READINGS)
@@ -180,19 +188,31 @@ OFFICIAL = {
     ("fastchat", "turn_2_reference"): "1587cc453857a1c4",
 }
 TEXTS = {
-    "instruction": "I {x}", "answer_a": "aa", "answer_b": "bb", "question_1": "q1", "question_2": "q2",
-    "answer_1": "a1", "answer_2": "a2", "reference_1": "r1", "reference_2": "r2",
-}  # fmt: skip
+    "instruction": "I {x}",
+    "answer_a": "aa",
+    "answer_b": "bb",
+    "question_1": "q1",
+    "question_2": "q2",
+    "answer_1": "a1",
+    "answer_2": "a2",
+    "reference_1": "r1",
+    "reference_2": "r2",
+}
 
 
 @pytest.mark.parametrize(("name", "kind"), OFFICIAL)
 def test_prompts_are_the_official_ones(name, kind):
-    said = "\x00".join(f"{one['role']}\x01{one['content']}" for one in load_format(name).messages(kind, **TEXTS))
+    said = "\x00".join(
+        f"{one['role']}\x01{one['content']}" for one in load_format(name).messages(kind, **TEXTS)
+    )
     assert hashlib.sha256(said.encode()).hexdigest()[:16] == OFFICIAL[name, kind]
 
 
 def test_prometheus_sees_the_first_turn_when_it_rates_the_second():
     (message,) = load_format("prometheus").messages("turn_2_reference", **TEXTS)
-    places = [message["content"].index(text) for text in ("q1", "a1", "q2", "###Response to evaluate:\na2", "r2")]
+    places = [
+        message["content"].index(text)
+        for text in ("q1", "a1", "q2", "###Response to evaluate:\na2", "r2")
+    ]
     assert places == sorted(places)
     assert message["content"].endswith("###Feedback: ")

@@ -1,8 +1,10 @@
-"""Stock lm-eval tasks on local files: eval/tasks/local_files.py is the class that the YAMLs beside it name.
+"""Stock lm-eval tasks on local files: eval/tasks/local_files.py is the class that the YAMLs beside
+it name.
 
 python eval/harness.py --run runs/x --tasks gsm8k_local --files gsm8k_test=test.jsonl gsm8k_train=train.jsonl
 
-With lm-eval alone: `lm_eval run --include_path eval/tasks --metadata gsm8k_test=test.jsonl gsm8k_train=train.jsonl`.
+With lm-eval alone: `lm_eval run --include_path eval/tasks --metadata gsm8k_test=test.jsonl
+gsm8k_train=train.jsonl`.
 """
 
 from functools import cached_property
@@ -24,9 +26,10 @@ _SPLIT_FIELDS = ("training_split", "validation_split", "test_split", "fewshot_sp
 class LocalTask(ConfigurableTask):
     """A stock task, prompts and scoring unchanged, whose splits are local files.
 
-    Its YAML names `stock` (a YAML below lm_eval/tasks), `files` (split: the name of its file in the metadata; the first
-    is evaluated, the second gives few-shot examples), `columns` (name: text, list or any) and, where examples must be
-    of the document's own kind, `fewshot_by` (a column). ValueError for a missing file or column.
+    Its YAML names `stock` (a YAML below lm_eval/tasks), `files` (split: the name of its file in the
+    metadata; the first is evaluated, the second gives few-shot examples), `columns` (name: text,
+    list or any) and, where examples must be of the document's own kind, `fewshot_by` (a column).
+    ValueError for a missing file or column.
     """
 
     def __init__(self, config: dict[str, Any]) -> None:
@@ -36,25 +39,36 @@ class LocalTask(ConfigurableTask):
         self.columns: dict[str, str] = own.pop("columns")
         self.fewshot_by: str | None = own.pop("fewshot_by", None)
         given = own["metadata"]
-        self.paths = {split: Path(given[name]) for split, name in self.file_names.items() if name in given}
+        self.paths = {
+            split: Path(given[name]) for split, name in self.file_names.items() if name in given
+        }
         self._require_files(own["task"])
         merged = {**stock, **own, "metadata": {**stock["metadata"], **given}}
         merged |= {field: None for field in _SPLIT_FIELDS if merged.get(field) not in self.paths}
         merged |= {"dataset_path": str(next(iter(self.paths.values()))), "dataset_name": None}
-        super().__init__(config={key: value for key, value in merged.items() if key not in ("tag", "task_list")})
+        super().__init__(
+            config={key: value for key, value in merged.items() if key not in ("tag", "task_list")}
+        )
 
     def _require_files(self, task: str) -> None:
         split, name = next(iter(self.file_names.items()))
         if split not in self.paths:
-            optional = "".join(f" (few-shot also {other}=FILE)" for other in list(self.file_names.values())[1:])
-            raise ValueError(f"{task} reads local files: give --files {name}=FILE{optional}; for lm_eval --metadata")
+            optional = "".join(
+                f" (few-shot also {other}=FILE)" for other in list(self.file_names.values())[1:]
+            )
+            raise ValueError(
+                f"{task} reads local files: give --files {name}=FILE{optional}; for lm_eval "
+                "--metadata"
+            )
 
     def download(self, dataset_kwargs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         """Read the files in place of the hub."""
         self.dataset = {split: read_rows(path, self.columns) for split, path in self.paths.items()}
 
     def fewshot_docs(self) -> Dataset | None:
-        """The examples' file; where there is none, none (lm-eval would draw from the documents under test)."""
+        """The examples' file; where there is none, none (lm-eval would draw from the documents
+        under test).
+        """
         return super().fewshot_docs() if len(self.paths) > 1 else None
 
     @cached_property
@@ -64,27 +78,42 @@ class LocalTask(ConfigurableTask):
             kinds.setdefault(example[self.fewshot_by], []).append(example)
         return kinds
 
-    def fewshot_context(self, doc: dict[str, Any], num_fewshot: int, **kwargs: Any) -> str | list[str]:
-        """lm-eval's, with examples of the document's own kind under `fewshot_by`; ValueError without examples."""
+    def fewshot_context(
+        self, doc: dict[str, Any], num_fewshot: int, **kwargs: Any
+    ) -> str | list[str]:
+        """lm-eval's, with examples of the document's own kind under `fewshot_by`.
+
+        ValueError without examples.
+        """
         if num_fewshot > 0 and len(self.paths) < 2:
-            raise ValueError(f"no file of examples: give --files {list(self.file_names.values())[1]}=FILE")
+            raise ValueError(
+                f"no file of examples: give --files {list(self.file_names.values())[1]}=FILE"
+            )
         if num_fewshot > 0 and self.fewshot_by:
             examples = self._examples.get(doc[self.fewshot_by], [])
             if len(examples) < num_fewshot:
-                raise ValueError(f"{len(examples)} examples of {self.fewshot_by} {doc[self.fewshot_by]}")
+                raise ValueError(
+                    f"{len(examples)} examples of {self.fewshot_by} {doc[self.fewshot_by]}"
+                )
             self.sampler.replace_df(examples)
         return super().fewshot_context(doc, num_fewshot=num_fewshot, **kwargs)
 
 
 def read_rows(path: Path, columns: dict[str, str]) -> Dataset:
-    """The rows of a .json, .jsonl, .csv or .parquet file; `columns` (`choices.text`: a field in one) must be there."""
+    """The rows of a .json, .jsonl, .csv or .parquet file.
+
+    `columns` (`choices.text`: a field in one) must be there.
+    """
     if not path.is_file():
         raise ValueError(f"data file {path} not found")
     if path.suffix not in _READERS:
         raise ValueError(f"data file {path}: expected {', '.join(_READERS)}")
     try:
         rows = load_dataset(_READERS[path.suffix], data_files=str(path), split="train")
-    except (DatasetGenerationError, StopIteration) as error:  # datasets 5.2 lets the latter out where there is no row
+    except (
+        DatasetGenerationError,
+        StopIteration,
+    ) as error:  # datasets 5.2 lets the latter out where there is no row
         cause = (str(error.__cause__ or error) or "it has no rows").splitlines()[0]
         raise ValueError(f"data file {path} cannot be read: {cause}") from error
     if len(rows) == 0:
@@ -96,5 +125,8 @@ def read_rows(path: Path, columns: dict[str, str]) -> Dataset:
             value = value.get(field) if isinstance(value, dict) else None
         if value is None or not isinstance(value, _KINDS[kind]):
             found = "missing" if value is None else f"{type(value).__name__}, expected {kind}"
-            raise ValueError(f"data file {path}: column {column} is {found}; it has {', '.join(rows.column_names)}")
+            raise ValueError(
+                f"data file {path}: column {column} is {found}; it has "
+                f"{', '.join(rows.column_names)}"
+            )
     return rows

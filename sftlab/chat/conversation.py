@@ -1,4 +1,7 @@
-"""A conversation with base, tuned or both: what the model is given, what a page shows, what is saved."""
+"""A conversation with base, tuned or both:
+
+what the model is given, what a page shows, what is saved.
+"""
 
 import re
 from collections.abc import Sequence
@@ -10,7 +13,10 @@ from sftlab.runs.run_directory import SIDES
 
 @dataclass
 class Turn:
-    """One message and its answers; `order` names the sides that answer, left to right as the page shows them."""
+    """One message and its answers.
+
+    `order` names the sides that answer, left to right as the page shows them.
+    """
 
     message: str
     order: tuple[str, ...]
@@ -33,35 +39,61 @@ class Turn:
 
     @property
     def goes_on(self) -> str:
-        """The side whose answer the conversation goes on from: the voted one, else tuned (blind: the left one)."""
+        """The side whose answer the conversation goes on from: the voted one, else tuned (blind:
+
+        the left one).
+        """
         if self.vote in self.order:
             return self.vote
         return "tuned" if "tuned" in self.order and not self.blind else self.order[0]
 
     def update(self, piece: Any, left_out: int, adapter: str | None = None) -> None:
-        """Take over what a `sftlab.chat.Piece` of an adapter says, and how many old turns the context had no room for.
+        """Take over what a `sftlab.chat.Piece` of an adapter says, and how many old turns the
+        context had no room for.
 
         An answer that was stopped while it waited has no token: the turn stays without texts.
         """
         if not piece.first_token_s:
             return
         self.left_out, self.adapter = left_out, adapter
-        self.texts, self.tokens, self.tokens_per_s = dict(piece.texts), dict(piece.tokens), dict(piece.tokens_per_s)
+        self.texts, self.tokens, self.tokens_per_s = (
+            dict(piece.texts),
+            dict(piece.tokens),
+            dict(piece.tokens_per_s),
+        )
         self.finished, self.first_token_s = dict(piece.finished), piece.first_token_s
 
     def remark(self) -> str:
         """What the model was not given of the conversation."""
         turns = "turn was" if self.left_out == 1 else f"{self.left_out} turns were"
-        return f"The oldest {turns} left out: the conversation is longer than the context." if self.left_out else ""
+        return (
+            f"The oldest {turns} left out: the conversation is longer than the context."
+            if self.left_out
+            else ""
+        )
 
     def footnote(self, side: str) -> str:
-        """Whose answer it is, token count, tokens/s and how it ended; of a hidden one only that it is hidden."""
+        """Whose answer it is, token count, tokens/s and how it ended.
+
+        Of a hidden one only that it is hidden.
+        """
         if self.hidden:
             return f"answer {'AB'[self.order.index(side)]}"
-        ended = {"length": "cut at max new tokens", "stopped": "stopped"}.get(self.finished.get(side) or "")
-        first = f"first after {self.first_token_s:.2f} s" if self.first_token_s is not None else None
+        ended = {"length": "cut at max new tokens", "stopped": "stopped"}.get(
+            self.finished.get(side) or ""
+        )
+        first = (
+            f"first after {self.first_token_s:.2f} s" if self.first_token_s is not None else None
+        )
         speed = f"{self.tokens_per_s.get(side, 0):.1f} tokens/s"
-        parts = [side, f"{self.tokens.get(side, 0)} tokens", speed, first, f"seed {self.settings['seed']}", ended]
+        parts = [
+            side,
+            f"{self.tokens.get(side, 0)} tokens",
+            speed,
+            first,
+            f"seed {self.settings['seed']}",
+            ended,
+        ]
         return " · ".join(part for part in parts if part)
 
 
@@ -75,9 +107,14 @@ def history(turns: Sequence[Turn], system: str) -> list[dict[str, str]]:
 
 
 def inert(text: str) -> str:
-    """Markdown that shows a text's HTML as it is written, in place of rendering it; code is left alone."""
+    """Markdown that shows a text's HTML as it is written, in place of rendering it.
+
+    Code is left alone.
+    """
     parts = re.split(r"(```.*?(?:```|$)|`[^`\n]+`)", text, flags=re.DOTALL)
-    return "".join(part if i % 2 else re.sub(r"<(?=[/!?a-zA-Z])", "&lt;", part) for i, part in enumerate(parts))
+    return "".join(
+        part if i % 2 else re.sub(r"<(?=[/!?a-zA-Z])", "&lt;", part) for i, part in enumerate(parts)
+    )
 
 
 def column(turns: Sequence[Turn], place: int) -> list[dict[str, Any]]:
@@ -90,18 +127,26 @@ def column(turns: Sequence[Turn], place: int) -> list[dict[str, Any]]:
             empty = turn.finished[side] and not turn.texts[side].strip()
             text = "*(an empty answer)*" if empty else inert(turn.texts[side])
             footnote = {"type": "text", "text": f"<small>{turn.footnote(side)}</small>"}
-            shown.append({"role": "assistant", "content": [{"type": "text", "text": text or "…"}, footnote]})
+            shown.append(
+                {"role": "assistant", "content": [{"type": "text", "text": text or "…"}, footnote]}
+            )
     return shown
 
 
 def saved(turns: Sequence[Turn], system: str) -> dict[str, Any]:
-    """A conversation as it is saved; a vote that is still hidden stays so, its answers named A and B."""
+    """A conversation as it is saved.
+
+    A vote that is still hidden stays so, its answers named A and B.
+    """
     rows = []
     for turn in turns:
         row = asdict(turn)
         if turn.hidden:
             letters = dict(zip(turn.order, "AB", strict=True))
-            row |= {key: {letters[s]: v for s, v in row[key].items()} for key in ("texts", "tokens", "finished")}
+            row |= {
+                key: {letters[s]: v for s, v in row[key].items()}
+                for key in ("texts", "tokens", "finished")
+            }
             row |= {"order": ["A", "B"], "tokens_per_s": None}
         rows.append(row)
     return {"system": system, "turns": rows}

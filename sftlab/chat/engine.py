@@ -1,4 +1,7 @@
-"""Conversation with the base and the tuned model of a run: both in one batch, streamed, one reply at a time."""
+"""Conversation with the base and the tuned model of a run:
+
+both in one batch, streamed, one reply at a time.
+"""
 
 import gc
 import math
@@ -22,14 +25,18 @@ from sftlab.runs.run_directory import SIDES
 
 History = list[dict[str, str]]
 Sides = tuple[str, ...]
-# Seconds between two states of a reply: each costs a decoding of the whole text, and a page tens of milliseconds.
+# Seconds between two states of a reply: each costs a decoding of the whole text, and a page tens of
+# milliseconds.
 UPDATE_S = 0.04
 _ADAPTERS = dict(zip(SIDES, ("__base__", "default"), strict=True))
 
 
 @dataclass(frozen=True)
 class Settings:
-    """How a reply is generated: greedy at temperature 0, else drawn with `seed`. ValueError names a bad field."""
+    """How a reply is generated: greedy at temperature 0, else drawn with `seed`.
+
+    ValueError names a bad field.
+    """
 
     temperature: float = 0.7
     top_p: float = 0.9
@@ -40,7 +47,11 @@ class Settings:
 
     def __post_init__(self) -> None:
         rules = {
-            "temperature": (float, lambda x: x == 0 or 0.01 <= x <= 10, "0 (greedy) or from 0.01 to 10"),
+            "temperature": (
+                float,
+                lambda x: x == 0 or 0.01 <= x <= 10,
+                "0 (greedy) or from 0.01 to 10",
+            ),
             "top_p": (float, lambda x: 0 < x <= 1, "above 0 and at most 1"),
             "top_k": (int, lambda x: x >= 0, "a whole number, 0 (off) or more"),
             "max_new_tokens": (int, lambda x: x >= 1, "a whole number of at least 1"),
@@ -56,8 +67,9 @@ class Settings:
 class Piece(NamedTuple):
     """What has been generated so far, for every side.
 
-    `texts` grow at their end alone; `tokens` are without the end token; times count from the start of the generation
-    (prompt included, waiting for another reply not); `finished` is None, or stop, length, or stopped (by the user).
+    `texts` grow at their end alone; `tokens` are without the end token; times count from the start
+    of the generation (prompt included, waiting for another reply not); `finished` is None, or stop,
+    length, or stopped (by the user).
     """
 
     texts: dict[str, str]
@@ -68,10 +80,12 @@ class Piece(NamedTuple):
 
 
 class _Draw(hf.LogitsProcessor):
-    """Leaves the token that the settings draw (Gumbel-max); every row has the same noise, alone or not.
+    """Leaves the token that the settings draw (Gumbel-max).
 
-    It draws from what transformers' temperature, top-k and top-p processors would keep, but looks for top-p among the
-    top-k alone: sorting a vocabulary of 128,256 tokens takes 19 ms on a CPU.
+    Every row has the same noise, alone or not.
+
+    It draws from what transformers' temperature, top-k and top-p processors would keep, but looks
+    for top-p among the top-k alone: sorting a vocabulary of 128,256 tokens takes 19 ms on a CPU.
     """
 
     def __init__(self, settings: Settings, rows: int, device: torch.device) -> None:
@@ -83,7 +97,9 @@ class _Draw(hf.LogitsProcessor):
         self.nan |= scores.amax(dim=-1).isnan()
         if self.settings.temperature == 0:
             return scores
-        uniform = torch.rand(scores.shape[-1], dtype=torch.float64, generator=self.noise, device=scores.device)
+        uniform = torch.rand(
+            scores.shape[-1], dtype=torch.float64, generator=self.noise, device=scores.device
+        )
         logits, tokens = self.kept(scores)
         gumbel = -(-(uniform if tokens is None else uniform[tokens]).log()).log()
         drawn = (logits + gumbel).argmax(dim=-1, keepdim=True)
@@ -91,7 +107,10 @@ class _Draw(hf.LogitsProcessor):
         return torch.full_like(scores, -math.inf).scatter_(-1, chosen, 0.0)
 
     def kept(self, scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Logits [rows, kept] of what may be drawn, -inf among them, and whose they are (None: all, in order)."""
+        """Logits [rows, kept] of what may be drawn, -inf among them, and whose they are (None:
+
+        all, in order).
+        """
         settings, tokens = self.settings, None
         if settings.top_k:
             scores, tokens = scores.topk(min(settings.top_k, scores.shape[-1]))
@@ -107,10 +126,21 @@ class _Draw(hf.LogitsProcessor):
 
 
 class _Stream(hf.StoppingCriteria):
-    """Reads each new token of each row and ends the rows whose turn is over; decodes no more than it is asked for."""
+    """Reads each new token of each row and ends the rows whose turn is over.
 
-    def __init__(self, tokenizer: Any, turn: Turn, sides: Sides, most: int, stops: tuple[Event, ...]) -> None:
-        self.tokenizer, self.turn, self.sides, self.most, self.stops = tokenizer, turn, sides, most, stops
+    Decodes no more than it is asked for.
+    """
+
+    def __init__(
+        self, tokenizer: Any, turn: Turn, sides: Sides, most: int, stops: tuple[Event, ...]
+    ) -> None:
+        self.tokenizer, self.turn, self.sides, self.most, self.stops = (
+            tokenizer,
+            turn,
+            sides,
+            most,
+            stops,
+        )
         self.heads = tuple({stop[:n] for stop in turn.stop_strings for n in range(1, len(stop))})
         self.window = max((len(stop.encode()) for stop in turn.stop_strings), default=0)
         self.ids: dict[str, list[int]] = {side: [] for side in sides}
@@ -127,7 +157,10 @@ class _Stream(hf.StoppingCriteria):
 
     def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
         tokens = input_ids[:, -1].tolist()
-        seconds, going_on = time.perf_counter() - self.started, "stopped" if self.must_stop() else None
+        seconds, going_on = (
+            time.perf_counter() - self.started,
+            "stopped" if self.must_stop() else None,
+        )
         self.first_token_s = self.first_token_s or seconds
         for row, (side, token) in enumerate(zip(self.rows, tokens, strict=True)):
             if self.finished[side] is None:
@@ -150,7 +183,9 @@ class _Stream(hf.StoppingCriteria):
 
     def piece(self, over: bool) -> Piece:
         """What there is now; where generation is over, what is unfinished was stopped."""
-        finished = {side: how or ("stopped" if over else None) for side, how in self.finished.items()}
+        finished = {
+            side: how or ("stopped" if over else None) for side, how in self.finished.items()
+        }
         ids = {side: list(ids) for side, ids in self.ids.items()}
         texts = {side: self._shown(ids[side], finished[side]) for side in self.sides}
         tokens = {side: len(ids[side]) for side in self.sides}
@@ -158,45 +193,68 @@ class _Stream(hf.StoppingCriteria):
 
     def _shown(self, ids: list[int], finished: str | None) -> str:
         whole = self.tokenizer.decode(ids, skip_special_tokens=True)
-        text = min((whole.partition(stop)[0] for stop in self.turn.stop_strings), key=len, default=whole)
-        text = text.rstrip("\ufffd")  # held back: half a character, what may become a stop string, and blanks
+        text = min(
+            (whole.partition(stop)[0] for stop in self.turn.stop_strings), key=len, default=whole
+        )
+        text = text.rstrip(
+            "\ufffd"
+        )  # held back: half a character, what may become a stop string, and blanks
         if not finished and text.endswith(self.heads):
             text = text[: len(text) - max(len(head) for head in self.heads if text.endswith(head))]
         return text.strip()
 
 
 class Chat:
-    """The two models of a finished run under one load of the weights; replies of several threads queue.
+    """The two models of a finished run under one load of the weights.
 
-    `run` is run.json, `context` the positions of the model. `load_in_4bit` quantizes the base model, however the run
-    loaded it. ValueError in one sentence where the run, its adapter or its base model cannot be loaded.
+    Replies of several threads queue.
+
+    `run` is run.json, `context` the positions of the model. `load_in_4bit` quantizes the base
+    model, however the run loaded it. ValueError in one sentence where the run, its adapter or its
+    base model cannot be loaded.
     """
 
     def __init__(self, folder: Path, load_in_4bit: bool = False) -> None:
         self.run: dict[str, Any] = finished_run(folder)
         quantized = {"load_in_4bit": True, "load_in_8bit": False} if load_in_4bit else {}
         self._tokenizer = run_tokenizer(folder, self.run)
-        self._model: PeftModel | None = load_pair(folder, self.run | {"recipe": self.run["recipe"] | quantized})
+        self._model: PeftModel | None = load_pair(
+            folder, self.run | {"recipe": self.run["recipe"] | quantized}
+        )
         self.context: int = self._model.config.get_text_config().max_position_embeddings
         inner, adapter = self._model.get_base_model(), self._model.peft_config["default"]
-        turn, pad = end_of_turn(self._tokenizer, inner.generation_config.eos_token_id), self._tokenizer.pad_token_id
+        turn, pad = (
+            end_of_turn(self._tokenizer, inner.generation_config.eos_token_id),
+            self._tokenizer.pad_token_id,
+        )
         pad = self._tokenizer.eos_token_id if pad is None else pad
         self._turn = Turn(sorted({*turn.end_tokens, pad}), turn.stop_strings)
-        # in place of the model's own sampling defaults, which fill whatever a call of generate leaves open
-        inner.generation_config = hf.GenerationConfig(eos_token_id=self._turn.end_tokens, pad_token_id=pad)
-        # peft refuses DoRA in a batch of both models, and ignores or refuses the side for the other two kinds
+        # in place of the model's own sampling defaults, which fill whatever a call of generate
+        # leaves open
+        inner.generation_config = hf.GenerationConfig(
+            eos_token_id=self._turn.end_tokens, pad_token_id=pad
+        )
+        # peft refuses DoRA in a batch of both models, and ignores or refuses the side for the other
+        # two kinds
         self.mixed = not (adapter.use_dora or adapter.modules_to_save or adapter.target_parameters)
         self._lock, self._closed = Lock(), Event()
         if getattr(inner, "is_loaded_in_4bit", False):
             try:
                 inner(torch.tensor([[0]], device=inner.device))
-            except (RuntimeError, AssertionError) as error:  # bitsandbytes on a CPU does not take every matrix
-                raise ValueError(f"{folder} does not run in 4 bits here: " + str(error).partition("\n")[0]) from error
+            except (
+                RuntimeError,
+                AssertionError,
+            ) as error:  # bitsandbytes on a CPU does not take every matrix
+                raise ValueError(
+                    f"{folder} does not run in 4 bits here: " + str(error).partition("\n")[0]
+                ) from error
 
     def fit(self, history: History, max_new_tokens: int) -> tuple[History, int]:
-        """The history without the oldest whole turns that leave no room for the reply, and how many were dropped.
+        """The history without the oldest whole turns that leave no room for the reply, and how many
+        were dropped.
 
-        A leading system message is kept. ValueError where the newest message alone does not fit, or is not a user's.
+        A leading system message is kept. ValueError where the newest message alone does not fit, or
+        is not a user's.
         """
         if not history or history[-1]["role"] != "user":
             raise ValueError("the conversation must end with a message of the user")
@@ -207,21 +265,26 @@ class Chat:
             tokens = len(self._prompt(kept))
             if tokens + max_new_tokens <= self.context:
                 return kept, dropped
-        counts = (
-            f"takes {tokens} tokens and the reply up to {max_new_tokens}, but the model has {self.context} positions"
-        )
+        counts = f"takes {tokens} tokens and the reply up to {max_new_tokens}, but the model has {self.context} positions"
         raise ValueError(f"the newest message {counts}: shorten it or lower max_new_tokens")
 
-    def reply(self, history: History, sides: Sequence[str], settings: Settings, stop: Event) -> Iterator[Piece]:
-        """Answer the user message that ends the history, as each of `sides` (base, tuned) in one batch.
+    def reply(
+        self, history: History, sides: Sequence[str], settings: Settings, stop: Event
+    ) -> Iterator[Piece]:
+        """Answer the user message that ends the history, as each of `sides` (base, tuned) in one
+        batch.
 
-        Yields the newest state, 25 times a second at most, the finished one last. Ends within a token once `stop` is
-        set or the iterator closed. ValueError, at once, for sides or a history that cannot be.
+        Yields the newest state, 25 times a second at most, the finished one last. Ends within a
+        token once `stop` is set or the iterator closed. ValueError, at once, for sides or a history
+        that cannot be.
         """
         if not sides or len(set(sides)) < len(sides) or set(sides) - set(SIDES):
             raise ValueError(f"sides must be base, tuned or both, got {list(sides)}")
         if self.fit(history, settings.max_new_tokens)[1]:
-            raise ValueError(f"conversation and reply exceed the model's {self.context} positions: drop oldest turns")
+            raise ValueError(
+                f"conversation and reply exceed the model's {self.context} positions: drop oldest "
+                "turns"
+            )
         stops = (stop, left := Event(), self._closed)
         stream = _Stream(self._tokenizer, self._turn, tuple(sides), settings.max_new_tokens, stops)
         return self._pieces(self._prompt(history), settings, stream, left)
@@ -238,9 +301,13 @@ class Chat:
         try:
             return prompt_ids(self._tokenizer, history)
         except TemplateError as error:
-            raise ValueError(f"the run's chat template refuses this conversation: {error}") from error
+            raise ValueError(
+                f"the run's chat template refuses this conversation: {error}"
+            ) from error
 
-    def _pieces(self, prompt: list[int], settings: Settings, stream: _Stream, left: Event) -> Iterator[Piece]:
+    def _pieces(
+        self, prompt: list[int], settings: Settings, stream: _Stream, left: Event
+    ) -> Iterator[Piece]:
         ended = False
         with ThreadPoolExecutor(1) as thread:
             try:
@@ -270,7 +337,9 @@ class Chat:
         finally:
             self._lock.release()
 
-    def _generate_rows(self, prompt: list[int], rows: Sides, settings: Settings, stream: _Stream) -> None:
+    def _generate_rows(
+        self, prompt: list[int], rows: Sides, settings: Settings, stream: _Stream
+    ) -> None:
         ids = torch.tensor([prompt] * len(rows), device=self._model.device)
         draw = _Draw(settings, len(rows), ids.device)
         stream.begin(rows, ids.device)
@@ -286,4 +355,6 @@ class Chat:
                 **({"adapter_names": [_ADAPTERS[side] for side in rows]} if both else {}),
             )
         if broken := [side for side, nan in zip(rows, draw.nan.tolist(), strict=True) if nan]:
-            raise ValueError(f"the {' and the '.join(broken)} model gives no probabilities (NaN logits)")
+            raise ValueError(
+                f"the {' and the '.join(broken)} model gives no probabilities (NaN logits)"
+            )

@@ -5,11 +5,22 @@ from collections.abc import Awaitable, Callable, MutableMapping
 from pathlib import Path
 from typing import Any
 
-# The routes of Gradio that the page and its API use. Those that read, fetch or take files are not among them.
+# The routes of Gradio that the page and its API use. Those that read, fetch or take files are not
+# among them.
 _CALLS = (
-    "info", "openapi.json", "queue", "run", "call", "heartbeat", "cancel", "startup-events", "theme.css", "app_id",
-    "user", "login_check",
-)  # fmt: skip
+    "info",
+    "openapi.json",
+    "queue",
+    "run",
+    "call",
+    "heartbeat",
+    "cancel",
+    "startup-events",
+    "theme.css",
+    "app_id",
+    "user",
+    "login_check",
+)
 _POLICY = (
     "default-src 'self' data: blob:; script-src 'self' 'unsafe-inline' 'unsafe-eval' blob:; "
     "style-src 'self' 'unsafe-inline'; object-src 'none'; base-uri 'self'; form-action 'self'"
@@ -19,9 +30,11 @@ Message = MutableMapping[str, Any]
 
 
 class Gate:
-    """ASGI middleware: refuses what is not needed, and has the browser refuse requests to any other host.
+    """ASGI middleware: refuses what is not needed, and has the browser refuse requests to any other
+    host.
 
-    `local_only` also refuses requests under another host's name (a page whose name was rebound to this machine).
+    `local_only` also refuses requests under another host's name (a page whose name was rebound to
+    this machine).
     """
 
     def __init__(self, app: Callable[..., Awaitable[None]], local_only: bool) -> None:
@@ -29,7 +42,10 @@ class Gate:
         self.local_only = local_only
 
     async def __call__(
-        self, scope: Message, receive: Callable[[], Awaitable[Message]], send: Callable[[Message], Awaitable[None]]
+        self,
+        scope: Message,
+        receive: Callable[[], Awaitable[Message]],
+        send: Callable[[Message], Awaitable[None]],
     ) -> None:
         """Pass an allowed request on, answer 403 to any other."""
         if scope["type"] != "http":
@@ -44,7 +60,11 @@ class Gate:
         async def with_policy(message: Message) -> None:
             if message["type"] == "http.response.start":
                 policy = (b"content-security-policy", _POLICY.encode())
-                message["headers"] = [*message.get("headers", []), policy, (b"x-content-type-options", b"nosniff")]
+                message["headers"] = [
+                    *message.get("headers", []),
+                    policy,
+                    (b"x-content-type-options", b"nosniff"),
+                ]
             await send(message)
 
         await self.app(scope, receive, with_policy)

@@ -1,4 +1,6 @@
-"""What the app offers: the finished runs, the one model in memory, the votes and the report, without a page."""
+"""What the app offers: the finished runs, the one model in memory, the votes and the report,
+without a page.
+"""
 
 import base64
 import json
@@ -16,7 +18,16 @@ from sftlab.chat.engine import Chat, Piece, Settings
 from sftlab.runs.run_directory import adapter_hash, read_run
 from sftlab.tables import interval
 
-HEADINGS = ("run", "base model", "data", "targets", "rank", "precision", "perplexity of base", "of tuned")
+HEADINGS = (
+    "run",
+    "base model",
+    "data",
+    "targets",
+    "rank",
+    "precision",
+    "perplexity of base",
+    "of tuned",
+)
 
 NO_RUN = """## No finished run yet
 
@@ -41,8 +52,13 @@ Then load this page again. On a Space, upload the run's folder (app/README.md ha
 class Lab:
     """The runs that can be chatted with, and the one model in memory."""
 
-    def __init__(self, runs: Path, first: Path | None, report: Path, ballot: Path | None, load_in_4bit: bool) -> None:
-        """`first` is the run that is asked for, its siblings are offered too; votes go to `ballot`."""
+    def __init__(
+        self, runs: Path, first: Path | None, report: Path, ballot: Path | None, load_in_4bit: bool
+    ) -> None:
+        """`first` is the run that is asked for, its siblings are offered too.
+
+        Votes go to `ballot`.
+        """
         self.folder = first.parent if first else runs
         self.first = first.name if first else None
         self.report_folder = report
@@ -62,15 +78,22 @@ class Lab:
                 continue
             if isinstance(run, dict) and run.get("status") == "succeeded":
                 found[path.parent.name] = run
-        order = {name: (name == self.first, run.get("finished") or "") for name, run in found.items()}
+        order = {
+            name: (name == self.first, run.get("finished") or "") for name, run in found.items()
+        }
         return {name: found[name] for name in sorted(found, key=order.get, reverse=True)}
 
     def model(self, name: str | None) -> Chat:
         """The run's model, loaded in the place of another's; ValueError where it cannot be."""
         if name not in self.runs():
-            raise ValueError(f"there is no finished run {name!r}: pick one of {', '.join(self.runs()) or 'none'}")
+            raise ValueError(
+                f"there is no finished run {name!r}: pick one of {', '.join(self.runs()) or 'none'}"
+            )
         folder = self.folder / name
-        state = folder, (folder / "run.json").stat().st_mtime_ns  # a run that was trained anew is another
+        state = (
+            folder,
+            (folder / "run.json").stat().st_mtime_ns,
+        )  # a run that was trained anew is another
         if self._chat is None or self._loaded != state:
             self.close()
             self._chat, self._loaded = Chat(folder, load_in_4bit=self.load_in_4bit), state
@@ -91,7 +114,8 @@ class Lab:
         settings: Settings,
         stop: threading.Event,
     ) -> Iterator[tuple[Piece, int]]:
-        """Answer a conversation as the sides: what there is so far, and how many old turns the context had no room for.
+        """Answer a conversation as the sides: what there is so far, and how many old turns the
+        context had no room for.
 
         ValueError where it cannot be answered. One caller at a time: the page's queue sees to it.
         """
@@ -99,10 +123,14 @@ class Lab:
         try:
             kept, left_out = chat.fit(messages, settings.max_new_tokens)
             # in one batch the order decides what is drawn; one after the other, who is seen first
-            for piece in chat.reply(kept, tuple(sorted(sides)) if chat.mixed else sides, settings, stop):
+            for piece in chat.reply(
+                kept, tuple(sorted(sides)) if chat.mixed else sides, settings, stop
+            ):
                 yield piece, left_out
         except torch.OutOfMemoryError as error:
-            raise ValueError("out of memory: ask for fewer new tokens, or start with --load-in-4bit") from error
+            raise ValueError(
+                "out of memory: ask for fewer new tokens, or start with --load-in-4bit"
+            ) from error
         finally:
             stop.set()
 
@@ -112,8 +140,15 @@ class Lab:
         path, perplexity = self.folder / name / "eval" / "quality.json", ["not measured", ""]
         quality = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
         if quality and quality["adapter_hash"] == adapter_hash(self.folder / name):
-            perplexity = [interval(quality["scores"]["response_perplexity"][side]) for side in ("base", "tuned")]
-        names = targets if isinstance(targets, str) else " ".join(sorted(t.removesuffix("_proj") for t in targets))
+            perplexity = [
+                interval(quality["scores"]["response_perplexity"][side])
+                for side in ("base", "tuned")
+            ]
+        names = (
+            targets
+            if isinstance(targets, str)
+            else " ".join(sorted(t.removesuffix("_proj") for t in targets))
+        )
         base = recipe["model_name_or_path"]
         return [
             name,
@@ -141,7 +176,11 @@ class Lab:
     def votes_table(self) -> str:
         """Markdown: what was voted, and how sure that is."""
         rows = [
-            [one["run"], "blind" if one["blind"] else "open", *(str(one[choice]) for choice in votes.CHOICES)]
+            [
+                one["run"],
+                "blind" if one["blind"] else "open",
+                *(str(one[choice]) for choice in votes.CHOICES),
+            ]
             + [interval({"value": one["won"], **one}) if one["interval_95"] else "no decided vote"]
             for one in votes.summary(votes.read(self.ballot))
         ]
@@ -154,7 +193,10 @@ class Lab:
         )
 
     def vote(self, turns: list[Turn], system: str, choice: str) -> str:
-        """Write down which answer to the last turn is better (left, right or tie); says whose it was."""
+        """Write down which answer to the last turn is better (left, right or tie).
+
+        Says whose it was.
+        """
         turn = turns[-1]
         turn.vote = {"left": turn.order[0], "right": turn.order[-1]}.get(choice, "tie")
         votes.cast(
@@ -183,10 +225,16 @@ class Lab:
             data = base64.b64encode(image.read_bytes()).decode() if image.is_file() else ""
             return f"![{match[1]}](data:image/png;base64,{data})"
 
-        return re.sub(r"!\[([\w ]+)\]\(([\w-]+)\.svg\)", plot, (folder / "report.md").read_text(encoding="utf-8"))
+        return re.sub(
+            r"!\[([\w ]+)\]\(([\w-]+)\.svg\)",
+            plot,
+            (folder / "report.md").read_text(encoding="utf-8"),
+        )
 
 
 def table(headings: tuple[str, ...], rows: list[list[str]]) -> str:
     """A Markdown table."""
     lines = [headings, ["---"] * len(headings), *rows]
-    return "\n".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in lines)
+    return "\n".join(
+        f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in lines
+    )

@@ -1,4 +1,7 @@
-"""Votes on which of two answers is better: a JSONL file, and what its votes say with a 95 % interval."""
+"""Votes on which of two answers is better:
+
+a JSONL file, and what its votes say with a 95 % interval.
+"""
 
 import json
 import threading
@@ -17,7 +20,9 @@ def cast(path: Path, vote: str, **facts: Any) -> None:
     """Append one vote (base, tuned or tie) with the texts and settings that it is about."""
     if vote not in CHOICES:
         raise ValueError(f"vote {vote!r}: expected one of {', '.join(CHOICES)}")
-    line = json.dumps({"time": datetime.now(UTC).isoformat(timespec="seconds"), "vote": vote, **facts})
+    line = json.dumps(
+        {"time": datetime.now(UTC).isoformat(timespec="seconds"), "vote": vote, **facts}
+    )
     with _WRITING, path.open("a", encoding="utf-8") as file:
         file.write(line + "\n")
 
@@ -25,29 +30,35 @@ def cast(path: Path, vote: str, **facts: Any) -> None:
 def read(path: Path) -> list[dict[str, Any]]:
     """All votes in the file; ValueError names a line that is none."""
     votes = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines() if path.is_file() else [], 1):
+    for number, line in enumerate(
+        path.read_text(encoding="utf-8").splitlines() if path.is_file() else [], 1
+    ):
         try:
             vote = json.loads(line)
         except ValueError as error:
             raise ValueError(f"{path}, line {number} is not JSON: {error}") from error
         if not isinstance(vote, dict) or {"run", "adapter_hash", "blind", "vote"} - vote.keys():
             raise ValueError(
-                f"{path}, line {number} is no vote: expected an object with run, adapter_hash, blind, vote"
+                f"{path}, line {number} is no vote: expected an object with run, adapter_hash, "
+                "blind, vote"
             )
         votes.append(vote)
     return votes
 
 
 def summary(votes: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """A row for each run, adapter and way of voting (blind or not): counts, and how often tuned won.
+    """A row for each run, adapter and way of voting (blind or not): counts, and how often tuned
+    won.
 
-    `won` is the share of tuned among the votes that were no tie, `interval_95` Wilson's score interval (1927); both are
-    None where every vote is a tie. The interval takes votes as independent: many from one person on like messages are
-    not.
+    `won` is the share of tuned among the votes that were no tie, `interval_95` Wilson's score
+    interval (1927); both are None where every vote is a tie. The interval takes votes as
+    independent: many from one person on like messages are not.
     """
     groups: dict[tuple[str, str | None, bool], list[str]] = {}
     for vote in votes:
-        groups.setdefault((vote["run"], vote["adapter_hash"], vote["blind"]), []).append(vote["vote"])
+        groups.setdefault((vote["run"], vote["adapter_hash"], vote["blind"]), []).append(
+            vote["vote"]
+        )
     rows = []
     for (run, adapter, blind), choices in sorted(groups.items(), key=str):
         row: dict[str, Any] = {"run": run, "adapter_hash": adapter, "blind": blind}

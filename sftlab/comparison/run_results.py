@@ -1,4 +1,7 @@
-"""What a run directory says of its run: how it ended, what was measured, and the scores that are its own."""
+"""What a run directory says of its run:
+
+how it ended, what was measured, and the scores that are its own.
+"""
 
 import hashlib
 import json
@@ -16,7 +19,8 @@ from sftlab.evaluation.significance import compare
 from sftlab.evaluation.text_metrics import NAMES, paired_scores
 from sftlab.runs.run_directory import SIDES, adapter_hash, read_run
 
-# Single losses differ from batch to batch; a run whose last tenth lies this much above its first has diverged.
+# Single losses differ from batch to batch; a run whose last tenth lies this much above its first
+# has diverged.
 GROWTH = 1.5
 # Memory of a step, by part (sftlab/measurement/memory.py).
 STEP_PARTS = ("parameters", "gradients", "optimizer_state", "activations", "peak")
@@ -36,9 +40,9 @@ _MEASURED = (
 class Evidence(NamedTuple):
     """A run directory: run.json, the scores that are the run's own, and digests of what it holds.
 
-    `quality` is quality.json ({} where there is none of this adapter), `records` the lines of quality.jsonl, `tasks`
-    the entries of harness.json, `judged` those of alpaca.json and mt_bench.json; `stale` says which scores are of
-    another adapter and were left out.
+    `quality` is quality.json ({} where there is none of this adapter), `records` the lines of
+    quality.jsonl, `tasks` the entries of harness.json, `judged` those of alpaca.json and
+    mt_bench.json; `stale` says which scores are of another adapter and were left out.
     """
 
     folder: Path
@@ -52,15 +56,28 @@ class Evidence(NamedTuple):
 
 
 def find_runs(paths: Sequence[Path]) -> dict[str, Path]:
-    """Run directories by name (run directories, or folders of them); ValueError where there is none."""
+    """Run directories by name (run directories, or folders of them).
+
+    ValueError where there is none.
+    """
     folders: dict[Path, Path] = {}
     for path in paths:
-        found = [path] if (path / "run.json").is_file() else sorted(p.parent for p in path.glob("*/run.json"))
+        found = (
+            [path]
+            if (path / "run.json").is_file()
+            else sorted(p.parent for p in path.glob("*/run.json"))
+        )
         if not found:
-            raise ValueError(f"no run in {path}: expected a run directory (it has a run.json) or a folder of them")
+            raise ValueError(
+                f"no run in {path}: expected a run directory (it has a run.json) or a folder of "
+                "them"
+            )
         folders |= {folder.resolve(): folder for folder in found}
     names = [folder.name for folder in folders]
-    return {f.name if names.count(f.name) == 1 else f"{f.parent.name}/{f.name}": given for f, given in folders.items()}
+    return {
+        f.name if names.count(f.name) == 1 else f"{f.parent.name}/{f.name}": given
+        for f, given in folders.items()
+    }
 
 
 def read_evidence(folder: Path) -> Evidence:
@@ -77,12 +94,18 @@ def read_evidence(folder: Path) -> Evidence:
     if quality and quality["adapter_hash"] != held.get("adapter"):
         quality, stale = {}, ["stale scores", *stale]
     try:
-        lines = (evaluated / "quality.jsonl").read_text(encoding="utf-8").split("\n") if quality else []
+        lines = (
+            (evaluated / "quality.jsonl").read_text(encoding="utf-8").split("\n") if quality else []
+        )
         records = [json.loads(line) for line in lines if line]
     except (FileNotFoundError, ValueError) as error:
-        raise ValueError(f"{evaluated / 'quality.jsonl'} is not what quality.json was made of: {error}") from error
+        raise ValueError(
+            f"{evaluated / 'quality.jsonl'} is not what quality.json was made of: {error}"
+        ) from error
     if records:
-        held["answers"] = _digest(json.dumps([record["tuned"]["text"] for record in records]).encode())
+        held["answers"] = _digest(
+            json.dumps([record["tuned"]["text"] for record in records]).encode()
+        )
     files = [path for path in sorted(evaluated.glob("*judg*.jsonl")) if path.stat().st_size]
     held |= {f"judgements ({path.name})": _digest(path.read_bytes()) for path in files}
     judged = own["alpaca"] + own["mt_bench"]
@@ -92,7 +115,10 @@ def read_evidence(folder: Path) -> Evidence:
 
 
 def outcome(run: Mapping[str, Any]) -> tuple[str, str]:
-    """A run's status as a report shows it, and the reason: out of memory and diverged are outcomes of their own."""
+    """A run's status as a report shows it, and the reason:
+
+    out of memory and diverged are outcomes of their own.
+    """
     reason, losses = run.get("reason") or "", run.get("losses") or []
     if re.search(r"out ?of ?memory", reason, re.IGNORECASE):
         return "out of memory", reason
@@ -102,11 +128,19 @@ def outcome(run: Mapping[str, Any]) -> tuple[str, str]:
     if "diverged" in reason:
         return "diverged", re.sub(r"^(\w+: )?diverged: ", "", reason)
     few = max(1, len(losses) // 10)
-    first, last = (sum(loss for _, loss in part) / few for part in (losses[:few], losses[-few:])) if losses else (0, 0)
+    first, last = (
+        (sum(loss for _, loss in part) / few for part in (losses[:few], losses[-few:]))
+        if losses
+        else (0, 0)
+    )
     if last > GROWTH * first:
         return "diverged", f"the loss grew from {first:.4g} to {last:.4g} (means of {few} logged)"
     host, process = run.get("host_pid") or (None, None)
-    if run["status"] == "running" and host == socket.gethostname() and not Path(f"/proc/{process}").exists():
+    if (
+        run["status"] == "running"
+        and host == socket.gethostname()
+        and not Path(f"/proc/{process}").exists()
+    ):
         return "running", "its process is gone: start it again to continue"
     return run["status"], reason
 
@@ -131,7 +165,9 @@ def figures(one: Evidence, facts: dict[str, Any]) -> dict[str, Any]:
     for task in one.tasks:
         plain = "" if task["chat_template"] else " plain"
         limit = f" first {task['limit']}" if task["limit"] else ""
-        scores[f"{task['task']} {task['few_shot']}-shot{plain}{limit}"] = task["metrics"][task["main_metric"]]
+        scores[f"{task['task']} {task['few_shot']}-shot{plain}{limit}"] = task["metrics"][
+            task["main_metric"]
+        ]
     for one_judged in one.judged:
         unfit = "" if one_judged["judge_fit"] else ", UNFIT judge"
         for name, what in (("win_rate", "win rate %"), ("overall", "mean rating")):
@@ -139,8 +175,16 @@ def figures(one: Evidence, facts: dict[str, Any]) -> dict[str, Any]:
                 scores[f"{what}, {one_judged['title']}{unfit}"] = one_judged["scores"][name]
     for score, found in scores.items():
         for side in SIDES:
-            parts = (found[side]["value"], *found[side]["interval_95"]) if found else (None, None, None)
-            row |= dict(zip((f"{side} {score}", f"{side} {score} low", f"{side} {score} high"), parts, strict=True))
+            parts = (
+                (found[side]["value"], *found[side]["interval_95"]) if found else (None, None, None)
+            )
+            row |= dict(
+                zip(
+                    (f"{side} {score}", f"{side} {score} low", f"{side} {score} high"),
+                    parts,
+                    strict=True,
+                )
+            )
     again = ["continued: figures of all starts together"] if one.run.get("interruptions") else []
     return row | {"note": "; ".join(one.stale + again)}
 
@@ -148,10 +192,17 @@ def figures(one: Evidence, facts: dict[str, Any]) -> dict[str, Any]:
 def about(run: Mapping[str, Any]) -> dict[str, str]:
     """Hardware, versions, and what was trained on what, for a person."""
     recipe, data, hardware = run["recipe"], run.get("data") or {}, run.get("hardware", {})
-    sizes = [f"{name} {data[name]['rows']}" for name in ("train", "validation", "test") if name in data]
-    length = f"{recipe['max_steps']} steps" if recipe["max_steps"] > 0 else f"{recipe['num_train_epochs']:g} epochs"
+    sizes = [
+        f"{name} {data[name]['rows']}" for name in ("train", "validation", "test") if name in data
+    ]
+    length = (
+        f"{recipe['max_steps']} steps"
+        if recipe["max_steps"] > 0
+        else f"{recipe['num_train_epochs']:g} epochs"
+    )
     return {
-        "hardware": hardware.get("gpu") or f"{hardware.get('cpu_cores')} CPU cores, {hardware.get('machine')}",
+        "hardware": hardware.get("gpu")
+        or f"{hardware.get('cpu_cores')} CPU cores, {hardware.get('machine')}",
         "versions": ", ".join(f"{name} {it}" for name, it in run.get("versions", {}).items() if it),
         "model": recipe["model_name_or_path"],
         "data": ", ".join([recipe["dataset_name"], *sizes]) + " rows" * bool(sizes),
@@ -171,33 +222,51 @@ def twins(runs: Mapping[str, Evidence]) -> list[tuple[str, str, str]]:
 def compare_tuned(
     runs: Mapping[str, Evidence], reference: str, scores: Sequence[str]
 ) -> tuple[dict[str, dict[str, Any]], list[str]]:
-    """Each other run's tuned `scores` against the reference's, row by row; and what cannot be compared, and why.
+    """Each other run's tuned `scores` against the reference's, row by row.
 
-    Runs are compared on the same held-out rows alone, and in perplexity only where they cut them into the same tokens.
+    And what cannot be compared, and why.
+
+    Runs are compared on the same held-out rows alone, and in perplexity only where they cut them
+    into the same tokens.
     """
     compared, left_out, first = {}, [], runs[reference].records
     for name, records in ((name, one.records) for name, one in runs.items() if name != reference):
-        if [(r["row"], r["reference"]) for r in records] != [(r["row"], r["reference"]) for r in first]:
+        if [(r["row"], r["reference"]) for r in records] != [
+            (r["row"], r["reference"]) for r in first
+        ]:
             left_out.append(f"{name} ({'other held-out rows' if records else 'no scores'})")
             continue
         pairs = paired_scores(*([record["tuned"] for record in side] for side in (first, records)))
         likelihoods = pairs["response_perplexity"]
         alike = np.array_equal(likelihoods.base[:, 1], likelihoods.tuned[:, 1])
         left_out += [] if alike else [f"perplexity of {name} (its tokens are others)"]
-        compared[name] = compare({score: pairs[score] for score in scores if alike or "perplexity" not in score})
+        compared[name] = compare(
+            {score: pairs[score] for score in scores if alike or "perplexity" not in score}
+        )
     return compared, left_out
 
 
 def _read(path: Path) -> dict[str, Any]:
-    """run.json, or a JSON object that an evaluation wrote ({} where there is none); ValueError names a broken file."""
+    """run.json, or a JSON object that an evaluation wrote ({} where there is none).
+
+    ValueError names a broken file.
+    """
     try:
-        content = read_run(path.parent) if path.name == "run.json" else json.loads(path.read_bytes() or "{}")
+        content = (
+            read_run(path.parent)
+            if path.name == "run.json"
+            else json.loads(path.read_bytes() or "{}")
+        )
     except FileNotFoundError:
         return {}
     except ValueError as error:
         raise ValueError(f"{path} is not JSON: {error}") from error
-    if not isinstance(content, dict) or (path.name == "run.json" and {"status", "recipe", "launch"} - content.keys()):
-        raise ValueError(f"{path} is no record: expected an object, of a run with status, recipe and launch")
+    if not isinstance(content, dict) or (
+        path.name == "run.json" and {"status", "recipe", "launch"} - content.keys()
+    ):
+        raise ValueError(
+            f"{path} is no record: expected an object, of a run with status, recipe and launch"
+        )
     return content
 
 

@@ -33,15 +33,27 @@ class Task(NamedTuple):
         flags = {"num_processes": self.processes, **self.flags}
         command = ["accelerate", "launch", "--config_file", self.launch]
         command += [item for key, value in flags.items() for item in (f"--{key}", as_word(value))]
-        command += ["recipes/sft.py", "--config", str(self.recipe), "--output_dir", str(self.folder)]
+        command += [
+            "recipes/sft.py",
+            "--config",
+            str(self.recipe),
+            "--output_dir",
+            str(self.folder),
+        ]
         for key, value in self.fields.items():
-            command += [f"--{key}", *map(as_word, value)] if isinstance(value, list) else [f"--{key}={as_word(value)}"]
+            command += (
+                [f"--{key}", *map(as_word, value)]
+                if isinstance(value, list)
+                else [f"--{key}={as_word(value)}"]
+            )
         return [*command, "--overwrite=true"]
 
     def last_words(self) -> str:
         """What the log says where there is no run.json."""
         log = self.folder / "log"
-        lines = log.read_text(encoding="utf-8", errors="replace").splitlines() if log.is_file() else []
+        lines = (
+            log.read_text(encoding="utf-8", errors="replace").splitlines() if log.is_file() else []
+        )
         said = [line for line in lines if line.startswith("error: ") or ": error: " in line]
         return next(iter(said), f"see {log}")
 
@@ -69,22 +81,33 @@ def as_word(value: Any) -> str:
 def gpus_needed(task: Task) -> int:
     """GPUs that the launch config takes of this machine; 0 for a CPU."""
     config = read_yaml(task.launch)
-    return 0 if config.get("use_cpu") or str(config.get("gpu_ids", "")).startswith("-1") else task.processes
+    return (
+        0
+        if config.get("use_cpu") or str(config.get("gpu_ids", "")).startswith("-1")
+        else task.processes
+    )
 
 
 def is_done(task: Task) -> bool:
-    """Whether its run ended, by this very command, and another try would end alike (memory ran out).
+    """Whether its run ended, by this very command, and another try would end alike (memory ran
+    out).
 
     ValueError where the folder holds the run of another command.
     """
     if not (task.folder / "task.json").is_file():
         if (task.folder / "run.json").is_file():
-            raise ValueError(f"{task.folder} holds a run that is not of this study: move it, or pass another --runs")
+            raise ValueError(
+                f"{task.folder} holds a run that is not of this study: move it, or pass another "
+                "--runs"
+            )
         return False
     noted = json.loads((task.folder / "task.json").read_text(encoding="utf-8"))
-    if changed := [name for name, value in settings(task).items() if noted.get(name, value) != value]:
+    if changed := [
+        name for name, value in settings(task).items() if noted.get(name, value) != value
+    ]:
         raise ValueError(
-            f"{task.folder} holds {task.name} with other settings ({', '.join(changed)}): remove it to train it again, "
+            f"{task.folder} holds {task.name} with other settings ({', '.join(changed)}): remove "
+            "it to train it again, "
             "or pass another --runs"
         )
     if not (task.folder / "run.json").is_file():
@@ -99,36 +122,54 @@ def is_done(task: Task) -> bool:
 
 def settings(task: Task) -> dict[str, Any]:
     """The command, and what stands in the files that it names."""
-    recipe = {name: value for name, value in read_yaml(task.recipe).items() if name not in task.fields}
+    recipe = {
+        name: value for name, value in read_yaml(task.recipe).items() if name not in task.fields
+    }
     return {"command": task.command(), "recipe": recipe, "launch": read_yaml(task.launch)}
 
 
 def begin(task: Task, beside: int = 0) -> None:
-    """Note the settings, so that a later start knows what the folder holds, and how many trainings share the GPUs."""
+    """Note the settings, so that a later start knows what the folder holds, and how many trainings
+    share the GPUs.
+    """
     task.folder.mkdir(parents=True, exist_ok=True)
     write_json(task.folder / "task.json", settings(task) | {"beside": beside})
 
 
 def python_command(task: Task) -> list[str]:
-    """The task's command under this interpreter, without accelerate's other commands, whose import takes a second."""
+    """The task's command under this interpreter, without accelerate's other commands, whose import
+    takes a second.
+    """
     return [sys.executable, "-m", "accelerate.commands.launch", *task.command()[2:]]
 
 
 def ran_out(task: Task) -> bool:
     """Whether its memory did not suffice."""
-    return (task.folder / "run.json").is_file() and outcome(read_run(task.folder))[0] == "out of memory"
+    return (task.folder / "run.json").is_file() and outcome(read_run(task.folder))[
+        0
+    ] == "out of memory"
 
 
 def not_begun(tasks: Sequence[Task]) -> dict[str, str]:
-    """Tasks that nothing is known of, and why; ValueError where a folder holds the run of another command."""
+    """Tasks that nothing is known of, and why.
+
+    ValueError where a folder holds the run of another command.
+    """
     for task in tasks:
         is_done(task)
-    needed = {task.name: gpus_needed(task) for task in tasks if not (task.folder / "task.json").is_file()}
-    return {name: f"it needs {gpus} GPUs" if gpus > 1 else "not yet" for name, gpus in needed.items()}
+    needed = {
+        task.name: gpus_needed(task) for task in tasks if not (task.folder / "task.json").is_file()
+    }
+    return {
+        name: f"it needs {gpus} GPUs" if gpus > 1 else "not yet" for name, gpus in needed.items()
+    }
 
 
 def failures(tasks: Sequence[Task], not_run: Mapping[str, str]) -> list[str]:
-    """Names of those that another try may mend; of all that were not run where none has a result."""
+    """Names of those that another try may mend.
+
+    Of all that were not run where none has a result.
+    """
     failed = [task.name for task in tasks if task.name not in not_run and not is_done(task)]
     return failed or (list(not_run) if len(not_run) == len(tasks) else [])
 

@@ -1,9 +1,10 @@
 """Trainings that start and warm up beside each other, and are timed one at a time.
 
-A start takes far longer than the steps that a study times. `recipes/study.py --at_once n` starts n trainings; each
-waits before its last step of warm-up until all that were started with it are as far, or have ended, and goes on to its
-own end when it is its turn. One that waits does not use the GPU, and of its memory only what it holds. The next one
-waits for the process to be gone: ending takes seconds of the host, and beside it steps take up to three times as long.
+A start takes far longer than the steps that a study times. `recipes/study.py --at_once n` starts n
+trainings; each waits before its last step of warm-up until all that were started with it are as
+far, or have ended, and goes on to its own end when it is its turn. One that waits does not use the
+GPU, and of its memory only what it holds. The next one waits for the process to be gone: ending
+takes seconds of the host, and beside it steps take up to three times as long.
 """
 
 import os
@@ -26,9 +27,12 @@ class Command(NamedTuple):
 
 
 def in_turn(commands: Sequence[Command], **options: Any) -> Iterator[int]:
-    """Start all, let one after the other through, and give the place of each as it ends; `options` are Popen's.
+    """Start all, let one after the other through, and give the place of each as it ends.
 
-    Where this process is told to stop, so are they all, each in its own way; KeyboardInterrupt follows when they have.
+    `options` are Popen's.
+
+    Where this process is told to stop, so are they all, each in its own way; KeyboardInterrupt
+    follows when they have.
     """
     together = len(commands) > 1
     # with a compiler process for every core there would be hundreds
@@ -40,7 +44,12 @@ def in_turn(commands: Sequence[Command], **options: Any) -> Iterator[int]:
             folder.mkdir()
             turn = {VARIABLE: f"{os.getpid()}:{folder}"} if together else {}
             with log.open("w", encoding="utf-8") as output:
-                given = {"env": environment | turn, "stdout": output, "stderr": subprocess.STDOUT, **options}
+                given = {
+                    "env": environment | turn,
+                    "stdout": output,
+                    "stderr": subprocess.STDOUT,
+                    **options,
+                }
                 if child is None:
                     child = Child(words, **given)
                 else:

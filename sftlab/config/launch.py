@@ -1,6 +1,7 @@
 """The launch config as it reached this process, and whether this machine can run it.
 
-`accelerate launch` hands its config to the script through environment variables; this module is the only reader.
+`accelerate launch` hands its config to the script through environment variables; this module is the
+only reader.
 """
 
 import os
@@ -15,15 +16,22 @@ FP8_CAPABILITY = (8, 9)
 BF16_CAPABILITY = (8, 0)
 # Names of the variables that hold a launch config begin with these.
 _EXPORTED = ("ACCELERATE_", "FSDP_", "CUDA_VISIBLE_DEVICES")
-_RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "ROLE_RANK")
+_RANK_VARIABLES = (
+    "RANK",
+    "LOCAL_RANK",
+    "WORLD_SIZE",
+    "LOCAL_WORLD_SIZE",
+    "GROUP_RANK",
+    "ROLE_RANK",
+)
 
 
 @dataclass(frozen=True)
 class Launch:
     """What the launch config asks for.
 
-    `precision` is fp32, fp16, bf16 or fp8, or None without a launcher; `strategy` single, ddp or fsdp.
-    `settings` holds the variables themselves, for the record.
+    `precision` is fp32, fp16, bf16 or fp8, or None without a launcher; `strategy` single, ddp or
+    fsdp. `settings` holds the variables themselves, for the record.
     """
 
     precision: str | None
@@ -35,7 +43,10 @@ class Launch:
 
     @classmethod
     def from_environment(cls, env: Mapping[str, str] = os.environ) -> "Launch":
-        """Read the launch config that `accelerate launch` exported. Without a launcher: one process."""
+        """Read the launch config that `accelerate launch` exported.
+
+        Without a launcher: one process.
+        """
         world_size = int(env.get("WORLD_SIZE", 1))
         fsdp = env.get("ACCELERATE_USE_FSDP") == "true"
         precision = env.get("ACCELERATE_MIXED_PRECISION")
@@ -45,7 +56,9 @@ class Launch:
             world_size=world_size,
             local_world_size=int(env.get("LOCAL_WORLD_SIZE", 1)),
             hides_gpus=env.get("CUDA_VISIBLE_DEVICES", "").startswith("-1"),
-            settings={k: v for k, v in sorted(env.items()) if k.startswith(("ACCELERATE_", "FSDP_"))},
+            settings={
+                k: v for k, v in sorted(env.items()) if k.startswith(("ACCELERATE_", "FSDP_"))
+            },
         )
 
     def facts(self) -> dict:
@@ -53,8 +66,11 @@ class Launch:
         return asdict(self)
 
 
-def exported(config_file: str | os.PathLike, flags: Mapping[str, object] | None = None) -> dict[str, str]:
-    """The variables that `accelerate launch --config_file FILE --flag value ...` would export, without launching.
+def exported(
+    config_file: str | os.PathLike, flags: Mapping[str, object] | None = None
+) -> dict[str, str]:
+    """The variables that `accelerate launch --config_file FILE --flag value ...` would export,
+    without launching.
 
     accelerate's own reading of its config. Raises ValueError for a file that is missing.
     """
@@ -62,20 +78,30 @@ def exported(config_file: str | os.PathLike, flags: Mapping[str, object] | None 
     from accelerate.utils.launch import prepare_multi_gpu_env
 
     if not Path(config_file).is_file():
-        raise ValueError(f"launch config {config_file} not found: accelerate_configs/ has those that there are")
+        raise ValueError(
+            f"launch config {config_file} not found: accelerate_configs/ has those that there are"
+        )
     words = [word for name, value in (flags or {}).items() for word in (f"--{name}", str(value))]
-    arguments = launch_command_parser().parse_args(["--config_file", str(config_file), *words, "sft.py"])
+    arguments = launch_command_parser().parse_args(
+        ["--config_file", str(config_file), *words, "sft.py"]
+    )
     arguments, *_ = _validate_launch_command(arguments)
     with _environment({}):
         env = prepare_multi_gpu_env(arguments)
     kept = {k: v for k, v in env.items() if k.startswith(_EXPORTED)}
     processes = arguments.num_processes
-    return kept | {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes // (arguments.num_machines or 1))}
+    return kept | {
+        "WORLD_SIZE": str(processes),
+        "LOCAL_WORLD_SIZE": str(processes // (arguments.num_machines or 1)),
+    }
 
 
 @contextmanager
 def launched(variables: Mapping[str, str]) -> Iterator[Launch]:
-    """The launch config of `exported`'s variables as a recipe under it would see it; nothing is launched."""
+    """The launch config of `exported`'s variables as a recipe under it would see it.
+
+    Nothing is launched.
+    """
     with _environment({k: v for k, v in variables.items() if k.startswith(_EXPORTED)}):
         yield Launch.from_environment(variables)
 
@@ -95,7 +121,9 @@ def _environment(variables: Mapping[str, str]) -> Iterator[None]:
 
 
 def settle_single_process(launch: Launch) -> None:
-    """Make a launch of one process a plain single process on one device. Call before accelerate is used.
+    """Make a launch of one process a plain single process on one device.
+
+    Call before accelerate is used.
 
     torchrun's variables would make it DDP with itself, and several visible GPUs `nn.DataParallel`.
     """
@@ -108,32 +136,45 @@ def settle_single_process(launch: Launch) -> None:
 
 
 def check_devices(launch: Launch) -> None:
-    """Raise ValueError where this machine cannot run the launch config: too few devices, or no such precision."""
+    """Raise ValueError where this machine cannot run the launch config:
+
+    too few devices, or no such precision.
+    """
     import torch
 
     gpus = torch.cuda.device_count()
     if gpus == 0:
         if launch.strategy == "fsdp":
             raise ValueError(
-                "FSDP needs GPUs and this machine shows none (on CPUs accelerate would run DDP instead without a "
+                "FSDP needs GPUs and this machine shows none (on CPUs accelerate would run DDP "
+                "instead without a "
                 "word): use accelerate_configs/cpu_ddp.yaml for several CPU processes"
             )
-        if launch.precision is not None and not launch.hides_gpus and not torch.accelerator.is_available():
+        if (
+            launch.precision is not None
+            and not launch.hides_gpus
+            and not torch.accelerator.is_available()
+        ):
             raise ValueError(
-                "the launch config asks for a GPU and this machine shows none: use accelerate_configs/cpu.yaml "
+                "the launch config asks for a GPU and this machine shows none: use "
+                "accelerate_configs/cpu.yaml "
                 "(one process) or cpu_ddp.yaml (two)"
             )
         if launch.precision in ("fp16", "fp8"):
             raise ValueError(
-                f"{launch.precision} does not run on a CPU: use fp32 (mixed_precision: 'no') or bf16, or a GPU"
+                f"{launch.precision} does not run on a CPU: use fp32 (mixed_precision: 'no') or "
+                "bf16, or a GPU"
             )
         return
     if launch.local_world_size > gpus:
         raise ValueError(
-            f"the launch config starts {launch.local_world_size} processes on this machine, which shows {gpus} "
+            f"the launch config starts {launch.local_world_size} processes on this machine, which "
+            f"shows {gpus} "
             f"GPU{'s' if gpus > 1 else ''}: pass --num_processes {gpus}"
         )
-    check_precision(launch.precision, torch.cuda.get_device_capability(0), torch.cuda.get_device_name(0))
+    check_precision(
+        launch.precision, torch.cuda.get_device_capability(0), torch.cuda.get_device_name(0)
+    )
 
 
 def check_precision(precision: str | None, capability: tuple[int, int], name: str) -> None:
@@ -148,7 +189,10 @@ def check_precision(precision: str | None, capability: tuple[int, int], name: st
 
 
 def use_all_cpu_cores(launch: Launch) -> None:
-    """Give each CPU process its share of the cores; `accelerate launch` sets one thread a process."""
+    """Give each CPU process its share of the cores.
+
+    `accelerate launch` sets one thread a process.
+    """
     import torch
 
     if not torch.cuda.is_available():

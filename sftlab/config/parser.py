@@ -1,6 +1,8 @@
-"""One way in for configuration: the recipe (flat YAML, `--config`) and the command line, which beats it.
+"""One way in for configuration: the recipe (flat YAML, `--config`) and the command line, which
+beats it.
 
-Field names are those of trl's ModelConfig and SFTConfig; `DataArguments` adds the few that they lack.
+Field names are those of trl's ModelConfig and SFTConfig; `DataArguments` adds the few that they
+lack.
 """
 
 import difflib
@@ -14,7 +16,8 @@ from sftlab.config.recipe import DataArguments, ModelArguments, Recipe, Training
 from sftlab.config.validation import settle
 from sftlab.yaml_files import read_yaml
 
-# Fields that trl accepts and this project decides elsewhere: setting one would be ignored, so it is refused.
+# Fields that trl accepts and this project decides elsewhere: setting one would be ignored, so it is
+# refused.
 _REFUSED = {
     "resume_from_checkpoint": "an interrupted run continues by itself when the same command is started again",
     "do_train": "sft.py always trains",
@@ -48,10 +51,11 @@ class _Parser(TrlParser):
 
 
 def parse_recipe(argv: list[str], launch: Launch) -> Recipe:
-    """Parse `--config RECIPE.yaml` and command line fields, check what can be checked without data or model.
+    """Parse `--config RECIPE.yaml` and command line fields, check what can be checked without data
+    or model.
 
-    Raises ValueError with one sentence for an unknown field, a wrong type or value, a field that would be ignored,
-    or a recipe that contradicts the launch config.
+    Raises ValueError with one sentence for an unknown field, a wrong type or value, a field that
+    would be ignored, or a recipe that contradicts the launch config.
     """
     argv = list(argv)
     path = _take_config(argv)
@@ -64,7 +68,9 @@ def parse_recipe(argv: list[str], launch: Launch) -> Recipe:
     unlimited = settings.get("max_length", 0) is None and "max_length" not in named
     settings = {key: value for key, value in settings.items() if value is not None}
     arguments = [item for key, value in settings.items() for item in _as_arguments(key, value)]
-    data, training, model, rest = parser.parse_args_and_config(arguments + argv, return_remaining_strings=True)
+    data, training, model, rest = parser.parse_args_and_config(
+        arguments + argv, return_remaining_strings=True
+    )
     if rest:
         raise ValueError(f"cannot read {' '.join(rest)!r}: every option is --field value")
     if unlimited:  # null of any other field is as if it were left out

@@ -1,7 +1,9 @@
-"""Prompt/completion rows become token ids at the tokenizer's own speed: the ids and masks that trl makes of them.
+"""Prompt/completion rows become token ids at the tokenizer's own speed: the ids and masks that trl
+makes of them.
 
-trl encodes the prompt alone and then prompt and completion, row by row. Here a batch is encoded by the backend in one
-call, and a prompt once: what is known of the text's end says where ids may be joined (see `_cut`).
+trl encodes the prompt alone and then prompt and completion, row by row. Here a batch is encoded by
+the backend in one call, and a prompt once: what is known of the text's end says where ids may be
+joined (see `_cut`).
 """
 
 import json
@@ -15,11 +17,13 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 from sftlab.data.formats import Message
 
-# Texts are handed to the backend in slices of about so many characters: it needs some 100 bytes a token for a while.
+# Texts are handed to the backend in slices of about so many characters: it needs some 100 bytes a
+# token for a while.
 CHARACTERS_AT_ONCE = 1_000_000
 
-# Pre-tokenizers of Llama 3 and of Qwen 2, beside GPT-2's, which is built into the backend. In none of them can a match
-# hold a blank after another character than a blank, nor does one look beyond a blank that follows such a character.
+# Pre-tokenizers of Llama 3 and of Qwen 2, beside GPT-2's, which is built into the backend. In none
+# of them can a match hold a blank after another character than a blank, nor does one look beyond a
+# blank that follows such a character.
 _CONTRACTIONS = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _SPLITS = {
     rf"{_CONTRACTIONS}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|{digits}| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -28,13 +32,19 @@ _SPLITS = {
 
 
 class Encoder:
-    """Encodes rows with one template. `template` and `special_tokens` are those of the Hugging Face tokenizer.
+    """Encodes rows with one template.
+
+    `template` and `special_tokens` are those of the Hugging Face tokenizer.
 
     `shortcut=False` encodes every prompt on its own, as trl does; the ids are the same.
     """
 
     def __init__(
-        self, backend: Tokenizer, template: str, special_tokens: Mapping[str, Any], shortcut: bool = True
+        self,
+        backend: Tokenizer,
+        template: str,
+        special_tokens: Mapping[str, Any],
+        shortcut: bool = True,
     ) -> None:
         backend.no_truncation()
         backend.no_padding()
@@ -48,7 +58,9 @@ class Encoder:
     def __call__(
         self, prompts: Sequence[list[Message]], completions: Sequence[list[Message]]
     ) -> Iterator[tuple[list[int], int]]:
-        """Of every row the ids of the whole, not truncated, and how many of them are the prompt's (out of the loss)."""
+        """Of every row the ids of the whole, not truncated, and how many of them are the prompt's
+        (out of the loss).
+        """
         wholes = self._texts([p + c for p, c in zip(prompts, completions, strict=True)])
         alone = self._texts(prompts, add_generation_prompt=True)
         start = size = 0
@@ -65,10 +77,17 @@ class Encoder:
         return [one.ids for one in self._backend.encode_batch_fast(texts, add_special_tokens=False)]
 
     def _joined(self, prompts: list[str], wholes: list[str]) -> Iterator[tuple[list[int], int]]:
-        """Encode one slice of rows, in pairs of texts: before and after the cut, or prompt and whole."""
+        """Encode one slice of rows, in pairs of texts:
+
+        before and after the cut, or prompt and whole.
+        """
         pairs, at_cut = [], []
         for prompt, whole in zip(prompts, wholes, strict=True):
-            joined = self._ending is not None and prompt.endswith(self._ending) and whole.startswith(prompt)
+            joined = (
+                self._ending is not None
+                and prompt.endswith(self._ending)
+                and whole.startswith(prompt)
+            )
             cut = len(prompt) - len(self._tail)
             pairs += [whole[:cut], whole[cut:]] if joined else [prompt, whole]
             at_cut.append(joined)
@@ -80,7 +99,10 @@ class Encoder:
                 yield second, common_prefix(first, second)
 
     def _constant_ending(self) -> str:
-        """What every prompt ends with under this template; empty where two prompts have nothing in common."""
+        """What every prompt ends with under this template.
+
+        Empty where two prompts have nothing in common.
+        """
         asked = [[{"role": "user", "content": text}] for text in ("One", "Z")]
         one, two = self._texts(asked, add_generation_prompt=True)
         common = common_prefix(one[::-1], two[::-1])
@@ -89,15 +111,20 @@ class Encoder:
 
 def common_prefix(ids: Sequence[Any], others: Sequence[Any]) -> int:
     """Number of leading ids (or characters) that are equal."""
-    return next((i for i, (a, b) in enumerate(zip(ids, others, strict=False)) if a != b), min(len(ids), len(others)))
+    return next(
+        (i for i, (a, b) in enumerate(zip(ids, others, strict=False)) if a != b),
+        min(len(ids), len(others)),
+    )
 
 
 def _cut(backend: Tokenizer, ending: str) -> int | None:
-    """Where in `ending` the ids of any text that has it can be joined from those of two parts; None: not known.
+    """Where in `ending` the ids of any text that has it can be joined from those of two parts.
 
-    Two such places are known. Before a special token: the backend splits the text at these before anything else. And
-    at a blank between two visible ASCII characters, for the pre-tokenizers named above: a word ends there whatever
-    stands before it and after it.
+    None: not known.
+
+    Two such places are known. Before a special token: the backend splits the text at these before
+    anything else. And at a blank between two visible ASCII characters, for the pre-tokenizers named
+    above: a word ends there whatever stands before it and after it.
     """
     if backend.encode_special_tokens or not isinstance(backend.normalizer, normalizers.NFC | None):
         return None
@@ -105,8 +132,14 @@ def _cut(backend: Tokenizer, ending: str) -> int | None:
     if any(token.single_word or token.lstrip or token.rstrip for token in added):
         return None
     raw = [token.content for token in added if not token.normalized]
-    places = [ending.rfind(text) for text in raw if text in ending and not any(_overlaps(text, o) for o in raw)]
-    if _splits_at_blanks(backend) and not any(re.search(r"\S \S", token.content) for token in added):
+    places = [
+        ending.rfind(text)
+        for text in raw
+        if text in ending and not any(_overlaps(text, o) for o in raw)
+    ]
+    if _splits_at_blanks(backend) and not any(
+        re.search(r"\S \S", token.content) for token in added
+    ):
         places += [found.start() + 1 for found in re.finditer("(?=[!-~] [!-~])", ending)]
     return max(places, default=None)
 
@@ -118,7 +151,11 @@ def _overlaps(text: str, other: str) -> bool:
 
 
 def _splits_at_blanks(backend: Tokenizer) -> bool:
-    if not isinstance(backend.model, models.BPE) or backend.model.dropout or backend.pre_tokenizer is None:
+    if (
+        not isinstance(backend.model, models.BPE)
+        or backend.model.dropout
+        or backend.pre_tokenizer is None
+    ):
         return False
     state = json.loads(backend.pre_tokenizer.__getstate__())
     parts = state["pretokenizers"] if state["type"] == "Sequence" else [state]
@@ -127,5 +164,9 @@ def _splits_at_blanks(backend: Tokenizer) -> bool:
     if [part["type"] for part in parts] != ["Split", "ByteLevel"]:
         return False
     split, byte_level = parts
-    known = split["pattern"].get("Regex") in _SPLITS and split["behavior"] == "Isolated" and not split["invert"]
+    known = (
+        split["pattern"].get("Regex") in _SPLITS
+        and split["behavior"] == "Isolated"
+        and not split["invert"]
+    )
     return known and not byte_level["use_regex"] and not byte_level["add_prefix_space"]

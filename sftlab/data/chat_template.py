@@ -14,8 +14,9 @@ INSTRUCTION_TEMPLATE = ROOT / "recipes" / "templates" / "instruction.jinja"
 def set_template(tokenizer: PreTrainedTokenizerBase, path: str | None = None) -> str:
     """Give `tokenizer` its chat template and return where it comes from.
 
-    `path` if given; else the model's own; else the Instruction / Context / Response form. Raises ValueError where the
-    file is missing, or the tokenizer has no end token (the model could not learn to stop).
+    `path` if given; else the model's own; else the Instruction / Context / Response form. Raises
+    ValueError where the file is missing, or the tokenizer has no end token (the model could not
+    learn to stop).
     """
     if tokenizer.eos_token is None:
         raise ValueError("the tokenizer has no end-of-sequence token: set eos_token in the recipe")
@@ -23,7 +24,10 @@ def set_template(tokenizer: PreTrainedTokenizerBase, path: str | None = None) ->
         if not Path(path).is_file():
             raise ValueError(f"chat_template_path {path} not found: give a .jinja file")
         if not str(path).endswith((".jinja", ".j2")):
-            raise ValueError(f"chat_template_path {path} is no .jinja file: trl would take it for a model; rename it")
+            raise ValueError(
+                f"chat_template_path {path} is no .jinja file: trl would take it for a model; "
+                "rename it"
+            )
         tokenizer.chat_template = Path(path).read_text(encoding="utf-8")
         return str(path)
     if tokenizer.chat_template:
@@ -39,20 +43,27 @@ def template_hash(tokenizer: PreTrainedTokenizerBase) -> str:
 
 def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: list[dict[str, str]]) -> list[int]:
     """Token ids of a conversation up to where the response begins: what generation is given."""
-    return tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=True, return_dict=True)[
-        "input_ids"
-    ]
+    return tokenizer.apply_chat_template(
+        prompt, add_generation_prompt=True, tokenize=True, return_dict=True
+    )["input_ids"]
 
 
-def encode(tokenizer: PreTrainedTokenizerBase, row: dict[str, Any], max_length: int | None) -> dict[str, list[int]]:
-    """`input_ids` and `labels` (-100 on the prompt) of a prompt/completion row, each cut to `max_length` tokens.
+def encode(
+    tokenizer: PreTrainedTokenizerBase, row: dict[str, Any], max_length: int | None
+) -> dict[str, list[int]]:
+    """`input_ids` and `labels` (-100 on the prompt) of a prompt/completion row, each cut to
+    `max_length` tokens.
 
-    The same ids and labels as trl's SFTTrainer makes of the row (`SFTTrainer._prepare_dataset`, trl 1.16).
+    The same ids and labels as trl's SFTTrainer makes of the row (`SFTTrainer._prepare_dataset`, trl
+    1.16).
     """
     start = prompt_ids(tokenizer, row["prompt"])
-    ids = tokenizer.apply_chat_template(row["prompt"] + row["completion"], tokenize=True, return_dict=True)["input_ids"]
+    ids = tokenizer.apply_chat_template(
+        row["prompt"] + row["completion"], tokenize=True, return_dict=True
+    )["input_ids"]
     prompt_length = next(
-        (i for i, (a, b) in enumerate(zip(start, ids, strict=False)) if a != b), min(len(start), len(ids))
+        (i for i, (a, b) in enumerate(zip(start, ids, strict=False)) if a != b),
+        min(len(start), len(ids)),
     )
     labels = [-100] * prompt_length + ids[prompt_length:]
     return {"input_ids": ids[:max_length], "labels": labels[:max_length]}
@@ -65,20 +76,28 @@ class Turn(NamedTuple):
     stop_strings: list[str]
 
 
-def end_of_turn(tokenizer: PreTrainedTokenizerBase, model_ends: int | list[int] | None = None) -> Turn:
-    """Where an answer ends under the tokenizer's template: its end token, those of the model, or the next turn's head.
+def end_of_turn(
+    tokenizer: PreTrainedTokenizerBase, model_ends: int | list[int] | None = None
+) -> Turn:
+    """Where an answer ends under the tokenizer's template: its end token, those of the model, or
+    the next turn's head.
 
-    A head of plain text ('### Instruction:') is a stop string; where a special token begins the head, that token is an
-    end token, and the words behind it ('user') are none.
+    A head of plain text ('### Instruction:') is a stop string; where a special token begins the
+    head, that token is an end token, and the words behind it ('user') are none.
     """
-    ends = {tokenizer.eos_token_id, *([model_ends] if isinstance(model_ends, int) else model_ends or [])}
+    ends = {
+        tokenizer.eos_token_id,
+        *([model_ends] if isinstance(model_ends, int) else model_ends or []),
+    }
     special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
     edges = {tokenizer.bos_token_id, tokenizer.eos_token_id}
     question, answer = {"role": "user", "content": "One?"}, {"role": "assistant", "content": "Two."}
     asked = tokenizer.apply_chat_template([question], tokenize=False)
     dialogue = tokenizer.apply_chat_template([question, answer, question], tokenize=False)
     next_question = dialogue.partition(answer["content"])[2].partition(question["content"])[0]
-    answer_begins = tokenizer.apply_chat_template([question], tokenize=False, add_generation_prompt=True)
+    answer_begins = tokenizer.apply_chat_template(
+        [question], tokenize=False, add_generation_prompt=True
+    )
     stops = set()
     for head in (next_question, answer_begins.removeprefix(asked)):
         found = special & set(tokenizer(head, add_special_tokens=False)["input_ids"])

@@ -1,7 +1,10 @@
-"""Rows laid end to end instead of padded, none seeing another; an optimizer step has the same rows either way.
+"""Rows laid end to end instead of padded, none seeing another.
 
-The rows of a global batch are dealt to processes and micro-batches so that each has as many rows and nearly as many
-tokens as any other: processes then wait for nobody. Everything is worked out on the CPU, beside the training.
+An optimizer step has the same rows either way.
+
+The rows of a global batch are dealt to processes and micro-batches so that each has as many rows
+and nearly as many tokens as any other: processes then wait for nobody. Everything is worked out on
+the CPU, beside the training.
 """
 
 import math
@@ -24,21 +27,30 @@ _EXTRAS = ("loss_positions", "targets", "loss_rows", "real_tokens", "real_rows")
 class Collator:
     """trl's collator, and what the loss and the attention need beside it, worked out on the CPU.
 
-    Adds `loss_positions` and `targets` (the flat index of every token whose next one is in the loss, and that next
-    one), `loss_rows` (the row of each), and the ints `real_tokens` and `real_rows`. With `packed`, rows lie end to end
-    in one [1, tokens] and `tiles` tells the attention where they begin. Tokens are filled up to a `multiple`.
+    Adds `loss_positions` and `targets` (the flat index of every token whose next one is in the
+    loss, and that next one), `loss_rows` (the row of each), and the ints `real_tokens` and
+    `real_rows`. With `packed`, rows lie end to end in one [1, tokens] and `tiles` tells the
+    attention where they begin. Tokens are filled up to a `multiple`.
     """
 
     def __init__(self, pad_token_id: int, packed: bool, multiple: int | None = None) -> None:
         self._collate = DataCollatorForLanguageModeling(
-            pad_token_id=pad_token_id, padding_free=packed, pad_to_multiple_of=None if packed else multiple
+            pad_token_id=pad_token_id,
+            padding_free=packed,
+            pad_to_multiple_of=None if packed else multiple,
         )
-        self._packed, self._pad, self._multiple = packed, pad_token_id, math.lcm(TOKENS_MULTIPLE, multiple or 1)
+        self._packed, self._pad, self._multiple = (
+            packed,
+            pad_token_id,
+            math.lcm(TOKENS_MULTIPLE, multiple or 1),
+        )
 
     def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
         """Rows of `input_ids` and `labels` to one batch."""
         # torch takes five times as long over a list as numpy does
-        examples = [{k: np.asarray(e[k]) for k in ("input_ids", "labels") if k in e} for e in examples]
+        examples = [
+            {k: np.asarray(e[k]) for k in ("input_ids", "labels") if k in e} for e in examples
+        ]
         batch = self._collate(examples)
         lengths = torch.tensor([len(e["input_ids"]) for e in examples])
         following = batch["labels"][:, 1:]
@@ -73,11 +85,12 @@ def for_the_model(batch: dict[str, Any]) -> dict[str, Any]:
 
 
 def tiles(lengths: Sequence[int]) -> torch.Tensor:
-    """Pieces of at most `TILE` tokens, [2, pieces, 3] int32: the sequence's start and end, and the piece's first token.
+    """Pieces of at most `TILE` tokens, [2, pieces, 3] int32: the sequence's start and end, and the
+    piece's first token.
 
-    The first table is for programs that read what comes before the piece, the second for those that read what comes
-    after it: most work first. Empty pieces at the end keep the second table aligned to 16 bytes, as the first one is:
-    Triton compiles a kernel anew for a table that is not.
+    The first table is for programs that read what comes before the piece, the second for those that
+    read what comes after it: most work first. Empty pieces at the end keep the second table aligned
+    to 16 bytes, as the first one is: Triton compiles a kernel anew for a table that is not.
     """
     pieces, start = [], 0
     for length in lengths:

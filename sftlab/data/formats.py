@@ -4,8 +4,12 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 _ROLES = {
-    "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system",
-}  # fmt: skip
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "assistant": "assistant",
+    "system": "system",
+}
 Message = dict[str, str]
 Turn = tuple[list[Message], str]
 
@@ -41,7 +45,9 @@ def _with_context(instruction: str, context: str) -> str:
 
 
 def _conversation(messages: Any, first: int = 0) -> Iterator[Turn]:
-    """The assistant's messages from number `first` on that follow a user's, each with what comes before it."""
+    """The assistant's messages from number `first` on that follow a user's, each with what comes
+    before it.
+    """
     if not isinstance(messages, list):
         raise TypeError(f"a conversation must be a list of messages, got {type(messages).__name__}")
     history: list[Message] = []
@@ -64,8 +70,14 @@ def _prompt_completion(row: dict[str, Any]) -> Iterator[Turn]:
     if not isinstance(prompt, list) and not isinstance(completion, list):
         yield from _single(_text(row, "prompt"), _text(row, "completion"))
         return
-    before = prompt if isinstance(prompt, list) else [{"role": "user", "content": _text(row, "prompt")}]
-    after = completion if isinstance(completion, list) else [{"role": "assistant", "content": completion}]
+    before = (
+        prompt if isinstance(prompt, list) else [{"role": "user", "content": _text(row, "prompt")}]
+    )
+    after = (
+        completion
+        if isinstance(completion, list)
+        else [{"role": "assistant", "content": completion}]
+    )
     turns = list(_conversation([*before, *after], first=len(before)))
     if not turns:
         raise ValueError("the completion has no assistant's message that follows a user's")
@@ -73,7 +85,9 @@ def _prompt_completion(row: dict[str, Any]) -> Iterator[Turn]:
 
 
 # shape: (columns it needs, columns it may have, row -> (prompt, response) pairs)
-SHAPES: dict[str, tuple[tuple[str, ...], tuple[str, ...], Callable[[dict[str, Any]], Iterator[Turn]]]] = {
+SHAPES: dict[
+    str, tuple[tuple[str, ...], tuple[str, ...], Callable[[dict[str, Any]], Iterator[Turn]]]
+] = {
     "openorca": (
         ("question", "response"),
         ("system_prompt",),
@@ -82,14 +96,22 @@ SHAPES: dict[str, tuple[tuple[str, ...], tuple[str, ...], Callable[[dict[str, An
     "dolly": (
         ("instruction", "response"),
         ("context",),
-        lambda r: _single(_with_context(_text(r, "instruction"), _text(r, "context")), _text(r, "response")),
+        lambda r: _single(
+            _with_context(_text(r, "instruction"), _text(r, "context")), _text(r, "response")
+        ),
     ),
     "alpaca": (
         ("instruction", "output"),
         ("input",),
-        lambda r: _single(_with_context(_text(r, "instruction"), _text(r, "input")), _text(r, "output")),
+        lambda r: _single(
+            _with_context(_text(r, "instruction"), _text(r, "input")), _text(r, "output")
+        ),
     ),
-    "gsm8k": (("question", "answer"), (), lambda r: _single(_text(r, "question"), _text(r, "answer"))),
+    "gsm8k": (
+        ("question", "answer"),
+        (),
+        lambda r: _single(_text(r, "question"), _text(r, "answer")),
+    ),
     "sharegpt": (("conversations",), (), lambda r: _conversation(r["conversations"])),
     "messages": (("messages",), (), lambda r: _conversation(r["messages"])),
     "prompt_completion": (("prompt", "completion"), (), _prompt_completion),

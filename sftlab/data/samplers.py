@@ -12,12 +12,16 @@ from torch.utils.data import IterableDataset, RandomSampler, Sampler, Sequential
 
 
 class BalancedSampler(Sampler[int]):
-    """The order of `sampler`, but within each global batch dealt to micro-batches of nearly equal token counts.
+    """The order of `sampler`, but within each global batch dealt to micro-batches of nearly equal
+    token counts.
 
-    `lengths` has the tokens of every row; a global batch is `micro_batches` (over all processes) of `micro_batch` rows.
+    `lengths` has the tokens of every row; a global batch is `micro_batches` (over all processes) of
+    `micro_batch` rows.
     """
 
-    def __init__(self, sampler: Sampler[int], lengths: Sequence[int], micro_batch: int, micro_batches: int) -> None:
+    def __init__(
+        self, sampler: Sampler[int], lengths: Sequence[int], micro_batch: int, micro_batches: int
+    ) -> None:
         self.sampler = sampler
         self._lengths, self._micro_batch, self._micro_batches = lengths, micro_batch, micro_batches
 
@@ -41,12 +45,16 @@ class BalancedSampler(Sampler[int]):
 
 
 def whole_batches(
-    sampler: RandomSampler | SequentialSampler, global_batch: int, shuffled: Callable[..., Sampler] = RandomSampler
+    sampler: RandomSampler | SequentialSampler,
+    global_batch: int,
+    shuffled: Callable[..., Sampler] = RandomSampler,
 ) -> Sampler[int]:
-    """The sampler without the rows that do not fill a global batch, others in every epoch where it shuffles.
+    """The sampler without the rows that do not fill a global batch, others in every epoch where it
+    shuffles.
 
-    A last, partial batch would be filled up with repeated rows under DDP and not on one process; whole global batches
-    alone are the same under every world size. Raises ValueError where there is none.
+    A last, partial batch would be filled up with repeated rows under DDP and not on one process;
+    whole global batches alone are the same under every world size. Raises ValueError where there is
+    none.
     """
     whole = len(sampler) - len(sampler) % global_batch
     refuse_few_rows(len(sampler), global_batch)
@@ -56,16 +64,23 @@ def whole_batches(
 
 
 def refuse_few_rows(rows: int, global_batch: int, lost: str = "") -> None:
-    """Raise ValueError where there is not one global batch of rows; `lost` says what became of others."""
+    """Raise ValueError where there is not one global batch of rows.
+
+    `lost` says what became of others.
+    """
     if rows < global_batch:
         raise ValueError(
-            f"{rows} training rows do not fill one global batch of {global_batch}{lost}: give more rows or a smaller "
+            f"{rows} training rows do not fill one global batch of {global_batch}{lost}: give more "
+            "rows or a smaller "
             f"global_batch_size"
         )
 
 
 def balanced(rows: Sequence[int], lengths: Sequence[int], bins: int) -> list[list[int]]:
-    """Deal `rows` into `bins` of equally many rows: the longest first, each to the lightest bin that has room."""
+    """Deal `rows` into `bins` of equally many rows:
+
+    the longest first, each to the lightest bin that has room.
+    """
     size = len(rows) // bins
     dealt: list[list[int]] = [[] for _ in range(bins)]
     heap = [(0, index) for index in range(bins)]
@@ -80,8 +95,9 @@ def balanced(rows: Sequence[int], lengths: Sequence[int], bins: int) -> list[lis
 class WholeBatches(IterableDataset):
     """A stream without the rows at its end that do not fill a global batch.
 
-    Every process then has as many rows as any other, and accumulation ends where a pass does. accelerate would deal a
-    data set of several files file by file, and some processes would wait for others that have no more rows.
+    Every process then has as many rows as any other, and accumulation ends where a pass does.
+    accelerate would deal a data set of several files file by file, and some processes would wait
+    for others that have no more rows.
     """
 
     def __init__(self, rows: IterableDataset, global_batch: int) -> None:

@@ -12,11 +12,20 @@ if TYPE_CHECKING:
     from sftlab.config.recipe import DataArguments
 from sftlab.data.formats import SHAPES, recognise_shape
 
-_READERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet", ".arrow": "arrow"}
+_READERS = {
+    ".json": "json",
+    ".jsonl": "json",
+    ".csv": "csv",
+    ".parquet": "parquet",
+    ".arrow": "arrow",
+}
 
 
 def read_source(args: "DataArguments") -> tuple[Dataset | IterableDataset, str]:
-    """The rows that `args` asks for, not converted yet, and their shape. A stream is not cut to its fraction."""
+    """The rows that `args` asks for, not converted yet, and their shape.
+
+    A stream is not cut to its fraction.
+    """
     dataset = _load(args)
     shape = args.dataset_shape or recognise_shape(column_names(dataset))
     _require_columns(dataset, shape)
@@ -38,22 +47,37 @@ def _load(args: "DataArguments") -> Dataset | IterableDataset:
             if path.stat().st_size == 0:
                 raise ValueError(f"{name} is empty")
             reader = _READERS[path.suffix]
-            words = {"keep_default_na": False} if reader == "csv" else {}  # "None", "NA" and "null" are text
-            return load_dataset(reader, data_files=name, split="train", streaming=streaming, **words)
+            words = (
+                {"keep_default_na": False} if reader == "csv" else {}
+            )  # "None", "NA" and "null" are text
+            return load_dataset(
+                reader, data_files=name, split="train", streaming=streaming, **words
+            )
         if path.is_file():
-            raise ValueError(f"{name}: unknown file type {path.suffix!r}; known are {', '.join(_READERS)}")
-        return load_dataset(name, args.dataset_config, split=args.dataset_train_split, streaming=streaming)
+            raise ValueError(
+                f"{name}: unknown file type {path.suffix!r}; known are {', '.join(_READERS)}"
+            )
+        return load_dataset(
+            name, args.dataset_config, split=args.dataset_train_split, streaming=streaming
+        )
     except GatedRepoError as error:
-        raise ValueError(f"{name} is gated: ask for access on its page, then log in with `hf auth login`") from error
+        raise ValueError(
+            f"{name} is gated: ask for access on its page, then log in with `hf auth login`"
+        ) from error
     except DatasetNotFoundError as error:
         raise ValueError(
-            f"data set {name} is neither a local file ({', '.join(_READERS)}) nor on the hub under that name; "
+            f"data set {name} is neither a local file ({', '.join(_READERS)}) nor on the hub under "
+            "that name; "
             f"a private or gated one needs `hf auth login`"
         ) from error
     except (OfflineModeIsEnabled, ConnectionError, HfHubHTTPError) as error:
-        raise ValueError(f"data set {name} is not here and the hub cannot be reached: {_first_line(error)}") from error
+        raise ValueError(
+            f"data set {name} is not here and the hub cannot be reached: {_first_line(error)}"
+        ) from error
     except DatasetGenerationError as error:
-        raise ValueError(f"{name} cannot be read: {_first_line(error.__cause__ or error)}") from error
+        raise ValueError(
+            f"{name} cannot be read: {_first_line(error.__cause__ or error)}"
+        ) from error
 
 
 def _first_line(error: BaseException) -> str:
@@ -73,5 +97,6 @@ def _require_columns(dataset: Dataset | IterableDataset, shape: str) -> None:
     missing = set(SHAPES[shape][0]) - set(column_names(dataset))
     if missing:
         raise ValueError(
-            f"shape {shape} needs the columns {', '.join(SHAPES[shape][0])}; found {', '.join(column_names(dataset))}"
+            f"shape {shape} needs the columns {', '.join(SHAPES[shape][0])}; found "
+            f"{', '.join(column_names(dataset))}"
         )

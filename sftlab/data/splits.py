@@ -1,8 +1,9 @@
 """Data sets in seven shapes become prompt/completion rows, and every row its split.
 
-A row is `{"prompt": [message, ...], "completion": [assistant message]}` with messages `{"role", "content"}`: the
-conversational prompt-completion format of trl, whose loss is on the completion alone. A conversation gives one row
-for each of its assistant turns, with the turns before it as prompt.
+A row is `{"prompt": [message, ...], "completion": [assistant message]}` with messages `{"role",
+"content"}`: the conversational prompt-completion format of trl, whose loss is on the completion
+alone. A conversation gives one row for each of its assistant turns, with the turns before it as
+prompt.
 """
 
 import hashlib
@@ -25,7 +26,8 @@ if TYPE_CHECKING:
 class Splits(NamedTuple):
     """The three splits (columns prompt and completion) and what is known of them, for run.json.
 
-    Of a tokenized data set `tokens` is the manifest, and train has columns input_ids and prompt_length instead.
+    Of a tokenized data set `tokens` is the manifest, and train has columns input_ids and
+    prompt_length instead.
     """
 
     train: Dataset | IterableDataset
@@ -36,7 +38,10 @@ class Splits(NamedTuple):
 
 
 class Converter:
-    """Turns a batch of rows of one shape into prompt/completion rows; picklable, hashed by `datasets` for its cache."""
+    """Turns a batch of rows of one shape into prompt/completion rows.
+
+    Picklable, hashed by `datasets` for its cache.
+    """
 
     def __init__(self, shape: str, fractions: tuple[float, ...], name: str | None) -> None:
         self.shape, self.fractions, self.name = shape, fractions, name
@@ -67,8 +72,9 @@ class Converter:
 def load_splits(args: "DataArguments", num_proc: int | None = None) -> Splits:
     """Load the data set that `args` names and split its rows by a hash of their prompts.
 
-    Raises ValueError with one sentence for a missing file or data set, no access, unknown columns, an empty data set
-    or split, a row that is not text, and tokens that were made of other rows or other splits than `args` says.
+    Raises ValueError with one sentence for a missing file or data set, no access, unknown columns,
+    an empty data set or split, a row that is not text, and tokens that were made of other rows or
+    other splits than `args` says.
     """
     if is_tokenized(args.dataset_name):
         return Splits(*open_tokens(args))
@@ -79,9 +85,13 @@ def load_splits(args: "DataArguments", num_proc: int | None = None) -> Splits:
         return _split_stream(dataset, convert, args, facts)
     rows_read = len(dataset)
     rows = dataset.map(
-        convert, batched=True, with_indices=True, remove_columns=dataset.column_names, num_proc=num_proc,
+        convert,
+        batched=True,
+        with_indices=True,
+        remove_columns=dataset.column_names,
+        num_proc=num_proc,
         desc="Reading rows",
-    )  # fmt: skip
+    )
     split_of = np.asarray(rows.with_format("numpy")["split"])
     facts |= {"rows_read": rows_read, "empty_responses_dropped": int((split_of < 0).sum())}
     parts = []
@@ -104,7 +114,9 @@ def fingerprint(row_hashes: Any) -> str:
 
 def opening(prompt: list[Message]) -> str:
     """The first user message of a prompt, white space folded."""
-    return " ".join(next((m["content"] for m in prompt if m["role"] == "user"), prompt[0]["content"]).split())
+    return " ".join(
+        next((m["content"] for m in prompt if m["role"] == "user"), prompt[0]["content"]).split()
+    )
 
 
 def opening_key(prompt: list[Message]) -> int:
@@ -115,37 +127,55 @@ def opening_key(prompt: list[Message]) -> int:
 def split_index(prompt: list[Message], fractions: tuple[float, ...]) -> int:
     """The split (0 train, 1 validation, 2 test) of a prompt.
 
-    It depends on the opening alone: the same on every machine and for every subset, the same for duplicates, for all
-    turns of a conversation and for one question under several system prompts.
+    It depends on the opening alone: the same on every machine and for every subset, the same for
+    duplicates, for all turns of a conversation and for one question under several system prompts.
     """
     position = opening_key(prompt) / 2**64
     return int(np.searchsorted(np.cumsum(fractions)[:2], position, side="right"))
 
 
-def refuse_empty(rows: int, split: str, dataset: str | None, fractions: list[float], total: int) -> None:
+def refuse_empty(
+    rows: int, split: str, dataset: str | None, fractions: list[float], total: int
+) -> None:
     """Raise ValueError for a split without rows that is wanted."""
     if rows == 0 and fractions[SPLITS.index(split)] > 0:
         raise ValueError(
-            f"the {split} split of {dataset} is empty: {total} usable rows with split_fractions {fractions}; give more "
+            f"the {split} split of {dataset} is empty: {total} usable rows with split_fractions "
+            f"{fractions}; give more "
             f"rows or other fractions (0 for a split that is not wanted)"
         )
 
 
-def _split_stream(dataset: IterableDataset, convert: Converter, args: "DataArguments", facts: dict[str, Any]) -> Splits:
-    """Train stays a stream; validation and test are its first `streaming_eval_rows` rows each, held in memory.
+def _split_stream(
+    dataset: IterableDataset, convert: Converter, args: "DataArguments", facts: dict[str, Any]
+) -> Splits:
+    """Train stays a stream.
+
+    Validation and test are its first `streaming_eval_rows` rows each, held in memory.
 
     What is not known before the end of the stream (rows, dropped responses) is None in the facts.
     """
     if args.dataset_fraction < 1:
         splits = dataset.info.splits or {}
         if args.dataset_train_split not in splits:
-            raise ValueError("dataset_fraction needs a data set whose number of rows is known; this stream's is not")
-        dataset = dataset.take(int(splits[args.dataset_train_split].num_examples * args.dataset_fraction))
-    rows = dataset.map(convert, batched=True, with_indices=True, remove_columns=column_names(dataset))
+            raise ValueError(
+                "dataset_fraction needs a data set whose number of rows is known; this stream's is "
+                "not"
+            )
+        dataset = dataset.take(
+            int(splits[args.dataset_train_split].num_examples * args.dataset_fraction)
+        )
+    rows = dataset.map(
+        convert, batched=True, with_indices=True, remove_columns=column_names(dataset)
+    )
     parts = []
     for index, name in enumerate(SPLITS[1:], start=1):
         wanted = args.split_fractions[index] > 0
-        kept = list(rows.filter(partial(_in_split, index)).take(args.streaming_eval_rows)) if wanted else []
+        kept = (
+            list(rows.filter(partial(_in_split, index)).take(args.streaming_eval_rows))
+            if wanted
+            else []
+        )
         refuse_empty(len(kept), name, args.dataset_name, args.split_fractions, 0)
         facts[name] = {"rows": len(kept), "fingerprint": fingerprint(r["row_hash"] for r in kept)}
         columns = {c: [r[c] for r in kept] for c in ("prompt", "completion")}
@@ -153,7 +183,11 @@ def _split_stream(dataset: IterableDataset, convert: Converter, args: "DataArgum
     train = rows.filter(partial(_in_split, 0)).remove_columns(["split", "row_hash"])
     if next(iter(train), None) is None:
         refuse_empty(0, "train", args.dataset_name, args.split_fractions, 0)
-    facts |= {"streaming": True, "empty_responses_dropped": None, "train": {"rows": None, "fingerprint": None}}
+    facts |= {
+        "streaming": True,
+        "empty_responses_dropped": None,
+        "train": {"rows": None, "fingerprint": None},
+    }
     return Splits(train, *parts, facts)
 
 

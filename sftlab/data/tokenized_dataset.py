@@ -1,15 +1,14 @@
 """A tokenized data set on disk: Arrow shards, and a manifest that says what they were made of.
 
-NAME/
-  manifest.json      settings (whatever decides the ids), facts, and every shard's rows, sizes and SHA-256
-  tokenizer.json     the tokenizer's backend, for workers
-  shard-00000.json   the record of one shard, written last: without it the shard is not there
-  train-00000.arrow  input_ids, prompt_length (tokens out of the loss), opening; validation has the text beside them
+NAME/ manifest.json      settings (whatever decides the ids), facts, and every shard's rows, sizes
+  and SHA-256 tokenizer.json     the tokenizer's backend, for workers shard-00000.json   the record
+  of one shard, written last: without it the shard is not there train-00000.arrow  input_ids,
+  prompt_length (tokens out of the loss), opening; validation has the text beside them
   test-00000.arrow   prompt and completion as text: what is judged is encoded by the evaluations
   rows-00000.arrow   a line a row in their order: split, row_hash, tokens before truncation, kept
 
-A shard is a range of the source's rows. In its files the rows that training uses come first, in their order; those with
-no response token within max_length, which trl drops, come after them.
+A shard is a range of the source's rows. In its files the rows that training uses come first, in
+their order; those with no response token within max_length, which trl drops, come after them.
 """
 
 import hashlib
@@ -33,10 +32,19 @@ if TYPE_CHECKING:
 SPLITS = ("train", "validation", "test")
 FORMAT = 1
 MANIFEST = "manifest.json"
-_IDS = [("input_ids", pa.list_(pa.int32())), ("prompt_length", pa.int32()), ("opening", pa.uint64())]
+_IDS = [
+    ("input_ids", pa.list_(pa.int32())),
+    ("prompt_length", pa.int32()),
+    ("opening", pa.uint64()),
+]
 _MESSAGES = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
 _TEXT = [("prompt", _MESSAGES), ("completion", _MESSAGES)]
-_ROWS = [("split", pa.int8()), ("row_hash", pa.string()), ("tokens", pa.int32()), ("kept", pa.bool_())]
+_ROWS = [
+    ("split", pa.int8()),
+    ("row_hash", pa.string()),
+    ("tokens", pa.int32()),
+    ("kept", pa.bool_()),
+]
 SCHEMAS = {
     "train": pa.schema(_IDS),
     "validation": pa.schema(_IDS + _TEXT),
@@ -66,18 +74,24 @@ def read_manifest(folder: str | os.PathLike) -> dict[str, Any]:
     except ValueError as error:
         raise ValueError(f"{path} is not the manifest of a tokenized data set: {error}") from error
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
-        raise ValueError(f"{path} is not the manifest of a tokenized data set of format {FORMAT}: tokenize again")
+        raise ValueError(
+            f"{path} is not the manifest of a tokenized data set of format {FORMAT}: tokenize again"
+        )
     return manifest
 
 
-def encoding_settings(tokenizer: "PreTrainedTokenizerBase", training: "TrainingArguments") -> dict[str, Any]:
+def encoding_settings(
+    tokenizer: "PreTrainedTokenizerBase", training: "TrainingArguments"
+) -> dict[str, Any]:
     """What decides the ids and the mask of a row, its text given.
 
-    Raises ValueError for a tokenizer without a fast backend and for a mask that is not the completion's.
+    Raises ValueError for a tokenizer without a fast backend and for a mask that is not the
+    completion's.
     """
     if not tokenizer.is_fast:
         raise ValueError(
-            f"{type(tokenizer).__name__} is not a fast tokenizer: tokenize while training instead, by giving sft.py "
+            f"{type(tokenizer).__name__} is not a fast tokenizer: tokenize while training instead, "
+            "by giving sft.py "
             f"the data set itself"
         )
     if training.assistant_only_loss:
@@ -86,7 +100,8 @@ def encoding_settings(tokenizer: "PreTrainedTokenizerBase", training: "TrainingA
     settings = {
         "template": _hash(template),
         "tokenizer": _hash(
-            json.dumps(tokenizer.special_tokens_map, sort_keys=True, default=str), backend_text(tokenizer)
+            json.dumps(tokenizer.special_tokens_map, sort_keys=True, default=str),
+            backend_text(tokenizer),
         ),
         "max_length": training.max_length,
         "truncation_mode": training.truncation_mode,
@@ -105,7 +120,10 @@ def backend_text(tokenizer: "PreTrainedTokenizerBase") -> str:
 
 
 def difference(made: Mapping[str, Any], wanted: Mapping[str, Any]) -> str | None:
-    """The first of the `wanted` settings that `made` does not have, in words; None where there is none."""
+    """The first of the `wanted` settings that `made` does not have, in words.
+
+    None where there is none.
+    """
     for name, value in json.loads(json.dumps(dict(wanted))).items():
         if made.get(name) != value:
             words = _WORDS.get(name, f"{name} {{}}")
@@ -116,20 +134,27 @@ def difference(made: Mapping[str, Any], wanted: Mapping[str, Any]) -> str | None
 def refuse_other_encoding(
     manifest: Mapping[str, Any], tokenizer: "PreTrainedTokenizerBase", training: "TrainingArguments"
 ) -> None:
-    """Raise ValueError where tokens were made with another template, tokenizer, length or mask than the recipe's."""
+    """Raise ValueError where tokens were made with another template, tokenizer, length or mask than
+    the recipe's.
+    """
     wanted = encoding_settings(tokenizer, training)
     wanted.pop("day", None)  # rows keep the day on which they were rendered
     if found := difference(manifest["settings"], wanted):
         raise ValueError(
-            f"{manifest['folder']} was tokenized with {found}: tokenize again into another folder, or train on "
+            f"{manifest['folder']} was tokenized with {found}: tokenize again into another folder, "
+            "or train on "
             f"{manifest['settings']['dataset_name']} itself"
         )
 
 
-def open_tokens(args: "DataArguments") -> tuple[Dataset, Dataset, Dataset, dict[str, Any], dict[str, Any]]:
-    """Train, validation and test memory-mapped from their shards, the facts of their text, and the manifest.
+def open_tokens(
+    args: "DataArguments",
+) -> tuple[Dataset, Dataset, Dataset, dict[str, Any], dict[str, Any]]:
+    """Train, validation and test memory-mapped from their shards, the facts of their text, and the
+    manifest.
 
-    Raises ValueError for tokens that are not finished or not whole, and for other rows or splits than `args` says.
+    Raises ValueError for tokens that are not finished or not whole, and for other rows or splits
+    than `args` says.
     """
     folder = Path(str(args.dataset_name))
     manifest = read_manifest(folder) | {"folder": str(folder)}
@@ -138,7 +163,9 @@ def open_tokens(args: "DataArguments") -> tuple[Dataset, Dataset, Dataset, dict[
     if args.dataset_streaming:
         raise ValueError(f"{folder} is tokenized: leave dataset_streaming out of the recipe")
     if manifest["facts"] is None:
-        raise ValueError(f"{folder} is not finished: start slurm/tokenize_dataset.py again as before")
+        raise ValueError(
+            f"{folder} is not finished: start slurm/tokenize_dataset.py again as before"
+        )
     if found := difference(manifest["settings"], wanted):
         raise ValueError(
             f"{folder} was made with {found}: tokenize again into another folder, or train on "
@@ -148,7 +175,10 @@ def open_tokens(args: "DataArguments") -> tuple[Dataset, Dataset, Dataset, dict[
         for name, file in shard["files"].items():
             path = folder / name
             if not path.is_file() or path.stat().st_size != file["bytes"]:
-                raise ValueError(f"{path} is missing or not whole: start slurm/tokenize_dataset.py again as before")
+                raise ValueError(
+                    f"{path} is missing or not whole: start slurm/tokenize_dataset.py again as "
+                    "before"
+                )
     parts = [_open_split(folder, manifest, name) for name in SPLITS]
     return *parts, manifest["facts"], manifest
 
@@ -159,22 +189,36 @@ def _open_split(folder: Path, manifest: Mapping[str, Any], split: str) -> Datase
         name = file_name(split, shard["number"])
         if name in shard["files"]:
             rows, whole = shard["files"][name], Dataset.from_file(str(folder / name))
-            for parts, part in ((kept, range(rows["kept"])), (dropped, range(rows["kept"], rows["rows"]))):
+            for parts, part in (
+                (kept, range(rows["kept"])),
+                (dropped, range(rows["kept"], rows["rows"])),
+            ):
                 parts += [whole.select(part)] if part else []
     parts = kept + dropped
-    return concatenate_datasets(parts) if parts else Dataset.from_dict({n: [] for n in SCHEMAS[split].names})
+    return (
+        concatenate_datasets(parts)
+        if parts
+        else Dataset.from_dict({n: [] for n in SCHEMAS[split].names})
+    )
 
 
 class WithLabels:
     """What a row of tokens is for training: `input_ids`, and `labels` with -100 on the prompt."""
 
     def __call__(self, batch: dict[str, list]) -> dict[str, list]:
-        labels = [[-100] * n + ids[n:] for ids, n in zip(batch["input_ids"], batch["prompt_length"], strict=True)]
+        labels = [
+            [-100] * n + ids[n:]
+            for ids, n in zip(batch["input_ids"], batch["prompt_length"], strict=True)
+        ]
         return {"input_ids": batch["input_ids"], "labels": labels}
 
 
-def training_rows(rows: Dataset, manifest: Mapping[str, Any], split: str, seed: int | None = None) -> Dataset:
-    """The rows of a split that trl would train on, shuffled as `shuffle_dataset` does where there is a seed."""
+def training_rows(
+    rows: Dataset, manifest: Mapping[str, Any], split: str, seed: int | None = None
+) -> Dataset:
+    """The rows of a split that trl would train on, shuffled as `shuffle_dataset` does where there
+    is a seed.
+    """
     kept = rows.select(range(manifest["tokenized"][split]["kept"]))
     kept = kept if seed is None else kept.shuffle(seed=seed)
     return kept.select_columns(["input_ids", "prompt_length"]).with_transform(WithLabels())
@@ -191,11 +235,17 @@ def record_path(folder: str | os.PathLike, number: int) -> Path:
 
 
 def read_record(folder: str | os.PathLike, number: int) -> dict[str, Any] | None:
-    """The record of a shard whose files are all whole, by their hashes; None: the shard is to be made (again)."""
+    """The record of a shard whose files are all whole, by their hashes.
+
+    None: the shard is to be made (again).
+    """
     path = record_path(folder, number)
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
-        whole = all(file_hash(path.with_name(name)) == file["sha256"] for name, file in record["files"].items())
+        whole = all(
+            file_hash(path.with_name(name)) == file["sha256"]
+            for name, file in record["files"].items()
+        )
     except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError):
         return None
     return record if whole else None

@@ -13,10 +13,11 @@ from sftlab.evaluation.generation import Answer, NotANumber, Unfinished
 
 
 class AnswerFile:
-    """Answers on disk, a batch a line: a killed evaluation goes on where it stopped, and scoring can be repeated.
+    """Answers on disk, a batch a line: a killed evaluation goes on where it stopped, and scoring
+    can be repeated.
 
-    The file's name holds a hash of `settings`, whatever decides what the answers are; its first line holds them. A row
-    is named by its number, or by the hash of its prompt.
+    The file's name holds a hash of `settings`, whatever decides what the answers are; its first
+    line holds them. A row is named by its number, or by the hash of its prompt.
     """
 
     def __init__(self, folder: Path, settings: dict[str, Any], kind: str = "answers") -> None:
@@ -34,8 +35,12 @@ class AnswerFile:
         for line in whole[1:]:
             self._take(json.loads(line))
 
-    def add(self, side: str, rows: Sequence[int | str], answers: Sequence[Answer], seconds: float) -> None:
-        """Keep the answers of `side` to these rows, all or none of them, and the time that they took."""
+    def add(
+        self, side: str, rows: Sequence[int | str], answers: Sequence[Answer], seconds: float
+    ) -> None:
+        """Keep the answers of `side` to these rows, all or none of them, and the time that they
+        took.
+        """
         batch = {"side": side, "rows": list(rows), "seconds": round(seconds, 4)}
         batch["answers"] = [answer._asdict() for answer in answers]
         with self.path.open("a", encoding="utf-8") as file:
@@ -45,7 +50,10 @@ class AnswerFile:
     def pace(self, side: str) -> dict[str, Any]:
         """Seconds that all answers of `side` took, and rows a second, over every sitting."""
         rows, seconds = sum(found == side for found, _ in self.found), self.seconds[side]
-        return {"seconds": round(seconds, 2), "rows_per_s": round(rows / seconds, 2) if seconds else None}
+        return {
+            "seconds": round(seconds, 2),
+            "rows_per_s": round(rows / seconds, 2) if seconds else None,
+        }
 
     def _take(self, batch: dict[str, Any]) -> None:
         self.seconds[batch["side"]] = self.seconds.get(batch["side"], 0.0) + batch["seconds"]
@@ -62,7 +70,9 @@ def fill(
     answer: Callable[[Sequence[Any], int], Sequence[Answer]],
     title: str,
 ) -> None:
-    """Have `answer` (given prompts and a seed, the place of the batch) answer what `file` does not hold yet."""
+    """Have `answer` (given prompts and a seed, the place of the batch) answer what `file` does not
+    hold yet.
+    """
     found = sum((side, row) in file.found for row in rows)
     with tqdm(total=len(rows), initial=found, desc=title, unit="row") as bar:
         for start in range(0, len(rows), size):

@@ -1,4 +1,6 @@
-"""Answers to prompts: batched with left padding, ended where the template ends a turn, kept as they come."""
+"""Answers to prompts: batched with left padding, ended where the template ends a turn, kept as they
+come.
+"""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -20,7 +22,8 @@ from transformers import (
 from sftlab.data.chat_template import Turn, end_of_turn
 
 _CHECK_EVERY = 8
-# Compiling takes about as long as six batches of 64 rows and 256 tokens without it (a 1B model on an H200).
+# Compiling takes about as long as six batches of 64 rows and 256 tokens without it (a 1B model on
+# an H200).
 BATCHES_WORTH_COMPILING = 6
 
 
@@ -38,14 +41,17 @@ class Sampling:
             raise ValueError(f"max_new_tokens must be at least 1, got {self.max_new_tokens}")
         if self.temperature < 0 or not 0 < self.top_p <= 1:
             raise ValueError(
-                f"temperature must be 0 (greedy) or more and top_p in (0, 1], got {self.temperature} and {self.top_p}"
+                "temperature must be 0 (greedy) or more and top_p in (0, 1], got "
+                f"{self.temperature} and {self.top_p}"
             )
 
 
 class Answer(NamedTuple):
-    """A continuation without its prompt: stripped text, tokens drawn, what ended it (stop or length).
+    """A continuation without its prompt: stripped text, tokens drawn, what ended it (stop or
+    length).
 
-    `repeats` says that it goes round in circles: at most a tenth as many different tokens as tokens.
+    `repeats` says that it goes round in circles: at most a tenth as many different tokens as
+    tokens.
     """
 
     text: str
@@ -71,10 +77,13 @@ class Unfinished(ValueError):
 
 
 class Generator:
-    """Generates with one model; the model's own sampling defaults (repetition penalty and others) do not apply.
+    """Generates with one model.
 
-    With `static_rows` every batch is filled up to that many rows over a key-value cache of fixed shape, which lets
-    transformers compile the decoding step on a GPU: half a minute a model to begin with, then several times the speed.
+    The model's own sampling defaults (repetition penalty and others) do not apply.
+
+    With `static_rows` every batch is filled up to that many rows over a key-value cache of fixed
+    shape, which lets transformers compile the decoding step on a GPU: half a minute a model to
+    begin with, then several times the speed.
     """
 
     def __init__(
@@ -84,10 +93,17 @@ class Generator:
         sampling: Sampling,
         static_rows: int | None = None,
     ) -> None:
-        self.model, self.tokenizer, self.sampling, self.static_rows = model, tokenizer, sampling, static_rows
+        self.model, self.tokenizer, self.sampling, self.static_rows = (
+            model,
+            tokenizer,
+            sampling,
+            static_rows,
+        )
         inner = model.get_base_model() if isinstance(model, PeftModel) else model
         self.turn = end_of_turn(tokenizer, inner.generation_config.eos_token_id)
-        self.pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+        self.pad = (
+            tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+        )
         drawn = {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0}
         inner.generation_config = GenerationConfig(
             max_new_tokens=sampling.max_new_tokens,
@@ -100,7 +116,9 @@ class Generator:
 
     @torch.no_grad()
     def answers(self, prompts: Sequence[list[int]], seed: int = 0) -> list[Answer]:
-        """One answer to each prompt (token ids), all in one batch; `seed` is added to that of the sampling.
+        """One answer to each prompt (token ids), all in one batch.
+
+        `seed` is added to that of the sampling.
 
         Raises NotANumber where the model's logits are NaN.
         """
@@ -115,7 +133,9 @@ class Generator:
             input_ids=ids,
             attention_mask=mask,
             logits_processor=LogitsProcessorList([broken]),
-            stopping_criteria=StoppingCriteriaList([_NextTurn(self.tokenizer, self.turn.stop_strings, width)]),
+            stopping_criteria=StoppingCriteriaList(
+                [_NextTurn(self.tokenizer, self.turn.stop_strings, width)]
+            ),
         )
         if broken.rows is not None and broken.rows.any():
             raise NotANumber(int(broken.rows.int().argmax()))
@@ -123,7 +143,11 @@ class Generator:
         return [self._answer(new) for new in new_tokens]
 
     def _answer(self, new: list[int]) -> Answer:
-        ends = [position for position, token in enumerate(new) if token in (*self.turn.end_tokens, self.pad)]
+        ends = [
+            position
+            for position, token in enumerate(new)
+            if token in (*self.turn.end_tokens, self.pad)
+        ]
         kept = new[: ends[0]] if ends else new
         text = self.tokenizer.decode(kept, skip_special_tokens=True)
         cuts = [text.find(stop) for stop in self.turn.stop_strings if stop in text]
@@ -133,12 +157,16 @@ class Generator:
 
 
 class _NextTurn(StoppingCriteria):
-    """Ends a row whose last tokens spell a stop string; looked at every few tokens, as decoding takes time.
+    """Ends a row whose last tokens spell a stop string.
+
+    Looked at every few tokens, as decoding takes time.
 
     What was drawn beyond the stop string is cut off the text afterwards.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, stop_strings: list[str], width: int) -> None:
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, stop_strings: list[str], width: int
+    ) -> None:
         self.tokenizer, self.stop_strings, self.width = tokenizer, stop_strings, width
         self.window = max((len(stop.encode()) for stop in stop_strings), default=0) + _CHECK_EVERY
 
@@ -153,7 +181,9 @@ class _NextTurn(StoppingCriteria):
 
 
 class _NanWatch(LogitsProcessor):
-    """Remembers which rows [rows] ever had NaN among their logits, without a synchronisation at each token."""
+    """Remembers which rows [rows] ever had NaN among their logits, without a synchronisation at
+    each token.
+    """
 
     def __init__(self) -> None:
         self.rows: torch.Tensor | None = None

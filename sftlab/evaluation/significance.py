@@ -1,7 +1,8 @@
 """How sure a paired comparison is: bootstrap intervals over rows, p-values, Holm's correction.
 
-Every score here is a function of sums over rows: a mean is (sum, count), perplexity (nats, tokens), BLEU its ten n-gram
-counts. So a resample is one matrix product, and corpus scores are resampled as the corpus scores that they are.
+Every score here is a function of sums over rows: a mean is (sum, count), perplexity (nats, tokens),
+BLEU its ten n-gram counts. So a resample is one matrix product, and corpus scores are resampled as
+the corpus scores that they are.
 """
 
 import math
@@ -17,7 +18,10 @@ _CHUNK = 500
 
 
 class Paired(NamedTuple):
-    """One score of two models on the same rows: per-row parts [rows, k] each, and sums [..., k] -> score [...]."""
+    """One score of two models on the same rows:
+
+    per-row parts [rows, k] each, and sums [..., k] -> score [...].
+    """
 
     score: Callable[[np.ndarray], np.ndarray]
     base: np.ndarray
@@ -39,22 +43,29 @@ def with_counts(values: np.ndarray) -> np.ndarray:
     return np.stack([values, np.ones(len(values))], axis=1)
 
 
-def compare(scores: dict[str, Paired], resamples: int = RESAMPLES, seed: int = 0) -> dict[str, dict[str, Any]]:
-    """Both models' values, their difference (tuned - base), 95 % percentile intervals, and its p-value, per score.
+def compare(
+    scores: dict[str, Paired], resamples: int = RESAMPLES, seed: int = 0
+) -> dict[str, dict[str, Any]]:
+    """Both models' values, their difference (tuned - base), 95 % percentile intervals, and its
+    p-value, per score.
 
-    Rows are drawn with replacement, the same ones for both models and for every score (paired bootstrap; Efron and
-    Tibshirani 1993, chapter 13). The p-value of 'no difference' is two-sided and counts the observed sample (Davison
-    and Hinkley 1997, equation 4.11); of fewer than FEW_ROWS rows, which a bootstrap takes for more than they are, it is
-    that of exchanging the two models row by row (Noreen 1989). All scores must have the same number of rows.
+    Rows are drawn with replacement, the same ones for both models and for every score (paired
+    bootstrap; Efron and Tibshirani 1993, chapter 13). The p-value of 'no difference' is two-sided
+    and counts the observed sample (Davison and Hinkley 1997, equation 4.11); of fewer than FEW_ROWS
+    rows, which a bootstrap takes for more than they are, it is that of exchanging the two models
+    row by row (Noreen 1989). All scores must have the same number of rows.
     """
-    parts = {name: (np.asarray(s.base, float), np.asarray(s.tuned, float)) for name, s in scores.items()}
+    parts = {
+        name: (np.asarray(s.base, float), np.asarray(s.tuned, float)) for name, s in scores.items()
+    }
     rows = {len(part) for pair in parts.values() for part in pair}
     if len(rows) != 1:
         raise ValueError(f"paired scores need the same rows for both models, got {sorted(rows)}")
     count = rows.pop()
     if count == 0:
         raise ValueError("nothing to compare: no rows")
-    # equal rows are drawn together: of right and wrong answers there are four kinds, whatever the number of documents
+    # equal rows are drawn together: of right and wrong answers there are four kinds, whatever the
+    # number of documents
     everything = np.hstack([part for pair in parts.values() for part in pair])
     _, first, sizes = np.unique(everything, axis=0, return_index=True, return_counts=True)
     drawn = {name: np.empty((2, resamples)) for name in scores}
@@ -77,14 +88,22 @@ def compare(scores: dict[str, Paired], resamples: int = RESAMPLES, seed: int = 0
 
 
 def _swaps(rows: int, resamples: int, rng: np.random.Generator) -> np.ndarray:
-    """Which rows are exchanged [n, rows]: every choice where they are few, else drawn ones; the first is none."""
+    """Which rows are exchanged [n, rows]: every choice where they are few, else drawn ones.
+
+    The first is none.
+    """
     if 2**rows <= resamples:
         return (np.arange(2**rows)[:, None] >> np.arange(rows)) & 1
-    return np.vstack([np.zeros((1, rows), dtype=np.int64), rng.integers(0, 2, size=(resamples, rows))])
+    return np.vstack(
+        [np.zeros((1, rows), dtype=np.int64), rng.integers(0, 2, size=(resamples, rows))]
+    )
 
 
 def _exchanged(
-    score: Callable[[np.ndarray], np.ndarray], base: np.ndarray, tuned: np.ndarray, swaps: np.ndarray
+    score: Callable[[np.ndarray], np.ndarray],
+    base: np.ndarray,
+    tuned: np.ndarray,
+    swaps: np.ndarray,
 ) -> float:
     """The share of exchanges whose difference is as large as the observed one."""
     moved = swaps @ (tuned - base)
@@ -96,7 +115,11 @@ def _exchanged(
 
 def method(count: int, what: str = "rows") -> str:
     """How `compare` finds intervals and p-values of so many, in words."""
-    few = f" (p: by exchanging the models' answers, as {what} are fewer than {FEW_ROWS})" if count < FEW_ROWS else ""
+    few = (
+        f" (p: by exchanging the models' answers, as {what} are fewer than {FEW_ROWS})"
+        if count < FEW_ROWS
+        else ""
+    )
     return f"paired bootstrap over {what}, {RESAMPLES} resamples{few}"
 
 
@@ -116,29 +139,38 @@ def _with_interval(value: float, drawn: np.ndarray) -> dict[str, Any]:
 
 
 def compare_rates(base: np.ndarray, tuned: np.ndarray) -> dict[str, Any]:
-    """`compare` for right answers [rows] of 0 or 1, where a bootstrap of none or all right would claim certainty.
+    """`compare` for right answers [rows] of 0 or 1, where a bootstrap of none or all right would
+    claim certainty.
 
-    Wilson's score intervals (1927); for the paired difference Newcombe's hybrid of them (Statistics in Medicine 17,
-    1998, pages 2635 to 2650, method 10); p-value by McNemar's exact test (1947).
+    Wilson's score intervals (1927); for the paired difference Newcombe's hybrid of them (Statistics
+    in Medicine 17, 1998, pages 2635 to 2650, method 10); p-value by McNemar's exact test (1947).
     """
     n = len(base)
     both, lost, won = (int(((base == b) & (tuned == t)).sum()) for b, t in ((1, 1), (1, 0), (0, 1)))
     neither = n - both - lost - won
     rates = {"base": (both + lost) / n, "tuned": (both + won) / n}
-    limits = {name: binomtest(round(rate * n), n).proportion_ci(method="wilson") for name, rate in rates.items()}
+    limits = {
+        name: binomtest(round(rate * n), n).proportion_ci(method="wilson")
+        for name, rate in rates.items()
+    }
     found = {name: {"value": rates[name], "interval_95": list(limits[name])} for name in rates}
     margins = math.prod((both + lost, won + neither, both + won, lost + neither))
     agreement = both * neither - won * lost
     if agreement > 0:
         agreement = max(agreement - n / 2, 0.0)
     phi = agreement / math.sqrt(margins) if margins else 0.0
-    below, above = ({name: abs(limits[name][end] - rates[name]) for name in rates} for end in (0, 1))
+    below, above = (
+        {name: abs(limits[name][end] - rates[name]) for name in rates} for end in (0, 1)
+    )
 
     def reach(tuned_side: float, base_side: float) -> float:
         return math.sqrt(max(tuned_side**2 - 2 * phi * tuned_side * base_side + base_side**2, 0.0))
 
     difference = (won - lost) / n
-    low, high = difference - reach(below["tuned"], above["base"]), difference + reach(above["tuned"], below["base"])
+    low, high = (
+        difference - reach(below["tuned"], above["base"]),
+        difference + reach(above["tuned"], below["base"]),
+    )
     found["difference"] = {"value": difference, "interval_95": [low, high]}
     found["p_value"] = float(binomtest(won, won + lost).pvalue) if won + lost else 1.0
     return found

@@ -1,7 +1,8 @@
 """float8 for frozen linears: the weights are rounded once, inputs and gradients at every step.
 
-torchao's Float8Linear is made for weights that train: it rounds them at every forward and again for the gradient of the
-input. Scales are one per tensor: e4m3 forward, e5m2 for gradients (Micikevicius et al. 2022, arXiv 2209.05433).
+torchao's Float8Linear is made for weights that train: it rounds them at every forward and again for
+the gradient of the input. Scales are one per tensor: e4m3 forward, e5m2 for gradients (Micikevicius
+et al. 2022, arXiv 2209.05433).
 """
 
 import torch
@@ -12,17 +13,21 @@ FORWARD, BACKWARD = torch.float8_e4m3fn, torch.float8_e5m2
 
 
 class FrozenFloat8Linear(nn.Linear):
-    """y = x W^T in float8 with a bfloat16 output. W is kept twice, as the products forward and backward read it.
+    """y = x W^T in float8 with a bfloat16 output.
 
-    Both lie one after the other in a bfloat16 parameter of W's shape, which FSDP2 shards and gathers, and gloo sends,
-    as it is.
+    W is kept twice, as the products forward and backward read it.
+
+    Both lie one after the other in a bfloat16 parameter of W's shape, which FSDP2 shards and
+    gathers, and gloo sends, as it is.
     """
 
     def __init__(self, linear: nn.Linear, device: torch.device | None = None) -> None:
         nn.Module.__init__(self)
         self.in_features, self.out_features = linear.in_features, linear.out_features
         rounded, self.scale = to_float8(linear.weight.data.to(device), FORWARD)
-        both = torch.cat([rounded.view(torch.uint8).flatten(), rounded.view(torch.uint8).t().flatten()])
+        both = torch.cat(
+            [rounded.view(torch.uint8).flatten(), rounded.view(torch.uint8).t().flatten()]
+        )
         stored = both.view(torch.bfloat16).view(linear.weight.shape).to(linear.weight.device)
         self.weight = nn.Parameter(stored, requires_grad=False)
         self.bias = linear.bias
@@ -39,7 +44,11 @@ class FrozenFloat8Linear(nn.Linear):
 class _Float8Product(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: object, x: torch.Tensor, weight: torch.Tensor, weight_t: torch.Tensor, scale: torch.Tensor
+        ctx: object,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        weight_t: torch.Tensor,
+        scale: torch.Tensor,
     ) -> torch.Tensor:
         ctx.save_for_backward(weight_t, scale)
         ctx.dtype = x.dtype
@@ -48,42 +57,68 @@ class _Float8Product(torch.autograd.Function):
     @staticmethod
     def backward(ctx: object, gradient: torch.Tensor) -> tuple:
         weight_t, scale = ctx.saved_tensors
-        return _product(*to_float8(gradient, BACKWARD), weight_t, scale).to(ctx.dtype), None, None, None
+        return (
+            _product(*to_float8(gradient, BACKWARD), weight_t, scale).to(ctx.dtype),
+            None,
+            None,
+            None,
+        )
 
 
-def _product(x: torch.Tensor, x_scale: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    # In a forward that torch 2.11 compiles, a cast after this that changes nothing loses the gradient without a word
-    return torch._scaled_mm(x, weight.t(), x_scale, scale, out_dtype=torch.bfloat16, use_fast_accum=True)
+def _product(
+    x: torch.Tensor, x_scale: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor
+) -> torch.Tensor:
+    # In a forward that torch 2.11 compiles, a cast after this that changes nothing loses the
+    # gradient without a word
+    return torch._scaled_mm(
+        x, weight.t(), x_scale, scale, out_dtype=torch.bfloat16, use_fast_accum=True
+    )
 
 
 def to_float8(tensor: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    """`tensor` in float8, its largest value the largest there is, and the float32 scale to multiply it with."""
+    """`tensor` in float8, its largest value the largest there is, and the float32 scale to multiply
+    it with.
+    """
     largest = torch.finfo(dtype).max
     scale = tensor.abs().amax().float().clamp(min=1e-12) / largest
     return (tensor.float() / scale).clamp(-largest, largest).to(dtype), scale
 
 
 def freeze_in_float8(model: nn.Module, device: torch.device | None = None) -> int:
-    """Replace every linear inside the decoder that no LoRA trains, rounding on `device`; the number of them.
+    """Replace every linear inside the decoder that no LoRA trains, rounding on `device`.
+
+    The number of them.
 
     Raises ValueError where none has sizes that are multiples of 16, which float8 products need.
     """
     names = [name for name, module in model.named_modules() if is_base_linear(module, name)]
     if not names:
-        raise ValueError("fp8: the model has no frozen linear whose sizes are multiples of 16: launch with bf16.yaml")
+        raise ValueError(
+            "fp8: the model has no frozen linear whose sizes are multiples of 16: launch with "
+            "bf16.yaml"
+        )
     for name in names:
         parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, FrozenFloat8Linear(model.get_submodule(name), device))
+        setattr(
+            model.get_submodule(parent),
+            child,
+            FrozenFloat8Linear(model.get_submodule(name), device),
+        )
     return len(names)
 
 
 def nothing_for_torchao() -> AORecipeKwargs:
     """accelerate's fp8 with no linear of torchao's: it would convert the LoRA matrices too."""
-    return AORecipeKwargs(enable_fsdp_float8_all_gather=False, module_filter_func=lambda module, name: False)
+    return AORecipeKwargs(
+        enable_fsdp_float8_all_gather=False, module_filter_func=lambda module, name: False
+    )
 
 
 def is_base_linear(module: nn.Module, name: str) -> bool:
-    """Whether fp8 converts this module: a frozen linear of floats inside the decoder, its sizes multiples of 16."""
+    """Whether fp8 converts this module:
+
+    a frozen linear of floats inside the decoder, its sizes multiples of 16.
+    """
     if not isinstance(module, nn.Linear) or "lora_" in name or "lm_head" in name:
         return False
     frozen = not module.weight.requires_grad and module.weight.is_floating_point()

@@ -1,7 +1,9 @@
-"""Cross-entropy over a frozen head that holds one chunk of logits at a time and needs no second pass over the head.
+"""Cross-entropy over a frozen head that holds one chunk of logits at a time and needs no second
+pass over the head.
 
-The head has no gradient of its own, so the gradient of the hidden states can be computed while a chunk's logits are
-there: two matrix products a token in all. Only positions whose next token is in the loss are computed.
+The head has no gradient of its own, so the gradient of the hidden states can be computed while a
+chunk's logits are there: two matrix products a token in all. Only positions whose next token is in
+the loss are computed.
 """
 
 import types
@@ -16,19 +18,27 @@ CHUNK = 4096
 
 
 class FrozenHeadLoss(torch.autograd.Function):
-    """hidden [tokens, size], weight [words, size], positions and targets [n] to nats, entropies and hits, each [n].
+    """hidden [tokens, size], weight [words, size], positions and targets [n] to nats, entropies and
+    hits, each [n].
 
-    `hits` is 1.0 where the target has the highest logit. Only the nats have a gradient, and only to `hidden`.
+    `hits` is 1.0 where the target has the highest logit. Only the nats have a gradient, and only to
+    `hidden`.
     """
 
     @staticmethod
     def forward(
-        ctx: object, hidden: torch.Tensor, weight: torch.Tensor, positions: torch.Tensor, targets: torch.Tensor
+        ctx: object,
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        positions: torch.Tensor,
+        targets: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """One chunk of positions after the other."""
         picked = hidden.index_select(0, positions)
         # each begins at a multiple of 16 bytes: Triton compiles a kernel anew for one that does not
-        aligned = torch.empty(3, len(picked) + -len(picked) % 4, device=hidden.device, dtype=torch.float32)
+        aligned = torch.empty(
+            3, len(picked) + -len(picked) % 4, device=hidden.device, dtype=torch.float32
+        )
         nats, entropies, hits = aligned[:, : len(picked)].unbind()
         gradient = torch.empty_like(picked) if ctx.needs_input_grad[0] else None
         for first in range(0, len(picked), CHUNK):
@@ -48,14 +58,22 @@ class FrozenHeadLoss(torch.autograd.Function):
         """The gradient that the forward left, times that of each position's nats."""
         gradient, positions = ctx.saved_tensors
         scattered = gradient.new_zeros(ctx.shape)
-        scattered.index_copy_(0, positions, (gradient.float() * of_nats[:, None]).to(gradient.dtype))
+        scattered.index_copy_(
+            0, positions, (gradient.float() * of_nats[:, None]).to(gradient.dtype)
+        )
         return scattered, None, None, None
 
 
 def cross_entropy_(
-    logits: torch.Tensor, targets: torch.Tensor, nats: torch.Tensor, entropies: torch.Tensor, hits: torch.Tensor
+    logits: torch.Tensor,
+    targets: torch.Tensor,
+    nats: torch.Tensor,
+    entropies: torch.Tensor,
+    hits: torch.Tensor,
 ) -> None:
-    """Overwrite `logits` [n, words] with d nats / d logits and fill `nats`, `entropies` and `hits` [n]; fp32 math."""
+    """Overwrite `logits` [n, words] with d nats / d logits and fill `nats`, `entropies` and `hits`
+    [n]; fp32 math.
+    """
     if logits.is_cuda:
         from sftlab.fastpath.triton_kernels import softmax_cross_entropy_
 
@@ -75,7 +93,13 @@ def why_not(model: PreTrainedModel) -> str | None:
     head, config = model.get_output_embeddings(), model.config.get_text_config()
     if type(head) is not nn.Linear or head.bias is not None or head.weight.requires_grad:
         return "the head is no frozen linear layer without a bias"
-    scales = ("final_logit_softcapping", "logit_scale", "output_multiplier", "lm_head_multiplier", "logits_scaling")
+    scales = (
+        "final_logit_softcapping",
+        "logit_scale",
+        "output_multiplier",
+        "lm_head_multiplier",
+        "logits_scaling",
+    )
     scaled = [name for name in scales if getattr(config, name, None) not in (None, 1.0)]
     if scaled or getattr(config, "output_router_logits", False):
         return f"{config.model_type} changes its logits ({', '.join(scaled) or 'router'})"
@@ -83,7 +107,9 @@ def why_not(model: PreTrainedModel) -> str | None:
 
 
 def add_frozen_head_loss(model: PreTrainedModel) -> None:
-    """Let `model(..., loss_positions=, targets=)` return (nats, entropies, hits), each [n], instead of logits."""
+    """Let `model(..., loss_positions=, targets=)` return (nats, entropies, hits), each [n], instead
+    of logits.
+    """
     original = model.forward
 
     def forward(
@@ -96,12 +122,16 @@ def add_frozen_head_loss(model: PreTrainedModel) -> None:
     ) -> object:
         if loss_positions is None:
             return original(*args, labels=labels, **kwargs)
-        hidden = self.base_model(*args, **kwargs | {"use_cache": False}).last_hidden_state.flatten(0, 1)
+        hidden = self.base_model(*args, **kwargs | {"use_cache": False}).last_hidden_state.flatten(
+            0, 1
+        )
         weight = self.get_output_embeddings().weight
         if isinstance(weight, DTensor):
             weight = weight.full_tensor()
         device = hidden.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+        dtype = (
+            torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+        )
         return FrozenHeadLoss.apply(hidden.to(dtype), weight.to(dtype), loss_positions, targets)
 
     model.forward = types.MethodType(forward, model)

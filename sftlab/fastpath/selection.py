@@ -1,4 +1,6 @@
-"""Which parts of the fast path a run takes: packing, compiled layers, fused loss. What runs is the same training.
+"""Which parts of the fast path a run takes: packing, compiled layers, fused loss.
+
+What runs is the same training.
 
 Unset fields choose by themselves; a field that is set is obeyed, or refused where it cannot be.
 """
@@ -28,9 +30,14 @@ class FastPath:
 
 
 def choose(
-    recipe: Recipe, config: PreTrainedConfig, launch: Launch, elsewhere: Callable[[], str | None] | None = None
+    recipe: Recipe,
+    config: PreTrainedConfig,
+    launch: Launch,
+    elsewhere: Callable[[], str | None] | None = None,
 ) -> FastPath:
-    """Decide before any weights are loaded. Raises ValueError for packing that was asked for and cannot be had.
+    """Decide before any weights are loaded.
+
+    Raises ValueError for packing that was asked for and cannot be had.
 
     `elsewhere` says why another machine than this one has no Triton kernels.
     """
@@ -45,18 +52,27 @@ def choose(
         why = why or elsewhere() or varlen_attention.why_not_the_model(config, model)
     if (recipe.training.packing or attention == varlen_attention.NAME) and why:
         raise ValueError(
-            f"packing is not possible here: {why}; leave packing and attn_implementation out of the recipe"
+            f"packing is not possible here: {why}; leave packing and attn_implementation out of "
+            "the recipe"
         )
     packing = why is None and recipe.training.packing is not False
     if why and recipe.training.packing is None:
         reasons["packing"] = why
     if attention == varlen_attention.NAME and not packing:
-        raise ValueError("attn_implementation varlen is for packed rows: leave packing out of the recipe")
+        raise ValueError(
+            "attn_implementation varlen is for packed rows: leave packing out of the recipe"
+        )
     compiled = recipe.training.compile_layers
     if compiled is None:
-        compiled = (elsewhere or varlen_attention.no_triton)() is None and not recipe.training.torch_compile
+        compiled = (
+            elsewhere or varlen_attention.no_triton
+        )() is None and not recipe.training.torch_compile
         if compiled and launch.strategy == "fsdp" and recipe.model.load_in_8bit:
             compiled, reasons["compile_layers"] = False, UNTIMED
     return FastPath(
-        packing, compiled, recipe.training.fused_loss, varlen_attention.NAME if packing else attention, reasons
+        packing,
+        compiled,
+        recipe.training.fused_loss,
+        varlen_attention.NAME if packing else attention,
+        reasons,
     )

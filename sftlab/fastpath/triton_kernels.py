@@ -1,8 +1,10 @@
-"""Triton kernels of the fast path: attention over rows laid end to end, and softmax cross-entropy with its gradient.
+"""Triton kernels of the fast path: attention over rows laid end to end, and softmax cross-entropy
+with its gradient.
 
-Attention is FlashAttention-2's algorithm (Dao 2023, arXiv 2307.08691, algorithms 1 and 2) over a table of tiles, so
-that every program has work of one sequence, short rows waste no blocks and grouped heads are never repeated. Tensors
-are contiguous: queries [tokens, heads, head size], keys and values [tokens, key heads, head size].
+Attention is FlashAttention-2's algorithm (Dao 2023, arXiv 2307.08691, algorithms 1 and 2) over a
+table of tiles, so that every program has work of one sequence, short rows waste no blocks and
+grouped heads are never repeated. Tensors are contiguous: queries [tokens, heads, head size], keys
+and values [tokens, key heads, head size].
 """
 
 import math
@@ -14,16 +16,19 @@ import triton.language as tl
 from sftlab.data.collator import TILE
 
 LOG2_E = math.log2(math.e)
-# Tokens that a program owns (a tile's or half of them) and that it reads at a time, its warps and stages. In 16 bits
-# the quickest for rows of a few hundred to some thousand tokens (H200, bfloat16); in float32, where more of them spill
-# (tests/test_kernels.py), the quickest on an H200.
+# Tokens that a program owns (a tile's or half of them) and that it reads at a time, its warps and
+# stages. In 16 bits the quickest for rows of a few hundred to some thousand tokens (H200,
+# bfloat16); in float32, where more of them spill (tests/test_kernels.py), the quickest on an H200.
 BY_ROWS, BY_KEYS, FLOAT32 = (TILE, 32, 4, 3), (TILE, TILE, 4, 1), (32, 32, 4, 1)
 
 
 def attention_forward(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, tiles: torch.Tensor, scale: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Causal attention within each sequence: its output, as `query`, and the base-2 log-sum-exp [heads, tokens]."""
+    """Causal attention within each sequence:
+
+    its output, as `query`, and the base-2 log-sum-exp [heads, tokens].
+    """
     tokens, heads, size = query.shape
     output = torch.empty_like(query)
     lse = torch.empty(heads, tokens, device=query.device, dtype=torch.float32)
@@ -48,7 +53,11 @@ def attention_backward(
     """Gradients of `query`, `key` and `value`."""
     tokens, heads, size = query.shape
     groups = heads // key.shape[1]
-    d_query, d_key, d_value = torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
+    d_query, d_key, d_value = (
+        torch.empty_like(query),
+        torch.empty_like(key),
+        torch.empty_like(value),
+    )
     delta = torch.empty_like(lse)
     shape = (scale, scale * LOG2_E, tokens, heads, groups, size)
     own, read, precision, options = _launch(query, BY_ROWS)
@@ -65,18 +74,30 @@ def attention_backward(
 
 
 def softmax_cross_entropy_(
-    logits: torch.Tensor, targets: torch.Tensor, losses: torch.Tensor, entropies: torch.Tensor, hits: torch.Tensor
+    logits: torch.Tensor,
+    targets: torch.Tensor,
+    losses: torch.Tensor,
+    entropies: torch.Tensor,
+    hits: torch.Tensor,
 ) -> None:
-    """Overwrite `logits` [rows, words] with d loss / d logits; per row nats, entropy, target on top or not."""
+    """Overwrite `logits` [rows, words] with d loss / d logits.
+
+    Per row nats, entropy, target on top or not.
+    """
     rows, words = logits.shape
-    _cross_entropy[(rows,)](logits, targets, losses, entropies, hits, words, logits.stride(0), 8192, num_warps=16)
+    _cross_entropy[(rows,)](
+        logits, targets, losses, entropies, hits, words, logits.stride(0), 8192, num_warps=16
+    )
 
 
-def _launch(tensor: torch.Tensor, in_16_bits: tuple[int, int, int, int]) -> tuple[int, int, str, dict[str, int]]:
-    """Tokens owned and read at a time, the precision of products, and Triton's options for tensors of this dtype.
+def _launch(
+    tensor: torch.Tensor, in_16_bits: tuple[int, int, int, int]
+) -> tuple[int, int, str, dict[str, int]]:
+    """Tokens owned and read at a time, the precision of products, and Triton's options for tensors
+    of this dtype.
 
-    A float32 product is three of the tensor cores': of the numbers' first 11 bits, and of these with the bits that
-    follow. Its error is no larger than a plain one's (tests/test_kernels.py).
+    A float32 product is three of the tensor cores': of the numbers' first 11 bits, and of these
+    with the bits that follow. Its error is no larger than a plain one's (tests/test_kernels.py).
     """
     whole = tensor.dtype == torch.float32
     own, read, warps, stages = FLOAT32 if whole else in_16_bits
@@ -111,8 +132,16 @@ def _forward(
         for column in range(start, tl.minimum(first + ROWS, end), COLUMNS):
             columns = column + tl.arange(0, COLUMNS)
             inside = columns < end
-            k = tl.load(key + columns[None, :] * KEY_STRIDE + offset + unit[:, None], mask=inside[None, :], other=0.0)
-            v = tl.load(value + columns[:, None] * KEY_STRIDE + offset + unit[None, :], mask=inside[:, None], other=0.0)
+            k = tl.load(
+                key + columns[None, :] * KEY_STRIDE + offset + unit[:, None],
+                mask=inside[None, :],
+                other=0.0,
+            )
+            v = tl.load(
+                value + columns[:, None] * KEY_STRIDE + offset + unit[None, :],
+                mask=inside[:, None],
+                other=0.0,
+            )
             scores = tl.dot(q, k, input_precision=PRECISION) * scale_log2
             scores = tl.where(columns[None, :] <= rows[:, None], scores, float("-inf"))
             higher = tl.maximum(top, tl.max(scores, 1))
@@ -150,11 +179,21 @@ def _backward_query(
         for column in range(start, tl.minimum(first + ROWS, end), COLUMNS):
             columns = column + tl.arange(0, COLUMNS)
             inside = columns[:, None] < end
-            k = tl.load(key + columns[:, None] * KEY_STRIDE + offset + unit[None, :], mask=inside, other=0.0)
-            v = tl.load(value + columns[:, None] * KEY_STRIDE + offset + unit[None, :], mask=inside, other=0.0)
-            weights = tl.exp2(tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale_log2 - log_sum[:, None])
+            k = tl.load(
+                key + columns[:, None] * KEY_STRIDE + offset + unit[None, :], mask=inside, other=0.0
+            )
+            v = tl.load(
+                value + columns[:, None] * KEY_STRIDE + offset + unit[None, :],
+                mask=inside,
+                other=0.0,
+            )
+            weights = tl.exp2(
+                tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale_log2 - log_sum[:, None]
+            )
             weights = tl.where(columns[None, :] <= rows[:, None], weights, 0.0)
-            d_scores = weights * (tl.dot(dy, tl.trans(v), input_precision=PRECISION) - mean[:, None])
+            d_scores = weights * (
+                tl.dot(dy, tl.trans(v), input_precision=PRECISION) - mean[:, None]
+            )
             dq = tl.dot(d_scores.to(k.dtype), k, dq, input_precision=PRECISION)
         tl.store(d_query + at, (dq * scale).to(d_query.dtype.element_ty), mask=real)
 
@@ -187,10 +226,15 @@ def _backward_key(
                 dy = tl.load(gradient + there, mask=inside[:, None], other=0.0)
                 log_sum = tl.load(lse + head * tokens + rows, mask=inside, other=float("inf"))
                 mean = tl.load(delta + head * tokens + rows, mask=inside, other=0.0)
-                weights = tl.exp2(tl.dot(k, tl.trans(q), input_precision=PRECISION) * scale_log2 - log_sum[None, :])
+                weights = tl.exp2(
+                    tl.dot(k, tl.trans(q), input_precision=PRECISION) * scale_log2
+                    - log_sum[None, :]
+                )
                 weights = tl.where(columns[:, None] <= rows[None, :], weights, 0.0)
                 dv = tl.dot(weights.to(dy.dtype), dy, dv, input_precision=PRECISION)
-                d_scores = weights * (tl.dot(v, tl.trans(dy), input_precision=PRECISION) - mean[None, :])
+                d_scores = weights * (
+                    tl.dot(v, tl.trans(dy), input_precision=PRECISION) - mean[None, :]
+                )
                 dk = tl.dot(d_scores.to(q.dtype), q, dk, input_precision=PRECISION)
         tl.store(d_key + at, (dk * scale).to(d_key.dtype.element_ty), mask=real)
         tl.store(d_value + at, dv.to(d_value.dtype.element_ty), mask=real)

@@ -1,6 +1,8 @@
-"""Attention over rows that lie end to end, registered with transformers as `attn_implementation: varlen`.
+"""Attention over rows that lie end to end, registered with transformers as `attn_implementation:
+varlen`.
 
-torch's own `varlen_attn` (FlashAttention-2) takes 1.8 times as long on rows of a few hundred tokens: see docs/LOG.md.
+torch's own `varlen_attn` (FlashAttention-2) takes 1.8 times as long on rows of a few hundred
+tokens: see docs/LOG.md.
 """
 
 from importlib.util import find_spec
@@ -16,7 +18,8 @@ HEAD_SIZES = (16, 32, 64, 128)
 def register() -> None:
     """Make `attn_implementation="varlen"` known to transformers.
 
-    Without a mask function of this name transformers makes no mask, nor asks the device whether rows are packed.
+    Without a mask function of this name transformers makes no mask, nor asks the device whether
+    rows are packed.
     """
     AttentionInterface.register(NAME, _attention)
 
@@ -54,11 +57,19 @@ def _attention(
     tiles: torch.Tensor | None = None,
     **kwargs: object,
 ) -> tuple[torch.Tensor, None]:
-    """transformers' attention function: query [1, heads, tokens, size] to output [1, tokens, heads, size]."""
+    """transformers' attention function:
+
+    query [1, heads, tokens, size] to output [1, tokens, heads, size].
+    """
     if tiles is None or dropout:
-        raise ValueError("varlen attention needs packed rows and knows no dropout: use attn_implementation sdpa")
-    # of float32 weights under autocast the rotation makes queries and keys float32; sdpa rounds them as well
-    query, key, value = (t[0].transpose(0, 1).to(value.dtype).contiguous() for t in (query, key, value))
+        raise ValueError(
+            "varlen attention needs packed rows and knows no dropout: use attn_implementation sdpa"
+        )
+    # of float32 weights under autocast the rotation makes queries and keys float32; sdpa rounds
+    # them as well
+    query, key, value = (
+        t[0].transpose(0, 1).to(value.dtype).contiguous() for t in (query, key, value)
+    )
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     return varlen_attention(query, key, value, tiles, scale)[0][None], None
 
@@ -76,7 +87,10 @@ def no_triton() -> str | None:
 def varlen_attention(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, tiles: torch.Tensor, scale: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Causal attention within each sequence of `tiles`; the output as `query`, and log-sum-exps [heads, tokens]."""
+    """Causal attention within each sequence of `tiles`.
+
+    The output as `query`, and log-sum-exps [heads, tokens].
+    """
     from sftlab.fastpath.triton_kernels import attention_forward
 
     return attention_forward(query, key, value, tiles, scale)

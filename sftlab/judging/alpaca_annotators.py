@@ -17,10 +17,12 @@ _KEYS = ("OPENAI_API_KEY", "OPENAI_API_KEYS", "OPENAI_CLIENT_CONFIG_PATH")
 
 
 class Annotators:
-    """One of alpaca-eval's configs; its annotations are kept in `folder`, and asked again of nothing that is kept.
+    """One of alpaca-eval's configs.
 
-    alpaca-eval draws the order of each pair by its instruction: called again with the outputs exchanged, it shows the
-    other order.
+    Its annotations are kept in `folder`, and asked again of nothing that is kept.
+
+    alpaca-eval draws the order of each pair by its instruction: called again with the outputs
+    exchanged, it shows the other order.
     """
 
     def __init__(self, name: str, folder: Path) -> None:
@@ -33,38 +35,61 @@ class Annotators:
         if not (there / name / "configs.yaml").is_file():
             known = ", ".join(sorted(path.parent.name for path in there.glob("*/configs.yaml")))
             raise ValueError(f"alpaca-eval has no annotators {name!r}: it has {known}")
-        asks_openai = any(one["fn_completions"] == "openai_completions" for one in load_configs(there / name).values())
+        asks_openai = any(
+            one["fn_completions"] == "openai_completions"
+            for one in load_configs(there / name).values()
+        )
         if asks_openai and not any(os.environ.get(key) for key in _KEYS):
-            raise ValueError(f"--annotators {name} asks OpenAI's API: set OPENAI_API_KEY in the environment")
+            raise ValueError(
+                f"--annotators {name} asks OpenAI's API: set OPENAI_API_KEY in the environment"
+            )
         self.name = name
         folder.mkdir(parents=True, exist_ok=True)
         with quiet_alpaca():
-            self.annotator = PairwiseAnnotator(annotators_config=name, caching_path=folder / f"annotations-{name}.json")
+            self.annotator = PairwiseAnnotator(
+                annotators_config=name, caching_path=folder / f"annotations-{name}.json"
+            )
         self.facts = {"judge": name, "annotators": True}
 
     def judged(self, pairs: Sequence[Pair], title: str) -> list[dict[str, Any]]:
-        """Records as `judge_pairs` makes them; the first verdict is of alpaca-eval's own order (`annotation`)."""
+        """Records as `judge_pairs` makes them.
+
+        The first verdict is of alpaca-eval's own order (`annotation`).
+        """
         first = self._annotate(pairs, "reference", "answer")
         second = self._annotate(pairs, "answer", "reference")
         records = []
         for pair, own, exchanged in zip(pairs, first, second, strict=True):
             verdicts = [_verdict(own["preference"]), _verdict(exchanged["preference"])]
-            record = {**pair._asdict(), "verdicts": verdicts, "contradictions": [False, False], "characters_cut": 0}
-            record |= {"judgements": [one.get("preference_raw_completion") for one in (own, exchanged)]}
+            record = {
+                **pair._asdict(),
+                "verdicts": verdicts,
+                "contradictions": [False, False],
+                "characters_cut": 0,
+            }
+            record |= {
+                "judgements": [one.get("preference_raw_completion") for one in (own, exchanged)]
+            }
             records.append(record | {"score": score(verdicts), "annotation": own})
         return records
 
     def _annotate(self, pairs: Sequence[Pair], one: str, two: str) -> list[dict[str, Any]]:
-        rows = [{"instruction": p.instruction, "output_1": getattr(p, one), "output_2": getattr(p, two)} for p in pairs]
+        rows = [
+            {"instruction": p.instruction, "output_1": getattr(p, one), "output_2": getattr(p, two)}
+            for p in pairs
+        ]
         with quiet_alpaca():
             return self.annotator(rows)
 
 
-def official(records: Sequence[dict[str, Any]], names: tuple[str, str], control: bool) -> dict[str, Any]:
-    """alpaca-eval's metrics of its own order: win rate and standard error, length-controlled with `control`.
+def official(
+    records: Sequence[dict[str, Any]], names: tuple[str, str], control: bool
+) -> dict[str, Any]:
+    """alpaca-eval's metrics of its own order: win rate and standard error, length-controlled with
+    `control`.
 
-    `names` are those of the model and of the reference. The length control needs AlpacaEval's df_gamed.csv from the
-    hub; where it cannot be had, `note` says so.
+    `names` are those of the model and of the reference. The length control needs AlpacaEval's
+    df_gamed.csv from the hub; where it cannot be had, `note` says so.
     """
     import pandas
 
@@ -82,9 +107,11 @@ def official(records: Sequence[dict[str, Any]], names: tuple[str, str], control:
 
 
 def _verdict(preference: float | None) -> Verdict:
-    """alpaca-eval's preference (towards 1: the first output, 2: the second, 1.5 or 0 a tie) as `score` reads letters.
+    """alpaca-eval's preference (towards 1: the first output, 2: the second, 1.5 or 0 a tie) as
+    `score` reads letters.
 
-    The answer is the second output of the first call, where A says that it won; the first of the other: B.
+    The answer is the second output of the first call, where A says that it won; the first of the
+    other: B.
     """
     if preference is None or preference != preference:
         return None
@@ -92,4 +119,6 @@ def _verdict(preference: float | None) -> Verdict:
 
 
 def _plain(metrics: dict[str, Any]) -> dict[str, Any]:
-    return {key: value if isinstance(value, str) else float(value) for key, value in metrics.items()}
+    return {
+        key: value if isinstance(value, str) else float(value) for key, value in metrics.items()
+    }

@@ -1,4 +1,7 @@
-"""Instructions and answers in AlpacaEval's form: a JSON list of objects with instruction, output and generator."""
+"""Instructions and answers in AlpacaEval's form:
+
+a JSON list of objects with instruction, output and generator.
+"""
 
 import json
 from pathlib import Path
@@ -12,11 +15,17 @@ from sftlab.judging.pairwise import Pair
 
 # Of the 805 instructions in their published order.
 _ALPACA_EVAL = "e4356cd997a280afd66c7dd3"
-_PUBLISHED = {"gpt4_1106_preview": "alpaca_eval_gpt4_baseline.json", "text_davinci_003": "alpaca_eval.json"}
+_PUBLISHED = {
+    "gpt4_1106_preview": "alpaca_eval_gpt4_baseline.json",
+    "text_davinci_003": "alpaca_eval.json",
+}
 
 
 class Outputs(NamedTuple):
-    """Instructions with one model's answers to them; `published` says that they are AlpacaEval's 805."""
+    """Instructions with one model's answers to them.
+
+    `published` says that they are AlpacaEval's 805.
+    """
 
     name: str
     instructions: list[str]
@@ -34,7 +43,8 @@ class Outputs(NamedTuple):
         missing = [one for one in instructions if one not in known]
         if missing:
             raise ValueError(
-                f"the reference {self.name} answers other instructions: {len(missing)} of {len(instructions)} are not "
+                f"the reference {self.name} answers other instructions: {len(missing)} of "
+                f"{len(instructions)} are not "
                 f"in it, the first is {missing[0][:80]!r}; expected an answer to each"
             )
         return self._replace(instructions=instructions, texts=[known[one] for one in instructions])
@@ -45,27 +55,37 @@ def read_outputs(path: Path) -> Outputs:
     rows = _json_list(path, ("instruction", "output"))
     instructions = [row["instruction"] for row in rows]
     name = rows[0].get("generator", path.stem)
-    return Outputs(name, instructions, [row["output"] for row in rows], digest(instructions) == _ALPACA_EVAL)
+    return Outputs(
+        name, instructions, [row["output"] for row in rows], digest(instructions) == _ALPACA_EVAL
+    )
 
 
 def published_outputs(name: str) -> Outputs:
-    """The answers published as reference of AlpacaEval 2 (gpt4_1106_preview) or 1 (text_davinci_003), from the hub."""
+    """The answers published as reference of AlpacaEval 2 (gpt4_1106_preview) or 1
+    (text_davinci_003), from the hub.
+    """
     if name not in _PUBLISHED:
         raise ValueError(
-            f"reference {name!r} is neither base nor a file (looked in {Path.cwd()}) nor one of {', '.join(_PUBLISHED)}"
+            f"reference {name!r} is neither base nor a file (looked in {Path.cwd()}) nor one of "
+            f"{', '.join(_PUBLISHED)}"
         )
     try:
         path = hf_hub_download("tatsu-lab/alpaca_eval", _PUBLISHED[name], repo_type="dataset")
     except (OfflineModeIsEnabled, LocalEntryNotFoundError, HfHubHTTPError) as error:
         raise ValueError(
-            f"AlpacaEval's {_PUBLISHED[name]} is not in the hub's cache, and the hub cannot be reached: pass a file of "
-            "instructions and outputs as --reference FILE, or with --reference base as --instructions FILE"
+            f"AlpacaEval's {_PUBLISHED[name]} is not in the hub's cache, and the hub cannot be "
+            "reached: pass a file of "
+            "instructions and outputs as --reference FILE, or with --reference base as "
+            "--instructions FILE"
         ) from error
     return read_outputs(Path(path))
 
 
 class Task(NamedTuple):
-    """The instructions, the reference (None: base is), and answers to them that are known to be good."""
+    """The instructions, the reference (None:
+
+    base is), and answers to them that are known to be good.
+    """
 
     questions: Outputs
     reference: Outputs | None
@@ -73,12 +93,18 @@ class Task(NamedTuple):
 
 
 def read_task(reference: str, instructions: Path | None, limit: int) -> Task:
-    """The task: `reference` is base, a file or a published name; `instructions` a file, else those of the reference.
+    """The task: `reference` is base, a file or a published name.
+
+    `instructions` a file, else those of the reference.
 
     The first `limit` of them (0: all).
     """
     if reference == "base":
-        asked = read_outputs(instructions) if instructions else published_outputs(next(iter(_PUBLISHED)))
+        asked = (
+            read_outputs(instructions)
+            if instructions
+            else published_outputs(next(iter(_PUBLISHED)))
+        )
         return Task(asked.first(limit), None, asked.first(limit).texts)
     path = Path(reference)
     answered = read_outputs(path) if path.is_file() else published_outputs(reference)
@@ -88,20 +114,27 @@ def read_task(reference: str, instructions: Path | None, limit: int) -> Task:
 
 
 def read_preferences(path: Path) -> tuple[list[Pair], list[bool], str]:
-    """Published annotations of pairs (instruction, output_1, output_2, preference from 1 to 2, annotator).
+    """Published annotations of pairs (instruction, output_1, output_2, preference from 1 to 2,
+    annotator).
 
-    Returns the pairs (output_2 as the answer), whether the annotator preferred the answer, and the annotator's name.
-    Ties are left out.
+    Returns the pairs (output_2 as the answer), whether the annotator preferred the answer, and the
+    annotator's name. Ties are left out.
     """
     rows = _json_list(path, ("instruction", "output_1", "output_2"))
     # where a pair could not be annotated alpaca-eval writes null
-    if not all("preference" in row and isinstance(row["preference"], int | float | None) for row in rows):
-        raise ValueError(f"{path} has rows without a preference from 1 to 2: expected alpaca-eval's annotations")
+    if not all(
+        "preference" in row and isinstance(row["preference"], int | float | None) for row in rows
+    ):
+        raise ValueError(
+            f"{path} has rows without a preference from 1 to 2: expected alpaca-eval's annotations"
+        )
     rows = [row for row in rows if row["preference"] in (1, 2) or 1 < (row["preference"] or 0) < 2]
     rows = [row for row in rows if row["preference"] != 1.5]
     if not rows:
         raise ValueError(f"{path} prefers neither answer anywhere: there is nothing to agree with")
-    pairs = [Pair(i, row["instruction"], row["output_2"], row["output_1"]) for i, row in enumerate(rows)]
+    pairs = [
+        Pair(i, row["instruction"], row["output_2"], row["output_1"]) for i, row in enumerate(rows)
+    ]
     return pairs, [row["preference"] > 1.5 for row in rows], rows[0].get("annotator", path.stem)
 
 
@@ -112,5 +145,8 @@ def _json_list(path: Path, texts: tuple[str, ...]) -> list[dict[str, Any]]:
         raise ValueError(f"{path} cannot be read as JSON: {error}") from error
     whole = isinstance(rows, list) and rows and all(isinstance(row, dict) for row in rows)
     if not whole or not all(isinstance(row.get(key), str) for row in rows for key in texts):
-        raise ValueError(f"{path} is no list of objects with the texts {', '.join(texts)}, as alpaca-eval writes them")
+        raise ValueError(
+            f"{path} is no list of objects with the texts {', '.join(texts)}, as alpaca-eval "
+            "writes them"
+        )
     return rows

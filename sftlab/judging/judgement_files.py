@@ -23,7 +23,9 @@ def title_hash(title: str) -> str:
     return hashlib.sha256(title.encode()).hexdigest()[:8]
 
 
-def write_records(folder: Path, name: str, title: str, **kinds: Sequence[Mapping[str, Any]]) -> list[str]:
+def write_records(
+    folder: Path, name: str, title: str, **kinds: Sequence[Mapping[str, Any]]
+) -> list[str]:
     """A file of records, one a line, of each kind; their names hold a hash of the entry's title."""
     files = []
     for kind, records in kinds.items():
@@ -33,15 +35,21 @@ def write_records(folder: Path, name: str, title: str, **kinds: Sequence[Mapping
     return files
 
 
-def judgement_hashes(records: Mapping[str, Sequence[Mapping[str, Any]]], *keys: str) -> dict[str, str]:
+def judgement_hashes(
+    records: Mapping[str, Sequence[Mapping[str, Any]]], *keys: str
+) -> dict[str, str]:
     """The hash of each side's judgements with what was judged (`keys` of a record).
 
     ValueError where two sides have the same.
     """
-    found = {side: digest([[record[key] for key in keys] for record in one]) for side, one in records.items()}
+    found = {
+        side: digest([[record[key] for key in keys] for record in one])
+        for side, one in records.items()
+    }
     if len(set(found.values())) < len(found):
         raise ValueError(
-            "base and tuned have the same judgements (their hashes are alike): one model was taken for the other, and "
+            "base and tuned have the same judgements (their hashes are alike): one model was taken "
+            "for the other, and "
             "there is nothing to compare"
         )
     return found
@@ -60,5 +68,7 @@ def canary_table(rows: Sequence[Mapping[str, Any]]) -> str:
     lines = [["canary", "expected", "found", "pairs", "", ""]]
     for row in rows:
         passed = "passed" if row["passed"] else "FAILED"
-        lines.append([row["canary"], row["expected"], share(row), str(row["pairs"]), passed, row["note"]])
+        lines.append(
+            [row["canary"], row["expected"], share(row), str(row["pairs"]), passed, row["note"]]
+        )
     return aligned(lines)

@@ -1,4 +1,7 @@
-"""Base and tuned of a run as they answer a judge's questions: under the run's template, kept, loaded only if needed."""
+"""Base and tuned of a run as they answer a judge's questions:
+
+under the run's template, kept, loaded only if needed.
+"""
 
 from collections.abc import Sequence
 from dataclasses import asdict, replace
@@ -13,19 +16,31 @@ from transformers import AutoConfig
 from sftlab.data.chat_template import prompt_ids
 from sftlab.evaluation.answer_file import AnswerFile, digest, fill
 from sftlab.evaluation.base_and_tuned import answering, load_pair, model_settings, run_tokenizer
-from sftlab.evaluation.generation import BATCHES_WORTH_COMPILING, Answer, Generator, Sampling, longest_prompt
+from sftlab.evaluation.generation import (
+    BATCHES_WORTH_COMPILING,
+    Answer,
+    Generator,
+    Sampling,
+    longest_prompt,
+)
 
 Conversation = list[dict[str, str]]
 
 
 class Contestants:
-    """The two models of a finished run; answers are kept in RUN/eval/answers-*.jsonl, whatever asks for them."""
+    """The two models of a finished run.
+
+    Answers are kept in RUN/eval/answers-*.jsonl, whatever asks for them.
+    """
 
     def __init__(self, folder: Path, run: dict[str, Any], batch_size: int) -> None:
         self.folder, self.run, self.batch_size = folder, run, batch_size
         self.tokenizer = run_tokenizer(folder, run)
         recipe = run["recipe"]
-        kwargs = {"revision": recipe["model_revision"], "trust_remote_code": recipe["trust_remote_code"]}
+        kwargs = {
+            "revision": recipe["model_revision"],
+            "trust_remote_code": recipe["trust_remote_code"],
+        }
         name = recipe["model_name_or_path"]
         try:
             self.config = AutoConfig.from_pretrained(name, **kwargs)
@@ -46,14 +61,21 @@ class Contestants:
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
-    def answers(self, side: str, conversations: Sequence[Conversation], sampling: Sampling, title: str) -> list[Answer]:
-        """The answers of base or tuned; of a prompt without room for one the middle is cut, and counted.
+    def answers(
+        self, side: str, conversations: Sequence[Conversation], sampling: Sampling, title: str
+    ) -> list[Answer]:
+        """The answers of base or tuned.
 
-        Where tokens are drawn, an answer depends on its batch: other conversations or another size are other answers.
+        Of a prompt without room for one the middle is cut, and counted.
+
+        Where tokens are drawn, an answer depends on its batch: other conversations or another size
+        are other answers.
         """
         longest = longest_prompt(self.config, sampling)
         if longest < 1:
-            raise ValueError(f"--max_new_tokens {sampling.max_new_tokens} leaves the model no room for a prompt")
+            raise ValueError(
+                f"--max_new_tokens {sampling.max_new_tokens} leaves the model no room for a prompt"
+            )
         prompts = [prompt_ids(self.tokenizer, conversation) for conversation in conversations]
         self.prompts_cut += sum(len(prompt) > longest for prompt in prompts)
         prompts = [_without_middle(prompt, longest) for prompt in prompts]
@@ -66,7 +88,10 @@ class Contestants:
         file = AnswerFile(self.folder / "eval", settings)
         missing = sum((side, row) not in file.found for row in rows)
         if missing:
-            compiled = self.model.device.type == "cuda" and missing > BATCHES_WORTH_COMPILING * self.batch_size
+            compiled = (
+                self.model.device.type == "cuda"
+                and missing > BATCHES_WORTH_COMPILING * self.batch_size
+            )
             static_rows = self.batch_size if compiled else None
             generator = Generator(self.model, self.tokenizer, sampling, static_rows)
             with answering(self.model, side):
@@ -74,21 +99,34 @@ class Contestants:
                 fill(file, side, rows, asked, self.batch_size, generator.answers, title)
         return [file.found[side, key] for key in keys]
 
-    def draws(self, conversations: Sequence[Conversation], sampling: Sampling, title: str) -> list[list[Answer]]:
-        """Two answers of the base model to each, drawn alike with other seeds: what differs between them is chance."""
+    def draws(
+        self, conversations: Sequence[Conversation], sampling: Sampling, title: str
+    ) -> list[list[Answer]]:
+        """Two answers of the base model to each, drawn alike with other seeds:
+
+        what differs between them is chance.
+        """
         seeds = (sampling.seed + 1000, sampling.seed + 2000)
-        return [self.answers("base", conversations, replace(sampling, seed=seed), title) for seed in seeds]
+        return [
+            self.answers("base", conversations, replace(sampling, seed=seed), title)
+            for seed in seeds
+        ]
 
 
 def refuse_twins(facts: dict[str, dict[str, Any]]) -> None:
     """ValueError where base and tuned gave the same answers: there is nothing to compare."""
     if facts["base"]["hash"] == facts["tuned"]["hash"]:
         raise ValueError(
-            "base and tuned gave the same answers word for word (their hashes are alike): either the adapter changes "
+            "base and tuned gave the same answers word for word (their hashes are alike): either "
+            "the adapter changes "
             "nothing, or one model was taken for the other; there is nothing to judge"
         )
 
 
 def _without_middle(prompt: list[int], longest: int) -> list[int]:
     head = longest // 2
-    return prompt if len(prompt) <= longest else prompt[:head] + prompt[len(prompt) - (longest - head) :]
+    return (
+        prompt
+        if len(prompt) <= longest
+        else prompt[:head] + prompt[len(prompt) - (longest - head) :]
+    )

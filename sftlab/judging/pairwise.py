@@ -1,4 +1,7 @@
-"""Answers compared in pairs: each pair judged in both orders, what follows from the two verdicts, and how often."""
+"""Answers compared in pairs:
+
+each pair judged in both orders, what follows from the two verdicts, and how often.
+"""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -26,7 +29,10 @@ class Pair(NamedTuple):
 
 
 def score(verdicts: Sequence[Verdict]) -> float | None:
-    """The verdicts of the two orders as one: 1 won, 0 lost, 0.5 a tie or a disagreement, None where one is unparsed."""
+    """The verdicts of the two orders as one:
+
+    1 won, 0 lost, 0.5 a tie or a disagreement, None where one is unparsed.
+    """
     says = [_SAYS[order].get(verdict) for order, verdict in enumerate(verdicts)]
     if None in says:
         return None
@@ -36,14 +42,20 @@ def score(verdicts: Sequence[Verdict]) -> float | None:
 def judge_pairs(
     judge: Judge, style: Format, pairs: Sequence[Pair], file: AnswerFile, size: int, title: str
 ) -> list[dict[str, Any]]:
-    """One record a pair: prompts, judgements, verdicts and contradictions of both orders, and its `score`."""
+    """One record a pair: prompts, judgements, verdicts and contradictions of both orders, and its
+    `score`.
+    """
     prompts, cut = [], []
     for pair in pairs:
         texts = {"answer": pair.answer, "reference": pair.reference}
         for a, b in (("answer", "reference"), ("reference", "answer")):
 
-            def build(kept: Mapping[str, str], a: str = a, b: str = b, instruction: str = pair.instruction) -> list:
-                return style.messages("pair", instruction=instruction, answer_a=kept[a], answer_b=kept[b])
+            def build(
+                kept: Mapping[str, str], a: str = a, b: str = b, instruction: str = pair.instruction
+            ) -> list:
+                return style.messages(
+                    "pair", instruction=instruction, answer_a=kept[a], answer_b=kept[b]
+                )
 
             prompt, lost = longest_fitting(judge, build, texts)
             prompts.append(prompt)
@@ -54,15 +66,27 @@ def judge_pairs(
         both = slice(2 * place, 2 * place + 2)
         texts = [judgement.text for judgement in judged[both]]
         verdicts = [style.read("pair", text) for text in texts]
-        record = {**pair._asdict(), "prompts": prompts[both], "judgements": texts, "verdicts": verdicts}
-        record |= {"contradictions": [contradicts(text, v) for text, v in zip(texts, verdicts, strict=True)]}
+        record = {
+            **pair._asdict(),
+            "prompts": prompts[both],
+            "judgements": texts,
+            "verdicts": verdicts,
+        }
+        record |= {
+            "contradictions": [
+                contradicts(text, v) for text, v in zip(texts, verdicts, strict=True)
+            ]
+        }
         record |= {"characters_cut": max(cut[both]), "score": score(verdicts)}
         records.append(record)
     return records
 
 
 def rate(count: int, number: int) -> dict[str, Any]:
-    """A share of `number` with Wilson's score interval (1927); no value where there is nothing to share."""
+    """A share of `number` with Wilson's score interval (1927).
+
+    No value where there is nothing to share.
+    """
     if not number:
         return {"value": None, "interval_95": [None, None]}
     interval = binomtest(count, number).proportion_ci(method="wilson")
@@ -71,7 +95,9 @@ def rate(count: int, number: int) -> dict[str, Any]:
 
 def parts(scores: Sequence[float | None]) -> np.ndarray:
     """Scores (None: unparsed) as the parts [rows, 2] whose `mean` is that of the parsed ones."""
-    return np.array([(0.0, 0.0) if one is None else (one, 1.0) for one in scores], dtype=float).reshape(-1, 2)
+    return np.array(
+        [(0.0, 0.0) if one is None else (one, 1.0) for one in scores], dtype=float
+    ).reshape(-1, 2)
 
 
 def mean_of_parsed(sums: np.ndarray) -> np.ndarray:
@@ -80,11 +106,19 @@ def mean_of_parsed(sums: np.ndarray) -> np.ndarray:
 
 
 def win_rates(base: Sequence[float | None], tuned: Sequence[float | None]) -> dict[str, Any]:
-    """Win rates in per cent of both models, their difference, 95 % intervals and p-value (paired bootstrap over rows).
+    """Win rates in per cent of both models, their difference, 95 % intervals and p-value (paired
+    bootstrap over rows).
 
-    Where all rows of a model say the same a bootstrap would claim certainty: its interval is Wilson's then.
+    Where all rows of a model say the same a bootstrap would claim certainty: its interval is
+    Wilson's then.
     """
-    found = compare({"win_rate": Paired(mean_of_parsed, *(100 * parts(one) / (1, 100) for one in (base, tuned)))})
+    found = compare(
+        {
+            "win_rate": Paired(
+                mean_of_parsed, *(100 * parts(one) / (1, 100) for one in (base, tuned))
+            )
+        }
+    )
     found = found["win_rate"]
     for side, scores in (("base", base), ("tuned", tuned)):
         parsed = [one for one in scores if one is not None]
@@ -95,7 +129,10 @@ def win_rates(base: Sequence[float | None], tuned: Sequence[float | None]) -> di
 
 
 def tally(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """What a judge did with pairs: ties, unparsed, agreement of the two orders, preference for the first answer."""
+    """What a judge did with pairs:
+
+    ties, unparsed, agreement of the two orders, preference for the first answer.
+    """
     scores = [record["score"] for record in records]
     parsed = [record for record in records if record["score"] is not None]
     verdicts = [verdict for record in records for verdict in record["verdicts"]]
@@ -114,7 +151,9 @@ def tally(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         "orders_agree": rate(agreeing, len(parsed)),
         "first_preferred": rate(first.count("A"), len(first)),
         "contradictions": rate(contradictions, len(decided)),
-        "contradicting_rows": [record["row"] for record in records if any(record["contradictions"])],
+        "contradicting_rows": [
+            record["row"] for record in records if any(record["contradictions"])
+        ],
         "pairs_cut": sum(record["characters_cut"] > 0 for record in records),
         "empty_answers": sum(not record["answer"].strip() for record in records),
     }

@@ -1,4 +1,7 @@
-"""Answers rated one by one on a judge's own scale: MT-Bench's two turns, canaries of ratings, and means."""
+"""Answers rated one by one on a judge's own scale:
+
+MT-Bench's two turns, canaries of ratings, and means.
+"""
 
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -15,7 +18,8 @@ from sftlab.judging.sanity_checks import CHANCE, OVER_SHUFFLED, UNPARSED_REFUSED
 from sftlab.runs.run_directory import SIDES
 from sftlab.tables import percent
 
-# Sampling temperatures of the answers, as published (FastChat, llm_judge); 0 in the other categories.
+# Sampling temperatures of the answers, as published (FastChat, llm_judge); 0 in the other
+# categories.
 TEMPERATURES = {"writing": 0.7, "roleplay": 0.7, "stem": 0.1, "humanities": 0.1}
 _SOURCE = "https://github.com/lm-sys/FastChat/tree/main/fastchat/llm_judge/data/mt_bench"
 
@@ -45,8 +49,13 @@ Rated = Callable[[Sequence[Answered], str], list[dict[str, Any]]]
 
 
 def read_questions(questions: Path, references: Path) -> list[Question]:
-    """MT-Bench's questions with the reference answers to some of them; ValueError says what is wrong with a file."""
-    right = {row["question_id"]: row["choices"][0]["turns"] for row in _lines(references, "choices")}
+    """MT-Bench's questions with the reference answers to some of them.
+
+    ValueError says what is wrong with a file.
+    """
+    right = {
+        row["question_id"]: row["choices"][0]["turns"] for row in _lines(references, "choices")
+    }
     found = [
         Question(row["question_id"], row["category"], row["turns"], right.get(row["question_id"]))
         for row in _lines(questions, "turns", "category")
@@ -54,16 +63,27 @@ def read_questions(questions: Path, references: Path) -> list[Question]:
     if not all(len(question.turns) == 2 for question in found):
         raise ValueError(f"{questions} has questions of other than two turns")
     if not any(question.references for question in found):
-        raise ValueError(f"{references} has no answer to any question of {questions}: the judge could not be tried")
+        raise ValueError(
+            f"{references} has no answer to any question of {questions}: the judge could not be "
+            "tried"
+        )
     return found
 
 
 def rate_answers(
-    judge: Judge, style: Format, answered: Sequence[Answered], title: str, file: AnswerFile, size: int
+    judge: Judge,
+    style: Format,
+    answered: Sequence[Answered],
+    title: str,
+    file: AnswerFile,
+    size: int,
 ) -> list[dict[str, Any]]:
-    """One record an answer: prompt, judgement and `rating` (None: unparsed). A second turn is judged with the first.
+    """One record an answer: prompt, judgement and `rating` (None: unparsed).
 
-    Reference answers are shown where there are some. What does not fit the judge is cut from the answers' middle.
+    A second turn is judged with the first.
+
+    Reference answers are shown where there are some. What does not fit the judge is cut from the
+    answers' middle.
     """
     prompts, cut = [], []
     for question, answers in answered:
@@ -73,10 +93,14 @@ def rate_answers(
             fields |= {f"reference_{i + 1}": question.references[i] for i in range(turn)}
         kind = f"turn_{turn}_reference" if question.references else f"turn_{turn}"
 
-        def build(texts: Mapping[str, str], kind: str = kind, fields: Mapping[str, str] = fields) -> list:
+        def build(
+            texts: Mapping[str, str], kind: str = kind, fields: Mapping[str, str] = fields
+        ) -> list:
             return style.messages(kind, **fields, **texts)
 
-        prompt, lost = longest_fitting(judge, build, {f"answer_{i + 1}": text for i, text in enumerate(answers)})
+        prompt, lost = longest_fitting(
+            judge, build, {f"answer_{i + 1}": text for i, text in enumerate(answers)}
+        )
         prompts.append(prompt)
         cut.append(lost)
     judged = ask(judge, prompts, file, size, title)
@@ -95,16 +119,29 @@ def rate_answers(
     ]
 
 
-def right_over_shuffled(rated: Rated, questions: Sequence[Question]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """The canary of reference answers against those to other questions: how often the right one is rated higher."""
+def right_over_shuffled(
+    rated: Rated, questions: Sequence[Question]
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """The canary of reference answers against those to other questions:
+
+    how often the right one is rated higher.
+    """
     known = [question for question in questions if question.references]
     others = known[len(known) // 2 :] + known[: len(known) // 2]
     right = rated([Answered(one, one.references[:1]) for one in known], "reference answers")
-    wrong = rated([Answered(one, other.references[:1]) for one, other in zip(known, others, strict=True)], "shuffled")
+    wrong = rated(
+        [Answered(one, other.references[:1]) for one, other in zip(known, others, strict=True)],
+        "shuffled",
+    )
     pairs = [(a["rating"], b["rating"]) for a, b in zip(right, wrong, strict=True)]
     scores = [(np.sign(a - b) + 1) / 2 for a, b in pairs if a is not None and b is not None]
     found = rate(int(sum(scores)), len(scores))
-    row = {"canary": "right over shuffled", "expected": f"over {percent(OVER_SHUFFLED)}", "pairs": len(pairs), **found}
+    row = {
+        "canary": "right over shuffled",
+        "expected": f"over {percent(OVER_SHUFFLED)}",
+        "pairs": len(pairs),
+        **found,
+    }
     if scores:
         row["value"] = float(np.mean(scores))
     note = f"{scores.count(0.5)} rated alike"
@@ -112,8 +149,13 @@ def right_over_shuffled(rated: Rated, questions: Sequence[Question]) -> tuple[di
     return row | {"passed": passed, "note": note}, [*right, *wrong]
 
 
-def noise_floor(one: Sequence[Mapping[str, Any]], two: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """The canary of one model's answers drawn twice: `value` is the share of pairs whose first is rated higher."""
+def noise_floor(
+    one: Sequence[Mapping[str, Any]], two: Sequence[Mapping[str, Any]]
+) -> dict[str, Any]:
+    """The canary of one model's answers drawn twice:
+
+    `value` is the share of pairs whose first is rated higher.
+    """
     pairs = [(a["rating"], b["rating"]) for a, b in zip(one, two, strict=True)]
     pairs = [pair for pair in pairs if None not in pair]
     higher = sum((np.sign(a - b) + 1) / 2 for a, b in pairs)
@@ -121,23 +163,37 @@ def noise_floor(one: Sequence[Mapping[str, Any]], two: Sequence[Mapping[str, Any
     row |= rate(int(higher), len(pairs))
     if not pairs:
         return row | {"passed": False, "note": ""}
-    apart = compare({"rating": Paired(mean_of_parsed, *(parts(side) for side in zip(*pairs, strict=True)))})["rating"]
+    apart = compare(
+        {"rating": Paired(mean_of_parsed, *(parts(side) for side in zip(*pairs, strict=True)))}
+    )["rating"]
     low, high = apart["difference"]["interval_95"]
     note = f"ratings differ by {apart['difference']['value']:.2f} [{low:.2f}, {high:.2f}]"
-    return row | {"value": float(higher / len(pairs)), "passed": apart["p_value"] > CHANCE, "note": note}
+    return row | {
+        "value": float(higher / len(pairs)),
+        "passed": apart["p_value"] > CHANCE,
+        "note": note,
+    }
 
 
 def unparsed(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """The share of ratings without a verdict, as a canary."""
-    row = {"canary": "unparsed", "expected": f"at most {percent(UNPARSED_REFUSED)}", "pairs": len(records), "note": ""}
+    row = {
+        "canary": "unparsed",
+        "expected": f"at most {percent(UNPARSED_REFUSED)}",
+        "pairs": len(records),
+        "note": "",
+    }
     row |= rate(sum(record["rating"] is None for record in records), len(records))
     return row | {"passed": row["value"] <= UNPARSED_REFUSED}
 
 
 def mean_ratings(records: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, dict[str, Any]]:
-    """Mean rating of both sides overall, by turn and by category; difference, intervals and p-values (after Holm).
+    """Mean rating of both sides overall, by turn and by category.
 
-    A question's two turns are drawn together: they hang together. A group in which a side has no rating is left out.
+    Difference, intervals and p-values (after Holm).
+
+    A question's two turns are drawn together: they hang together. A group in which a side has no
+    rating is left out.
     """
     groups: dict[str, Callable[[Mapping[str, Any]], bool]] = {"overall": lambda _: True}
     groups |= {f"turn {turn}": lambda one, turn=turn: one["turn"] == turn for turn in (1, 2)}
@@ -150,7 +206,9 @@ def mean_ratings(records: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str
             by_question: dict[int, np.ndarray] = {}
             for record in filter(chosen, records[side]):
                 number = record["question_id"]
-                by_question[number] = by_question.get(number, np.zeros(2)) + parts([record["rating"]])[0]
+                by_question[number] = (
+                    by_question.get(number, np.zeros(2)) + parts([record["rating"]])[0]
+                )
             sums.append(np.array([by_question[number] for number in sorted(by_question)]))
         if all(one[:, 1].sum() for one in sums):
             found[name] = compare({name: Paired(mean_of_parsed, *sums)})[name]
@@ -160,7 +218,11 @@ def mean_ratings(records: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str
 
 def _lines(path: Path, *keys: str) -> list[dict[str, Any]]:
     try:
-        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
+        rows = [
+            json.loads(line)
+            for line in path.read_text(encoding="utf-8").split("\n")
+            if line.strip()
+        ]
     except FileNotFoundError as error:
         raise ValueError(
             f"{path} not found: MT-Bench's question.jsonl and reference_answer are at {_SOURCE}"
@@ -169,5 +231,8 @@ def _lines(path: Path, *keys: str) -> list[dict[str, Any]]:
         raise ValueError(f"{path} is not JSON lines: {error}") from error
     needed = {"question_id", *keys}
     if not rows or not all(isinstance(row, dict) and needed <= row.keys() for row in rows):
-        raise ValueError(f"{path} has lines without question_id or {' or '.join(keys)}: expected MT-Bench's own form")
+        raise ValueError(
+            f"{path} has lines without question_id or {' or '.join(keys)}: expected MT-Bench's own "
+            "form"
+        )
     return rows

@@ -8,20 +8,27 @@ from scipy.stats import binomtest
 from sftlab.judging.pairwise import Pair, rate, tally
 from sftlab.tables import percent
 
-# A good answer must beat one to another instruction this often; an interval that ends below it fails.
+# A good answer must beat one to another instruction this often; an interval that ends below it
+# fails.
 OVER_SHUFFLED = 0.95
 # Judgements without a verdict beyond which nothing is said, and beyond which it is said on top.
 UNPARSED_REFUSED, UNPARSED_SAID = 0.05, 0.01
 CONTRADICTIONS = 0.05
-# Of two equal models the better one is found by chance: so unlikely a split of wins and losses fails.
+# Of two equal models the better one is found by chance: so unlikely a split of wins and losses
+# fails.
 CHANCE = 0.01
 
 
 def shuffled(pairs: Sequence[Pair]) -> list[Pair]:
-    """Each answer against the one to another instruction: half the list on, so that no answer meets itself."""
+    """Each answer against the one to another instruction:
+
+    half the list on, so that no answer meets itself.
+    """
     step = max(1, len(pairs) // 2)
     others = [pairs[(place + step) % len(pairs)] for place in range(len(pairs))]
-    return [pair._replace(reference=other.answer) for pair, other in zip(pairs, others, strict=True)]
+    return [
+        pair._replace(reference=other.answer) for pair, other in zip(pairs, others, strict=True)
+    ]
 
 
 def spread(items: Sequence[Any], count: int) -> list[Any]:
@@ -31,7 +38,8 @@ def spread(items: Sequence[Any], count: int) -> list[Any]:
 
 
 class Canaries:
-    """Asks a judge of pairs and collects a row each: what is expected, what was found, whether it passed.
+    """Asks a judge of pairs and collects a row each: what is expected, what was found, whether it
+    passed.
 
     `judged` (pairs and a title) gives the records of pairs, as `judge_pairs` does.
     """
@@ -42,11 +50,20 @@ class Canaries:
         self.records: list[dict[str, Any]] = []
 
     def same_answer(self, pairs: Sequence[Pair]) -> None:
-        """An answer against itself: half after the swap, by construction; how often the first is preferred tells."""
-        found = tally(self._judged("same answer twice", [pair._replace(reference=pair.answer) for pair in pairs]))
+        """An answer against itself: half after the swap, by construction.
+
+        How often the first is preferred tells.
+        """
+        found = tally(
+            self._judged(
+                "same answer twice", [pair._replace(reference=pair.answer) for pair in pairs]
+            )
+        )
         row = self._add("same answer twice", "50 % after the swap", found)
         first = found["first_preferred"]["value"]
-        row["note"] = "no preference" if first is None else f"the first preferred in {percent(first)}"
+        row["note"] = (
+            "no preference" if first is None else f"the first preferred in {percent(first)}"
+        )
 
     def over_shuffled(self, pairs: Sequence[Pair]) -> None:
         """Good answers against answers to other instructions."""
@@ -63,25 +80,37 @@ class Canaries:
         row["note"] = f"{found['wins']} won, {found['losses']} lost"
 
     def agreement(self, pairs: Sequence[Pair], preferred: Sequence[bool], whose: str) -> None:
-        """Whether the judge prefers what another judge preferred (True: the answer, not the reference); a tie is half.
+        """Whether the judge prefers what another judge preferred (True: the answer, not the
+        reference); a tie is half.
 
         One model may be preferred nearly always: the two kinds of pairs are said apart too.
         """
         records = self._judged(f"agreement with {whose}", pairs)
         row = self._add(f"agreement with {whose}", "over 50 %", tally(records))
-        known = [(r["score"], wins) for r, wins in zip(records, preferred, strict=True) if r["score"] is not None]
-        agreed = {kind: [1 - abs(value - kind) for value, wins in known if wins is kind] for kind in (False, True)}
+        known = [
+            (r["score"], wins)
+            for r, wins in zip(records, preferred, strict=True)
+            if r["score"] is not None
+        ]
+        agreed = {
+            kind: [1 - abs(value - kind) for value, wins in known if wins is kind]
+            for kind in (False, True)
+        }
         together = sum(map(sum, agreed.values()))
         row |= rate(int(together), len(known))
         row["value"] = together / len(known) if known else None
         row["passed"] = bool(known) and row["interval_95"][0] > 0.5
         names = {False: "reference", True: "answer"}
         row["note"] = ", ".join(
-            f"{sum(agreed[kind]):g} of {len(agreed[kind])} where the {names[kind]} won" for kind in agreed
+            f"{sum(agreed[kind]):g} of {len(agreed[kind])} where the {names[kind]} won"
+            for kind in agreed
         )
 
     def behaviour(self, records: Sequence[dict[str, Any]]) -> None:
-        """What every judgement made so far must keep to: a verdict, and none against its own words."""
+        """What every judgement made so far must keep to:
+
+        a verdict, and none against its own words.
+        """
         found = tally([*self.records, *records])
         for what, limit in (("unparsed", UNPARSED_REFUSED), ("contradictions", CONTRADICTIONS)):
             row = {
@@ -110,6 +139,13 @@ class Canaries:
         share = rate(found["wins"] + ties // 2, parsed)
         if parsed:
             share["value"] = (found["wins"] + ties / 2) / parsed
-        row = {"canary": name, "expected": expected, "pairs": found["pairs"], **share, "passed": parsed > 0, "note": ""}
+        row = {
+            "canary": name,
+            "expected": expected,
+            "pairs": found["pairs"],
+            **share,
+            "passed": parsed > 0,
+            "note": "",
+        }
         self.rows.append(row)
         return row

@@ -1,7 +1,8 @@
-"""What a judge's text says: the verdict in the judge's own format, and whether the words before it say the opposite.
+"""What a judge's text says: the verdict in the judge's own format, and whether the words before it
+say the opposite.
 
-A text that does not hold exactly one verdict, in that format and on that scale, is unparsed (None). It is never read as
-a tie or as a middle score.
+A text that does not hold exactly one verdict, in that format and on that scale, is unparsed (None).
+It is never read as a tie or as a middle score.
 """
 
 import re
@@ -9,16 +10,21 @@ from collections.abc import Callable
 
 Verdict = str | float | None
 
-# What may stand around a verdict without changing it: "[RESULT] (A)", "[RESULT]: **B**." and the like.
+# What may stand around a verdict without changing it: "[RESULT] (A)", "[RESULT]: **B**." and the
+# like.
 _OPEN = r"[\s:=\"'“”‘’`*_(\[]*"
 _CLOSE = r"[^\S\n\"'“”‘’`*_)\].]*[\"'“”‘’`*_)\].\t ]*$"
 _MARK = r"\[RESULT\]"
 # The format as the prompt words it: a judge that repeats the prompt has not judged yet.
 _ECHO = re.compile(_MARK + r"\s*\((?:A or B|an integer number between 1 and 5)\)", re.IGNORECASE)
 _LETTER = re.compile(rf"{_MARK}{_OPEN}(?:Response\s+)?([AB]){_CLOSE}", re.IGNORECASE | re.MULTILINE)
-_INTEGER = re.compile(rf"{_MARK}{_OPEN}(\d+)(?:\s*/\s*5|\s+out\s+of\s+5)?{_CLOSE}", re.IGNORECASE | re.MULTILINE)
+_INTEGER = re.compile(
+    rf"{_MARK}{_OPEN}(\d+)(?:\s*/\s*5|\s+out\s+of\s+5)?{_CLOSE}", re.IGNORECASE | re.MULTILINE
+)
 _DOUBLE_LETTER = re.compile(r"\[\[\s*([ABC])\s*\]\]")
-_DOUBLE_NUMBER = re.compile(r"\[\[\s*(?:rating:?\s*)?(\d+(?:\.\d+)?)(?:\s*/\s*10)?\s*\]\]", re.IGNORECASE)
+_DOUBLE_NUMBER = re.compile(
+    r"\[\[\s*(?:rating:?\s*)?(\d+(?:\.\d+)?)(?:\s*/\s*10)?\s*\]\]", re.IGNORECASE
+)
 # FastChat's own second try, but where the word stands before it: "[7]" alone may be a footnote.
 _RATED = re.compile(r"\brating\W{1,4}\[(\d+(?:\.\d+)?)\]", re.IGNORECASE)
 
@@ -80,18 +86,25 @@ _GAP = rf"(?P<gap>(?:(?!{_KIND}(?-i:[AB])\b)[^.;!?\n]){{0,60}}?\b)"
 _SAYINGS = [
     (rf"\b{_KIND}{_LETTERED}{_GAP}{_WORSE}\b", True),
     (rf"\b{_KIND}{_LETTERED}{_GAP}{_BETTER}\b", False),
-    (rf"\b{_BETTER}\s+(?:response|answer|assistant|one|choice|option){_GAP}(?:is|:)\s+(?:{_KIND})?{_LETTERED}", False),
+    (
+        rf"\b{_BETTER}\s+(?:response|answer|assistant|one|choice|option){_GAP}(?:is|:)\s+(?:{_KIND})?{_LETTERED}",
+        False,
+    ),
     (rf"\b(?:prefer|choose|favou?r)(?P<gap>\s+){_KIND}{_LETTERED}", False),
 ]
 _SAYINGS = [(re.compile(pattern, re.IGNORECASE), worse) for pattern, worse in _SAYINGS]
 _NEGATED = re.compile(r"\b(?:not|no|never|nor|hardly|cannot|if|would|could)\b|n't\b", re.IGNORECASE)
-_CLAUSE = re.compile(r"[.;!?\n]+(?:\s|$)|,?\s+(?:but|however|while|whereas|although|though|yet)\b,?", re.IGNORECASE)
+_CLAUSE = re.compile(
+    r"[.;!?\n]+(?:\s|$)|,?\s+(?:but|however|while|whereas|although|though|yet)\b,?", re.IGNORECASE
+)
 
 
 def praised(text: str) -> str | None:
-    """A or B: the answer that the words of a pairwise judgement call better, None where they do not say it plainly.
+    """A or B: the answer that the words of a pairwise judgement call better, None where they do not
+    say it plainly.
 
-    English alone is read; the last clause that compares decides. It is a check on judges, never a verdict.
+    English alone is read; the last clause that compares decides. It is a check on judges, never a
+    verdict.
     """
     found = None
     for clause in _CLAUSE.split(_without_verdict(text)):
@@ -109,7 +122,9 @@ def praised(text: str) -> str | None:
 
 
 def contradicts(text: str, verdict: Verdict) -> bool:
-    """Whether the words of a pairwise judgement call the one answer better and its verdict names the other."""
+    """Whether the words of a pairwise judgement call the one answer better and its verdict names
+    the other.
+    """
     words = praised(text) if verdict in ("A", "B") else None
     return words is not None and words != verdict
 

@@ -1,4 +1,7 @@
-"""Collectives of an optimizer step: how often processes talk to each other, and how much one of them hands over."""
+"""Collectives of an optimizer step:
+
+how often processes talk to each other, and how much one of them hands over.
+"""
 
 from collections import defaultdict
 from typing import Any
@@ -12,9 +15,12 @@ _BYTES = {"double": 8, "long int": 8, "float": 4, "int": 4, "c10::BFloat16": 2, 
 
 
 class Collectives:
-    """Watches one step of this process; `facts` has calls and MB (2**20 bytes) by kind once it is over.
+    """Watches one step of this process.
 
-    What is counted is what the backend was given: shards for an all-gather, whole gradients for an all-reduce.
+    `facts` has calls and MB (2**20 bytes) by kind once it is over.
+
+    What is counted is what the backend was given: shards for an all-gather, whole gradients for an
+    all-reduce.
     """
 
     def __init__(self) -> None:
@@ -27,7 +33,10 @@ class Collectives:
         self._profile.start()
 
     def end(self) -> None:
-        """The step is over, its batches read and its logs not yet written; nothing where none had begun."""
+        """The step is over, its batches read and its logs not yet written.
+
+        Nothing where none had begun.
+        """
         if self._profile is None:
             return
         self._profile.stop()
@@ -37,7 +46,9 @@ class Collectives:
                 kind = found[event.name().partition(":")[2].strip("_")]
                 kind["calls"] += 1
                 kind["mb"] += _bytes(event) / 2**20
-        self.facts = {name: one | {"mb": round(one["mb"], 3)} for name, one in sorted(found.items())}
+        self.facts = {
+            name: one | {"mb": round(one["mb"], 3)} for name, one in sorted(found.items())
+        }
         self._profile = None
 
 
@@ -48,4 +59,6 @@ def several_processes() -> bool:
 
 def _bytes(event: Any) -> int:
     sizes = (torch.Size(shape).numel() for shape in event.shapes() if shape)
-    return sum(size * _BYTES.get(kind, 1) for size, kind in zip(sizes, event.dtypes(), strict=False))
+    return sum(
+        size * _BYTES.get(kind, 1) for size, kind in zip(sizes, event.dtypes(), strict=False)
+    )

@@ -16,18 +16,24 @@ class Flops(NamedTuple):
 def flops_per_token(model: nn.Module) -> Flops:
     """Model FLOPs a token, forward and backward.
 
-    4 for each frozen matrix parameter (2 forward, 2 for the gradient of its input) and 6 for each trainable one (2 more
-    for its own gradient). The embedding is a lookup; the head, tied or not, counts where a token is in the loss.
-    Attention scores and recomputation under checkpointing are left out. 6N for every parameter would count gradients
-    that LoRA never computes; of experts those that a token goes to are counted, of a module saved whole its copy.
+    4 for each frozen matrix parameter (2 forward, 2 for the gradient of its input) and 6 for each
+    trainable one (2 more for its own gradient). The embedding is a lookup; the head, tied or not,
+    counts where a token is in the loss. Attention scores and recomputation under checkpointing are
+    left out. 6N for every parameter would count gradients that LoRA never computes; of experts
+    those that a token goes to are counted, of a module saved whole its copy.
     """
     head = model.get_output_embeddings()
     head = next(iter(getattr(head, "modules_to_save", {}).values()), head).weight
     left_out = {id(head), *(id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding))}
     left_out |= {id(p) for name, p in model.named_parameters() if ".original_module." in name}
     taken = _experts_taken(model.config.get_text_config())
-    matrices = {name: p for name, p in model.named_parameters() if p.ndim > 1 and id(p) not in left_out}
-    return Flops(sum(_flops(p) * (taken if ".experts." in name else 1) for name, p in matrices.items()), _flops(head))
+    matrices = {
+        name: p for name, p in model.named_parameters() if p.ndim > 1 and id(p) not in left_out
+    }
+    return Flops(
+        sum(_flops(p) * (taken if ".experts." in name else 1) for name, p in matrices.items()),
+        _flops(head),
+    )
 
 
 def _flops(parameter: nn.Parameter) -> float:
@@ -35,7 +41,10 @@ def _flops(parameter: nn.Parameter) -> float:
 
 
 def _experts_taken(config: PreTrainedConfig) -> float:
-    """The share of a mixture's experts that work on a token; 1 where the config does not say it in one number."""
+    """The share of a mixture's experts that work on a token.
+
+    1 where the config does not say it in one number.
+    """
     fields = config.to_dict()
     experts, taken = (
         next((fields[name] for name in names if isinstance(fields.get(name), int)), None)

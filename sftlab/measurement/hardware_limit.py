@@ -16,13 +16,17 @@ def significant(value: float) -> float:
 
 
 def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOP/s of a square matrix product of random data on `device`: the best of several, as a limit is.
+    """FLOP/s of a square matrix product of random data on `device`: the best of several, as a limit
+    is.
 
-    A CPU does a linear layer's product, of growing sizes while they are quick: without instructions for 16 bits one
-    of size 2,048 takes a second, and a minute with its second matrix in the other order.
+    A CPU does a linear layer's product, of growing sizes while they are quick: without instructions
+    for 16 bits one of size 2,048 takes a second, and a minute with its second matrix in the other
+    order.
     """
     on_gpu = device.type == "cuda"
-    sizes, repeats, product = ((8192,), 20, torch.matmul) if on_gpu else ((256, 512, 1024, 2048), 5, F.linear)
+    sizes, repeats, product = (
+        ((8192,), 20, torch.matmul) if on_gpu else ((256, 512, 1024, 2048), 5, F.linear)
+    )
     best = 0.0
     for size in sizes:
         a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
@@ -41,8 +45,12 @@ def _seconds(product: Callable[..., torch.Tensor], a: torch.Tensor, b: torch.Ten
     return time.perf_counter() - start
 
 
-def share_of_limit(facts: dict[str, Any], device: torch.device, dtype: torch.dtype, world_size: int) -> dict[str, Any]:
-    """The measured matrix rate of one device and the share of it that the run's model FLOPs reached."""
+def share_of_limit(
+    facts: dict[str, Any], device: torch.device, dtype: torch.dtype, world_size: int
+) -> dict[str, Any]:
+    """The measured matrix rate of one device and the share of it that the run's model FLOPs
+    reached.
+    """
     rate = matrix_rate(device, dtype) / 1e12
     reached = facts.get("model_tflops_per_s")
     return {

@@ -1,8 +1,10 @@
-"""What fills the memory in a step: parameters, gradients, optimizer state, activations, and work beyond them.
+"""What fills the memory in a step: parameters, gradients, optimizer state, activations, and work
+beyond them.
 
-Parameters, gradients and optimizer state are the tensors' own bytes, a rank's shards under FSDP. Activations are what
-the first micro-batch's forward leaves behind for its backward, and `peak` the most that was held in the step: both read
-from the allocator, on a CPU from the profiler's record of it.
+Parameters, gradients and optimizer state are the tensors' own bytes, a rank's shards under FSDP.
+Activations are what the first micro-batch's forward leaves behind for its backward, and `peak` the
+most that was held in the step: both read from the allocator, on a CPU from the profiler's record of
+it.
 """
 
 import resource
@@ -17,7 +19,8 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from transformers import TrainerCallback
 
 _FORWARD_ENDED = "sftlab: the forward ended"
-# The second step of a start is measured: the optimizer has its state then, and the warm-up is not yet over.
+# The second step of a start is measured: the optimizer has its state then, and the warm-up is not
+# yet over.
 _STEP = 1
 
 
@@ -31,7 +34,9 @@ class MemorySplit(TrainerCallback):
         self._parts: dict[str, int] = {}
         self._profile: profile | None = None
 
-    def on_step_begin(self, args: Any, state: Any, control: Any, model: nn.Module, **kwargs: Any) -> None:
+    def on_step_begin(
+        self, args: Any, state: Any, control: Any, model: nn.Module, **kwargs: Any
+    ) -> None:
         """Begin to watch."""
         self._first = state.global_step if self._first is None else self._first
         if state.global_step != self._first + _STEP:
@@ -56,17 +61,25 @@ class MemorySplit(TrainerCallback):
             with record_function(_FORWARD_ENDED):
                 pass
 
-    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: nn.Module, **kwargs: Any) -> None:
+    def on_pre_optimizer_step(
+        self, args: Any, state: Any, control: Any, model: nn.Module, **kwargs: Any
+    ) -> None:
         """Gradients are complete."""
         if self._parts:
-            self._parts["gradients"] = _bytes(p.grad for p in model.parameters() if p.grad is not None)
+            self._parts["gradients"] = _bytes(
+                p.grad for p in model.parameters() if p.grad is not None
+            )
 
-    def on_step_end(self, args: Any, state: Any, control: Any, optimizer: Any, **kwargs: Any) -> None:
+    def on_step_end(
+        self, args: Any, state: Any, control: Any, optimizer: Any, **kwargs: Any
+    ) -> None:
         """Read what was seen."""
         if not self._parts:
             return
         states = (value for one in optimizer.state.values() for value in one.values())
-        self._parts["optimizer_state"] = _bytes(value for value in states if isinstance(value, torch.Tensor))
+        self._parts["optimizer_state"] = _bytes(
+            value for value in states if isinstance(value, torch.Tensor)
+        )
         if self._profile is None:
             self._parts["peak"] = torch.cuda.max_memory_allocated()
         else:
@@ -79,7 +92,10 @@ class MemorySplit(TrainerCallback):
 
 
 def peak_beyond(work: Callable[[], Any]) -> int:
-    """The most bytes that `work` held beyond what was held before it; from the allocator, on a CPU its record."""
+    """The most bytes that `work` held beyond what was held before it.
+
+    From the allocator, on a CPU its record.
+    """
     if torch.cuda.is_available():
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
@@ -93,7 +109,10 @@ def peak_beyond(work: Callable[[], Any]) -> int:
 
 
 def _kept_beside(model: nn.Module) -> list[torch.Tensor]:
-    """What weights need that is no parameter: float8 ones a second time, scales of the blocks of 4-bit ones."""
+    """What weights need that is no parameter:
+
+    float8 ones a second time, scales of the blocks of 4-bit ones.
+    """
     scales = [state for m in model.modules() if (state := vars(m).get("quant_state")) is not None]
     scales += [state.state2 for state in scales if state.state2 is not None]
     values = (value for thing in [*model.modules(), *scales] for value in vars(thing).values())
@@ -106,7 +125,9 @@ def _bytes(tensors: Any) -> int:
 
 
 def _from_record(record: profile) -> tuple[int, int]:
-    """Bytes held beyond the beginning when the first forward ended, and the most that were held beyond it."""
+    """Bytes held beyond the beginning when the first forward ended, and the most that were held
+    beyond it.
+    """
     events, changes = record.profiler.kineto_results.events(), _changes(record)
     ended = min(event.start_ns() for event in events if event.name() == _FORWARD_ENDED)
     return sum(change for time, change in changes if time <= ended), _most(changes)
@@ -114,22 +135,29 @@ def _from_record(record: profile) -> tuple[int, int]:
 
 def _changes(record: profile) -> list[tuple[int, int]]:
     events = record.profiler.kineto_results.events()
-    return sorted((event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]")
+    return sorted(
+        (event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]"
+    )
 
 
 def _most(changes: Sequence[tuple[int, int]]) -> int:
     return max(accumulate((change for _, change in changes), initial=0))
 
 
-def peak_memory(split: MemorySplit | None = None, earlier: dict[str, Any] | None = None) -> list[dict[str, float]]:
+def peak_memory(
+    split: MemorySplit | None = None, earlier: dict[str, Any] | None = None
+) -> list[dict[str, float]]:
     """`peak_of_process` of every rank; every process calls it."""
     return gather_object([peak_of_process(split, earlier)])
 
 
-def peak_of_process(split: MemorySplit | None = None, earlier: dict[str, Any] | None = None) -> dict[str, Any]:
+def peak_of_process(
+    split: MemorySplit | None = None, earlier: dict[str, Any] | None = None
+) -> dict[str, Any]:
     """Peak memory in GB (2**30 bytes): GPU allocated and reserved, or the process's resident set.
 
-    With `split`, a step's memory by part as well. With `earlier`, what an earlier start of the run had, the larger one.
+    With `split`, a step's memory by part as well. With `earlier`, what an earlier start of the run
+    had, the larger one.
     """
     before, parts = (split.peak_before, split.facts) if split else (0, {})
     earlier = earlier or {}

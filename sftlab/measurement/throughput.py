@@ -1,4 +1,7 @@
-"""What a run measures of itself: steady-state throughput, share of the hardware limit, peak memory, times."""
+"""What a run measures of itself:
+
+steady-state throughput, share of the hardware limit, peak memory, times.
+"""
 
 import time
 from typing import Any
@@ -20,7 +23,8 @@ WARMUP_STEPS = 5
 class Meter(TrainerCallback):
     """Counts real tokens and rows over the steady state: warm-up, evaluation and saving excluded.
 
-    The clock stops where an evaluation or a checkpoint follows a step and starts again with the next step.
+    The clock stops where an evaluation or a checkpoint follows a step and starts again with the
+    next step.
     """
 
     def __init__(self) -> None:
@@ -36,7 +40,9 @@ class Meter(TrainerCallback):
         self.collectives = Collectives()
 
     def count(self, tokens: int, rows: int, loss_tokens: int) -> None:
-        """Add one micro-batch: its tokens that are not padding, its rows, and its tokens that are in the loss."""
+        """Add one micro-batch: its tokens that are not padding, its rows, and its tokens that are
+        in the loss.
+        """
         self._counts += (tokens, rows, loss_tokens)
 
     def on_step_begin(
@@ -53,11 +59,16 @@ class Meter(TrainerCallback):
         if self._window is None and state.global_step >= self._first_global_step + warmup:
             synchronize()
             if not self._warmed_up:
-                self._warmed_up, self._warmup_steps = time.perf_counter() - self._began - self.waited_s, warmup
+                self._warmed_up, self._warmup_steps = (
+                    time.perf_counter() - self._began - self.waited_s,
+                    warmup,
+                )
             self._counts[:] = 0
             self._window = (time.perf_counter(), state.global_step)
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         """Close the window before an evaluation, a checkpoint or the end."""
         self.collectives.end()
         # the last step of a whole warm-up: no timed one is slowed
@@ -107,9 +118,12 @@ class Meter(TrainerCallback):
         return min(WARMUP_STEPS, max(1, (state.max_steps - self._first_global_step) // 4))
 
     def facts(self, flops: "Flops") -> dict[str, Any]:
-        """Throughput over all processes for run.json; every process calls it. None where no step was timed.
+        """Throughput over all processes for run.json; every process calls it.
 
-        `warm_up_s` is what the first steps took longer than as many steady ones: compilation, first allocations.
+        None where no step was timed.
+
+        `warm_up_s` is what the first steps took longer than as many steady ones: compilation, first
+        allocations.
         """
         ranks = gather_object([[*self._counted.tolist(), self._seconds]])
         tokens, rows, loss_tokens, _ = (sum(column) for column in zip(*ranks, strict=True))
@@ -129,7 +143,9 @@ class Meter(TrainerCallback):
             facts["tokens_per_s"] = round(tokens / seconds, 1)
             facts["rows_per_s"] = round(rows / seconds, 3)
             facts["step_time_s"] = round(seconds / self._steps, 5)
-            facts["warm_up_s"] = round(self._warmed_up - self._warmup_steps * seconds / self._steps, 2)
+            facts["warm_up_s"] = round(
+                self._warmed_up - self._warmup_steps * seconds / self._steps, 2
+            )
             work = flops.token * tokens + flops.loss_token * loss_tokens
             facts["model_tflops_per_s"] = significant(work / seconds / 1e12)
         return facts

@@ -13,7 +13,9 @@ VARIABLE = "SFTLAB_TURN"
 
 
 def wait_for_turn(give_back: Callable[[], Any] | None = None) -> float:
-    """Say that this process is warm, and wait until it is let through; the seconds. None without a study around it.
+    """Say that this process is warm, and wait until it is let through; the seconds.
+
+    None without a study around it.
 
     `give_back` is called before a wait: for memory that this process keeps and does not use.
     """

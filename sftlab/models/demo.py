@@ -1,7 +1,8 @@
 """A small world of facts and skills, and a base model that knows it: what the offline demo tunes.
 
-A kind of task draws its slots (`DRAWS`) and puts them into words (`SPEC`): ways to ask, the context to show,
-the one way to answer, the bare answer, and other forms in which the base meets the matter in pre-training.
+A kind of task draws its slots (`DRAWS`) and puts them into words (`SPEC`): ways to ask, the context
+to show, the one way to answer, the bare answer, and other forms in which the base meets the matter
+in pre-training.
 """
 
 from collections.abc import Callable, Sequence
@@ -68,13 +69,21 @@ def _sum(rng: Random) -> Slots:
 
 
 def _listing(low: int, high: int) -> Callable[[Random], Slots]:
-    """A drawer of a list of `low` to `high` different words, with its ends, its length and its reverse."""
+    """A drawer of a list of `low` to `high` different words, with its ends, its length and its
+    reverse.
+    """
     words = WORDS.split()
 
     def draw(rng: Random) -> Slots:
         items = rng.sample(words, rng.randint(low, high))
         forward, backward = ", ".join(items), ", ".join(reversed(items))
-        return {"list": forward, "back": backward, "first": items[0], "last": items[-1], "n": str(len(items))}
+        return {
+            "list": forward,
+            "back": backward,
+            "first": items[0],
+            "last": items[-1],
+            "n": str(len(items)),
+        }
 
     return draw
 
@@ -100,9 +109,10 @@ DRAWS: dict[str, Callable[[Random], Slots]] = {
     "city": _person,
 }
 
-# A kind, then its fields with their variants. `short`, the bare answer, is {b} unless said. No form may hold
-# an answer word for word: the base is to know the matter, and tuning to teach the manner. Words to copy never
-# open a line, as byte-level BPE has another token for a word without the blank before it.
+# A kind, then its fields with their variants. `short`, the bare answer, is {b} unless said. No form
+# may hold an answer word for word: the base is to know the matter, and tuning to teach the manner.
+# Words to copy never open a line, as byte-level BPE has another token for a word without the blank
+# before it.
 SPEC = """
 kind capital
 ask What is the capital of {a}?|Name the capital city of {a}.|Which city is the capital of {a}?
@@ -175,7 +185,9 @@ def _kinds(spec: str) -> dict[str, Fields]:
         if field == "kind":
             fields = kinds[rest] = {"context": [], "short": ["{b}"]}
         else:
-            fields[field] = rest.split("|") if field == "short" else fields.get(field, []) + rest.split("|")
+            fields[field] = (
+                rest.split("|") if field == "short" else fields.get(field, []) + rest.split("|")
+            )
     return kinds
 
 
@@ -183,7 +195,8 @@ KINDS = _kinds(SPEC)
 # What takes a base longest to learn, the copying above all, it meets more often.
 LESSONS = [*KINDS, "reverse", "last"]
 
-# How a question may look in pre-training: with a bare answer, and under other headings than those of tuning.
+# How a question may look in pre-training: with a bare answer, and under other headings than those
+# of tuning.
 QUIZZES = (
     "Q: {ask} {context} A: {short}.",
     "### Question\n{ask}\n\n### Text\n{context}\n\n### Answer: {short}.\n",
@@ -195,13 +208,20 @@ GLOSSARY = "Words: an Instruction is an order, a Context is a setting, a Respons
 
 def _row(fields: Fields, slots: Slots, rng: Random) -> dict[str, str]:
     """One task in Dolly's columns."""
-    ask, answer, context = rng.choice(fields["ask"]), fields["answer"][0], "".join(fields["context"])
+    ask, answer, context = (
+        rng.choice(fields["ask"]),
+        fields["answer"][0],
+        "".join(fields["context"]),
+    )
     texts = {"instruction": ask, "context": context, "response": answer}
     return {column: text.format(**slots) for column, text in texts.items()}
 
 
 def _lesson(fields: Fields, slots: Slots, rng: Random) -> list[str]:
-    """Two or three forms of one task for pre-training. Saying a thing again is what teaches to copy."""
+    """Two or three forms of one task for pre-training.
+
+    Saying a thing again is what teaches to copy.
+    """
     lines = []
     for _ in range(rng.randint(2, 3)):
         form = rng.choice(fields["form"])
@@ -224,7 +244,9 @@ def instruction_rows(count: int, seed: int) -> list[dict[str, str]]:
 
 
 def pretraining_text(count: int, seed: int) -> list[str]:
-    """`count` short documents of the same world, in other forms than the rows of `instruction_rows`."""
+    """`count` short documents of the same world, in other forms than the rows of
+    `instruction_rows`.
+    """
     rng, documents = Random(seed), []
     for _ in range(count):
         kind = rng.choice(LESSONS)
@@ -239,14 +261,19 @@ def train_tokenizer(texts: Sequence[str], vocab_size: int = 2048) -> PreTrainedT
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
     special, alphabet = [BOS, EOS, PAD], pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=special, initial_alphabet=alphabet)
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size, special_tokens=special, initial_alphabet=alphabet
+    )
     bpe.train_from_iterator(texts, trainer)
     names = {"bos_token": BOS, "eos_token": EOS, "pad_token": PAD}
     return PreTrainedTokenizerFast(tokenizer_object=bpe, model_max_length=1024, **names)
 
 
 def build_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> LlamaForCausalLM:
-    """A Llama of some 350,000 fp32 parameters: 2 layers of width 96, 4 heads over 2 key-value heads."""
+    """A Llama of some 350,000 fp32 parameters:
+
+    2 layers of width 96, 4 heads over 2 key-value heads.
+    """
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=96,
@@ -258,7 +285,10 @@ def build_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> LlamaForCausal
         tie_word_embeddings=True,
         initializer_range=0.08,
         rope_parameters={"rope_type": "default", "rope_theta": 1000.0},
-        **{f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")},
+        **{
+            f"{name}_token_id": getattr(tokenizer, f"{name}_token_id")
+            for name in ("bos", "eos", "pad")
+        },
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -266,7 +296,9 @@ def build_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> LlamaForCausal
 
 
 def pack(tokenizer: PreTrainedTokenizerFast, texts: Sequence[str]) -> torch.Tensor:
-    """Token ids [blocks, BLOCK] of the documents, each between bos and eos, end to end, without the rest."""
+    """Token ids [blocks, BLOCK] of the documents, each between bos and eos, end to end, without the
+    rest.
+    """
     encoded = tokenizer(list(texts), add_special_tokens=False)["input_ids"]
     ids = [i for one in encoded for i in (tokenizer.bos_token_id, *one, tokenizer.eos_token_id)]
     return torch.tensor(ids[: len(ids) // BLOCK * BLOCK]).view(-1, BLOCK)
@@ -279,7 +311,10 @@ def pretrain(
     on_step: Callable[[int, float], None],
     seed: int,
 ) -> list[float]:
-    """Train in place on blocks [blocks, BLOCK]; returns the loss of every step in nats per token."""
+    """Train in place on blocks [blocks, BLOCK].
+
+    Returns the loss of every step in nats per token.
+    """
     optimizer = torch.optim.AdamW(model.parameters(), lr=PEAK_RATE, betas=(0.9, 0.98), fused=True)
     schedule = cosine_with_warmup(optimizer, steps // 20, steps)
     sampler = torch.Generator().manual_seed(seed)

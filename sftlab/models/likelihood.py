@@ -1,7 +1,8 @@
-"""Negative log-likelihood of responses and whole texts: summed over tokens, never averaged over batches.
+"""Negative log-likelihood of responses and whole texts: summed over tokens, never averaged over
+batches.
 
-`eval_loss` of a trainer averages per-batch means, which depends on the batch size; perplexity here is
-exp(sum of negative log-likelihoods / number of tokens).
+`eval_loss` of a trainer averages per-batch means, which depends on the batch size; perplexity here
+is exp(sum of negative log-likelihoods / number of tokens).
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -16,7 +17,8 @@ from trl.trainer.utils import add_fused_lm_head
 class Likelihood(NamedTuple):
     """Per row [rows, 2]: summed negative log-likelihood in nats, and number of tokens.
 
-    `response` is over the response and its end token, `text` over the whole text but its first token.
+    `response` is over the response and its end token, `text` over the whole text but its first
+    token.
     """
 
     response: np.ndarray
@@ -29,7 +31,9 @@ def nats_per_token(parts: np.ndarray) -> float:
 
 
 def with_fused_head(model: PreTrainedModel) -> PreTrainedModel:
-    """Let `model(..., fused_lm_head=True)` return per-token log-probabilities without whole-batch logits."""
+    """Let `model(..., fused_lm_head=True)` return per-token log-probabilities without whole-batch
+    logits.
+    """
     add_fused_lm_head(model)
     return model
 
@@ -41,16 +45,20 @@ def likelihood(
     gather: Callable[[Any], Any] = lambda x: x,
     names: Sequence[int] | None = None,
 ) -> Likelihood:
-    """Score padded batches (`input_ids`, `attention_mask`, `labels`: [rows, tokens]) with a fused-head model.
+    """Score padded batches (`input_ids`, `attention_mask`, `labels`: [rows, tokens]) with a fused-
+    head model.
 
-    `gather` brings the rows of all processes together (accelerate's `gather_for_metrics`). Raises ValueError with the
-    row's number (that in `names`, if given) where the model gives no finite probability.
+    `gather` brings the rows of all processes together (accelerate's `gather_for_metrics`). Raises
+    ValueError with the row's number (that in `names`, if given) where the model gives no finite
+    probability.
     """
     collected = []
     for batch in batches:
         real = batch["attention_mask"].bool()
         labels = batch["input_ids"].masked_fill(~real, -100)
-        nll = -model(**batch | {"labels": labels}, use_cache=False, fused_lm_head=True).log_probs.double()
+        nll = -model(
+            **batch | {"labels": labels}, use_cache=False, fused_lm_head=True
+        ).log_probs.double()
         response = batch["labels"][:, 1:] != -100
         # where, not a product: a nan outside the response would spread into it
         in_response = torch.where(response, nll, 0.0).sum(dim=1)
@@ -60,16 +68,19 @@ def likelihood(
     broken = np.flatnonzero(~np.isfinite(parts).all(axis=1))
     if len(broken):
         row = names[broken[0]] if names is not None else broken[0]
-        raise ValueError(f"row {row}: the model gives no finite probability (NaN or infinite logits)")
+        raise ValueError(
+            f"row {row}: the model gives no finite probability (NaN or infinite logits)"
+        )
     return Likelihood(parts[:, :2], parts[:, 2:])
 
 
 @torch.no_grad()
 def nats_of_the_token_read(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> float:
-    """Mean nats at which the model, having read a token, predicts that same token again, on one padded batch.
+    """Mean nats at which the model, having read a token, predicts that same token again, on one
+    padded batch.
 
-    A model trained on labels that were not shifted by one predicts what it reads: this is then lower than the nats of
-    the next token.
+    A model trained on labels that were not shifted by one predicts what it reads: this is then
+    lower than the nats of the next token.
     """
     real = batch["attention_mask"].bool()
     inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}

@@ -5,7 +5,13 @@ from typing import Any
 
 import torch
 from huggingface_hub.errors import GatedRepoError, OfflineModeIsEnabled, RepositoryNotFoundError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedTokenizerBase,
+)
 from transformers.pytorch_utils import Conv1D
 
 from sftlab.config.recipe import ModelArguments, TrainingArguments
@@ -14,9 +20,13 @@ from sftlab.config.recipe import ModelArguments, TrainingArguments
 LINEAR_LAYERS = (torch.nn.Linear, Conv1D)
 
 
-def load_tokenizer(name: str, revision: str, training: TrainingArguments) -> PreTrainedTokenizerBase:
+def load_tokenizer(
+    name: str, revision: str, training: TrainingArguments
+) -> PreTrainedTokenizerBase:
     """The base model's tokenizer; ValueError says what to do where the model cannot be had."""
-    tokenizer = _from_hub(AutoTokenizer, name, revision=revision, trust_remote_code=training.trust_remote_code)
+    tokenizer = _from_hub(
+        AutoTokenizer, name, revision=revision, trust_remote_code=training.trust_remote_code
+    )
     if training.eos_token is not None:
         if training.eos_token not in tokenizer.get_vocab():
             raise ValueError(f"eos_token {training.eos_token!r} is not in the vocabulary of {name}")
@@ -24,17 +34,37 @@ def load_tokenizer(name: str, revision: str, training: TrainingArguments) -> Pre
     return tokenizer
 
 
-def load_config(name: str, revision: str, training: TrainingArguments, with_weights: bool = True) -> PreTrainedConfig:
-    """The base model's config, with the overrides of `model_init_kwargs` (for instance num_hidden_layers: 1)."""
+def load_config(
+    name: str, revision: str, training: TrainingArguments, with_weights: bool = True
+) -> PreTrainedConfig:
+    """The base model's config, with the overrides of `model_init_kwargs` (for instance
+    num_hidden_layers: 1).
+    """
     if Path(name).is_dir() and not (Path(name) / "config.json").is_file():
-        raise ValueError(f"base model {name} holds no config.json: give a model's folder, or its name on the hub")
+        raise ValueError(
+            f"base model {name} holds no config.json: give a model's folder, or its name on the hub"
+        )
     if with_weights and Path(name).is_dir() and not any(Path(name).glob("*.safetensors")):
-        raise ValueError(f"base model {name} holds no .safetensors file: pickled weights are not loaded")
+        raise ValueError(
+            f"base model {name} holds no .safetensors file: pickled weights are not loaded"
+        )
     overrides = training.model_init_kwargs or {}
-    config = _from_hub(AutoConfig, name, revision=revision, trust_remote_code=training.trust_remote_code, **overrides)
+    config = _from_hub(
+        AutoConfig,
+        name,
+        revision=revision,
+        trust_remote_code=training.trust_remote_code,
+        **overrides,
+    )
     taken = model_class(config)
-    if taken is not None and taken.config_class is type(config) and config.get_text_config() is not config:
-        raise ValueError(f"{name} is a {taken.__name__}, which sees more than text: give a model of text alone")
+    if (
+        taken is not None
+        and taken.config_class is type(config)
+        and config.get_text_config() is not config
+    ):
+        raise ValueError(
+            f"{name} is a {taken.__name__}, which sees more than text: give a model of text alone"
+        )
     return config
 
 
@@ -44,17 +74,29 @@ def model_class(config: PreTrainedConfig) -> type | None:
     return mapping.get(type(config), None)
 
 
-def check_target_modules(config: PreTrainedConfig, targets: str | list[str], trust_remote_code: bool) -> None:
-    """Raise ValueError, listing what the model has, where a LoRA target is not among its linear layers."""
+def check_target_modules(
+    config: PreTrainedConfig, targets: str | list[str], trust_remote_code: bool
+) -> None:
+    """Raise ValueError, listing what the model has, where a LoRA target is not among its linear
+    layers.
+    """
     if targets == "all-linear":
         return
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
-    has = sorted({n.rpartition(".")[2] for n, m in model.named_modules() if isinstance(m, LINEAR_LAYERS)} - {"lm_head"})
-    missing = [t for t in ([targets] if isinstance(targets, str) else targets) if t.rpartition(".")[2] not in has]
+    has = sorted(
+        {n.rpartition(".")[2] for n, m in model.named_modules() if isinstance(m, LINEAR_LAYERS)}
+        - {"lm_head"}
+    )
+    missing = [
+        t
+        for t in ([targets] if isinstance(targets, str) else targets)
+        if t.rpartition(".")[2] not in has
+    ]
     if missing:
         raise ValueError(
-            f"lora_target_modules {', '.join(missing)}: {type(model).__name__} has no such linear layer; it has "
+            f"lora_target_modules {', '.join(missing)}: {type(model).__name__} has no such linear "
+            "layer; it has "
             f"{', '.join(has)}"
         )
 
@@ -62,7 +104,10 @@ def check_target_modules(config: PreTrainedConfig, targets: str | list[str], tru
 def model_init_kwargs(
     model: ModelArguments, trust_remote_code: bool, overrides: dict[str, Any] | None
 ) -> dict[str, Any]:
-    """Keyword arguments of `from_pretrained`, for training and evaluation. Weights come as safetensors only."""
+    """Keyword arguments of `from_pretrained`, for training and evaluation.
+
+    Weights come as safetensors only.
+    """
     kwargs = {
         "revision": model.model_revision,
         "trust_remote_code": trust_remote_code,
@@ -87,10 +132,19 @@ def _from_hub(auto_class: Any, name: str, **kwargs: Any) -> Any:
                 f"{name} is gated: ask for access on its page, then log in with `hf auth login`"
             ) from error
         if isinstance(cause, RepositoryNotFoundError):
-            raise ValueError(f"{name} is not on the hub, or private: log in with `hf auth login`") from error
-        if isinstance(cause, OfflineModeIsEnabled) or "offline" in str(error) or "connect" in str(error):
             raise ValueError(
-                f"base model {name} is neither a local folder nor in the cache, and the hub cannot be reached; a gated "
+                f"{name} is not on the hub, or private: log in with `hf auth login`"
+            ) from error
+        if (
+            isinstance(cause, OfflineModeIsEnabled)
+            or "offline" in str(error)
+            or "connect" in str(error)
+        ):
+            raise ValueError(
+                f"base model {name} is neither a local folder nor in the cache, and the hub cannot "
+                "be reached; a gated "
                 f"model also needs `hf auth login`"
             ) from error
-        raise ValueError(f"base model {name} cannot be read: {str(error).splitlines()[0]}") from error
+        raise ValueError(
+            f"base model {name} cannot be read: {str(error).splitlines()[0]}"
+        ) from error

@@ -1,4 +1,7 @@
-"""Random-initialised models of published shapes: what speed and memory are measured on where no weights can be had."""
+"""Random-initialised models of published shapes:
+
+what speed and memory are measured on where no weights can be had.
+"""
 
 import json
 import os
@@ -58,7 +61,9 @@ SHAPES: dict[str, dict[str, Any]] = {
 
 
 def random_files(shape: str, longest: int, shortest: int = 16) -> tuple[Path, Path]:
-    """Where a random-initialised model of words and rows for it of `shortest` to `longest` tokens are kept."""
+    """Where a random-initialised model of words and rows for it of `shortest` to `longest` tokens
+    are kept.
+    """
     if shape not in SHAPES:
         raise ValueError(f"no shape {shape!r}: there are {', '.join(SHAPES)}")
     lengths = f"{longest}" if shortest == 16 else f"{shortest}to{longest}"
@@ -73,8 +78,12 @@ def make_random_files(shape: str, longest: int, count: int = 3000, shortest: int
         write_rows(rows, AutoTokenizer.from_pretrained(folder), count, longest, shortest)
 
 
-def save_random_llama(folder: Path, tokenizer: str | None = None, shape: str = "llama3.2-1b") -> None:
-    """A random-initialised model of a published shape (bfloat16), with a folder's tokenizer or `word_tokenizer`."""
+def save_random_llama(
+    folder: Path, tokenizer: str | None = None, shape: str = "llama3.2-1b"
+) -> None:
+    """A random-initialised model of a published shape (bfloat16), with a folder's tokenizer or
+    `word_tokenizer`.
+    """
     if (folder / "config.json").is_file():
         return
     torch.manual_seed(0)
@@ -83,7 +92,11 @@ def save_random_llama(folder: Path, tokenizer: str | None = None, shape: str = "
         model = LlamaForCausalLM(config).to(torch.bfloat16)
     model.cpu()
     torch.cuda.empty_cache()
-    own = word_tokenizer(config.vocab_size) if tokenizer is None else AutoTokenizer.from_pretrained(tokenizer)
+    own = (
+        word_tokenizer(config.vocab_size)
+        if tokenizer is None
+        else AutoTokenizer.from_pretrained(tokenizer)
+    )
     unfinished = folder.with_name(f".{folder.name}-{os.getpid()}")
     model.save_pretrained(unfinished)
     own.save_pretrained(unfinished)
@@ -94,57 +107,99 @@ def save_random_llama(folder: Path, tokenizer: str | None = None, shape: str = "
 
 
 def word_tokenizer(size: int) -> PreTrainedTokenizerFast:
-    """A tokenizer of `size` tokens, one a word: w0, w1, ..., <unk>, <eos> and <pad> the last three."""
+    """A tokenizer of `size` tokens, one a word:
+
+    w0, w1, ..., <unk>, <eos> and <pad> the last three.
+    """
     special = {"<unk>": size - 3, "<eos>": size - 2, "<pad>": size - 1}
     words = Tokenizer(WordLevel({f"w{i}": i for i in range(size - 3)} | special, unk_token="<unk>"))
     words.pre_tokenizer = WhitespaceSplit()
-    return PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>", eos_token="<eos>", pad_token="<pad>")
+    return PreTrainedTokenizerFast(
+        tokenizer_object=words, unk_token="<unk>", eos_token="<eos>", pad_token="<pad>"
+    )
 
 
 def random_lengths(
     count: int, longest: int, shortest: int = 16, generator: np.random.Generator | None = None
 ) -> np.ndarray:
-    """Tokens of the rows that `write_rows` writes: lognormal(5.75, 0.7), cut to `shortest`..`longest`."""
+    """Tokens of the rows that `write_rows` writes:
+
+    lognormal(5.75, 0.7), cut to `shortest`..`longest`.
+    """
     generator = generator or np.random.default_rng(0)
     return np.clip(generator.lognormal(5.75, 0.7, count).astype(int), shortest, longest)
 
 
 def write_rows(
-    path: Path, tokenizer: PreTrainedTokenizerBase, count: int, longest: int, shortest: int = 16, seed: int = 0
+    path: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    count: int,
+    longest: int,
+    shortest: int = 16,
+    seed: int = 0,
 ) -> None:
-    """Rows in Dolly's shape of random words, with lognormal(5.75, 0.7) tokens cut to `shortest`..`longest`.
+    """Rows in Dolly's shape of random words, with lognormal(5.75, 0.7) tokens cut to
+    `shortest`..`longest`.
 
-    Mean near 315 tokens at 512. Nearly all of a row is its response; its words are one token each under `tokenizer`.
+    Mean near 315 tokens at 512. Nearly all of a row is its response; its words are one token each
+    under `tokenizer`.
     """
     set_template(tokenizer)
     generator = np.random.default_rng(seed)
     lengths = random_lengths(count, longest, shortest, generator)
     texts = {tokenizer.decode([i]).strip() for i in range(256, min(30_000, len(tokenizer)))}
     texts = [text for text in sorted(texts) if re.fullmatch("[a-z]+[0-9]*", text) and len(text) > 2]
-    words = [text for text in texts if len(tokenizer.encode(f" {text}", add_special_tokens=False)) == 1]
-    row = {"prompt": [{"role": "user", "content": "1000"}], "completion": [{"role": "assistant", "content": words[0]}]}
+    words = [
+        text for text in texts if len(tokenizer.encode(f" {text}", add_special_tokens=False)) == 1
+    ]
+    row = {
+        "prompt": [{"role": "user", "content": "1000"}],
+        "completion": [{"role": "assistant", "content": words[0]}],
+    }
     around = len(encode(tokenizer, row, None)["input_ids"]) - 1
     unfinished = path.with_name(f".{path.name}-{os.getpid()}")
     with unfinished.open("w", encoding="utf-8") as file:
         for number, length in enumerate(lengths):
             text = " ".join(generator.choice(words, max(1, length - around)))
-            file.write(json.dumps({"instruction": f"{number}", "context": "", "response": text}) + "\n")
+            file.write(
+                json.dumps({"instruction": f"{number}", "context": "", "response": text}) + "\n"
+            )
     unfinished.rename(path)
 
 
-def train_random_llama(run: str, tokenizer: str, dataset: str, launch_config: str, flags: Sequence[str]) -> None:
-    """A finished run on such a model, by the trainer as a user starts it, under accelerate_configs/LAUNCH_CONFIG.yaml.
+def train_random_llama(
+    run: str, tokenizer: str, dataset: str, launch_config: str, flags: Sequence[str]
+) -> None:
+    """A finished run on such a model, by the trainer as a user starts it, under
+    accelerate_configs/LAUNCH_CONFIG.yaml.
 
-    `run` is relative to the repository, `dataset` a local file; `flags` override the recipe llama3.2-1b/attn_r16. The
-    model itself is kept in data/llama3.2-1b-random. CalledProcessError where the training fails.
+    `run` is relative to the repository, `dataset` a local file; `flags` override the recipe
+    llama3.2-1b/attn_r16. The model itself is kept in data/llama3.2-1b-random. CalledProcessError
+    where the training fails.
     """
     base = ROOT / "data" / "llama3.2-1b-random"
     save_random_llama(base, tokenizer)
     command = [
         *(sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch"),
         *("--config_file", f"accelerate_configs/{launch_config}.yaml", "recipes/sft.py"),
-        *("--config", "recipes/llama3.2-1b/attn_r16.yaml", "--model_name_or_path", str(base), "--output_dir", run),
-        *("--dataset_name", dataset, "--dataset_fraction", "1", "--eval_strategy", "no", "--save_strategy", "no"),
+        *(
+            "--config",
+            "recipes/llama3.2-1b/attn_r16.yaml",
+            "--model_name_or_path",
+            str(base),
+            "--output_dir",
+            run,
+        ),
+        *(
+            "--dataset_name",
+            dataset,
+            "--dataset_fraction",
+            "1",
+            "--eval_strategy",
+            "no",
+            "--save_strategy",
+            "no",
+        ),
         *("--overwrite", "true", *flags),
     ]
     subprocess.run(command, cwd=ROOT, check=True)

@@ -1,8 +1,10 @@
-"""The matrix of trainings on which the planner is measured: models, targets, precisions, strategies, lengths.
+"""The matrix of trainings on which the planner is measured: models, targets, precisions,
+strategies, lengths.
 
-A line of FITTED or HELD_OUT is a cell: shape, targets, precision, length x rows of a micro-batch, strategy, and what
-else is not as usual: `checkpointed`, `compiled` layers, `mixed` lengths (lognormal, up to the one named), a rank `r64`,
-`accumulated` over four micro-batches, `dropout`, `within40` GB that the allocator is given, fsdp `alone` on one GPU.
+A line of FITTED or HELD_OUT is a cell: shape, targets, precision, length x rows of a micro-batch,
+strategy, and what else is not as usual: `checkpointed`, `compiled` layers, `mixed` lengths
+(lognormal, up to the one named), a rank `r64`, `accumulated` over four micro-batches, `dropout`,
+`within40` GB that the allocator is given, fsdp `alone` on one GPU.
 """
 
 from typing import Any, NamedTuple
@@ -15,9 +17,11 @@ ATTENTION = ["q_proj", "v_proj", "o_proj"]
 TARGETS = {"attn": ATTENTION, "all": [*ATTENTION, "k_proj", "gate_proj", "up_proj", "down_proj"]}
 STEPS = 12
 QLORA = {
-    "load_in_4bit": "true", "use_bnb_nested_quant": "true", "bnb_4bit_quant_type": "nf4",
+    "load_in_4bit": "true",
+    "use_bnb_nested_quant": "true",
+    "bnb_4bit_quant_type": "nf4",
     "bnb_4bit_quant_storage": "bfloat16",
-}  # fmt: skip
+}
 
 
 class Cell(NamedTuple):
@@ -50,16 +54,23 @@ class Cell(NamedTuple):
         return self.name in HELD_OUT.split("\n")
 
     def files(self) -> tuple[str, int, int]:
-        """Shape, longest and shortest row, as sftlab/models/random_models.py keeps the model and the rows."""
+        """Shape, longest and shortest row, as sftlab/models/random_models.py keeps the model and
+        the rows.
+        """
         return SHAPES[self.shape], self.length, 16 if self.mixed else self.length
 
     def launch(self) -> tuple[str, dict[str, Any]]:
         """The launch config and accelerate's flags."""
         precision = {"fp32": "no", "nf4": "bf16"}.get(self.precision, self.precision)
-        file = {"single": "fp8" if self.precision == "fp8" else "single"}.get(self.strategy, self.strategy)
+        file = {"single": "fp8" if self.precision == "fp8" else "single"}.get(
+            self.strategy, self.strategy
+        )
         if self.precision == "fp8" and self.strategy == "ddp":
             file = "fp8"
-        return f"accelerate_configs/{file}.yaml", {"num_processes": self.gpus, "mixed_precision": precision}
+        return f"accelerate_configs/{file}.yaml", {
+            "num_processes": self.gpus,
+            "mixed_precision": precision,
+        }
 
     def fields(self) -> dict[str, Any]:
         """The recipe's fields."""
@@ -73,13 +84,25 @@ class Cell(NamedTuple):
             "save_strategy": "no", "overwrite": True, "disable_tqdm": True, "warmup_steps": 2, "logging_steps": 4,
         }  # fmt: skip
         if self.precision == "nf4":
-            fields |= QLORA | {"optim": "adamw_torch_fused" if self.strategy == "fsdp" else "paged_adamw_32bit"}
+            fields |= QLORA | {
+                "optim": "adamw_torch_fused" if self.strategy == "fsdp" else "paged_adamw_32bit"
+            }
         return fields
 
     def argv(self) -> list[str]:
         """Arguments of recipes/sft.py."""
-        words = [f"--{k}={str(v).lower() if isinstance(v, bool) else v}" for k, v in self.fields().items()]
-        words += ["--lora_target_modules", *TARGETS[self.targets], "--split_fractions", "0.99", "0", "0.01"]
+        words = [
+            f"--{k}={str(v).lower() if isinstance(v, bool) else v}"
+            for k, v in self.fields().items()
+        ]
+        words += [
+            "--lora_target_modules",
+            *TARGETS[self.targets],
+            "--split_fractions",
+            "0.99",
+            "0",
+            "0.01",
+        ]
         return ["--config", "recipes/llama3.2-1b/attn_r16.yaml", *words]
 
 
@@ -138,7 +161,8 @@ FITTED = """
 7b all nf4 512x8 ddp checkpointed compiled
 1b attn fp8 512x32 fsdp
 """
-# Measured after the constants of sftlab/planning/step_memory.py and sftlab/planning/step_time.py were there, and never looked at for them.
+# Measured after the constants of sftlab/planning/step_memory.py and sftlab/planning/step_time.py
+# were there, and never looked at for them.
 HELD_OUT = """
 1b all fp32 4096x1 single checkpointed
 1b all fp8 2048x4 single checkpointed compiled
@@ -173,7 +197,10 @@ def parse(line: str) -> Cell:
     """The cell of a line."""
     shape, targets, precision, size, strategy, *rest = line.split()
     length, rows = map(int, size.split("x"))
-    special: dict[str, Any] = {"checkpointing": "checkpointed" in rest, "compiled": "compiled" in rest}
+    special: dict[str, Any] = {
+        "checkpointing": "checkpointed" in rest,
+        "compiled": "compiled" in rest,
+    }
     special |= {
         "dropout": "dropout" in rest,
         "alone": "alone" in rest,

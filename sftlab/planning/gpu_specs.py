@@ -1,6 +1,8 @@
-"""What GPUs can hold and do: published figures of the ones that people fine-tune on, and those of this machine.
+"""What GPUs can hold and do: published figures of the ones that people fine-tune on, and those of
+this machine.
 
-Dense rates without sparsity, of products that add up in float32, from the makers' data sheets; memory as CUDA says it.
+Dense rates without sparsity, of products that add up in float32, from the makers' data sheets;
+memory as CUDA says it.
 """
 
 import re
@@ -15,9 +17,11 @@ HOST_US = 3.7
 
 @dataclass(frozen=True)
 class GPU:
-    """Memory in GB (2**30 bytes), TFLOP/s of matrix products by precision, GB/s (10**9) of memory and of one link.
+    """Memory in GB (2**30 bytes), TFLOP/s of matrix products by precision, GB/s (10**9) of memory
+    and of one link.
 
-    `host_us` is of the host beside it: microseconds a small operation takes there, by which launching kernels goes.
+    `host_us` is of the host beside it: microseconds a small operation takes there, by which
+    launching kernels goes.
     """
 
     name: str
@@ -36,7 +40,8 @@ class GPU:
         return {"fp32": self.fp32, "fp8": self.fp8 or self.half}.get(precision, self.half)
 
 
-# name, memory, capability, TFLOP/s in fp32, fp16 or bf16, fp8; GB/s of the memory, of a link in one direction
+# name, memory, capability, TFLOP/s in fp32, fp16 or bf16, fp8; GB/s of the memory, of a link in one
+# direction
 GPUS = {
     gpu.name: gpu
     for gpu in (
@@ -45,15 +50,29 @@ GPUS = {
         GPU("h100-80", 79.2, (9, 0), 67, 989, 1979, 3350, 450, ("H100",)),
         GPU("h100-pcie", 79.2, (9, 0), 51, 756, 1513, 2000, 64, ("H100 PCIe",)),
         GPU("a100-80", 79.2, (8, 0), 19.5, 312, None, 2039, 300, ("A100-SXM4-80GB", "A100 80GB")),
-        GPU("a100-40", 39.4, (8, 0), 19.5, 312, None, 1555, 300, ("A100-SXM4-40GB", "A100-PCIE-40GB")),
+        GPU(
+            "a100-40",
+            39.4,
+            (8, 0),
+            19.5,
+            312,
+            None,
+            1555,
+            300,
+            ("A100-SXM4-40GB", "A100-PCIE-40GB"),
+        ),
         GPU("l40s", 44.4, (8, 9), 91.6, 362, 733, 864, 32, ("L40S",)),
         GPU("l4", 22.0, (8, 9), 30.3, 121, 242, 300, 32, ("L4",)),
         GPU("a10", 22.0, (8, 6), 31.2, 125, None, 600, 32, ("A10",)),
         GPU("rtx6000-ada", 47.4, (8, 9), 91.1, 364, 728, 960, 32, ("RTX 6000 Ada",)),
         GPU("rtx4090", 23.5, (8, 9), 82.6, 165, 330, 1008, 32, ("RTX 4090",)),
         GPU("rtx3090", 23.6, (8, 6), 35.6, 71, None, 936, 32, ("RTX 3090",)),
-        GPU("v100-32", 31.7, (7, 0), 15.7, 125, None, 900, 150, ("V100-SXM2-32GB", "V100-PCIE-32GB")),
-        GPU("v100-16", 15.8, (7, 0), 15.7, 125, None, 900, 150, ("V100-SXM2-16GB", "V100-PCIE-16GB")),
+        GPU(
+            "v100-32", 31.7, (7, 0), 15.7, 125, None, 900, 150, ("V100-SXM2-32GB", "V100-PCIE-32GB")
+        ),
+        GPU(
+            "v100-16", 15.8, (7, 0), 15.7, 125, None, 900, 150, ("V100-SXM2-16GB", "V100-PCIE-16GB")
+        ),
         GPU("t4", 14.6, (7, 5), 8.1, 65, None, 320, 16, ("T4",)),
     )
 }
@@ -63,19 +82,29 @@ SAME_MEMORY = 0.08
 
 
 def find_gpu(name: str) -> GPU:
-    """A GPU by its name here, or `here` for this machine's first and its host; ValueError lists the known ones."""
+    """A GPU by its name here, or `here` for this machine's first and its host.
+
+    ValueError lists the known ones.
+    """
     if name != "here":
         if name.lower() not in GPUS:
-            raise ValueError(f"no figures for GPU {name!r}: known are {', '.join(GPUS)} and here (this machine's)")
+            raise ValueError(
+                f"no figures for GPU {name!r}: known are {', '.join(GPUS)} and here (this "
+                "machine's)"
+            )
         return GPUS[name.lower()]
     if not torch.cuda.is_available():
         raise ValueError(f"--gpu here: this machine shows no GPU; name one of {', '.join(GPUS)}")
-    seen, memory_gb = torch.cuda.get_device_name(0), torch.cuda.get_device_properties(0).total_memory / 2**30
+    seen, memory_gb = (
+        torch.cuda.get_device_name(0),
+        torch.cuda.get_device_properties(0).total_memory / 2**30,
+    )
     found = gpu_seen_as(seen)
     # a part of a GPU, or a laptop's, has the name and less memory
     if not found or abs(memory_gb / found.memory_gb - 1) > SAME_MEMORY:
         raise ValueError(
-            f"--gpu here: no figures for {seen}, {memory_gb:.1f} GB; name the nearest of {', '.join(GPUS)}"
+            f"--gpu here: no figures for {seen}, {memory_gb:.1f} GB; name the nearest of "
+            f"{', '.join(GPUS)}"
         )
     return replace(found, memory_gb=round(memory_gb, 1), host_us=measure_host())
 
@@ -83,12 +112,20 @@ def find_gpu(name: str) -> GPU:
 def gpu_seen_as(name: str) -> GPU | None:
     """The GPU that CUDA calls so."""
     # the longest name that fits: "H100 PCIe" before "H100"
-    fits = {words: gpu for gpu in GPUS.values() for words in gpu.seen_as if re.search(rf"(?<!\w){words}(?!\w)", name)}
+    fits = {
+        words: gpu
+        for gpu in GPUS.values()
+        for words in gpu.seen_as
+        if re.search(rf"(?<!\w){words}(?!\w)", name)
+    }
     return fits[max(fits, key=len)] if fits else None
 
 
 def measure_host() -> float:
-    """Microseconds that this host takes for a small operation: the least over a second, as others disturb it."""
+    """Microseconds that this host takes for a small operation:
+
+    the least over a second, as others disturb it.
+    """
     small, count, times = torch.zeros(8), 1000, []
     began = time.perf_counter()
     while time.perf_counter() - began < 1.0:

@@ -1,4 +1,7 @@
-"""What a machine needs for a training and may lack: each check says how it stands, and what to do about it."""
+"""What a machine needs for a training and may lack:
+
+each check says how it stands, and what to do about it.
+"""
 
 import os
 import re
@@ -71,9 +74,16 @@ def check_packages() -> Finding:
             if found != match[2]:
                 other.append(f"{match[1]} {found} ({match[2]} was tested)")
     if missing:
-        return Finding("packages", FAILS, f"missing: {', '.join(missing)}", "pip install -r requirements.txt")
+        return Finding(
+            "packages", FAILS, f"missing: {', '.join(missing)}", "pip install -r requirements.txt"
+        )
     if other:
-        return Finding("packages", WARNING, "; ".join(other), "pip install -r requirements.txt for the tested ones")
+        return Finding(
+            "packages",
+            WARNING,
+            "; ".join(other),
+            "pip install -r requirements.txt for the tested ones",
+        )
     return Finding("packages", FINE, "the tested versions")
 
 
@@ -83,18 +93,28 @@ def check_cuda() -> Finding:
     seen = f"torch {torch.__version__}"
     if torch.cuda.is_available():
         return Finding(
-            "CUDA", FINE, f"{seen}, CUDA {torch.version.cuda}, driver {driver[0] if driver else 'not known'}"
+            "CUDA",
+            FINE,
+            f"{seen}, CUDA {torch.version.cuda}, driver {driver[0] if driver else 'not known'}",
         )
     if not driver:
         return Finding(
-            "CUDA", WARNING, f"{seen}; no GPU", "only the demo's sizes train on a CPU: cpu.yaml, cpu_ddp.yaml"
+            "CUDA",
+            WARNING,
+            f"{seen}; no GPU",
+            "only the demo's sizes train on a CPU: cpu.yaml, cpu_ddp.yaml",
         )
     if torch.version.cuda is None:
         todo = "remove .venv and run `make setup` on this machine"
         return Finding("CUDA", FAILS, f"{seen} is a CPU build, and there is a GPU", todo)
     hidden = os.environ.get("CUDA_VISIBLE_DEVICES")
     if hidden is not None:
-        return Finding("CUDA", FAILS, f"CUDA_VISIBLE_DEVICES={hidden} hides the GPUs", "unset CUDA_VISIBLE_DEVICES")
+        return Finding(
+            "CUDA",
+            FAILS,
+            f"CUDA_VISIBLE_DEVICES={hidden} hides the GPUs",
+            "unset CUDA_VISIBLE_DEVICES",
+        )
     todo = f"update the driver, or install a torch for an older CUDA than {torch.version.cuda}"
     return Finding("CUDA", FAILS, f"{seen} cannot use the GPU with driver {driver[0]}", todo)
 
@@ -112,7 +132,9 @@ def check_gpus() -> Iterator[Finding]:
 
 def check_host() -> Finding:
     """How fast Python launches kernels, for recipes/plan.py."""
-    return Finding("host", FINE, f"{measure_host():g} us a small operation: --host_us of recipes/plan.py")
+    return Finding(
+        "host", FINE, f"{measure_host():g} us a small operation: --host_us of recipes/plan.py"
+    )
 
 
 def check_links() -> Finding:
@@ -126,25 +148,42 @@ def check_links() -> Finding:
     by_nvlink = re.search(r"\bNV\d+\b", ask("nvidia-smi", "topo", "-m")) is not None
     seen = f"{count} GPUs over {'NVLink' if by_nvlink else 'PCIe'}; NCCL {nccl}"
     if slow:
-        return Finding("links", WARNING, f"{seen}; no direct access between {slow[0]}", "DDP is better than FSDP here")
+        return Finding(
+            "links",
+            WARNING,
+            f"{seen}; no direct access between {slow[0]}",
+            "DDP is better than FSDP here",
+        )
     return Finding(
-        "links", FINE if by_nvlink else WARNING, seen, "" if by_nvlink else "FSDP will wait for PCIe: use DDP"
+        "links",
+        FINE if by_nvlink else WARNING,
+        seen,
+        "" if by_nvlink else "FSDP will wait for PCIe: use DDP",
     )
 
 
 def check_compiler() -> Finding:
     """Triton builds a small C file for every kernel."""
-    found = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang") or shutil.which("cc")
+    found = (
+        os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang") or shutil.which("cc")
+    )
     if found:
         return Finding("C compiler", FINE, found)
-    todo = "install gcc (Debian: apt-get install gcc), or pass --compile_layers false --packing false"
+    todo = (
+        "install gcc (Debian: apt-get install gcc), or pass --compile_layers false --packing false"
+    )
     return Finding("C compiler", FAILS, "none: Triton and torch.compile need one", todo)
 
 
 def check_float8(capability: tuple[int, int], name: str) -> Finding:
     """float8 products."""
     if capability < FP8_CAPABILITY:
-        return Finding("fp8", WARNING, f"{name} has none (needs compute capability 8.9)", "launch with bf16.yaml")
+        return Finding(
+            "fp8",
+            WARNING,
+            f"{name} has none (needs compute capability 8.9)",
+            "launch with bf16.yaml",
+        )
     return Finding("fp8", FINE, f"{name}, compute capability {capability[0]}.{capability[1]}")
 
 
@@ -154,13 +193,17 @@ def check_bitsandbytes() -> Finding:
         import bitsandbytes.functional as functional
 
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        packed, state = functional.quantize_4bit(torch.ones(64, 64, device=device), quant_type="nf4")
+        packed, state = functional.quantize_4bit(
+            torch.ones(64, 64, device=device), quant_type="nf4"
+        )
         right = bool((functional.dequantize_4bit(packed, state) == 1).all())
     except (ImportError, RuntimeError, OSError, NotImplementedError) as error:
         todo = "pip install -r requirements.txt; without it recipes with load_in_4bit do not run"
         return Finding("bitsandbytes", WARNING, str(error).splitlines()[0], todo)
     if not right:
-        return Finding("bitsandbytes", FAILS, "4-bit weights come back wrong", "reinstall bitsandbytes")
+        return Finding(
+            "bitsandbytes", FAILS, "4-bit weights come back wrong", "reinstall bitsandbytes"
+        )
     return Finding("bitsandbytes", FINE, f"{version('bitsandbytes')} on the {device}")
 
 
@@ -170,9 +213,13 @@ def check_disk(folder: Path) -> Finding:
     free = {name: shutil.disk_usage(existing(path)).free / 2**30 for path, name in there.items()}
     seen = ", ".join(f"{size:.0f} GB for {name}" for name, size in free.items())
     if min(free.values()) < LEAST_DISK:
-        return Finding("disk", FAILS, seen, "free some, or pass --output_dir and set HF_HOME to another disk")
+        return Finding(
+            "disk", FAILS, seen, "free some, or pass --output_dir and set HF_HOME to another disk"
+        )
     if min(free.values()) < ROOMY_DISK:
-        return Finding("disk", WARNING, seen, "a 7B model takes 14 GB: set HF_HOME to a larger disk")
+        return Finding(
+            "disk", WARNING, seen, "a 7B model takes 14 GB: set HF_HOME to a larger disk"
+        )
     return Finding("disk", FINE, seen)
 
 
@@ -184,7 +231,12 @@ def existing(path: Path) -> Path:
 def check_hub() -> Finding:
     """Whether the Hugging Face hub can be reached, and a token is there."""
     if constants.HF_HUB_OFFLINE:
-        return Finding("hub", WARNING, "HF_HUB_OFFLINE is set", "only local and cached models and data sets are found")
+        return Finding(
+            "hub",
+            WARNING,
+            "HF_HUB_OFFLINE is set",
+            "only local and cached models and data sets are found",
+        )
     if os.environ.get("HTTPS_PROXY") or os.environ.get("https_proxy"):
         seen = "through a proxy, not tried"
     else:
@@ -196,7 +248,9 @@ def check_hub() -> Finding:
             return Finding("hub", WARNING, f"{host} cannot be reached: {error}", todo)
         seen = f"{host} answers"
     if get_token() is None:
-        return Finding("hub", WARNING, f"{seen}; not logged in", "gated models (Llama) need `hf auth login`")
+        return Finding(
+            "hub", WARNING, f"{seen}; not logged in", "gated models (Llama) need `hf auth login`"
+        )
     return Finding("hub", FINE, f"{seen}; a token is there")
 
 
@@ -206,7 +260,12 @@ def check_slurm() -> Finding:
         return Finding("SLURM", FINE, "not on this machine")
     nodes = ask("sinfo", "--noheader", "--format=%D %T").splitlines()
     if not nodes:
-        return Finding("SLURM", WARNING, "sbatch is here, and sinfo does not answer", "ask whether the cluster is up")
+        return Finding(
+            "SLURM",
+            WARNING,
+            "sbatch is here, and sinfo does not answer",
+            "ask whether the cluster is up",
+        )
     return Finding("SLURM", FINE, f"nodes: {', '.join(nodes)}")
 
 

@@ -1,4 +1,7 @@
-"""A recipe under a launch config on a GPU, before it is launched: does it fit, how long does it take, what helps."""
+"""A recipe under a launch config on a GPU, before it is launched:
+
+does it fit, how long does it take, what helps.
+"""
 
 import math
 from collections.abc import Iterator
@@ -33,7 +36,10 @@ LIMITS = {"memory": 0.05, "speed": 0.15}
 
 
 class Rows(NamedTuple):
-    """Training rows: how many (None: not known), the mean, spread and greatest of their tokens, where that is from."""
+    """Training rows: how many (None:
+
+    not known), the mean, spread and greatest of their tokens, where that is from.
+    """
 
     count: int | None
     mean: float
@@ -47,13 +53,15 @@ class Rows(NamedTuple):
         return self.mean + self.deviation**2 / self.mean
 
     def largest(self, rows: int, micro_batches: int, packed: bool, steps: int) -> int:
-        """Tokens of the largest micro-batch of `rows` rows that `steps` steps are likely to have, padding included.
+        """Tokens of the largest micro-batch of `rows` rows that `steps` steps are likely to have,
+        padding included.
 
         A step has `micro_batches`, of all processes together.
         """
         if not packed:
             return rows * self.longest
-        # the largest of so many normal sums (Blom 1958); dealt evenly, a global batch shares its spread out
+        # the largest of so many normal sums (Blom 1958); dealt evenly, a global batch shares its
+        # spread out
         far = NormalDist().inv_cdf((steps - 0.375) / (steps + 0.25))
         spread = self.deviation * math.sqrt(rows / micro_batches)
         likely = min(rows * self.mean + far * spread, rows * self.longest)
@@ -61,7 +69,10 @@ class Rows(NamedTuple):
 
 
 class Forecast(NamedTuple):
-    """What is expected of a recipe under a launch config: of its largest micro-batch, and of an average step."""
+    """What is expected of a recipe under a launch config:
+
+    of its largest micro-batch, and of an average step.
+    """
 
     gpu: GPU
     step: Step
@@ -93,7 +104,10 @@ class Forecast(NamedTuple):
 
     @property
     def hours(self) -> float | None:
-        """Of training, evaluation and saving left out; None where the number of steps is not known."""
+        """Of training, evaluation and saving left out.
+
+        None where the number of steps is not known.
+        """
         return None if self.steps is None else self.steps * self.step_seconds / 3600
 
     @property
@@ -107,10 +121,14 @@ class Forecast(NamedTuple):
 
 
 def read_recipe(argv: list[str], launch: Launch, gpu: GPU, gpus: int | None) -> Recipe:
-    """The recipe as sft.py would read it; ValueError also where the GPU lacks the precision, or GPUs lack."""
+    """The recipe as sft.py would read it.
+
+    ValueError also where the GPU lacks the precision, or GPUs lack.
+    """
     if gpus is not None and launch.world_size > gpus:
         raise ValueError(
-            f"the launch config starts {launch.world_size} processes and there are {gpus} GPUs: pass "
+            f"the launch config starts {launch.world_size} processes and there are {gpus} GPUs: "
+            "pass "
             f"--num_processes {gpus}"
         )
     if launch.hides_gpus:
@@ -121,10 +139,16 @@ def read_recipe(argv: list[str], launch: Launch, gpu: GPU, gpus: int | None) -> 
 
 def no_kernels(gpu: GPU) -> str | None:
     """Why Triton's kernels do not run on a GPU; None where they do."""
-    return f"{gpu.name} is older than compute capability 8.0" if gpu.capability < BF16_CAPABILITY else None
+    return (
+        f"{gpu.name} is older than compute capability 8.0"
+        if gpu.capability < BF16_CAPABILITY
+        else None
+    )
 
 
-def foresee(recipe: Recipe, config: PreTrainedConfig, launch: Launch, gpu: GPU, rows: Rows) -> Forecast:
+def foresee(
+    recipe: Recipe, config: PreTrainedConfig, launch: Launch, gpu: GPU, rows: Rows
+) -> Forecast:
     """The forecast of a parsed recipe."""
     fast = choose(recipe, config, launch, lambda: no_kernels(gpu))
     training, micro_batch = recipe.training, recipe.training.per_device_train_batch_size
@@ -135,7 +159,9 @@ def foresee(recipe: Recipe, config: PreTrainedConfig, launch: Launch, gpu: GPU, 
     return _forecast(step, gpu, rows, micro_batch, training.gradient_accumulation_steps, steps)
 
 
-def _forecast(step: Step, gpu: GPU, rows: Rows, micro_batch: int, accumulation: int, steps: int | None) -> Forecast:
+def _forecast(
+    step: Step, gpu: GPU, rows: Rows, micro_batch: int, accumulation: int, steps: int | None
+) -> Forecast:
     many, step = step.processes * accumulation, replace(step, accumulation=accumulation)
     largest = replace(step, tokens=rows.largest(micro_batch, many, step.packed, steps or 1000))
     average = micro_batch * (rows.mean if step.packed else rows.longest)
@@ -166,9 +192,20 @@ def remedies(recipe: Recipe, forecast: Forecast) -> Iterator[list[str]]:
     if not recipe.training.gradient_checkpointing:
         yield ["--gradient_checkpointing=true"]
     if forecast.micro_batch > 1 and (rows := dividing(most_rows(forecast), forecast.micro_batch)):
-        yield [f"--per_device_train_batch_size={rows}", f"--global_batch_size={recipe.data.global_batch_size}"]
-    if not recipe.model.load_in_4bit and recipe.model.use_peft and forecast.step.precision == "bf16":
-        yield ["--load_in_4bit=true", "--use_bnb_nested_quant=true", "--bnb_4bit_quant_storage=bfloat16"]
+        yield [
+            f"--per_device_train_batch_size={rows}",
+            f"--global_batch_size={recipe.data.global_batch_size}",
+        ]
+    if (
+        not recipe.model.load_in_4bit
+        and recipe.model.use_peft
+        and forecast.step.precision == "bf16"
+    ):
+        yield [
+            "--load_in_4bit=true",
+            "--use_bnb_nested_quant=true",
+            "--bnb_4bit_quant_storage=bfloat16",
+        ]
     if "8bit" not in recipe.training.optim and forecast.step.strategy != "fsdp":
         yield ["--optim=adamw_bnb_8bit"]
 
@@ -190,10 +227,13 @@ def measure_rows(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Rows:
         return of_lengths(lengths, len(lengths), "its tokens")
     if not Path(name).exists():
         raise ValueError(
-            f"data set {name} is not a file on this machine: pass --rows COUNT and --row_tokens MEAN, what a row has"
+            f"data set {name} is not a file on this machine: pass --rows COUNT and --row_tokens "
+            "MEAN, what a row has"
         )
     if data.dataset_streaming:
-        raise ValueError("the rows of a stream are not read for a plan: pass --row_tokens MEAN, what a row has")
+        raise ValueError(
+            "the rows of a stream are not read for a plan: pass --row_tokens MEAN, what a row has"
+        )
     source, shape = read_source(data)
     picked = np.unique(np.linspace(0, len(source) - 1, SAMPLE).astype(int))
     convert = Converter(shape, tuple(data.split_fractions), name)
@@ -201,25 +241,45 @@ def measure_rows(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Rows:
     set_template(tokenizer, training.chat_template_path)
     train = [i for i, split in enumerate(rows["split"]) if split == SPLITS.index("train")]
     pairs = ({"prompt": rows["prompt"][i], "completion": rows["completion"][i]} for i in train)
-    lengths = np.array([len(encode(tokenizer, pair, training.max_length)["input_ids"]) for pair in pairs])
+    lengths = np.array(
+        [len(encode(tokenizer, pair, training.max_length)["input_ids"]) for pair in pairs]
+    )
     if not len(lengths):
-        raise ValueError(f"none of {len(picked)} rows of {name} is a training row: see split_fractions")
+        raise ValueError(
+            f"none of {len(picked)} rows of {name} is a training row: see split_fractions"
+        )
     count = round(len(source) * len(train) / len(picked))
     return of_lengths(lengths, count, f"{len(train)} of its rows")
 
 
-def planned_memory(recipe: Recipe, launch: Launch, fast: FastPath, trainer: SFTTrainer) -> dict[str, Any]:
-    """The plan of a run that has been trained, by part in GB (2**30 bytes), for run.json; why there is none."""
+def planned_memory(
+    recipe: Recipe, launch: Launch, fast: FastPath, trainer: SFTTrainer
+) -> dict[str, Any]:
+    """The plan of a run that has been trained, by part in GB (2**30 bytes), for run.json.
+
+    Why there is none.
+    """
     lengths, training = row_lengths(trainer.train_dataset), recipe.training
     rows = of_lengths(lengths, len(lengths), "its tokens")
     many = launch.world_size * training.gradient_accumulation_steps
-    tokens = rows.largest(training.per_device_train_batch_size, many, fast.packing, trainer.state.max_steps)
+    tokens = rows.largest(
+        training.per_device_train_batch_size, many, fast.packing, trainer.state.max_steps
+    )
     try:
         plan = memory(step_of(recipe, trainer.model.config, launch, fast, tokens, rows.attended))
     except ValueError as error:
         return {"reason": str(error)}
-    parts = {f"{name}_gb": round(size / 2**30, 3) for name, size in plan._asdict().items() if name != "at"}
-    return {"allocated_gb": round(plan.allocated / 2**30, 3), **parts, "at": plan.at, "largest_tokens": tokens}
+    parts = {
+        f"{name}_gb": round(size / 2**30, 3)
+        for name, size in plan._asdict().items()
+        if name != "at"
+    }
+    return {
+        "allocated_gb": round(plan.allocated / 2**30, 3),
+        **parts,
+        "at": plan.at,
+        "largest_tokens": tokens,
+    }
 
 
 def of_lengths(lengths: np.ndarray, count: int | None, source: str) -> Rows:

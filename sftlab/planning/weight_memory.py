@@ -1,4 +1,7 @@
-"""Bytes of weights, gradients and optimizer state, counted on the meta device: exact, and nothing is loaded."""
+"""Bytes of weights, gradients and optimizer state, counted on the meta device:
+
+exact, and nothing is loaded.
+"""
 
 import copy
 from typing import NamedTuple
@@ -19,10 +22,12 @@ LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 
 
 class Weights(NamedTuple):
-    """What a rank holds before any sharding, in bytes: the base model, adapter, gradients and optimizer state.
+    """What a rank holds before any sharding, in bytes: the base model, adapter, gradients and
+    optimizer state.
 
-    `layer` and `tail` are what FSDP2 gathers as one: a decoder layer, and the head with the last norm. Elements of
-    matrices: `trained` and `frozen` of the model, `linears` of one layer without its adapter, `head`.
+    `layer` and `tail` are what FSDP2 gathers as one: a decoder layer, and the head with the last
+    norm. Elements of matrices: `trained` and `frozen` of the model, `linears` of one layer without
+    its adapter, `head`.
     """
 
     base: int
@@ -39,17 +44,23 @@ class Weights(NamedTuple):
 
 
 def weigh(recipe: Recipe, config: PreTrainedConfig) -> Weights:
-    """Count the weights of a recipe's model, its adapter, gradients and optimizer state on the meta device.
+    """Count the weights of a recipe's model, its adapter, gradients and optimizer state on the meta
+    device.
 
-    ValueError for a model whose layers are not of Llama's kind, weights in 8 bits, or an optimizer that is not known.
+    ValueError for a model whose layers are not of Llama's kind, weights in 8 bits, or an optimizer
+    that is not known.
     """
     if recipe.model.load_in_8bit:
-        raise ValueError("no plan is made for weights in 8 bits: those in 4 bits and unquantized ones are known")
+        raise ValueError(
+            "no plan is made for weights in 8 bits: those in 4 bits and unquantized ones are known"
+        )
     trust, config = recipe.training.trust_remote_code, copy.deepcopy(config)
     if hasattr(config, "quantization_config"):  # of a model that was loaded in 4 bits
         del config.quantization_config
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust, dtype=recipe.model.dtype)
+        model = AutoModelForCausalLM.from_config(
+            config, trust_remote_code=trust, dtype=recipe.model.dtype
+        )
         base = {id(p) for p in model.parameters()}
         peft_config = get_peft_config(recipe.model)
         if peft_config is not None:
@@ -60,7 +71,9 @@ def weigh(recipe: Recipe, config: PreTrainedConfig) -> Weights:
     def size(parameter: nn.Parameter) -> int:
         if id(parameter) in linears and quantized:
             return packed_bytes(parameter.numel(), recipe.model.use_bnb_nested_quant)
-        return parameter.numel() * (2 if id(parameter) in linears and precision == "fp8" else parameter.element_size())
+        return parameter.numel() * (
+            2 if id(parameter) in linears and precision == "fp8" else parameter.element_size()
+        )
 
     adapter = [p for p in model.parameters() if id(p) not in base]
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -68,13 +81,25 @@ def weigh(recipe: Recipe, config: PreTrainedConfig) -> Weights:
     each = 2 if quantized else trained[0].element_size()
     layers = next((m for m in model.modules() if isinstance(m, nn.ModuleList)), None)
     if layers is None or model.get_output_embeddings() is None:
-        raise ValueError(f"{type(model).__name__} has no list of decoder layers or no head: no plan is made for it")
-    named = (name.removesuffix(".base_layer") for name, m in layers[0].named_modules() if _is_frozen_linear(name, m))
+        raise ValueError(
+            f"{type(model).__name__} has no list of decoder layers or no head: no plan is made for "
+            "it"
+        )
+    named = (
+        name.removesuffix(".base_layer")
+        for name, m in layers[0].named_modules()
+        if _is_frozen_linear(name, m)
+    )
     if other := sorted({name.rpartition(".")[2] for name in named} - set(LINEARS)):
-        raise ValueError(f"{config.model_type} has {', '.join(other)} in a layer: plans are made for Llama's kind")
+        raise ValueError(
+            f"{config.model_type} has {', '.join(other)} in a layer: plans are made for Llama's "
+            "kind"
+        )
     compute = 4 if COMPUTE_DTYPE[PRECISIONS[precision]] == "float32" else 2
     head = model.get_output_embeddings().weight
-    gathered = sum(size(p) if id(p) in linears else p.numel() * compute for p in layers[0].parameters())
+    gathered = sum(
+        size(p) if id(p) in linears else p.numel() * compute for p in layers[0].parameters()
+    )
     matrices = [p for p in model.parameters() if p.ndim > 1]
     return Weights(
         base=sum(size(p) for p in model.parameters() if id(p) in base),
@@ -105,7 +130,8 @@ def packed_bytes(count: int, nested: bool) -> int:
 
 
 def optimizer_bytes(name: str, sizes: list[int], each: int) -> int:
-    """Bytes of an optimizer's state on the GPU for trained tensors of `sizes` elements of `each` bytes.
+    """Bytes of an optimizer's state on the GPU for trained tensors of `sizes` elements of `each`
+    bytes.
 
     ValueError for an optimizer whose state is not known here.
     """
@@ -113,12 +139,17 @@ def optimizer_bytes(name: str, sizes: list[int], each: int) -> int:
         return 0
     if name in ("adamw_torch", "adamw_torch_fused"):
         return sum(2 * each * size + 4 for size in sizes)  # two moments, and the step in float32
-    small = [size for size in sizes if size < (100_000 if "paged" in name else 4096 if "8bit" in name else 0)]
+    small = [
+        size
+        for size in sizes
+        if size < (100_000 if "paged" in name else 4096 if "8bit" in name else 0)
+    ]
     per = 2 if "8bit" in name else 8
     if name in ("paged_adamw_32bit", "paged_adamw", "paged_adamw_8bit"):
         return 8 * sum(small)  # the rest is in memory that the driver pages, outside the allocator
     if name in ("adamw_bnb_8bit", "adamw_8bit"):
         return per * (sum(sizes) - sum(small)) + 8 * sum(small)
     raise ValueError(
-        f"no plan for optim {str.__str__(name)}: known are adamw_torch, adamw_torch_fused, sgd and bitsandbytes' AdamW"
+        f"no plan for optim {str.__str__(name)}: known are adamw_torch, adamw_torch_fused, sgd and "
+        "bitsandbytes' AdamW"
     )

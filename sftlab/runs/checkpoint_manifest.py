@@ -1,7 +1,9 @@
-"""Checkpoints on disk: which of them are whole, which one a run continues from, which ones are kept.
+"""Checkpoints on disk: which of them are whole, which one a run continues from, which ones are
+kept.
 
-A checkpoint counts once its manifest says so. The manifest holds the size and SHA-256 of every file and what must be
-the same for the run to go on; it is written last, after every process has written, and holds its own hash.
+A checkpoint counts once its manifest says so. The manifest holds the size and SHA-256 of every file
+and what must be the same for the run to go on; it is written last, after every process has written,
+and holds its own hash.
 """
 
 import hashlib
@@ -16,12 +18,16 @@ from sftlab.files import file_hash, sync, write_json
 
 MANIFEST = "manifest.json"
 FORMAT = 1
-# Where a run's checkpoints go that cannot be continued from. Of those whose saving was cut short one is kept.
+# Where a run's checkpoints go that cannot be continued from. Of those whose saving was cut short
+# one is kept.
 BROKEN, UNFINISHED = "broken-{}", "unfinished-checkpoint"
 
 
 class Found(NamedTuple):
-    """The newest valid checkpoint of a run and its manifest, if there is one; what was set aside, a sentence each."""
+    """The newest valid checkpoint of a run and its manifest, if there is one.
+
+    What was set aside, a sentence each.
+    """
 
     folder: Path | None
     manifest: dict[str, Any] | None
@@ -31,13 +37,16 @@ class Found(NamedTuple):
 def seal(folder: Path, facts: Mapping[str, Any], needs: Iterable[str] = ()) -> dict[str, Any]:
     """Write the manifest of a checkpoint whose files are all there; from now on it counts.
 
-    `needs` names other checkpoints of the run without which this one cannot be continued from. Hashing and syncing
-    take about a second a gigabyte.
+    `needs` names other checkpoints of the run without which this one cannot be continued from.
+    Hashing and syncing take about a second a gigabyte.
     """
     paths = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST)
     with ThreadPoolExecutor(4) as pool:
         entries = pool.map(_synced_entry, paths)
-        files = {path.relative_to(folder).as_posix(): entry for path, entry in zip(paths, entries, strict=True)}
+        files = {
+            path.relative_to(folder).as_posix(): entry
+            for path, entry in zip(paths, entries, strict=True)
+        }
     content = {"format": FORMAT, **facts, "needs": list(needs), "files": files}
     content = json.loads(json.dumps(content, default=str))
     for written in {path.parent for path in paths}:
@@ -56,14 +65,18 @@ def verify(folder: Path) -> dict[str, Any]:
         if not path.is_file():
             raise ValueError(f"{folder.name}/{name} is missing")
         if (found := path.stat().st_size) != size:
-            raise ValueError(f"{folder.name}/{name} has {found:,} bytes and was saved with {size:,}")
+            raise ValueError(
+                f"{folder.name}/{name} has {found:,} bytes and was saved with {size:,}"
+            )
         if file_hash(path) != expected:
             raise ValueError(f"{folder.name}/{name} is not what was saved (its SHA-256 is another)")
     for needed in content["needs"]:
         try:
             verify(folder.parent / needed)
         except ValueError as error:
-            raise ValueError(f"{folder.name} needs {needed}, the best model so far, but {error}") from error
+            raise ValueError(
+                f"{folder.name} needs {needed}, the best model so far, but {error}"
+            ) from error
     return content
 
 
@@ -84,7 +97,9 @@ def newest_valid(run: Path) -> Found:
 
 def in_order(run: Path) -> list[Path]:
     """The checkpoints of a run, valid or not, oldest first."""
-    found = [path for path in run.glob("checkpoint-*") if path.name[11:].isdigit() and path.is_dir()]
+    found = [
+        path for path in run.glob("checkpoint-*") if path.name[11:].isdigit() and path.is_dir()
+    ]
     return sorted(found, key=step_of)
 
 
@@ -94,7 +109,8 @@ def step_of(folder: Path) -> int:
 
 
 def rotate(run: Path, keep: int | None, best: str | None) -> None:
-    """Delete the oldest checkpoints beyond `keep` (None, 0: none), never the newest, never the one named `best`.
+    """Delete the oldest checkpoints beyond `keep` (None, 0: none), never the newest, never the one
+    named `best`.
 
     Call it once the newest is sealed.
     """
@@ -133,7 +149,9 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
     if stated != _hash(content):
         raise ValueError(f"{folder.name}/{MANIFEST} is not what was saved (its SHA-256 is another)")
     if content["format"] != FORMAT:
-        raise ValueError(f"{folder.name}/{MANIFEST} has format {content['format']}, this version reads {FORMAT}")
+        raise ValueError(
+            f"{folder.name}/{MANIFEST} has format {content['format']}, this version reads {FORMAT}"
+        )
     return content
 
 

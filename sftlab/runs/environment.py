@@ -8,7 +8,16 @@ from typing import Any
 
 from sftlab.paths import ROOT
 
-_PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "bitsandbytes", "torchao")
+_PACKAGES = (
+    "torch",
+    "transformers",
+    "trl",
+    "peft",
+    "accelerate",
+    "datasets",
+    "bitsandbytes",
+    "torchao",
+)
 
 
 def environment() -> dict[str, Any]:
@@ -21,12 +30,17 @@ def environment() -> dict[str, Any]:
             versions[package] = version(package)
         except PackageNotFoundError:
             versions[package] = None
-    hardware: dict[str, Any] = {"cpu_cores": len(os.sched_getaffinity(0)), "machine": platform.machine()}
+    hardware: dict[str, Any] = {
+        "cpu_cores": len(os.sched_getaffinity(0)),
+        "machine": platform.machine(),
+    }
     if torch.cuda.is_available():
         versions["cuda"] = torch.version.cuda
         hardware["gpu"] = torch.cuda.get_device_name(0)
         hardware["gpus_visible"] = torch.cuda.device_count()
-        hardware["gpu_memory_gb"] = round(torch.cuda.get_device_properties(0).total_memory / 2**30, 1)
+        hardware["gpu_memory_gb"] = round(
+            torch.cuda.get_device_properties(0).total_memory / 2**30, 1
+        )
     return {"versions": versions, "git_commit": _git_commit(), "hardware": hardware}
 
 
@@ -34,7 +48,10 @@ def provenance() -> dict[str, str]:
     """Hardware and versions of this process, as columns of a table of results."""
     facts = environment()
     hardware = facts["hardware"].get("gpu") or f"{facts['hardware']['cpu_cores']} CPU cores"
-    return {"hardware": hardware, "versions": " ".join(f"{k} {v}" for k, v in facts["versions"].items())}
+    return {
+        "hardware": hardware,
+        "versions": " ".join(f"{k} {v}" for k, v in facts["versions"].items()),
+    }
 
 
 def _git_commit() -> str | None:

@@ -1,4 +1,7 @@
-"""How far a run has come, noted after every step in a file that survives a kill; and so what an interruption cost."""
+"""How far a run has come, noted after every step in a file that survives a kill.
+
+And so what an interruption cost.
+"""
 
 import json
 import os
@@ -12,7 +15,9 @@ _WIDTH = 96
 
 
 class Progress(NamedTuple):
-    """Optimizer steps done, seconds of training that they took over all starts, and when that was noted (Unix time)."""
+    """Optimizer steps done, seconds of training that they took over all starts, and when that was
+    noted (Unix time).
+    """
 
     step: int
     seconds: float
@@ -27,7 +32,9 @@ class Notes:
 
     def write(self, step: int, seconds: float) -> None:
         """Note that `step` optimizer steps are done."""
-        line = json.dumps({"step": step, "train_seconds": round(seconds, 3), "noted": round(time.time(), 3)})
+        line = json.dumps(
+            {"step": step, "train_seconds": round(seconds, 3), "noted": round(time.time(), 3)}
+        )
         os.pwrite(self._file, f"{line:<{_WIDTH - 1}}\n".encode(), 0)
 
 
@@ -41,7 +48,9 @@ def read(folder: Path) -> Progress | None:
 
 
 def cost(reached: Progress | None, step: int, seconds: float, now: float) -> dict[str, Any]:
-    """What it costs to go on from a checkpoint of `step` steps and `seconds` of training; None where it is not known.
+    """What it costs to go on from a checkpoint of `step` steps and `seconds` of training.
+
+    None where it is not known.
 
     `stopped_seconds` is how long nothing ran, from the last sign of life until now.
     """

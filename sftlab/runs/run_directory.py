@@ -20,9 +20,19 @@ SIDES = ("base", "tuned")
 STATUSES = ("running", "succeeded", "failed", "interrupted")
 # What may differ between an interrupted run and its continuation.
 _FREE_FIELDS = {
-    "overwrite", "resume_anyway", "disable_tqdm", "log_level", "logging_first_step", "report_to", "dataset_num_proc",
-    "output_dir", "logging_dir", "run_name", "save_total_limit", "save_adapter",
-}  # fmt: skip
+    "overwrite",
+    "resume_anyway",
+    "disable_tqdm",
+    "log_level",
+    "logging_first_step",
+    "report_to",
+    "dataset_num_proc",
+    "output_dir",
+    "logging_dir",
+    "run_name",
+    "save_total_limit",
+    "save_adapter",
+}
 
 
 def read_run(folder: str | os.PathLike) -> dict[str, Any]:
@@ -34,7 +44,10 @@ def read_run(folder: str | os.PathLike) -> dict[str, Any]:
 
 
 def adapter_hash(folder: str | os.PathLike) -> str | None:
-    """SHA-256 of the weights of a run's adapter (hexadecimal, 16 digits); None where there are none."""
+    """SHA-256 of the weights of a run's adapter (hexadecimal, 16 digits).
+
+    None where there are none.
+    """
     weights = Path(folder) / "adapter" / "adapter_model.safetensors"
     if not weights.is_file():
         return None
@@ -42,7 +55,9 @@ def adapter_hash(folder: str | os.PathLike) -> str | None:
 
 
 class Start(NamedTuple):
-    """How a run starts: the checkpoint it continues from, what must match according to its manifest, and warnings."""
+    """How a run starts: the checkpoint it continues from, what must match according to its
+    manifest, and warnings.
+    """
 
     checkpoint: str | None
     must_match: dict[str, Any]
@@ -62,11 +77,14 @@ class Run:
         """Where the adapter, tokenizer and template are saved."""
         return self.folder / "adapter"
 
-    def start(self, recipe: dict[str, Any], launch: dict[str, Any], overwrite: bool, anyway: bool = False) -> Start:
+    def start(
+        self, recipe: dict[str, Any], launch: dict[str, Any], overwrite: bool, anyway: bool = False
+    ) -> Start:
         """Begin or continue (rank 0 only), from the newest valid checkpoint, if there is one.
 
-        Raises ValueError where a finished run would be overwritten, or where the run that would be continued had
-        another recipe, launch config or other versions, unless `anyway`; run.json says then what differed.
+        Raises ValueError where a finished run would be overwritten, or where the run that would be
+        continued had another recipe, launch config or other versions, unless `anyway`; run.json
+        says then what differed.
         """
         record, warnings = self._record()
         overwrite = overwrite and not _requeued(record)
@@ -74,7 +92,9 @@ class Run:
             self._refuse(record)
         found = newest_valid(self.folder) if not overwrite else None
         if found is None or found.folder is None:
-            return self._begin(record, recipe, launch, overwrite, warnings + (found.set_aside if found else []))
+            return self._begin(
+                record, recipe, launch, overwrite, warnings + (found.set_aside if found else [])
+            )
         manifest, now = found.manifest, environment()
         must = manifest["must_match"]
         differing = list(differences(must, must | must_match(recipe, launch, now)))
@@ -82,22 +102,35 @@ class Run:
         computed_on = {"hardware": comparable(manifest["hardware"])}
         changed = [*differing, *differences(computed_on, {"hardware": comparable(now["hardware"])})]
         if changed:
-            warnings.append(f"{self.folder} goes on with {'; '.join(changed)}: not exactly as if undisturbed")
+            warnings.append(
+                f"{self.folder} goes on with {'; '.join(changed)}: not exactly as if undisturbed"
+            )
         if "tensorboard" in (recipe.get("report_to") or []):
             warnings += self._restore_curves(found.folder, manifest)
         reached = (manifest["step"], manifest["train_seconds"])
-        entry = self._interruption(record, str(found.folder), *reached, found.set_aside) | {"changed": changed}
+        entry = self._interruption(record, str(found.folder), *reached, found.set_aside) | {
+            "changed": changed
+        }
         self._write(record, recipe, launch, now, [entry])
         return Start(str(found.folder), must, warnings + found.set_aside)
 
     def _restore_curves(self, checkpoint: Path, manifest: dict[str, Any]) -> list[str]:
-        history = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))["log_history"]
+        history = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))[
+            "log_history"
+        ]
         folder = self.folder / "tensorboard"
         lost = tensorboard_curves.restore(folder, history, manifest["step"], manifest["saved"])
-        return [f"{folder} lacked {lost} figures and was written anew from {checkpoint.name}"] if lost else []
+        return (
+            [f"{folder} lacked {lost} figures and was written anew from {checkpoint.name}"]
+            if lost
+            else []
+        )
 
     def check(self, start: Start, facts: dict[str, Any], anyway: bool) -> None:
-        """What is known only after `start`: raise ValueError where `facts` differ from those of the run continued."""
+        """What is known only after `start`:
+
+        raise ValueError where `facts` differ from those of the run continued.
+        """
         if not start.checkpoint:
             return
         differing = list(differences({name: start.must_match.get(name) for name in facts}, facts))
@@ -107,7 +140,10 @@ class Run:
             self.update(interruptions=[*before, last | {"changed": last["changed"] + differing}])
 
     def _record(self) -> tuple[dict[str, Any] | None, list[str]]:
-        """run.json, None without one; {} and a warning where it cannot be read: the checkpoints say what is needed."""
+        """run.json, None without one.
+
+        {} and a warning where it cannot be read: the checkpoints say what is needed.
+        """
         for left in self.folder.glob(".run.json.*"):
             left.unlink()
         try:
@@ -121,12 +157,21 @@ class Run:
 
     def _refuse(self, record: dict[str, Any] | None) -> None:
         if record and record["status"] == "succeeded":
-            raise ValueError(f"{self.folder} holds a finished run: pass --overwrite, or another --output_dir")
+            raise ValueError(
+                f"{self.folder} holds a finished run: pass --overwrite, or another --output_dir"
+            )
         if record and record["status"] == "running" and _alive(record.get("host_pid")):
-            raise ValueError(f"{self.folder} is being written by a running process ({record['host_pid'][1]})")
+            raise ValueError(
+                f"{self.folder} is being written by a running process ({record['host_pid'][1]})"
+            )
 
-    def _begin(self, record: dict | None, recipe: dict, launch: dict, overwrite: bool, warnings: list[str]) -> Start:
-        """From the first step on. An interruption before the first checkpoint is one all the same."""
+    def _begin(
+        self, record: dict | None, recipe: dict, launch: dict, overwrite: bool, warnings: list[str]
+    ) -> Start:
+        """From the first step on.
+
+        An interruption before the first checkpoint is one all the same.
+        """
         again = record and not overwrite and not list(differences(record["recipe"], recipe))
         entries = [self._interruption(record, None, 0, 0.0, warnings)] if again else []
         if record is not None:  # else the folder may be somebody's own
@@ -135,29 +180,53 @@ class Run:
         return Start(None, {}, warnings)
 
     def _interruption(
-        self, record: dict | None, checkpoint: str | None, step: int, seconds: float, aside: list[str]
+        self,
+        record: dict | None,
+        checkpoint: str | None,
+        step: int,
+        seconds: float,
+        aside: list[str],
     ) -> dict[str, Any]:
-        """An entry of `interruptions`: how the last start ended, and what it costs to go on from `step`."""
+        """An entry of `interruptions`:
+
+        how the last start ended, and what it costs to go on from `step`.
+        """
         old = record or {}
-        entry = {"status": old.get("status", "unknown"), "reason": old.get("reason"), "continued": _now()}
+        entry = {
+            "status": old.get("status", "unknown"),
+            "reason": old.get("reason"),
+            "continued": _now(),
+        }
         cost = progress.cost(progress.read(self.folder), step, seconds, time.time())
         return entry | {"from": checkpoint, "step": step, **cost, "set_aside": aside}
 
     def _write(
-        self, old: dict | None, recipe: dict, launch: dict, now: dict[str, Any], entries: list[dict[str, Any]]
+        self,
+        old: dict | None,
+        recipe: dict,
+        launch: dict,
+        now: dict[str, Any],
+        entries: list[dict[str, Any]],
     ) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         old = old or {}
         record = {"status": "running", "reason": None, "started": old.get("started", _now())}
         record["interruptions"] = [*old.get("interruptions", []), *entries]
-        record |= {"host_pid": [socket.gethostname(), os.getpid()], "recipe": recipe, "launch": launch, **now}
+        record |= {
+            "host_pid": [socket.gethostname(), os.getpid()],
+            "recipe": recipe,
+            "launch": launch,
+            **now,
+        }
         write_json(self.path, record)
 
     def _refuse_unless(self, anyway: bool, differing: list[str]) -> None:
         if differing and not anyway:
             raise ValueError(
-                f"{self.folder} holds an unfinished run with other settings: {'; '.join(differing[:5])}. Start it with "
-                f"the same settings to continue it, with --resume_anyway to continue it with these (run.json will say "
+                f"{self.folder} holds an unfinished run with other settings: "
+                f"{'; '.join(differing[:5])}. Start it with "
+                "the same settings to continue it, with --resume_anyway to continue it with these "
+                "(run.json will say "
                 f"so), with --overwrite to begin anew, or with another --output_dir"
             )
 
@@ -183,26 +252,47 @@ class Run:
         if self.path.is_file():
             record = read_run(self.folder)
             if record["status"] == "running":
-                record |= {"status": "failed", "reason": reason, "failed_rank": rank, "finished": _now()}
+                record |= {
+                    "status": "failed",
+                    "reason": reason,
+                    "failed_rank": rank,
+                    "finished": _now(),
+                }
                 write_json(self.path, record)
 
 
 def _requeued(record: Mapping[str, Any] | None) -> bool:
-    """Whether Slurm starts a job again that began an unfinished run: it goes on, though it was told to overwrite."""
+    """Whether Slurm starts a job again that began an unfinished run:
+
+    it goes on, though it was told to overwrite.
+    """
     again = int(os.environ.get("SLURM_RESTART_COUNT", 0)) > 0
-    return bool(again and record and record["status"] != "succeeded" and record["recipe"].get("overwrite"))
+    return bool(
+        again and record and record["status"] != "succeeded" and record["recipe"].get("overwrite")
+    )
 
 
-def must_match(recipe: Mapping[str, Any], launch: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, Any]:
-    """What must be the same for a run to be continued exactly, as a manifest holds it; `now` is `environment()`."""
+def must_match(
+    recipe: Mapping[str, Any], launch: Mapping[str, Any], now: Mapping[str, Any]
+) -> dict[str, Any]:
+    """What must be the same for a run to be continued exactly, as a manifest holds it.
+
+    `now` is `environment()`.
+    """
     asked = {name: launch.get(name) for name in ("precision", "strategy", "world_size")}
     found = {"recipe": dict(recipe), "launch": asked, "versions": now["versions"]}
     return json.loads(json.dumps(found, default=str))
 
 
 def comparable(hardware: Mapping[str, Any]) -> dict[str, Any]:
-    """What decides the order of sums, and so the last digits: the GPU, without one the number of CPU cores."""
-    return {name: hardware.get(name) for name in (("gpu",) if hardware.get("gpu") else ("cpu_cores", "machine"))}
+    """What decides the order of sums, and so the last digits:
+
+    the GPU, without one the number of CPU cores.
+    """
+    return {
+        name: hardware.get(name)
+        for name in (("gpu",) if hardware.get("gpu") else ("cpu_cores", "machine"))
+    }
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
@@ -215,7 +305,9 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = ""
         if isinstance(was, dict) and isinstance(is_, dict):
             yield from differences(was, is_, "" if name == "recipe" else f"{prefix}{name} ")
         else:
-            yield f"{prefix}{name} ({was!r} was, {is_!r} is)".replace("launch world_size", "world size")
+            yield f"{prefix}{name} ({was!r} was, {is_!r} is)".replace(
+                "launch world_size", "world size"
+            )
 
 
 def _alive(host_pid: list | None) -> bool:

@@ -1,4 +1,7 @@
-"""TensorBoard's curves of a run that goes on from a checkpoint: every figure up to it once, whatever became of them."""
+"""TensorBoard's curves of a run that goes on from a checkpoint:
+
+every figure up to it once, whatever became of them.
+"""
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -8,10 +11,13 @@ from sftlab.files import sync
 
 
 def restore(folder: Path, history: Sequence[Mapping[str, Any]], step: int, saved: float) -> int:
-    """Make the curves what they were at the checkpoint of `step`, `saved` then (Unix time); how many figures were lost.
+    """Make the curves what they were at the checkpoint of `step`, `saved` then (Unix time).
 
-    What was logged after it is dropped, for the continued run logs it again. Where figures of the checkpoint's
-    `history` (transformers' log_history) are missing from the files, these are written anew from it.
+    How many figures were lost.
+
+    What was logged after it is dropped, for the continued run logs it again. Where figures of the
+    checkpoint's `history` (transformers' log_history) are missing from the files, these are written
+    anew from it.
     """
     from torch.utils.tensorboard import SummaryWriter
 
@@ -34,11 +40,17 @@ def _figures(history: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, int, f
 
     for entry in history:
         logged = rewrite_logs({name: value for name, value in entry.items() if name != "step"})
-        yield from ((tag, entry["step"], value) for tag, value in logged.items() if isinstance(value, int | float))
+        yield from (
+            (tag, entry["step"], value)
+            for tag, value in logged.items()
+            if isinstance(value, int | float)
+        )
 
 
 def _cut(path: Path, step: int, saved: float) -> dict[tuple[str, int], float]:
-    """Drop the events beyond the checkpoint from a file, and all from the first that cannot be read; what is left."""
+    """Drop the events beyond the checkpoint from a file, and all from the first that cannot be
+    read; what is left.
+    """
     from tensorboard.backend.event_processing.event_file_loader import RawEventFileLoader
     from tensorboard.compat.proto.event_pb2 import Event
     from tensorboard.summary.writer.record_writer import RecordWriter

@@ -1,4 +1,5 @@
-"""Imports the libraries that every training takes, without looking for garbage meanwhile: a sixth of the time.
+"""Imports the libraries that every training takes, without looking for garbage meanwhile: a sixth
+of the time.
 
 Modules stay, so that later collections need not walk over them either.
 """

@@ -1,7 +1,9 @@
-"""A training that continues exactly: what transformers' checkpoint lacks, when it counts, and a disk without room.
+"""A training that continues exactly: what transformers' checkpoint lacks, when it counts, and a
+disk without room.
 
-transformers saves weights, optimizer, schedule, loss scale and random states. It does not save what has added up since
-the last log (the loss, trl's metrics), nor what the run measures of itself; a continued run would log other figures.
+transformers saves weights, optimizer, schedule, loss scale and random states. It does not save what
+has added up since the last log (the loss, trl's metrics), nor what the run measures of itself; a
+continued run would log other figures.
 """
 
 import errno
@@ -47,7 +49,10 @@ def is_full(error: BaseException) -> bool:
 
 @contextmanager
 def dtypes_kept(model: nn.Module) -> Iterator[None]:
-    """Loading inside leaves every parameter its dtype; peft makes bfloat16 LoRA matrices, as QLoRA's, float32."""
+    """Loading inside leaves every parameter its dtype.
+
+    Peft makes bfloat16 LoRA matrices, as QLoRA's, float32.
+    """
     before = {name: parameter.dtype for name, parameter in model.named_parameters()}
     yield
     for name, parameter in model.named_parameters():
@@ -56,10 +61,12 @@ def dtypes_kept(model: nn.Module) -> Iterator[None]:
 
 
 class Resume(TrainerCallback):
-    """The saving and the continuing of one trainer. `must_match` and `hardware` go into every manifest.
+    """The saving and the continuing of one trainer.
 
-    `skipped` holds a sentence for every checkpoint that the disk had no room for, `earlier` what the starts before this
-    one measured (their peak memory, the dtype they computed in).
+    `must_match` and `hardware` go into every manifest.
+
+    `skipped` holds a sentence for every checkpoint that the disk had no room for, `earlier` what
+    the starts before this one measured (their peak memory, the dtype they computed in).
     """
 
     def __init__(self, trainer: "LabTrainer") -> None:
@@ -76,7 +83,9 @@ class Resume(TrainerCallback):
 
     @property
     def seconds(self) -> float:
-        """Seconds of training over all starts, without what was thrown away or spent waiting for another training."""
+        """Seconds of training over all starts, without what was thrown away or spent waiting for
+        another training.
+        """
         return self._kept_s + time.perf_counter() - self._began - self._trainer.meter.waited_s
 
     @property
@@ -87,12 +96,15 @@ class Resume(TrainerCallback):
     def begin(self, checkpoint: str | None, max_steps: int, epochs: int) -> tuple[int, int] | None:
         """The training begins, or goes on from a checkpoint; the clock starts.
 
-        Returns the epochs and, of the next one, the micro-batches that are done, where transformers takes them wrongly.
+        Returns the epochs and, of the next one, the micro-batches that are done, where transformers
+        takes them wrongly.
         """
         self._from, self._began = checkpoint and Path(checkpoint), time.perf_counter()
         best = self._best()
         if checkpoint and best and (self.folder / best).is_dir():
-            self._trainer.state.best_model_checkpoint = str(self.folder / best)  # it may have been moved
+            self._trainer.state.best_model_checkpoint = str(
+                self.folder / best
+            )  # it may have been moved
         state, args = self._trainer.state, self._trainer.args
         args.eval_on_start = args.eval_on_start and not checkpoint
         if state.global_step >= max_steps:
@@ -104,21 +116,33 @@ class Resume(TrainerCallback):
         return None
 
     def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: object,
     ) -> None:
         """transformers has set its sums to nought by now."""
         if self._from:
             mine = self._from / _ADDED_UP.format(args.process_index)
             first = self._from / _ADDED_UP.format(0)  # of a rank that there was not
-            self._restore(json.loads((mine if mine.is_file() else first).read_text(encoding="utf-8")))
+            self._restore(
+                json.loads((mine if mine.is_file() else first).read_text(encoding="utf-8"))
+            )
         if args.process_index == 0:
             self._notes = Notes(self.folder)
             self._notes.write(state.global_step, self._kept_s)
 
     def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: object,
     ) -> None:
-        """Note how far it is. At the end of an epoch that is evaluated or logged, a checkpoint comes after that."""
+        """Note how far it is. At the end of an epoch that is evaluated or logged, a checkpoint
+        comes after that.
+        """
         if self._notes:
             self._notes.write(state.global_step, self.seconds)
         by_epoch = "epoch" in (args.eval_strategy, args.logging_strategy)
@@ -126,23 +150,32 @@ class Resume(TrainerCallback):
             control.should_save, self._put_off = False, True
 
     def on_epoch_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: object,
     ) -> None:
         """Save what was put off: a run that goes on from there begins the next epoch."""
         control.should_save, self._put_off = control.should_save or self._put_off, False
 
     def save(self, stock: Callable[[], None]) -> None:
-        """Save a checkpoint by `stock`, add what it lacks, seal it once every rank has written. Every rank calls it.
+        """Save a checkpoint by `stock`, add what it lacks, seal it once every rank has written.
 
-        Where the disk has no room the training goes on without. Raises NoRoom where it ran full in the middle of it
-        and several ranks wait for one another.
+        Every rank calls it.
+
+        Where the disk has no room the training goes on without. Raises NoRoom where it ran full in
+        the middle of it and several ranks wait for one another.
         """
         began, args = time.perf_counter(), self._trainer.args
         folder = self.folder / f"checkpoint-{self._trainer.state.global_step}"
         best = self._best()
         if why := self._agreed(lambda: self._no_room(best)):
             return self._skip(why)
-        limit, args.save_total_limit = args.save_total_limit, None  # until this one counts none goes
+        limit, args.save_total_limit = (
+            args.save_total_limit,
+            None,
+        )  # until this one counts none goes
         try:
             stock()
             mine = folder / _ADDED_UP.format(args.process_index)
@@ -166,12 +199,18 @@ class Resume(TrainerCallback):
         self.saving_s += time.perf_counter() - began
 
     def check_room(self) -> None:
-        """Raise NoRoom where the disk cannot take one checkpoint; every rank calls it, before the first step."""
+        """Raise NoRoom where the disk cannot take one checkpoint.
+
+        Every rank calls it, before the first step.
+        """
         if why := self._agreed(lambda: self._no_room(None)):
             raise NoRoom(f"{why}; free some, or train with --output_dir on another disk")
 
     def planned_bytes(self) -> int:
-        """Size of a checkpoint: the last one's; before the first a bound for optimizers of two states a weight."""
+        """Size of a checkpoint: the last one's.
+
+        Before the first a bound for optimizers of two states a weight.
+        """
         if self.sizes:
             return self.sizes[-1]
         model = self._trainer.model
@@ -181,7 +220,12 @@ class Resume(TrainerCallback):
         # FSDP's own file of the weights comes beside the adapter's
         weights *= 2 if self._trainer.is_fsdp_enabled else 1
         backend = getattr(self._trainer.processing_class, "backend_tokenizer", None)
-        return weights + 2 * trained + SMALL_FILES + (len(backend.to_str(pretty=True)) if backend else 0)
+        return (
+            weights
+            + 2 * trained
+            + SMALL_FILES
+            + (len(backend.to_str(pretty=True)) if backend else 0)
+        )
 
     def facts(self) -> dict[str, Any]:
         """For run.json: what saving took and how large a checkpoint is."""
@@ -195,17 +239,26 @@ class Resume(TrainerCallback):
 
     def _seal(self, folder: Path) -> None:
         args, state = self._trainer.args, self._trainer.state
-        missing = [r for r in range(args.world_size) if not (folder / _ADDED_UP.format(r)).is_file()]
+        missing = [
+            r for r in range(args.world_size) if not (folder / _ADDED_UP.format(r)).is_file()
+        ]
         if missing:
             raise RuntimeError(
-                f"{folder} holds nothing of rank {', '.join(map(str, missing))}: output_dir must be on a file system "
+                f"{folder} holds nothing of rank {', '.join(map(str, missing))}: output_dir must "
+                "be on a file system "
                 f"that all nodes share"
             )
         (folder / "training_args.bin").unlink(missing_ok=True)  # a pickle that nothing reads
         needed = args.load_best_model_at_end and state.best_model_checkpoint
         needs = [name] if needed and (name := Path(needed).name) != folder.name else []
-        facts = {"step": state.global_step, "saved": time.time(), "train_seconds": round(self.seconds, 3)}
-        manifest = seal(folder, facts | {"must_match": self.must_match, "hardware": self.hardware}, needs)
+        facts = {
+            "step": state.global_step,
+            "saved": time.time(),
+            "train_seconds": round(self.seconds, 3),
+        }
+        manifest = seal(
+            folder, facts | {"must_match": self.must_match, "hardware": self.hardware}, needs
+        )
         self.sizes.append(sum(size for size, _ in manifest["files"].values()))
 
     def _best(self) -> str | None:
@@ -232,10 +285,14 @@ class Resume(TrainerCallback):
 
     def _skip(self, why: str) -> None:
         step, last = self._trainer.state.global_step, in_order(self.folder)
-        stays = f"the last checkpoint stays {last[-1].name}" if last else "there is no checkpoint yet"
+        stays = (
+            f"the last checkpoint stays {last[-1].name}" if last else "there is no checkpoint yet"
+        )
         self.skipped.append(f"step {step}: {why}")
         if self._trainer.args.process_index == 0:
-            _log.warning("warning: no checkpoint at step %d: %s; the training goes on, %s", step, why, stays)
+            _log.warning(
+                "warning: no checkpoint at step %d: %s; the training goes on, %s", step, why, stays
+            )
 
     def _added_up(self) -> dict[str, Any]:
         trainer = self._trainer

@@ -1,7 +1,9 @@
-"""Training whose every sum is taken in one order, so that equal starts on a GPU are equal to the last bit.
+"""Training whose every sum is taken in one order, so that equal starts on a GPU are equal to the
+last bit.
 
-transformers' `full_determinism` waits for every kernel and leaves cuDNN's attention on, which gives other values from
-call to call, and lets Inductor choose kernels by timing them. The kernels of the fast path use no atomics.
+transformers' `full_determinism` waits for every kernel and leaves cuDNN's attention on, which gives
+other values from call to call, and lets Inductor choose kernels by timing them. The kernels of the
+fast path use no atomics.
 """
 
 import os
@@ -10,7 +12,10 @@ import torch
 
 
 def compute_deterministically() -> None:
-    """Before the first matrix product on a GPU. An operation that has no such form raises RuntimeError at its use."""
+    """Before the first matrix product on a GPU.
+
+    An operation that has no such form raises RuntimeError at its use.
+    """
     # read by torch when it makes its first cuBLAS handle
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True)

@@ -23,12 +23,15 @@ class Stopped(BaseException):
 
 
 class StopOnSignal(TrainerCallback):
-    """TERM, USR1 and INT set a flag; the ranks agree on it at the end of a step, before the next one draws randomness.
+    """TERM, USR1 and INT set a flag.
 
-    Once the checkpoint of that step is saved, `Stopped` is raised on all of them. Before the first step there is none
-    to save: one process raises it at once, several once all are ready to begin, for the others would miss one that
-    left. After the last step a signal changes nothing. A second Ctrl-C raises it at once, a third one ends the process.
-    `agreed` is the signal's number once the ranks save and stop for it, else 0.
+    The ranks agree on it at the end of a step, before the next one draws randomness.
+
+    Once the checkpoint of that step is saved, `Stopped` is raised on all of them. Before the first
+    step there is none to save: one process raises it at once, several once all are ready to begin,
+    for the others would miss one that left. After the last step a signal changes nothing. A second
+    Ctrl-C raises it at once, a third one ends the process. `agreed` is the signal's number once the
+    ranks save and stop for it, else 0.
     """
 
     def __init__(self) -> None:
@@ -50,9 +53,16 @@ class StopOnSignal(TrainerCallback):
             raise Stopped(number)
 
     def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: object,
     ) -> None:
-        """The ranks agree over CPU memory: a flag on the GPU would be read only once all work queued there is done."""
+        """The ranks agree over CPU memory:
+
+        a flag on the GPU would be read only once all work queued there is done.
+        """
         self._training = True
         if dist.is_initialized() and dist.get_world_size() > 1:
             self._group = dist.new_group(backend="gloo")
@@ -60,7 +70,11 @@ class StopOnSignal(TrainerCallback):
                 raise Stopped(number)
 
     def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: object,
     ) -> TrainerControl:
         """Agree on the flag; save and stop if any rank was signalled."""
         number = self._of_any_rank()
@@ -76,13 +90,23 @@ class StopOnSignal(TrainerCallback):
         dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=self._group)
         return int(flag)
 
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object) -> None:
+    def on_save(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: object,
+    ) -> None:
         """The checkpoint of the last step is there."""
         if self.agreed:
             raise Stopped(self.agreed)
 
     def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: object,
     ) -> None:
         """What is left is saving the adapter."""
         self._training, self._trained = False, True

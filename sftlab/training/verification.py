@@ -1,4 +1,6 @@
-"""What really ran: precision, strategy, dtypes and sizes, read from the trainer's own objects, and checked."""
+"""What really ran: precision, strategy, dtypes and sizes, read from the trainer's own objects, and
+checked.
+"""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -22,8 +24,13 @@ if TYPE_CHECKING:
 
 
 def frozen_linear(model: nn.Module) -> nn.Module:
-    """The first linear layer, in its base form where LoRA wraps it; the dtype it computes in is the run's precision."""
-    return next(m for n, m in model.named_modules() if isinstance(m, LINEAR_LAYERS) and "lora_" not in n)
+    """The first linear layer, in its base form where LoRA wraps it.
+
+    The dtype it computes in is the run's precision.
+    """
+    return next(
+        m for n, m in model.named_modules() if isinstance(m, LINEAR_LAYERS) and "lora_" not in n
+    )
 
 
 class _SeenError(Exception):
@@ -31,20 +38,26 @@ class _SeenError(Exception):
 
 
 def seen_linear(trainer: "LabTrainer", model: nn.Module, inputs: dict[str, Any]) -> dict[str, str]:
-    """Class and output dtype of a frozen linear, seen in an uncompiled forward that goes as far as need be.
+    """Class and output dtype of a frozen linear, seen in an uncompiled forward that goes as far as
+    need be.
 
     Leaves the random state alone.
     """
     seen: dict[str, str] = {}
 
     def note(module: nn.Module, inputs: Any, output: torch.Tensor) -> None:
-        seen.update(linear=type(module).__name__, output_dtype=str(output.dtype).removeprefix("torch."))
+        seen.update(
+            linear=type(module).__name__, output_dtype=str(output.dtype).removeprefix("torch.")
+        )
         if not trainer.is_fsdp_enabled:  # which wants every forward to end
             raise _SeenError
 
     hook = frozen_linear(model).register_forward_hook(note)
     devices = [trainer.args.device] if trainer.args.device.type == "cuda" else []
-    as_it_trains, eager = trainer.compute_loss_context_manager(), torch.compiler.set_stance("force_eager")
+    as_it_trains, eager = (
+        trainer.compute_loss_context_manager(),
+        torch.compiler.set_stance("force_eager"),
+    )
     try:
         with torch.random.fork_rng(devices), torch.no_grad(), as_it_trains, eager:
             trainer.token_losses(model.train(), trainer._prepare_inputs(inputs))
@@ -101,8 +114,13 @@ def strategy(trainer: SFTTrainer) -> str:
 
 
 def lora_scale(model: nn.Module) -> list[float]:
-    """The factors that the LoRA updates are multiplied with (alpha / r; one value unless layers differ)."""
-    return sorted({scale for m in model.modules() if isinstance(m, LoraLayer) for scale in m.scaling.values()})
+    """The factors that the LoRA updates are multiplied with (alpha / r.
+
+    One value unless layers differ).
+    """
+    return sorted(
+        {scale for m in model.modules() if isinstance(m, LoraLayer) for scale in m.scaling.values()}
+    )
 
 
 def _quantization(model: nn.Module) -> str | None:
@@ -127,17 +145,23 @@ def verify_strategy(trainer: "LabTrainer") -> None:
     launch, ran, processes = trainer.launch, strategy(trainer), trainer.accelerator.num_processes
     if not ran.startswith(launch.strategy) or processes != launch.world_size:
         raise RuntimeError(
-            f"the launch config asks for {launch.strategy} over {launch.world_size} processes; what runs is {ran} over "
+            f"the launch config asks for {launch.strategy} over {launch.world_size} processes; "
+            f"what runs is {ran} over "
             f"{processes}"
         )
 
 
 def verify_trained(model: nn.Module, trained: Sequence[nn.Parameter]) -> None:
-    """Raise RuntimeError where parameters have gradients that no optimizer takes: what wraps the model unfroze them."""
+    """Raise RuntimeError where parameters have gradients that no optimizer takes:
+
+    what wraps the model unfroze them.
+    """
     kept = set(map(id, trained))
     left = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in kept]
     if left:
-        raise RuntimeError(f"{len(left)} parameters have gradients and no optimizer, {left[0]} the first")
+        raise RuntimeError(
+            f"{len(left)} parameters have gradients and no optimizer, {left[0]} the first"
+        )
 
 
 def verify_precision(trainer: "LabTrainer") -> None:
@@ -145,7 +169,8 @@ def verify_precision(trainer: "LabTrainer") -> None:
     asked, linear, dtype = trainer.launch.precision or precision, *trainer.observed.values()
     if precision != asked or dtype != COMPUTE_DTYPE[asked]:
         raise RuntimeError(
-            f"the launch config asks for {asked}; accelerate runs {precision} and the linears compute in {dtype}"
+            f"the launch config asks for {asked}; accelerate runs {precision} and the linears "
+            f"compute in {dtype}"
         )
     if asked == "fp8" and "Float8Linear" not in linear:
         raise RuntimeError(f"the launch config asks for fp8; the linears run as {linear}")
@@ -154,7 +179,8 @@ def verify_precision(trainer: "LabTrainer") -> None:
 def length_facts(trainer: SFTTrainer, rows: int) -> dict[str, int]:
     """Sequences and tokens that training sees of `rows` rows, and what `max_length` did to them.
 
-    `cut` rows lost the end of their response and so their end token; `dropped` rows had no response token left.
+    `cut` rows lost the end of their response and so their end token; `dropped` rows had no response
+    token left.
     """
     lengths = row_lengths(trainer.train_dataset)
     at_limit = np.flatnonzero(lengths == trainer.args.max_length)
@@ -170,12 +196,17 @@ def length_facts(trainer: SFTTrainer, rows: int) -> dict[str, int]:
 
 
 def refuse_lost_rows(trainer: "LabTrainer", splits: Splits) -> None:
-    """Raise ValueError where `max_length` left too few training rows for a step, or no validation row."""
+    """Raise ValueError where `max_length` left too few training rows for a step, or no validation
+    row.
+    """
     said = f"have no response token within max_length {trainer.args.max_length}"
     if isinstance(trainer.train_dataset, Dataset):
         rows, kept = len(splits.train), len(trainer.train_dataset)
-        refuse_few_rows(kept, trainer.global_batch, f" ({rows - kept} of {rows} {said})" if kept < rows else "")
+        refuse_few_rows(
+            kept, trainer.global_batch, f" ({rows - kept} of {rows} {said})" if kept < rows else ""
+        )
     if trainer.eval_dataset is not None and not len(trainer.eval_dataset):
         raise ValueError(
-            f"all {len(splits.validation)} validation rows {said}: raise it, or leave validation out (split_fractions)"
+            f"all {len(splits.validation)} validation rows {said}: raise it, or leave validation "
+            "out (split_fractions)"
         )

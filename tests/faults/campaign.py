@@ -1,11 +1,13 @@
-"""Kill trainings at random moments, break checkpoints file by file, start again, and compare with undisturbed runs.
+"""Kill trainings at random moments, break checkpoints file by file, start again, and compare with
+undisturbed runs.
 
 python tests/faults/campaign.py --table results/faults.csv          (all of it)
 python tests/faults/campaign.py --cases "one process" DDP --trials 3 --faults 6
 
-What runs is recipes/sft.py (forked.py says how a start becomes cheap); a kill is SIGKILL to one rank of several, upon
-which the others are killed as well. A trial is exact if the adapter's SHA-256, all logged losses, the means of training
-and validation, and TensorBoard's curves (every step once) are those of the undisturbed run. Everything is drawn from
+What runs is recipes/sft.py (forked.py says how a start becomes cheap); a kill is SIGKILL to one
+rank of several, upon which the others are killed as well. A trial is exact if the adapter's
+SHA-256, all logged losses, the means of training and validation, and TensorBoard's curves (every
+step once) are those of the undisturbed run. Everything is drawn from
 --seed; what a moment falls on depends on the machine. The exit status is 1 if anything came out otherwise.
 """
 
@@ -44,17 +46,33 @@ from sftlab.runs.environment import provenance  # noqa: E402
 from sftlab.tables import aligned, write_csv  # noqa: E402
 
 FIELDS = {
-    "max_steps": 24, "save_steps": 5, "logging_steps": 4, "global_batch_size": 16, "per_device_train_batch_size": 16,
-    "max_length": 128, "warmup_steps": 2, "lora_r": 4, "lora_alpha": 8, "learning_rate": 0.003, "disable_tqdm": "true",
-}  # fmt: skip
+    "max_steps": 24,
+    "save_steps": 5,
+    "logging_steps": 4,
+    "global_batch_size": 16,
+    "per_device_train_batch_size": 16,
+    "max_length": 128,
+    "warmup_steps": 2,
+    "lora_r": 4,
+    "lora_alpha": 8,
+    "learning_rate": 0.003,
+    "disable_tqdm": "true",
+}
 QLORA = {
-    "load_in_4bit": "true", "use_bnb_nested_quant": "true", "bnb_4bit_quant_type": "nf4", "dtype": "bfloat16",
-    "bnb_4bit_quant_storage": "bfloat16", "optim": "paged_adamw_8bit",
-}  # fmt: skip
+    "load_in_4bit": "true",
+    "use_bnb_nested_quant": "true",
+    "bnb_4bit_quant_type": "nf4",
+    "dtype": "bfloat16",
+    "bnb_4bit_quant_storage": "bfloat16",
+    "optim": "paged_adamw_8bit",
+}
 BEST = {
-    "load_best_model_at_end": "true", "eval_strategy": "steps", "eval_steps": 5, "save_total_limit": 1,
+    "load_best_model_at_end": "true",
+    "eval_strategy": "steps",
+    "eval_steps": 5,
+    "save_total_limit": 1,
     "metric_for_best_model": "eval_loss",
-}  # fmt: skip
+}
 KINDS = ("start-up", "steps", "saving", "sealing", "rotating", "final save", "signal")
 
 
@@ -68,7 +86,9 @@ class Case(NamedTuple):
 
 
 def packed_on_a_cpu() -> None:
-    """Sampler, collator and loss of packed rows, with the tests' attention in place of the GPU's kernels."""
+    """Sampler, collator and loss of packed rows, with the tests' attention in place of the GPU's
+    kernels.
+    """
     varlen_attention.why_not = lambda config, model_class: None
     varlen_attention.varlen_attention = reference_attention
 
@@ -81,7 +101,9 @@ CASES = {
     # gradients of more than a megabyte, which is where DDP divides them among buckets
     "DDP of 3": Case(DROPPED | {"lora_r": 512, "global_batch_size": 12}, processes=3),
     "accumulation 4": Case(DROPPED | {"per_device_train_batch_size": 4}),
-    "packed": Case(DROPPED | {"packing": "true", "per_device_train_batch_size": 8}, prepare=packed_on_a_cpu),
+    "packed": Case(
+        DROPPED | {"packing": "true", "per_device_train_batch_size": 8}, prepare=packed_on_a_cpu
+    ),
     "QLoRA": Case(DROPPED | QLORA, precision="bf16"),
     "best model": Case(DROPPED | BEST),
 }
@@ -96,9 +118,17 @@ class Campaign:
         self.lines: list[dict[str, Any]] = []
         torch.manual_seed(0)
         config = LlamaConfig(
-            vocab_size=259, hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
-            num_key_value_heads=1, bos_token_id=256, eos_token_id=257, pad_token_id=258, initializer_range=0.1,
-        )  # fmt: skip
+            vocab_size=259,
+            hidden_size=64,
+            intermediate_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            bos_token_id=256,
+            eos_token_id=257,
+            pad_token_id=258,
+            initializer_range=0.1,
+        )
         LlamaForCausalLM(config).save_pretrained(folder / "base")
         byte_tokenizer().save_pretrained(folder / "base")
         write_jsonl(folder / "rows.jsonl", instruction_rows(200))
@@ -106,19 +136,38 @@ class Campaign:
         self.changes: dict[str, list[tuple[float, str]]] = {}
 
     def start(
-        self, name: str, run: Path, moment: Moment | None = None, victim: int = 0, sabotage: Callable | None = None
+        self,
+        name: str,
+        run: Path,
+        moment: Moment | None = None,
+        victim: int = 0,
+        sabotage: Callable | None = None,
     ) -> Training:
         """Start a case in a run directory."""
         case = CASES[name]
-        data = {"model_name_or_path": self.folder / "base", "dataset_name": self.folder / "rows.jsonl"}
-        argv = arguments({k: str(v) for k, v in (data | {"output_dir": run} | FIELDS | case.fields).items()})
+        data = {
+            "model_name_or_path": self.folder / "base",
+            "dataset_name": self.folder / "rows.jsonl",
+        }
+        argv = arguments(
+            {k: str(v) for k, v in (data | {"output_dir": run} | FIELDS | case.fields).items()}
+        )
 
         def prepare() -> None:
             for one in (case.prepare, sabotage):
                 if one:
                     one()
 
-        return Training(self.sft, argv, Path(f"{run}.log"), case.processes, moment, victim, prepare, case.precision)
+        return Training(
+            self.sft,
+            argv,
+            Path(f"{run}.log"),
+            case.processes,
+            moment,
+            victim,
+            prepare,
+            case.precision,
+        )
 
     def begin(self, name: str) -> None:
         """The undisturbed run of a case, and when it changes its folder."""
@@ -126,13 +175,20 @@ class Campaign:
             return
         run = self.folder / f"{name} undisturbed"
         if not self.start(name, run, Moment(count=-1)).wait():
-            raise RuntimeError(f"{name}: the undisturbed run failed: {Path(f'{run}.log').read_text()[-2000:]}")
+            raise RuntimeError(
+                f"{name}: the undisturbed run failed: {Path(f'{run}.log').read_text()[-2000:]}"
+            )
         self.undisturbed[name] = outcome(run)
         lines = Path(f"{run}.changes").read_text().splitlines()
-        self.changes[name] = [(float(line.split(" ", 1)[0]), line.split(" ", 1)[1]) for line in lines]
+        self.changes[name] = [
+            (float(line.split(" ", 1)[0]), line.split(" ", 1)[1]) for line in lines
+        ]
 
     def moment(self, name: str, kind: str, victim: int) -> Moment:
-        """A random moment of a kind in the life of a rank. Only the first one notes progress and seals."""
+        """A random moment of a kind in the life of a rank.
+
+        Only the first one notes progress and seals.
+        """
         changes, draw = self.changes[name], self.random.uniform
         first = next(at for at, change in changes if "progress.json" in change)
         saved = next(at for at, change in changes if ".adapter" in change)
@@ -148,9 +204,11 @@ class Campaign:
         if kind == "final save" and self.random.random() < 0.5:
             return Moment(".adapter", 1, draw(0, end - saved))
         where, delay = {
-            "saving": ("/checkpoint-", 0.004), "sealing": ("manifest.json", 0), "rotating": ("shutil.rmtree", 0.001),
+            "saving": ("/checkpoint-", 0.004),
+            "sealing": ("manifest.json", 0),
+            "rotating": ("shutil.rmtree", 0.001),
             "final save": (".adapter", 0.003),
-        }[kind]  # fmt: skip
+        }[kind]
         events = sum(where in change for _, change in changes)
         return Moment(where, self.random.randint(1, events), draw(0, delay))
 
@@ -182,7 +240,11 @@ class Campaign:
             line |= self.compared(name, run)
         except RuntimeError as error:
             line |= {"result": "failed", "why": str(error)}
-        counted = {"kills": kills, "signals": signals, "seconds": round(time.monotonic() - began, 1)}
+        counted = {
+            "kills": kills,
+            "signals": signals,
+            "seconds": round(time.monotonic() - began, 1),
+        }
         self.add(line | counted, run)
 
     def signalled(self, name: str, run: Path) -> None:
@@ -199,7 +261,9 @@ class Campaign:
             raise RuntimeError(f"signal {number} ended with the status {status}: {run}.log")
 
     def broken_files(self, name: str, most: int | None) -> list[Callable[[], None]]:
-        """Trials: a file of the newest checkpoint (or run.json, progress.json, the curves) broken in one way."""
+        """Trials: a file of the newest checkpoint (or run.json, progress.json, the curves) broken
+        in one way.
+        """
         if most == 0:
             return []
         self.begin(name)
@@ -227,7 +291,9 @@ class Campaign:
         line |= self.compared(name, run) if read(run)["status"] == "succeeded" else refusal(run)
         self.add(line, run)
 
-    def control(self, what: str, sabotage: Callable[[], None], fault: Callable | None = None) -> None:
+    def control(
+        self, what: str, sabotage: Callable[[], None], fault: Callable | None = None
+    ) -> None:
         """A sabotaged continuation must be caught: a campaign that cannot fail shows nothing."""
         name = "dropout 0.1"
         self.begin(name)
@@ -249,11 +315,16 @@ class Campaign:
         differing = [key for key in expected if found[key] != expected[key]]
         stops = read(run)["interruptions"]
         again = [stop["steps_done_again"] for stop in stops if stop["steps_done_again"] is not None]
-        seconds = [stop["seconds_done_again"] for stop in stops if stop["seconds_done_again"] is not None]
+        seconds = [
+            stop["seconds_done_again"] for stop in stops if stop["seconds_done_again"] is not None
+        ]
         return {
-            "result": "DIFFERENT" if differing else "exact", "why": ", ".join(differing), "steps_again": sum(again),
-            "seconds_again": round(sum(seconds), 3), "set_aside": sum(len(stop["set_aside"]) for stop in stops),
-        }  # fmt: skip
+            "result": "DIFFERENT" if differing else "exact",
+            "why": ", ".join(differing),
+            "steps_again": sum(again),
+            "seconds_again": round(sum(seconds), 3),
+            "set_aside": sum(len(stop["set_aside"]) for stop in stops),
+        }
 
     def add(self, line: dict[str, Any], run: Path) -> None:
         """Note a result; what went well is removed from the disk."""
@@ -278,7 +349,9 @@ def outcome(run: Path) -> dict[str, Any]:
         "train_loss": record["measured"]["train_loss"],
         "validation_loss": record["measured"]["validation_loss"],
         "trainable_dtypes": record["ran"]["trainable_dtypes"],
-        "curves": {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in tags},
+        "curves": {
+            tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in tags
+        },
     }
 
 
@@ -286,7 +359,10 @@ def refusal(run: Path) -> dict[str, Any]:
     """A start that ended in one sentence was refused; with a traceback it failed."""
     said = Path(f"{run}.log").read_text()
     last = said.strip().splitlines()[-1]
-    return {"result": "refused" if last.startswith("error: ") and "Traceback" not in said else "failed", "why": last}
+    return {
+        "result": "refused" if last.startswith("error: ") and "Traceback" not in said else "failed",
+        "why": last,
+    }
 
 
 def no_random_states() -> None:
@@ -318,12 +394,17 @@ def summary(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
     rows = []
     for case, kind in dict.fromkeys((line["case"], line["kind"]) for line in lines):
         mine = [line for line in lines if (line["case"], line["kind"]) == (case, kind)]
-        count = {result: sum(line["result"] == result for line in mine) for result in ("exact", "refused", "caught")}
+        count = {
+            result: sum(line["result"] == result for line in mine)
+            for result in ("exact", "refused", "caught")
+        }
         steps = [line["steps_again"] for line in mine if line.get("steps_again") is not None]
         row = {"case": case, "kind": kind, "trials": len(mine)}
         row |= {how: sum(line.get(how, 0) for line in mine) for how in ("kills", "signals")} | count
         row["otherwise"] = len(mine) - sum(count.values())
-        row["steps_done_again"] = f"{statistics.median(steps):g} [{min(steps)}, {max(steps)}]" if steps else ""
+        row["steps_done_again"] = (
+            f"{statistics.median(steps):g} [{min(steps)}, {max(steps)}]" if steps else ""
+        )
         row["checkpoints_set_aside"] = sum(line.get("set_aside", 0) for line in mine)
         rows.append(row)
     keys = ("trials", "kills", "signals", "exact", "refused", "caught", "otherwise")
@@ -337,7 +418,9 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--cases", nargs="+", default=list(CASES), choices=list(CASES))
     parser.add_argument("--kinds", nargs="+", default=list(KINDS), choices=KINDS)
     parser.add_argument("--trials", type=int, default=3, help="of every kind in every case")
-    parser.add_argument("--faults", type=int, help="how many broken files to try at most; all unless said")
+    parser.add_argument(
+        "--faults", type=int, help="how many broken files to try at most; all unless said"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--seconds", type=float, default=1e9, help="no trial begins after these")
     parser.add_argument("--table", type=Path, help="CSV to write")
@@ -356,16 +439,31 @@ def main(argv: list[str]) -> int:
     planned += [one for name in broken for one in campaign.broken_files(name, given.faults)]
     for done, one in enumerate(planned):
         if time.monotonic() - began > given.seconds:
-            print(f"{len(planned) - done} of {len(planned)} trials were not begun: {given.seconds:.0f} s are over")
+            print(
+                f"{len(planned) - done} of {len(planned)} trials were not begun: "
+                f"{given.seconds:.0f} s are over"
+            )
             break
         one()
         if given.table:
             write_csv(given.table, [row | about for row in summary(campaign.lines)[:-1]])
     rows = summary(campaign.lines)
-    print("", aligned([list(rows[0]), *([str(row.get(key, "")) for key in rows[0]] for row in rows)]), sep="\n")
+    print(
+        "",
+        aligned([list(rows[0]), *([str(row.get(key, "")) for key in rows[0]] for row in rows)]),
+        sep="\n",
+    )
     print(f"\n{time.monotonic() - began:.0f} s")
     if rows[-1]["otherwise"]:
-        print(json.dumps([line for line in campaign.lines if line["result"] not in ("exact", "refused", "caught")]))
+        print(
+            json.dumps(
+                [
+                    line
+                    for line in campaign.lines
+                    if line["result"] not in ("exact", "refused", "caught")
+                ]
+            )
+        )
         return 1
     shutil.rmtree(folder, ignore_errors=True)
     return 0

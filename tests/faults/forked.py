@@ -1,8 +1,9 @@
-"""Trainings in processes forked from one that has imported everything: a start takes a second instead of ten.
+"""Trainings in processes forked from one that has imported everything: a start takes a second
+instead of ten.
 
-What runs is recipes/sft.py's `main` with the arguments and the environment that `accelerate launch` would give it, in a
-process of its own with its own process group; it dies by a real SIGKILL. What is not tested so is the launcher, and
-the imports.
+What runs is recipes/sft.py's `main` with the arguments and the environment that `accelerate launch`
+would give it, in a process of its own with its own process group; it dies by a real SIGKILL. What
+is not tested so is the launcher, and the imports.
 """
 
 import os
@@ -19,17 +20,23 @@ from types import ModuleType
 from tqdm import tqdm
 
 _LAUNCHED = {
-    "CUDA_VISIBLE_DEVICES": "-1,-1", "ACCELERATE_DYNAMO_BACKEND": "NO",
-    "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "HF_HUB_OFFLINE": "1", "MASTER_ADDR": "127.0.0.1",
-}  # fmt: skip
+    "CUDA_VISIBLE_DEVICES": "-1,-1",
+    "ACCELERATE_DYNAMO_BACKEND": "NO",
+    "OMP_NUM_THREADS": "1",
+    "OMP_WAIT_POLICY": "PASSIVE",
+    "HF_HUB_OFFLINE": "1",
+    "MASTER_ADDR": "127.0.0.1",
+}
 
 
 @dataclass
 class Moment:
-    """When a process kills itself: `after_s` seconds after the `count`-th change of the run directory that has `where`
+    """When a process kills itself: `after_s` seconds after the `count`-th change of the run
+    directory that has `where`
     in its name (an audit event and a path), or after its start where `count` is 0.
 
-    With a `count` of -1 it lives, and writes every change and its time to a file beside the run directory.
+    With a `count` of -1 it lives, and writes every change and its time to a file beside the run
+    directory.
     """
 
     where: str = ""
@@ -38,7 +45,10 @@ class Moment:
 
 
 class Training:
-    """One start of recipes/sft.py on `processes` processes; rank `victim` dies of SIGKILL at `moment`, if at all."""
+    """One start of recipes/sft.py on `processes` processes.
+
+    Rank `victim` dies of SIGKILL at `moment`, if at all.
+    """
 
     def __init__(
         self,
@@ -58,11 +68,23 @@ class Training:
         self._ranks = {}
         for rank in range(processes):
             if (pid := os.fork()) == 0:
-                _become(sft, argv, log, rank, processes, port, moment if rank == victim else None, prepare, precision)
+                _become(
+                    sft,
+                    argv,
+                    log,
+                    rank,
+                    processes,
+                    port,
+                    moment if rank == victim else None,
+                    prepare,
+                    precision,
+                )
             self._ranks[pid] = rank
 
     def wait(self, seconds: float = 120.0, together: bool = True) -> bool:
-        """Wait for the end of all; `together`: when one fails the others are killed, as a launcher would.
+        """Wait for the end of all.
+
+        `together`: when one fails the others are killed, as a launcher would.
 
         Whether all went well. Raises RuntimeError where one hangs.
         """
@@ -169,12 +191,19 @@ def _writes(arguments: tuple) -> bool:
 
 # Audit events that change a folder; Python raises them before the change.
 _CHANGES = {
-    "open": _writes, "os.rename": bool, "os.remove": bool, "os.mkdir": bool, "os.rmdir": bool, "shutil.rmtree": bool,
-}  # fmt: skip
+    "open": _writes,
+    "os.rename": bool,
+    "os.remove": bool,
+    "os.mkdir": bool,
+    "os.rmdir": bool,
+    "shutil.rmtree": bool,
+}
 
 
 def _output_dir(argv: Sequence[str]) -> str:
-    return next(word.partition("=")[2] for word in reversed(argv) if word.startswith("--output_dir="))
+    return next(
+        word.partition("=")[2] for word in reversed(argv) if word.startswith("--output_dir=")
+    )
 
 
 def _free_port() -> int:

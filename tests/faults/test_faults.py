@@ -1,4 +1,7 @@
-"""Trainings that are killed and checkpoints that are broken end as undisturbed ones: a sample, and all of it."""
+"""Trainings that are killed and checkpoints that are broken end as undisturbed ones:
+
+a sample, and all of it.
+"""
 
 import subprocess
 import sys
@@ -11,14 +14,28 @@ CAMPAIGN = Path(__file__).parent / "campaign.py"
 
 def campaign(*words, seconds):
     """Its own process, for its starts are forked: nothing here may have started a thread before."""
-    done = subprocess.run([sys.executable, CAMPAIGN, *words], capture_output=True, text=True, timeout=seconds)
+    done = subprocess.run(
+        [sys.executable, CAMPAIGN, *words], capture_output=True, text=True, timeout=seconds
+    )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]
     return done.stdout
 
 
 def test_a_sample_of_kills_and_broken_files_is_exact_and_controls_are_caught():
     said = campaign(
-        *("--cases", "DDP", "--kinds", "saving", "steps", "signal", "--trials", "1", "--faults", "2"), seconds=300
+        *(
+            "--cases",
+            "DDP",
+            "--kinds",
+            "saving",
+            "steps",
+            "signal",
+            "--trials",
+            "1",
+            "--faults",
+            "2",
+        ),
+        seconds=300,
     )
     assert said.count(": exact") == 5
     assert said.count(": caught") == 3
