@@ -1,6 +1,6 @@
 """What chatting costs over bare generation: time to the first token and tokens/s, measured in turn.
 
-python benchmarks/chat_speed.py --run RUN --out results/chat_cpu.csv [--load-in-4bit] [--tokens 24] [--rounds 7]
+python benchmarks/chat_speed.py --run RUN --out results/chat_speed/cpu.csv [--load-in-4bit] [--tokens 24] [--rounds 7]
 
 The same message is answered by `generate` with a TextIteratorStreamer (two of them over a batch of
 both models), by the engine (sftlab/chat/engine.py), by the app in a process of its own over HTTP,

@@ -1,7 +1,7 @@
 """Training curves of the fast path against rows padded one by one: the same start, rows, order and
 learning rates.
 
-python benchmarks/loss_curves.py --tokenizer DIR --dataset FILE [--steps 300] [--out results/curves.csv]
+python benchmarks/loss_curves.py --tokenizer DIR --dataset FILE [--steps 300] [--out results/loss_curves/loss_curves.csv]
 
 Random-initialised Llama-3.2-1B, LoRA r=16 on q, v and o, 32 rows a step: `plain` (padded, not
 compiled, trl's loss), `fast` (as sft.py comes) and `fp8`, each a run of recipes/sft.py. Writes the
@@ -40,7 +40,7 @@ def main() -> None:
     )
     parser.add_argument("--dataset", required=True, help="local data file")
     parser.add_argument("--steps", type=int, default=300)
-    parser.add_argument("--out", type=Path, default=ROOT / "results" / "curves.csv")
+    parser.add_argument("--out", type=Path, default=ROOT / "results" / "loss_curves" / "loss_curves.csv")
     arguments = parser.parse_args()
     save_random_llama(ROOT / BASE, arguments.tokenizer)
     losses, apart = {}, {}

@@ -1,7 +1,7 @@
 """Losses and LoRA gradients of one step: the fast path, and rows padded one by one, against the
 same in float32.
 
-python benchmarks/numerical_parity.py --tokenizer DIR --dataset FILE [--rows 32] [--out results/parity.csv]
+python benchmarks/numerical_parity.py --tokenizer DIR --dataset FILE [--rows 32] [--out results/numerical_parity/numerical_parity.csv]
 
 Random-initialised Llama-3.2-1B, LoRA r=16 on q, v and o with B drawn at random (zero as it begins,
 it would leave A without a gradient), the first rows of the data set. `plain`: padded, not compiled,
@@ -56,7 +56,7 @@ def main() -> None:
     parser.add_argument("--tokenizer", help="folder of a tokenizer of at most 128,256 tokens")
     parser.add_argument("--dataset", help="local data file")
     parser.add_argument("--rows", type=int, default=32)
-    parser.add_argument("--out", type=Path, default=ROOT / "results" / "parity.csv")
+    parser.add_argument("--out", type=Path, default=ROOT / "results" / "numerical_parity" / "numerical_parity.csv")
     parser.add_argument("--step", type=Path, help=argparse.SUPPRESS)
     arguments, rest = parser.parse_known_args()
     if arguments.step:

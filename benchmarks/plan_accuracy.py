@@ -94,7 +94,7 @@ def main() -> None:
         part, parts = map(int, arguments.part.split("/"))
         chosen = [cell for cell in chosen if cell.gpus == arguments.gpus][part - 1 :: parts]
         return measure(chosen, arguments.out, arguments.gpus, arguments.rehearse)
-    table = ROOT / "results" / "plan_accuracy.csv"
+    table = ROOT / "results" / "plan_accuracy" / "plan_accuracy.csv"
     measured = newest(table, arguments.measured)
     found = [
         (cell, measured[cell.name, name])

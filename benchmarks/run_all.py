@@ -50,8 +50,8 @@ ONE_GPU = {
     "kv_cache_float32": "benchmarks/kv_cache.py --model llama3.2-1b --batches 1 8 --prompts 256 --outputs 32"
     " --out results/kv_cache_float32",
     "throughput": "benchmarks/throughput.py",
-    "float32": f"benchmarks/throughput.py --variants {FLOAT32} --out results/float32.csv",
-    "deterministic": f"benchmarks/throughput.py --variants {DETERMINISTIC} --repeats 5 --out results/deterministic.csv",
+    "float32": f"benchmarks/throughput.py --variants {FLOAT32} --out results/float32/throughput.csv",
+    "deterministic": f"benchmarks/throughput.py --variants {DETERMINISTIC} --repeats 5 --out results/deterministic/throughput.csv",
     "plan_1gpu": "benchmarks/plan_accuracy.py --measure --gpus 1 --out runs/plan_1gpu.csv",
 }
 

@@ -1,7 +1,7 @@
 """Training throughput of this project, of trl and of the published loop, side by side on one GPU or
 several.
 
-python benchmarks/throughput.py [--variants NAME ...] [--out results/throughput.csv]
+python benchmarks/throughput.py [--variants NAME ...] [--out results/throughput/throughput.csv]
 CUDA_VISIBLE_DEVICES=0,1 python benchmarks/throughput.py     (throughput_2gpus.csv: DDP and FSDP2 against one GPU)
 
 Random-initialised Llama-3.2-1B or, for QLoRA, Llama-2-7B; rows of words of one token each,

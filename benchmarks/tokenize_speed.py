@@ -2,7 +2,7 @@
 published design.
 
 python benchmarks/tokenize_speed.py --tokenizer meta-llama/Llama-3.2-1B --files alpaca.json gsm8k_train.jsonl \
-    [--rows 60000] [--rounds 5] [--table results/tokenize.csv]
+    [--rows 60000] [--rounds 5] [--table results/tokenize_speed/tokenize_speed.csv]
 
 A corpus is made of the files' rows (Alpaca's and GSM8K's columns), each of its rows holding several
 of theirs. In every round each variant tokenizes it once, in turn; ratios are taken within a round.
@@ -105,7 +105,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--folder", help="where shards are written (default: the system's temporary folder)"
     )
-    parser.add_argument("--table", type=Path, default=Path("results/tokenize.csv"))
+    parser.add_argument("--table", type=Path, default=Path("results/tokenize_speed/tokenize_speed.csv"))
     return parser.parse_args()
 
 

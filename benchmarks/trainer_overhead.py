@@ -2,7 +2,7 @@
 in pairs, in turn.
 
 accelerate launch --config_file accelerate_configs/cpu.yaml benchmarks/trainer_overhead.py --pairs 15 \
-    --table results/overhead_cpu.csv --config recipes/demo/attn_r16.yaml --max_steps 100 [--any_field value]
+    --table results/trainer_overhead/cpu.csv --config recipes/demo/attn_r16.yaml --max_steps 100 [--any_field value]
 
 Both trainers live in one process, as separate processes differ by more than the effect. They train
 on the same tokens in the same order and log to TensorBoard; one stopwatch times both, from the

@@ -321,12 +321,12 @@ def compare(asked: Asked) -> str:
 
 
 def accuracy(gpu: str) -> tuple[str, dict[str, str]]:
-    """What results/plan_accuracy.csv says of a GPU's cells, or else of the H200's: the GPU, and by
+    """What results/plan_accuracy/plan_accuracy.csv says of a GPU's cells, or else of the H200's: the GPU, and by
     what is planned.
 
     Cells that the planner's constants are from count only where there are no others.
     """
-    lines = [line for line in read_csv(ROOT / "results" / "plan_accuracy.csv") if line["hardware"]]
+    lines = [line for line in read_csv(ROOT / "results" / "plan_accuracy" / "plan_accuracy.csv") if line["hardware"]]
     own = [line for line in lines if (seen := gpu_seen_as(line["hardware"])) and seen.name == gpu]
     lines = own or [line for line in lines if line["held_out"] != "extrapolated"]
     found = {}

@@ -432,7 +432,7 @@ def test_published_peaks_are_within_a_tenth():
 
 def test_the_committed_table_is_todays_planner():
     script, cells = load_script("benchmarks/plan_accuracy.py"), {cell.name: cell for cell in CELLS}
-    rows = script.newest(ROOT / "results" / "plan_accuracy.csv", [])
+    rows = script.newest(ROOT / "results" / "plan_accuracy" / "plan_accuracy.csv", [])
     assert len(rows) >= 40 and {name for name, _ in rows} <= set(cells)
     for (name, _), row in list(rows.items())[1::3]:
         made = script.predicted(cells[name], row)

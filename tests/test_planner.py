@@ -280,7 +280,7 @@ def test_techniques_change_memory_in_the_direction_they_are_for():
 
 
 def test_measured_runs_of_the_fast_path_are_near():
-    """results/throughput.csv: 1B shape on an H200, 120 steps of lognormal rows."""
+    """results/throughput/throughput.csv: 1B shape on an H200, 120 steps of lognormal rows."""
     rows = of_lengths(random_lengths(3000, 512), None, "its own")
     for launch, count, fields, peak in (
         ("single", 32, {}, 14.445), ("single", 64, {"targets": ALL}, 33.456), ("fp8", 64, {}, 25.278),
@@ -401,7 +401,7 @@ def test_speed_follows_the_gpu_and_what_is_known_of_the_h200():
     assert forecast(gradient_checkpointing="true").pace.matrices > 1.3 * forecast().pace.matrices
     one, two = forecast(global_batch_size=128), forecast("ddp", global_batch_size=128)
     assert 1.8 < two.tokens_per_s / one.tokens_per_s <= 2
-    # results/throughput.csv
+    # results/throughput/throughput.csv
     rows = of_lengths(random_lengths(3000, 512), None, "its own")
     for launch, fields, speed in (
         ("single", {}, 100_047),

@@ -30,7 +30,7 @@ WORK_EAGER = (3.0, 2.0)
 # kept already
 WORK_EAGER_CASTS = (3.0, 3.75)
 # where that forward is repeated its end is not the peak (checkpointed cells of
-# results/plan_accuracy.csv)
+# results/plan_accuracy/plan_accuracy.csv)
 WORK_EAGER_AGAIN = (3.0, 2.75)
 # eager float8 rounds by way of two float32 copies of the MLP's widest input
 WORK_EAGER_FP8 = (5.0, 5.0)

@@ -3,8 +3,8 @@ published rates.
 
 The GPU's time is the sum of what its kernels need; the host's is what launching them takes, and the
 longer of the two counts. What a kernel reaches of a rate, and the host's times, were taken from
-profiles on one H200 (results/throughput_profile.csv and the fitted cells of
-results/plan_accuracy.csv); on other GPUs they are extrapolated, and on other hosts go by a small
+profiles on one H200 (results/throughput/profile.csv and the fitted cells of
+results/plan_accuracy/plan_accuracy.csv); on other GPUs they are extrapolated, and on other hosts go by a small
 operation's time.
 """
 
@@ -20,7 +20,7 @@ MATRIX = 0.80 * 0.85
 # Of 16 bits' matrix rate, the attention kernels in float32: each product is three of TF32, at half
 # that rate.
 ATTENTION_FP32 = 0.14 / 6
-# What float32 products reach of its rate, the decoder's on average (results/float32_profile.csv).
+# What float32 products reach of its rate, the decoder's on average (results/float32/profile.csv).
 MATRIX_FP32 = 0.75
 # Attention's share of the matrix rate on rows of a few hundred tokens; it grows with their length
 # up to the second.

@@ -1,7 +1,7 @@
 """Kill trainings at random moments, break checkpoints file by file, start again, and compare with
 undisturbed runs.
 
-python tests/faults/campaign.py --table results/faults.csv          (all of it)
+python tests/faults/campaign.py --table results/faults/faults.csv          (all of it)
 python tests/faults/campaign.py --cases "one process" DDP --trials 3 --faults 6
 
 What runs is recipes/sft.py (forked.py says how a start becomes cheap); a kill is SIGKILL to one
