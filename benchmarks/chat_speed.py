@@ -70,7 +70,7 @@ class Speed(NamedTuple):
     peak: int
 
 
-class Rows(BaseStreamer):
+class RowStreamer(BaseStreamer):
     """A TextIteratorStreamer for each row of a batch."""
 
     def __init__(self, tokenizer: Any, rows: int) -> None:
@@ -108,7 +108,7 @@ def bare(chat: Chat, sides: tuple[str, ...], settings: Settings) -> Iterator[int
     """`generate` in a thread, its text taken from a streamer."""
     prompt = prompt_ids(chat._tokenizer, [{"role": "user", "content": MESSAGE}])
     ids = torch.tensor([prompt] * len(sides), device=chat._model.device)
-    streamer = Rows(chat._tokenizer, len(sides))
+    streamer = RowStreamer(chat._tokenizer, len(sides))
     drawn = {
         "do_sample": True,
         "temperature": settings.temperature,

@@ -23,7 +23,7 @@ from transformers import AutoTokenizer
 
 from sftlab.data.chat_template import set_template
 from sftlab.judging.judges import LocalJudge, Messages
-from sftlab.models.random_models import SHAPES, save_random_llama
+from sftlab.models.random_models import MODEL_SHAPES, save_random_llama
 from sftlab.runs.environment import provenance
 from sftlab.tables import read_csv, write_csv
 
@@ -79,7 +79,7 @@ def main() -> None:
     arguments = parser.parse_args()
     shape, new_tokens = ("tiny", 16) if arguments.rehearse else ("mistral-7b", 256)
     if arguments.rehearse:
-        SHAPES["tiny"] = TINY
+        MODEL_SHAPES["tiny"] = TINY
     folder = make_judge(shape)
     arguments.out.mkdir(parents=True, exist_ok=True)
     path, lines = arguments.out / "judge.csv", []

@@ -30,7 +30,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from sftlab.measurement.hardware_limit import synchronize
 from sftlab.measurement.memory import peak_beyond
-from sftlab.models.random_models import SHAPES, make_random_files, random_files
+from sftlab.models.random_models import MODEL_SHAPES, make_random_files, random_files
 from sftlab.runs.environment import provenance
 from sftlab.tables import aligned, read_csv, write_csv
 
@@ -52,7 +52,7 @@ def main(argv: list[str]) -> None:
     """Measure every cell, write CSV and plot, print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
-        "--model", required=True, help=f"a model's folder or name, or {' or '.join(SHAPES)}"
+        "--model", required=True, help=f"a model's folder or name, or {' or '.join(MODEL_SHAPES)}"
     )
     parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), default="float32")
     for name, default in (
@@ -110,7 +110,7 @@ def number(text: str) -> float | str:
 
 def load(name: str, dtype: torch.dtype) -> PreTrainedModel:
     """The model on the GPU, if there is one."""
-    if name in SHAPES:
+    if name in MODEL_SHAPES:
         make_random_files(name, longest=512)
         name = str(random_files(name, longest=512)[0])
     model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype).eval()
@@ -181,7 +181,7 @@ def published_of(model: PreTrainedModel) -> bool:
     """Whether the model has the shape that was published about."""
     return all(
         getattr(model.config, name) == value
-        for name, value in SHAPES["llama3.2-1b"].items()
+        for name, value in MODEL_SHAPES["llama3.2-1b"].items()
         if "size" in name
     )
 

@@ -36,11 +36,11 @@ from transformers import LlamaConfig
 from sftlab.comparison.run_results import outcome
 from sftlab.config.launch import exported, launched
 from sftlab.config.parser import parse_recipe
-from sftlab.models.random_models import SHAPES as SHAPES_OF
+from sftlab.models.random_models import MODEL_SHAPES
 from sftlab.models.random_models import make_random_files, random_lengths
-from sftlab.planning.accuracy_cells import CELLS, SHAPES, Cell
+from sftlab.planning.accuracy_cells import CELLS, CELL_SHAPES, Cell
 from sftlab.planning.gpu_specs import GPU, GPUS, HOST_US, MEASURED_ON, gpu_seen_as
-from sftlab.planning.plan import LIMITS, Rows, foresee, of_lengths
+from sftlab.planning.plan import LIMITS, RowLengths, foresee, of_lengths
 from sftlab.planning.step_memory import FRAGMENTATION, memory
 from sftlab.runs.environment import provenance
 from sftlab.runs.run_directory import read_run
@@ -144,11 +144,11 @@ def on_one_host(lines: list[dict[str, str]]) -> list[dict[str, str]]:
 def predicted(cell: Cell, line: Mapping[str, str]) -> dict[str, Any]:
     """A measured row, and beside it what the planner of today says of the cell."""
     file, flags = cell.launch()
-    shape, gpu = SHAPES[cell.shape], measured_on(line)
+    shape, gpu = CELL_SHAPES[cell.shape], measured_on(line)
     rows = of_lengths(random_lengths(3000, *cell.files()[1:]), None, "the cell's")
     with launched(exported(ROOT / file, flags)) as launch:
         recipe = parse_recipe(cell.argv(), launch)
-        forecast = foresee(recipe, LlamaConfig(**SHAPES_OF[shape]), launch, gpu, rows)
+        forecast = foresee(recipe, LlamaConfig(**MODEL_SHAPES[shape]), launch, gpu, rows)
     peak, speed = forecast.memory.allocated / 2**30, forecast.tokens_per_s
     limit = cell.within_gb or gpu.memory_gb
     facts = {
@@ -200,8 +200,8 @@ def published() -> list[dict[str, Any]]:
             "--lora_dropout=0",
         ]
         with launched(exported(ROOT / f"accelerate_configs/{file}.yaml", {})) as launch:
-            recipe, lengths = parse_recipe(argv, launch), Rows(None, 512, 0, 512, "padded")
-            config = LlamaConfig(**SHAPES_OF["llama3.2-1b"])
+            recipe, lengths = parse_recipe(argv, launch), RowLengths(None, 512, 0, 512, "padded")
+            config = LlamaConfig(**MODEL_SHAPES["llama3.2-1b"])
             step = foresee(recipe, config, launch, GPUS["h100-80"], lengths).step
         ours = memory(replace(step, whole_logits=5.0)).allocated / 1e9
         lines.append(
@@ -256,7 +256,7 @@ def words(cell: Cell) -> list[str]:
 def measure(cells: Sequence[Cell], out: Path, gpus: int, rehearse: bool) -> None:
     """Measure what `out` lacks, a process after the other until all is there."""
     if rehearse:
-        SHAPES.update(dict.fromkeys(SHAPES, "tiny"))
+        CELL_SHAPES.update(dict.fromkeys(CELL_SHAPES, "tiny"))
     for cell in cells:
         shape, longest, shortest = cell.files()
         make_random_files(shape, longest, 3000 if cell.mixed else 400, shortest)

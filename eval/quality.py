@@ -34,7 +34,7 @@ from sftlab.evaluation.generation import (
     generation_facts,
     longest_prompt,
 )
-from sftlab.evaluation.held_out import HeldOut, Rows, held_out, select
+from sftlab.evaluation.held_out import HeldOut, ScoredRows, held_out, select
 from sftlab.models.likelihood import Likelihood, likelihood, nats_of_the_token_read
 from sftlab.evaluation.base_and_tuned import (
     answering,
@@ -177,7 +177,7 @@ def write(
 
 
 def likelihoods(
-    model: PeftModel, rows: Rows, tokenizer: PreTrainedTokenizerBase, size: int
+    model: PeftModel, rows: ScoredRows, tokenizer: PreTrainedTokenizerBase, size: int
 ) -> tuple[dict[str, Likelihood], dict[str, float]]:
     """Of both models: the references' likelihood, right-padded as in training, and the nats of the
     token just read.
@@ -213,7 +213,7 @@ def answer_settings(
 
 
 def score(
-    rows: Rows, nll: dict[str, Likelihood], answers: AnswerFile, bleu: Bleu
+    rows: ScoredRows, nll: dict[str, Likelihood], answers: AnswerFile, bleu: Bleu
 ) -> list[dict[str, Any]]:
     """One record a row, in the order of the held-out set."""
     references = [row["completion"][0]["content"].strip() for row in rows.rows]

@@ -26,11 +26,11 @@ from typing import Any
 from transformers import LlamaConfig, PreTrainedConfig
 
 from sftlab.config.recipe import Recipe
-from sftlab.config.validation import of_bitsandbytes
+from sftlab.config.validation import is_bitsandbytes
 from sftlab.planning.plan import (
     LIMITS,
     Forecast,
-    Rows,
+    RowLengths,
     foresee,
     measure_rows,
     most_rows,
@@ -40,7 +40,7 @@ from sftlab.planning.plan import (
 from sftlab.planning.gpu_specs import GPU, GPUS, MEASURED_ON, find_gpu, gpu_seen_as
 from sftlab.config.launch import exported, launched
 from sftlab.models.loading import load_config, load_tokenizer
-from sftlab.models.random_models import SHAPES
+from sftlab.models.random_models import MODEL_SHAPES
 from sftlab.tables import aligned, figure, read_csv
 
 ROOT = Path(__file__).parent.parent
@@ -64,7 +64,9 @@ class Asked:
         )
         parser.add_argument("--compare", action="store_true", help="under every launch config")
         parser.add_argument(
-            "--random", metavar="SHAPE", help=f"one of {', '.join(SHAPES)} instead of the model"
+            "--random",
+            metavar="SHAPE",
+            help=f"one of {', '.join(MODEL_SHAPES)} instead of the model",
         )
         parser.add_argument("--rows", type=int, help="training rows")
         parser.add_argument("--row_tokens", type=float, help="tokens of a row on average")
@@ -73,8 +75,8 @@ class Asked:
             raise ValueError(
                 "--config is missing: give a recipe, for example recipes/llama3.2-1b/attn_r16.yaml"
             )
-        if self.given.random and self.given.random not in SHAPES:
-            raise ValueError(f"no shape {self.given.random!r}: there are {', '.join(SHAPES)}")
+        if self.given.random and self.given.random not in MODEL_SHAPES:
+            raise ValueError(f"no shape {self.given.random!r}: there are {', '.join(MODEL_SHAPES)}")
         if self.given.host_us is not None and self.given.host_us <= 0:
             raise ValueError(
                 f"--host_us {self.given.host_us}: give the microseconds that recipes/doctor.py says"
@@ -85,7 +87,7 @@ class Asked:
         self.gpu: GPU = find_gpu(self.given.gpu)
         if self.given.host_us:
             self.gpu = replace(self.gpu, host_us=self.given.host_us)
-        self._rows: Rows | None = None
+        self._rows: RowLengths | None = None
 
     def flags(self) -> dict[str, Any]:
         """accelerate's flags."""
@@ -108,19 +110,19 @@ class Asked:
     def _config(self, recipe: Recipe) -> PreTrainedConfig:
         if self.given.random:
             return LlamaConfig(
-                **SHAPES[self.given.random] | (recipe.training.model_init_kwargs or {})
+                **MODEL_SHAPES[self.given.random] | (recipe.training.model_init_kwargs or {})
             )
         model = recipe.model
         return load_config(
             model.model_name_or_path, model.model_revision, recipe.training, with_weights=False
         )
 
-    def _lengths(self, recipe: Recipe) -> Rows:
+    def _lengths(self, recipe: Recipe) -> RowLengths:
         if self._rows is None:
             self._rows = self._asked_lengths(recipe)
         return self._rows
 
-    def _asked_lengths(self, recipe: Recipe) -> Rows:
+    def _asked_lengths(self, recipe: Recipe) -> RowLengths:
         longest, mean = recipe.training.max_length, self.given.row_tokens
         if mean is not None or self.given.rows is not None or self.given.random:
             if longest is None:
@@ -130,7 +132,7 @@ class Asked:
             said = "as said" if mean else "not known: every row as long as max_length"
             # rows of text spread about half as far as their mean
             mean = min(mean or longest, longest)
-            return Rows(self.given.rows, mean, min(0.5 * mean, longest - mean), longest, said)
+            return RowLengths(self.given.rows, mean, min(0.5 * mean, longest - mean), longest, said)
         model = recipe.model
         return measure_rows(
             recipe, load_tokenizer(model.model_name_or_path, model.model_revision, recipe.training)
@@ -272,7 +274,7 @@ def verdict(asked: Asked, recipe: Recipe, forecast: Forecast) -> str:
 
 def fsdp_fields(recipe: Recipe) -> list[str]:
     """What a recipe needs besides under FSDP2: an optimizer that updates its shards."""
-    return ["--optim=adamw_torch_fused"] if of_bitsandbytes(recipe.training.optim) else []
+    return ["--optim=adamw_torch_fused"] if is_bitsandbytes(recipe.training.optim) else []
 
 
 def compare(asked: Asked) -> str:
@@ -326,7 +328,11 @@ def accuracy(gpu: str) -> tuple[str, dict[str, str]]:
 
     Cells that the planner's constants are from count only where there are no others.
     """
-    lines = [line for line in read_csv(ROOT / "results" / "plan_accuracy" / "plan_accuracy.csv") if line["hardware"]]
+    lines = [
+        line
+        for line in read_csv(ROOT / "results" / "plan_accuracy" / "plan_accuracy.csv")
+        if line["hardware"]
+    ]
     own = [line for line in lines if (seen := gpu_seen_as(line["hardware"])) and seen.name == gpu]
     lines = own or [line for line in lines if line["held_out"] != "extrapolated"]
     found = {}

@@ -11,7 +11,7 @@ from conftest import byte_tokenizer
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
-from sftlab.data.chat_template import Turn, end_of_turn, set_template
+from sftlab.data.chat_template import TurnEnd, end_of_turn, set_template
 from sftlab.evaluation.answer_file import AnswerFile
 from sftlab.evaluation.generation import Answer, Generator, NotANumber, Sampling
 
@@ -73,7 +73,7 @@ def test_an_answer_ends_at_the_end_token_and_before_a_stop_string(model, tokeniz
     texts = prompts(tokenizer)
     free = generator.answers(texts)
     stop = free[0].text[6:10]
-    generator.turn = Turn(generator.turn.end_tokens, [stop])
+    generator.turn = TurnEnd(generator.turn.end_tokens, [stop])
     stopped = generator.answers(texts)
     for answer, whole in zip(stopped, free, strict=True):
         assert answer.text == whole.text.partition(stop)[0].strip()
@@ -81,7 +81,7 @@ def test_an_answer_ends_at_the_end_token_and_before_a_stop_string(model, tokeniz
     assert stopped[0].tokens < 40
     assert stopped == [generator.answers([text])[0] for text in texts]
     end = tokenizer(free[0].text[5], add_special_tokens=False)["input_ids"]
-    generator.turn = Turn(end, [])
+    generator.turn = TurnEnd(end, [])
     model.get_base_model().generation_config.eos_token_id = end
     ended = generator.answers(texts)
     for answer, whole in zip(ended, free, strict=True):
@@ -140,10 +140,10 @@ def test_an_answer_that_goes_round_in_circles_is_marked(model, tokenizer):
 
 
 def test_turns_end_as_their_template_says(tokenizer):
-    assert end_of_turn(tokenizer) == Turn([257], ["### Instruction:", "### Response:"])
+    assert end_of_turn(tokenizer) == TurnEnd([257], ["### Instruction:", "### Response:"])
     assert end_of_turn(tokenizer, [3, 257]).end_tokens == [3, 257]
     tokenizer.chat_template = LLAMA2
-    assert end_of_turn(tokenizer) == Turn([256, 257], ["[INST]"])
+    assert end_of_turn(tokenizer) == TurnEnd([256, 257], ["[INST]"])
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
     tokenizer.chat_template = CHATML
     turn = end_of_turn(tokenizer)

@@ -19,7 +19,7 @@ from sftlab.planning.step_time import traffic, widths
 from sftlab.planning.weight_memory import Weights
 
 # The proportions of Llama-3.2-1B and of Llama-2-7B, an eighth as wide.
-SHAPES = {
+TIMED_SHAPES = {
     "1b": {
         "hidden_size": 256,
         "intermediate_size": 1024,
@@ -64,7 +64,7 @@ class Moved(TorchDispatchMode):
 def config_of(shape: str) -> LlamaConfig:
     """A decoder of one layer."""
     return LlamaConfig(
-        **SHAPES[shape], num_hidden_layers=1, vocab_size=64, attn_implementation="sdpa"
+        **TIMED_SHAPES[shape], num_hidden_layers=1, vocab_size=64, attn_implementation="sdpa"
     )
 
 
@@ -151,7 +151,7 @@ def products(step: Step) -> float:
     )
 
 
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("shape", TIMED_SHAPES)
 @pytest.mark.parametrize(
     ("dtype", "lora32"), [(torch.bfloat16, True), (torch.bfloat16, False), (torch.float32, True)]
 )

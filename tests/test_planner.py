@@ -21,9 +21,9 @@ from sftlab.config.parser import parse_recipe
 from sftlab.data.collator import tiles
 from sftlab.data.samplers import balanced
 from sftlab.fastpath import compile_layers, varlen_attention
-from sftlab.models.random_models import SHAPES, random_lengths
+from sftlab.models.random_models import MODEL_SHAPES, random_lengths
 from sftlab.planning.gpu_specs import GPUS
-from sftlab.planning.plan import Rows, foresee, most_rows, of_lengths, resized
+from sftlab.planning.plan import RowLengths, foresee, most_rows, of_lengths, resized
 from sftlab.planning.step_memory import Shape, Step, kept
 from sftlab.planning.weight_memory import Weights, optimizer_bytes, packed_bytes, weigh
 
@@ -42,8 +42,8 @@ def forecast(launch="single", gpu="h200", rows=None, shape="llama3.2-1b", flags=
     argv += ["--lora_target_modules", *targets] if targets else []
     with launched(exported(f"accelerate_configs/{launch}.yaml", flags)) as asked:
         recipe = parse_recipe(argv, asked)
-        rows = rows or Rows(38_000, 315, 140, 512, "said")
-        return foresee(recipe, LlamaConfig(**SHAPES[shape]), asked, GPUS[gpu], rows)
+        rows = rows or RowLengths(38_000, 315, 140, 512, "said")
+        return foresee(recipe, LlamaConfig(**MODEL_SHAPES[shape]), asked, GPUS[gpu], rows)
 
 
 @pytest.mark.parametrize(
@@ -248,7 +248,7 @@ def test_memory_grows_with_rows_length_and_rank():
             for n in (1, 8, 9)
         ]
         assert peaks == sorted(set(peaks))
-        lengths = [Rows(1000, n, 0, n, "said") for n in (128, 640, 4096)]
+        lengths = [RowLengths(1000, n, 0, n, "said") for n in (128, 640, 4096)]
         peaks = [
             forecast(rows=rows, max_length=4096, **fields, **extra).memory.allocated
             for rows in lengths
@@ -360,7 +360,7 @@ def test_the_largest_micro_batch_is_about_what_sampling_finds():
                 )
             )
         assert rows.largest(32, processes, True, 100) == pytest.approx(np.mean(most), rel=0.04)
-    assert Rows(1, 512, 0, 512, "full").largest(8, 1, True, 10) == 4096
+    assert RowLengths(1, 512, 0, 512, "full").largest(8, 1, True, 10) == 4096
     assert rows.largest(8, 1, False, 10) == 8 * 512
 
 
@@ -370,7 +370,7 @@ def test_4_bit_weights_are_whole_until_they_are_sharded():
         "global_batch_size": 4,
         "gradient_checkpointing": "true",
     }
-    rows = Rows(1000, 64, 0, 64, "said")
+    rows = RowLengths(1000, 64, 0, 64, "said")
     quantized = {"load_in_4bit": "true", "bnb_4bit_quant_storage": "bfloat16", "dtype": "bfloat16"}
     plan = forecast(
         "fsdp", shape="llama2-7b", rows=rows, flags={"num_processes": 4}, **short, **quantized
@@ -427,7 +427,7 @@ def test_checkpointing_costs_a_forward_whatever_is_trained():
 
 
 def test_bitsandbytes_optimizers_wait_for_every_tensor_once_a_step():
-    rows, a_step = Rows(38_000, 64, 0, 64, "said"), {}
+    rows, a_step = RowLengths(38_000, 64, 0, 64, "said"), {}
     for targets, accumulation in ((ATTENTION, 1), (ALL, 1), (ALL, 4)):
         fields = {"rows": rows, "targets": targets, "per_device_train_batch_size": 4}
         two = (
@@ -449,7 +449,7 @@ def test_a_loss_scale_is_waited_for_once_a_step():
 
 
 def test_accumulation_shares_a_steps_work_and_keeps_gradients_beside_activations():
-    rows = Rows(38_000, 64, 0, 64, "said")
+    rows = RowLengths(38_000, 64, 0, 64, "said")
     one, four = (
         forecast(rows=rows, per_device_train_batch_size=4, global_batch_size=n) for n in (4, 16)
     )
@@ -485,5 +485,5 @@ def test_a_model_of_experts_is_refused():
                 MixtralConfig(num_hidden_layers=1),
                 launch,
                 GPUS["h200"],
-                Rows(1, 10, 0, 10, ""),
+                RowLengths(1, 10, 0, 10, ""),
             )

@@ -19,7 +19,7 @@ import transformers as hf
 from jinja2 import TemplateError
 from peft import PeftModel
 
-from sftlab.data.chat_template import Turn, end_of_turn, prompt_ids
+from sftlab.data.chat_template import TurnEnd, end_of_turn, prompt_ids
 from sftlab.evaluation.base_and_tuned import answering, finished_run, load_pair, run_tokenizer
 from sftlab.runs.run_directory import SIDES
 
@@ -132,7 +132,7 @@ class _Stream(hf.StoppingCriteria):
     """
 
     def __init__(
-        self, tokenizer: Any, turn: Turn, sides: Sides, most: int, stops: tuple[Event, ...]
+        self, tokenizer: Any, turn: TurnEnd, sides: Sides, most: int, stops: tuple[Event, ...]
     ) -> None:
         self.tokenizer, self.turn, self.sides, self.most, self.stops = (
             tokenizer,
@@ -228,7 +228,7 @@ class Chat:
             self._tokenizer.pad_token_id,
         )
         pad = self._tokenizer.eos_token_id if pad is None else pad
-        self._turn = Turn(sorted({*turn.end_tokens, pad}), turn.stop_strings)
+        self._turn = TurnEnd(sorted({*turn.end_tokens, pad}), turn.stop_strings)
         # in place of the model's own sampling defaults, which fill whatever a call of generate
         # leaves open
         inner.generation_config = hf.GenerationConfig(

@@ -26,7 +26,7 @@ _POLICY = (
     "style-src 'self' 'unsafe-inline'; object-src 'none'; base-uri 'self'; form-action 'self'"
 )
 _LOCAL = ("localhost", "127.0.0.1", "[::1]")
-Message = MutableMapping[str, Any]
+AsgiMessage = MutableMapping[str, Any]
 
 
 class Gate:
@@ -43,9 +43,9 @@ class Gate:
 
     async def __call__(
         self,
-        scope: Message,
-        receive: Callable[[], Awaitable[Message]],
-        send: Callable[[Message], Awaitable[None]],
+        scope: AsgiMessage,
+        receive: Callable[[], Awaitable[AsgiMessage]],
+        send: Callable[[AsgiMessage], Awaitable[None]],
     ) -> None:
         """Pass an allowed request on, answer 403 to any other."""
         if scope["type"] != "http":
@@ -57,7 +57,7 @@ class Gate:
             await send({"type": "http.response.body", "body": b"not served"})
             return
 
-        async def with_policy(message: Message) -> None:
+        async def with_policy(message: AsgiMessage) -> None:
             if message["type"] == "http.response.start":
                 policy = (b"content-security-policy", _POLICY.encode())
                 message["headers"] = [
@@ -69,7 +69,7 @@ class Gate:
 
         await self.app(scope, receive, with_policy)
 
-    def _allowed(self, scope: Message) -> bool:
+    def _allowed(self, scope: AsgiMessage) -> bool:
         host = dict(scope["headers"]).get(b"host", b"").decode("latin-1")
         if self.local_only and host.rpartition(":")[0] not in _LOCAL and host not in _LOCAL:
             return False

@@ -1,4 +1,4 @@
-"""Every field of a recipe, with its default and its meaning."""
+"""Which fields can a recipe set, what do they mean and what are their defaults?"""
 
 import dataclasses
 from dataclasses import dataclass, field
@@ -9,14 +9,22 @@ from trl import ModelConfig, SFTConfig
 
 from sftlab.config.launch import Launch
 
-SHAPE_NAMES = ["openorca", "dolly", "alpaca", "gsm8k", "sharegpt", "messages", "prompt_completion"]
+DATA_FORMAT_NAMES = [
+    "openorca",
+    "dolly",
+    "alpaca",
+    "gsm8k",
+    "sharegpt",
+    "messages",
+    "prompt_completion",
+]
 
 _SECRET_FIELDS = ("hub_token", "local_rank", "parallelism_config")
 
 
 @dataclass
 class DataArguments:
-    """The data set, how much of it, its splits, and the run's own switches."""
+    """Fields for the data set, its splits, the global batch, and replacing or resuming a run."""
 
     dataset_name: str | None = field(default=None, metadata={"help": "Hub data set or local file."})
     dataset_config: str | None = field(
@@ -24,22 +32,23 @@ class DataArguments:
     )
     dataset_train_split: str = field(
         default="train",
-        metadata={"help": "The hub split that rows are taken from; the project splits it itself."},
+        metadata={"help": "Hub split to take rows from; split_fractions divides it further."},
     )
     dataset_streaming: bool = field(
-        default=False, metadata={"help": "Read rows as they come; needs max_steps."}
+        default=False,
+        metadata={"help": "Stream rows instead of downloading them; needs max_steps."},
     )
     dataset_shape: str | None = field(
         default=None,
         metadata={
-            "help": "Shape of the rows; recognised by the columns if unset.",
-            "choices": SHAPE_NAMES,
+            "help": "Shape of the rows. Unset: recognised by the columns.",
+            "choices": DATA_FORMAT_NAMES,
         },
     )
     dataset_fraction: float = field(
         default=1.0,
         metadata={
-            "help": "Share of the rows to use, from the first on (0.01: the first one per cent)."
+            "help": "Share of the rows to use, counted from the first (0.01: the first 1 %)."
         },
     )
     split_fractions: list[float] = field(
@@ -53,8 +62,8 @@ class DataArguments:
     global_batch_size: int | None = field(
         default=None,
         metadata={
-            "help": "Rows per optimizer step over all processes; accumulation follows from it. 0 or unset: "
-            "per_device_train_batch_size x accumulation x processes."
+            "help": "Rows per optimizer step over all processes; accumulation follows from it. "
+            "0 or unset: per_device_train_batch_size x accumulation x processes."
         },
     )
     overwrite: bool = field(
@@ -63,7 +72,8 @@ class DataArguments:
     resume_anyway: bool = field(
         default=False,
         metadata={
-            "help": "Continue an unfinished run with other settings, data or versions; run.json says which."
+            "help": "Continue an unfinished run with other settings, data or versions. run.json "
+            "says which changed."
         },
     )
 
@@ -75,7 +85,8 @@ class ModelArguments(ModelConfig):
     dtype: str | None = field(
         default=None,
         metadata={
-            "help": "dtype of the frozen weights; unset: float32 under fp32, float16 under fp16, else bfloat16.",
+            "help": "dtype of the frozen weights. Unset: float32 under fp32, float16 under fp16, "
+            "else bfloat16.",
             "choices": ["bfloat16", "float16", "float32"],
         },
     )
@@ -83,17 +94,14 @@ class ModelArguments(ModelConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         targets = self.lora_target_modules
-        if (
-            isinstance(targets, str) and targets.isidentifier()
-        ):  # trl took it out of its list; to peft it is a pattern
+        # trl takes a single name out of its list, and peft reads a string as a pattern
+        if isinstance(targets, str) and targets.isidentifier():
             self.lora_target_modules = [targets]
 
 
 @dataclass
 class TrainingArguments(SFTConfig):
-    """trl's SFTConfig, with the launch config deciding the precision and NaN losses shown as they
-    are.
-    """
+    """trl's SFTConfig; the launch config decides the precision, and NaN losses are logged."""
 
     bf16: bool | None = field(default=None, metadata={"help": "Unset: the launch config decides."})
     fp16: bool | None = field(default=None, metadata={"help": "Unset: the launch config decides."})
@@ -114,8 +122,8 @@ class TrainingArguments(SFTConfig):
     packing: bool | None = field(
         default=None,
         metadata={
-            "help": "Lay the rows of a micro-batch end to end instead of padding them; a step has the same rows either "
-            "way. Unset: wherever attention can keep the rows apart."
+            "help": "Concatenate the rows of a micro-batch instead of padding them. A step has the "
+            "same rows either way. Unset: wherever attention can keep the rows apart."
         },
     )
     accelerator_config: dict | str | None = field(
@@ -124,7 +132,8 @@ class TrainingArguments(SFTConfig):
             "non_blocking": torch.cuda.is_available(),
         },
         metadata={
-            "help": "How accelerate loads data: every process reads for itself, copies wait for nothing."
+            "help": "How accelerate loads data: each process reads its own rows, and copies to the "
+            "GPU do not block."
         },
     )
     compile_layers: bool | None = field(
@@ -136,25 +145,26 @@ class TrainingArguments(SFTConfig):
     measure_memory: bool | None = field(
         default=None,
         metadata={
-            "help": "Measure one step's memory by part (parameters, gradients, optimizer state, activations). Unset: "
-            "on a GPU; on a CPU it takes some seconds."
+            "help": "Measure one step's memory by part (parameters, gradients, optimizer state, "
+            "activations). Unset: on a GPU. On a CPU it takes some seconds."
         },
     )
     deterministic: bool = field(
         default=False,
         metadata={
-            "help": "Take every sum in one order: equal starts on a GPU are equal to the last bit, and slower."
+            "help": "Sum in a fixed order, so that equal runs on a GPU are equal to the last bit. "
+            "Slower."
         },
     )
     save_adapter: bool = field(
         default=True,
-        metadata={"help": "Keep what was trained. False: only measure (random weights, say)."},
+        metadata={"help": "Save the adapter. False: only measure, for example random weights."},
     )
     fused_loss: bool | None = field(
         default=None,
         metadata={
-            "help": "Compute the loss over a frozen head chunk by chunk, its gradient with it. Unset: wherever the "
-            "head allows."
+            "help": "Compute the loss and its gradient over a frozen head in chunks. Unset: "
+            "wherever the head allows it."
         },
     )
 
@@ -166,17 +176,16 @@ class TrainingArguments(SFTConfig):
         if asked and launched and asked != launched:
             raise ValueError(
                 f"the recipe asks for {asked} and the launch config for {launched}: leave bf16 and "
-                "fp16 out of the "
-                f"recipe and let the launch config (or --mixed_precision) decide"
+                "fp16 out of the recipe; the launch config (or --mixed_precision) decides"
             )
-        # The launch config's precision reaches transformers through the environment, and only where
-        # both are off.
+        # transformers takes the launch config's precision from the environment only where both
+        # are off
         self.bf16, self.fp16 = (False, False) if launched else (bool(self.bf16), bool(self.fp16))
         super().__post_init__()
 
 
 class Recipe(NamedTuple):
-    """A parsed recipe; `given` holds what YAML and command line set."""
+    """A parsed recipe; `given` has the fields that YAML and command line set."""
 
     data: DataArguments
     training: TrainingArguments
@@ -184,6 +193,6 @@ class Recipe(NamedTuple):
     given: dict[str, Any]
 
     def facts(self) -> dict[str, Any]:
-        """Every field with its resolved value, for run.json."""
+        """Returns every field with its resolved value, for run.json."""
         training = {k: v for k, v in self.training.to_dict().items() if k not in _SECRET_FIELDS}
         return {**training, **dataclasses.asdict(self.model), **dataclasses.asdict(self.data)}

@@ -69,7 +69,7 @@ def encode(
     return {"input_ids": ids[:max_length], "labels": labels[:max_length]}
 
 
-class Turn(NamedTuple):
+class TurnEnd(NamedTuple):
     """What ends an assistant's turn: token ids, and texts that begin the next turn."""
 
     end_tokens: list[int]
@@ -78,7 +78,7 @@ class Turn(NamedTuple):
 
 def end_of_turn(
     tokenizer: PreTrainedTokenizerBase, model_ends: int | list[int] | None = None
-) -> Turn:
+) -> TurnEnd:
     """Where an answer ends under the tokenizer's template: its end token, those of the model, or
     the next turn's head.
 
@@ -106,4 +106,4 @@ def end_of_turn(
             for edge in edges & found:
                 head = head.replace(tokenizer.decode([edge]), "")
             stops.add(head.strip())
-    return Turn(sorted(ends), sorted(stops - {""}))
+    return TurnEnd(sorted(ends), sorted(stops - {""}))

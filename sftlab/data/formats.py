@@ -11,15 +11,17 @@ _ROLES = {
     "system": "system",
 }
 Message = dict[str, str]
-Turn = tuple[list[Message], str]
+PromptResponse = tuple[list[Message], str]
 
 
-def recognise_shape(columns: list[str]) -> str:
+def recognise_format(columns: list[str]) -> str:
     """The shape whose columns are all there; ValueError lists what was found and what is known."""
-    for shape, (needed, _, _) in SHAPES.items():
+    for shape, (needed, _, _) in DATA_FORMATS.items():
         if set(needed) <= set(columns):
             return shape
-    known = "; ".join(f"{shape} ({', '.join(needed)})" for shape, (needed, _, _) in SHAPES.items())
+    known = "; ".join(
+        f"{shape} ({', '.join(needed)})" for shape, (needed, _, _) in DATA_FORMATS.items()
+    )
     raise ValueError(f"the columns {', '.join(columns)} match no known shape; known are {known}")
 
 
@@ -32,7 +34,7 @@ def _text(row: dict[str, Any], column: str) -> str:
     return value
 
 
-def _single(user: str, response: str, system: str = "") -> Iterator[Turn]:
+def _single(user: str, response: str, system: str = "") -> Iterator[PromptResponse]:
     if not user.strip():
         raise ValueError("the prompt is empty")
     messages = [{"role": "system", "content": system}] if system.strip() else []
@@ -44,7 +46,7 @@ def _with_context(instruction: str, context: str) -> str:
     return f"{instruction}\n\n### Context:\n{context}" if context.strip() else instruction
 
 
-def _conversation(messages: Any, first: int = 0) -> Iterator[Turn]:
+def _conversation(messages: Any, first: int = 0) -> Iterator[PromptResponse]:
     """The assistant's messages from number `first` on that follow a user's, each with what comes
     before it.
     """
@@ -65,7 +67,7 @@ def _conversation(messages: Any, first: int = 0) -> Iterator[Turn]:
             history.append({"role": role, "content": content})
 
 
-def _prompt_completion(row: dict[str, Any]) -> Iterator[Turn]:
+def _prompt_completion(row: dict[str, Any]) -> Iterator[PromptResponse]:
     prompt, completion = row["prompt"], row["completion"]
     if not isinstance(prompt, list) and not isinstance(completion, list):
         yield from _single(_text(row, "prompt"), _text(row, "completion"))
@@ -85,8 +87,9 @@ def _prompt_completion(row: dict[str, Any]) -> Iterator[Turn]:
 
 
 # shape: (columns it needs, columns it may have, row -> (prompt, response) pairs)
-SHAPES: dict[
-    str, tuple[tuple[str, ...], tuple[str, ...], Callable[[dict[str, Any]], Iterator[Turn]]]
+DATA_FORMATS: dict[
+    str,
+    tuple[tuple[str, ...], tuple[str, ...], Callable[[dict[str, Any]], Iterator[PromptResponse]]],
 ] = {
     "openorca": (
         ("question", "response"),

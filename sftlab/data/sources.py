@@ -10,7 +10,7 @@ from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, OfflineModeIs
 if TYPE_CHECKING:
     # workers that tokenize need no torch
     from sftlab.config.recipe import DataArguments
-from sftlab.data.formats import SHAPES, recognise_shape
+from sftlab.data.formats import DATA_FORMATS, recognise_format
 
 _READERS = {
     ".json": "json",
@@ -27,7 +27,7 @@ def read_source(args: "DataArguments") -> tuple[Dataset | IterableDataset, str]:
     A stream is not cut to its fraction.
     """
     dataset = _load(args)
-    shape = args.dataset_shape or recognise_shape(column_names(dataset))
+    shape = args.dataset_shape or recognise_format(column_names(dataset))
     _require_columns(dataset, shape)
     if isinstance(dataset, IterableDataset):
         return dataset, shape
@@ -94,9 +94,9 @@ def column_names(dataset: Dataset | IterableDataset) -> list[str]:
 
 
 def _require_columns(dataset: Dataset | IterableDataset, shape: str) -> None:
-    missing = set(SHAPES[shape][0]) - set(column_names(dataset))
+    missing = set(DATA_FORMATS[shape][0]) - set(column_names(dataset))
     if missing:
         raise ValueError(
-            f"shape {shape} needs the columns {', '.join(SHAPES[shape][0])}; found "
+            f"shape {shape} needs the columns {', '.join(DATA_FORMATS[shape][0])}; found "
             f"{', '.join(column_names(dataset))}"
         )

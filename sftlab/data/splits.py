@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from datasets import Dataset, IterableDataset
 
-from sftlab.data.formats import SHAPES, Message
+from sftlab.data.formats import DATA_FORMATS, Message
 from sftlab.data.sources import column_names, read_source
 from sftlab.data.tokenized_dataset import SPLITS, is_tokenized, open_tokens
 
@@ -48,7 +48,7 @@ class Converter:
 
     def __call__(self, batch: dict[str, list], indices: list[int]) -> dict[str, list]:
         out: dict[str, list] = {"prompt": [], "completion": [], "split": [], "row_hash": []}
-        needed, optional, turns = SHAPES[self.shape]
+        needed, optional, turns = DATA_FORMATS[self.shape]
         columns = [c for c in (*needed, *optional) if c in batch]
         for offset, index in enumerate(indices):
             row = {column: batch[column][offset] for column in columns}

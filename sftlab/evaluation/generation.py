@@ -19,7 +19,7 @@ from transformers import (
     StoppingCriteriaList,
 )
 
-from sftlab.data.chat_template import Turn, end_of_turn
+from sftlab.data.chat_template import TurnEnd, end_of_turn
 
 _CHECK_EVERY = 8
 # Compiling takes about as long as six batches of 64 rows and 256 tokens without it (a 1B model on
@@ -199,6 +199,6 @@ def longest_prompt(config: PreTrainedConfig, sampling: Sampling) -> int:
     return config.get_text_config().max_position_embeddings - sampling.max_new_tokens
 
 
-def generation_facts(sampling: Sampling, turn: Turn) -> dict[str, Any]:
+def generation_facts(sampling: Sampling, turn: TurnEnd) -> dict[str, Any]:
     """The generation settings, for the records."""
     return asdict(sampling) | {"end_tokens": turn.end_tokens, "stop_strings": turn.stop_strings}

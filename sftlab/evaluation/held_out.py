@@ -24,7 +24,7 @@ class HeldOut(NamedTuple):
     unchecked: str | None
 
 
-class Rows(NamedTuple):
+class ScoredRows(NamedTuple):
     """The rows that are scored, longest prompt first:
 
     number in the held-out set, row, token ids, prompt's ids.
@@ -91,7 +91,7 @@ def select(
     tokenizer: PreTrainedTokenizerBase,
     max_length: int | None,
     longest_prompt: int,
-) -> Rows:
+) -> ScoredRows:
     """Of the first `samples` rows those with a response token within `max_length` and room left for
     an answer.
     """
@@ -120,7 +120,7 @@ def select(
         "rows_without_room": no_room,
         "references_cut": cut,
     }
-    return Rows(*map(list, zip(*chosen, strict=True)), counts)
+    return ScoredRows(*map(list, zip(*chosen, strict=True)), counts)
 
 
 def _load(fields: dict[str, Any]) -> Splits:

@@ -40,14 +40,14 @@ from sftlab.judging.verdict_parsing import READERS, Verdict
 from sftlab.paths import ROOT
 from sftlab.tables import preview
 
-FORMATS = ROOT / "eval" / "judges"
+JUDGE_FORMATS = ROOT / "eval" / "judges"
 RETRIES = 6
 CUT = "\n[... cut from the middle ...]\n"
 _EDGE = 2**20
 Messages = list[dict[str, str]]
 
 
-class Format(NamedTuple):
+class JudgeFormat(NamedTuple):
     """How a kind of judge is asked and read: a file of eval/judges.
 
     `scale` is that of its scores.
@@ -76,13 +76,13 @@ class Format(NamedTuple):
         return READERS[self.content["verdicts"]["pair" if kind == "pair" else "score"]](text)
 
 
-def load_format(name: str) -> Format:
+def load_format(name: str) -> JudgeFormat:
     """A format by its name; ValueError lists those that there are."""
-    found = {path.stem: path for path in FORMATS.glob("*.yaml")}
+    found = {path.stem: path for path in JUDGE_FORMATS.glob("*.yaml")}
     if name not in found:
         raise ValueError(f"no judge format {name!r}: there are {', '.join(sorted(found))}")
     content = yaml.safe_load(found[name].read_text(encoding="utf-8"))
-    return Format(name, tuple(content["scale"]), content)
+    return JudgeFormat(name, tuple(content["scale"]), content)
 
 
 class Judge(Protocol):
@@ -352,7 +352,7 @@ def add_judge_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--judge_max_new_tokens", type=int, default=1024, help="longest judgement")
 
 
-def judge_from(arguments: argparse.Namespace) -> tuple[Judge, Format]:
+def judge_from(arguments: argparse.Namespace) -> tuple[Judge, JudgeFormat]:
     """The judge that the flags name, and how it is asked.
 
     ValueError where they contradict themselves.

@@ -11,7 +11,7 @@ from scipy.stats import binomtest
 
 from sftlab.evaluation.answer_file import AnswerFile
 from sftlab.evaluation.significance import Paired, compare, mean
-from sftlab.judging.judges import Format, Judge, ask, longest_fitting
+from sftlab.judging.judges import JudgeFormat, Judge, ask, longest_fitting
 from sftlab.judging.verdict_parsing import Verdict, contradicts
 
 ORDERS = ("answer first", "reference first")
@@ -40,7 +40,7 @@ def score(verdicts: Sequence[Verdict]) -> float | None:
 
 
 def judge_pairs(
-    judge: Judge, style: Format, pairs: Sequence[Pair], file: AnswerFile, size: int, title: str
+    judge: Judge, style: JudgeFormat, pairs: Sequence[Pair], file: AnswerFile, size: int, title: str
 ) -> list[dict[str, Any]]:
     """One record a pair: prompts, judgements, verdicts and contradictions of both orders, and its
     `score`.

@@ -12,7 +12,7 @@ import numpy as np
 
 from sftlab.evaluation.answer_file import AnswerFile
 from sftlab.evaluation.significance import Paired, add_holm, compare
-from sftlab.judging.judges import Format, Judge, ask, longest_fitting
+from sftlab.judging.judges import JudgeFormat, Judge, ask, longest_fitting
 from sftlab.judging.pairwise import mean_of_parsed, parts, rate
 from sftlab.judging.sanity_checks import CHANCE, OVER_SHUFFLED, UNPARSED_REFUSED
 from sftlab.runs.run_directory import SIDES
@@ -72,7 +72,7 @@ def read_questions(questions: Path, references: Path) -> list[Question]:
 
 def rate_answers(
     judge: Judge,
-    style: Format,
+    style: JudgeFormat,
     answered: Sequence[Answered],
     title: str,
     file: AnswerFile,

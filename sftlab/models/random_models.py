@@ -29,7 +29,7 @@ from transformers import (
 from sftlab.data.chat_template import encode, set_template
 from sftlab.paths import ROOT
 
-SHAPES: dict[str, dict[str, Any]] = {
+MODEL_SHAPES: dict[str, dict[str, Any]] = {
     "llama3.2-1b": {
         "vocab_size": 128256, "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16,
         "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 64, "max_position_embeddings": 131072,
@@ -64,8 +64,8 @@ def random_files(shape: str, longest: int, shortest: int = 16) -> tuple[Path, Pa
     """Where a random-initialised model of words and rows for it of `shortest` to `longest` tokens
     are kept.
     """
-    if shape not in SHAPES:
-        raise ValueError(f"no shape {shape!r}: there are {', '.join(SHAPES)}")
+    if shape not in MODEL_SHAPES:
+        raise ValueError(f"no shape {shape!r}: there are {', '.join(MODEL_SHAPES)}")
     lengths = f"{longest}" if shortest == 16 else f"{shortest}to{longest}"
     return ROOT / "data" / f"{shape}-words", ROOT / "data" / f"{shape}-rows{lengths}.jsonl"
 
@@ -87,7 +87,7 @@ def save_random_llama(
     if (folder / "config.json").is_file():
         return
     torch.manual_seed(0)
-    config = LlamaConfig(**SHAPES[shape], rms_norm_eps=1e-5, dtype="bfloat16")
+    config = LlamaConfig(**MODEL_SHAPES[shape], rms_norm_eps=1e-5, dtype="bfloat16")
     with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
         model = LlamaForCausalLM(config).to(torch.bfloat16)
     model.cpu()

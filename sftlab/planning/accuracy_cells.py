@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from sftlab.models.random_models import random_files
 from sftlab.paths import ROOT
 
-SHAPES = {"1b": "llama3.2-1b", "7b": "llama2-7b"}
+CELL_SHAPES = {"1b": "llama3.2-1b", "7b": "llama2-7b"}
 ATTENTION = ["q_proj", "v_proj", "o_proj"]
 TARGETS = {"attn": ATTENTION, "all": [*ATTENTION, "k_proj", "gate_proj", "up_proj", "down_proj"]}
 STEPS = 12
@@ -57,7 +57,7 @@ class Cell(NamedTuple):
         """Shape, longest and shortest row, as sftlab/models/random_models.py keeps the model and
         the rows.
         """
-        return SHAPES[self.shape], self.length, 16 if self.mixed else self.length
+        return CELL_SHAPES[self.shape], self.length, 16 if self.mixed else self.length
 
     def launch(self) -> tuple[str, dict[str, Any]]:
         """The launch config and accelerate's flags."""

@@ -35,7 +35,7 @@ MOST_ROWS = 2**14
 LIMITS = {"memory": 0.05, "speed": 0.15}
 
 
-class Rows(NamedTuple):
+class RowLengths(NamedTuple):
     """Training rows: how many (None:
 
     not known), the mean, spread and greatest of their tokens, where that is from.
@@ -76,7 +76,7 @@ class Forecast(NamedTuple):
 
     gpu: GPU
     step: Step
-    rows: Rows
+    rows: RowLengths
     micro_batch: int
     steps: int | None
     memory: Memory
@@ -147,7 +147,7 @@ def no_kernels(gpu: GPU) -> str | None:
 
 
 def foresee(
-    recipe: Recipe, config: PreTrainedConfig, launch: Launch, gpu: GPU, rows: Rows
+    recipe: Recipe, config: PreTrainedConfig, launch: Launch, gpu: GPU, rows: RowLengths
 ) -> Forecast:
     """The forecast of a parsed recipe."""
     fast = choose(recipe, config, launch, lambda: no_kernels(gpu))
@@ -160,7 +160,7 @@ def foresee(
 
 
 def _forecast(
-    step: Step, gpu: GPU, rows: Rows, micro_batch: int, accumulation: int, steps: int | None
+    step: Step, gpu: GPU, rows: RowLengths, micro_batch: int, accumulation: int, steps: int | None
 ) -> Forecast:
     many, step = step.processes * accumulation, replace(step, accumulation=accumulation)
     largest = replace(step, tokens=rows.largest(micro_batch, many, step.packed, steps or 1000))
@@ -215,7 +215,7 @@ def dividing(limit: int, rows: int) -> int:
     return next((n for n in range(min(limit, rows), 0, -1) if rows % n == 0), 0)
 
 
-def measure_rows(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Rows:
+def measure_rows(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> RowLengths:
     """Lengths of the training rows: all of a tokenized data set, `SAMPLE` of a local file's.
 
     ValueError for a data set that is not on this machine.
@@ -282,6 +282,8 @@ def planned_memory(
     }
 
 
-def of_lengths(lengths: np.ndarray, count: int | None, source: str) -> Rows:
-    """Rows of these lengths."""
-    return Rows(count, float(lengths.mean()), float(lengths.std()), int(lengths.max()), source)
+def of_lengths(lengths: np.ndarray, count: int | None, source: str) -> RowLengths:
+    """Returns the summary of rows with these lengths."""
+    return RowLengths(
+        count, float(lengths.mean()), float(lengths.std()), int(lengths.max()), source
+    )
