@@ -19,6 +19,7 @@ import transformers as hf
 from jinja2 import TemplateError
 from peft import PeftModel
 
+from sftlab.config.lora_variants import allows_mixed_batches
 from sftlab.data.chat_template import TurnEnd, end_of_turn, prompt_ids
 from sftlab.evaluation.base_and_tuned import answering, finished_run, load_pair, run_tokenizer
 from sftlab.runs.run_directory import SIDES
@@ -234,9 +235,10 @@ class Chat:
         inner.generation_config = hf.GenerationConfig(
             eos_token_id=self._turn.end_tokens, pad_token_id=pad
         )
-        # peft refuses DoRA in a batch of both models, and ignores or refuses the side for the other
-        # two kinds
-        self.mixed = not (adapter.use_dora or adapter.modules_to_save or adapter.target_parameters)
+        # peft ignores or refuses the side of a row for modules saved whole and target parameters
+        self.mixed = allows_mixed_batches(adapter) and not (
+            adapter.modules_to_save or adapter.target_parameters
+        )
         self._lock, self._closed = Lock(), Event()
         if getattr(inner, "is_loaded_in_4bit", False):
             try:
