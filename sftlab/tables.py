@@ -1,7 +1,4 @@
-"""How figures are written: values with intervals, p-values, beginnings of texts.
-
-Tables as text, Markdown and CSV.
-"""
+"""How are figures and tables written? As text, Markdown and CSV, the same everywhere."""
 
 import csv
 from collections.abc import Mapping, Sequence
@@ -10,40 +7,36 @@ from typing import Any
 
 
 def figure(value: float) -> str:
-    """Four significant digits, without an exponent: 1.03, 255.4, 12,345."""
-    return (
-        f"{value:,.0f}"
-        if abs(value) >= 1000
-        else f"{value:.4g}"
-        if abs(value) >= 1e-4 or value == 0
-        else f"{value:.1e}"
-    )
+    """Returns a value with four significant digits: 1.03, 255.4, 12,345."""
+    if abs(value) >= 1000:
+        return f"{value:,.0f}"
+    return f"{value:.4g}" if abs(value) >= 1e-4 or value == 0 else f"{value:.1e}"
 
 
 def percent(share: float) -> str:
-    """A share of 1 in per cent: 5 %, 97.5 %."""
+    """Returns a share of 1 in per cent: 5 %, 97.5 %."""
     return f"{100 * share:.4g} %"
 
 
 def interval(one: dict[str, Any]) -> str:
-    """A `value` with its `interval_95`: 255.4 [214.0, 305.7]."""
+    """Returns a `value` with its `interval_95`: 255.4 [214.0, 305.7]."""
     low, high = one["interval_95"]
     return f"{figure(one['value'])} [{figure(low)}, {figure(high)}]"
 
 
 def p_value(p: float) -> str:
-    """Three decimals, or that it is smaller."""
+    """Returns a p-value with three decimals, or <0.001."""
     return "<0.001" if p < 0.001 else f"{p:.3f}"
 
 
 def preview(text: str, width: int = 100) -> str:
-    """The beginning of a text on one line."""
+    """Returns the beginning of a text on one line of at most `width` characters."""
     line = " ".join(text.split())
     return line if len(line) <= width else line[: width - 3] + "..."
 
 
 def aligned(lines: Sequence[Sequence[str]]) -> str:
-    """Lines of cells in columns, two blanks apart, indented by two."""
+    """Returns lines of cells as aligned columns, two blanks apart and indented by two."""
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     padded = (
         "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True))
@@ -53,13 +46,13 @@ def aligned(lines: Sequence[Sequence[str]]) -> str:
 
 
 def without_empty_columns(lines: Sequence[Sequence[str]]) -> list[list[str]]:
-    """A heading and its lines of cells, but for columns in which no line has anything."""
+    """Returns a heading and its lines of cells without the columns that no line fills."""
     filled = [i for i in range(len(lines[0])) if any(line[i] for line in lines[1:])]
     return [[line[i] for i in filled] for line in lines]
 
 
 def markdown(lines: Sequence[Sequence[str]]) -> list[str]:
-    """A heading and its lines of cells as the lines of a Markdown table."""
+    """Returns a heading and its lines of cells as the lines of a Markdown table."""
     marked = [
         f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in lines
     ]
@@ -67,7 +60,7 @@ def markdown(lines: Sequence[Sequence[str]]) -> list[str]:
 
 
 def read_csv(path: Path) -> list[dict[str, str]]:
-    """The rows of a CSV file; none where there is no file."""
+    """Returns the rows of a CSV file; none where there is no file."""
     if not path.is_file():
         return []
     with path.open(newline="", encoding="utf-8") as file:
@@ -75,7 +68,7 @@ def read_csv(path: Path) -> list[dict[str, str]]:
 
 
 def write_csv(path: Path, lines: Sequence[Mapping[str, Any]]) -> None:
-    """Lines of perhaps different columns."""
+    """Write lines whose columns may differ; an absent cell is empty."""
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(
             file, list(dict.fromkeys(key for line in lines for key in line)), lineterminator="\n"

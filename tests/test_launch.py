@@ -12,7 +12,7 @@ import pytest
 import torch
 from conftest import ROOT
 
-from sftlab.config.launch import Launch, check_devices, settle_single_process
+from sftlab.config.launch import Launch, check_devices, force_single_process
 
 
 def on(monkeypatch, gpus, capability=(9, 0)):
@@ -77,11 +77,11 @@ def test_one_process_sees_one_device_and_no_process_group(monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
         monkeypatch.setenv(name, "0")
-    settle_single_process(asks())
+    force_single_process(asks())
     assert os.environ["CUDA_VISIBLE_DEVICES"] == "3"
     assert "LOCAL_RANK" not in os.environ
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
-    settle_single_process(asks(strategy="ddp", processes=2))
+    force_single_process(asks(strategy="ddp", processes=2))
     assert os.environ["CUDA_VISIBLE_DEVICES"] == "3,5"
 
 

@@ -1,1 +1,1 @@
-"""How a run is asked for: recipe and launch config."""
+"""Which recipe and launch config does this run have, and do they agree?"""

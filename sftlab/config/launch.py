@@ -1,7 +1,7 @@
-"""The launch config as it reached this process, and whether this machine can run it.
+"""Which launch config does this process run under, and can this machine run it?
 
-`accelerate launch` hands its config to the script through environment variables; this module is the
-only reader.
+`accelerate launch` hands its config to the script in environment variables. Only this module reads
+them.
 """
 
 import os
@@ -14,7 +14,7 @@ PRECISIONS = {"no": "fp32", "fp16": "fp16", "bf16": "bf16", "fp8": "fp8"}
 COMPUTE_DTYPE = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16", "fp8": "bfloat16"}
 FP8_CAPABILITY = (8, 9)
 BF16_CAPABILITY = (8, 0)
-# Names of the variables that hold a launch config begin with these.
+# The variables that hold a launch config begin with these.
 _EXPORTED = ("ACCELERATE_", "FSDP_", "CUDA_VISIBLE_DEVICES")
 _RANK_VARIABLES = (
     "RANK",
@@ -30,8 +30,8 @@ _RANK_VARIABLES = (
 class Launch:
     """What the launch config asks for.
 
-    `precision` is fp32, fp16, bf16 or fp8, or None without a launcher; `strategy` single, ddp or
-    fsdp. `settings` holds the variables themselves, for the record.
+    `precision` is fp32, fp16, bf16 or fp8, or None without a launcher. `strategy` is single, ddp or
+    fsdp. `settings` holds the environment variables for run.json.
     """
 
     precision: str | None
@@ -43,10 +43,7 @@ class Launch:
 
     @classmethod
     def from_environment(cls, env: Mapping[str, str] = os.environ) -> "Launch":
-        """Read the launch config that `accelerate launch` exported.
-
-        Without a launcher: one process.
-        """
+        """Read the launch config that `accelerate launch` exported; one process without it."""
         world_size = int(env.get("WORLD_SIZE", 1))
         fsdp = env.get("ACCELERATE_USE_FSDP") == "true"
         precision = env.get("ACCELERATE_MIXED_PRECISION")
@@ -62,24 +59,24 @@ class Launch:
         )
 
     def facts(self) -> dict:
-        """The launch config for run.json."""
+        """Returns the launch config for run.json."""
         return asdict(self)
 
 
 def exported(
     config_file: str | os.PathLike, flags: Mapping[str, object] | None = None
 ) -> dict[str, str]:
-    """The variables that `accelerate launch --config_file FILE --flag value ...` would export,
-    without launching.
+    """Returns the variables that `accelerate launch` would export, without launching.
 
-    accelerate's own reading of its config. Raises ValueError for a file that is missing.
+    accelerate itself reads `config_file` and `flags`. Raises ValueError for a missing file.
     """
     from accelerate.commands.launch import _validate_launch_command, launch_command_parser
     from accelerate.utils.launch import prepare_multi_gpu_env
 
     if not Path(config_file).is_file():
         raise ValueError(
-            f"launch config {config_file} not found: accelerate_configs/ has those that there are"
+            f"launch config {config_file} not found: give one of accelerate_configs/, for example "
+            "accelerate_configs/single.yaml"
         )
     words = [word for name, value in (flags or {}).items() for word in (f"--{name}", str(value))]
     arguments = launch_command_parser().parse_args(
@@ -98,9 +95,9 @@ def exported(
 
 @contextmanager
 def launched(variables: Mapping[str, str]) -> Iterator[Launch]:
-    """The launch config of `exported`'s variables as a recipe under it would see it.
+    """Put the variables of `exported` into os.environ, and give the launch config they make.
 
-    Nothing is launched.
+    Recipes parsed inside see this launch config. Nothing is launched.
     """
     with _environment({k: v for k, v in variables.items() if k.startswith(_EXPORTED)}):
         yield Launch.from_environment(variables)
@@ -108,7 +105,7 @@ def launched(variables: Mapping[str, str]) -> Iterator[Launch]:
 
 @contextmanager
 def _environment(variables: Mapping[str, str]) -> Iterator[None]:
-    """os.environ with `variables` in the place of any launch config of its own."""
+    """Replace any launch config in os.environ by `variables` for a while."""
     before = dict(os.environ)
     for name in [name for name in before if name.startswith(_EXPORTED)]:
         del os.environ[name]
@@ -120,12 +117,11 @@ def _environment(variables: Mapping[str, str]) -> Iterator[None]:
         os.environ.update(before)
 
 
-def settle_single_process(launch: Launch) -> None:
+def force_single_process(launch: Launch) -> None:
     """Make a launch of one process a plain single process on one device.
 
-    Call before accelerate is used.
-
     torchrun's variables would make it DDP with itself, and several visible GPUs `nn.DataParallel`.
+    Call this before accelerate is used.
     """
     if launch.strategy != "single":
         return
@@ -136,19 +132,15 @@ def settle_single_process(launch: Launch) -> None:
 
 
 def check_devices(launch: Launch) -> None:
-    """Raise ValueError where this machine cannot run the launch config:
-
-    too few devices, or no such precision.
-    """
+    """Raise ValueError where this machine has too few devices or lacks the precision."""
     import torch
 
     gpus = torch.cuda.device_count()
     if gpus == 0:
         if launch.strategy == "fsdp":
             raise ValueError(
-                "FSDP needs GPUs and this machine shows none (on CPUs accelerate would run DDP "
-                "instead without a "
-                "word): use accelerate_configs/cpu_ddp.yaml for several CPU processes"
+                "FSDP needs GPUs and this machine shows none (accelerate would run DDP on CPUs "
+                "without a word): use accelerate_configs/cpu_ddp.yaml for several CPU processes"
             )
         if (
             launch.precision is not None
@@ -157,8 +149,7 @@ def check_devices(launch: Launch) -> None:
         ):
             raise ValueError(
                 "the launch config asks for a GPU and this machine shows none: use "
-                "accelerate_configs/cpu.yaml "
-                "(one process) or cpu_ddp.yaml (two)"
+                "accelerate_configs/cpu.yaml (one process) or cpu_ddp.yaml (two)"
             )
         if launch.precision in ("fp16", "fp8"):
             raise ValueError(
@@ -169,8 +160,7 @@ def check_devices(launch: Launch) -> None:
     if launch.local_world_size > gpus:
         raise ValueError(
             f"the launch config starts {launch.local_world_size} processes on this machine, which "
-            f"shows {gpus} "
-            f"GPU{'s' if gpus > 1 else ''}: pass --num_processes {gpus}"
+            f"shows {gpus} GPU{'s' if gpus > 1 else ''}: pass --num_processes {gpus}"
         )
     check_precision(
         launch.precision, torch.cuda.get_device_capability(0), torch.cuda.get_device_name(0)
@@ -178,7 +168,7 @@ def check_devices(launch: Launch) -> None:
 
 
 def check_precision(precision: str | None, capability: tuple[int, int], name: str) -> None:
-    """Raise ValueError where a GPU of this compute capability does not have the precision."""
+    """Raise ValueError where a GPU of this compute capability lacks the precision."""
     needed = {"fp8": FP8_CAPABILITY, "bf16": BF16_CAPABILITY}.get(precision or "", (0, 0))
     if capability < needed:
         instead = "fp16" if capability < BF16_CAPABILITY else "bf16 or fp16"
@@ -189,10 +179,7 @@ def check_precision(precision: str | None, capability: tuple[int, int], name: st
 
 
 def use_all_cpu_cores(launch: Launch) -> None:
-    """Give each CPU process its share of the cores.
-
-    `accelerate launch` sets one thread a process.
-    """
+    """Give each CPU process its share of the cores; accelerate gives each one thread."""
     import torch
 
     if not torch.cuda.is_available():

@@ -1,8 +1,7 @@
-"""One way in for configuration: the recipe (flat YAML, `--config`) and the command line, which
-beats it.
+"""What was this run asked to do? Read the recipe and the command line.
 
-Field names are those of trl's ModelConfig and SFTConfig; `DataArguments` adds the few that they
-lack.
+The recipe is flat YAML (`--config`), and the command line overrides it. Field names are those of
+trl's ModelConfig and SFTConfig; `DataArguments` adds those that they lack.
 """
 
 import difflib
@@ -13,13 +12,13 @@ from trl import TrlParser
 
 from sftlab.config.launch import Launch
 from sftlab.config.recipe import DataArguments, ModelArguments, Recipe, TrainingArguments
-from sftlab.config.validation import settle
+from sftlab.config.validation import resolve
 from sftlab.yaml_files import read_yaml
 
-# Fields that trl accepts and this project decides elsewhere: setting one would be ignored, so it is
-# refused.
-_REFUSED = {
-    "resume_from_checkpoint": "an interrupted run continues by itself when the same command is started again",
+# Fields that trl accepts and this project decides elsewhere. Setting one would have no effect, so
+# it is refused.
+REFUSED = {
+    "resume_from_checkpoint": "start the same command again, and an interrupted run continues",
     "do_train": "sft.py always trains",
     "do_eval": "use eval_strategy",
     "do_predict": "use the scripts in eval/",
@@ -30,32 +29,31 @@ _REFUSED = {
     "bf16_full_eval": "the launch config decides the precision",
     "fp16_full_eval": "the launch config decides the precision",
     "push_to_hub": "upload the finished adapter instead: hf upload NAME RUN/adapter",
-    "packing_strategy": "packing lays whole rows end to end and keeps the rows of a step",
+    "packing_strategy": "packing concatenates the whole rows of a micro-batch",
     "padding_free": "packing decides",
     "eval_packing": "packing decides",
     "use_liger_kernel": "compile_layers and fused_loss do its work",
     "save_only_model": "a checkpoint without the optimizer cannot be continued from",
-    "full_determinism": "deterministic does it at less cost, and for the fast path's kernels too",
+    "full_determinism": "deterministic does it faster, and covers the fast path's kernels",
     "ignore_data_skip": "a continued run trains on the rows that are left",
-    "restore_callback_states_from_checkpoint": "a continued run goes on exactly without",
-    "enable_jit_checkpoint": "TERM, USR1 and Ctrl-C end in a checkpoint anyway",
-    "auto_find_batch_size": "a batch size found by trial makes runs that cannot be compared",
+    "restore_callback_states_from_checkpoint": "a continued run is exact without it",
+    "enable_jit_checkpoint": "TERM, USR1 and Ctrl-C already end in a checkpoint",
+    "auto_find_batch_size": "runs whose batch size was found by trial cannot be compared",
 }
 
 
 class _Parser(TrlParser):
-    """argparse exits on an error after 300 lines of usage; a ValueError says it in one."""
+    """trl's parser, but a mistake is a ValueError of one sentence, not 300 lines of usage."""
 
     def error(self, message: str) -> None:
         raise ValueError(f"{message} (see recipes/ for examples)")
 
 
 def parse_recipe(argv: list[str], launch: Launch) -> Recipe:
-    """Parse `--config RECIPE.yaml` and command line fields, check what can be checked without data
-    or model.
+    """Returns the recipe of `--config RECIPE.yaml` and command line fields, checked and resolved.
 
-    Raises ValueError with one sentence for an unknown field, a wrong type or value, a field that
-    would be ignored, or a recipe that contradicts the launch config.
+    Data and model are not looked at. Raises ValueError for an unknown field, a wrong type or value,
+    a field that would have no effect, or a contradiction with the launch config.
     """
     argv = list(argv)
     path = _take_config(argv)
@@ -73,11 +71,11 @@ def parse_recipe(argv: list[str], launch: Launch) -> Recipe:
     )
     if rest:
         raise ValueError(f"cannot read {' '.join(rest)!r}: every option is --field value")
-    if unlimited:  # null of any other field is as if it were left out
+    if unlimited:  # null in any other field is the same as leaving it out
         training.max_length = None
     given = {name: _value(name, (data, training, model)) for name in [*settings, *named]}
     recipe = Recipe(data, training, model, given)
-    settle(recipe, launch)
+    resolve(recipe, launch)
     return recipe
 
 
@@ -85,7 +83,9 @@ def _take_config(argv: list[str]) -> str | None:
     for index, argument in enumerate(argv):
         if argument == "--config":
             if index + 1 == len(argv):
-                raise ValueError("--config needs the path of a recipe")
+                raise ValueError(
+                    "--config needs the path of a recipe, for example recipes/demo/attn_r16.yaml"
+                )
             path = argv[index + 1]
             del argv[index : index + 2]
             return path
@@ -104,8 +104,8 @@ def _refuse_unknown(names: list[str], known: set[str]) -> None:
 
 def _refuse_unused(names: list[str]) -> None:
     for name in names:
-        if name in _REFUSED:
-            raise ValueError(f"{name} is not used here: {_REFUSED[name]}")
+        if name in REFUSED:
+            raise ValueError(f"{name} is not used here: {REFUSED[name]}")
 
 
 def _as_arguments(key: str, value: Any) -> list[str]:

@@ -48,7 +48,7 @@ class DataArguments:
     dataset_fraction: float = field(
         default=1.0,
         metadata={
-            "help": "Share of the rows to use, counted from the first (0.01: the first 1 %)."
+            "help": "Share of the rows to use, counted from the first (0.01: the first 1 per cent)."
         },
     )
     split_fractions: list[float] = field(

@@ -1,9 +1,8 @@
-"""Makes a launch of one process, when imported, a plain process on one device.
+"""Turns a launch of one process into a plain process on one device, when it is imported.
 
-Import it before torch: libraries may look at the devices while they are imported, and what they see
-then stays.
+Import it before torch, because libraries may look at the devices during their import.
 """
 
-from sftlab.config.launch import Launch, settle_single_process
+from sftlab.config.launch import Launch, force_single_process
 
-settle_single_process(Launch.from_environment())
+force_single_process(Launch.from_environment())
