@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 
+import fork_server
 import numpy as np
 import pytest
 import torch
@@ -19,7 +20,7 @@ from rouge_score.rouge_scorer import RougeScorer
 from sacrebleu.metrics import BLEU
 from safetensors.torch import load_file, save_file
 
-from sftlab.comparison.run_results import read_evidence
+from sftlab.comparison.run_results import read_results
 from sftlab.data.chat_template import prompt_ids
 from sftlab.evaluation.base_and_tuned import load_pair
 from sftlab.evaluation.generation import Answer, Generator
@@ -54,8 +55,8 @@ def change_run(run, **recipe):
     (run / "run.json").write_text(json.dumps(record))
 
 
-def command(run, *flags):
-    return [sys.executable, str(ROOT / "eval" / "quality.py"), "--run", str(run), *flags]
+def command(run, *flags, python=sys.executable):
+    return [python, str(ROOT / "eval" / "quality.py"), "--run", str(run), *flags]
 
 
 def test_the_table_the_file_and_the_records_agree(run):
@@ -156,7 +157,9 @@ def test_a_killed_evaluation_goes_on_where_it_stopped(quality, finished, tmp_pat
     whole, killed = (copy_of(finished[0], tmp_path / name) for name in ("whole", "killed"))
     quality.main(["--run", str(whole), *flags])
     process = subprocess.Popen(
-        command(killed, *flags), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        command(killed, *flags, python=fork_server.python()),
+        cwd=ROOT,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE
     )
     deadline = time.time() + 120
     while time.time() < deadline:
@@ -185,7 +188,7 @@ def test_lines_are_ended_by_line_feeds_alone(run):
     (run / "eval" / "quality.jsonl").write_text(
         json.dumps(record, ensure_ascii=False) + "\n", encoding="utf-8"
     )
-    assert read_evidence(run).records == [record]
+    assert read_results(run).records == [record]
 
 
 def test_a_run_with_the_attention_of_packed_rows_is_evaluated_without_it(finished, tmp_path):

@@ -15,14 +15,17 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT, load_script
+from matplotlib.figure import Figure
 
-from sftlab.comparison.comparability import differences, settings, suggest_axes
+from sftlab.comparison.comparability import differences, suggest_axes
 from sftlab.comparison.run_results import outcome
+from sftlab.comparison.run_settings import settings
 from sftlab.config.launch import Launch
 from sftlab.config.parser import parse_recipe
 from sftlab.evaluation.significance import add_holm, compare
 from sftlab.evaluation.text_metrics import NAMES, ROUGE_SIGNATURE, Bleu, paired_scores, score_texts
 from sftlab.runs.run_directory import adapter_hash
+from sftlab.tables import interval, p_value
 
 ROWS = 40
 REFERENCES = [f"The answer to question {i} is {i * 7} and no other number." for i in range(ROWS)]
@@ -436,7 +439,7 @@ def test_learning_rate_that_came_with_the_rank_is_refused(confounded, report, tm
 
 def test_confounded_runs_are_marked_everywhere(confounded, report, capsys, tmp_path, monkeypatch):
     titles = []
-    monkeypatch.setattr(report.Figure, "suptitle", lambda self, text, **kwargs: titles.append(text))
+    monkeypatch.setattr(Figure, "suptitle", lambda self, text, **kwargs: titles.append(text))
     flags = ("--axis", "lora_r", "--allow-confounded")
     printed = run_report(report, capsys, "--runs", confounded, "--out", tmp_path / "out", *flags)
     text = (tmp_path / "out" / "report.md").read_text()
@@ -582,8 +585,8 @@ def test_holm_counts_every_comparison_of_the_section(make, report, capsys, tmp_p
         cells = []
         for score in report.SHOWN:
             cells += [
-                report.interval(expected[rank, score]["difference"]),
-                report.p_value(expected[rank, score]["p_holm"]),
+                interval(expected[rank, score]["difference"]),
+                p_value(expected[rank, score]["p_holm"]),
             ]
         assert table_row(section, f"r{rank}") == f"| r{rank} | {' | '.join(cells)} |"
     assert expected[32, "bleu"]["p_holm"] > expected[32, "bleu"]["p_value"]

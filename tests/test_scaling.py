@@ -1,14 +1,11 @@
-"""What more processes bring is said against the fewest of the same repeat, and drawn beside what
-was published.
-"""
+"""Scaling is measured against the fewest processes of a repeat, and drawn beside published runs."""
 
 import pytest
-from conftest import ROOT, load_script
+from conftest import ROOT
 
+from sftlab.comparison.plots import draw_study
 from sftlab.comparison.study_file import load
 from sftlab.comparison.study_summary import add_scaling, summarise
-
-draw = load_script("recipes/study.py").draw
 
 
 @pytest.fixture
@@ -21,7 +18,7 @@ def study(tmp_path):
 
 
 def rows_of(study, speeds):
-    """A row a task; `speeds` by processes and repeat, nothing for one that failed."""
+    """A row a task; `speeds` are by processes and repeat, and a task without one failed."""
     rows = []
     for task in study.tasks:
         speed = speeds.get((task.processes, task.repeat))
@@ -67,7 +64,7 @@ def test_runs_without_losses_or_speed_have_no_claim(study):
 def test_scaling_is_drawn_over_processes_beside_what_was_published(study, tmp_path):
     rows = rows_of(study, {(n, r): 80.0 * n * (1 - 0.01 * r) for n in (1, 2) for r in (1, 2, 3)})
     add_scaling(study, rows, {task.name: {1: 2.0} for task in study.tasks})
-    assert draw(study, summarise(study, rows), tmp_path) == [
+    assert draw_study(study, summarise(study, rows), tmp_path) == [
         "ddp_scaling",
         "ddp_scaling_over_processes",
     ]
@@ -96,4 +93,4 @@ def test_a_study_of_anything_else_is_not_drawn_over_processes(tmp_path):
         }
         for t in study.tasks
     ]
-    assert draw(study, summarise(study, rows), tmp_path) == ["precision"]
+    assert draw_study(study, summarise(study, rows), tmp_path) == ["precision"]

@@ -15,8 +15,9 @@ import pytest
 import yaml
 from conftest import ROOT, load_script, short_fields
 
-from sftlab.comparison.study_file import check, load
-from sftlab.comparison.study_summary import CHANGED, claims, effects, summarise, table
+from sftlab.comparison.study_file import check_comparable, load
+from sftlab.comparison.study_summary import CHANGED, claims, effects, summarise
+from sftlab.comparison.study_tables import summary_table
 from sftlab.comparison.study_tasks import begin, is_done
 
 SCRIPT = load_script("recipes/study.py")
@@ -42,9 +43,9 @@ def write(base, rows, tmp_path):
     return make
 
 
-def start(path, tmp_path, *more, **kwargs):
+def start(path, tmp_path, *more, python=None, **kwargs):
     command = [
-        sys.executable,
+        python or fork_server.python(),
         "recipes/study.py",
         str(path),
         "--runs",
@@ -68,7 +69,8 @@ TWO = {"r4": {"lora_r": 4, "lora_alpha": 8}, "r2": {"lora_r": 2, "lora_alpha": 4
 
 def test_a_study_that_is_told_to_stop_lets_the_training_save(write, tmp_path):
     path = write({"r2": {"lora_r": 2, "lora_alpha": 4, "max_steps": 100000}})
-    process, run = start(path, tmp_path), tmp_path / "runs" / "r2-1" / "run.json"
+    process = start(path, tmp_path, python=sys.executable)
+    run = tmp_path / "runs" / "r2-1" / "run.json"
     while not list(run.parent.glob("checkpoint-*/trainer_state.json")):
         time.sleep(0.1)
         assert process.poll() is None
@@ -88,6 +90,9 @@ def test_a_study_killed_in_a_cell_ends_as_if_it_had_not_been(write, tmp_path):
         time.sleep(0.05)
     os.killpg(begun.pid, signal.SIGKILL)
     begun.wait()
+    # torchrun gives each rank a session of its own
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(json.loads((second / "run.json").read_text())["host_pid"][1], signal.SIGKILL)
     first = (tmp_path / "runs" / "r4-1" / "run.json").stat().st_mtime_ns
     code, out, err = finish(start(path, tmp_path))
     assert (code, err.splitlines()[-1]) == (1, "error: no result of 1 of 4: wrong, 1"), err
@@ -127,7 +132,7 @@ def columns(folder, name):
         ({**TWO, "r8": {"lora_r": 8, "lora_alpha": 16, "weight_decay": 0.1}}, {}, "weight_decay"),
         (TWO, {"axis": ["lora_rank"]}, "did you mean 'lora_r'"),
         (TWO, {"launch": "gpu"}, "there is no launch config accelerate_configs/gpu.yaml"),
-        (TWO, {"recipe": "recipes/none.yaml"}, "there is no file recipes/none.yaml"),
+        (TWO, {"recipe": "recipes/none.yaml"}, "recipe recipes/none.yaml not found"),
         (TWO, {"repeat": 3}, "repeat is nothing that a study knows"),
         (TWO, {"reference": "r8"}, "the reference r8 is none of the cells"),
         (None, {}, "is no study"),
@@ -252,10 +257,10 @@ def test_yaml_s_no_is_accelerate_s_no(write, tmp_path):
     path = write(TWO)
     path.write_text(path.read_text() + "flags: {mixed_precision: no}\n")
     study = load(path, tmp_path, {})
-    check(study)
+    check_comparable(study)
     assert "--mixed_precision no" in " ".join(study.tasks[0].command())
     path.write_text("cells: [")
-    with pytest.raises(ValueError, match=r"small.yaml is no YAML: while parsing"):
+    with pytest.raises(ValueError, match=r"small.yaml is not YAML: while parsing"):
         load(path, tmp_path, {})
 
 
@@ -384,7 +389,8 @@ def test_a_reason_of_several_lines_takes_one_row_of_the_table_and_one_line_of_th
         "reason": "CompilationError: at 29:34:\n    mean = a | b",
     }
     assert (
-        table(summarise(study, [row]))[1][-1] == "failed: CompilationError: at 29:34: mean = a | b"
+        summary_table(summarise(study, [row]))[1][-1]
+        == "failed: CompilationError: at 29:34: mean = a | b"
     )
 
 

@@ -22,7 +22,7 @@ import os, pathlib, signal, sys, time
 told = []
 signal.signal(signal.SIGTERM, lambda *_: told.append(1))
 sys.path.insert(0, {root!r})
-from sftlab.turns import wait_for_turn
+from sftlab.measurement.timing_turn import wait_for_turn
 said = open({log!r}, "a", buffering=1)
 time.sleep({warm})
 said.write(f"{name} warm {{time.monotonic()}}\\n")
@@ -43,7 +43,7 @@ GIVER = """
 import sys
 sys.path.insert(0, {root!r})
 from pathlib import Path
-from sftlab.turns import Command, in_turn
+from sftlab.comparison.timed_turns import Command, in_turn
 commands = [Command([sys.executable, name], Path(name + ".log")) for name in sys.argv[1:]]
 try:
     list(in_turn(commands))

@@ -1,1 +1,1 @@
-"""Reports and studies: which runs may be compared, and how."""
+"""Which runs may be compared, and what do reports and studies say of them?"""

@@ -1,7 +1,4 @@
-"""What a run directory says of its run:
-
-how it ended, what was measured, and the scores that are its own.
-"""
+"""How did a run end, what was measured, and which scores are its own? Read from its directory."""
 
 import hashlib
 import json
@@ -19,8 +16,8 @@ from sftlab.evaluation.significance import compare
 from sftlab.evaluation.text_metrics import NAMES, paired_scores
 from sftlab.runs.run_directory import SIDES, adapter_hash, read_run
 
-# Single losses differ from batch to batch; a run whose last tenth lies this much above its first
-# has diverged.
+# A run has diverged where the mean loss of its last tenth is this many times that of its first.
+# Single losses differ from batch to batch.
 GROWTH = 1.5
 # Memory of a step, by part (sftlab/measurement/memory.py).
 STEP_PARTS = ("parameters", "gradients", "optimizer_state", "activations", "peak")
@@ -37,12 +34,13 @@ _MEASURED = (
 )
 
 
-class Evidence(NamedTuple):
-    """A run directory: run.json, the scores that are the run's own, and digests of what it holds.
+class RunResults(NamedTuple):
+    """A run directory: run.json, the scores of the run's own adapter, and hashes of what it holds.
 
-    `quality` is quality.json ({} where there is none of this adapter), `records` the lines of
-    quality.jsonl, `tasks` the entries of harness.json, `judged` those of alpaca.json and
-    mt_bench.json; `stale` says which scores are of another adapter and were left out.
+    `quality` is quality.json ({} where there is none of this adapter) and `records` the lines of
+    quality.jsonl. `tasks` are the entries of harness.json, `judged` those of alpaca.json and
+    mt_bench.json. `stale` names the scores that are of another adapter and were left out. `held`
+    has the hashes of adapter, answers and judgements.
     """
 
     folder: Path
@@ -56,17 +54,16 @@ class Evidence(NamedTuple):
 
 
 def find_runs(paths: Sequence[Path]) -> dict[str, Path]:
-    """Run directories by name (run directories, or folders of them).
+    """Returns run directories by name; `paths` are run directories, or folders of them.
 
-    ValueError where there is none.
+    Raises ValueError for a path without a run.
     """
     folders: dict[Path, Path] = {}
     for path in paths:
-        found = (
-            [path]
-            if (path / "run.json").is_file()
-            else sorted(p.parent for p in path.glob("*/run.json"))
-        )
+        if (path / "run.json").is_file():
+            found = [path]
+        else:
+            found = sorted(record.parent for record in path.glob("*/run.json"))
         if not found:
             raise ValueError(
                 f"no run in {path}: expected a run directory (it has a run.json) or a folder of "
@@ -80,138 +77,154 @@ def find_runs(paths: Sequence[Path]) -> dict[str, Path]:
     }
 
 
-def read_evidence(folder: Path) -> Evidence:
-    """Read a run directory; ValueError names a file that cannot be read."""
+def read_results(folder: Path) -> RunResults:
+    """Returns what a run directory holds; ValueError names a file that cannot be read."""
     run, evaluated = _read(folder / "run.json"), folder / "eval"
-    digest = adapter_hash(folder)
-    held = {"adapter": digest} if digest else {}
-    quality, stale = _read(evaluated / "quality.json"), []
-    own: dict[str, list[dict[str, Any]]] = {}
+    adapter, stale = adapter_hash(folder), []
+    quality = _read(evaluated / "quality.json")
+    if quality and quality["adapter_hash"] != adapter:
+        quality, stale = {}, ["stale scores"]
+    entries: dict[str, list[dict[str, Any]]] = {}
     for name in ("harness", "alpaca", "mt_bench"):
-        entries = _read(evaluated / f"{name}.json").get("entries", [])
-        own[name] = [one for one in entries if one["adapter_hash"] == held.get("adapter")]
-        stale += [f"stale {name} scores"] if len(own[name]) < len(entries) else []
-    if quality and quality["adapter_hash"] != held.get("adapter"):
-        quality, stale = {}, ["stale scores", *stale]
+        found = _read(evaluated / f"{name}.json").get("entries", [])
+        entries[name] = [one for one in found if one["adapter_hash"] == adapter]
+        stale += [f"stale {name} scores"] if len(entries[name]) < len(found) else []
+    judged = entries["alpaca"] + entries["mt_bench"]
+    records = _records(evaluated / "quality.jsonl") if quality else []
+    held = _hashes(evaluated, adapter, records, judged)
+    return RunResults(folder, run, quality, entries["harness"], judged, records, stale, held)
+
+
+def _records(path: Path) -> list[dict[str, Any]]:
     try:
-        lines = (
-            (evaluated / "quality.jsonl").read_text(encoding="utf-8").split("\n") if quality else []
-        )
-        records = [json.loads(line) for line in lines if line]
+        lines = path.read_text(encoding="utf-8").split("\n")
+        return [json.loads(line) for line in lines if line]
     except (FileNotFoundError, ValueError) as error:
-        raise ValueError(
-            f"{evaluated / 'quality.jsonl'} is not what quality.json was made of: {error}"
-        ) from error
+        raise ValueError(f"{path} is not what quality.json was made from: {error}") from error
+
+
+def _hashes(
+    evaluated: Path,
+    adapter: str | None,
+    records: Sequence[Mapping[str, Any]],
+    judged: Sequence[Mapping[str, Any]],
+) -> dict[str, str]:
+    """Returns the hashes of adapter, answers and judgements, by what they are."""
+    held = {"adapter": adapter} if adapter else {}
     if records:
-        held["answers"] = _digest(
-            json.dumps([record["tuned"]["text"] for record in records]).encode()
-        )
+        texts = [record["tuned"]["text"] for record in records]
+        held["answers"] = _hash(json.dumps(texts).encode())
     files = [path for path in sorted(evaluated.glob("*judg*.jsonl")) if path.stat().st_size]
-    held |= {f"judgements ({path.name})": _digest(path.read_bytes()) for path in files}
-    judged = own["alpaca"] + own["mt_bench"]
+    held |= {f"judgements ({path.name})": _hash(path.read_bytes()) for path in files}
     for what, part in (("answers", "answers"), ("judgements", "judged")):
         held |= {f"{what} ({one['title']})": one[part]["tuned"]["hash"] for one in judged}
-    return Evidence(folder, run, quality, own["harness"], judged, records, stale, held)
+    return held
 
 
 def outcome(run: Mapping[str, Any]) -> tuple[str, str]:
-    """A run's status as a report shows it, and the reason:
+    """Returns a run's status as a report shows it, and the reason.
 
-    out of memory and diverged are outcomes of their own.
+    'out of memory' and 'diverged' are outcomes of their own.
     """
-    reason, losses = run.get("reason") or "", run.get("losses") or []
+    reason = run.get("reason") or ""
     if re.search(r"out ?of ?memory", reason, re.IGNORECASE):
         return "out of memory", reason
-    for step, loss in losses:
-        if not math.isfinite(loss):
-            return "diverged", f"the loss is {loss} at step {step}"
-    if "diverged" in reason:
-        return "diverged", re.sub(r"^(\w+: )?diverged: ", "", reason)
-    few = max(1, len(losses) // 10)
-    first, last = (
-        (sum(loss for _, loss in part) / few for part in (losses[:few], losses[-few:]))
-        if losses
-        else (0, 0)
-    )
-    if last > GROWTH * first:
-        return "diverged", f"the loss grew from {first:.4g} to {last:.4g} (means of {few} logged)"
+    if why := _divergence(run.get("losses") or [], reason):
+        return "diverged", why
     host, process = run.get("host_pid") or (None, None)
-    if (
-        run["status"] == "running"
-        and host == socket.gethostname()
-        and not Path(f"/proc/{process}").exists()
-    ):
+    here = run["status"] == "running" and host == socket.gethostname()
+    if here and not Path(f"/proc/{process}").exists():
         return "running", "its process is gone: start it again to continue"
     return run["status"], reason
 
 
-def figures(one: Evidence, facts: dict[str, Any]) -> dict[str, Any]:
-    """A row of the CSV: every figure as it was measured, None where it was not."""
+def _divergence(losses: Sequence[Sequence[float]], reason: str) -> str:
+    """Returns how a run's losses (step, loss) diverged; empty where they did not."""
+    for step, loss in losses:
+        if not math.isfinite(loss):
+            return f"the loss is {loss} at step {step}"
+    if "diverged" in reason:
+        return re.sub(r"^(\w+: )?diverged: ", "", reason)
+    if not losses:
+        return ""
+    few = max(1, len(losses) // 10)
+    first, last = (sum(loss for _, loss in part) / few for part in (losses[:few], losses[-few:]))
+    if last > GROWTH * first:
+        return f"the loss grew from {first:.4g} to {last:.4g} (means of {few} logged)"
+    return ""
+
+
+def figures(one: RunResults, facts: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns a row of the CSV: every figure as it was measured, None where it was not."""
     measured = one.run.get("measured") or {}
-    peaks = measured.get("peak_memory") or [{}]
-    kind = "allocated" if "allocated_gb" in peaks[0] else "resident"
     row = dict(zip(("status", "reason"), outcome(one.run), strict=True))
     row |= {key: measured.get(key, facts.get(key)) for key in (*_RAN, *_MEASURED)}
     row["lora_scale"] = " ".join(map(str, facts["lora_scale"]))
-    row["peak_memory_gb"] = max((peak[f"{kind}_gb"] for peak in peaks if peak), default=None)
-    row["peak_memory_is"] = kind if peaks[0] else None
+    row |= _memory_figures(measured.get("peak_memory") or [{}])
     collectives = (measured.get("collectives") or {}).values()
     row["collectives"] = sum(kind["calls"] for kind in collectives) or None
     row["collectives_mb"] = round(sum(kind["mb"] for kind in collectives), 3) or None
-    steps = [peak["step"] for peak in peaks if "step" in peak]
-    for part in STEP_PARTS:
-        row[f"step_{part}_gb"] = max((step[f"{part}_gb"] for step in steps), default=None)
-    scores = {score: one.quality.get("scores", {}).get(score) for score in NAMES}
-    for task in one.tasks:
-        plain = "" if task["chat_template"] else " plain"
-        limit = f" first {task['limit']}" if task["limit"] else ""
-        scores[f"{task['task']} {task['few_shot']}-shot{plain}{limit}"] = task["metrics"][
-            task["main_metric"]
-        ]
-    for one_judged in one.judged:
-        unfit = "" if one_judged["judge_fit"] else ", UNFIT judge"
-        for name, what in (("win_rate", "win rate %"), ("overall", "mean rating")):
-            if name in one_judged["scores"]:
-                scores[f"{what}, {one_judged['title']}{unfit}"] = one_judged["scores"][name]
-    for score, found in scores.items():
+    for score, found in _scores(one).items():
         for side in SIDES:
-            parts = (
+            value, low, high = (
                 (found[side]["value"], *found[side]["interval_95"]) if found else (None, None, None)
             )
-            row |= dict(
-                zip(
-                    (f"{side} {score}", f"{side} {score} low", f"{side} {score} high"),
-                    parts,
-                    strict=True,
-                )
-            )
+            row |= {f"{side} {score}": value}
+            row |= {f"{side} {score} low": low, f"{side} {score} high": high}
     again = ["continued: figures of all starts together"] if one.run.get("interruptions") else []
     return row | {"note": "; ".join(one.stale + again)}
 
 
+def _memory_figures(peaks: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Returns the largest memory of any rank, in GB; `peaks` has an entry a rank."""
+    kind = "allocated" if "allocated_gb" in peaks[0] else "resident"
+    row: dict[str, Any] = {
+        "peak_memory_gb": max((peak[f"{kind}_gb"] for peak in peaks if peak), default=None),
+        "peak_memory_is": kind if peaks[0] else None,
+    }
+    steps = [peak["step"] for peak in peaks if "step" in peak]
+    for part in STEP_PARTS:
+        row[f"step_{part}_gb"] = max((step[f"{part}_gb"] for step in steps), default=None)
+    return row
+
+
+def _scores(one: RunResults) -> dict[str, Any]:
+    """Returns the scores of base and tuned by their name in a report; None where not scored."""
+    scores = {score: one.quality.get("scores", {}).get(score) for score in NAMES}
+    for task in one.tasks:
+        plain = "" if task["chat_template"] else " plain"
+        limit = f" first {task['limit']}" if task["limit"] else ""
+        name = f"{task['task']} {task['few_shot']}-shot{plain}{limit}"
+        scores[name] = task["metrics"][task["main_metric"]]
+    for judged in one.judged:
+        unfit = "" if judged["judge_fit"] else ", UNFIT judge"
+        for name, what in (("win_rate", "win rate %"), ("overall", "mean rating")):
+            if name in judged["scores"]:
+                scores[f"{what}, {judged['title']}{unfit}"] = judged["scores"][name]
+    return scores
+
+
 def about(run: Mapping[str, Any]) -> dict[str, str]:
-    """Hardware, versions, and what was trained on what, for a person."""
+    """Returns hardware, versions, model, data and training of a run, each in one line."""
     recipe, data, hardware = run["recipe"], run.get("data") or {}, run.get("hardware", {})
-    sizes = [
-        f"{name} {data[name]['rows']}" for name in ("train", "validation", "test") if name in data
-    ]
-    length = (
-        f"{recipe['max_steps']} steps"
-        if recipe["max_steps"] > 0
-        else f"{recipe['num_train_epochs']:g} epochs"
-    )
+    splits = [name for name in ("train", "validation", "test") if name in data]
+    sizes = [f"{name} {data[name]['rows']}" for name in splits]
+    cpu = f"{hardware.get('cpu_cores')} CPU cores, {hardware.get('machine')}"
+    length = f"{recipe['num_train_epochs']:g} epochs"
+    if recipe["max_steps"] > 0:
+        length = f"{recipe['max_steps']} steps"
     return {
-        "hardware": hardware.get("gpu")
-        or f"{hardware.get('cpu_cores')} CPU cores, {hardware.get('machine')}",
+        "hardware": hardware.get("gpu") or cpu,
         "versions": ", ".join(f"{name} {it}" for name, it in run.get("versions", {}).items() if it),
         "model": recipe["model_name_or_path"],
         "data": ", ".join([recipe["dataset_name"], *sizes]) + " rows" * bool(sizes),
-        "training": f"{length}, global batch {recipe['global_batch_size']}, max_length {recipe['max_length']}",
+        "training": f"{length}, global batch {recipe['global_batch_size']}, "
+        f"max_length {recipe['max_length']}",
     }
 
 
-def twins(runs: Mapping[str, Evidence]) -> list[tuple[str, str, str]]:
-    """(run, run, what) of every two runs that hold the same adapter, answers or judgements."""
+def duplicates(runs: Mapping[str, RunResults]) -> list[tuple[str, str, str]]:
+    """Returns (run, run, what) of every two runs with the same adapter, answers or judgements."""
     found = []
     for a, b in combinations(runs, 2):
         same = [what for what, content in runs[a].held.items() if content in runs[b].held.values()]
@@ -220,20 +233,17 @@ def twins(runs: Mapping[str, Evidence]) -> list[tuple[str, str, str]]:
 
 
 def compare_tuned(
-    runs: Mapping[str, Evidence], reference: str, scores: Sequence[str]
+    runs: Mapping[str, RunResults], reference: str, scores: Sequence[str]
 ) -> tuple[dict[str, dict[str, Any]], list[str]]:
-    """Each other run's tuned `scores` against the reference's, row by row.
+    """Compare each other run's tuned `scores` with the reference's, row by row.
 
-    And what cannot be compared, and why.
-
-    Runs are compared on the same held-out rows alone, and in perplexity only where they cut them
-    into the same tokens.
+    Returns the comparisons by run and score, and a line for what cannot be compared. Runs are
+    compared on the same held-out rows alone, and in perplexity only where they cut them into the
+    same tokens.
     """
     compared, left_out, first = {}, [], runs[reference].records
     for name, records in ((name, one.records) for name, one in runs.items() if name != reference):
-        if [(r["row"], r["reference"]) for r in records] != [
-            (r["row"], r["reference"]) for r in first
-        ]:
+        if _held_out(records) != _held_out(first):
             left_out.append(f"{name} ({'other held-out rows' if records else 'no scores'})")
             continue
         pairs = paired_scores(*([record["tuned"] for record in side] for side in (first, records)))
@@ -246,29 +256,31 @@ def compare_tuned(
     return compared, left_out
 
 
-def _read(path: Path) -> dict[str, Any]:
-    """run.json, or a JSON object that an evaluation wrote ({} where there is none).
+def _held_out(records: Sequence[Mapping[str, Any]]) -> list[tuple[Any, str]]:
+    return [(record["row"], record["reference"]) for record in records]
 
-    ValueError names a broken file.
+
+def _read(path: Path) -> dict[str, Any]:
+    """Returns run.json, or the JSON object that an evaluation wrote ({} where there is none).
+
+    Raises ValueError for a broken file.
     """
+    is_run = path.name == "run.json"
     try:
-        content = (
-            read_run(path.parent)
-            if path.name == "run.json"
-            else json.loads(path.read_bytes() or "{}")
-        )
+        content = read_run(path.parent) if is_run else json.loads(path.read_bytes() or "{}")
     except FileNotFoundError:
         return {}
     except ValueError as error:
         raise ValueError(f"{path} is not JSON: {error}") from error
     if not isinstance(content, dict) or (
-        path.name == "run.json" and {"status", "recipe", "launch"} - content.keys()
+        is_run and {"status", "recipe", "launch"} - content.keys()
     ):
         raise ValueError(
-            f"{path} is no record: expected an object, of a run with status, recipe and launch"
+            f"{path} is no record of a run: expected a JSON object, with status, recipe and launch "
+            "where it is run.json"
         )
     return content
 
 
-def _digest(content: bytes) -> str:
+def _hash(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()[:16]

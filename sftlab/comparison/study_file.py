@@ -1,45 +1,64 @@
-"""A study: cells equal but for an axis, each trained several times: its file, and whether it
-compares what is equal.
+"""What does a study file ask for, and are its cells equal but for the axis?
 
-A study file names the recipe, the launch config, the axis and the cells; docs are in
+A study has cells that differ only in an axis, each trained several times. docs are in
 recipes/study.py.
 """
 
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 from sftlab.comparison import comparability
-from sftlab.comparison.study_tasks import Task, read_yaml
+from sftlab.comparison.run_settings import settings
+from sftlab.comparison.study_tasks import LAUNCH_CONFIG_HINT, Task
 from sftlab.config.launch import PRECISIONS
 from sftlab.paths import ROOT
+from sftlab.yaml_files import read_yaml
 
 LAUNCH_KEYS = ("launch", "processes", "flags")
-# What a command line says of a study itself; everything else is a recipe field.
+# Options of recipes/study.py that override a study's keys; any other option is a recipe field.
 GIVEN = ("recipe", "launch", "processes", "random")
 # What each key of a study file holds.
 STUDY_KEYS = {
-    "recipe": str, "axis": list, "seeds": list, "repeats": int, "quality": bool, "fields": dict, "cells": dict,
-    "grid": dict, "reference": str, "published": list, "published_as": str, "launch": str, "processes": int,
+    "recipe": str,
+    "axis": list,
+    "seeds": list,
+    "repeats": int,
+    "quality": bool,
+    "fields": dict,
+    "cells": dict,
+    "grid": dict,
+    "reference": str,
+    "published": list,
+    "published_as": str,
+    "launch": str,
+    "processes": int,
     "flags": dict,
-}  # fmt: skip
-NAMES = {
+}
+KINDS = {
     str: "a word",
     list: "a list",
     int: "a whole number",
     bool: "true or false",
     dict: "lines of name: value",
 }
-# Recipe fields that say where a run is kept, which the study says itself.
+# Recipe fields that say where a run is kept: the study sets them.
 ITS_OWN = ("output_dir", "overwrite", "config", "resume_from_checkpoint")
+# Random weights are not saved, and all rows train.
+RANDOM_FIELDS = {"save_adapter": False, "split_fractions": [1.0, 0.0, 0.0]}
 
 
 @dataclass
 class Study:
-    """What a study file says, overridden by the command line."""
+    """A study file, overridden by the command line.
+
+    `tasks` are in the order in which they run: every cell once, then every cell again.
+    `published_as` says under which conditions the `published` figures were measured. `random` is
+    the shape of a random model and the length of its longest row.
+    """
 
     name: str
     axis: list[str]
@@ -47,11 +66,9 @@ class Study:
     reference: str
     quality: bool = False
     published: list[dict[str, Any]] = field(default_factory=list)
-    published_as: str = ""  # under which conditions
+    published_as: str = ""
     grid: dict[str, dict[str, Any]] = field(default_factory=dict)
-    random: tuple[str, int] | None = (
-        None  # the shape of a random-initialised model, and the longest of its rows
-    )
+    random: tuple[str, int] | None = None
 
     @property
     def cells(self) -> list[str]:
@@ -66,143 +83,104 @@ class Study:
 
 
 def load(path: Path, runs: Path, given: Mapping[str, Any]) -> Study:
-    """Read a study file; `given` beats it (recipe, launch, processes) and, for every other name, is
-    a recipe field.
+    """Returns the study of a file, whose runs are kept in `runs`.
 
-    `given["random"]` names a shape of sftlab/models/random_models.py: model and rows are random, as
-    throughput and memory allow.
-
-    Tasks are in the order in which they run: every cell once, then every cell again. ValueError
-    says what is wrong.
+    `given` overrides its recipe, launch config and processes; any other name in it is a recipe
+    field. `given["random"]` names a shape of sftlab/models/random_models.py: model and rows are
+    random, which is enough to measure throughput and memory. Raises ValueError for what is wrong.
     """
-    content = _content(path)
-    cells = content.get("cells") or _cells(content["grid"])
-    fields = content.get("fields", {}) | {
-        k: v for k, v in given.items() if k not in (*GIVEN, "flags") and v
-    }
-    base = {key: given.get(key) or content.get(key) for key in LAUNCH_KEYS}
-    recipe, random = Path(given.get("recipe") or content["recipe"]), None
-    if given.get("random"):
-        from sftlab.models.random_models import random_files  # it takes transformers with it
-
-        longest = fields.get("max_length") or read_yaml(recipe)["max_length"]
-        if longest is None:
-            raise ValueError(
-                "max_length is null: --random needs the longest row, pass --max_length"
-            )
-        random = given["random"], int(longest)
-        model, rows = (str(path.relative_to(ROOT)) for path in random_files(*random))
-        fields = {
-            "model_name_or_path": model,
-            "dataset_name": rows,
-            "dataset_fraction": 1.0,
-        } | fields
-        # of random weights nobody needs what was trained, nor how good it is
-        fields = {"save_adapter": False, "split_fractions": [1.0, 0.0, 0.0]} | fields
+    content = _read(path)
+    recipe = Path(given.get("recipe") or content["recipe"])
+    asked = {name: value for name, value in given.items() if name not in GIVEN and value}
+    fields = content.get("fields", {}) | asked
+    random = _random(given["random"], recipe, fields) if given.get("random") else None
+    if random:
+        fields = _random_fields(*random) | fields
     if content.get("seeds") and "seed" in fields:
         raise ValueError(f"{path} trains with seeds {content['seeds']}: --seed would say nothing")
+    launch = {key: given.get(key) or content.get(key) for key in LAUNCH_KEYS}
+    cells = [
+        _cell_task(path, cell, settings or {}, launch, fields, recipe)
+        for cell, settings in content["cells"].items()
+    ]
     seeds = content.get("seeds") or [None] * content.get("repeats", 1)
-    tasks: dict[Path, Task] = {}
-    for repeat, seed in enumerate(seeds, start=1):
-        for cell, settings in cells.items():
-            settings = settings or {}
-            own = fields | {k: v for k, v in settings.items() if k not in LAUNCH_KEYS}
-            own |= {} if seed is None else {"seed": seed}
-            if kept := [name for name in ITS_OWN if name in own]:
-                raise ValueError(
-                    f"{path}: {', '.join(kept)} is the study's own: --runs says where the runs are "
-                    "kept"
-                )
-            launch = base | {k: v for k, v in settings.items() if k in LAUNCH_KEYS}
-            config = _launch_config(launch["launch"] or "single")
-            processes = launch["processes"] or read_yaml(config)["num_processes"]
-            name = f"{cell}, {repeat}" if seed is None else f"{cell}, seed {seed}"
-            folder = runs / re.sub(r"[^\w.+-]+", "_", f"{cell}-{repeat if seed is None else seed}")
-            task = Task(
-                name, cell, repeat, folder, config, processes, _flags(launch["flags"]), own, recipe
-            )
-            if folder in tasks:
-                raise ValueError(
-                    f"{path}: {name} and {tasks[folder].name} would both be kept in {folder}"
-                )
-            tasks[folder] = task
-    reference = content.get("reference", next(iter(cells)))
-    if reference not in cells:
-        raise ValueError(f"{path}: the reference {reference} is none of the cells")
-    if unknown := [one["cell"] for one in content.get("published", []) if one["cell"] not in cells]:
-        raise ValueError(
-            f"{path}: published figures of {', '.join(unknown)}, which is none of the cells"
-        )
-    # of another model, or of longer rows, they would say nothing
-    alike = not given.get("recipe") and given.get("random") in (None, recipe.parent.name)
-    alike = alike and not {"model_name_or_path", "max_length"} & {
-        name for name in given if given[name]
-    }
+    tasks = [
+        _repeated(cell, repeat, seed, runs)
+        for repeat, seed in enumerate(seeds, start=1)
+        for cell in cells
+    ]
+    _check_folders(path, tasks)
     return Study(
-        path.stem,
-        content["axis"],
-        list(tasks.values()),
-        reference,
-        content.get("quality", False),
-        content.get("published", []) if alike else [],
-        content.get("published_as", ""),
-        content.get("grid", {}),
-        random,
+        name=path.stem,
+        axis=content["axis"],
+        tasks=tasks,
+        reference=content["reference"],
+        quality=content.get("quality", False),
+        published=content.get("published", []) if _is_as_published(given, recipe) else [],
+        published_as=content.get("published_as", ""),
+        grid=content.get("grid", {}),
+        random=random,
     )
 
 
-def _content(path: Path) -> dict[str, Any]:
-    """A study file; ValueError for one that is none, or has something else than it should under a
-    key.
+def _read(path: Path) -> dict[str, Any]:
+    """Returns the keys of a study file, with `cells` and `reference` filled in.
+
+    Raises ValueError for a key that is missing, unknown or holds what it should not.
     """
-    content = {key: value for key, value in read_yaml(path.resolve()).items() if value is not None}
+    found = read_yaml(path, "study", "recipes/studies/ has the studies")
+    content = {key: value for key, value in found.items() if value is not None}
+    _check_keys(path, content)
+    content["cells"] = content.get("cells") or _grid_cells(content["grid"])
+    content.setdefault("reference", next(iter(content["cells"])))
+    if content["reference"] not in content["cells"]:
+        raise ValueError(f"{path}: the reference {content['reference']} is none of the cells")
+    published = [one["cell"] for one in content.get("published", [])]
+    if unknown := [cell for cell in published if cell not in content["cells"]]:
+        raise ValueError(
+            f"{path}: published figures of {', '.join(unknown)}, which is none of the cells"
+        )
+    return content
+
+
+def _check_keys(path: Path, content: dict[str, Any]) -> None:
     if unknown := sorted(map(str, content.keys() - STUDY_KEYS.keys())):
         raise ValueError(
-            f"{path}: {', '.join(unknown)} is nothing that a study knows: "
+            f"{path}: {', '.join(unknown)} is nothing that a study knows: expected "
             f"{', '.join(sorted(STUDY_KEYS))}"
         )
-    if (
-        not content.get("axis")
-        or not (content.get("cells") or content.get("grid"))
-        or not content.get("recipe")
-    ):
+    has_cells = content.get("cells") or content.get("grid")
+    if not (content.get("axis") and has_cells and content.get("recipe")):
         raise ValueError(
-            f"{path} is no study: it needs a `recipe`, `axis`, a list of fields, and `cells`, by "
-            "name"
+            f"{path} is no study: it needs a `recipe`, `axis` (a list of fields) and `cells` (by "
+            "name)"
         )
     if isinstance(content["axis"], str):
         content["axis"] = [content["axis"]]
     for key, value in content.items():
         if not isinstance(value, STUDY_KEYS[key]):
-            raise ValueError(f"{path}: {key} is {value!r}: expected {NAMES[STUDY_KEYS[key]]}")
+            raise ValueError(f"{path}: {key} is {value!r}: expected {KINDS[STUDY_KEYS[key]]}")
     for key in ("cells", "grid"):
-        for name, settings in content.get(key, {}).items():
-            if not (settings is None and key == "cells") and not isinstance(settings, dict):
+        for name, fields in content.get(key, {}).items():
+            if not isinstance(fields, dict) and not (fields is None and key == "cells"):
                 raise ValueError(
-                    f"{path}: {name} of {key} is {settings!r}: expected fields, a line of name: "
+                    f"{path}: {name} of {key} is {fields!r}: expected fields, a line of name: "
                     "value each"
                 )
-    return content
-
-
-def _flags(flags: Mapping[str, Any] | None) -> dict[str, Any]:
-    """Flags of `accelerate launch`; YAML reads its `no` as false."""
-    return {
-        k: "no" if k == "mixed_precision" and v is False else v for k, v in (flags or {}).items()
-    }
 
 
 def options(grid: Mapping[str, Mapping[str, Any]]) -> list[list[tuple[str, Mapping[str, Any]]]]:
-    """Of every factor, without it and with it: names and fields."""
+    """Returns each factor's two options, without it and with it, as names and fields."""
     return [[("", {}), (factor, fields)] for factor, fields in grid.items()]
 
 
 def combination(grid: Mapping[str, Any], chosen: Collection[str]) -> str:
-    """The name of the cell with these factors."""
+    """Returns the name of the cell with these factors."""
     return " + ".join(factor for factor in grid if factor in chosen) or "none"
 
 
-def _cells(grid: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+def _grid_cells(grid: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Returns a cell for every combination of factors."""
     return {
         combination(grid, {name for name, _ in chosen}): {
             k: v for _, fields in chosen for k, v in fields.items()
@@ -211,33 +189,113 @@ def _cells(grid: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
     }
 
 
+def _random(shape: str, recipe: Path, fields: Mapping[str, Any]) -> tuple[str, int]:
+    """Returns the shape of the random model and the length of its longest row."""
+    longest = fields.get("max_length") or read_yaml(recipe, folder=ROOT).get("max_length")
+    if longest is None:
+        raise ValueError("max_length is null: --random needs the longest row, pass --max_length")
+    return shape, int(longest)
+
+
+def _random_fields(shape: str, longest: int) -> dict[str, Any]:
+    from sftlab.models.random_models import random_files  # imports transformers, which takes time
+
+    model, rows = (str(path.relative_to(ROOT)) for path in random_files(shape, longest))
+    files = {"model_name_or_path": model, "dataset_name": rows, "dataset_fraction": 1.0}
+    return RANDOM_FIELDS | files
+
+
+def _cell_task(
+    path: Path,
+    cell: str,
+    settings: Mapping[str, Any],
+    launch: Mapping[str, Any],
+    fields: Mapping[str, Any],
+    recipe: Path,
+) -> Task:
+    """Returns the training of a cell, whose `settings` override launch config and fields."""
+    own = {**fields, **{k: v for k, v in settings.items() if k not in LAUNCH_KEYS}}
+    if kept := [name for name in ITS_OWN if name in own]:
+        raise ValueError(
+            f"{path}: {', '.join(kept)} is the study's own: --runs says where the runs are kept"
+        )
+    launch = {**launch, **{k: v for k, v in settings.items() if k in LAUNCH_KEYS}}
+    config = _launch_config(launch["launch"] or "single")
+    processes = launch["processes"] or read_yaml(config, folder=ROOT)["num_processes"]
+    flags = _flags(launch["flags"])
+    return Task(cell, cell, 0, Path(cell), config, processes, flags, own, recipe)
+
+
+def _repeated(task: Task, repeat: int, seed: int | None, runs: Path) -> Task:
+    """Returns a repeat of a cell's training, with a seed of its own where the study has seeds."""
+    if seed is None:
+        name, fields = f"{task.cell}, {repeat}", task.fields
+    else:
+        name, fields = f"{task.cell}, seed {seed}", {**task.fields, "seed": seed}
+    ending = repeat if seed is None else seed
+    folder = runs / re.sub(r"[^\w.+-]+", "_", f"{task.cell}-{ending}")
+    return task._replace(name=name, repeat=repeat, folder=folder, fields=fields)
+
+
+def _check_folders(path: Path, tasks: Sequence[Task]) -> None:
+    kept: dict[Path, str] = {}
+    for task in tasks:
+        if task.folder in kept:
+            raise ValueError(
+                f"{path}: {task.name} and {kept[task.folder]} would both be kept in {task.folder}"
+            )
+        kept[task.folder] = task.name
+
+
 def _launch_config(name: str) -> str:
     path = name if name.endswith((".yaml", ".yml")) else f"accelerate_configs/{name}.yaml"
     if not (ROOT / path).is_file():
-        raise ValueError(f"there is no launch config {path}")
+        raise ValueError(f"there is no launch config {path}: {LAUNCH_CONFIG_HINT}")
     return path
 
 
-def check(study: Study) -> None:
-    """ValueError where cells differ in more than the axis explains, as far as files can tell before
-    anything runs.
+def _flags(flags: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Returns flags of `accelerate launch`; YAML reads its `no` as false."""
+    return {
+        k: "no" if k == "mixed_precision" and v is False else v for k, v in (flags or {}).items()
+    }
+
+
+def _is_as_published(given: Mapping[str, Any], recipe: Path) -> bool:
+    """Returns whether model and row length are those of the published figures."""
+    same_recipe = not given.get("recipe") and given.get("random") in (None, recipe.parent.name)
+    return same_recipe and not (given.get("model_name_or_path") or given.get("max_length"))
+
+
+def check_comparable(study: Study) -> None:
+    """Raise ValueError where cells differ in more than the axis explains.
+
+    Only files are read, before anything runs.
     """
-    asked = {}
-    for task in study.tasks:
-        launch = read_yaml(task.launch)
-        fsdp = "FSDP" in launch.get("distributed_type", "")
-        precision = str(_flags(launch | task.flags).get("mixed_precision", "no"))
-        if precision not in PRECISIONS:
-            raise ValueError(
-                f"{task.name}: mixed_precision is {precision}: expected one of "
-                f"{', '.join(PRECISIONS)}"
-            )
-        facts = {"precision": PRECISIONS[precision], "world_size": task.processes, "settings": {}}
-        facts["strategy"] = "fsdp" if fsdp else "ddp" if task.processes > 1 else "single"
-        asked[task.name] = {"recipe": read_yaml(task.recipe) | dict(task.fields), "launch": facts}
+    asked = {task.name: _asked(task) for task in study.tasks}
     every = dict.fromkeys(key for one in asked.values() for key in one["recipe"])
     for one in asked.values():
         one["recipe"] = every | one["recipe"]
-    comparability.settle_axes(
-        {name: comparability.settings(one) for name, one in asked.items()}, study.axes
-    )
+    comparability.resolve_axes({name: settings(one) for name, one in asked.items()}, study.axes)
+
+
+def _asked(task: Task) -> dict[str, Any]:
+    """Returns recipe and launch config of a task, as a run.json would have them."""
+    launch = task.launch_config()
+    precision = str(_flags(launch | task.flags).get("mixed_precision", "no"))
+    if precision not in PRECISIONS:
+        raise ValueError(
+            f"{task.name}: mixed_precision is {precision}: expected one of {', '.join(PRECISIONS)}"
+        )
+    strategy = "ddp" if task.processes > 1 else "single"
+    if "FSDP" in launch.get("distributed_type", ""):
+        strategy = "fsdp"
+    return {
+        "recipe": task.recipe_fields() | dict(task.fields),
+        "launch": {
+            "precision": PRECISIONS[precision],
+            "world_size": task.processes,
+            "settings": {},
+            "strategy": strategy,
+        },
+    }

@@ -1,10 +1,10 @@
-"""Trainings that start and warm up beside each other, and are timed one at a time.
+"""How can trainings start together and still be timed one at a time?
 
 A start takes far longer than the steps that a study times. `recipes/study.py --at_once n` starts n
-trainings; each waits before its last step of warm-up until all that were started with it are as
-far, or have ended, and goes on to its own end when it is its turn. One that waits does not use the
-GPU, and of its memory only what it holds. The next one waits for the process to be gone: ending
-takes seconds of the host, and beside it steps take up to three times as long.
+trainings. Each waits before its last warm-up step until the others have come as far, or have ended.
+Then they run to their ends one after the other. A waiting training computes nothing, and holds its
+GPU memory. The next one starts only when the process before it is gone: beside an ending process,
+steps take up to three times as long.
 """
 
 import os
@@ -20,22 +20,20 @@ from sftlab.measurement.timing_turn import VARIABLE
 
 
 class Command(NamedTuple):
-    """What is run, and the file that its output goes to."""
+    """The words of a command, and the file that its output goes to."""
 
     words: Sequence[str]
     log: Path
 
 
 def in_turn(commands: Sequence[Command], **options: Any) -> Iterator[int]:
-    """Start all, let one after the other through, and give the place of each as it ends.
+    """Start all commands, let them through one by one, and give the place of each as it ends.
 
-    `options` are Popen's.
-
-    Where this process is told to stop, so are they all, each in its own way; KeyboardInterrupt
-    follows when they have.
+    `options` are Popen's. When this process is told to stop, all commands are, and each may save.
+    KeyboardInterrupt follows when they have ended.
     """
     together = len(commands) > 1
-    # with a compiler process for every core there would be hundreds
+    # a compiler process for every core and command would make hundreds
     environment = ({"TORCHINDUCTOR_COMPILE_THREADS": "4"} if together else {}) | os.environ
     with tempfile.TemporaryDirectory() as root:
         folders = [Path(root, str(place)) for place in range(len(commands))]
