@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from sftlab.planning.step_memory import Shape, Step
+from sftlab.planning.step import Shape, Step
 from sftlab.planning.step_time import traffic, widths
 from sftlab.planning.weight_memory import Weights
 

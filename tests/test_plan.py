@@ -19,8 +19,10 @@ from sftlab.fastpath.selection import FastPath
 from sftlab.planning import gpu_specs, machine_checks
 from sftlab.planning.accuracy_cells import CELLS, HELD_OUT
 from sftlab.planning.gpu_specs import GPUS, find_gpu
+from sftlab.planning.known_accuracy import known_accuracy
 from sftlab.planning.machine_checks import FINE
 from sftlab.planning.plan import planned_memory
+from sftlab.training.summary import planned_row
 
 RECIPE = ["--config", "recipes/llama3.2-1b/attn_r16.yaml"]
 SAID = [*RECIPE, "--random", "llama3.2-1b", "--rows", "38105", "--row_tokens", "315"]
@@ -243,7 +245,7 @@ def test_short_steps_go_by_the_host_s_speed_and_the_plan_says_how_it_is_known(pr
         for host, more in ((None, []), (7.4, ["--host_us", "7.4"]))
     }
     assert f"host: {gpu_specs.HOST_US:g} us a small operation (assumed)" in said[None]
-    assert "host: 7.4 us a small operation (as said)" in said[7.4]
+    assert "host: 7.4 us a small operation (as given)" in said[7.4]
     step = {
         host: float(re.search(r"a step, s +([\d.]+) \(the host", text)[1])
         for host, text in said.items()
@@ -298,14 +300,13 @@ def test_a_run_stores_the_plan_of_what_it_trained(base, fields):
 
 
 def test_the_end_of_a_run_shows_planned_beside_measured():
-    sft = load_script("recipes/sft.py")
     memory = [{"allocated_gb": 10.0}, {"allocated_gb": 9.0}]
-    shown = sft.planned_row({"peak_memory": memory, "planned_memory": {"allocated_gb": 10.5}})
+    shown = planned_row({"peak_memory": memory, "planned_memory": {"allocated_gb": 10.5}})
     assert shown == {"allocated, planned (GB)": "10.0, 10.5 (+5.0%)"}
-    assert sft.planned_row({"peak_memory": memory, "planned_memory": {"reason": "why"}}) == {
+    assert planned_row({"peak_memory": memory, "planned_memory": {"reason": "why"}}) == {
         "planned memory": "why"
     }
-    assert sft.planned_row({"peak_memory": [{"resident_gb": 1.0}]}) == {}
+    assert planned_row({"peak_memory": [{"resident_gb": 1.0}]}) == {}
 
 
 def test_predictions_are_made_anew_from_measured_rows(tmp_path):
@@ -362,9 +363,7 @@ def test_predictions_are_made_anew_from_measured_rows(tmp_path):
         script.predicted(cell, line | {"hardware": "2 CPU cores"})
 
 
-def test_how_sure_goes_by_the_gpu_s_own_cells_where_there_are_some(tmp_path, monkeypatch):
-    script = load_script("recipes/plan.py")
-    monkeypatch.setattr(script, "ROOT", tmp_path)
+def test_how_sure_goes_by_the_gpu_s_own_cells_where_there_are_some(tmp_path):
     rows = [
         "yes,0.01,-0.2,NVIDIA H200",
         "no,0.2,0.01,NVIDIA H200",
@@ -373,29 +372,33 @@ def test_how_sure_goes_by_the_gpu_s_own_cells_where_there_are_some(tmp_path, mon
         "extrapolated,0.04,,NVIDIA H100 80GB HBM3",
     ]
 
+    path = tmp_path / "plan_accuracy.csv"
+
     def table(rows):
-        (tmp_path / "results").mkdir(exist_ok=True)
         lines = ["held_out,memory_error,speed_error,hardware", *rows]
-        (tmp_path / "results" / "plan_accuracy.csv").write_text("\n".join(lines) + "\n")
+        path.write_text("\n".join(lines) + "\n")
+
+    def accuracy(gpu):
+        return known_accuracy(gpu, path)
 
     table(rows)
     held_out = {
         "memory": "within 5% on 1 of 1 held-out cells",
         "speed": "within 15% on 0 of 1 held-out cells",
     }
-    assert script.accuracy("h200") == script.accuracy("a100-80") == ("h200", held_out)
+    assert accuracy("h200") == accuracy("a100-80") == ("h200", held_out)
     own = {"memory": "within 5% on 1 of 2 cells", "speed": "within 15% on 1 of 1 cells"}
-    assert script.accuracy("h100-80") == ("h100-80", own)
+    assert accuracy("h100-80") == ("h100-80", own)
     table(rows[:3])
-    assert script.accuracy("h100-80") == ("h200", held_out)
+    assert accuracy("h100-80") == ("h200", held_out)
     table(rows[1:2])
     fitted = {
         "memory": "within 5% on 0 of 1 fitted cells",
         "speed": "within 15% on 1 of 1 fitted cells",
     }
-    assert script.accuracy("h200") == ("h200", fitted)
+    assert accuracy("h200") == ("h200", fitted)
     table([])
-    assert script.accuracy("h200")[1] == {"memory": "not measured", "speed": "not measured"}
+    assert accuracy("h200")[1] == {"memory": "not measured", "speed": "not measured"}
 
 
 def test_a_command_s_cells_have_one_host_whatever_disturbed_it():
@@ -473,7 +476,7 @@ def test_a_worker_measures_cells_and_keeps_what_failed(tmp_path, base, rows):
         for name, more in (("good", []), ("bad", ["--lora_rr=1"]))
     ]
     (tmp_path / "cells.json").write_text(json.dumps(listed))
-    command = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch"]
+    command = [fork_server.python(), "-m", "accelerate.commands.accelerate_cli", "launch"]
     command += [
         "--config_file",
         "accelerate_configs/cpu.yaml",

@@ -23,9 +23,11 @@ from sftlab.data.samplers import balanced
 from sftlab.fastpath import compile_layers, varlen_attention
 from sftlab.models.random_models import MODEL_SHAPES, random_lengths
 from sftlab.planning.gpu_specs import GPUS
-from sftlab.planning.plan import RowLengths, foresee, most_rows, of_lengths, resized
-from sftlab.planning.step_memory import Shape, Step, kept
-from sftlab.planning.weight_memory import Weights, optimizer_bytes, packed_bytes, weigh
+from sftlab.planning.plan import make_plan, most_rows, resized
+from sftlab.planning.row_lengths import RowLengths, of_lengths
+from sftlab.planning.step import Shape, Step
+from sftlab.planning.step_memory import kept_bytes
+from sftlab.planning.weight_memory import Weights, count_weights, optimizer_bytes, packed_bytes
 
 ATTENTION = ["q_proj", "v_proj", "o_proj"]
 ALL = [*ATTENTION, "k_proj", "gate_proj", "up_proj", "down_proj"]
@@ -43,7 +45,7 @@ def forecast(launch="single", gpu="h200", rows=None, shape="llama3.2-1b", flags=
     with launched(exported(f"accelerate_configs/{launch}.yaml", flags)) as asked:
         recipe = parse_recipe(argv, asked)
         rows = rows or RowLengths(38_000, 315, 140, 512, "said")
-        return foresee(recipe, LlamaConfig(**MODEL_SHAPES[shape]), asked, GPUS[gpu], rows)
+        return make_plan(recipe, LlamaConfig(**MODEL_SHAPES[shape]), asked, GPUS[gpu], rows)
 
 
 @pytest.mark.parametrize(
@@ -53,7 +55,7 @@ def test_weights_gradients_and_optimizer_state_are_torchs_own(base, fields, peft
     with launched(exported("accelerate_configs/fp32.yaml")) as launch:
         argv = [*arguments(fields), f"--use_peft={peft}", "--lora_target_modules", *targets]
         recipe = parse_recipe(argv, launch)
-        counted = weigh(recipe, AutoConfig.from_pretrained(base))
+        counted = count_weights(recipe, AutoConfig.from_pretrained(base))
     model = AutoModelForCausalLM.from_pretrained(base)
     own = sum(p.nbytes for p in model.parameters())
     if peft == "true":
@@ -184,7 +186,7 @@ def test_what_a_layer_keeps_is_what_autograd_keeps(
 ):
     dtype = torch.float32 if precision == "fp32" else torch.bfloat16
     held = kept_by_autograd(llama(targets, dtype, casts, dropout), dtype, casts)
-    planned = TOKENS * kept(planned_step(targets, precision, casts, False, dropout))
+    planned = TOKENS * kept_bytes(planned_step(targets, precision, casts, False, dropout))
     # on a CPU the mask of dropout has the dtype of what is dropped
     inputs = {
         "q_proj": HIDDEN,
@@ -214,7 +216,7 @@ def test_what_a_compiled_layer_keeps_is_what_inductors_partitioner_keeps(
     model = llama(targets, torch.bfloat16, True, 0.0)
     compile_layers.compile_layers(model.get_base_model())
     held = kept_by_autograd(model, torch.bfloat16, True)
-    assert TOKENS * kept(planned_step(targets, "bf16", True, True, 0.0)) == pytest.approx(
+    assert TOKENS * kept_bytes(planned_step(targets, "bf16", True, True, 0.0)) == pytest.approx(
         held, rel=0.01
     )
 
@@ -329,7 +331,7 @@ def test_layers_of_another_kind_and_8_bits_are_refused(base, fields):
     with launched(exported("accelerate_configs/fp32.yaml")) as launch:
         recipe = parse_recipe([*arguments(fields), "--load_in_8bit=true"], launch)
         with pytest.raises(ValueError, match="no plan is made for weights in 8 bits"):
-            weigh(recipe, AutoConfig.from_pretrained(base))
+            count_weights(recipe, AutoConfig.from_pretrained(base))
         recipe = parse_recipe([*arguments(fields), "--lora_target_modules=all-linear"], launch)
         sizes = {
             "hidden_size": 32,
@@ -338,7 +340,7 @@ def test_layers_of_another_kind_and_8_bits_are_refused(base, fields):
             "num_attention_heads": 4,
         }
         with pytest.raises(ValueError, match="phi3 has gate_up_proj, qkv_proj in a layer"):
-            weigh(recipe, Phi3Config(**sizes, vocab_size=100, pad_token_id=0))
+            count_weights(recipe, Phi3Config(**sizes, vocab_size=100, pad_token_id=0))
     with pytest.raises(ValueError, match="LoRA on qkv_proj: plans are made for q_proj"):
         forecast(targets=["q_proj", "qkv_proj"])
 
@@ -398,7 +400,7 @@ def test_speed_follows_the_gpu_and_what_is_known_of_the_h200():
     assert forecast(gpu="h100-80").tokens_per_s < forecast(gpu="h200").tokens_per_s
     assert forecast(gpu="a100-80").tokens_per_s < 0.6 * forecast(gpu="h200").tokens_per_s
     assert forecast(gradient_checkpointing="true").tokens_per_s < 0.9 * forecast().tokens_per_s
-    assert forecast(gradient_checkpointing="true").pace.matrices > 1.3 * forecast().pace.matrices
+    assert forecast(gradient_checkpointing="true").time.matrices > 1.3 * forecast().time.matrices
     one, two = forecast(global_batch_size=128), forecast("ddp", global_batch_size=128)
     assert 1.8 < two.tokens_per_s / one.tokens_per_s <= 2
     # results/throughput/throughput.csv
@@ -415,7 +417,7 @@ def test_speed_follows_the_gpu_and_what_is_known_of_the_h200():
 
 def test_checkpointing_costs_a_forward_whatever_is_trained():
     lora, whole = (
-        [forecast(use_peft=peft, gradient_checkpointing=c).pace for c in ("false", "true")]
+        [forecast(use_peft=peft, gradient_checkpointing=c).time for c in ("false", "true")]
         for peft in ("true", "false")
     )
     again = [checkpointed.matrices - plain.matrices for plain, checkpointed in (lora, whole)]
@@ -442,7 +444,7 @@ def test_bitsandbytes_optimizers_wait_for_every_tensor_once_a_step():
 
 def test_a_loss_scale_is_waited_for_once_a_step():
     waits = [
-        forecast("fp16", per_device_train_batch_size=8, global_batch_size=n).pace.waiting
+        forecast("fp16", per_device_train_batch_size=8, global_batch_size=n).time.waiting
         for n in (8, 32)
     ]
     assert waits[1] == pytest.approx(waits[0] / 4)
@@ -453,8 +455,8 @@ def test_accumulation_shares_a_steps_work_and_keeps_gradients_beside_activations
     one, four = (
         forecast(rows=rows, per_device_train_batch_size=4, global_batch_size=n) for n in (4, 16)
     )
-    assert one.pace.host > one.pace.gpu, "a step so short waits for the host"
-    assert four.pace.gpu == one.pace.gpu and four.pace.host < one.pace.host
+    assert one.time.host > one.time.gpu, "a step so short waits for the host"
+    assert four.time.gpu == one.time.gpu and four.time.host < one.time.host
     assert one.step_seconds < four.step_seconds < 4 * one.step_seconds
     whole = forecast(use_peft="false")
     assert whole.step.accumulation == 1 and whole.memory.gradients == 0, (
@@ -480,7 +482,7 @@ def test_a_model_of_experts_is_refused():
     with launched(exported("accelerate_configs/single.yaml")) as launch:
         recipe = parse_recipe(["--config", "recipes/llama3.2-1b/attn_r16.yaml"], launch)
         with pytest.raises(ValueError, match="mixture of experts"):
-            foresee(
+            make_plan(
                 recipe,
                 MixtralConfig(num_hidden_layers=1),
                 launch,

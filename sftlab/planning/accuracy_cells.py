@@ -1,10 +1,13 @@
-"""The matrix of trainings on which the planner is measured: models, targets, precisions,
-strategies, lengths.
+"""On which trainings are plans held against measurements?
 
-A line of FITTED or HELD_OUT is a cell: shape, targets, precision, length x rows of a micro-batch,
-strategy, and what else is not as usual: `checkpointed`, `compiled` layers, `mixed` lengths
-(lognormal, up to the one named), a rank `r64`, `accumulated` over four micro-batches, `dropout`,
-`within40` GB that the allocator is given, fsdp `alone` on one GPU.
+A line of FITTED or HELD_OUT is a cell: shape, targets, precision, row length x rows of a
+micro-batch, strategy, and any of these words:
+- `checkpointed`, `compiled`, `dropout`
+- `mixed`: lognormal row lengths up to the one named
+- `r64`: the rank
+- `accumulated`: over four micro-batches
+- `within40`: the allocator is given 40 GB
+- `alone`: FSDP on one GPU
 """
 
 from typing import Any, NamedTuple
@@ -25,7 +28,7 @@ QLORA = {
 
 
 class Cell(NamedTuple):
-    """One training: micro-batches of `rows` rows of `length` tokens."""
+    """One training, with micro-batches of `rows` rows of `length` tokens."""
 
     name: str
     shape: str
@@ -45,44 +48,51 @@ class Cell(NamedTuple):
 
     @property
     def gpus(self) -> int:
-        """GPUs that it takes."""
+        """The number of GPUs that it takes."""
         return 1 if self.alone or self.strategy == "single" else 2
 
     @property
     def held_out(self) -> bool:
-        """Whether it is kept out of the fitting."""
+        """Whether the planner's constants were not fitted to it."""
         return self.name in HELD_OUT.split("\n")
 
     def files(self) -> tuple[str, int, int]:
-        """Shape, longest and shortest row, as sftlab/models/random_models.py keeps the model and
-        the rows.
-        """
+        """Returns shape, longest and shortest row, for sftlab/models/random_models.py."""
         return CELL_SHAPES[self.shape], self.length, 16 if self.mixed else self.length
 
     def launch(self) -> tuple[str, dict[str, Any]]:
-        """The launch config and accelerate's flags."""
+        """Returns the launch config and accelerate's flags."""
         precision = {"fp32": "no", "nf4": "bf16"}.get(self.precision, self.precision)
-        file = {"single": "fp8" if self.precision == "fp8" else "single"}.get(
-            self.strategy, self.strategy
-        )
-        if self.precision == "fp8" and self.strategy == "ddp":
-            file = "fp8"
+        file = "fp8" if self.precision == "fp8" and self.strategy != "fsdp" else self.strategy
         return f"accelerate_configs/{file}.yaml", {
             "num_processes": self.gpus,
             "mixed_precision": precision,
         }
 
     def fields(self) -> dict[str, Any]:
-        """The recipe's fields."""
+        """Returns the recipe's fields."""
         model, data = (str(path.relative_to(ROOT)) for path in random_files(*self.files()))
         fields = {
-            "model_name_or_path": model, "dataset_name": data, "dataset_fraction": 1, "max_length": self.length,
-            "output_dir": f"runs/plan-{self.name.replace(' ', '_')}", "lora_r": self.rank, "lora_alpha": 2 * self.rank,
-            "lora_dropout": 0.05 if self.dropout else 0, "per_device_train_batch_size": self.rows,
-            "global_batch_size": self.rows * self.accumulation * self.gpus, "max_steps": STEPS,
-            "gradient_checkpointing": self.checkpointing, "compile_layers": self.compiled, "eval_strategy": "no",
-            "save_strategy": "no", "overwrite": True, "disable_tqdm": True, "warmup_steps": 2, "logging_steps": 4,
-        }  # fmt: skip
+            "model_name_or_path": model,
+            "dataset_name": data,
+            "dataset_fraction": 1,
+            "max_length": self.length,
+            "output_dir": f"runs/plan-{self.name.replace(' ', '_')}",
+            "lora_r": self.rank,
+            "lora_alpha": 2 * self.rank,
+            "lora_dropout": 0.05 if self.dropout else 0,
+            "per_device_train_batch_size": self.rows,
+            "global_batch_size": self.rows * self.accumulation * self.gpus,
+            "max_steps": STEPS,
+            "gradient_checkpointing": self.checkpointing,
+            "compile_layers": self.compiled,
+            "eval_strategy": "no",
+            "save_strategy": "no",
+            "overwrite": True,
+            "disable_tqdm": True,
+            "warmup_steps": 2,
+            "logging_steps": 4,
+        }
         if self.precision == "nf4":
             fields |= QLORA | {
                 "optim": "adamw_torch_fused" if self.strategy == "fsdp" else "paged_adamw_32bit"
@@ -90,7 +100,7 @@ class Cell(NamedTuple):
         return fields
 
     def argv(self) -> list[str]:
-        """Arguments of recipes/sft.py."""
+        """Returns the arguments of recipes/sft.py."""
         words = [
             f"--{k}={str(v).lower() if isinstance(v, bool) else v}"
             for k, v in self.fields().items()
@@ -106,7 +116,6 @@ class Cell(NamedTuple):
         return ["--config", "recipes/llama3.2-1b/attn_r16.yaml", *words]
 
 
-# shape, targets, precision, length x rows, strategy, and what else is not as usual
 FITTED = """
 1b attn bf16 512x16 single
 1b attn bf16 512x16 single compiled
@@ -161,8 +170,8 @@ FITTED = """
 7b all nf4 512x8 ddp checkpointed compiled
 1b attn fp8 512x32 fsdp
 """
-# Measured after the constants of sftlab/planning/step_memory.py and sftlab/planning/step_time.py
-# were there, and never looked at for them.
+# Measured after the constants of sftlab/planning/step_memory.py and step_time.py were fixed. No
+# constant was changed because of them.
 HELD_OUT = """
 1b all fp32 4096x1 single checkpointed
 1b all fp8 2048x4 single checkpointed compiled
@@ -194,14 +203,12 @@ HELD_OUT = """
 
 
 def parse(line: str) -> Cell:
-    """The cell of a line."""
+    """Returns the cell of a line."""
     shape, targets, precision, size, strategy, *rest = line.split()
     length, rows = map(int, size.split("x"))
     special: dict[str, Any] = {
         "checkpointing": "checkpointed" in rest,
         "compiled": "compiled" in rest,
-    }
-    special |= {
         "dropout": "dropout" in rest,
         "alone": "alone" in rest,
         "mixed": "mixed" in rest,

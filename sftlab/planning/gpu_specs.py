@@ -1,8 +1,7 @@
-"""What GPUs can hold and do: published figures of the ones that people fine-tune on, and those of
-this machine.
+"""How much memory does a GPU have, and how fast is it? Published figures, and this machine's.
 
-Dense rates without sparsity, of products that add up in float32, from the makers' data sheets;
-memory as CUDA says it.
+Rates are from the makers' data sheets: dense, without sparsity, of products that accumulate in
+float32. Memory is what CUDA reports.
 """
 
 import re
@@ -11,17 +10,16 @@ from dataclasses import dataclass, replace
 
 import torch
 
-# Microseconds that a small operation takes on the host which the planner's constants are from.
+# Microseconds of a small operation on the host where the planner's constants were measured.
 HOST_US = 3.7
 
 
 @dataclass(frozen=True)
 class GPU:
-    """Memory in GB (2**30 bytes), TFLOP/s of matrix products by precision, GB/s (10**9) of memory
-    and of one link.
+    """Memory in GB (2**30 bytes), TFLOP/s by precision, GB/s (10**9) of memory and of one link.
 
-    `host_us` is of the host beside it: microseconds a small operation takes there, by which
-    launching kernels goes.
+    `seen_as` are names that CUDA gives it. `host_us` is the time of a small operation on its host,
+    in microseconds; launching kernels scales with it.
     """
 
     name: str
@@ -36,12 +34,12 @@ class GPU:
     host_us: float = HOST_US
 
     def tflops(self, precision: str) -> float:
-        """Published TFLOP/s of the products of a launch config's precision."""
+        """Returns the published TFLOP/s of matrix products in a launch config's precision."""
         return {"fp32": self.fp32, "fp8": self.fp8 or self.half}.get(precision, self.half)
 
 
-# name, memory, capability, TFLOP/s in fp32, fp16 or bf16, fp8; GB/s of the memory, of a link in one
-# direction
+# name, memory, compute capability, TFLOP/s in fp32, in fp16 or bf16, in fp8, GB/s of the memory, of
+# a link in one direction
 GPUS = {
     gpu.name: gpu
     for gpu in (
@@ -77,14 +75,14 @@ GPUS = {
     )
 }
 MEASURED_ON = "h200"
-# How far the memory of two GPUs of one name may be apart: drivers and error correction take some.
+# How far apart the memory of two GPUs of one name may be: drivers and error correction take some.
 SAME_MEMORY = 0.08
 
 
 def find_gpu(name: str) -> GPU:
-    """A GPU by its name here, or `here` for this machine's first and its host.
+    """Returns a GPU by its name in GPUS, or for `here` this machine's first GPU with its host.
 
-    ValueError lists the known ones.
+    Raises ValueError, with the known names, for any other.
     """
     if name != "here":
         if name.lower() not in GPUS:
@@ -95,12 +93,10 @@ def find_gpu(name: str) -> GPU:
         return GPUS[name.lower()]
     if not torch.cuda.is_available():
         raise ValueError(f"--gpu here: this machine shows no GPU; name one of {', '.join(GPUS)}")
-    seen, memory_gb = (
-        torch.cuda.get_device_name(0),
-        torch.cuda.get_device_properties(0).total_memory / 2**30,
-    )
+    seen = torch.cuda.get_device_name(0)
+    memory_gb = torch.cuda.get_device_properties(0).total_memory / 2**30
     found = gpu_seen_as(seen)
-    # a part of a GPU, or a laptop's, has the name and less memory
+    # a slice of a GPU, or a laptop's GPU, has the same name and less memory
     if not found or abs(memory_gb / found.memory_gb - 1) > SAME_MEMORY:
         raise ValueError(
             f"--gpu here: no figures for {seen}, {memory_gb:.1f} GB; name the nearest of "
@@ -110,7 +106,7 @@ def find_gpu(name: str) -> GPU:
 
 
 def gpu_seen_as(name: str) -> GPU | None:
-    """The GPU that CUDA calls so."""
+    """Returns the GPU that CUDA calls `name`; None for an unknown one."""
     # the longest name that fits: "H100 PCIe" before "H100"
     fits = {
         words: gpu
@@ -122,9 +118,9 @@ def gpu_seen_as(name: str) -> GPU | None:
 
 
 def measure_host() -> float:
-    """Microseconds that this host takes for a small operation:
+    """Returns the microseconds that this host takes for a small operation.
 
-    the least over a second, as others disturb it.
+    It is the least over a second, as other processes disturb it.
     """
     small, count, times = torch.zeros(8), 1000, []
     began = time.perf_counter()

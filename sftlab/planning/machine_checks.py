@@ -1,7 +1,4 @@
-"""What a machine needs for a training and may lack:
-
-each check says how it stands, and what to do about it.
-"""
+"""What does this machine lack for a training, and what can be done about it?"""
 
 import os
 import re
@@ -24,12 +21,12 @@ from sftlab.planning.gpu_specs import measure_host
 
 FINE, WARNING, FAILS = "fine", "warning", "fails"
 PYTHON = (3, 11)
-# GB that a run with checkpoints of an adapter takes at most, and that a large base model does.
+# GB that a run with checkpoints of an adapter takes at most, and that a large base model takes.
 LEAST_DISK, ROOMY_DISK = 2, 40
 
 
 class Finding(NamedTuple):
-    """How one thing stands: fine, warning or fails; what was seen, and what to do."""
+    """What a check saw, how bad it is (fine, warning or fails), and what to do about it."""
 
     what: str
     level: str
@@ -38,7 +35,7 @@ class Finding(NamedTuple):
 
 
 def examine(folder: Path) -> Iterator[Finding]:
-    """Every check of this machine; runs will be written to `folder`."""
+    """Check this machine; runs will be written to `folder`."""
     yield from (check_python(), check_packages(), check_cuda())
     if torch.cuda.is_available():
         yield from check_gpus()
@@ -53,7 +50,7 @@ def examine(folder: Path) -> Iterator[Finding]:
 
 
 def check_python() -> Finding:
-    """Version of the interpreter."""
+    """Check Python's version."""
     seen = sys.version.split()[0]
     if sys.version_info[:2] < PYTHON:
         return Finding("python", FAILS, seen, "install Python 3.11 or newer, then `make setup`")
@@ -61,7 +58,7 @@ def check_python() -> Finding:
 
 
 def check_packages() -> Finding:
-    """Packages of requirements.txt and their versions."""
+    """Check that the packages of requirements.txt are there, in the tested versions."""
     lines = (ROOT / "requirements.txt").read_text(encoding="utf-8").splitlines()
     missing, other = [], []
     for line in lines:
@@ -82,13 +79,13 @@ def check_packages() -> Finding:
             "packages",
             WARNING,
             "; ".join(other),
-            "pip install -r requirements.txt for the tested ones",
+            "pip install -r requirements.txt installs the tested ones",
         )
     return Finding("packages", FINE, "the tested versions")
 
 
 def check_cuda() -> Finding:
-    """torch's CUDA against the driver."""
+    """Check that torch can use the GPUs, and that they are not hidden."""
     driver = ask("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader").splitlines()
     seen = f"torch {torch.__version__}"
     if torch.cuda.is_available():
@@ -102,7 +99,7 @@ def check_cuda() -> Finding:
             "CUDA",
             WARNING,
             f"{seen}; no GPU",
-            "only the demo's sizes train on a CPU: cpu.yaml, cpu_ddp.yaml",
+            "a CPU trains only models of the demo's size: launch with cpu.yaml or cpu_ddp.yaml",
         )
     if torch.version.cuda is None:
         todo = "remove .venv and run `make setup` on this machine"
@@ -120,25 +117,25 @@ def check_cuda() -> Finding:
 
 
 def check_gpus() -> Iterator[Finding]:
-    """Each GPU: its memory, and who else is in it."""
+    """Check each GPU's free memory."""
     for index in range(torch.cuda.device_count()):
         free, total = (size / 2**30 for size in torch.cuda.mem_get_info(index))
         seen = f"{torch.cuda.get_device_name(index)}, {free:.1f} of {total:.1f} GB free"
         if free < 0.9 * total:
-            yield Finding(f"GPU {index}", WARNING, seen, "another process is in it: see nvidia-smi")
+            yield Finding(f"GPU {index}", WARNING, seen, "another process uses it: see nvidia-smi")
         else:
             yield Finding(f"GPU {index}", FINE, seen)
 
 
 def check_host() -> Finding:
-    """How fast Python launches kernels, for recipes/plan.py."""
+    """Measure the host's speed, on which short steps depend, for recipes/plan.py."""
     return Finding(
-        "host", FINE, f"{measure_host():g} us a small operation: --host_us of recipes/plan.py"
+        "host", FINE, f"{measure_host():g} us a small operation (recipes/plan.py: --host_us)"
     )
 
 
 def check_links() -> Finding:
-    """How the GPUs reach one another, and NCCL."""
+    """Check how the GPUs are linked, and NCCL's version."""
     count = torch.cuda.device_count()
     nccl = ".".join(map(str, torch.cuda.nccl.version()))
     if count == 1:
@@ -152,18 +149,18 @@ def check_links() -> Finding:
             "links",
             WARNING,
             f"{seen}; no direct access between {slow[0]}",
-            "DDP is better than FSDP here",
+            "use DDP: FSDP will be slow",
         )
     return Finding(
         "links",
         FINE if by_nvlink else WARNING,
         seen,
-        "" if by_nvlink else "FSDP will wait for PCIe: use DDP",
+        "" if by_nvlink else "use DDP: FSDP will wait for PCIe",
     )
 
 
 def check_compiler() -> Finding:
-    """Triton builds a small C file for every kernel."""
+    """Check for a C compiler: Triton builds a small C file for every kernel."""
     found = (
         os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang") or shutil.which("cc")
     )
@@ -176,19 +173,19 @@ def check_compiler() -> Finding:
 
 
 def check_float8(capability: tuple[int, int], name: str) -> Finding:
-    """float8 products."""
+    """Check whether the GPU multiplies in float8."""
     if capability < FP8_CAPABILITY:
         return Finding(
             "fp8",
             WARNING,
-            f"{name} has none (needs compute capability 8.9)",
+            f"{name} does not have it (needs compute capability 8.9)",
             "launch with bf16.yaml",
         )
     return Finding("fp8", FINE, f"{name}, compute capability {capability[0]}.{capability[1]}")
 
 
 def check_bitsandbytes() -> Finding:
-    """4-bit weights: round some and read them back."""
+    """Check 4-bit weights: round some and read them back."""
     try:
         import bitsandbytes.functional as functional
 
@@ -208,7 +205,7 @@ def check_bitsandbytes() -> Finding:
 
 
 def check_disk(folder: Path) -> Finding:
-    """Room for runs, and for models in the hub's cache."""
+    """Check the disks for room for runs, and for models in the hub's cache."""
     there = {folder: "runs", Path(constants.HF_HUB_CACHE): "the hub's cache"}
     free = {name: shutil.disk_usage(existing(path)).free / 2**30 for path, name in there.items()}
     seen = ", ".join(f"{size:.0f} GB for {name}" for name, size in free.items())
@@ -224,18 +221,18 @@ def check_disk(folder: Path) -> Finding:
 
 
 def existing(path: Path) -> Path:
-    """The path, or the nearest folder above it that exists."""
+    """Returns the path, or the nearest folder above it that exists."""
     return next(folder for folder in (path.absolute(), *path.absolute().parents) if folder.exists())
 
 
 def check_hub() -> Finding:
-    """Whether the Hugging Face hub can be reached, and a token is there."""
+    """Check that the Hugging Face hub can be reached, and that a token is there."""
     if constants.HF_HUB_OFFLINE:
         return Finding(
             "hub",
             WARNING,
             "HF_HUB_OFFLINE is set",
-            "only local and cached models and data sets are found",
+            "only local and cached models and data sets work; unset it to download",
         )
     if os.environ.get("HTTPS_PROXY") or os.environ.get("https_proxy"):
         seen = "through a proxy, not tried"
@@ -244,7 +241,7 @@ def check_hub() -> Finding:
         try:
             socket.create_connection((host, 443), timeout=5).close()
         except OSError as error:
-            todo = "only local and cached models and data sets are found; set HF_HUB_OFFLINE=1 to lose no time"
+            todo = "only local and cached models and data sets work; HF_HUB_OFFLINE=1 saves time"
             return Finding("hub", WARNING, f"{host} cannot be reached: {error}", todo)
         seen = f"{host} answers"
     if get_token() is None:
@@ -255,7 +252,7 @@ def check_hub() -> Finding:
 
 
 def check_slurm() -> Finding:
-    """SLURM's commands, and whether its controller answers."""
+    """Check for SLURM's commands, and whether its controller answers."""
     if shutil.which("sbatch") is None:
         return Finding("SLURM", FINE, "not on this machine")
     nodes = ask("sinfo", "--noheader", "--format=%D %T").splitlines()
@@ -270,7 +267,7 @@ def check_slurm() -> Finding:
 
 
 def ask(*command: str) -> str:
-    """What a command says; nothing where it is missing, fails or does not end."""
+    """Returns what a command prints; nothing where it is missing, fails or does not end."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=20)
     except (OSError, subprocess.TimeoutExpired):

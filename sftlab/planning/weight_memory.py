@@ -1,6 +1,6 @@
-"""Bytes of weights, gradients and optimizer state, counted on the meta device:
+"""How many bytes do weights, gradients and optimizer state take? Counted on the meta device.
 
-exact, and nothing is loaded.
+The count is exact, and nothing is loaded.
 """
 
 import copy
@@ -17,17 +17,16 @@ from sftlab.config.recipe import Recipe
 from sftlab.measurement.flops import Flops, flops_per_token
 from sftlab.models.loading import LINEAR_LAYERS
 
-# The linears of a decoder layer of Llama's kind.
+# The linears of a Llama decoder layer.
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
 class Weights(NamedTuple):
-    """What a rank holds before any sharding, in bytes: the base model, adapter, gradients and
-    optimizer state.
+    """What a rank holds before any sharding.
 
-    `layer` and `tail` are what FSDP2 gathers as one: a decoder layer, and the head with the last
-    norm. Elements of matrices: `trained` and `frozen` of the model, `linears` of one layer without
-    its adapter, `head`.
+    Bytes are `base`, `adapter`, `gradients` and `optimizer_state`, and the two units that FSDP2
+    gathers: `layer`, a decoder layer, and `tail`, the head with the last norm. Elements of matrices
+    are `trained` and `frozen` of the model, `linears` of one layer without its adapter, and `head`.
     """
 
     base: int
@@ -43,20 +42,55 @@ class Weights(NamedTuple):
     flops: Flops
 
 
-def weigh(recipe: Recipe, config: PreTrainedConfig) -> Weights:
-    """Count the weights of a recipe's model, its adapter, gradients and optimizer state on the meta
-    device.
+def count_weights(recipe: Recipe, config: PreTrainedConfig) -> Weights:
+    """Returns the weights of a recipe's model with its adapter, gradients and optimizer state.
 
-    ValueError for a model whose layers are not of Llama's kind, weights in 8 bits, or an optimizer
-    that is not known.
+    Raises ValueError for a model whose layers are not Llama's, weights in 8 bits, or an optimizer
+    whose state is unknown.
     """
     if recipe.model.load_in_8bit:
         raise ValueError(
-            "no plan is made for weights in 8 bits: those in 4 bits and unquantized ones are known"
+            "no plan is made for weights in 8 bits: pass --load_in_4bit=true or leave load_in_8bit "
+            "out"
         )
-    trust, config = recipe.training.trust_remote_code, copy.deepcopy(config)
+    model, base = _on_meta(recipe, config)
+    layer = _first_layer(model)
+    quantized, precision = recipe.model.load_in_4bit, recipe.training.mixed_precision
+    linears = {id(m.weight) for n, m in model.named_modules() if _is_frozen_linear(n, m)}
+
+    def size(parameter: nn.Parameter) -> int:
+        if id(parameter) in linears and quantized:
+            return packed_bytes(parameter.numel(), recipe.model.use_bnb_nested_quant)
+        rounded = id(parameter) in linears and precision == "fp8"
+        return parameter.numel() * (2 if rounded else parameter.element_size())
+
+    trained = [p for p in model.parameters() if p.requires_grad]
+    # peft keeps trained weights in float32; over 4-bit weights trl makes them bfloat16
+    each = 2 if quantized else trained[0].element_size()
+    compute = 4 if COMPUTE_DTYPE[PRECISIONS[precision]] == "float32" else 2
+    head = model.get_output_embeddings().weight
+    matrices = [p for p in model.parameters() if p.ndim > 1]
+    return Weights(
+        base=sum(size(p) for p in model.parameters() if id(p) in base),
+        adapter=each * sum(p.numel() for p in model.parameters() if id(p) not in base),
+        gradients=each * sum(p.numel() for p in trained),
+        optimizer_state=optimizer_bytes(recipe.training.optim, [p.numel() for p in trained], each),
+        layer=sum(size(p) if id(p) in linears else p.numel() * compute for p in layer.parameters()),
+        tail=head.numel() * compute,
+        trained=sum(p.numel() for p in matrices if p.requires_grad),
+        frozen=sum(p.numel() for p in matrices if not p.requires_grad),
+        linears=sum(p.numel() for p in layer.parameters() if p.ndim > 1 and id(p) in base),
+        head=head.numel(),
+        flops=flops_per_token(model),
+    )
+
+
+def _on_meta(recipe: Recipe, config: PreTrainedConfig) -> tuple[nn.Module, set[int]]:
+    """Returns the model with its adapter on the meta device, and the ids of base parameters."""
+    config = copy.deepcopy(config)
     if hasattr(config, "quantization_config"):  # of a model that was loaded in 4 bits
         del config.quantization_config
+    trust = recipe.training.trust_remote_code
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(
             config, trust_remote_code=trust, dtype=recipe.model.dtype
@@ -65,55 +99,25 @@ def weigh(recipe: Recipe, config: PreTrainedConfig) -> Weights:
         peft_config = get_peft_config(recipe.model)
         if peft_config is not None:
             model = get_peft_model(model, peft_config)
-    quantized, precision = recipe.model.load_in_4bit, recipe.training.mixed_precision
-    linears = {id(m.weight): m for n, m in model.named_modules() if _is_frozen_linear(n, m)}
+    return model, base
 
-    def size(parameter: nn.Parameter) -> int:
-        if id(parameter) in linears and quantized:
-            return packed_bytes(parameter.numel(), recipe.model.use_bnb_nested_quant)
-        return parameter.numel() * (
-            2 if id(parameter) in linears and precision == "fp8" else parameter.element_size()
-        )
 
-    adapter = [p for p in model.parameters() if id(p) not in base]
-    trained = [p for p in model.parameters() if p.requires_grad]
-    # peft keeps what it trains in float32; trl has it in bfloat16 over 4-bit weights
-    each = 2 if quantized else trained[0].element_size()
+def _first_layer(model: nn.Module) -> nn.Module:
+    """Returns the first decoder layer; ValueError where its linears are not Llama's."""
     layers = next((m for m in model.modules() if isinstance(m, nn.ModuleList)), None)
     if layers is None or model.get_output_embeddings() is None:
         raise ValueError(
             f"{type(model).__name__} has no list of decoder layers or no head: no plan is made for "
             "it"
         )
-    named = (
-        name.removesuffix(".base_layer")
-        for name, m in layers[0].named_modules()
-        if _is_frozen_linear(name, m)
-    )
-    if other := sorted({name.rpartition(".")[2] for name in named} - set(LINEARS)):
+    names = (name for name, m in layers[0].named_modules() if _is_frozen_linear(name, m))
+    linears = {name.removesuffix(".base_layer").rpartition(".")[2] for name in names}
+    if other := sorted(linears - set(LINEARS)):
         raise ValueError(
-            f"{config.model_type} has {', '.join(other)} in a layer: plans are made for Llama's "
-            "kind"
+            f"{model.config.model_type} has {', '.join(other)} in a layer: plans are made for "
+            f"layers of {', '.join(LINEARS)}"
         )
-    compute = 4 if COMPUTE_DTYPE[PRECISIONS[precision]] == "float32" else 2
-    head = model.get_output_embeddings().weight
-    gathered = sum(
-        size(p) if id(p) in linears else p.numel() * compute for p in layers[0].parameters()
-    )
-    matrices = [p for p in model.parameters() if p.ndim > 1]
-    return Weights(
-        base=sum(size(p) for p in model.parameters() if id(p) in base),
-        adapter=each * sum(p.numel() for p in adapter),
-        gradients=each * sum(p.numel() for p in trained),
-        optimizer_state=optimizer_bytes(recipe.training.optim, [p.numel() for p in trained], each),
-        layer=gathered,
-        tail=head.numel() * compute,
-        trained=sum(p.numel() for p in matrices if p.requires_grad),
-        frozen=sum(p.numel() for p in matrices if not p.requires_grad),
-        linears=sum(p.numel() for p in layers[0].parameters() if p.ndim > 1 and id(p) in base),
-        head=head.numel(),
-        flops=flops_per_token(model),
-    )
+    return layers[0]
 
 
 def _is_frozen_linear(name: str, module: nn.Module) -> bool:
@@ -121,34 +125,30 @@ def _is_frozen_linear(name: str, module: nn.Module) -> bool:
 
 
 def packed_bytes(count: int, nested: bool) -> int:
-    """Bytes of `count` weights in 4 bits (QLoRA, Dettmers et al. 2023): blocks of 64 share a scale.
+    """Returns the bytes of `count` weights in 4 bits (QLoRA, Dettmers et al. 2023).
 
-    `nested`: the scales themselves in 8 bits, 256 sharing one in float32.
+    Blocks of 64 weights share a float32 scale. `nested` has the scales in 8 bits, and 256 of them
+    share one in float32.
     """
     scales = -(-count // 64)
     return count // 2 + (scales + 4 * -(-scales // 256) if nested else 4 * scales)
 
 
 def optimizer_bytes(name: str, sizes: list[int], each: int) -> int:
-    """Bytes of an optimizer's state on the GPU for trained tensors of `sizes` elements of `each`
-    bytes.
+    """Returns the bytes of an optimizer's state on the GPU.
 
-    ValueError for an optimizer whose state is not known here.
+    Trained tensors have `sizes` elements of `each` bytes. Raises ValueError for an optimizer whose
+    state is unknown.
     """
     if name == "sgd":
         return 0
     if name in ("adamw_torch", "adamw_torch_fused"):
         return sum(2 * each * size + 4 for size in sizes)  # two moments, and the step in float32
-    small = [
-        size
-        for size in sizes
-        if size < (100_000 if "paged" in name else 4096 if "8bit" in name else 0)
-    ]
-    per = 2 if "8bit" in name else 8
+    # bitsandbytes keeps the moments of small tensors in float32, and does not page them
     if name in ("paged_adamw_32bit", "paged_adamw", "paged_adamw_8bit"):
-        return 8 * sum(small)  # the rest is in memory that the driver pages, outside the allocator
+        return 8 * sum(size for size in sizes if size < 100_000)  # the driver pages the rest
     if name in ("adamw_bnb_8bit", "adamw_8bit"):
-        return per * (sum(sizes) - sum(small)) + 8 * sum(small)
+        return sum((8 if size < 4096 else 2) * size for size in sizes)
     raise ValueError(
         f"no plan for optim {str.__str__(name)}: known are adamw_torch, adamw_torch_fused, sgd and "
         "bitsandbytes' AdamW"

@@ -1,0 +1,105 @@
+"""How long are the training rows of a recipe? Measured, or read from a local data set."""
+
+import math
+from pathlib import Path
+from statistics import NormalDist
+from typing import NamedTuple
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from sftlab.config.recipe import Recipe
+from sftlab.data.chat_template import encode, set_template
+from sftlab.data.collator import TOKENS_MULTIPLE
+from sftlab.data.samplers import row_lengths
+from sftlab.data.sources import read_source
+from sftlab.data.splits import Converter
+from sftlab.data.tokenized_dataset import SPLITS, is_tokenized, open_tokens
+
+# Rows of a data set that are read for their lengths.
+SAMPLE = 400
+
+
+class RowLengths(NamedTuple):
+    """The tokens of training rows: mean, standard deviation and maximum.
+
+    `count` is the number of rows, None where it is unknown. `source` says where this is from.
+    """
+
+    count: int | None
+    mean: float
+    deviation: float
+    longest: int
+    source: str
+
+    @property
+    def attended(self) -> float:
+        """The length of the row that the average token is in."""
+        return self.mean + self.deviation**2 / self.mean
+
+    def largest(self, rows: int, micro_batches: int, packed: bool, steps: int) -> int:
+        """Returns the tokens of the largest micro-batch that `steps` steps are likely to have.
+
+        Padding counts. A micro-batch has `rows` rows, and a step has `micro_batches` of all
+        processes together.
+        """
+        if not packed:
+            return rows * self.longest
+        # the largest of so many normal sums (Blom 1958); a global batch is dealt evenly, so its
+        # micro-batches share its deviation
+        far = NormalDist().inv_cdf((steps - 0.375) / (steps + 0.25))
+        deviation = self.deviation * math.sqrt(rows / micro_batches)
+        likely = min(rows * self.mean + far * deviation, rows * self.longest)
+        return math.ceil(likely / TOKENS_MULTIPLE) * TOKENS_MULTIPLE
+
+
+def of_lengths(lengths: np.ndarray, count: int | None, source: str) -> RowLengths:
+    """Returns the summary of these lengths."""
+    return RowLengths(
+        count, float(lengths.mean()), float(lengths.std()), int(lengths.max()), source
+    )
+
+
+def measure_rows(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> RowLengths:
+    """Returns the lengths of all rows of a tokenized data set, of `SAMPLE` rows of a local file.
+
+    Raises ValueError for a data set that is not on this machine.
+    """
+    data, limit = recipe.data, recipe.training.max_length or np.iinfo(np.int64).max
+    name = str(data.dataset_name)
+    if is_tokenized(name):
+        lengths = np.minimum(row_lengths(open_tokens(data)[0]), limit)
+        return of_lengths(lengths, len(lengths), "its tokens")
+    if not Path(name).exists():
+        raise ValueError(
+            f"data set {name} is not a file on this machine: pass --rows COUNT and --row_tokens "
+            "MEAN, the tokens of an average row"
+        )
+    if data.dataset_streaming:
+        raise ValueError(
+            "a plan does not read the rows of a stream: pass --row_tokens MEAN, the tokens of an "
+            "average row"
+        )
+    return _sampled(recipe, tokenizer)
+
+
+def _sampled(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> RowLengths:
+    """Returns the lengths of the training rows among rows spread over a local file."""
+    data, training = recipe.data, recipe.training
+    source, shape = read_source(data)
+    picked = np.unique(np.linspace(0, len(source) - 1, SAMPLE).astype(int))
+    convert = Converter(shape, tuple(data.split_fractions), str(data.dataset_name))
+    rows = convert(source[picked], picked.tolist())
+    set_template(tokenizer, training.chat_template_path)
+    train = [i for i, split in enumerate(rows["split"]) if split == SPLITS.index("train")]
+    pairs = ({"prompt": rows["prompt"][i], "completion": rows["completion"][i]} for i in train)
+    lengths = np.array(
+        [len(encode(tokenizer, pair, training.max_length)["input_ids"]) for pair in pairs]
+    )
+    if not len(lengths):
+        raise ValueError(
+            f"none of {len(picked)} rows of {data.dataset_name} is a training row: see "
+            "split_fractions"
+        )
+    count = round(len(source) * len(train) / len(picked))
+    return of_lengths(lengths, count, f"{len(train)} of its rows")

@@ -1,0 +1,145 @@
+"""What is a training step made of, as far as its memory and time depend on it?"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from transformers import PreTrainedConfig
+
+from sftlab.config.launch import COMPUTE_DTYPE, PRECISIONS, Launch
+from sftlab.config.recipe import ModelArguments, Recipe
+from sftlab.config.validation import is_bitsandbytes
+from sftlab.fastpath.selection import FastPath
+from sftlab.planning.weight_memory import LINEARS, Weights, count_weights
+
+
+class Shape(NamedTuple):
+    """Sizes of a decoder: widths, layers, query heads, key heads, size of a head, vocabulary."""
+
+    hidden: int
+    mlp: int
+    layers: int
+    heads: int
+    key_heads: int
+    head_size: int
+    vocabulary: int
+
+    @classmethod
+    def of(cls, config: PreTrainedConfig) -> "Shape":
+        """Returns a model's shape; ValueError for one that is not a dense decoder."""
+        config = config.get_text_config()
+        names = (
+            "hidden_size",
+            "intermediate_size",
+            "num_hidden_layers",
+            "num_attention_heads",
+            "vocab_size",
+        )
+        if any(not isinstance(getattr(config, name, None), int) for name in names):
+            raise ValueError(
+                f"{config.model_type} has no single width of its MLP or heads: no plan is made for "
+                "it"
+            )
+        experts = ("num_experts", "num_local_experts", "n_routed_experts")
+        if any(getattr(config, name, None) for name in experts):
+            raise ValueError(f"{config.model_type} is a mixture of experts: no plan is made for it")
+        hidden, mlp, layers, heads, vocabulary = (getattr(config, name) for name in names)
+        key_heads = getattr(config, "num_key_value_heads", None) or heads
+        size = getattr(config, "head_dim", None) or hidden // heads
+        return cls(hidden, mlp, layers, heads, key_heads, size, vocabulary)
+
+
+@dataclass(frozen=True)
+class Step:
+    """What memory and time of a micro-batch depend on.
+
+    `optimizer_copies`: torch's AdamW, unless fused, takes the roots of all second moments at once.
+    `optimizer_waits`: bitsandbytes' optimizers wait for the GPU after every trained tensor.
+    `whole_logits`: the number of float32 copies of all logits, 0 for a loss in chunks.
+    """
+
+    shape: Shape
+    weights: Weights
+    precision: str
+    targets: frozenset[str]
+    rank: int
+    tokens: int
+    row_length: float
+    strategy: str = "single"
+    processes: int = 1
+    quantized: bool = False
+    weight_bytes: int = 2
+    checkpointing: bool = False
+    compiled: bool = True
+    packed: bool = True
+    dropout: bool = False
+    reshard: bool = True
+    accumulation: int = 1
+    optimizer_copies: bool = False
+    optimizer_waits: bool = False
+    whole_logits: float = 0.0
+
+    @property
+    def compute_bytes(self) -> int:
+        """Bytes of an activation's element."""
+        return torch.finfo(getattr(torch, COMPUTE_DTYPE[self.precision])).bits // 8
+
+    @property
+    def casts(self) -> bool:
+        """Whether LoRA's inputs are copies: peft casts them to float32 and autocast back."""
+        return self.compute_bytes == 2 and not self.quantized
+
+
+def step_of(
+    recipe: Recipe,
+    config: PreTrainedConfig,
+    launch: Launch,
+    fast: FastPath,
+    tokens: int,
+    row_length: float,
+) -> Step:
+    """Returns the step of a recipe under a launch config.
+
+    A micro-batch has `tokens` in rows of `row_length` tokens. Raises ValueError for a recipe that
+    no plan is made for.
+    """
+    model, training = recipe.model, recipe.training
+    if training.fused_loss is False:
+        raise ValueError(
+            "fused_loss: false keeps whole logits, and plans are made for the fused loss alone: "
+            "leave fused_loss out"
+        )
+    targets = _targets(model)
+    return Step(
+        shape=Shape.of(config),
+        weights=count_weights(recipe, config),
+        precision=PRECISIONS[training.mixed_precision],
+        targets=targets,
+        rank=model.lora_r if model.use_peft else 0,
+        tokens=tokens,
+        row_length=row_length,
+        strategy=launch.strategy,
+        processes=launch.world_size,
+        quantized=bool(model.load_in_4bit),
+        weight_bytes=torch.finfo(getattr(torch, model.dtype)).bits // 8,
+        checkpointing=bool(training.gradient_checkpointing),
+        compiled=fast.compile_layers,
+        packed=fast.packing,
+        dropout=model.lora_dropout > 0 and model.use_peft,
+        reshard=launch.settings.get("FSDP_RESHARD_AFTER_FORWARD", "true") == "true",
+        accumulation=training.gradient_accumulation_steps,
+        optimizer_copies=training.optim == "adamw_torch",
+        optimizer_waits=is_bitsandbytes(training.optim),
+    )
+
+
+def _targets(model: ModelArguments) -> frozenset[str]:
+    """Returns the linears that train, with LoRA or whole."""
+    names = model.lora_target_modules or []
+    if names == "all-linear" or not model.use_peft:
+        names = LINEARS
+    names = [names] if isinstance(names, str) else names
+    targets = frozenset(name.rpartition(".")[2] for name in names)
+    if unknown := sorted(targets - set(LINEARS)):
+        raise ValueError(f"LoRA on {', '.join(unknown)}: plans are made for {', '.join(LINEARS)}")
+    return targets
