@@ -1,15 +1,12 @@
 """Chat in the browser with the base and the tuned model of a finished run.
 
-A Hugging Face Space as it stands.
-
 python app/app.py --run runs/x [--port 7860] [--listen] [--auth user:password|FILE] [--load-in-4bit]
 
 Without --run it takes the newest finished run under runs/. It serves localhost alone unless
---listen says otherwise. Each option is an environment variable as well: SFTLAB_RUN=runs/x,
-SFTLAB_PORT=7860, SFTLAB_LOAD_IN_4BIT=1.
+--listen is given. Each option is an environment variable as well: SFTLAB_RUN=runs/x,
+SFTLAB_PORT=7860, SFTLAB_LOAD_IN_4BIT=1. This folder is also a Hugging Face Space.
 """
 
-import argparse
 import dataclasses
 import html
 import json
@@ -22,6 +19,7 @@ import time
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Literal
 
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
@@ -29,11 +27,11 @@ import sftlab.startup.filter_warnings  # noqa: I001  (before torch)
 import sftlab.startup.preload  # noqa: F401
 import gradio as gr
 from starlette.middleware import Middleware
-from transformers.hf_argparser import string_to_bool
 
-from sftlab.chat.engine import Settings
 from sftlab.chat.conversation import Turn, column, history, saved, sides
-from sftlab.chat.request_filter import Gate, accounts
+from sftlab.chat.engine import Settings
+from sftlab.chat.options import parse_options
+from sftlab.chat.request_filter import Gate
 from sftlab.chat.service import Lab
 
 MODEL = {
@@ -43,36 +41,29 @@ MODEL = {
     "api_visibility": "private",
 }
 QUICK = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
-REPORTS = (Path("results/report"), Path("results/demo"))
 FAILED = (
-    "**Not answered:** too many messages wait already, or the server failed. Try again in a moment."
+    "**Not answered:** too many messages are waiting, or the server failed. Try again in a moment."
 )
 BETTER = {"left": "Left is better", "tie": "Tie", "right": "Right is better"}
-DOWNLOAD = """(text) => { const link = document.createElement("a");
-link.href = URL.createObjectURL(new Blob([text], {type: "application/json"})); link.download = "conversation.json";
-link.click(); setTimeout(() => URL.revokeObjectURL(link.href), 1000); }"""
-CSS = """.gradio-container {max-width: 1280px !important; width: 100%; margin: auto}
-.tables table {display: block; overflow-x: auto; font-size: 13px; border: 0 !important}
-.tables :is(th, td) {white-space: nowrap; padding: 4px 8px !important} .tables img {background: white; max-width: 100%}
-.off, .form:has(> .off) {display: none}
-#note {min-height: 24px} #facts small {opacity: .8} .message small {font-size: 11px; opacity: .75}"""
+CSS = Path(__file__).with_name("page.css")
+DOWNLOAD = Path(__file__).with_name("download.js")
 
 
 class Page:
-    """The handlers of the page. A conversation is its session's own: a list of turns."""
+    """The page's handlers. A session's conversation is a list of turns."""
 
     def __init__(self, lab: Lab) -> None:
         self.lab = lab
         self.stops: dict[str | None, threading.Event] = {}
 
     def arrive(self) -> tuple[Any, ...]:
-        """What a freshly loaded page shows: the runs there are, or how to make one."""
+        """Show a fresh page: the finished runs, or how to make one."""
         names = list(self.lab.runs())
         run = gr.update(choices=names, value=names[0] if names else None)
         return run, gr.update(visible=bool(names)), gr.update(visible=not names)
 
     def pick(self, run: str | None) -> tuple[Any, str]:
-        """Load a run; its facts, or why it cannot be used."""
+        """Load a run, and show its facts or why it cannot be used."""
         if run is None:
             return gr.skip(), ""
         try:
@@ -83,28 +74,29 @@ class Page:
         return limits, f"<small>{self.lab.facts_line(run)}</small>"
 
     def busy(self, request: gr.Request) -> bool:
-        """Whether the session's last message is still being answered:
-
-        until then only Stop does anything.
-        """
+        """Whether the session's last message is still being answered. Only Stop works then."""
         return request.session_hash in self.stops and not self.stops[request.session_hash].is_set()
 
     def send(self, request: gr.Request, box: str) -> tuple[Any, ...]:
         """Take the message out of the box.
 
-        A message to answer comes after the time, so that it is news each time.
+        The pending text begins with the time, so that it changes with every message.
         """
-        return (
-            (f"{time.time()} {box}", "")
-            if box.strip() and not self.busy(request)
-            else (gr.skip(), gr.skip())
-        )
+        if not box.strip() or self.busy(request):
+            return gr.skip(), gr.skip()
+        return f"{time.time()} {box}", ""
 
     def begin(
-        self, request: gr.Request, asked: str, turns: list[Turn], run: str,
-        side: str, blind: bool, *settings: Any,
-    ) -> tuple[Any, ...]:  # fmt: skip
-        """Take a message as a new turn and show it."""
+        self,
+        request: gr.Request,
+        asked: str,
+        turns: list[Turn],
+        run: str,
+        side: str,
+        blind: bool,
+        *settings: Any,
+    ) -> tuple[Any, ...]:
+        """Add a message as a new turn, and show it."""
         order = list(sides(side))
         if blind:
             random.shuffle(order)
@@ -115,15 +107,11 @@ class Page:
         return turns, *self.columns(turns), *shown
 
     def columns(self, turns: list[Turn]) -> tuple[Any, Any]:
-        """Both columns; the right one only where two models answer."""
+        """Returns both columns. The right one is visible only where two models answer."""
         both = bool(turns) and len(turns[-1].order) > 1
-        names = (
-            ("A", "B")
-            if both and turns[-1].hidden
-            else turns[-1].order
-            if turns
-            else ("conversation",)
-        )
+        names = turns[-1].order if turns else ("conversation",)
+        if both and turns[-1].hidden:
+            names = ("A", "B")
         left = gr.update(value=column(turns, 0), label=names[0])
         return left, gr.update(
             value=column(turns, 1) if both else [], label=names[-1], visible=both
@@ -146,7 +134,7 @@ class Page:
             yield turns, gr.skip(), gr.skip(), f"**Not answered:** {error}"
 
     def end(self, request: gr.Request, box: str, turns: list[Turn]) -> tuple[Any, ...]:
-        """Free the page again; a message that got no answer returns to the box."""
+        """Free the page again. A message without an answer returns to the box."""
         self.stop(request)
         if turns and not turns[-1].texts:
             box, turns = box or turns[-1].message, turns[:-1]
@@ -155,21 +143,21 @@ class Page:
         return box, turns, *self.columns(turns), *free
 
     def stop(self, request: gr.Request) -> None:
-        """End the session's generation."""
+        """Stop the session's answer."""
         self.stops.setdefault(request.session_hash, threading.Event()).set()
 
     def leave(self, request: gr.Request) -> None:
-        """The tab was closed."""
+        """Stop the answer of a closed tab."""
         self.stops.pop(request.session_hash, threading.Event()).set()
 
     def again(self, request: gr.Request, turns: list[Turn], seed: int) -> tuple[Any, ...]:
-        """Retry: the last message once more, under the next seed."""
+        """Ask the last message again, under the next seed."""
         if not turns or self.busy(request):
             return gr.skip(), gr.skip(), gr.skip()
         return f"{time.time()} {turns[-1].message}", turns[:-1], seed + 1
 
     def edit(self, request: gr.Request, turns: list[Turn], edited: gr.EditData) -> tuple[Any, ...]:
-        """A message changed by hand: the conversation begins anew there."""
+        """Ask a message that was edited. The conversation continues from there."""
         place = edited.index if isinstance(edited.index, int) else edited.index[0]
         asked = f"{time.time()} {html.unescape(edited.value)}"
         return (gr.skip(), gr.skip()) if self.busy(request) else (asked, turns[: place // 2])
@@ -186,29 +174,35 @@ class Page:
         )
 
     def clear(self, request: gr.Request, turns: list[Turn]) -> tuple[Any, ...]:
-        """Begin a new conversation."""
+        """Start a new conversation."""
         turns = turns if self.busy(request) else []
         return turns, *self.columns(turns), gr.update(visible=False), ""
 
     def vote(self, turns: list[Turn], system: str, choice: str) -> tuple[Any, ...]:
-        """Write down which answer is better, and say whose it was."""
+        """Record which answer is better, and say whose it was."""
         said = self.lab.vote(turns, system, choice)
         return turns, *self.columns(turns), gr.update(visible=False), said, self.lab.votes_table()
 
     def chat(
         self,
-        message: str, history: list[dict[str, str]] | None = None, side: Literal["tuned", "base", "both"] = "tuned",
-        system: str = "", temperature: float = Settings.temperature, top_p: float = Settings.top_p,
-        top_k: int = Settings.top_k, max_new_tokens: int = Settings.max_new_tokens,
-        repetition_penalty: float = Settings.repetition_penalty, seed: int = Settings.seed, run: str | None = None,
-    ) -> Iterator[dict[str, Any]]:  # fmt: skip
-        """Answer a message as the tuned model, the base model or both, from one load of the
-        weights.
+        message: str,
+        history: list[dict[str, str]] | None = None,
+        side: Literal["tuned", "base", "both"] = "tuned",
+        system: str = "",
+        temperature: float = Settings.temperature,
+        top_p: float = Settings.top_p,
+        top_k: int = Settings.top_k,
+        max_new_tokens: int = Settings.max_new_tokens,
+        repetition_penalty: float = Settings.repetition_penalty,
+        seed: int = Settings.seed,
+        run: str | None = None,
+    ) -> Iterator[dict[str, Any]]:
+        """Answer a message as the tuned model, the base model or both.
 
-        history: earlier messages, each with role and content. run: a finished run's name, the first
-        one if left out. Yields texts, tokens, tokens_per_s and finished (stop, length or stopped),
-        each by side, as they grow; with first_token_s, left_out (old turns the context had no room
-        for), run and settings.
+        history: earlier messages, each with role and content. run: a finished run's name, by
+        default the first one. Yields texts, tokens, tokens_per_s and finished (stop, length or
+        stopped) by side as they grow, and first_token_s, left_out (old turns that did not fit the
+        context), run and settings.
         """
         earlier = [{"role": "system", "content": system.strip()}] if system.strip() else []
         stop, name = threading.Event(), run or next(iter(self.lab.runs()), None)
@@ -225,7 +219,7 @@ class Page:
 
 
 def settings_column() -> list[gr.components.Component]:
-    """System instruction and what steers generation, in the order of `Settings`."""
+    """Returns the system instruction and the fields of `Settings`, in order."""
     system = gr.Textbox(label="System instruction", lines=2, placeholder="none")
     return [
         system,
@@ -239,7 +233,7 @@ def settings_column() -> list[gr.components.Component]:
 
 
 def build(page: Page) -> gr.Blocks:
-    """The page: chat, runs, votes, results, and the API's one endpoint."""
+    """Build the page: chat, runs, votes, results, and the API's one endpoint."""
     with gr.Blocks(title="sftlab chat", analytics_enabled=False) as blocks:
         gr.Markdown("# Base and tuned, side by side")
         empty = gr.Markdown(page.lab.without_runs(), visible=False)
@@ -258,89 +252,115 @@ def build(page: Page) -> gr.Blocks:
 
 
 def chat_tab(page: Page, blocks: gr.Blocks, run: gr.Dropdown, facts: gr.Markdown) -> None:
-    """The conversation, its buttons, settings and votes, and what each of them does."""
-    turns, pending = gr.State([]), gr.Textbox(elem_classes="off")
+    """Build the chat tab and connect it to the page's handlers."""
     with gr.Row():
         with gr.Column(scale=3, min_width=300):
-            with gr.Row():
-                look = {
-                    "height": "50vh",
-                    "buttons": ["copy", "copy_all"],
-                    "allow_tags": False,
-                    "latex_delimiters": [],
-                }
-                left = gr.Chatbot(label="conversation", elem_id="left", min_width=280, **look)
-                right = gr.Chatbot(visible=False, elem_id="right", min_width=280, **look)
-            with gr.Row(visible=False) as ballot:
-                better = {
-                    name: gr.Button(text, size="sm", min_width=80) for name, text in BETTER.items()
-                }
-            note = gr.Markdown(elem_id="note")
-            with gr.Row():
-                box = gr.Textbox(
-                    show_label=False,
-                    placeholder="Your message",
-                    lines=1,
-                    max_lines=8,
-                    scale=5,
-                    min_width=200,
-                    elem_id="message",
-                )
-                send = gr.Button("Send", variant="primary", scale=1, min_width=80)
-                stop = gr.Button("Stop", variant="stop", scale=1, min_width=80, visible=False)
-            with gr.Row():
-                names = ("Retry", "Undo", "Clear", "Save")
-                retry, undo, clear, save = (
-                    gr.Button(name, size="sm", min_width=60) for name in names
-                )
+            shown = conversation_column()
         with gr.Column(scale=1, min_width=260):
             side = gr.Radio(
                 ["both", "tuned", "base"], value="both", label="Who answers", elem_id="side"
             )
             blind = gr.Checkbox(label="Blind: say whose answer it was after the vote")
             system, *settings = settings_column()
-    file, ballots = gr.Textbox(elem_classes="off"), gr.Markdown(elem_classes="tables")
-    shown = [turns, left, right]
+    connect_messages(page, shown, [run, side, blind, system, *settings])
+    connect_votes(page, blocks, shown, system)
+    run.change(page.pick, run, [settings[3], facts], **MODEL)
 
-    chosen = [pending, turns, run, side, blind, *settings]
-    begun = pending.change(page.begin, chosen, [*shown, send, stop, ballot], **QUICK)
-    answered = begun.success(page.answer, [turns, system], [*shown, note], **MODEL)
+
+def conversation_column() -> SimpleNamespace:
+    """Returns the components of the conversation: both columns, votes, message box, buttons."""
+    shown = SimpleNamespace(turns=gr.State([]), pending=gr.Textbox(elem_classes="off"))
+    with gr.Row():
+        look = {
+            "height": "50vh",
+            "buttons": ["copy", "copy_all"],
+            "allow_tags": False,
+            "latex_delimiters": [],
+            "min_width": 280,
+        }
+        shown.left = gr.Chatbot(label="conversation", elem_id="left", **look)
+        shown.right = gr.Chatbot(visible=False, elem_id="right", **look)
+    with gr.Row(visible=False) as shown.ballot:
+        shown.better = {
+            name: gr.Button(text, size="sm", min_width=80) for name, text in BETTER.items()
+        }
+    shown.note = gr.Markdown(elem_id="note")
+    with gr.Row():
+        shown.box = gr.Textbox(
+            show_label=False,
+            placeholder="Your message",
+            lines=1,
+            max_lines=8,
+            scale=5,
+            min_width=200,
+            elem_id="message",
+        )
+        shown.send = gr.Button("Send", variant="primary", scale=1, min_width=80)
+        shown.stop = gr.Button("Stop", variant="stop", scale=1, min_width=80, visible=False)
+    with gr.Row():
+        names = ("Retry", "Undo", "Clear", "Save")
+        shown.retry, shown.undo, shown.clear, shown.save = (
+            gr.Button(name, size="sm", min_width=60) for name in names
+        )
+    return shown
+
+
+def connect_messages(page: Page, shown: SimpleNamespace, chosen: list[Any]) -> None:
+    """Connect sending, answering, stopping and editing.
+
+    `chosen` are the components of run, side, blind, system instruction and settings.
+    """
+    run, side, blind, system, *settings = chosen
+    turns, pending, box = shown.turns, shown.pending, shown.box
+    talk = [turns, shown.left, shown.right]
+    begun = pending.change(
+        page.begin,
+        [pending, turns, run, side, blind, *settings],
+        [*talk, shown.send, shown.stop, shown.ballot],
+        **QUICK,
+    )
+    answered = begun.success(page.answer, [turns, system], [*talk, shown.note], **MODEL)
     ended = {
         "fn": page.end,
         "inputs": [box, turns],
-        "outputs": [box, *shown, send, stop, ballot],
+        "outputs": [box, *talk, shown.send, shown.stop, shown.ballot],
         **QUICK,
     }
     answered.then(**ended)  # not after a failure, such as a full queue
-    answered.failure(**ended).then(lambda: FAILED, None, note, **QUICK)
-    gr.on([send.click, box.submit], page.send, box, [pending, box], **QUICK)
-    retry.click(page.again, [turns, settings[-1]], [pending, turns, settings[-1]], **QUICK)
-    gr.on([left.edit, right.edit], page.edit, turns, [pending, turns], **QUICK)
-    stop.click(page.stop, None, None, **QUICK)
-    undo.click(page.undo, [box, turns], [box, *shown, ballot], **QUICK)
-    gr.on(
-        [clear.click, left.clear, right.clear], page.clear, turns, [*shown, ballot, note], **QUICK
+    answered.failure(**ended).then(lambda: FAILED, None, shown.note, **QUICK)
+    gr.on([shown.send.click, box.submit], page.send, box, [pending, box], **QUICK)
+    retried = [turns, settings[-1]]
+    shown.retry.click(page.again, retried, [pending, *retried], **QUICK)
+    gr.on([shown.left.edit, shown.right.edit], page.edit, turns, [pending, turns], **QUICK)
+    shown.stop.click(page.stop, None, None, **QUICK)
+    shown.undo.click(page.undo, [box, turns], [box, *talk, shown.ballot], **QUICK)
+    clears = [shown.clear.click, shown.left.clear, shown.right.clear]
+    gr.on(clears, page.clear, turns, [*talk, shown.ballot, shown.note], **QUICK)
+
+
+def connect_votes(
+    page: Page, blocks: gr.Blocks, shown: SimpleNamespace, system: gr.Textbox
+) -> None:
+    """Connect saving a conversation, voting and the table of votes below."""
+    file, ballots = gr.Textbox(elem_classes="off"), gr.Markdown(elem_classes="tables")
+    talk = [shown.turns, system]
+    written = shown.save.click(
+        lambda *given: json.dumps(saved(*given), indent=2), talk, file, **QUICK
     )
-    written = save.click(
-        lambda *talk: json.dumps(saved(*talk), indent=2), [turns, system], file, **QUICK
-    )
-    written.then(None, file, None, js=DOWNLOAD, api_visibility="private")
-    for name, button in better.items():
-        cast = partial(page.vote, choice=name)
-        button.click(cast, [turns, system], [*shown, ballot, note, ballots], **QUICK)
+    written.then(None, file, None, js=DOWNLOAD.read_text(), api_visibility="private")
+    after = [shown.turns, shown.left, shown.right, shown.ballot, shown.note, ballots]
+    for name, button in shown.better.items():
+        button.click(partial(page.vote, choice=name), talk, after, **QUICK)
     blocks.load(page.lab.votes_table, None, ballots, **QUICK)
-    run.change(page.pick, run, [settings[3], facts], **MODEL)
 
 
 def main(argv: list[str]) -> None:
     """Read the options, load the model, serve until Ctrl-C or SIGTERM."""
-    options = parse(argv)
+    options = parse_options(argv, __doc__.splitlines()[0])
     lab = Lab(options.runs, options.run, options.report, options.votes, options.load_in_4bit)
     if listen := options.listen or "SPACE_ID" in os.environ:
-        print(
-            "warning: anyone who reaches this machine can "
-            f"chat{'' if options.auth else ', without a password'}"
-        )
+        password = "with a password" if options.auth else "without a password"
+        print(f"warning: anyone who reaches this machine can chat, {password}")
     for first in list(lab.runs())[:1]:
         try:
             lab.model(first)
@@ -352,51 +372,29 @@ def main(argv: list[str]) -> None:
     )
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     build(Page(lab)).queue(max_size=options.queue, api_open=False).launch(
-        server_name="0.0.0.0" if listen else "127.0.0.1", server_port=options.port, share=False, auth=options.auth,
-        theme=theme, css=CSS, footer_links=["api", "settings"], run_history=False, enable_monitoring=False, quiet=True,
-        ssr_mode=False, pwa=False, mcp_server=False, prevent_thread_lock=True,
+        server_name="0.0.0.0" if listen else "127.0.0.1",
+        server_port=options.port,
+        share=False,
+        auth=options.auth,
+        theme=theme,
+        css=CSS.read_text(),
+        footer_links=["api", "settings"],
+        run_history=False,
+        enable_monitoring=False,
+        quiet=True,
+        ssr_mode=False,
+        pwa=False,
+        mcp_server=False,
+        prevent_thread_lock=True,
         app_kwargs={"middleware": [Middleware(Gate, local_only=not listen)]},
-    )  # fmt: skip
+    )
     try:
         threading.Event().wait()
     except KeyboardInterrupt:
         print("closing", flush=True)
         lab.close()
-        os._exit(
-            0
-        )  # the server would wait for open pages, and the interpreter clean up for two seconds
-
-
-def parse(argv: list[str]) -> argparse.Namespace:
-    """The options, from the command line or the environment."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    switch = {
-        "nargs": "?",
-        "type": string_to_bool,
-        "const": True,
-        "default": False,
-        "metavar": "true|false",
-    }
-    parser.add_argument("--run", type=Path, help="run directory (default: the newest finished)")
-    parser.add_argument("--runs", type=Path, default="runs", help="folder of runs (default: runs)")
-    reports = [folder for folder in REPORTS if (folder / "report.md").is_file()]
-    parser.add_argument(
-        "--report", type=Path, default=[*reports, REPORTS[0]][0], help="what eval/report.py wrote"
-    )
-    parser.add_argument("--votes", type=Path, help="JSONL of votes (default: beside the runs)")
-    parser.add_argument("--port", type=int, default=7860)
-    parser.add_argument(
-        "--queue", type=int, default=16, help="messages that may wait (default: 16)"
-    )
-    parser.add_argument("--listen", **switch, help="serve other machines too")
-    parser.add_argument("--auth", type=accounts, metavar="USER:PASSWORD|FILE")
-    parser.add_argument("--load-in-4bit", **switch)
-    given = {name: os.environ.get(f"SFTLAB_{name.upper()}") for name in vars(parser.parse_args([]))}
-    parser.set_defaults(**{name: value for name, value in given.items() if value})
-    options = parser.parse_args(argv)
-    if options.run and not (options.run / "run.json").is_file():
-        parser.error(f"--run {options.run}: no run directory (it has no run.json)")
-    return options
+        # a normal exit would wait for open pages, and two seconds for the interpreter
+        os._exit(0)
 
 
 if __name__ == "__main__":

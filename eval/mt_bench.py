@@ -1,14 +1,14 @@
-"""MT-Bench: base and tuned answer 80 questions of two turns, a judge rates each answer on the scale
-it was made for.
+"""Have a judge rate base's and tuned's answers to MT-Bench's 80 questions of two turns.
 
-python eval/mt_bench.py --run runs/x --judge prometheus-eval/prometheus-7b-v2.0 --questions question.jsonl
-    --references reference_answer/gpt-4.jsonl [--judge_in_4bit | --judge_url http://localhost:8000/v1] [--limit 40]
+python eval/mt_bench.py --run runs/x --judge prometheus-eval/prometheus-7b-v2.0 [--limit 40]
+    --questions question.jsonl --references reference_answer/gpt-4.jsonl
+    [--judge_in_4bit | --judge_url http://localhost:8000/v1]
 
-The run's template and the real history of each conversation; temperatures by category as published;
-the judge greedy, on 1 to 10, or Prometheus on 1 to 5. Writes RUN/eval/mt_bench.json (the newest
-entry of each judge), a radar and a bar plot, and every prompt, answer, judgement and rating in
-mt_bench-judgements-*.jsonl. Answers and judgements are kept as they come: the same command goes on
-after a kill, and scores again without a GPU.
+Answers are sampled at the published temperature of each category; the judge is greedy. It rates
+from 1 to 10, Prometheus from 1 to 5. RUN/eval/mt_bench.json keeps the newest entry of each judge.
+Beside it are a radar plot, a bar plot, and mt_bench-judgements-*.jsonl with every prompt, answer,
+judgement and rating. Answers and judgements are kept as they come: after a kill the same command
+goes on, and a finished evaluation is scored again without a GPU.
 """
 
 import sftlab.startup.filter_warnings  # noqa: I001  (before the libraries that it quiets)
@@ -17,7 +17,6 @@ import sftlab.startup.preload  # noqa: F401
 import argparse
 import sys
 from collections.abc import Sequence
-from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,19 +24,23 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from sftlab.judging.sanity_checks import UNPARSED_REFUSED, UNPARSED_SAID, spread
-from sftlab.judging.model_answers import Contestants, refuse_twins
-from sftlab.evaluation.answer_file import AnswerFile, answer_facts, digest
+from sftlab.evaluation.answer_file import answer_facts, digest
+from sftlab.evaluation.base_and_tuned import evaluation_errors, finished_run
 from sftlab.evaluation.generation import Answer, Sampling
-from sftlab.judging.judges import add_judge_flags, judge_from
+from sftlab.evaluation.significance import FEW_ROWS, RESAMPLES
+from sftlab.judging.judge_options import add_evaluation_flags, judge_from
 from sftlab.judging.judgement_files import (
-    canary_table,
+    entry_facts,
     judgement_hashes,
     keep_entry,
+    report_head,
     title_hash,
+    unfit_mark,
+    unfit_warning,
+    verdict_file,
     write_records,
 )
-from sftlab.evaluation.base_and_tuned import finished_run, one_sentence
+from sftlab.judging.model_answers import Contestants, refuse_twins
 from sftlab.judging.ratings import (
     Answered,
     Question,
@@ -49,32 +52,36 @@ from sftlab.judging.ratings import (
     right_over_shuffled,
     unparsed,
 )
-from sftlab.runs.environment import environment
-from sftlab.runs.run_directory import SIDES, adapter_hash
-from sftlab.evaluation.significance import FEW_ROWS, RESAMPLES
+from sftlab.judging.sanity_checks import UNPARSED_REFUSED, UNPARSED_SAID, spread
+from sftlab.judging.two_turns import both_turns, draw_twice
+from sftlab.runs.run_directory import SIDES
 from sftlab.tables import aligned, interval, p_value, percent
 
 COLOURS = {"base": "0.6", "tuned": "tab:blue"}
-
 STATISTICS = (
     f"paired bootstrap over questions, {RESAMPLES} resamples (p of fewer than {FEW_ROWS}: by "
-    "exchanging the models' "
-    "answers); p after Holm over all rows"
+    "exchanging the models' answers); p after Holm over all rows"
 )
 
 
 def main(argv: list[str]) -> None:
-    """Answer both turns, try the judge, let it rate, write, plot, print."""
+    """Answer both turns, check the judge, let it rate, write, plot, print."""
     arguments = parse_arguments(argv)
-    with one_sentence(": take a smaller --batch_size or --judge_batch_size; what is done is kept"):
+    with evaluation_errors(
+        ": take a smaller --batch_size or --judge_batch_size; what is done is kept"
+    ):
         evaluate(arguments)
 
 
 def parse_arguments(argv: list[str]) -> argparse.Namespace:
-    """The command line."""
+    """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--run", required=True, type=Path, help="a finished run's directory")
-    add_judge_flags(parser)
+    add_evaluation_flags(
+        parser,
+        30,
+        "this many questions, spread over the categories (default: all)",
+        "longest answer to a turn in tokens",
+    )
     data = Path("data/mt_bench")
     parser.add_argument(
         "--questions", type=Path, default=data / "question.jsonl", help="MT-Bench's questions"
@@ -86,28 +93,15 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
         help="GPT-4's answers",
     )
     parser.add_argument(
-        "--limit", type=int, default=0, help="this many questions, of all categories (default: all)"
-    )
-    parser.add_argument("--canaries", type=int, default=30, help="questions of each canary")
-    parser.add_argument("--batch_size", type=int, default=32, help="answers at once")
-    parser.add_argument("--max_new_tokens", type=int, default=1024, help="longest answer to a turn")
-    parser.add_argument(
-        "--seed", type=int, default=0, help="of the categories whose answers are drawn"
-    )
-    parser.add_argument(
-        "--allow-unparsed", action="store_true", help="give means whatever share is unparsed"
+        "--seed", type=int, default=0, help="of the categories with a temperature above 0"
     )
     return parser.parse_args(argv)
 
 
 def evaluate(arguments: argparse.Namespace) -> None:
-    """The whole evaluation; ValueError says in one sentence why it cannot be done."""
-    if (
-        arguments.limit < 0
-        or arguments.batch_size < 1
-        or arguments.canaries < 1
-        or not arguments.judge
-    ):
+    """Run the whole evaluation. Raises ValueError where it cannot be done."""
+    small = arguments.limit < 0 or arguments.batch_size < 1 or arguments.canaries < 1
+    if small or not arguments.judge:
         raise ValueError(
             "expected --judge, --limit of 0 (all) or more, and --batch_size and --canaries of at "
             "least 1"
@@ -117,30 +111,24 @@ def evaluate(arguments: argparse.Namespace) -> None:
     every = read_questions(arguments.questions, arguments.references)
     questions = spread(every, arguments.limit or len(every))
     judge, style = judge_from(arguments)
-    facts = judge.facts | {"format": style.name}
     contestants = Contestants(arguments.run, run, arguments.batch_size)
     turns = {side: both_turns(contestants, side, questions, sampling) for side in SIDES}
     about = {
         side: answer_facts([answer for one in turns[side] for answer in one]) for side in SIDES
     }
     refuse_twins(about)
-    again = draw_again(
-        contestants,
-        [one for one in questions if one.temperature > 0][: arguments.canaries],
-        sampling,
-    )
+    sampled = [one for one in questions if one.temperature > 0][: arguments.canaries]
+    again = draw_twice(contestants, sampled, sampling)
     contestants.free()
 
-    file = AnswerFile(
-        arguments.run / "eval", {k: v for k, v in facts.items() if k != "server"}, kind="verdicts"
-    )
-    rated = partial(rate_answers, judge, style, file=file, size=arguments.judge_batch_size)
-    canaries, tried = try_judge(
-        rated, [one for one in every if one.references][: arguments.canaries], again
-    )
+    facts = judge.facts | {"format": style.name}
+    file, size = verdict_file(arguments.run / "eval", facts), arguments.judge_batch_size
+    rated = partial(rate_answers, judge, style, file=file, size=size)
+    referenced = [one for one in every if one.references][: arguments.canaries]
+    checks, tried = check_judge(rated, referenced, again)
     records = {side: rate_both(rated, questions, turns[side], f"judging {side}") for side in SIDES}
-    canaries.append(unparsed([*tried, *records["base"], *records["tuned"]]))
-    report = facts_of(arguments, questions, facts, style.scale, canaries, records)
+    checks.append(unparsed([*tried, *records["base"], *records["tuned"]]))
+    report = facts_of(arguments, questions, facts, style.scale, checks, records)
     report |= {"answers": about, "prompts_cut": contestants.prompts_cut}
     most = max(one["unparsed"]["value"] for one in report["judged"].values())
     refused = most > UNPARSED_REFUSED and not arguments.allow_unparsed
@@ -151,8 +139,7 @@ def evaluate(arguments: argparse.Namespace) -> None:
     if refused:
         sys.exit(
             f"error: more than {percent(UNPARSED_REFUSED)} of the judgements hold no rating: no "
-            "mean is given without "
-            "--allow-unparsed; every judgement is in the files named above"
+            "mean is given without --allow-unparsed; the files named above hold every judgement"
         )
 
 
@@ -161,23 +148,17 @@ def facts_of(
     questions: Sequence[Question],
     judge: dict[str, Any],
     scale: tuple[int, int],
-    canaries: list[dict[str, Any]],
+    checks: list[dict[str, Any]],
     records: dict[str, list[dict[str, Any]]],
 ) -> dict[str, Any]:
-    """Who rated what and how, and whether that judge can be believed."""
+    """Returns who rated what and how, and the sanity checks."""
     hashes = judgement_hashes(records, "answers", "judgement")
     limited = f", {len(questions)} questions" if arguments.limit else ""
-    return {
-        "title": f"MT-Bench{limited}, judge {Path(arguments.judge).name}, scale {scale[0]} to {scale[1]}",
-        "run": str(arguments.run),
-        "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "adapter_hash": adapter_hash(arguments.run),
-        "rows": len(questions),
+    name = Path(arguments.judge).name
+    title = f"MT-Bench{limited}, judge {name}, scale {scale[0]} to {scale[1]}"
+    return entry_facts(arguments.run, title, len(questions), judge, checks) | {
         "questions_hash": digest(questions),
         "scale": scale,
-        "judge": judge,
-        "judge_fit": all(row["passed"] for row in canaries),
-        "canaries": canaries,
         "judged": {
             side: {"hash": hashes[side], "unparsed": unparsed(records[side])} for side in SIDES
         },
@@ -187,77 +168,26 @@ def facts_of(
             "temperature": "by category",
         },
         "statistics": STATISTICS,
-        **environment(),
     }
 
 
-def both_turns(
-    contestants: Contestants, side: str, questions: Sequence[Question], sampling: Sampling
-) -> list[list[Answer]]:
-    """The answers of one side to both turns, each question at its temperature.
-
-    The second sees the first.
-    """
-    found: list[list[Answer]] = [[] for _ in questions]
-    for turn in (0, 1):
-        for temperature in sorted({one.temperature for one in questions}):
-            chosen = [i for i, one in enumerate(questions) if one.temperature == temperature]
-            asked = [conversation(questions[i], found[i], turn) for i in chosen]
-            title = f"{side}, turn {turn + 1}, temperature {temperature}"
-            drawn = Sampling(sampling.max_new_tokens, temperature, seed=sampling.seed)
-            for i, answer in zip(
-                chosen, contestants.answers(side, asked, drawn, title), strict=True
-            ):
-                found[i].append(answer)
-    return found
-
-
-def conversation(question: Question, answers: Sequence[Answer], turn: int) -> list[dict[str, str]]:
-    """The messages up to the question of a turn (0 or 1)."""
-    messages = []
-    for i in range(turn):
-        messages += [
-            {"role": "user", "content": question.turns[i]},
-            {"role": "assistant", "content": answers[i].text},
-        ]
-    return [*messages, {"role": "user", "content": question.turns[turn]}]
-
-
-def draw_again(
-    contestants: Contestants, questions: Sequence[Question], sampling: Sampling
-) -> list[list[Answered]]:
-    """Two answers of the base model to the first turn of questions that are answered at a
-    temperature above 0.
-    """
-    found: list[list[Answered]] = [[], []]
-    for temperature in sorted({one.temperature for one in questions}):
-        chosen = [one for one in questions if one.temperature == temperature]
-        drawn = Sampling(sampling.max_new_tokens, temperature, seed=sampling.seed)
-        asked = [conversation(one, [], 0) for one in chosen]
-        for place, answers in enumerate(contestants.draws(asked, drawn, "base answers drawn")):
-            found[place] += [
-                Answered(one, [answer.text]) for one, answer in zip(chosen, answers, strict=True)
-            ]
-    return found
-
-
-def try_judge(
+def check_judge(
     rated: Rated, right: Sequence[Question], again: list[list[Answered]]
 ) -> tuple[list, list]:
-    """The canaries, and their records."""
+    """Run the sanity checks. Returns a row of each, and the records behind them."""
     row, records = right_over_shuffled(rated, right)
-    canaries = [row]
+    checks = [row]
     if again[0]:
         drawn = [rated(one, "base against base") for one in again]
-        canaries.append(noise_floor(*drawn))
+        checks.append(noise_floor(*drawn))
         records += [*drawn[0], *drawn[1]]
-    return canaries, records
+    return checks, records
 
 
 def rate_both(
     rated: Rated, questions: Sequence[Question], answers: Sequence[Sequence[Answer]], title: str
 ) -> list[dict[str, Any]]:
-    """The judge's records of both turns."""
+    """Returns the judge's records of both turns."""
     texts = [[answer.text for answer in one] for one in answers]
     asked = [
         Answered(one, text[:turn])
@@ -268,14 +198,8 @@ def rate_both(
 
 
 def warnings(report: dict[str, Any], records: dict[str, list[dict[str, Any]]]) -> list[str]:
-    """What a reader must know before believing the table."""
-    found = []
-    if not report["judge_fit"]:
-        failed = [row["canary"] for row in report["canaries"] if not row["passed"]]
-        found.append(
-            f"the judge is UNFIT, it failed: {', '.join(failed)}; what it says of the models means "
-            "nothing"
-        )
+    """Returns what a reader must know before believing the table."""
+    found = unfit_warning(report)
     for side in SIDES:
         share = report["judged"][side]["unparsed"]["value"]
         if share > UNPARSED_SAID:
@@ -288,19 +212,20 @@ def warnings(report: dict[str, Any], records: dict[str, list[dict[str, Any]]]) -
         cut = sum(record["characters_cut"] > 0 for record in records[side])
         if cut:
             found.append(
-                f"{cut} answers of {side} were too long for the judge: cut from the middle"
+                f"{cut} answers of {side} were too long for the judge and were cut in the middle"
             )
     if len(records["base"]) // 2 < FEW_ROWS:
         found.append(f"fewer than {FEW_ROWS} questions: the intervals are rough")
     if report["prompts_cut"]:
         found.append(
-            f"{report['prompts_cut']} prompts were too long for the model: cut from the middle"
+            f"{report['prompts_cut']} prompts were too long for the model and were cut in the "
+            "middle"
         )
     return found
 
 
 def write(folder: Path, report: dict[str, Any], records: dict[str, list], tried: list) -> list[str]:
-    """The entry in mt_bench.json, the records and the plots; returns the files' names."""
+    """Write the entry in mt_bench.json, the records and the plots. Returns the files' names."""
     rows = [{"side": side, **record} for side, one in records.items() for record in one]
     names = write_records(folder, "mt_bench", report["title"], judgements=rows, canaries=tried)
     if report["scores"]:
@@ -317,12 +242,12 @@ def write(folder: Path, report: dict[str, Any], records: dict[str, list], tried:
 
 
 def categories(report: dict[str, Any]) -> list[str]:
-    """The scores that are categories."""
+    """Returns the scores that are categories."""
     return [name for name in report["scores"] if name != "overall" and not name.startswith("turn ")]
 
 
 def radar(canvas: Figure, report: dict[str, Any]) -> None:
-    """Both models by category on the whole of the judge's scale."""
+    """Draw both models by category, over the judge's whole scale."""
     names = categories(report)
     angles = np.linspace(0, 2 * np.pi, len(names), endpoint=False)
     axes = canvas.add_subplot(projection="polar")
@@ -338,7 +263,7 @@ def radar(canvas: Figure, report: dict[str, Any]) -> None:
 
 
 def bars(canvas: Figure, report: dict[str, Any]) -> None:
-    """Both models overall, by turn and by category, with 95 % intervals."""
+    """Draw both models overall, by turn and by category, with 95 % intervals."""
     axes, names = canvas.subplots(), list(report["scores"])
     for side, shift in (("base", -0.2), ("tuned", 0.2)):
         found = [report["scores"][name][side] for name in names]
@@ -363,27 +288,12 @@ def bars(canvas: Figure, report: dict[str, Any]) -> None:
 
 
 def print_report(report: dict[str, Any]) -> None:
-    """Warnings, the canaries, the means."""
-    print(
-        f"\n{report['title']}: base against tuned of {report['run']} on {report['rows']} questions "
-        "of two turns"
-    )
-    for warning in report["warnings"]:
-        print(f"  warning: {warning}")
-    print(
-        f"\n{canary_table(report['canaries'])}\n  the judge is "
-        f"{'fit' if report['judge_fit'] else 'UNFIT'}\n"
-    )
-    mark = "" if report["judge_fit"] else " (UNFIT judge)"
-    lines = [[f"mean rating{mark}", "base", "tuned", "tuned - base", "p"]]
+    """Print warnings, sanity checks and means."""
+    print(report_head(report, "questions of two turns"))
+    lines = [[f"mean rating{unfit_mark(report)}", "base", "tuned", "tuned - base", "p"]]
     for name, one in report["scores"].items():
-        lines.append(
-            [
-                name,
-                *(interval(one[key]) for key in ("base", "tuned", "difference")),
-                p_value(one["p_holm"]),
-            ]
-        )
+        cells = [interval(one[key]) for key in ("base", "tuned", "difference")]
+        lines.append([name, *cells, p_value(one["p_holm"])])
     print(aligned(lines))
     print(f"  in brackets 95 % intervals; {report['statistics']}")
     print(f"  written: {', '.join(report['files'])}")

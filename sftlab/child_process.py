@@ -1,4 +1,4 @@
-"""A child process that is waited for to its own end, whatever signals arrive meanwhile."""
+"""A child process that ends by itself, whatever signals arrive meanwhile."""
 
 import os
 import signal
@@ -8,14 +8,12 @@ from typing import Any
 
 
 class Child:
-    """Runs a command; `asked_to_stop` once this process was told to stop.
+    """Runs a command. `asked_to_stop` is true once this process got a signal to stop.
 
-    The handlers stay afterwards.
-
-    The child ends in its own way (a training saves a checkpoint), so a signal is only passed on
-    where it came to this process alone: USR1, and TERM outside Slurm, which sends TERM to every
-    process of a job. Ctrl-C a terminal gives to both. It is passed on as TERM to every process that
-    was started here, or as `pass_on` does it.
+    The child ends in its own way; a training saves a checkpoint. A signal is passed on only where
+    it came to this process alone: USR1, and TERM outside Slurm, which sends TERM to every process
+    of a job. A terminal sends Ctrl-C to both. It is passed on as TERM to every process started
+    here, or by `pass_on`. The signal handlers stay in place afterwards.
     """
 
     def __init__(
@@ -34,7 +32,7 @@ class Child:
             self._pass_on()
 
     def start_beside(self, command: Sequence[str], **options: Any) -> None:
-        """Run one more command, unless this process has been told to stop."""
+        """Run one more command, unless this process was asked to stop."""
         if not self.asked_to_stop:
             self.processes.append(subprocess.Popen(command, **options))
 
@@ -44,5 +42,5 @@ class Child:
             self._pass_on()
 
     def wait(self) -> int:
-        """Exit status of the first."""
+        """Wait for the first command. Returns its exit status."""
         return self.processes[0].wait()

@@ -1,4 +1,4 @@
-"""Files that outlive a kill and a power loss: written whole, on the disk, with their hashes."""
+"""Files that survive a kill and a power loss: written whole, synced, and hashed."""
 
 import hashlib
 import json
@@ -9,12 +9,12 @@ from typing import Any
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write JSON as `write_text` writes."""
+    """Write JSON as `write_text` writes text."""
     write_text(path, json.dumps(content, indent=2, ensure_ascii=False, default=str) + "\n")
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file so that a reader sees the old one or the new one, never a part."""
+    """Write a file. A reader sees the old one or the new one, never a part."""
     part = part_of(path)
     try:
         with part.open("w", encoding="utf-8") as file:
@@ -23,23 +23,23 @@ def write_text(path: Path, text: str) -> None:
             os.fsync(file.fileno())
         part.replace(path)
     finally:
-        # of a full disk not even a part is left
+        # after an error, such as a full disk, no part is left
         part.unlink(missing_ok=True)
 
 
 def part_of(path: Path) -> Path:
-    """A file of this process for what will be `path`."""
+    """Returns this process's temporary file for `path`."""
     return path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.part")
 
 
 def file_hash(path: Path) -> str:
-    """SHA-256 of a file (hexadecimal)."""
+    """Returns the SHA-256 of a file (hexadecimal)."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def sync(path: Path) -> None:
-    """Bring a file, or the names in a folder, from the page cache to the disk."""
+    """Sync a file, or the names in a folder, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -48,6 +48,6 @@ def sync(path: Path) -> None:
 
 
 def sync_tree(folder: Path) -> None:
-    """Bring a folder with all that is in it to the disk."""
+    """Sync a folder with all its contents to the disk."""
     for path in [*folder.rglob("*"), folder, folder.parent]:
         sync(path)

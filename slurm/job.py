@@ -1,15 +1,15 @@
-"""What runs inside a Slurm job; started by the sbatch files beside it, not by hand.
+"""Run the work of a Slurm job. The sbatch files in this folder start it.
 
-sbatch slurm/train.sbatch RECIPE.yaml LAUNCH.yaml [--field value]      (and eval, study, tokenize: see those files)
+sbatch slurm/train.sbatch RECIPE.yaml LAUNCH.yaml [--field value]
 python slurm/job.py train RECIPE.yaml LAUNCH.yaml [--field value]      (what train.sbatch runs)
 
-The work runs under srun. This process stays, hears Slurm's signals and decides how the job ends, by
-what the work left behind (run.json) and not by a launcher's exit status:
+The work runs under srun. This process waits, handles Slurm's signals and decides how the job ends.
+It goes by run.json, not by a launcher's exit status:
 
-- succeeded: the job completes. Failed, or gone without a word: it fails, and is not started again.
-- stopped by the signal before the time limit, by preemption or by a requeue: requeued,
+- A run that succeeded completes the job. One that failed or disappeared fails it, for good.
+- A run that was stopped before the time limit or by preemption is requeued, at most
   SFTLAB_MAX_RESTARTS times.
-- cancelled: it ends cancelled.
+- A cancelled job ends cancelled.
 """
 
 import ctypes
@@ -27,16 +27,18 @@ from typing import Any
 import psutil
 
 from sftlab.child_process import Child
+from sftlab.exit_messages import mistakes_in_one_line
 from sftlab.runs.run_directory import Run, read_run
 from sftlab.yaml_files import read_yaml
 
+# seconds to wait for Slurm to end this process after a requeue
 REQUEUED_S = 120
-PATHS = "paths are those of the project's folder"
+PATHS = "paths start at the project's folder"
 PR_SET_CHILD_SUBREAPER = 36
 
 
 def main(argv: list[str]) -> int:
-    """Run what the sbatch file names; the job's exit status."""
+    """Run what the sbatch file names. Returns the job's exit status."""
     kinds = {
         "train": train,
         "evaluate": evaluate,
@@ -44,79 +46,81 @@ def main(argv: list[str]) -> int:
         "tokenize": tokenize,
         "node": node,
     }
-    try:
+    with mistakes_in_one_line(FileNotFoundError):
         if not argv or argv[0] not in kinds:
             raise ValueError(
                 f"the sbatch files beside this one start it, with one of {', '.join(kinds)}"
             )
         return kinds[argv[0]](argv[1:])
-    except (ValueError, FileNotFoundError) as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        return 1
 
 
 def train(words: list[str]) -> int:
-    """RECIPE LAUNCH [--field value ...]: the launcher on every node, one process a GPU."""
+    """RECIPE LAUNCH [--field value ...]: run the launcher on every node, one process per GPU."""
     if len(words) < 2 or words[1].startswith("-"):
         raise ValueError(
             "usage: sbatch slurm/train.sbatch RECIPE.yaml LAUNCH.yaml [--field value ...]"
         )
     recipe, launch, fields = words[0], words[1], words[2:]
     run = output_dir(read_yaml(recipe, hint=PATHS), fields) / "run.json"
-    nodes, a_node = (
-        int(os.environ["SLURM_JOB_NUM_NODES"]),
-        processes_a_node(read_yaml(launch, "launch config", PATHS)),
-    )
-    command = ["accelerate", "launch", "--config_file", launch, "--num_machines", str(nodes)]
-    command += ["--num_processes", str(nodes * a_node), "--main_process_ip", first_address()]
-    # another port after a requeue: the former one may still be closing
-    restarts = int(os.environ.get("SLURM_RESTART_COUNT", 0))
-    command += [
-        "--main_process_port",
-        str(20000 + (7 * int(os.environ["SLURM_JOB_ID"]) + restarts) % 10000),
-    ]
-    command += ["recipes/sft.py", "--config", recipe, *fields]
-    before = status_of(run)
-    if before == "succeeded" and restarts:
+    nodes = int(os.environ["SLURM_JOB_NUM_NODES"])
+    processes = nodes * processes_a_node(read_yaml(launch, "launch config", PATHS))
+    launcher = launcher_command(launch, nodes, processes)
+    if status_of(run) == "succeeded" and restart_count():
         print(f"{run.parent}: succeeded before the restart", flush=True)
         return 0
     started = time.time()
-    work = under_srun(
-        [
-            "--nodes",
-            str(nodes),
-            "--ntasks-per-node=1",
-            sys.executable,
-            "slurm/job.py",
-            "node",
-            *command,
-        ]
-    )
+    step = ["--nodes", str(nodes), "--ntasks-per-node=1", sys.executable, "slurm/job.py", "node"]
+    work = under_srun([*step, *launcher, "recipes/sft.py", "--config", recipe, *fields])
     code = work.wait()
-    after, changed = status_of(run), run.is_file() and run.stat().st_mtime >= started
-    if after == "succeeded" and changed:
+    changed = run.is_file() and run.stat().st_mtime >= started
+    return end_of_training(run, code, changed, work.asked_to_stop)
+
+
+def launcher_command(launch: str, nodes: int, processes: int) -> list[str]:
+    """Returns accelerate's command for this job, without the script."""
+    # another port after a requeue, because the last one may still be closing
+    port = 20000 + (7 * int(os.environ["SLURM_JOB_ID"]) + restart_count()) % 10000
+    options = {
+        "config_file": launch,
+        "num_machines": nodes,
+        "num_processes": processes,
+        "main_process_ip": first_address(),
+        "main_process_port": port,
+    }
+    command = ["accelerate", "launch"]
+    for name, value in options.items():
+        command += [f"--{name}", str(value)]
+    return command
+
+
+def end_of_training(run: Path, code: int, changed: bool, asked_to_stop: bool) -> int:
+    """Decide how the job ends, by run.json. Returns its exit status, or requeues it.
+
+    `code` is srun's exit status. `changed` says that this job wrote run.json.
+    """
+    status = status_of(run) if changed else None
+    if status == "succeeded":
         return 0
-    # one that a full disk stopped would be stopped again
-    if (
-        after == "interrupted"
-        and changed
-        and str(read_run(run.parent)["reason"]).startswith("signal ")
-    ):
-        return go_on(f"{run.parent} was interrupted")
-    if after == "running" and changed and work.asked_to_stop:
-        return go_on(f"{run.parent} was cut off while it stopped")
+    # a run that a full disk stopped would be stopped again
+    if status == "interrupted" and str(read_run(run.parent)["reason"]).startswith("signal "):
+        return requeue(f"{run.parent} was interrupted")
+    if status == "running" and asked_to_stop:
+        return requeue(f"{run.parent} was cut off while it stopped")
     why = reason_of(run.parent) if changed else "it did not begin"
     print(f"error: {run.parent}: {why} (srun ended with {code})", file=sys.stderr, flush=True)
     return code or 1
 
 
+def restart_count() -> int:
+    """Returns how often Slurm has restarted this job."""
+    return int(os.environ.get("SLURM_RESTART_COUNT", 0))
+
+
 def reason_of(folder: Path) -> str:
-    """Why a run failed; of one that still says running, that its processes are gone, which is
-    noted.
-    """
+    """Returns why a run failed. A run that still says running is recorded as failed first."""
     try:
         Run(folder, is_main=False).fail(
-            "its processes ended without a word: was one killed?", rank=None
+            "its processes ended without an error message: was one killed?", rank=None
         )
         return read_run(folder)["reason"]
     except OSError as error:
@@ -124,7 +128,7 @@ def reason_of(folder: Path) -> str:
 
 
 def evaluate(words: list[str]) -> int:
-    """RUN [evaluation ...]: scripts of eval/ in turn."""
+    """RUN [evaluation ...]: run scripts of eval/ one after the other."""
     if not words:
         raise ValueError(
             "usage: sbatch slurm/eval.sbatch RUN ['script of eval/ and its options' ...]"
@@ -146,8 +150,9 @@ def evaluate(words: list[str]) -> int:
 
 
 def study(words: list[str]) -> int:
-    """STUDY [options]: the first job submits the array, whose tasks train, the last one writes the
-    tables.
+    """STUDY [options]: train a study's tasks.
+
+    The first job submits an array, whose tasks train, and a last job, which writes the tables.
     """
     if not words:
         raise ValueError("usage: sbatch slurm/study.sbatch STUDY.yaml [options of study.py]")
@@ -160,16 +165,8 @@ def study(words: list[str]) -> int:
     if planned.returncode:
         raise ValueError(planned.stderr.strip().splitlines()[-1].removeprefix("error: "))
     count = len(planned.stdout.splitlines())
-    array = submit(
-        [
-            "--array",
-            f"0-{count - 1}",
-            *same_place(),
-            *same_resources(),
-            "slurm/study.sbatch",
-            *words,
-        ]
-    )
+    tasks = ["--array", f"0-{count - 1}", *same_place(), *same_resources()]
+    array = submit([*tasks, "slurm/study.sbatch", *words])
     after = [f"--dependency=afterany:{array}", "--job-name=tables"]
     last = submit([*after, *same_place(), "slurm/study.sbatch", *words], tables=True)
     print(f"{count} tasks are job {array}, their tables job {last}", flush=True)
@@ -177,15 +174,15 @@ def study(words: list[str]) -> int:
 
 
 def tokenize(words: list[str]) -> int:
-    """[options of tokenize_dataset.py]: with as many workers as the job has cores."""
+    """[options of tokenize_dataset.py]: tokenize with one worker per core of the job."""
     cores = os.environ.get("SLURM_CPUS_PER_TASK") or os.environ.get("SLURM_CPUS_ON_NODE", "1")
     workers = [] if any(word.startswith("--workers") for word in words) else ["--workers", cores]
     return one_command([sys.executable, "slurm/tokenize_dataset.py", *words, *workers])
 
 
 def node(words: list[str]) -> int:
-    """The launcher on this node; nothing that it started outlives it."""
-    # what a killed launcher leaves behind becomes a child of this process, which knows it then
+    """Run the launcher on this node, and end all its processes after it."""
+    # the processes of a killed launcher become children of this one, which can end them
     ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
     stop_seconds = os.environ.get("SFTLAB_STOP_SECONDS", "600")
     position = words.index("--num_machines")
@@ -198,37 +195,34 @@ def node(words: list[str]) -> int:
 
 
 def under_srun(words: list[str]) -> Child:
-    """A step of the job; when a task of it fails, all end."""
-    # srun itself takes TERM for the order to kill
+    """Start a step of the job. When one of its tasks fails, all end."""
+    # srun itself would kill the step on TERM
     to_the_step = ["scancel", "--signal=TERM", os.environ["SLURM_JOB_ID"]]
-    # a step has one core a task unless it asks for more
+    # a step has one core per task unless it asks for more
     cores = min(map(int, re.findall(r"(\d+)(?:\(x\d+\))?", os.environ["SLURM_JOB_CPUS_PER_NODE"])))
     command = ["srun", "--kill-on-bad-exit=1", f"--cpus-per-task={cores}", *words]
     return Child(command, pass_on=lambda: subprocess.run(to_the_step))
 
 
 def one_command(command: list[str], more_to_do: bool = False) -> int:
-    """Run a command in one task.
+    """Run a command in one task. Returns its exit status.
 
-    Requeued where a signal stopped it, or came when there is more to do.
+    The job is requeued where a signal stopped the command, or came while there is more to do.
     """
     work = under_srun(["--nodes=1", "--ntasks=1", *command])
     code = work.wait()
     if work.asked_to_stop and (code or more_to_do):
-        return go_on(f"{command[1]} was interrupted")
+        return requeue(f"{command[1]} was interrupted")
     return code
 
 
-def go_on(what: str) -> int:
-    """Requeue this job if Slurm has not given it up and it may; the exit status otherwise."""
+def requeue(what: str) -> int:
+    """Requeue this job if it still runs and has restarts left. Returns an exit status if not."""
     state = job_fact("JobState")
     if state != "RUNNING":
         print(f"{what}; the job is {state.lower()}", flush=True)
         return 1
-    restarts, most = (
-        int(os.environ.get("SLURM_RESTART_COUNT", 0)),
-        int(os.environ.get("SFTLAB_MAX_RESTARTS", 20)),
-    )
+    restarts, most = restart_count(), int(os.environ.get("SFTLAB_MAX_RESTARTS", 20))
     if restarts >= most:
         print(
             f"error: {what}, and {most} restarts are used up: submit it again to go on",
@@ -237,7 +231,7 @@ def go_on(what: str) -> int:
         )
         return 1
     print(f"{what}: requeued, restart {restarts + 1} of at most {most}", flush=True)
-    # Slurm ends this process then; an ending of its own before that would end the job
+    # Slurm now ends this process; if it ended by itself before that, the job would end
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     subprocess.run(["scontrol", "requeue", os.environ["SLURM_JOB_ID"]], check=True)
     time.sleep(REQUEUED_S)
@@ -245,7 +239,7 @@ def go_on(what: str) -> int:
 
 
 def processes_a_node(config: dict[str, Any]) -> int:
-    """One a GPU; under a launch config for CPUs as many as --ntasks-per-node says."""
+    """Returns one process per GPU, or --ntasks-per-node under a launch config for CPUs."""
     if str(config.get("gpu_ids", "")).startswith("-1") or config.get("use_cpu"):
         return int(os.environ.get("SLURM_NTASKS_PER_NODE", 1))
     if not (gpus := int(os.environ.get("SLURM_GPUS_ON_NODE", 0))):
@@ -256,7 +250,7 @@ def processes_a_node(config: dict[str, Any]) -> int:
 
 
 def output_dir(recipe: dict[str, Any], fields: list[str]) -> Path:
-    """Where the run goes: the last --output_dir of the command line, else the recipe's."""
+    """Returns the run directory: the last --output_dir of `fields`, else the recipe's."""
     found = recipe.get("output_dir")
     for place, word in enumerate(fields):
         if word == "--output_dir" and place + 1 < len(fields):
@@ -269,7 +263,7 @@ def output_dir(recipe: dict[str, Any], fields: list[str]) -> Path:
 
 
 def status_of(run: Path) -> str | None:
-    """What run.json says; None where there is none that can be read."""
+    """Returns the status in run.json, or None where it cannot be read."""
     try:
         return json.loads(run.read_text(encoding="utf-8"))["status"]
     except (FileNotFoundError, ValueError, KeyError):
@@ -277,7 +271,7 @@ def status_of(run: Path) -> str | None:
 
 
 def first_address() -> str:
-    """The address of the job's first node."""
+    """Returns the address of the job's first node."""
     shown = subprocess.run(
         ["scontrol", "show", "hostnames"], capture_output=True, text=True, check=True
     )
@@ -291,7 +285,7 @@ def first_address() -> str:
 
 
 def job_fact(name: str) -> str:
-    """A field of this job as the controller has it."""
+    """Returns a field of this job from Slurm's controller."""
     command = ["scontrol", "-o", "show", "job", os.environ["SLURM_JOB_ID"]]
     shown = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     return next(
@@ -300,7 +294,7 @@ def job_fact(name: str) -> str:
 
 
 def same_place() -> list[str]:
-    """Options that send a job where this one is, for as long."""
+    """Returns sbatch options for this job's partition, account, QOS and time limit."""
     return [
         f"--time={job_fact('TimeLimit')}",
         *as_given(partition="JOB_PARTITION", account="JOB_ACCOUNT", qos="JOB_QOS"),
@@ -308,7 +302,7 @@ def same_place() -> list[str]:
 
 
 def same_resources() -> list[str]:
-    """Options that give the array's tasks what this job has."""
+    """Returns sbatch options for this job's cores, GPUs and memory."""
     options = as_given(
         cpus_per_task="CPUS_PER_TASK",
         gpus="GPUS",
@@ -326,7 +320,7 @@ def same_resources() -> list[str]:
 
 
 def as_given(**variables: str) -> list[str]:
-    """Options of sbatch as Slurm tells the job, by the variable that does."""
+    """Returns sbatch options with the values of this job's SLURM_ variables."""
     found = {
         option.replace("_", "-"): os.environ.get(f"SLURM_{name}")
         for option, name in variables.items()
@@ -339,7 +333,7 @@ def as_given(**variables: str) -> list[str]:
 
 
 def submit(words: list[str], tables: bool = False) -> str:
-    """The number of a new job."""
+    """Submit a job. Returns its number."""
     kept = {
         name: value
         for name, value in os.environ.items()

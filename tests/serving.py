@@ -20,9 +20,9 @@ ROOT = Path(__file__).parent.parent
 # when it is stopped.
 SLOW = """
 import json, os, runpy, sys, time
-from sftlab import lab
-from sftlab.chat import Piece
-from sftlab.run import read_run
+from sftlab.chat import service
+from sftlab.chat.engine import Piece
+from sftlab.runs.run_directory import read_run
 
 def log(**what):
     with open(os.environ["SLOW_LOG"], "a") as file:
@@ -54,7 +54,7 @@ class Slow:
         finally:
             log(ended=how or "closed", step=step)
 
-lab.Chat = Slow
+service.Chat = Slow
 sys.argv = sys.argv[1:]
 runpy.run_path(sys.argv[0], run_name="__main__")
 """

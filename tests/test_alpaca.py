@@ -13,7 +13,7 @@ from judging import ScriptedJudge, canned, entry, lines, longer_output, no_hub
 from sftlab.evaluation.answer_file import digest
 from sftlab.judging import alpaca_files as outputs_module
 from sftlab.judging import length_control
-from sftlab.judging.judges import load_format
+from sftlab.judging.judge_formats import load_format
 
 ROWS = 40
 QUESTIONS = [f"What is the number {i} in words?" for i in range(ROWS)]
@@ -189,7 +189,7 @@ def test_between_one_and_five_per_cent_unparsed_it_is_said_on_top(evaluate, caps
     assert report["judged"]["base"]["pairs_unparsed"] == 1
     assert report["judge_fit"]
     printed = capsys.readouterr().out
-    assert printed.index("2.5 % of the judgements hold no verdict") < printed.index("canary")
+    assert printed.index("2.5 % of the judgements hold no verdict") < printed.index("sanity check")
 
 
 def test_a_judge_that_contradicts_itself_is_listed_and_unfit(evaluate, capsys):

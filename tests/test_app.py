@@ -20,6 +20,7 @@ from serving import serve, waits_for
 from sftlab.chat import votes
 from sftlab.chat.conversation import Turn, column, history, inert, saved
 from sftlab.chat.engine import Chat, Piece, Settings
+from sftlab.chat.options import parse_options
 from sftlab.chat.request_filter import accounts
 from sftlab.chat.service import Lab
 
@@ -353,17 +354,17 @@ def test_models_that_answer_one_after_the_other_do_so_in_the_drawn_order(page):
 @pytest.mark.parametrize(
     "said, means", [("0", False), ("false", False), ("1", True), ("yes", True)]
 )
-def test_switches_in_the_environment_mean_what_they_say(app, monkeypatch, said, means, capsys):
+def test_switches_in_the_environment_mean_what_they_say(monkeypatch, said, means, capsys):
     monkeypatch.setenv("SFTLAB_LISTEN", said)
     monkeypatch.setenv("SFTLAB_PORT", "7999")
-    options = app.parse([])
+    options = parse_options([], "app")
     assert (options.listen, options.load_in_4bit, options.port) == (means, False, 7999)
     monkeypatch.setenv("SFTLAB_LISTEN", "perhaps")
     with pytest.raises(SystemExit):
-        app.parse([])
+        parse_options([], "app")
     said = capsys.readouterr().err
     assert "--listen" in said and "got perhaps but expected one of yes/no" in said
-    assert app.parse(["--listen"]).listen
+    assert parse_options(["--listen"], "app").listen
 
 
 def test_a_password_may_have_blanks(tmp_path):

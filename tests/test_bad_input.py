@@ -42,7 +42,7 @@ def test_a_model_of_images_is_refused(sft, fields, base, tmp_path, monkeypatch):
     copy = shutil.copytree(base, tmp_path / "sees")
     Gemma3Config().save_pretrained(copy)
     with pytest.raises(
-        SystemExit, match="Gemma3ForConditionalGeneration, which sees more than text"
+        SystemExit, match="Gemma3ForConditionalGeneration, which takes more than text"
     ):
         sft.main(arguments(fields | {"model_name_or_path": str(copy)}))
 
@@ -59,7 +59,7 @@ def test_bad_input_is_one_sentence_before_any_model_is_loaded(
     monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", "")
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr(sft, "LabTrainer", lambda *a, **k: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(sft, "build_trainer", lambda *a, **k: pytest.fail("a model was loaded"))
     monkeypatch.setattr(sft, "use_all_cpu_cores", lambda launch: None)
     with pytest.raises(SystemExit) as caught:
         sft.main(arguments(fields | change))

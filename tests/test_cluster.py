@@ -285,11 +285,12 @@ def test_what_slurm_refuses_is_refused_before_anything_runs(cluster, train):
         (["study", "recipes/studies/none.yaml"], "none.yaml"),
     ],
 )
-def test_a_mistake_is_one_sentence(words, said, capfd, monkeypatch):
+def test_a_mistake_is_one_sentence(words, said, monkeypatch):
     monkeypatch.setenv("SLURM_JOB_NUM_NODES", "1")
     monkeypatch.chdir(ROOT)
-    assert load_script("slurm/job.py").main(words) == 1
-    (line,) = capfd.readouterr().err.strip().splitlines()
+    with pytest.raises(SystemExit) as stopped:
+        load_script("slurm/job.py").main(words)
+    (line,) = str(stopped.value).splitlines()
     assert line.startswith("error: ")
     assert said in line
 

@@ -188,7 +188,7 @@ def test_a_stream_gives_the_rows_of_the_loaded_data_set(tmp_path):
         ("", "is empty"),
         (
             '{"text": "a"}\n',
-            r"columns text match no known shape; known are openorca \(question, response\)",
+            r"columns text match no data format; known are openorca \(question, response\)",
         ),
         ('{"instruction": "a", "response": 5}\n', "row 0 .*response is not text but int"),
         ('{"instruction": "", "response": "b"}\n', "row 0 .*the prompt is empty"),
@@ -233,7 +233,7 @@ def test_missing_files_and_unreachable_data_sets_are_one_sentence(tmp_path):
 
 def test_a_shape_named_wrongly_says_which_columns_it_needs(tmp_path):
     path = write_jsonl(tmp_path / "rows.jsonl", instruction_rows(5))
-    with pytest.raises(ValueError, match="shape gsm8k needs the columns question, answer"):
+    with pytest.raises(ValueError, match="dataset_shape gsm8k needs the columns question, answer"):
         load(path, dataset_shape="gsm8k")
 
 

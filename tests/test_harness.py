@@ -7,10 +7,10 @@ import shutil
 import signal
 import sqlite3
 import subprocess
-import sys
 import time
 from pathlib import Path
 
+import fork_server
 import lm_eval
 import pytest
 from conftest import ROOT, SHARED, copy_of, load_script, needs_shared, read, write_jsonl
@@ -174,7 +174,7 @@ def test_the_figures_are_those_of_the_lm_eval_command(harness, run, base, files,
         ]
     )
     command = [
-        str(Path(sys.executable).parent / "lm_eval"), "run", "--model", "hf", "--batch_size", "8", "--device", "cpu",
+        fork_server.python(), "-m", "lm_eval", "run", "--model", "hf", "--batch_size", "8", "--device", "cpu",
         *("--model_args", f"pretrained={base},peft={run / 'adapter'},tokenizer={run / 'adapter'},dtype=float32"),
         *("--include_path", str(TASKS), "--tasks", tasks, "--num_fewshot", "1", "--apply_chat_template"),
         *("--metadata", *(f"{name}={files[name]}" for name in names)),
@@ -463,7 +463,7 @@ def test_bad_input_is_one_sentence_before_the_model(
 
     monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    monkeypatch.setattr(harness, "TaskManager", manager)
+    monkeypatch.setattr("sftlab.evaluation.harness_tasks.TaskManager", manager)
     monkeypatch.setattr(harness, "load_pair", lambda *a: pytest.fail("the model was loaded"))
     given = named(files, *names) if names else []
     with pytest.raises(SystemExit) as caught:
@@ -625,16 +625,16 @@ def test_a_killed_evaluation_continues_where_it_stopped(harness, finished, files
         "3",
     ]
     process = subprocess.Popen(
-        [sys.executable, str(ROOT / "eval" / "harness.py"), "--run", str(killed), *flags],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
+        [fork_server.python(), str(ROOT / "eval" / "harness.py"), "--run", str(killed), *flags],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
         cwd=ROOT,
     )
     while answers_kept(killed) < 6:
         assert process.poll() is None
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
-    process.wait()
+    process.communicate()
     kept = answers_kept(killed)
     assert 6 <= kept < 24
     assert not (killed / "eval" / "harness.json").exists()

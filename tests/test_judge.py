@@ -19,11 +19,13 @@ from sftlab.evaluation.answer_file import AnswerFile
 from sftlab.judging import judges as judging
 from sftlab.judging.alpaca_annotators import Annotators, official
 from sftlab.judging.alpaca_files import read_outputs, read_preferences
+from sftlab.judging.asking import CUT, ask, longest_fitting
+from sftlab.judging.judge_formats import load_format
 from sftlab.judging.judgement_files import judgement_hashes
-from sftlab.judging.judges import CUT, LocalJudge, ServerJudge, ask, load_format, longest_fitting
+from sftlab.judging.judges import LocalJudge, ServerJudge
 from sftlab.judging.length_control import alpaca_metrics, length_controlled
 from sftlab.judging.pairwise import Pair, judge_pairs, score, tally
-from sftlab.judging.sanity_checks import Canaries
+from sftlab.judging.sanity_checks import SanityChecks
 from sftlab.runs.run_directory import SIDES
 
 PLAIN = [{"role": "user", "content": "Which is better?"}]
@@ -191,10 +193,10 @@ def test_one_model_that_beats_itself_too_often_fails_the_judge(wins, losses, pas
         }
         for one in scores
     ]
-    canaries = Canaries(lambda pairs, title: records)
-    canaries.noise_floor([])
-    assert (canaries.rows[0]["passed"], canaries.fit) == (passed, passed)
-    assert canaries.rows[0]["value"] == sum(scores) / 40
+    checks = SanityChecks(lambda pairs, title: records)
+    checks.noise_floor([])
+    assert (checks.rows[0]["passed"], checks.fit) == (passed, passed)
+    assert checks.rows[0]["value"] == sum(scores) / 40
 
 
 def test_two_models_with_the_same_judgements_stop_it():

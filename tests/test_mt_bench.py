@@ -5,15 +5,15 @@ both turns, the judge's own scale, references, canaries, plots, mistakes.
 
 import json
 import subprocess
-import sys
 from pathlib import Path
 
+import fork_server
 import pytest
 from conftest import ROOT, SHARED, load_script, needs_shared
 from judging import ScriptedJudge, canned, entry, lines
 
 from sftlab.evaluation.generation import Sampling
-from sftlab.judging.judges import load_format
+from sftlab.judging.judge_formats import load_format
 from sftlab.judging.model_answers import Contestants
 from sftlab.judging.ratings import noise_floor, read_questions
 
@@ -276,7 +276,7 @@ def test_small_models_from_answers_to_report_with_a_random_judge(run, files, bas
         ("mt_bench", [*files, "--limit", "8", "--canaries", "4", "--allow-unparsed"]),
         ("alpaca", ["--reference", str(outputs), "--allow-unparsed"]),
     ):
-        command = [sys.executable, str(ROOT / "eval" / f"{script}.py"), *short, *flags]
+        command = [fork_server.python(), str(ROOT / "eval" / f"{script}.py"), *short, *flags]
         done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=300)
         assert done.returncode == 0, done.stderr[-3000:]
         assert "the judge is UNFIT" in done.stdout

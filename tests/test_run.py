@@ -118,7 +118,7 @@ def test_other_settings_or_another_world_size_are_refused_with_the_difference(tm
     assert start.checkpoint
     assert stop["changed"] == ["learning_rate (0.1 was, 0.2 is)"]
     assert (
-        "goes on with learning_rate (0.1 was, 0.2 is): not exactly as if undisturbed"
+        "continues with learning_rate (0.1 was, 0.2 is): it may differ"
         in start.warnings[0]
     )
     assert started(tmp_path / "r", other, overwrite=True)[1].checkpoint is None
@@ -130,11 +130,11 @@ def test_other_versions_are_refused_and_other_hardware_is_said(tmp_path, monkeyp
     checkpoint(tmp_path / "r", 3)
     now = environment()
     later = now | {"versions": now["versions"] | {"torch": "9.9"}}
-    monkeypatch.setattr("sftlab.runs.environment.environment", lambda: later)
+    monkeypatch.setattr("sftlab.runs.run_directory.environment", lambda: later)
     with pytest.raises(ValueError, match=r"versions torch \(.* was, '9.9' is\)"):
         started(tmp_path / "r")
     elsewhere = now | {"hardware": now["hardware"] | {"cpu_cores": 999}}
-    monkeypatch.setattr("sftlab.runs.environment.environment", lambda: elsewhere)
+    monkeypatch.setattr("sftlab.runs.run_directory.environment", lambda: elsewhere)
     assert "hardware cpu_cores" in started(tmp_path / "r")[1].warnings[0]
 
 

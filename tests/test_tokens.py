@@ -36,7 +36,8 @@ from sftlab.config.launch import Launch
 from sftlab.config.parser import parse_recipe
 from sftlab.data.batch_encoder import Encoder
 from sftlab.data.chat_template import INSTRUCTION_TEMPLATE
-from sftlab.data.shard_writer import begin, finish, finished_records, place_of, tokenize_shard
+from sftlab.data.shard_folder import begin, finish, finished_records
+from sftlab.data.shard_writer import place_of, tokenize_shard
 from sftlab.data.splits import SPLITS, load_splits
 from sftlab.data.tokenized_dataset import MANIFEST, training_rows
 from sftlab.evaluation.held_out import held_out
@@ -588,7 +589,7 @@ def test_tokens_that_are_not_finished_or_not_whole_are_refused(made, tmp_path):
     folder = shutil.copytree(whole, tmp_path / "tokens")
     data = recipe_of(fields | {"dataset_name": str(folder)}).data
     (folder / "train-00003.arrow").write_bytes(b"short")
-    with pytest.raises(ValueError, match=r"train-00003.arrow is missing or not whole"):
+    with pytest.raises(ValueError, match=r"train-00003.arrow is missing or damaged"):
         load_splits(data)
     manifest = json.loads((folder / MANIFEST).read_text())
     (folder / MANIFEST).write_text(json.dumps(manifest | {"facts": None}))

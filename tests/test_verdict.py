@@ -7,7 +7,7 @@ import hashlib
 
 import pytest
 
-from sftlab.judging.judges import load_format
+from sftlab.judging.judge_formats import load_format
 from sftlab.judging.verdict_parsing import (
     brackets_pair,
     brackets_score,

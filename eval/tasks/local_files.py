@@ -1,10 +1,10 @@
-"""Stock lm-eval tasks on local files: eval/tasks/local_files.py is the class that the YAMLs beside
-it name.
+"""Stock lm-eval tasks on local files. The YAML files of this folder name the class.
 
-python eval/harness.py --run runs/x --tasks gsm8k_local --files gsm8k_test=test.jsonl gsm8k_train=train.jsonl
+python eval/harness.py --run runs/x --tasks gsm8k_local
+    --files gsm8k_test=test.jsonl gsm8k_train=train.jsonl
 
-With lm-eval alone: `lm_eval run --include_path eval/tasks --metadata gsm8k_test=test.jsonl
-gsm8k_train=train.jsonl`.
+It loads eval/tasks/local_files.py. With lm-eval alone: `lm_eval run --include_path eval/tasks
+--metadata gsm8k_test=test.jsonl gsm8k_train=train.jsonl`.
 """
 
 from functools import cached_property
@@ -24,12 +24,17 @@ _SPLIT_FIELDS = ("training_split", "validation_split", "test_split", "fewshot_sp
 
 
 class LocalTask(ConfigurableTask):
-    """A stock task, prompts and scoring unchanged, whose splits are local files.
+    """A stock task whose splits are local files. Prompts and scoring are unchanged.
 
-    Its YAML names `stock` (a YAML below lm_eval/tasks), `files` (split: the name of its file in the
-    metadata; the first is evaluated, the second gives few-shot examples), `columns` (name: text,
-    list or any) and, where examples must be of the document's own kind, `fewshot_by` (a column).
-    ValueError for a missing file or column.
+    Its YAML has these fields:
+
+    - `stock`: a YAML file under lm_eval/tasks.
+    - `files`: for each split, its file's name in the metadata. The first split is evaluated, the
+      second gives few-shot examples.
+    - `columns`: for each column, text, list or any.
+    - `fewshot_by`: a column, where examples must share the document's value in it.
+
+    Raises ValueError for a missing file or column.
     """
 
     def __init__(self, config: dict[str, Any]) -> None:
@@ -57,17 +62,18 @@ class LocalTask(ConfigurableTask):
                 f" (few-shot also {other}=FILE)" for other in list(self.file_names.values())[1:]
             )
             raise ValueError(
-                f"{task} reads local files: give --files {name}=FILE{optional}; for lm_eval "
-                "--metadata"
+                f"{task} reads local files: give --files {name}=FILE{optional}, or --metadata to "
+                "lm_eval itself"
             )
 
     def download(self, dataset_kwargs: dict[str, Any] | None = None, **kwargs: Any) -> None:
-        """Read the files in place of the hub."""
+        """Read the files instead of the hub."""
         self.dataset = {split: read_rows(path, self.columns) for split, path in self.paths.items()}
 
     def fewshot_docs(self) -> Dataset | None:
-        """The examples' file; where there is none, none (lm-eval would draw from the documents
-        under test).
+        """Returns the file of examples, or None.
+
+        Without one lm-eval would draw examples from the documents under test.
         """
         return super().fewshot_docs() if len(self.paths) > 1 else None
 
@@ -81,9 +87,9 @@ class LocalTask(ConfigurableTask):
     def fewshot_context(
         self, doc: dict[str, Any], num_fewshot: int, **kwargs: Any
     ) -> str | list[str]:
-        """lm-eval's, with examples of the document's own kind under `fewshot_by`.
+        """Returns lm-eval's prompt, with examples that share the document's `fewshot_by` value.
 
-        ValueError without examples.
+        Raises ValueError where there are too few examples.
         """
         if num_fewshot > 0 and len(self.paths) < 2:
             raise ValueError(
@@ -100,9 +106,9 @@ class LocalTask(ConfigurableTask):
 
 
 def read_rows(path: Path, columns: dict[str, str]) -> Dataset:
-    """The rows of a .json, .jsonl, .csv or .parquet file.
+    """Read the rows of a .json, .jsonl, .csv or .parquet file.
 
-    `columns` (`choices.text`: a field in one) must be there.
+    Raises ValueError where one of `columns` is missing. `choices.text` is a field of a column.
     """
     if not path.is_file():
         raise ValueError(f"data file {path} not found")
@@ -110,10 +116,8 @@ def read_rows(path: Path, columns: dict[str, str]) -> Dataset:
         raise ValueError(f"data file {path}: expected {', '.join(_READERS)}")
     try:
         rows = load_dataset(_READERS[path.suffix], data_files=str(path), split="train")
-    except (
-        DatasetGenerationError,
-        StopIteration,
-    ) as error:  # datasets 5.2 lets the latter out where there is no row
+    except (DatasetGenerationError, StopIteration) as error:
+        # datasets 5.2 raises StopIteration for a file without rows
         cause = (str(error.__cause__ or error) or "it has no rows").splitlines()[0]
         raise ValueError(f"data file {path} cannot be read: {cause}") from error
     if len(rows) == 0:

@@ -1,7 +1,4 @@
-"""A conversation with base, tuned or both:
-
-what the model is given, what a page shows, what is saved.
-"""
+"""A conversation with base, tuned or both: its prompt, what a page shows, what is saved."""
 
 import re
 from collections.abc import Sequence
@@ -13,10 +10,7 @@ from sftlab.runs.run_directory import SIDES
 
 @dataclass
 class Turn:
-    """One message and its answers.
-
-    `order` names the sides that answer, left to right as the page shows them.
-    """
+    """One message and its answers. `order` names the answering sides from left to right."""
 
     message: str
     order: tuple[str, ...]
@@ -30,7 +24,7 @@ class Turn:
     first_token_s: float | None = None
     left_out: int = 0
     vote: str | None = None
-    adapter: str | None = None  # the hash of the one that answered
+    adapter: str | None = None  # the hash of the adapter that answered
 
     @property
     def hidden(self) -> bool:
@@ -39,19 +33,19 @@ class Turn:
 
     @property
     def goes_on(self) -> str:
-        """The side whose answer the conversation goes on from: the voted one, else tuned (blind:
+        """Returns the side whose answer the conversation continues.
 
-        the left one).
+        It is the voted one, else tuned, or the left one while the page is blind.
         """
         if self.vote in self.order:
             return self.vote
         return "tuned" if "tuned" in self.order and not self.blind else self.order[0]
 
     def update(self, piece: Any, left_out: int, adapter: str | None = None) -> None:
-        """Take over what a `sftlab.chat.Piece` of an adapter says, and how many old turns the
-        context had no room for.
+        """Take over the state of an answer, a `sftlab.chat.engine.Piece`.
 
-        An answer that was stopped while it waited has no token: the turn stays without texts.
+        `left_out` is the number of old turns that did not fit the context, `adapter` the adapter's
+        hash. An answer that was stopped before its first token leaves the turn without texts.
         """
         if not piece.first_token_s:
             return
@@ -64,7 +58,7 @@ class Turn:
         self.finished, self.first_token_s = dict(piece.finished), piece.first_token_s
 
     def remark(self) -> str:
-        """What the model was not given of the conversation."""
+        """Returns a note on turns that the model did not get."""
         turns = "turn was" if self.left_out == 1 else f"{self.left_out} turns were"
         return (
             f"The oldest {turns} left out: the conversation is longer than the context."
@@ -73,9 +67,9 @@ class Turn:
         )
 
     def footnote(self, side: str) -> str:
-        """Whose answer it is, token count, tokens/s and how it ended.
+        """Returns whose answer it is, its tokens, tokens/s and how it ended.
 
-        Of a hidden one only that it is hidden.
+        For a hidden answer only its letter is told.
         """
         if self.hidden:
             return f"answer {'AB'[self.order.index(side)]}"
@@ -98,7 +92,7 @@ class Turn:
 
 
 def history(turns: Sequence[Turn], system: str) -> list[dict[str, str]]:
-    """The messages up to the last turn's own, as the chat template takes them."""
+    """Returns the messages up to the last turn's, as the chat template takes them."""
     messages = [{"role": "system", "content": system.strip()}] if system.strip() else []
     for turn in turns[:-1]:
         messages.append({"role": "user", "content": turn.message})
@@ -107,10 +101,7 @@ def history(turns: Sequence[Turn], system: str) -> list[dict[str, str]]:
 
 
 def inert(text: str) -> str:
-    """Markdown that shows a text's HTML as it is written, in place of rendering it.
-
-    Code is left alone.
-    """
+    """Returns Markdown that shows a text's HTML instead of rendering it. Code stays as it is."""
     parts = re.split(r"(```.*?(?:```|$)|`[^`\n]+`)", text, flags=re.DOTALL)
     return "".join(
         part if i % 2 else re.sub(r"<(?=[/!?a-zA-Z])", "&lt;", part) for i, part in enumerate(parts)
@@ -118,7 +109,7 @@ def inert(text: str) -> str:
 
 
 def column(turns: Sequence[Turn], place: int) -> list[dict[str, Any]]:
-    """What the page shows in its left (0) or right (1) column: messages of a role and texts."""
+    """Returns the messages of the page's left (0) or right (1) column."""
     shown: list[dict[str, Any]] = []
     for turn in turns:
         side = turn.order[min(place, len(turn.order) - 1)]
@@ -134,10 +125,7 @@ def column(turns: Sequence[Turn], place: int) -> list[dict[str, Any]]:
 
 
 def saved(turns: Sequence[Turn], system: str) -> dict[str, Any]:
-    """A conversation as it is saved.
-
-    A vote that is still hidden stays so, its answers named A and B.
-    """
+    """Returns a conversation as it is saved. Answers of a hidden turn are named A and B."""
     rows = []
     for turn in turns:
         row = asdict(turn)
@@ -153,7 +141,7 @@ def saved(turns: Sequence[Turn], system: str) -> dict[str, Any]:
 
 
 def sides(choice: str) -> tuple[str, ...]:
-    """base, tuned or both as the sides that answer; ValueError otherwise."""
+    """Returns the sides that answer for base, tuned or both. Raises ValueError otherwise."""
     if choice not in (*SIDES, "both"):
         raise ValueError(f"side {choice!r}: expected base, tuned or both")
     return SIDES if choice == "both" else (choice,)

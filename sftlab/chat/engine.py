@@ -1,7 +1,4 @@
-"""Conversation with the base and the tuned model of a run:
-
-both in one batch, streamed, one reply at a time.
-"""
+"""Chat with the base and the tuned model of a run, both in one batch, with streamed replies."""
 
 import gc
 import math
@@ -26,17 +23,17 @@ from sftlab.runs.run_directory import SIDES
 
 History = list[dict[str, str]]
 Sides = tuple[str, ...]
-# Seconds between two states of a reply: each costs a decoding of the whole text, and a page tens of
-# milliseconds.
+# Seconds between two states of a reply. Each decodes the whole text, and a page takes tens of
+# milliseconds to show it.
 UPDATE_S = 0.04
 _ADAPTERS = dict(zip(SIDES, ("__base__", "default"), strict=True))
 
 
 @dataclass(frozen=True)
 class Settings:
-    """How a reply is generated: greedy at temperature 0, else drawn with `seed`.
+    """How a reply is generated: greedy at temperature 0, else sampled with `seed`.
 
-    ValueError names a bad field.
+    Raises ValueError for a bad field.
     """
 
     temperature: float = 0.7
@@ -66,10 +63,10 @@ class Settings:
 
 
 class Piece(NamedTuple):
-    """What has been generated so far, for every side.
+    """What is generated so far, for every side.
 
-    `texts` grow at their end alone; `tokens` are without the end token; times count from the start
-    of the generation (prompt included, waiting for another reply not); `finished` is None, or stop,
+    `texts` only grow at their end. `tokens` do not count the end token. Times start with the
+    generation: they include the prompt, but no waiting for another reply. `finished` is None, stop,
     length, or stopped (by the user).
     """
 
@@ -81,12 +78,11 @@ class Piece(NamedTuple):
 
 
 class _Draw(hf.LogitsProcessor):
-    """Leaves the token that the settings draw (Gumbel-max).
+    """Samples a token by the settings and leaves only it (Gumbel-max).
 
-    Every row has the same noise, alone or not.
-
-    It draws from what transformers' temperature, top-k and top-p processors would keep, but looks
-    for top-p among the top-k alone: sorting a vocabulary of 128,256 tokens takes 19 ms on a CPU.
+    Every row has the same noise, whether it is alone in the batch or not. The candidates are those
+    that transformers' temperature, top-k and top-p processors would keep. Top-p looks only among
+    the top-k, because sorting a vocabulary of 128,256 tokens takes 19 ms on a CPU.
     """
 
     def __init__(self, settings: Settings, rows: int, device: torch.device) -> None:
@@ -108,9 +104,9 @@ class _Draw(hf.LogitsProcessor):
         return torch.full_like(scores, -math.inf).scatter_(-1, chosen, 0.0)
 
     def kept(self, scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Logits [rows, kept] of what may be drawn, -inf among them, and whose they are (None:
+        """Returns the candidates' logits [rows, kept], and their tokens (None: all, in order).
 
-        all, in order).
+        Candidates that top-p leaves out have -inf.
         """
         settings, tokens = self.settings, None
         if settings.top_k:
@@ -127,9 +123,9 @@ class _Draw(hf.LogitsProcessor):
 
 
 class _Stream(hf.StoppingCriteria):
-    """Reads each new token of each row and ends the rows whose turn is over.
+    """Reads each row's new tokens, and ends the rows whose turn is over.
 
-    Decodes no more than it is asked for.
+    It decodes only what is asked for.
     """
 
     def __init__(
@@ -149,7 +145,7 @@ class _Stream(hf.StoppingCriteria):
         self.first_token_s, self.news = 0.0, Event()
 
     def begin(self, rows: Sides, device: torch.device) -> None:
-        """The generation of these sides starts now."""
+        """Start the clock for the generation of these sides."""
         self.rows, self.started = rows, time.perf_counter()
         self.over = torch.zeros(len(rows), dtype=torch.bool, device=device)
 
@@ -183,7 +179,7 @@ class _Stream(hf.StoppingCriteria):
         return "length" if len(ids) == self.most else None
 
     def piece(self, over: bool) -> Piece:
-        """What there is now; where generation is over, what is unfinished was stopped."""
+        """Returns the state now. If generation is `over`, unfinished sides were stopped."""
         finished = {
             side: how or ("stopped" if over else None) for side, how in self.finished.items()
         }
@@ -197,22 +193,19 @@ class _Stream(hf.StoppingCriteria):
         text = min(
             (whole.partition(stop)[0] for stop in self.turn.stop_strings), key=len, default=whole
         )
-        text = text.rstrip(
-            "\ufffd"
-        )  # held back: half a character, what may become a stop string, and blanks
+        # held back: half a character, what may become a stop string, and spaces
+        text = text.rstrip("\ufffd")
         if not finished and text.endswith(self.heads):
             text = text[: len(text) - max(len(head) for head in self.heads if text.endswith(head))]
         return text.strip()
 
 
 class Chat:
-    """The two models of a finished run under one load of the weights.
+    """The two models of a finished run, from one load of the weights.
 
-    Replies of several threads queue.
-
-    `run` is run.json, `context` the positions of the model. `load_in_4bit` quantizes the base
-    model, however the run loaded it. ValueError in one sentence where the run, its adapter or its
-    base model cannot be loaded.
+    Replies for several threads wait for one another. `run` is run.json, `context` the model's
+    context length. `load_in_4bit` quantizes the base model, however the run loaded it. Raises
+    ValueError where the run, its adapter or its base model cannot be loaded.
     """
 
     def __init__(self, folder: Path, load_in_4bit: bool = False) -> None:
@@ -230,8 +223,7 @@ class Chat:
         )
         pad = self._tokenizer.eos_token_id if pad is None else pad
         self._turn = TurnEnd(sorted({*turn.end_tokens, pad}), turn.stop_strings)
-        # in place of the model's own sampling defaults, which fill whatever a call of generate
-        # leaves open
+        # it replaces the model's own sampling defaults, which a call of generate would fall back to
         inner.generation_config = hf.GenerationConfig(
             eos_token_id=self._turn.end_tokens, pad_token_id=pad
         )
@@ -243,20 +235,16 @@ class Chat:
         if getattr(inner, "is_loaded_in_4bit", False):
             try:
                 inner(torch.tensor([[0]], device=inner.device))
-            except (
-                RuntimeError,
-                AssertionError,
-            ) as error:  # bitsandbytes on a CPU does not take every matrix
-                raise ValueError(
-                    f"{folder} does not run in 4 bits here: " + str(error).partition("\n")[0]
-                ) from error
+            except (RuntimeError, AssertionError) as error:
+                # bitsandbytes on a CPU does not take every matrix
+                reason = str(error).partition("\n")[0]
+                raise ValueError(f"{folder} does not run in 4 bits here: {reason}") from error
 
     def fit(self, history: History, max_new_tokens: int) -> tuple[History, int]:
-        """The history without the oldest whole turns that leave no room for the reply, and how many
-        were dropped.
+        """Drop the oldest turns until history and reply fit the context.
 
-        A leading system message is kept. ValueError where the newest message alone does not fit, or
-        is not a user's.
+        Returns the history and the number of dropped turns. A leading system message stays. Raises
+        ValueError where the newest message does not fit alone, or is not a user's.
         """
         if not history or history[-1]["role"] != "user":
             raise ValueError("the conversation must end with a message of the user")
@@ -267,32 +255,33 @@ class Chat:
             tokens = len(self._prompt(kept))
             if tokens + max_new_tokens <= self.context:
                 return kept, dropped
-        counts = f"takes {tokens} tokens and the reply up to {max_new_tokens}, but the model has {self.context} positions"
-        raise ValueError(f"the newest message {counts}: shorten it or lower max_new_tokens")
+        raise ValueError(
+            f"the newest message takes {tokens} tokens and the reply up to {max_new_tokens}, but "
+            f"the model has {self.context} positions: shorten it or lower max_new_tokens"
+        )
 
     def reply(
         self, history: History, sides: Sequence[str], settings: Settings, stop: Event
     ) -> Iterator[Piece]:
-        """Answer the user message that ends the history, as each of `sides` (base, tuned) in one
-        batch.
+        """Answer the user message that ends the history, as each of `sides` in one batch.
 
-        Yields the newest state, 25 times a second at most, the finished one last. Ends within a
-        token once `stop` is set or the iterator closed. ValueError, at once, for sides or a history
-        that cannot be.
+        Yields the newest state at most 25 times a second, and the finished one last. Ends within a
+        token once `stop` is set or the iterator is closed. Raises ValueError at once for unknown
+        sides and for a history that does not fit.
         """
         if not sides or len(set(sides)) < len(sides) or set(sides) - set(SIDES):
             raise ValueError(f"sides must be base, tuned or both, got {list(sides)}")
         if self.fit(history, settings.max_new_tokens)[1]:
             raise ValueError(
-                f"conversation and reply exceed the model's {self.context} positions: drop oldest "
-                "turns"
+                f"conversation and reply exceed the model's {self.context} positions: drop the "
+                "oldest turns"
             )
         stops = (stop, left := Event(), self._closed)
         stream = _Stream(self._tokenizer, self._turn, tuple(sides), settings.max_new_tokens, stops)
         return self._pieces(self._prompt(history), settings, stream, left)
 
     def close(self) -> None:
-        """End the reply that is being generated, refuse others, and free the weights."""
+        """Stop the running reply, refuse others, and free the weights."""
         self._closed.set()
         with self._lock:
             self._model = None

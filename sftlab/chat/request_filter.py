@@ -1,12 +1,11 @@
-"""Who may in, and what the app's server answers at all: the page and its calls, no file."""
+"""Which requests the app's server answers: those of the page and its API, none for a file."""
 
 import argparse
 from collections.abc import Awaitable, Callable, MutableMapping
 from pathlib import Path
 from typing import Any
 
-# The routes of Gradio that the page and its API use. Those that read, fetch or take files are not
-# among them.
+# Gradio's routes that the page and its API use, without those that read, fetch or take files
 _CALLS = (
     "info",
     "openapi.json",
@@ -30,11 +29,10 @@ AsgiMessage = MutableMapping[str, Any]
 
 
 class Gate:
-    """ASGI middleware: refuses what is not needed, and has the browser refuse requests to any other
-    host.
+    """ASGI middleware that refuses requests the page does not need.
 
-    `local_only` also refuses requests under another host's name (a page whose name was rebound to
-    this machine).
+    Its content policy makes the browser refuse requests to other hosts. `local_only` also refuses
+    requests under another host's name, which come from a page with a rebound name.
     """
 
     def __init__(self, app: Callable[..., Awaitable[None]], local_only: bool) -> None:
@@ -47,7 +45,7 @@ class Gate:
         receive: Callable[[], Awaitable[AsgiMessage]],
         send: Callable[[AsgiMessage], Awaitable[None]],
     ) -> None:
-        """Pass an allowed request on, answer 403 to any other."""
+        """Pass on an allowed request, and answer 403 to any other."""
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
@@ -78,7 +76,7 @@ class Gate:
 
 
 def accounts(text: str) -> list[tuple[str, str]]:
-    """USER:PASSWORD, or a file of such lines."""
+    """Read USER:PASSWORD, or a file of such lines."""
     lines = Path(text).read_text(encoding="utf-8").splitlines() if Path(text).is_file() else [text]
     pairs = [tuple(line.strip().split(":", 1)) for line in lines if line.strip()]
     if not pairs or not all(len(pair) == 2 and all(pair) for pair in pairs):

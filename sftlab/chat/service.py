@@ -1,6 +1,4 @@
-"""What the app offers: the finished runs, the one model in memory, the votes and the report,
-without a page.
-"""
+"""What the app offers without a page: finished runs, one model in memory, votes, the report."""
 
 import base64
 import json
@@ -31,18 +29,17 @@ HEADINGS = (
 
 NO_RUN = """## No finished run yet
 
-Looked in `{folder}`.
-A run is made by training. From the repository's root:
+Looked in `{folder}`. Training makes a run. From the repository's root:
 
 ```
-make demo                                   # the demo: base model, data, a run and its evaluation, on a CPU in minutes
+make demo    # base model, data, a run and its evaluation, on a CPU in minutes
 ```
 
 or, with your own rows,
 
 ```
-accelerate launch --config_file accelerate_configs/cpu.yaml recipes/sft.py --config recipes/demo/attn_r16.yaml \\
-    --dataset_name my_rows.jsonl --output_dir runs/mine
+accelerate launch --config_file accelerate_configs/cpu.yaml recipes/sft.py \\
+    --config recipes/demo/attn_r16.yaml --dataset_name my_rows.jsonl --output_dir runs/mine
 ```
 
 Then load this page again. On a Space, upload the run's folder (app/README.md has the commands).
@@ -55,10 +52,7 @@ class Lab:
     def __init__(
         self, runs: Path, first: Path | None, report: Path, ballot: Path | None, load_in_4bit: bool
     ) -> None:
-        """`first` is the run that is asked for, its siblings are offered too.
-
-        Votes go to `ballot`.
-        """
+        """Offer the runs in `runs`, or `first` and the runs beside it. Votes go to `ballot`."""
         self.folder = first.parent if first else runs
         self.first = first.name if first else None
         self.report_folder = report
@@ -69,7 +63,7 @@ class Lab:
         self._chat: Chat | None = None
 
     def runs(self) -> dict[str, dict[str, Any]]:
-        """run.json of each finished run by name, the newest first (the one asked for before all)."""
+        """Returns run.json of each finished run by name: the requested one, then the newest."""
         found = {}
         for path in self.folder.glob("*/run.json"):
             try:
@@ -84,16 +78,14 @@ class Lab:
         return {name: found[name] for name in sorted(found, key=order.get, reverse=True)}
 
     def model(self, name: str | None) -> Chat:
-        """The run's model, loaded in the place of another's; ValueError where it cannot be."""
+        """Load a run's model in place of the last one. Raises ValueError where it cannot."""
         if name not in self.runs():
             raise ValueError(
                 f"there is no finished run {name!r}: pick one of {', '.join(self.runs()) or 'none'}"
             )
         folder = self.folder / name
-        state = (
-            folder,
-            (folder / "run.json").stat().st_mtime_ns,
-        )  # a run that was trained anew is another
+        # a run that was trained again has another time
+        state = (folder, (folder / "run.json").stat().st_mtime_ns)
         if self._chat is None or self._loaded != state:
             self.close()
             self._chat, self._loaded = Chat(folder, load_in_4bit=self.load_in_4bit), state
@@ -101,7 +93,7 @@ class Lab:
         return self._chat
 
     def close(self) -> None:
-        """End the answer that is being generated, and free the model."""
+        """Stop the running answer, and free the model."""
         if self._chat is not None:
             self._chat.close()
         self._chat = None
@@ -114,15 +106,16 @@ class Lab:
         settings: Settings,
         stop: threading.Event,
     ) -> Iterator[tuple[Piece, int]]:
-        """Answer a conversation as the sides: what there is so far, and how many old turns the
-        context had no room for.
+        """Answer a conversation as the sides.
 
-        ValueError where it cannot be answered. One caller at a time: the page's queue sees to it.
+        Yields the answer so far, and the number of old turns that did not fit the context. Raises
+        ValueError where it cannot be answered. Only one caller at a time; the page's queue ensures
+        it.
         """
         chat = self.model(run)
         try:
             kept, left_out = chat.fit(messages, settings.max_new_tokens)
-            # in one batch the order decides what is drawn; one after the other, who is seen first
+            # in one batch the order decides the samples; otherwise it decides who answers first
             for piece in chat.reply(
                 kept, tuple(sorted(sides)) if chat.mixed else sides, settings, stop
             ):
@@ -135,7 +128,7 @@ class Lab:
             stop.set()
 
     def facts(self, name: str, run: dict[str, Any]) -> list[str]:
-        """A run's cells under HEADINGS."""
+        """Returns a run's cells under HEADINGS."""
         recipe, targets = run["recipe"], run["recipe"]["lora_target_modules"]
         path, perplexity = self.folder / name / "eval" / "quality.json", ["not measured", ""]
         quality = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
@@ -161,20 +154,20 @@ class Lab:
         ]
 
     def facts_line(self, name: str) -> str:
-        """A finished run's facts in one line."""
+        """Returns a finished run's facts in one line."""
         cells = zip(HEADINGS[1:], self.facts(name, self.runs()[name])[1:], strict=True)
         return " · ".join(f"{heading} {cell}" for heading, cell in cells if cell)
 
     def without_runs(self) -> str:
-        """Markdown: how to make a run."""
+        """Returns Markdown on how to make a run."""
         return NO_RUN.format(folder=self.folder)
 
     def runs_table(self) -> str:
-        """Markdown: the finished runs and their facts."""
+        """Returns a Markdown table of the finished runs."""
         return table(HEADINGS, [self.facts(name, run) for name, run in self.runs().items()])
 
     def votes_table(self) -> str:
-        """Markdown: what was voted, and how sure that is."""
+        """Returns a Markdown table of the votes, with intervals."""
         rows = [
             [
                 one["run"],
@@ -184,7 +177,10 @@ class Lab:
             + [interval({"value": one["won"], **one}) if one["interval_95"] else "no decided vote"]
             for one in votes.summary(votes.read(self.ballot))
         ]
-        said = "Share of tuned among the decided votes, with Wilson's 95 % interval; votes are taken as independent."
+        said = (
+            "Share of tuned among the decided votes, with Wilson's 95 % interval. It takes votes "
+            "as independent."
+        )
         headings = ("run", "how", "base better", "tuned better", "tie", "tuned won")
         return (
             f"{table(headings, rows)}\n\n{said}"
@@ -193,9 +189,9 @@ class Lab:
         )
 
     def vote(self, turns: list[Turn], system: str, choice: str) -> str:
-        """Write down which answer to the last turn is better (left, right or tie).
+        """Record which answer to the last turn is better: left, right or tie.
 
-        Says whose it was.
+        Returns a sentence that says whose answer it was.
         """
         turn = turns[-1]
         turn.vote = {"left": turn.order[0], "right": turn.order[-1]}.get(choice, "tie")
@@ -215,10 +211,13 @@ class Lab:
         return f"Voted: {turn.vote}. Left was {turn.order[0]}, right was {turn.order[-1]}."
 
     def report(self) -> str:
-        """Markdown: the report, its plots inside it."""
+        """Returns the report as Markdown, with its plots inside."""
         folder = self.report_folder
         if not (folder / "report.md").is_file():
-            return "There is no report yet: `python eval/report.py --runs runs --out results/report` makes one."
+            return (
+                "There is no report yet: `python eval/report.py --runs runs --out results/report` "
+                "makes one."
+            )
 
         def plot(match: re.Match[str]) -> str:
             image = folder / f"{match[2]}.png"
@@ -233,7 +232,7 @@ class Lab:
 
 
 def table(headings: tuple[str, ...], rows: list[list[str]]) -> str:
-    """A Markdown table."""
+    """Returns a Markdown table."""
     lines = [headings, ["---"] * len(headings), *rows]
     return "\n".join(
         f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in lines

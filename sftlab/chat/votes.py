@@ -1,7 +1,4 @@
-"""Votes on which of two answers is better:
-
-a JSONL file, and what its votes say with a 95 % interval.
-"""
+"""Votes on which of two answers is better: a JSONL file, and shares with 95 % intervals."""
 
 import json
 import threading
@@ -17,7 +14,7 @@ _WRITING = threading.Lock()
 
 
 def cast(path: Path, vote: str, **facts: Any) -> None:
-    """Append one vote (base, tuned or tie) with the texts and settings that it is about."""
+    """Append one vote (base, tuned or tie), with the texts and settings it is about."""
     if vote not in CHOICES:
         raise ValueError(f"vote {vote!r}: expected one of {', '.join(CHOICES)}")
     line = json.dumps(
@@ -28,7 +25,7 @@ def cast(path: Path, vote: str, **facts: Any) -> None:
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """All votes in the file; ValueError names a line that is none."""
+    """Read all votes in the file. Raises ValueError with the first line that is none."""
     votes = []
     for number, line in enumerate(
         path.read_text(encoding="utf-8").splitlines() if path.is_file() else [], 1
@@ -47,12 +44,11 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 
 def summary(votes: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """A row for each run, adapter and way of voting (blind or not): counts, and how often tuned
-    won.
+    """Count the votes of each run, adapter and way of voting (blind or not).
 
-    `won` is the share of tuned among the votes that were no tie, `interval_95` Wilson's score
-    interval (1927); both are None where every vote is a tie. The interval takes votes as
-    independent: many from one person on like messages are not.
+    Returns one row for each. `won` is the share of tuned among the votes other than ties, and
+    `interval_95` is Wilson's score interval (1927). Both are None where every vote is a tie. The
+    interval takes votes as independent, which many votes of one person are not.
     """
     groups: dict[tuple[str, str | None, bool], list[str]] = {}
     for vote in votes:

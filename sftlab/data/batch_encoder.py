@@ -1,9 +1,8 @@
-"""Prompt/completion rows become token ids at the tokenizer's own speed: the ids and masks that trl
-makes of them.
+"""Encode prompt/completion rows in batches, to the same ids and masks as trl.
 
-trl encodes the prompt alone and then prompt and completion, row by row. Here a batch is encoded by
-the backend in one call, and a prompt once: what is known of the text's end says where ids may be
-joined (see `_cut`).
+trl encodes the prompt alone and then prompt and completion, row by row. Here the tokenizer's
+backend encodes a batch in one call, and each prompt only once: `_cut` finds where the ids of two
+parts may be joined.
 """
 
 import json
@@ -17,16 +16,15 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 from sftlab.data.formats import Message
 
-# Texts are handed to the backend in slices of about so many characters: it needs some 100 bytes a
-# token for a while.
+# Characters per call of the backend, which needs about 100 bytes per token while it encodes.
 CHARACTERS_AT_ONCE = 1_000_000
 
-# Pre-tokenizers of Llama 3 and of Qwen 2, beside GPT-2's, which is built into the backend. In none
-# of them can a match hold a blank after another character than a blank, nor does one look beyond a
-# blank that follows such a character.
+# The pre-tokenizers of Llama 3 and Qwen 2. GPT-2's is built into the backend. In all three a match
+# never goes on over a space behind a visible character, and never looks beyond that space.
 _CONTRACTIONS = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _SPLITS = {
-    rf"{_CONTRACTIONS}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|{digits}| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    rf"{_CONTRACTIONS}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|{digits}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
     for digits in (r"\p{N}{1,3}", r"\p{N}")
 }
 
@@ -34,9 +32,8 @@ _SPLITS = {
 class Encoder:
     """Encodes rows with one template.
 
-    `template` and `special_tokens` are those of the Hugging Face tokenizer.
-
-    `shortcut=False` encodes every prompt on its own, as trl does; the ids are the same.
+    `template` and `special_tokens` are those of the Hugging Face tokenizer. `shortcut=False`
+    encodes every prompt on its own, as trl does. The ids are the same.
     """
 
     def __init__(
@@ -58,9 +55,7 @@ class Encoder:
     def __call__(
         self, prompts: Sequence[list[Message]], completions: Sequence[list[Message]]
     ) -> Iterator[tuple[list[int], int]]:
-        """Of every row the ids of the whole, not truncated, and how many of them are the prompt's
-        (out of the loss).
-        """
+        """Yield for each row its token ids, not truncated, and how many belong to the prompt."""
         wholes = self._texts([p + c for p, c in zip(prompts, completions, strict=True)])
         alone = self._texts(prompts, add_generation_prompt=True)
         start = size = 0
@@ -77,9 +72,9 @@ class Encoder:
         return [one.ids for one in self._backend.encode_batch_fast(texts, add_special_tokens=False)]
 
     def _joined(self, prompts: list[str], wholes: list[str]) -> Iterator[tuple[list[int], int]]:
-        """Encode one slice of rows, in pairs of texts:
+        """Encode one slice of rows as pairs of texts.
 
-        before and after the cut, or prompt and whole.
+        A pair is the text before and after the cut, or the prompt and the whole text.
         """
         pairs, at_cut = [], []
         for prompt, whole in zip(prompts, wholes, strict=True):
@@ -99,10 +94,7 @@ class Encoder:
                 yield second, common_prefix(first, second)
 
     def _constant_ending(self) -> str:
-        """What every prompt ends with under this template.
-
-        Empty where two prompts have nothing in common.
-        """
+        """Returns the text that every prompt ends with under this template, perhaps none."""
         asked = [[{"role": "user", "content": text}] for text in ("One", "Z")]
         one, two = self._texts(asked, add_generation_prompt=True)
         common = common_prefix(one[::-1], two[::-1])
@@ -110,7 +102,7 @@ class Encoder:
 
 
 def common_prefix(ids: Sequence[Any], others: Sequence[Any]) -> int:
-    """Number of leading ids (or characters) that are equal."""
+    """Returns the number of leading ids (or characters) that are equal."""
     return next(
         (i for i, (a, b) in enumerate(zip(ids, others, strict=False)) if a != b),
         min(len(ids), len(others)),
@@ -118,13 +110,11 @@ def common_prefix(ids: Sequence[Any], others: Sequence[Any]) -> int:
 
 
 def _cut(backend: Tokenizer, ending: str) -> int | None:
-    """Where in `ending` the ids of any text that has it can be joined from those of two parts.
+    """Returns where in `ending` a text may be cut so that the parts' ids join to the whole's.
 
-    None: not known.
-
-    Two such places are known. Before a special token: the backend splits the text at these before
-    anything else. And at a blank between two visible ASCII characters, for the pre-tokenizers named
-    above: a word ends there whatever stands before it and after it.
+    One such place is before a special token, because the backend splits the text there first. For
+    the pre-tokenizers named above another one is a space between two visible ASCII characters,
+    because a word always ends there. Returns None where no place is known.
     """
     if backend.encode_special_tokens or not isinstance(backend.normalizer, normalizers.NFC | None):
         return None
@@ -145,7 +135,7 @@ def _cut(backend: Tokenizer, ending: str) -> int | None:
 
 
 def _overlaps(text: str, other: str) -> bool:
-    """Whether `other` can be found where it begins before an occurrence of `text` or ends after it."""
+    """Whether `other` may be found at a place that overlaps an occurrence of `text`."""
     around = text in other and text != other
     return around or any(other.endswith(text[:size]) for size in range(1, len(text)))
 

@@ -1,4 +1,4 @@
-"""The chat template: one text for training, evaluation, the app and the harness."""
+"""The chat template, which training, evaluation, the app and the harness share."""
 
 import hashlib
 from pathlib import Path
@@ -12,11 +12,11 @@ INSTRUCTION_TEMPLATE = ROOT / "recipes" / "templates" / "instruction.jinja"
 
 
 def set_template(tokenizer: PreTrainedTokenizerBase, path: str | None = None) -> str:
-    """Give `tokenizer` its chat template and return where it comes from.
+    """Give `tokenizer` its chat template. Returns where the template comes from.
 
-    `path` if given; else the model's own; else the Instruction / Context / Response form. Raises
-    ValueError where the file is missing, or the tokenizer has no end token (the model could not
-    learn to stop).
+    It is the file `path` if given, else the model's own, else the Instruction / Context / Response
+    form. Raises ValueError where the file is missing, and where the tokenizer has no end token,
+    because the model could not learn to stop.
     """
     if tokenizer.eos_token is None:
         raise ValueError("the tokenizer has no end-of-sequence token: set eos_token in the recipe")
@@ -25,8 +25,8 @@ def set_template(tokenizer: PreTrainedTokenizerBase, path: str | None = None) ->
             raise ValueError(f"chat_template_path {path} not found: give a .jinja file")
         if not str(path).endswith((".jinja", ".j2")):
             raise ValueError(
-                f"chat_template_path {path} is no .jinja file: trl would take it for a model; "
-                "rename it"
+                f"chat_template_path {path} does not end in .jinja: rename it, because trl would "
+                "read it as a model's name"
             )
         tokenizer.chat_template = Path(path).read_text(encoding="utf-8")
         return str(path)
@@ -37,12 +37,12 @@ def set_template(tokenizer: PreTrainedTokenizerBase, path: str | None = None) ->
 
 
 def template_hash(tokenizer: PreTrainedTokenizerBase) -> str:
-    """SHA-256 of the template's text (hexadecimal, 16 digits)."""
+    """Returns the SHA-256 of the template's text (16 hexadecimal digits)."""
     return hashlib.sha256(str(tokenizer.chat_template).encode()).hexdigest()[:16]
 
 
 def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: list[dict[str, str]]) -> list[int]:
-    """Token ids of a conversation up to where the response begins: what generation is given."""
+    """Returns the token ids of a conversation up to where the response begins."""
     return tokenizer.apply_chat_template(
         prompt, add_generation_prompt=True, tokenize=True, return_dict=True
     )["input_ids"]
@@ -51,11 +51,10 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: list[dict[str, str]])
 def encode(
     tokenizer: PreTrainedTokenizerBase, row: dict[str, Any], max_length: int | None
 ) -> dict[str, list[int]]:
-    """`input_ids` and `labels` (-100 on the prompt) of a prompt/completion row, each cut to
-    `max_length` tokens.
+    """Returns `input_ids` and `labels` of a prompt/completion row, cut to `max_length` tokens.
 
-    The same ids and labels as trl's SFTTrainer makes of the row (`SFTTrainer._prepare_dataset`, trl
-    1.16).
+    Labels are -100 on the prompt. Both equal those of trl's SFTTrainer
+    (`SFTTrainer._prepare_dataset`, trl 1.16).
     """
     start = prompt_ids(tokenizer, row["prompt"])
     ids = tokenizer.apply_chat_template(
@@ -79,11 +78,11 @@ class TurnEnd(NamedTuple):
 def end_of_turn(
     tokenizer: PreTrainedTokenizerBase, model_ends: int | list[int] | None = None
 ) -> TurnEnd:
-    """Where an answer ends under the tokenizer's template: its end token, those of the model, or
-    the next turn's head.
+    """Returns where an answer ends under the tokenizer's template.
 
-    A head of plain text ('### Instruction:') is a stop string; where a special token begins the
-    head, that token is an end token, and the words behind it ('user') are none.
+    It ends at the tokenizer's end token, at `model_ends`, or at the head of the next turn. A head
+    of plain text ('### Instruction:') is a stop string. Where a special token begins the head, that
+    token is an end token, and the words behind it ('user') do not count.
     """
     ends = {
         tokenizer.eos_token_id,

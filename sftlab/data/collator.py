@@ -1,10 +1,7 @@
-"""Rows laid end to end instead of padded, none seeing another.
+"""Batches of rows, padded or packed.
 
-An optimizer step has the same rows either way.
-
-The rows of a global batch are dealt to processes and micro-batches so that each has as many rows
-and nearly as many tokens as any other: processes then wait for nobody. Everything is worked out on
-the CPU, beside the training.
+Packed rows are concatenated without padding, and no row attends to another. What loss and attention
+need besides is computed on the CPU, in parallel with the training.
 """
 
 import math
@@ -16,21 +13,21 @@ import torch
 from torch.nn.functional import pad
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
-# Queries (and keys) that one program of the attention kernels works on.
+# queries (and keys) per program of the attention kernels
 TILE = 64
-# Packed batches are filled up to a multiple of this, so that matrix products keep aligned shapes.
+# Packed batches are padded to a multiple of this many tokens, so that matrix shapes are aligned.
 TOKENS_MULTIPLE = 128
-# What the collator adds for the loss and the meter; the model does not know it.
+# what the collator adds for the loss and the meter; the model does not take it
 _EXTRAS = ("loss_positions", "targets", "loss_rows", "real_tokens", "real_rows")
 
 
 class Collator:
-    """trl's collator, and what the loss and the attention need beside it, worked out on the CPU.
+    """trl's collator, with what loss and attention need besides.
 
-    Adds `loss_positions` and `targets` (the flat index of every token whose next one is in the
-    loss, and that next one), `loss_rows` (the row of each), and the ints `real_tokens` and
-    `real_rows`. With `packed`, rows lie end to end in one [1, tokens] and `tiles` tells the
-    attention where they begin. Tokens are filled up to a `multiple`.
+    It adds `loss_positions` (the flat index of every token whose next token is in the loss),
+    `targets` (those next tokens), `loss_rows` (their rows), and the ints `real_tokens` and
+    `real_rows`. With `packed`, rows are concatenated to [1, tokens], and `tiles` tells the
+    attention where they begin. The number of tokens is padded to a `multiple`.
     """
 
     def __init__(self, pad_token_id: int, packed: bool, multiple: int | None = None) -> None:
@@ -46,8 +43,8 @@ class Collator:
         )
 
     def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
-        """Rows of `input_ids` and `labels` to one batch."""
-        # torch takes five times as long over a list as numpy does
+        """Returns one batch of rows with `input_ids` and `labels`."""
+        # numpy converts a list five times as fast as torch does
         examples = [
             {k: np.asarray(e[k]) for k in ("input_ids", "labels") if k in e} for e in examples
         ]
@@ -69,7 +66,7 @@ class Collator:
         }
 
     def _filled_up(self, batch: dict[str, Any], lengths: torch.Tensor) -> dict[str, torch.Tensor]:
-        # The tail is a sequence of its own, so that nothing in it is undefined.
+        # the padding is a sequence of its own, so that its attention is defined
         tail = -batch["input_ids"].shape[1] % self._multiple
         return {
             "input_ids": pad(batch["input_ids"], (0, tail), value=self._pad),
@@ -80,17 +77,17 @@ class Collator:
 
 
 def for_the_model(batch: dict[str, Any]) -> dict[str, Any]:
-    """What the model itself takes of a batch."""
+    """Returns the part of a batch that the model itself takes."""
     return {name: value for name, value in batch.items() if name not in _EXTRAS}
 
 
 def tiles(lengths: Sequence[int]) -> torch.Tensor:
-    """Pieces of at most `TILE` tokens, [2, pieces, 3] int32: the sequence's start and end, and the
-    piece's first token.
+    """Returns sequences of these lengths in pieces of at most `TILE` tokens, [2, pieces, 3] int32.
 
-    The first table is for programs that read what comes before the piece, the second for those that
-    read what comes after it: most work first. Empty pieces at the end keep the second table aligned
-    to 16 bytes, as the first one is: Triton compiles a kernel anew for a table that is not.
+    A piece is its sequence's start and end, and its own first token. The first table is for
+    programs that read what comes before a piece, the second for those that read what comes after
+    it. Both begin with the most work. Empty pieces at the end keep the second table aligned to 16
+    bytes, because Triton compiles a kernel anew for one that is not.
     """
     pieces, start = [], 0
     for length in lengths:

@@ -1,4 +1,4 @@
-"""The shapes that rows come in, and the conversation that each row is."""
+"""The data formats that rows come in, and the conversations they are read as."""
 
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -10,19 +10,20 @@ _ROLES = {
     "assistant": "assistant",
     "system": "system",
 }
-Message = dict[str, str]
+Message = dict[str, str]  # role and content
+# the messages before an answer, and the answer
 PromptResponse = tuple[list[Message], str]
 
 
 def recognise_format(columns: list[str]) -> str:
-    """The shape whose columns are all there; ValueError lists what was found and what is known."""
-    for shape, (needed, _, _) in DATA_FORMATS.items():
+    """Returns the first data format whose columns are all there. Raises ValueError for none."""
+    for name, (needed, _, _) in DATA_FORMATS.items():
         if set(needed) <= set(columns):
-            return shape
+            return name
     known = "; ".join(
         f"{shape} ({', '.join(needed)})" for shape, (needed, _, _) in DATA_FORMATS.items()
     )
-    raise ValueError(f"the columns {', '.join(columns)} match no known shape; known are {known}")
+    raise ValueError(f"the columns {', '.join(columns)} match no data format; known are {known}")
 
 
 def _text(row: dict[str, Any], column: str) -> str:
@@ -47,8 +48,9 @@ def _with_context(instruction: str, context: str) -> str:
 
 
 def _conversation(messages: Any, first: int = 0) -> Iterator[PromptResponse]:
-    """The assistant's messages from number `first` on that follow a user's, each with what comes
-    before it.
+    """Yield each of the assistant's messages that follow a user's, with the messages before it.
+
+    Messages before number `first` are not yielded.
     """
     if not isinstance(messages, list):
         raise TypeError(f"a conversation must be a list of messages, got {type(messages).__name__}")
@@ -86,7 +88,7 @@ def _prompt_completion(row: dict[str, Any]) -> Iterator[PromptResponse]:
     yield from turns
 
 
-# shape: (columns it needs, columns it may have, row -> (prompt, response) pairs)
+# name: (columns it needs, columns it may have, row -> (prompt, response) pairs)
 DATA_FORMATS: dict[
     str,
     tuple[tuple[str, ...], tuple[str, ...], Callable[[dict[str, Any]], Iterator[PromptResponse]]],

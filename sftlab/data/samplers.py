@@ -1,4 +1,4 @@
-"""Which rows a step has, and which process and micro-batch trains them."""
+"""Which rows a step has, and which process and micro-batch they go to."""
 
 import heapq
 from collections.abc import Callable, Iterator, Sequence
@@ -12,11 +12,11 @@ from torch.utils.data import IterableDataset, RandomSampler, Sampler, Sequential
 
 
 class BalancedSampler(Sampler[int]):
-    """The order of `sampler`, but within each global batch dealt to micro-batches of nearly equal
-    token counts.
+    """Deals the rows of each global batch to micro-batches with nearly equal token counts.
 
-    `lengths` has the tokens of every row; a global batch is `micro_batches` (over all processes) of
-    `micro_batch` rows.
+    Global batches follow the order of `sampler`. One has `micro_batches` (over all processes) of
+    `micro_batch` rows. `lengths` are the tokens of every row. Processes then hardly wait for one
+    another.
     """
 
     def __init__(
@@ -39,7 +39,7 @@ class BalancedSampler(Sampler[int]):
         yield from rows
 
     def set_epoch(self, epoch: int) -> None:
-        """Shuffle anew."""
+        """Shuffle for another epoch."""
         if hasattr(self.sampler, "set_epoch"):
             self.sampler.set_epoch(epoch)
 
@@ -49,12 +49,11 @@ def whole_batches(
     global_batch: int,
     shuffled: Callable[..., Sampler] = RandomSampler,
 ) -> Sampler[int]:
-    """The sampler without the rows that do not fill a global batch, others in every epoch where it
-    shuffles.
+    """Returns the sampler without the last rows that do not fill a global batch.
 
-    A last, partial batch would be filled up with repeated rows under DDP and not on one process;
-    whole global batches alone are the same under every world size. Raises ValueError where there is
-    none.
+    Where it shuffles, other rows are left out in every epoch. DDP would fill a partial batch with
+    repeated rows, and one process would not. Whole global batches are the same under every world
+    size. Raises ValueError where there is none.
     """
     whole = len(sampler) - len(sampler) % global_batch
     refuse_few_rows(len(sampler), global_batch)
@@ -64,22 +63,21 @@ def whole_batches(
 
 
 def refuse_few_rows(rows: int, global_batch: int, lost: str = "") -> None:
-    """Raise ValueError where there is not one global batch of rows.
+    """Raise ValueError where the rows do not fill one global batch.
 
-    `lost` says what became of others.
+    `lost` says in the message what became of other rows.
     """
     if rows < global_batch:
         raise ValueError(
             f"{rows} training rows do not fill one global batch of {global_batch}{lost}: give more "
-            "rows or a smaller "
-            f"global_batch_size"
+            "rows or a smaller global_batch_size"
         )
 
 
 def balanced(rows: Sequence[int], lengths: Sequence[int], bins: int) -> list[list[int]]:
-    """Deal `rows` into `bins` of equally many rows:
+    """Deal `rows` into `bins` with equally many rows and nearly equal tokens.
 
-    the longest first, each to the lightest bin that has room.
+    The longest row comes first. Each goes to the bin with the fewest tokens that has room.
     """
     size = len(rows) // bins
     dealt: list[list[int]] = [[] for _ in range(bins)]
@@ -93,11 +91,10 @@ def balanced(rows: Sequence[int], lengths: Sequence[int], bins: int) -> list[lis
 
 
 class WholeBatches(IterableDataset):
-    """A stream without the rows at its end that do not fill a global batch.
+    """A stream without its last rows that do not fill a global batch.
 
-    Every process then has as many rows as any other, and accumulation ends where a pass does.
-    accelerate would deal a data set of several files file by file, and some processes would wait
-    for others that have no more rows.
+    Every process then has equally many rows, and accumulation ends with an epoch. accelerate would
+    deal out whole files instead, and some processes would wait for others without rows.
     """
 
     def __init__(self, rows: IterableDataset, global_batch: int) -> None:
@@ -109,10 +106,10 @@ class WholeBatches(IterableDataset):
             yield from batch
 
     def set_epoch(self, epoch: int) -> None:
-        """Another order where the stream shuffles."""
+        """Shuffle for another epoch, where the stream shuffles."""
         self._rows.set_epoch(epoch)
 
 
 def row_lengths(dataset: Dataset) -> np.ndarray:
-    """Tokens of every row."""
+    """Returns the number of tokens of every row."""
     return pc.list_value_length(dataset.with_format("arrow")[:]["input_ids"]).to_numpy()

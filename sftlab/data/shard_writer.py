@@ -1,13 +1,9 @@
-"""Rows of a data set become the shards of a tokenized one:
+"""What a worker does: it converts, encodes and writes rows of a data set as one shard."""
 
-what a worker does, and how its shards are put together.
-"""
-
-import hashlib
 import json
 import os
 import pickle
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from datetime import date
 from functools import lru_cache
 from itertools import chain
@@ -20,79 +16,38 @@ from datasets import Dataset
 from tokenizers import Tokenizer
 
 from sftlab.data.batch_encoder import Encoder
-from sftlab.data.splits import Converter, opening_key, refuse_empty
+from sftlab.data.splits import Converter, opening_key
 from sftlab.data.tokenized_dataset import (
-    FORMAT,
     MANIFEST,
     SCHEMAS,
     SPLITS,
-    difference,
-    file_hash,
     file_name,
     read_manifest,
-    read_record,
     record_path,
 )
-from sftlab.files import part_of, write_text
+from sftlab.files import file_hash, part_of, write_text
 
-# Rows of the source that are converted and encoded together, and what is gathered before it is
-# written.
+# rows that are converted and encoded together
 ROWS_AT_ONCE = 128
+# rows, and tokens or characters, that are gathered before they are written
 ROWS_A_BATCH = 1000
 ITEMS_A_BATCH = 1_000_000
 
 
-def begin(
-    folder: Path, settings: Mapping[str, Any], backend: str, encoder: Mapping[str, Any]
-) -> dict[str, Any]:
-    """Make the folder of a tokenized data set, or go on in one that was made with the same
-    settings; its manifest.
-
-    `backend` is the tokenizer's JSON, `encoder` the template and the special tokens. Raises
-    ValueError for a folder with other contents or other settings, and leaves it as it is.
-    """
-    settings = json.loads(json.dumps(dict(settings)))
-    if (folder / MANIFEST).is_file():
-        manifest = read_manifest(folder)
-        if found := difference(manifest["settings"], settings):
-            raise ValueError(
-                f"{folder} holds shards made with {found}: give another --out, or remove it"
-            )
-        return manifest
-    ours = ("tokenizer.json", ".part")  # all that there is where making the folder was interrupted
-    if folder.exists() and not (
-        folder.is_dir() and all(path.name.endswith(ours) for path in folder.iterdir())
-    ):
-        raise ValueError(
-            f"{folder} is there already and is no tokenized data set: give another --out"
-        )
-    folder.mkdir(parents=True, exist_ok=True)
-    write_text(folder / "tokenizer.json", backend)
-    manifest = {
-        "format": FORMAT,
-        "settings": settings,
-        "encoder": dict(encoder),
-        "facts": None,
-        "shards": [],
-    }
-    write_text(folder / MANIFEST, json.dumps(manifest, indent=2, ensure_ascii=False) + "\n")
-    return manifest
-
-
 def place_of(rows: Dataset, start: int, stop: int) -> bytes:
-    """Files and range of some of the memory-mapped rows, to be sent to a worker.
+    """Returns the files and the range of some memory-mapped rows, to be sent to a worker.
 
-    As bytes, for the scheduler would otherwise map the files anew for every task that it keeps.
+    They are pickled, because the scheduler would otherwise map the files anew for every task.
     """
     return pickle.dumps(rows.select(range(start, stop)))
 
 
 def tokenize_shard(folder: str, number: int, place: bytes, first: int) -> dict[str, Any]:
-    """Convert, encode and write the rows at `place` as one shard, `first` being the number of the
-    first; its record.
+    """Convert, encode and write the rows at `place` as one shard. Returns its record.
 
-    The bytes depend on the rows and the manifest alone. Rows that are not text are left out and
-    counted.
+    `first` is the first row's number in the data set. The bytes depend on the rows and the manifest
+    alone. Rows that are not text are left out and counted. Raises ValueError where the template
+    writes the date and the day is over.
     """
     rows = pickle.loads(place)
     manifest, encoder = _loaded(folder, (Path(folder) / MANIFEST).stat().st_mtime_ns)
@@ -126,8 +81,9 @@ def tokenize_shard(folder: str, number: int, place: bytes, first: int) -> dict[s
 def convert_counting(
     convert: Converter, batch: dict[str, list], first: int, record: dict[str, Any]
 ) -> dict[str, list]:
-    """`convert` of a batch without its rows that are not text, which `record` counts ('bad',
-    'first_bad').
+    """Convert a batch without the rows that are not text.
+
+    `record` counts those ('bad') and keeps the first one's error ('first_bad').
     """
     size = len(next(iter(batch.values())))
     try:
@@ -170,7 +126,7 @@ def _encode(
             if limit is not None and len(ids) > limit:
                 masked = max(0, masked - (len(ids) - limit)) if at_end else min(masked, limit)
                 ids = ids[-limit:] if at_end else ids[:limit]
-            # trl looks for a token in the loss only after it has truncated
+            # trl drops rows without a token in the loss after it has truncated them
             row["kept"] = limit is None or masked < len(ids)
             row |= {
                 "input_ids": ids,
@@ -184,7 +140,7 @@ def _encode(
 
 @lru_cache(maxsize=1)
 def _loaded(folder: str, changed: int) -> tuple[dict[str, Any], Encoder]:
-    # a worker is one core; set before the first call, for the backend reads it then
+    # a worker has one core; the backend reads this at its first call
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     manifest = read_manifest(folder)
     backend = Tokenizer.from_file(str(Path(folder) / "tokenizer.json"))
@@ -192,7 +148,7 @@ def _loaded(folder: str, changed: int) -> tuple[dict[str, Any], Encoder]:
 
 
 class _Writer:
-    """One Arrow file of a shard: rows that are kept in their order, then the others.
+    """Writes one Arrow file of a shard: kept rows in their order, then the others.
 
     Without rows there is no file.
     """
@@ -206,7 +162,7 @@ class _Writer:
         self._stream: pa.RecordBatchStreamWriter | None = None
 
     def add(self, row: dict[str, Any]) -> None:
-        """Take a row, and write what was gathered when it is much."""
+        """Add a row, and write the gathered rows when there are enough."""
         if not row["kept"] and not self._in_order:
             self._dropped.append(row)
             return
@@ -214,7 +170,7 @@ class _Writer:
         self._gather(row)
 
     def close(self) -> dict[str, Any] | None:
-        """Finish the file and put it in its place; its rows, bytes and hash."""
+        """Finish the file and move it into place. Returns its rows, bytes and hash."""
         for row in self._dropped:
             self._gather(row)
         self._write()
@@ -252,89 +208,8 @@ class _Writer:
 def _array(values: list[Any], kind: pa.DataType) -> pa.Array:
     if kind != pa.list_(pa.int32()):
         return pa.array(values, kind)
-    # a tenth of the time that pyarrow takes over lists
+    # ten times as fast as pyarrow is with lists
     offsets = np.zeros(len(values) + 1, np.int32)
     np.cumsum([len(ids) for ids in values], out=offsets[1:])
     flat = np.fromiter(chain.from_iterable(values), np.int32, count=offsets[-1])
     return pa.ListArray.from_arrays(pa.array(offsets), pa.array(flat))
-
-
-def finish(
-    folder: Path, manifest: dict[str, Any], records: list[dict[str, Any]]
-) -> dict[str, np.ndarray]:
-    """Put facts and shards into the manifest.
-
-    Tokens of the rows that training uses, before truncation, by split.
-
-    The facts are those that `load_splits` finds in the text; like it this raises ValueError for an
-    empty split.
-    """
-    _remove_parts(folder)
-    settings = manifest["settings"]
-    digests = {name: hashlib.sha256() for name in SPLITS}
-    rows, lengths, tokenized = dict.fromkeys(SPLITS, 0), {name: [] for name in SPLITS[:2]}, {}
-    dropped = 0
-    for table in _row_lists(folder, records):
-        split = table["split"].to_numpy()
-        hashes = table["row_hash"].to_numpy(zero_copy_only=False)
-        dropped += int((split < 0).sum())
-        for index, name in enumerate(SPLITS):
-            rows[name] += int((split == index).sum())
-            digests[name].update("".join(hashes[split == index]).encode())
-        for index, name in enumerate(SPLITS[:2]):
-            used = table.filter((split == index) & table["kept"].to_numpy())
-            lengths[name].append(used["tokens"].to_numpy())
-    for name in SPLITS:
-        refuse_empty(
-            rows[name],
-            name,
-            settings["dataset_name"],
-            settings["split_fractions"],
-            sum(rows.values()),
-        )
-    facts = {"dataset": settings["dataset_name"], "shape": settings["dataset_shape"]}
-    facts |= {"rows_read": settings["rows"], "empty_responses_dropped": dropped}
-    facts |= {
-        name: {"rows": rows[name], "fingerprint": digests[name].hexdigest()[:16]} for name in SPLITS
-    }
-    if bad := sum(record["bad"] for record in records):
-        facts["bad_rows_left_out"] = bad
-    found = {
-        name: np.concatenate(parts) if parts else np.zeros(0, np.int32)
-        for name, parts in lengths.items()
-    }
-    limit = settings["max_length"] or np.iinfo(np.int32).max
-    for name, tokens in found.items():
-        tokenized[name] = {
-            "kept": len(tokens),
-            "dropped": rows[name] - len(tokens),
-            "cut": int((tokens > limit).sum()),
-            "tokens": int(np.minimum(tokens, limit).sum()),
-        }
-    tokenized["test"] = {"kept": rows["test"]}
-    manifest |= {"facts": facts, "tokenized": tokenized, "shards": records}
-    write_text(folder / MANIFEST, json.dumps(manifest, indent=2, ensure_ascii=False) + "\n")
-    return found
-
-
-def _remove_parts(folder: Path) -> None:
-    for left in folder.glob(".*.part"):
-        left.unlink()
-
-
-def _row_lists(folder: Path, records: list[dict[str, Any]]) -> Iterator[pa.Table]:
-    for record in records:
-        name = file_name("rows", record["number"])
-        if name in record["files"]:
-            with pa.OSFile(str(folder / name)) as file:
-                yield pa.ipc.open_stream(file).read_all()
-
-
-def finished_records(folder: Path, shards: int) -> dict[int, dict[str, Any]]:
-    """The records of the shards that are there and whole.
-
-    What a killed worker left of another is removed.
-    """
-    _remove_parts(folder)
-    found = ((number, read_record(folder, number)) for number in range(shards))
-    return {number: record for number, record in found if record}

@@ -1,4 +1,4 @@
-"""Where rows come from: the hub, a local file, a folder of tokens."""
+"""Rows read from the hub or a local file."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,18 +22,18 @@ _READERS = {
 
 
 def read_source(args: "DataArguments") -> tuple[Dataset | IterableDataset, str]:
-    """The rows that `args` asks for, not converted yet, and their shape.
+    """Returns the rows that `args` asks for, not converted yet, and their data format.
 
-    A stream is not cut to its fraction.
+    A stream is not cut to `dataset_fraction`. Raises ValueError where the rows cannot be read.
     """
     dataset = _load(args)
-    shape = args.dataset_shape or recognise_format(column_names(dataset))
-    _require_columns(dataset, shape)
+    data_format = args.dataset_shape or recognise_format(column_names(dataset))
+    _require_columns(dataset, data_format)
     if isinstance(dataset, IterableDataset):
-        return dataset, shape
+        return dataset, data_format
     if len(dataset) == 0:
         raise ValueError(f"{args.dataset_name} is empty")
-    return dataset.select(range(max(1, int(len(dataset) * args.dataset_fraction)))), shape
+    return dataset.select(range(max(1, int(len(dataset) * args.dataset_fraction)))), data_format
 
 
 def _load(args: "DataArguments") -> Dataset | IterableDataset:
@@ -47,11 +47,10 @@ def _load(args: "DataArguments") -> Dataset | IterableDataset:
             if path.stat().st_size == 0:
                 raise ValueError(f"{name} is empty")
             reader = _READERS[path.suffix]
-            words = (
-                {"keep_default_na": False} if reader == "csv" else {}
-            )  # "None", "NA" and "null" are text
+            # "None", "NA" and "null" are text
+            options = {"keep_default_na": False} if reader == "csv" else {}
             return load_dataset(
-                reader, data_files=name, split="train", streaming=streaming, **words
+                reader, data_files=name, split="train", streaming=streaming, **options
             )
         if path.is_file():
             raise ValueError(
@@ -67,12 +66,12 @@ def _load(args: "DataArguments") -> Dataset | IterableDataset:
     except DatasetNotFoundError as error:
         raise ValueError(
             f"data set {name} is neither a local file ({', '.join(_READERS)}) nor on the hub under "
-            "that name; "
-            f"a private or gated one needs `hf auth login`"
+            "that name; a private or gated one needs `hf auth login`"
         ) from error
     except (OfflineModeIsEnabled, ConnectionError, HfHubHTTPError) as error:
         raise ValueError(
-            f"data set {name} is not here and the hub cannot be reached: {_first_line(error)}"
+            f"data set {name} is not in the cache, and the hub cannot be reached: "
+            f"{_first_line(error)}"
         ) from error
     except DatasetGenerationError as error:
         raise ValueError(
@@ -85,6 +84,7 @@ def _first_line(error: BaseException) -> str:
 
 
 def column_names(dataset: Dataset | IterableDataset) -> list[str]:
+    """Returns the columns, for a stream from its first row. Raises ValueError for an empty one."""
     if dataset.column_names is not None:
         return dataset.column_names
     first = next(iter(dataset), None)
@@ -93,10 +93,10 @@ def column_names(dataset: Dataset | IterableDataset) -> list[str]:
     return list(first)
 
 
-def _require_columns(dataset: Dataset | IterableDataset, shape: str) -> None:
-    missing = set(DATA_FORMATS[shape][0]) - set(column_names(dataset))
-    if missing:
+def _require_columns(dataset: Dataset | IterableDataset, data_format: str) -> None:
+    needed, found = DATA_FORMATS[data_format][0], column_names(dataset)
+    if set(needed) - set(found):
         raise ValueError(
-            f"shape {shape} needs the columns {', '.join(DATA_FORMATS[shape][0])}; found "
-            f"{', '.join(column_names(dataset))}"
+            f"dataset_shape {data_format} needs the columns {', '.join(needed)}; found "
+            f"{', '.join(found)}"
         )

@@ -1,9 +1,8 @@
-"""Data sets in seven shapes become prompt/completion rows, and every row its split.
+"""Convert data sets to prompt/completion rows, and assign every row to a split.
 
-A row is `{"prompt": [message, ...], "completion": [assistant message]}` with messages `{"role",
-"content"}`: the conversational prompt-completion format of trl, whose loss is on the completion
-alone. A conversation gives one row for each of its assistant turns, with the turns before it as
-prompt.
+A row is `{"prompt": [message, ...], "completion": [assistant message]}` with messages of role and
+content. That is trl's conversational prompt-completion format, whose loss is on the completion
+alone. A conversation gives one row for each assistant turn, with the turns before it as prompt.
 """
 
 import hashlib
@@ -24,9 +23,9 @@ if TYPE_CHECKING:
 
 
 class Splits(NamedTuple):
-    """The three splits (columns prompt and completion) and what is known of them, for run.json.
+    """The three splits (columns prompt and completion) and their facts for run.json.
 
-    Of a tokenized data set `tokens` is the manifest, and train has columns input_ids and
+    For a tokenized data set, `tokens` is its manifest, and train has the columns input_ids and
     prompt_length instead.
     """
 
@@ -38,9 +37,9 @@ class Splits(NamedTuple):
 
 
 class Converter:
-    """Turns a batch of rows of one shape into prompt/completion rows.
+    """Turns a batch of rows in one data format into prompt/completion rows.
 
-    Picklable, hashed by `datasets` for its cache.
+    It can be pickled, and `datasets` hashes it for its cache.
     """
 
     def __init__(self, shape: str, fractions: tuple[float, ...], name: str | None) -> None:
@@ -72,9 +71,9 @@ class Converter:
 def load_splits(args: "DataArguments", num_proc: int | None = None) -> Splits:
     """Load the data set that `args` names and split its rows by a hash of their prompts.
 
-    Raises ValueError with one sentence for a missing file or data set, no access, unknown columns,
-    an empty data set or split, a row that is not text, and tokens that were made of other rows or
-    other splits than `args` says.
+    Raises ValueError for a missing file or data set, no access, unknown columns, an empty data set
+    or split, and a row that is not text. It raises one too for tokens that were made from other
+    rows or other splits than `args` says.
     """
     if is_tokenized(args.dataset_name):
         return Splits(*open_tokens(args))
@@ -105,7 +104,7 @@ def load_splits(args: "DataArguments", num_proc: int | None = None) -> Splits:
 
 
 def fingerprint(row_hashes: Any) -> str:
-    """SHA-256 over the hashes of the rows in their order (hexadecimal, 16 digits)."""
+    """Returns the SHA-256 over the rows' hashes, in order (16 hexadecimal digits)."""
     digest = hashlib.sha256()
     for row_hash in row_hashes:
         digest.update(row_hash.encode())
@@ -113,22 +112,22 @@ def fingerprint(row_hashes: Any) -> str:
 
 
 def opening(prompt: list[Message]) -> str:
-    """The first user message of a prompt, white space folded."""
+    """Returns the first user message of a prompt, with single spaces."""
     return " ".join(
         next((m["content"] for m in prompt if m["role"] == "user"), prompt[0]["content"]).split()
     )
 
 
 def opening_key(prompt: list[Message]) -> int:
-    """64 bits of the opening's SHA-256."""
+    """Returns 64 bits of the opening's SHA-256."""
     return int.from_bytes(hashlib.sha256(opening(prompt).encode()).digest()[:8], "big")
 
 
 def split_index(prompt: list[Message], fractions: tuple[float, ...]) -> int:
-    """The split (0 train, 1 validation, 2 test) of a prompt.
+    """Returns the split of a prompt: 0 train, 1 validation, 2 test.
 
-    It depends on the opening alone: the same on every machine and for every subset, the same for
-    duplicates, for all turns of a conversation and for one question under several system prompts.
+    It depends on the opening alone, so it is the same on every machine and for every subset.
+    Duplicates, the turns of a conversation and a question under several system prompts share it.
     """
     position = opening_key(prompt) / 2**64
     return int(np.searchsorted(np.cumsum(fractions)[:2], position, side="right"))
@@ -137,23 +136,21 @@ def split_index(prompt: list[Message], fractions: tuple[float, ...]) -> int:
 def refuse_empty(
     rows: int, split: str, dataset: str | None, fractions: list[float], total: int
 ) -> None:
-    """Raise ValueError for a split without rows that is wanted."""
+    """Raise ValueError for a split that should have rows and has none."""
     if rows == 0 and fractions[SPLITS.index(split)] > 0:
         raise ValueError(
             f"the {split} split of {dataset} is empty: {total} usable rows with split_fractions "
-            f"{fractions}; give more "
-            f"rows or other fractions (0 for a split that is not wanted)"
+            f"{fractions}; give more rows or other fractions (0 for a split that is not wanted)"
         )
 
 
 def _split_stream(
     dataset: IterableDataset, convert: Converter, args: "DataArguments", facts: dict[str, Any]
 ) -> Splits:
-    """Train stays a stream.
+    """Split a stream. Train stays one.
 
-    Validation and test are its first `streaming_eval_rows` rows each, held in memory.
-
-    What is not known before the end of the stream (rows, dropped responses) is None in the facts.
+    Validation and test are their first `streaming_eval_rows` rows each, held in memory. Facts that
+    are known only at the stream's end (rows, dropped responses) are None.
     """
     if args.dataset_fraction < 1:
         splits = dataset.info.splits or {}

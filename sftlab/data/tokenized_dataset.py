@@ -1,14 +1,16 @@
-"""A tokenized data set on disk: Arrow shards, and a manifest that says what they were made of.
+"""A tokenized data set on disk: Arrow shards, and a manifest that says what they were made from.
 
-NAME/ manifest.json      settings (whatever decides the ids), facts, and every shard's rows, sizes
-  and SHA-256 tokenizer.json     the tokenizer's backend, for workers shard-00000.json   the record
-  of one shard, written last: without it the shard is not there train-00000.arrow  input_ids,
-  prompt_length (tokens out of the loss), opening; validation has the text beside them
-  test-00000.arrow   prompt and completion as text: what is judged is encoded by the evaluations
-  rows-00000.arrow   a line a row in their order: split, row_hash, tokens before truncation, kept
+NAME/
+  manifest.json           settings that decide the ids, facts, and each shard's rows, sizes, SHA-256
+  tokenizer.json          the tokenizer's backend, for workers
+  shard-00000.json        a shard's record, written last; without it the shard does not count
+  train-00000.arrow       input_ids, prompt_length (tokens out of the loss), opening
+  validation-00000.arrow  the same, with prompt and completion as text
+  test-00000.arrow        prompt and completion as text, which the evaluations encode
+  rows-00000.arrow        for each row, in order: split, row_hash, tokens before truncation, kept
 
 A shard is a range of the source's rows. In its files the rows that training uses come first, in
-their order; those with no response token within max_length, which trl drops, come after them.
+order. Rows without a response token within max_length, which trl drops, come after them.
 """
 
 import hashlib
@@ -51,7 +53,7 @@ SCHEMAS = {
     "test": pa.schema(_TEXT),
     "rows": pa.schema(_ROWS),
 }
-# Settings that load_splits compares, and how a reader would call the others.
+# settings that `open_tokens` compares, and words for the other settings
 _OF_THE_DATA = ("dataset_config", "dataset_train_split", "dataset_fraction", "split_fractions")
 _WORDS = {
     "template": "another chat template (hash {})",
@@ -67,7 +69,7 @@ def is_tokenized(name: str | os.PathLike | None) -> bool:
 
 
 def read_manifest(folder: str | os.PathLike) -> dict[str, Any]:
-    """The manifest of a folder; ValueError where it cannot be read."""
+    """Read the manifest of a folder. Raises ValueError where it cannot be read."""
     path = Path(folder) / MANIFEST
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
@@ -83,16 +85,15 @@ def read_manifest(folder: str | os.PathLike) -> dict[str, Any]:
 def encoding_settings(
     tokenizer: "PreTrainedTokenizerBase", training: "TrainingArguments"
 ) -> dict[str, Any]:
-    """What decides the ids and the mask of a row, its text given.
+    """Returns the settings that decide a row's ids and mask.
 
-    Raises ValueError for a tokenizer without a fast backend and for a mask that is not the
+    Raises ValueError for a tokenizer without a fast backend, and for a mask other than the
     completion's.
     """
     if not tokenizer.is_fast:
         raise ValueError(
-            f"{type(tokenizer).__name__} is not a fast tokenizer: tokenize while training instead, "
-            "by giving sft.py "
-            f"the data set itself"
+            f"{type(tokenizer).__name__} is not a fast tokenizer: give sft.py the data set itself, "
+            "which it tokenizes while it trains"
         )
     if training.assistant_only_loss:
         raise ValueError("assistant_only_loss needs the text: give sft.py the data set itself")
@@ -113,17 +114,14 @@ def encoding_settings(
 
 
 def backend_text(tokenizer: "PreTrainedTokenizerBase") -> str:
-    """The fast backend as JSON, without what a call has set (padding, truncation)."""
+    """Returns the fast backend as JSON, without padding and truncation set by earlier calls."""
     tokenizer.backend_tokenizer.no_truncation()
     tokenizer.backend_tokenizer.no_padding()
     return tokenizer.backend_tokenizer.to_str()
 
 
 def difference(made: Mapping[str, Any], wanted: Mapping[str, Any]) -> str | None:
-    """The first of the `wanted` settings that `made` does not have, in words.
-
-    None where there is none.
-    """
+    """Returns in words the first setting in which `made` differs from `wanted`, or None."""
     for name, value in json.loads(json.dumps(dict(wanted))).items():
         if made.get(name) != value:
             words = _WORDS.get(name, f"{name} {{}}")
@@ -134,27 +132,23 @@ def difference(made: Mapping[str, Any], wanted: Mapping[str, Any]) -> str | None
 def refuse_other_encoding(
     manifest: Mapping[str, Any], tokenizer: "PreTrainedTokenizerBase", training: "TrainingArguments"
 ) -> None:
-    """Raise ValueError where tokens were made with another template, tokenizer, length or mask than
-    the recipe's.
-    """
+    """Raise ValueError where template, tokenizer, length or mask are not the recipe's."""
     wanted = encoding_settings(tokenizer, training)
     wanted.pop("day", None)  # rows keep the day on which they were rendered
     if found := difference(manifest["settings"], wanted):
         raise ValueError(
             f"{manifest['folder']} was tokenized with {found}: tokenize again into another folder, "
-            "or train on "
-            f"{manifest['settings']['dataset_name']} itself"
+            f"or train on {manifest['settings']['dataset_name']} itself"
         )
 
 
 def open_tokens(
     args: "DataArguments",
 ) -> tuple[Dataset, Dataset, Dataset, dict[str, Any], dict[str, Any]]:
-    """Train, validation and test memory-mapped from their shards, the facts of their text, and the
-    manifest.
+    """Open train, validation and test, memory-mapped from their shards.
 
-    Raises ValueError for tokens that are not finished or not whole, and for other rows or splits
-    than `args` says.
+    Returns them with the facts of their text and the manifest. Raises ValueError for an unfinished
+    or damaged data set, and for other rows or splits than `args` says.
     """
     folder = Path(str(args.dataset_name))
     manifest = read_manifest(folder) | {"folder": str(folder)}
@@ -164,7 +158,7 @@ def open_tokens(
         raise ValueError(f"{folder} is tokenized: leave dataset_streaming out of the recipe")
     if manifest["facts"] is None:
         raise ValueError(
-            f"{folder} is not finished: start slurm/tokenize_dataset.py again as before"
+            f"{folder} is not finished: start slurm/tokenize_dataset.py again with the same options"
         )
     if found := difference(manifest["settings"], wanted):
         raise ValueError(
@@ -176,8 +170,8 @@ def open_tokens(
             path = folder / name
             if not path.is_file() or path.stat().st_size != file["bytes"]:
                 raise ValueError(
-                    f"{path} is missing or not whole: start slurm/tokenize_dataset.py again as "
-                    "before"
+                    f"{path} is missing or damaged: start slurm/tokenize_dataset.py again with the "
+                    "same options"
                 )
     parts = [_open_split(folder, manifest, name) for name in SPLITS]
     return *parts, manifest["facts"], manifest
@@ -203,7 +197,7 @@ def _open_split(folder: Path, manifest: Mapping[str, Any], split: str) -> Datase
 
 
 class WithLabels:
-    """What a row of tokens is for training: `input_ids`, and `labels` with -100 on the prompt."""
+    """Turns tokenized rows into `input_ids` and `labels`, which are -100 on the prompt."""
 
     def __call__(self, batch: dict[str, list]) -> dict[str, list]:
         labels = [
@@ -216,8 +210,9 @@ class WithLabels:
 def training_rows(
     rows: Dataset, manifest: Mapping[str, Any], split: str, seed: int | None = None
 ) -> Dataset:
-    """The rows of a split that trl would train on, shuffled as `shuffle_dataset` does where there
-    is a seed.
+    """Returns the rows of a split that trl would train on.
+
+    With a `seed` they are shuffled as `shuffle_dataset` does it.
     """
     kept = rows.select(range(manifest["tokenized"][split]["kept"]))
     kept = kept if seed is None else kept.shuffle(seed=seed)
@@ -225,19 +220,19 @@ def training_rows(
 
 
 def file_name(kind: str, number: int) -> str:
-    """Of a split, or of the rows' list, of one shard."""
+    """Returns the name of a shard's file. `kind` is a split, or rows."""
     return f"{kind}-{number:05d}.arrow"
 
 
 def record_path(folder: str | os.PathLike, number: int) -> Path:
-    """Where the record of a shard is."""
+    """Returns the path of a shard's record."""
     return Path(folder) / f"shard-{number:05d}.json"
 
 
 def read_record(folder: str | os.PathLike, number: int) -> dict[str, Any] | None:
-    """The record of a shard whose files are all whole, by their hashes.
+    """Returns the record of a shard whose files all have their hashes.
 
-    None: the shard is to be made (again).
+    Returns None where the shard must be made, or made again.
     """
     path = record_path(folder, number)
     try:

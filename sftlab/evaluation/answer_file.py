@@ -1,4 +1,4 @@
-"""Answers on disk, kept as they come."""
+"""Answers on disk, kept batch by batch as they are generated."""
 
 import hashlib
 import json
@@ -13,11 +13,11 @@ from sftlab.evaluation.generation import Answer, NotANumber, Unfinished
 
 
 class AnswerFile:
-    """Answers on disk, a batch a line: a killed evaluation goes on where it stopped, and scoring
-    can be repeated.
+    """A file with one line per batch of answers.
 
-    The file's name holds a hash of `settings`, whatever decides what the answers are; its first
-    line holds them. A row is named by its number, or by the hash of its prompt.
+    A killed evaluation goes on from it, and scoring can be repeated. `settings` hold whatever the
+    answers depend on: the file's name has their hash, and its first line has them. A row is named
+    by its number or by the hash of its prompt.
     """
 
     def __init__(self, folder: Path, settings: dict[str, Any], kind: str = "answers") -> None:
@@ -27,7 +27,7 @@ class AnswerFile:
         self.seconds: dict[str, float] = {}
         lines = self.path.read_bytes().splitlines(keepends=True) if self.path.is_file() else []
         whole = [line for line in lines if line.endswith(b"\n")] or [text.encode() + b"\n"]
-        if whole != lines:  # new, or torn by a kill in the midst of writing
+        if whole != lines:  # new, or cut off by a kill while it was written
             folder.mkdir(parents=True, exist_ok=True)
             mended = self.path.with_suffix(".part")
             mended.write_bytes(b"".join(whole))
@@ -38,9 +38,7 @@ class AnswerFile:
     def add(
         self, side: str, rows: Sequence[int | str], answers: Sequence[Answer], seconds: float
     ) -> None:
-        """Keep the answers of `side` to these rows, all or none of them, and the time that they
-        took.
-        """
+        """Append the answers of `side` to these rows, all or none, and the seconds they took."""
         batch = {"side": side, "rows": list(rows), "seconds": round(seconds, 4)}
         batch["answers"] = [answer._asdict() for answer in answers]
         with self.path.open("a", encoding="utf-8") as file:
@@ -48,7 +46,7 @@ class AnswerFile:
         self._take(batch)
 
     def pace(self, side: str) -> dict[str, Any]:
-        """Seconds that all answers of `side` took, and rows a second, over every sitting."""
+        """Returns the seconds of all answers of `side`, and rows/s, over all starts."""
         rows, seconds = sum(found == side for found, _ in self.found), self.seconds[side]
         return {
             "seconds": round(seconds, 2),
@@ -70,8 +68,10 @@ def fill(
     answer: Callable[[Sequence[Any], int], Sequence[Answer]],
     title: str,
 ) -> None:
-    """Have `answer` (given prompts and a seed, the place of the batch) answer what `file` does not
-    hold yet.
+    """Generate and keep the answers that `file` does not hold yet.
+
+    `answer` takes a batch of prompts and a seed, which is the batch's first row. Raises ValueError
+    where the model's logits are NaN.
     """
     found = sum((side, row) in file.found for row in rows)
     with tqdm(total=len(rows), initial=found, desc=title, unit="row") as bar:
@@ -85,7 +85,7 @@ def fill(
                     new = answer(asked, start)
                 except NotANumber as error:
                     raise ValueError(
-                        f"{side} model, row {names[error.position]}: NaN logits while it answers"
+                        f"{side} model, row {names[error.position]}: its logits are NaN"
                     ) from error
                 except Unfinished as error:
                     kept = [names[position] for position in error.done]
@@ -96,7 +96,7 @@ def fill(
 
 
 def answer_facts(answers: Sequence[Answer]) -> dict[str, Any]:
-    """How answers ended, and the hash of their texts."""
+    """Returns how the answers ended, their mean length in tokens, and the hash of their texts."""
     return {
         "empty": sum(not answer.text for answer in answers),
         "cut_at_max_new_tokens": sum(answer.finish == "length" for answer in answers),
@@ -107,5 +107,5 @@ def answer_facts(answers: Sequence[Answer]) -> dict[str, Any]:
 
 
 def digest(content: Any) -> str:
-    """SHA-256 of texts or ids (hexadecimal, 24 digits)."""
+    """Returns the SHA-256 of texts or token ids (24 hexadecimal digits)."""
     return hashlib.sha256(json.dumps(content, ensure_ascii=False).encode()).hexdigest()[:24]

@@ -13,6 +13,7 @@ from trl import get_quantization_config
 
 from sftlab.config.recipe import ModelArguments
 from sftlab.data.chat_template import template_hash
+from sftlab.exit_messages import mistakes_in_one_line
 from sftlab.fastpath import varlen_attention
 from sftlab.models.likelihood import with_fused_head
 from sftlab.models.loading import model_init_kwargs
@@ -20,26 +21,25 @@ from sftlab.runs.run_directory import SIDES, adapter_hash, read_run
 
 
 @contextmanager
-def one_sentence(out_of_memory: str) -> Iterator[None]:
-    """A mistake (ValueError), or a GPU without room, ends the script with a sentence:
+def evaluation_errors(advice: str) -> Iterator[None]:
+    """End an evaluation with one line after a user's mistake or an out-of-memory error.
 
-    SystemExit.
+    `advice` says what to do about the memory. Raises SystemExit.
     """
-    try:
-        yield
-    except ValueError as error:
-        raise SystemExit(f"error: {error}") from error
-    except torch.OutOfMemoryError as error:
-        raise SystemExit(f"error: out of memory{out_of_memory}") from error
+    with mistakes_in_one_line():
+        try:
+            yield
+        except torch.OutOfMemoryError as error:
+            raise ValueError(f"out of memory{advice}") from error
 
 
 def finished_run(folder: Path) -> dict[str, Any]:
-    """run.json of a run that succeeded and kept its adapter; ValueError otherwise."""
+    """Read run.json of a run that succeeded and saved its adapter. Raises ValueError otherwise."""
     run = read_run(folder)
     if run["recipe"].get("save_adapter") is False:
         raise ValueError(
-            f"{folder} kept nothing of what it trained (save_adapter: false): train it with an "
-            "adapter first"
+            f"{folder} saved no adapter (save_adapter: false): train it again with "
+            "save_adapter: true"
         )
     if run["status"] != "succeeded":
         raise ValueError(
@@ -49,7 +49,10 @@ def finished_run(folder: Path) -> dict[str, Any]:
 
 
 def run_tokenizer(folder: Path, run: dict[str, Any]) -> PreTrainedTokenizerBase:
-    """The tokenizer saved with the adapter, its template the one that the run trained with."""
+    """Load the tokenizer that was saved with the adapter.
+
+    Raises ValueError where it has another template than the run trained with.
+    """
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder / "adapter")
     except (OSError, ValueError) as error:
@@ -64,22 +67,20 @@ def run_tokenizer(folder: Path, run: dict[str, Any]) -> PreTrainedTokenizerBase:
 
 
 def load_pair(folder: Path, run: dict[str, Any]) -> PeftModel:
-    """The base model with the run's adapter on it, on the GPU if there is one, in the dtype that
-    the run trained in.
+    """Load the base model with the run's adapter, in the dtype of the training.
 
-    `answering` says which of the two answers. ValueError where the base model or the adapter cannot
-    be loaded.
+    It is on the GPU if there is one. `answering` chooses which of the two models answers. Raises
+    ValueError where the base model or the adapter cannot be loaded.
     """
     recipe = run["recipe"]
     arguments = ModelArguments(
         **{name: recipe[name] for name in ModelArguments.__dataclass_fields__}
     )
-    if arguments.attn_implementation == varlen_attention.NAME:  # for the packed rows of a training
+    if arguments.attn_implementation == varlen_attention.NAME:  # it needs packed rows
         arguments.attn_implementation = None
     kwargs = model_init_kwargs(arguments, recipe["trust_remote_code"], recipe["model_init_kwargs"])
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    # cuDNN's attention gives other values from call to call (H200, torch 2.11): greedy texts would
-    # differ each time
+    # cuDNN's attention differs from call to call (H200, torch 2.11), and greedy texts with it
     torch.backends.cuda.enable_cudnn_sdp(False)
     name, quantization = recipe["model_name_or_path"], get_quantization_config(arguments)
     try:
@@ -100,13 +101,13 @@ def load_pair(folder: Path, run: dict[str, Any]) -> PeftModel:
 
 
 def answering(model: PeftModel, side: str) -> AbstractContextManager:
-    """Inside it the model answers as `side`: base (the adapter switched off) or tuned."""
+    """Let the model answer as `side`: base (the adapter is disabled) or tuned."""
     assert side in SIDES
     return model.disable_adapter() if side == "base" else nullcontext()
 
 
 def model_settings(folder: Path, run: dict[str, Any]) -> dict[str, Any]:
-    """Whatever of a run decides what its two models answer: names a file of answers."""
+    """Returns the settings of a run that its models' answers depend on."""
     names = (
         "model_name_or_path",
         "model_revision",

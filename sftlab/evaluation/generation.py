@@ -1,6 +1,4 @@
-"""Answers to prompts: batched with left padding, ended where the template ends a turn, kept as they
-come.
-"""
+"""Generated answers: prompts in left-padded batches, ended where the template ends a turn."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -21,15 +19,15 @@ from transformers import (
 
 from sftlab.data.chat_template import TurnEnd, end_of_turn
 
+# tokens between two looks for a stop string, because decoding takes time
 _CHECK_EVERY = 8
-# Compiling takes about as long as six batches of 64 rows and 256 tokens without it (a 1B model on
-# an H200).
+# Compiling takes as long as six uncompiled batches of 64 rows and 256 tokens (1B model, H200).
 BATCHES_WORTH_COMPILING = 6
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is chosen: greedy at temperature 0, else drawn with `seed`."""
+    """How the next token is chosen: greedy at temperature 0, else sampled with `seed`."""
 
     max_new_tokens: int = 256
     temperature: float = 0.0
@@ -47,11 +45,10 @@ class Sampling:
 
 
 class Answer(NamedTuple):
-    """A continuation without its prompt: stripped text, tokens drawn, what ended it (stop or
-    length).
+    """A generated answer: its stripped text, its number of tokens, and what ended it.
 
-    `repeats` says that it goes round in circles: at most a tenth as many different tokens as
-    tokens.
+    `finish` is stop or length. `repeats` says that the text repeats itself: at most a tenth of its
+    tokens are distinct.
     """
 
     text: str
@@ -61,7 +58,7 @@ class Answer(NamedTuple):
 
 
 class NotANumber(ArithmeticError):
-    """The model's logits were NaN; `position` is that of the prompt in its batch."""
+    """The model's logits were NaN. `position` is the prompt's place in its batch."""
 
     def __init__(self, position: int) -> None:
         super().__init__(f"NaN logits at prompt {position} of the batch")
@@ -69,7 +66,7 @@ class NotANumber(ArithmeticError):
 
 
 class Unfinished(ValueError):
-    """A batch broke off; `done` has the answers that there are, by position in it."""
+    """A batch was interrupted. `done` has the finished answers by their place in it."""
 
     def __init__(self, reason: str, done: dict[int, Answer]) -> None:
         super().__init__(reason)
@@ -77,13 +74,11 @@ class Unfinished(ValueError):
 
 
 class Generator:
-    """Generates with one model.
+    """Generates with one model. The model's own sampling defaults do not apply.
 
-    The model's own sampling defaults (repetition penalty and others) do not apply.
-
-    With `static_rows` every batch is filled up to that many rows over a key-value cache of fixed
-    shape, which lets transformers compile the decoding step on a GPU: half a minute a model to
-    begin with, then several times the speed.
+    With `static_rows` every batch has that many rows and a key-value cache of fixed shape, so
+    that transformers compiles the decoding step on a GPU. Compiling takes half a minute per model;
+    decoding is then several times as fast.
     """
 
     def __init__(
@@ -116,11 +111,9 @@ class Generator:
 
     @torch.no_grad()
     def answers(self, prompts: Sequence[list[int]], seed: int = 0) -> list[Answer]:
-        """One answer to each prompt (token ids), all in one batch.
+        """Returns one answer to each prompt (token ids), all from one batch.
 
-        `seed` is added to that of the sampling.
-
-        Raises NotANumber where the model's logits are NaN.
+        `seed` is added to the seed of the sampling. Raises NotANumber where logits are NaN.
         """
         filled = [*prompts, *[prompts[-1]] * ((self.static_rows or 0) - len(prompts))]
         width = max(map(len, prompts))
@@ -159,9 +152,7 @@ class Generator:
 class _NextTurn(StoppingCriteria):
     """Ends a row whose last tokens spell a stop string.
 
-    Looked at every few tokens, as decoding takes time.
-
-    What was drawn beyond the stop string is cut off the text afterwards.
+    It looks every few tokens. The text beyond the stop string is cut off afterwards.
     """
 
     def __init__(
@@ -181,9 +172,7 @@ class _NextTurn(StoppingCriteria):
 
 
 class _NanWatch(LogitsProcessor):
-    """Remembers which rows [rows] ever had NaN among their logits, without a synchronisation at
-    each token.
-    """
+    """Remembers which rows [rows] had NaN logits, without synchronizing at each token."""
 
     def __init__(self) -> None:
         self.rows: torch.Tensor | None = None
@@ -195,10 +184,10 @@ class _NanWatch(LogitsProcessor):
 
 
 def longest_prompt(config: PreTrainedConfig, sampling: Sampling) -> int:
-    """Tokens that a prompt may have, so that its answer still fits the model's positions."""
+    """Returns the most tokens of a prompt whose answer still fits the model's positions."""
     return config.get_text_config().max_position_embeddings - sampling.max_new_tokens
 
 
 def generation_facts(sampling: Sampling, turn: TurnEnd) -> dict[str, Any]:
-    """The generation settings, for the records."""
+    """Returns the generation settings for the records."""
     return asdict(sampling) | {"end_tokens": turn.end_tokens, "stop_strings": turn.stop_strings}

@@ -1,7 +1,4 @@
-"""The rows that a run is judged on:
-
-its test split, or another data set, none of them trained on.
-"""
+"""The rows that a run is judged on: its test split, or another data set."""
 
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
@@ -15,8 +12,9 @@ from sftlab.data.splits import Splits, load_splits, opening_key
 
 
 class HeldOut(NamedTuple):
-    """Rows (columns prompt and completion), what they are for the records, and what could not be
-    checked.
+    """Held-out rows (columns prompt and completion) and their facts for the records.
+
+    `unchecked` says what could not be checked, if anything.
     """
 
     rows: Dataset
@@ -25,9 +23,9 @@ class HeldOut(NamedTuple):
 
 
 class ScoredRows(NamedTuple):
-    """The rows that are scored, longest prompt first:
+    """The rows that are scored, longest prompt first.
 
-    number in the held-out set, row, token ids, prompt's ids.
+    Each has its number in the held-out set, its text, its token ids and its prompt's token ids.
     """
 
     numbers: list[int]
@@ -37,17 +35,17 @@ class ScoredRows(NamedTuple):
     left_out: dict[str, int]
 
     def batches(self, size: int) -> Iterator[slice]:
-        """Slices of `size` rows."""
+        """Returns slices of `size` rows."""
         return (slice(start, start + size) for start in range(0, len(self.numbers), size))
 
 
 def held_out(
     run: dict[str, Any], dataset: str | None = None, config: str | None = None, split: str = "train"
 ) -> HeldOut:
-    """The test split of the run's own data, made again, or all rows of `split` of another data set.
+    """Returns the test split of the run's data, or all rows of `split` of another data set.
 
-    Raises ValueError where the run's data have changed since, where there is no test split, and
-    where a question of the rows is among those that the run was trained or validated on.
+    The run's data are read and split again. Raises ValueError where they have changed since, where
+    there is no test split, and where a question was among the training or validation rows.
     """
     recipe = run["recipe"]
     splits = _load(recipe)
@@ -55,8 +53,8 @@ def held_out(
         then, now = run["data"][name]["fingerprint"], splits.facts[name]["fingerprint"]
         if then != now:
             raise ValueError(
-                f"the {name} split of {recipe['dataset_name']} has changed since the run ({then}, "
-                f"now {now})"
+                f"the {name} split of {recipe['dataset_name']} has changed since the run (it was "
+                f"{then} and is {now}): train again, or bring the data back"
             )
     if dataset is None:
         rows, facts, origin = (
@@ -78,7 +76,8 @@ def held_out(
     facts = {"dataset": origin, "fingerprint": facts["fingerprint"]}
     if recipe["dataset_streaming"]:
         unchecked = (
-            "the run read a stream: that no row was trained on rests on the split by hash alone"
+            "the run read a stream, so it was not checked that no row was trained on; the split by "
+            "hash keeps them apart"
         )
         return HeldOut(rows, facts, unchecked)
     _refuse_overlap(rows, splits, origin)
@@ -92,8 +91,10 @@ def select(
     max_length: int | None,
     longest_prompt: int,
 ) -> ScoredRows:
-    """Of the first `samples` rows those with a response token within `max_length` and room left for
-    an answer.
+    """Choose the rows to score among the first `samples`.
+
+    A row needs a response token within `max_length` and room for an answer behind its prompt.
+    Raises ValueError where there is none.
     """
     test = dataset.rows.select(range(min(samples or len(dataset.rows), len(dataset.rows))))
     chosen, cut, no_room, no_response = [], 0, 0, 0
@@ -110,9 +111,8 @@ def select(
     if not chosen:
         raise ValueError(
             f"none of {len(test)} rows can be scored: {no_response} have no response token within "
-            "max_length "
-            f"{max_length}, {no_room} no room for an answer (a prompt may have {longest_prompt} "
-            "tokens)"
+            f"max_length {max_length}, {no_room} no room for an answer (a prompt may have "
+            f"{longest_prompt} tokens)"
         )
     chosen.sort(key=lambda one: -len(one[3]))
     counts = {
@@ -135,11 +135,10 @@ def _refuse_overlap(rows: Dataset, splits: Splits, origin: str) -> None:
     if known:
         raise ValueError(
             f"{len(known)} of {len(rows)} rows of {origin} ask what the run was trained or "
-            "validated on (the first is "
-            f"row {known[0]}): a score on them would say nothing"
+            f"validated on (the first is row {known[0]}): a score on them would mean nothing"
         )
 
 
 def _opening_keys(rows: Dataset) -> Iterable[int]:
-    # rows that were tokenized beforehand have it beside them
+    # tokenized rows have the key in a column
     return rows["opening"] if "opening" in rows.column_names else map(opening_key, rows["prompt"])

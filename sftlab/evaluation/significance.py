@@ -1,8 +1,8 @@
-"""How sure a paired comparison is: bootstrap intervals over rows, p-values, Holm's correction.
+"""Paired comparisons: bootstrap intervals over rows, p-values, Holm's correction.
 
-Every score here is a function of sums over rows: a mean is (sum, count), perplexity (nats, tokens),
-BLEU its ten n-gram counts. So a resample is one matrix product, and corpus scores are resampled as
-the corpus scores that they are.
+Every score is a function of sums over rows: a mean of (sum, count), perplexity of (nats, tokens),
+BLEU of its ten n-gram counts. A resample is therefore one matrix product, and a corpus score is
+resampled as a corpus score.
 """
 
 import math
@@ -18,9 +18,9 @@ _CHUNK = 500
 
 
 class Paired(NamedTuple):
-    """One score of two models on the same rows:
+    """One score of two models on the same rows.
 
-    per-row parts [rows, k] each, and sums [..., k] -> score [...].
+    `base` and `tuned` are per-row parts [rows, k]. `score` maps their sums [..., k] to [...].
     """
 
     score: Callable[[np.ndarray], np.ndarray]
@@ -29,31 +29,30 @@ class Paired(NamedTuple):
 
 
 def mean(sums: np.ndarray) -> np.ndarray:
-    """Sums (value, count) [..., 2] to the mean."""
+    """Returns the mean of sums (value, count) [..., 2]."""
     return sums[..., 0] / sums[..., 1]
 
 
 def perplexity(sums: np.ndarray) -> np.ndarray:
-    """Sums (nats, tokens) [..., 2] to exp of nats a token."""
+    """Returns the perplexity of sums (nats, tokens) [..., 2]: exp of nats per token."""
     return np.exp(mean(sums))
 
 
 def with_counts(values: np.ndarray) -> np.ndarray:
-    """Per-row values [rows] to the parts [rows, 2] whose `mean` is theirs."""
+    """Returns values [rows] as parts [rows, 2], whose `mean` is that of the values."""
     return np.stack([values, np.ones(len(values))], axis=1)
 
 
 def compare(
     scores: dict[str, Paired], resamples: int = RESAMPLES, seed: int = 0
 ) -> dict[str, dict[str, Any]]:
-    """Both models' values, their difference (tuned - base), 95 % percentile intervals, and its
-    p-value, per score.
+    """Returns each score's values, difference (tuned - base), 95 % intervals and p-value.
 
     Rows are drawn with replacement, the same ones for both models and for every score (paired
-    bootstrap; Efron and Tibshirani 1993, chapter 13). The p-value of 'no difference' is two-sided
-    and counts the observed sample (Davison and Hinkley 1997, equation 4.11); of fewer than FEW_ROWS
-    rows, which a bootstrap takes for more than they are, it is that of exchanging the two models
-    row by row (Noreen 1989). All scores must have the same number of rows.
+    percentile bootstrap; Efron and Tibshirani 1993, chapter 13). The p-value of 'no difference' is
+    two-sided and counts the observed sample (Davison and Hinkley 1997, equation 4.11). Below
+    FEW_ROWS rows a bootstrap is too sure; p then comes from exchanging the two models row by row
+    (Noreen 1989). Raises ValueError where scores differ in their number of rows, or have none.
     """
     parts = {
         name: (np.asarray(s.base, float), np.asarray(s.tuned, float)) for name, s in scores.items()
@@ -64,8 +63,7 @@ def compare(
     count = rows.pop()
     if count == 0:
         raise ValueError("nothing to compare: no rows")
-    # equal rows are drawn together: of right and wrong answers there are four kinds, whatever the
-    # number of documents
+    # equal rows are drawn together: right and wrong answers make four kinds of rows at most
     everything = np.hstack([part for pair in parts.values() for part in pair])
     _, first, sizes = np.unique(everything, axis=0, return_index=True, return_counts=True)
     drawn = {name: np.empty((2, resamples)) for name in scores}
@@ -88,9 +86,9 @@ def compare(
 
 
 def _swaps(rows: int, resamples: int, rng: np.random.Generator) -> np.ndarray:
-    """Which rows are exchanged [n, rows]: every choice where they are few, else drawn ones.
+    """Returns which rows are exchanged [n, rows]: all choices where they are few, else random ones.
 
-    The first is none.
+    The first choice exchanges none.
     """
     if 2**rows <= resamples:
         return (np.arange(2**rows)[:, None] >> np.arange(rows)) & 1
@@ -105,16 +103,16 @@ def _exchanged(
     tuned: np.ndarray,
     swaps: np.ndarray,
 ) -> float:
-    """The share of exchanges whose difference is as large as the observed one."""
+    """Returns the share of exchanges whose difference is at least the observed one."""
     moved = swaps @ (tuned - base)
     with np.errstate(divide="ignore", invalid="ignore"):
         differences = np.abs(score(tuned.sum(axis=0) - moved) - score(base.sum(axis=0) + moved))
-    # an exchange that leaves a side without a score does not speak against chance
+    # an exchange that leaves a side without a score counts as a difference by chance
     return float((~(differences < differences[0] * (1 - 1e-9))).mean())
 
 
 def method(count: int, what: str = "rows") -> str:
-    """How `compare` finds intervals and p-values of so many, in words."""
+    """Returns in words how `compare` finds intervals and p-values for `count` rows."""
     few = (
         f" (p: by exchanging the models' answers, as {what} are fewer than {FEW_ROWS})"
         if count < FEW_ROWS
@@ -139,11 +137,11 @@ def _with_interval(value: float, drawn: np.ndarray) -> dict[str, Any]:
 
 
 def compare_rates(base: np.ndarray, tuned: np.ndarray) -> dict[str, Any]:
-    """`compare` for right answers [rows] of 0 or 1, where a bootstrap of none or all right would
-    claim certainty.
+    """Returns what `compare` does, for answers [rows] that are right (1) or wrong (0).
 
-    Wilson's score intervals (1927); for the paired difference Newcombe's hybrid of them (Statistics
-    in Medicine 17, 1998, pages 2635 to 2650, method 10); p-value by McNemar's exact test (1947).
+    A bootstrap would claim certainty where all are right or all wrong. The intervals are Wilson's
+    (1927), for the paired difference Newcombe's hybrid of them (Statistics in Medicine 17, 1998,
+    pages 2635 to 2650, method 10). The p-value is McNemar's exact one (1947).
     """
     n = len(base)
     both, lost, won = (int(((base == b) & (tuned == t)).sum()) for b, t in ((1, 1), (1, 0), (0, 1)))
@@ -177,7 +175,7 @@ def compare_rates(base: np.ndarray, tuned: np.ndarray) -> dict[str, Any]:
 
 
 def add_holm(comparisons: dict[str, dict[str, Any]]) -> None:
-    """Add `p_holm` to each: its p-value corrected for their number (Holm 1979)."""
+    """Add `p_holm` to each comparison: its p-value corrected for their number (Holm 1979)."""
     ordered = sorted(comparisons.values(), key=lambda one: one["p_value"])
     largest = 0.0
     for position, one in enumerate(ordered):

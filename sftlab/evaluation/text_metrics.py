@@ -1,7 +1,6 @@
-"""Scores of answers against references: sacrebleu's BLEU and rouge-score's ROUGE, kept as per-row
-parts.
+"""Scores of answers against references: sacrebleu's BLEU and rouge-score's ROUGE.
 
-Parts are what a paired bootstrap sums over rows (see sftlab/evaluation/significance.py).
+They are kept as per-row parts, which a paired bootstrap sums (sftlab/evaluation/significance.py).
 """
 
 import re
@@ -28,7 +27,7 @@ NAMES = {
 ROUGE_SIGNATURE = (
     f"F-measure, mean over rows|stemmer:no|words of any script|rouge-score:{version('rouge-score')}"
 )
-# Scripts without blanks between words: each character counts as one, as sacrebleu's zh has it.
+# In scripts without spaces each character counts as a word, as in sacrebleu's zh tokenizer.
 _UNSPACED = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
 _WORD = re.compile(f"[{_UNSPACED}]|[^\\W_{_UNSPACED}]+")
 
@@ -36,7 +35,7 @@ _WORD = re.compile(f"[{_UNSPACED}]|[^\\W_{_UNSPACED}]+")
 class Bleu:
     """Corpus BLEU with sacrebleu's defaults.
 
-    `tokenize` is one of its tokenizers (13a, intl, zh, char, ...).
+    `tokenize` is one of sacrebleu's tokenizers (13a, intl, zh, char, ...).
     """
 
     def __init__(self, tokenize: str = "13a") -> None:
@@ -49,10 +48,12 @@ class Bleu:
             self.metric = BLEU(tokenize=tokenize)
         except (ImportError, RuntimeError, OSError) as error:
             said = " ".join(str(error).split())
-            raise ValueError(f"bleu_tokenize {tokenize} cannot be had here: {said}") from error
+            raise ValueError(f"bleu_tokenize {tokenize} does not load: {said}") from error
 
     def parts(self, answers: Sequence[str], references: Sequence[str]) -> np.ndarray:
-        """Counts [rows, 10]: n-gram matches of 1 to 4, n-grams drawn of 1 to 4, answer length,
+        """Returns counts [rows, 10].
+
+        They are n-gram matches (1 to 4), n-grams of the answer (1 to 4), answer length and
         reference length.
         """
         rows = [
@@ -64,7 +65,7 @@ class Bleu:
 
     @staticmethod
     def score(sums: np.ndarray) -> np.ndarray:
-        """Summed parts [..., 10] to BLEU (0 to 100) [...], smoothed as sacrebleu's corpus score."""
+        """Returns BLEU (0 to 100) [...] of summed parts [..., 10], smoothed as sacrebleu's."""
         flat = [
             BLEU.compute_bleu(
                 list(row[:4]), list(row[4:8]), int(row[8]), int(row[9]), smooth_method="exp"
@@ -74,24 +75,24 @@ class Bleu:
         return np.array(flat).reshape(sums.shape[:-1])
 
     def signature(self) -> str:
-        """sacrebleu's signature: what must be equal where two BLEU scores are compared."""
+        """Returns sacrebleu's signature, which must be equal where two BLEU scores are compared."""
         self.metric.corpus_score(["a"], [["a"]])
         return str(self.metric.get_signature())
 
 
 class AnyScript(Tokenizer):
-    """Words in small letters: rouge-score's own of ASCII text.
+    """Lower-case words of any script.
 
-    Of all other it would keep nothing.
+    On ASCII text they are those of rouge-score's own tokenizer, which drops all other characters.
     """
 
     def tokenize(self, text: str) -> list[str]:
-        """The words of a text."""
+        """Returns the words of a text."""
         return _WORD.findall(text.lower())
 
 
 def rouge(answers: Sequence[str], references: Sequence[str]) -> np.ndarray:
-    """F-measures [rows, 3] of ROUGE-1, ROUGE-2 and ROUGE-L, from 0 to 1."""
+    """Returns the F-measures [rows, 3] of ROUGE-1, ROUGE-2 and ROUGE-L, from 0 to 1."""
     scorer = RougeScorer(list(ROUGE_TYPES), tokenizer=AnyScript())
     rows = [
         scorer.score(reference, answer)
@@ -105,7 +106,7 @@ def rouge(answers: Sequence[str], references: Sequence[str]) -> np.ndarray:
 def score_texts(
     answers: Sequence[str], references: Sequence[str], bleu: Bleu
 ) -> list[dict[str, Any]]:
-    """Per row the parts of BLEU (`bleu_counts`) and each ROUGE."""
+    """Returns for each row the parts of BLEU (`bleu_counts`) and each ROUGE."""
     counts, overlaps = bleu.parts(answers, references), rouge(answers, references)
     return [
         {
@@ -119,8 +120,9 @@ def score_texts(
 def paired_scores(
     base: Sequence[dict[str, Any]], tuned: Sequence[dict[str, Any]]
 ) -> dict[str, Paired]:
-    """Two models' records of the same rows (a side each of the lines of quality.jsonl), ready to be
-    compared.
+    """Returns two models' records of the same rows, ready to be compared.
+
+    A record is one side of a line of quality.jsonl.
     """
 
     def both(field: str) -> list[np.ndarray]:

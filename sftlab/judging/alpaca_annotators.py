@@ -1,4 +1,4 @@
-"""Pairs judged by alpaca-eval's own annotator configs, and its own metrics of what they say."""
+"""Pairs judged by alpaca-eval's own annotator configs, and alpaca-eval's own metrics of them."""
 
 import os
 from collections.abc import Sequence
@@ -11,18 +11,17 @@ from sftlab.judging.length_control import alpaca_metrics, quiet_alpaca
 from sftlab.judging.pairwise import Pair, score
 from sftlab.judging.verdict_parsing import Verdict
 
-# The judge that alpaca-eval's length control was fitted to, and the reference of its leaderboard.
+# the judge that alpaca-eval's length control was fitted to, and its leaderboard's reference
 ALPACA_EVAL_2 = ("weighted_alpaca_eval_gpt4_turbo", "gpt4_1106_preview")
 _KEYS = ("OPENAI_API_KEY", "OPENAI_API_KEYS", "OPENAI_CLIENT_CONFIG_PATH")
 
 
 class Annotators:
-    """One of alpaca-eval's configs.
+    """Judges pairs with one of alpaca-eval's configs.
 
-    Its annotations are kept in `folder`, and asked again of nothing that is kept.
-
-    alpaca-eval draws the order of each pair by its instruction: called again with the outputs
-    exchanged, it shows the other order.
+    Annotations are kept in `folder`, and no pair is annotated twice. alpaca-eval derives the order
+    of a pair from its instruction, so a second call with the outputs exchanged shows the other
+    order.
     """
 
     def __init__(self, name: str, folder: Path) -> None:
@@ -52,25 +51,27 @@ class Annotators:
         self.facts = {"judge": name, "annotators": True}
 
     def judged(self, pairs: Sequence[Pair], title: str) -> list[dict[str, Any]]:
-        """Records as `judge_pairs` makes them.
+        """Returns records like those of `judge_pairs`.
 
-        The first verdict is of alpaca-eval's own order (`annotation`).
+        The first verdict belongs to alpaca-eval's own order, whose record is under `annotation`.
         """
         first = self._annotate(pairs, "reference", "answer")
         second = self._annotate(pairs, "answer", "reference")
         records = []
         for pair, own, exchanged in zip(pairs, first, second, strict=True):
             verdicts = [_verdict(own["preference"]), _verdict(exchanged["preference"])]
-            record = {
-                **pair._asdict(),
-                "verdicts": verdicts,
-                "contradictions": [False, False],
-                "characters_cut": 0,
-            }
-            record |= {
-                "judgements": [one.get("preference_raw_completion") for one in (own, exchanged)]
-            }
-            records.append(record | {"score": score(verdicts), "annotation": own})
+            texts = [one.get("preference_raw_completion") for one in (own, exchanged)]
+            records.append(
+                {
+                    **pair._asdict(),
+                    "verdicts": verdicts,
+                    "contradictions": [False, False],
+                    "characters_cut": 0,
+                    "judgements": texts,
+                    "score": score(verdicts),
+                    "annotation": own,
+                }
+            )
         return records
 
     def _annotate(self, pairs: Sequence[Pair], one: str, two: str) -> list[dict[str, Any]]:
@@ -85,11 +86,10 @@ class Annotators:
 def official(
     records: Sequence[dict[str, Any]], names: tuple[str, str], control: bool
 ) -> dict[str, Any]:
-    """alpaca-eval's metrics of its own order: win rate and standard error, length-controlled with
-    `control`.
+    """Returns alpaca-eval's win rate and standard error over its own order of each pair.
 
-    `names` are those of the model and of the reference. The length control needs AlpacaEval's
-    df_gamed.csv from the hub; where it cannot be had, `note` says so.
+    `control` adds the length-controlled win rate. It needs AlpacaEval's df_gamed.csv from the hub;
+    without that file `note` says so. `names` are those of the model and of the reference.
     """
     import pandas
 
@@ -102,16 +102,19 @@ def official(
         try:
             return _plain(glm.get_length_controlled_winrate(table, save_weights_dir=None))
         except (OfflineModeIsEnabled, LocalEntryNotFoundError, HfHubHTTPError):
-            note = "no length-controlled rate: AlpacaEval's df_gamed.csv is not in the hub's cache and cannot be had"
+            note = (
+                "no length-controlled rate: AlpacaEval's df_gamed.csv is not in the hub's cache, "
+                "and the hub cannot be reached"
+            )
             return _plain(glm.get_winrate(table)) | {"note": note}
 
 
 def _verdict(preference: float | None) -> Verdict:
-    """alpaca-eval's preference (towards 1: the first output, 2: the second, 1.5 or 0 a tie) as
-    `score` reads letters.
+    """Returns alpaca-eval's preference as a letter that `score` reads.
 
-    The answer is the second output of the first call, where A says that it won; the first of the
-    other: B.
+    A preference towards 1 is for the first output and towards 2 for the second; 1.5 and 0 are ties.
+    The answer is the second output of the first call, so A says there that the answer won. In the
+    other call it is the first output, and B says so.
     """
     if preference is None or preference != preference:
         return None

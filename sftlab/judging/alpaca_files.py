@@ -1,7 +1,4 @@
-"""Instructions and answers in AlpacaEval's form:
-
-a JSON list of objects with instruction, output and generator.
-"""
+"""Files in AlpacaEval's form: a JSON list of objects with instruction, output and generator."""
 
 import json
 from pathlib import Path
@@ -13,7 +10,7 @@ from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, Offl
 from sftlab.evaluation.answer_file import digest
 from sftlab.judging.pairwise import Pair
 
-# Of the 805 instructions in their published order.
+# the hash of the 805 instructions in their published order
 _ALPACA_EVAL = "e4356cd997a280afd66c7dd3"
 _PUBLISHED = {
     "gpt4_1106_preview": "alpaca_eval_gpt4_baseline.json",
@@ -22,9 +19,9 @@ _PUBLISHED = {
 
 
 class Outputs(NamedTuple):
-    """Instructions with one model's answers to them.
+    """Instructions with one model's answers.
 
-    `published` says that they are AlpacaEval's 805.
+    `published` says that the instructions are AlpacaEval's 805.
     """
 
     name: str
@@ -33,25 +30,28 @@ class Outputs(NamedTuple):
     published: bool
 
     def first(self, limit: int) -> "Outputs":
-        """The first `limit` (0: all)."""
+        """Returns the first `limit` of them (0: all)."""
         stop = limit or None
         return self._replace(instructions=self.instructions[:stop], texts=self.texts[:stop])
 
     def answering(self, instructions: list[str]) -> "Outputs":
-        """In the order of `instructions`; ValueError where one of them is not answered here."""
+        """Returns the answers in the order of `instructions`.
+
+        Raises ValueError where one of them is not answered here.
+        """
         known = dict(zip(self.instructions, self.texts, strict=True))
         missing = [one for one in instructions if one not in known]
         if missing:
             raise ValueError(
                 f"the reference {self.name} answers other instructions: {len(missing)} of "
-                f"{len(instructions)} are not "
-                f"in it, the first is {missing[0][:80]!r}; expected an answer to each"
+                f"{len(instructions)} are not in it, the first is {missing[0][:80]!r}; give a "
+                "reference that answers each"
             )
         return self._replace(instructions=instructions, texts=[known[one] for one in instructions])
 
 
 def read_outputs(path: Path) -> Outputs:
-    """A file in AlpacaEval's form; ValueError says what is wrong with it."""
+    """Read a file in AlpacaEval's form. Raises ValueError where it has another form."""
     rows = _json_list(path, ("instruction", "output"))
     instructions = [row["instruction"] for row in rows]
     name = rows[0].get("generator", path.stem)
@@ -61,8 +61,9 @@ def read_outputs(path: Path) -> Outputs:
 
 
 def published_outputs(name: str) -> Outputs:
-    """The answers published as reference of AlpacaEval 2 (gpt4_1106_preview) or 1
-    (text_davinci_003), from the hub.
+    """Download the published reference answers of AlpacaEval.
+
+    `name` is gpt4_1106_preview (AlpacaEval 2) or text_davinci_003 (AlpacaEval 1).
     """
     if name not in _PUBLISHED:
         raise ValueError(
@@ -74,17 +75,16 @@ def published_outputs(name: str) -> Outputs:
     except (OfflineModeIsEnabled, LocalEntryNotFoundError, HfHubHTTPError) as error:
         raise ValueError(
             f"AlpacaEval's {_PUBLISHED[name]} is not in the hub's cache, and the hub cannot be "
-            "reached: pass a file of "
-            "instructions and outputs as --reference FILE, or with --reference base as "
-            "--instructions FILE"
+            "reached: pass a file of instructions and outputs as --reference FILE, or with "
+            "--reference base as --instructions FILE"
         ) from error
     return read_outputs(Path(path))
 
 
 class Task(NamedTuple):
-    """The instructions, the reference (None:
+    """Instructions, the reference's answers, and answers that are known to be good.
 
-    base is), and answers to them that are known to be good.
+    `reference` is None where the base model is the reference.
     """
 
     questions: Outputs
@@ -93,11 +93,10 @@ class Task(NamedTuple):
 
 
 def read_task(reference: str, instructions: Path | None, limit: int) -> Task:
-    """The task: `reference` is base, a file or a published name.
+    """Returns the first `limit` instructions (0: all) with the reference's answers.
 
-    `instructions` a file, else those of the reference.
-
-    The first `limit` of them (0: all).
+    `reference` is base, a file or a published name. `instructions` is a file; without it they are
+    the reference's.
     """
     if reference == "base":
         asked = (
@@ -114,14 +113,14 @@ def read_task(reference: str, instructions: Path | None, limit: int) -> Task:
 
 
 def read_preferences(path: Path) -> tuple[list[Pair], list[bool], str]:
-    """Published annotations of pairs (instruction, output_1, output_2, preference from 1 to 2,
-    annotator).
+    """Read published annotations of pairs in alpaca-eval's form.
 
-    Returns the pairs (output_2 as the answer), whether the annotator preferred the answer, and the
-    annotator's name. Ties are left out.
+    A row has instruction, output_1, output_2, a preference from 1 to 2, and annotator. Returns the
+    pairs (output_2 as the answer), whether the annotator preferred the answer, and the annotator's
+    name. Ties are left out.
     """
     rows = _json_list(path, ("instruction", "output_1", "output_2"))
-    # where a pair could not be annotated alpaca-eval writes null
+    # alpaca-eval writes null for a pair that could not be annotated
     if not all(
         "preference" in row and isinstance(row["preference"], int | float | None) for row in rows
     ):

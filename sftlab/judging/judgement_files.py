@@ -1,32 +1,67 @@
-"""What evaluations by a judge write and print alike: entries, records, the table of canaries."""
+"""What evaluations by a judge write and print alike: entries, records, warnings, sanity checks."""
 
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from sftlab.evaluation.answer_file import digest
+from sftlab.evaluation.answer_file import AnswerFile, digest
 from sftlab.files import write_json
+from sftlab.runs.environment import environment
+from sftlab.runs.run_directory import adapter_hash
 from sftlab.tables import aligned
 
 
+def verdict_file(folder: Path, judge: Mapping[str, Any]) -> AnswerFile:
+    """Open the judge's kept judgements in `folder`. The server's address does not matter for them.
+
+    `judge` holds the facts that name the judge.
+    """
+    settings = {name: fact for name, fact in judge.items() if name != "server"}
+    return AnswerFile(folder, settings, kind="verdicts")
+
+
+def entry_facts(
+    run: Path, title: str, rows: int, judge: Mapping[str, Any], checks: Sequence[Mapping[str, Any]]
+) -> dict[str, Any]:
+    """Returns what every entry holds: the run, the judge, its sanity checks and the machine.
+
+    `rows` is the number of questions, `checks` the rows of the sanity checks.
+    """
+    return {
+        "title": title,
+        "run": str(run),
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "adapter_hash": adapter_hash(run),
+        "rows": rows,
+        "judge": judge,
+        "judge_fit": all(row["passed"] for row in checks),
+        "canaries": checks,
+        **environment(),
+    }
+
+
 def keep_entry(path: Path, entry: Mapping[str, Any]) -> None:
-    """Put an entry into a file of them, in the place of one of the same title."""
+    """Add an entry to a file of entries. It replaces one of the same title."""
     entries = json.loads(path.read_text(encoding="utf-8"))["entries"] if path.is_file() else []
     kept = [one for one in entries if one["title"] != entry["title"]]
     write_json(path, {"entries": [*kept, entry]})
 
 
 def title_hash(title: str) -> str:
-    """What tells the files of one entry from those of another (hexadecimal, 8 digits)."""
+    """Returns what tells one entry's files from another's (8 hexadecimal digits)."""
     return hashlib.sha256(title.encode()).hexdigest()[:8]
 
 
 def write_records(
     folder: Path, name: str, title: str, **kinds: Sequence[Mapping[str, Any]]
 ) -> list[str]:
-    """A file of records, one a line, of each kind; their names hold a hash of the entry's title."""
+    """Write one file of JSON lines per kind of record.
+
+    Returns the files' names, which hold a hash of the entry's title.
+    """
     files = []
     for kind, records in kinds.items():
         files.append(f"{name}-{kind}-{title_hash(title)}.jsonl")
@@ -38,9 +73,9 @@ def write_records(
 def judgement_hashes(
     records: Mapping[str, Sequence[Mapping[str, Any]]], *keys: str
 ) -> dict[str, str]:
-    """The hash of each side's judgements with what was judged (`keys` of a record).
+    """Returns a hash of each side's judgements and of what was judged (`keys` of a record).
 
-    ValueError where two sides have the same.
+    Raises ValueError where both sides have the same hash.
     """
     found = {
         side: digest([[record[key] for key in keys] for record in one])
@@ -48,24 +83,53 @@ def judgement_hashes(
     }
     if len(set(found.values())) < len(found):
         raise ValueError(
-            "base and tuned have the same judgements (their hashes are alike): one model was taken "
-            "for the other, and "
-            "there is nothing to compare"
+            "base and tuned have the same judgements (their hashes are equal): one model was taken "
+            "for the other, and there is nothing to compare"
         )
     return found
 
 
+def unfit_warning(report: Mapping[str, Any]) -> list[str]:
+    """Returns a warning that names the sanity checks a judge failed, if it failed any."""
+    if report["judge_fit"]:
+        return []
+    failed = ", ".join(row["canary"] for row in report["canaries"] if not row["passed"])
+    return [f"the judge is UNFIT, it failed: {failed}; its verdicts on the models mean nothing"]
+
+
+def unfit_mark(report: Mapping[str, Any]) -> str:
+    """Returns what stands beside a score of an unfit judge."""
+    return "" if report["judge_fit"] else " (UNFIT judge)"
+
+
+def report_head(report: Mapping[str, Any], questions: str) -> str:
+    """Returns the first lines of a printed report: title, warnings and sanity checks.
+
+    `questions` says what the rows are.
+    """
+    fit = "fit" if report["judge_fit"] else "UNFIT"
+    return "\n".join(
+        [
+            f"\n{report['title']}: base against tuned of {report['run']} on {report['rows']} "
+            f"{questions}",
+            *(f"  warning: {warning}" for warning in report["warnings"]),
+            f"\n{sanity_check_table(report['canaries'])}",
+            f"  the judge is {fit}\n",
+        ]
+    )
+
+
 def share(one: Mapping[str, Any]) -> str:
-    """A share with its interval, in per cent."""
+    """Returns a share with its interval, in per cent."""
     if one["value"] is None:
         return "none"
     low, high = one["interval_95"]
     return f"{100 * one['value']:.1f} % [{100 * low:.1f}, {100 * high:.1f}]"
 
 
-def canary_table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """The canaries as lines of text."""
-    lines = [["canary", "expected", "found", "pairs", "", ""]]
+def sanity_check_table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Returns the sanity checks as lines of text."""
+    lines = [["sanity check", "expected", "found", "pairs", "", ""]]
     for row in rows:
         passed = "passed" if row["passed"] else "FAILED"
         lines.append(

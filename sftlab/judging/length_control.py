@@ -1,7 +1,4 @@
-"""Win rates and the length of answers:
-
-who wins when longer, and what remains at equal length (alpaca-eval's model).
-"""
+"""Win rates and the length of answers: by length, and at equal length by alpaca-eval's model."""
 
 import logging
 import warnings
@@ -15,28 +12,28 @@ from sftlab.evaluation.generation import Answer
 from sftlab.evaluation.significance import FEW_ROWS
 from sftlab.judging.pairwise import rate
 
-# Resamples of rows for the interval: each is a fit of its own.
+# bootstrap resamples for the interval; each is fitted anew
 RESAMPLES = 200
-# Rows won, or lost, below which a logistic model with one variable is not to be trusted (Peduzzi et
-# al. 1996).
+# A logistic model with one variable needs this many rows won, and as many lost (Peduzzi et al.
+# 1996).
 FEW_EVENTS = 10
-# Inverse regularization. Cross-validated it can shrink the constant to nothing, and every rate to a
-# half.
+# Inverse regularization strength. A cross-validated one can shrink the constant to 0 and every rate
+# to a half.
 STRENGTH = 100.0
 _MODEL = "length_controlled_minimal"
 
 
 def mean_characters(answers: Sequence[Answer]) -> dict[str, float]:
-    """The mean length of answers as AlpacaEval counts it."""
+    """Returns the mean length of answers in characters, as AlpacaEval counts it."""
     return {"mean_characters": sum(len(answer.text) for answer in answers) / len(answers)}
 
 
 def lengths(
     scores: Sequence[float | None], answers: Sequence[str], references: Sequence[str]
 ) -> dict[str, Any]:
-    """The references' mean characters.
+    """Returns how often longer and shorter answers won. A tie counts half.
 
-    How often an answer won that was longer, and that was shorter (ties: half).
+    The references' mean length in characters comes with it.
     """
     answer, reference = (np.array([len(text) for text in texts]) for texts in (answers, references))
     won = np.array([np.nan if one is None else one for one in scores], dtype=float)
@@ -55,14 +52,12 @@ def length_controlled(
     references: Sequence[str],
     seed: int = 0,
 ) -> dict[str, Any] | None:
-    """Win rates in per cent at equal length, by side, with 95 % intervals.
+    """Returns win rates in per cent at equal length, by side, with 95 % bootstrap intervals.
 
-    And of two sides their difference.
-
-    alpaca-eval's logistic model in the difference of lengths (Dubois et al. 2024, arXiv:2404.04475)
-    without its terms for the difficulty of instructions, which were fitted to GPT-4: here it is
-    fitted to the own judge's verdicts alone. Intervals by bootstrap over rows. None where the rows,
-    or those won or lost, are too few to fit it.
+    With two sides their difference comes too. The model is alpaca-eval's logistic one in the
+    difference of lengths (Dubois et al. 2024, arXiv:2404.04475), fitted to this judge's verdicts
+    alone. Its terms for the difficulty of instructions are left out, because they were fitted to
+    GPT-4. Returns None where too few rows were won or lost for a fit.
     """
     known = [
         i for i in range(len(references)) if all(one[i] is not None for one in scores.values())
@@ -100,7 +95,7 @@ def length_controlled(
 
 
 def _design(scores: np.ndarray, difference: np.ndarray) -> tuple[Any, Any]:
-    """The model's table of rows with their scores, and its one row of no difference in length."""
+    """Returns the model's table of rows, and its one row of no difference in length."""
     import pandas
 
     glm = alpaca_metrics()
@@ -111,12 +106,12 @@ def _design(scores: np.ndarray, difference: np.ndarray) -> tuple[Any, Any]:
 
 
 def _fit(table: Any, equal: Any) -> float:
-    """The win rate at no difference in length, regularized as alpaca-eval's fits are by default."""
+    """Returns the win rate in per cent at no difference in length."""
     seen = set(table["preference"])
     if seen in ({0.0}, {1.0}):  # a resample of one class: nothing to fit
         return 100 * seen.pop()
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of scikit-learn's coming changes
+        warnings.simplefilter("ignore")  # about coming changes of scikit-learn
         model = alpaca_metrics().fit_LogisticRegressionCV(
             table, "preference", n_splits=0, C=STRENGTH
         )
@@ -124,7 +119,7 @@ def _fit(table: Any, equal: Any) -> float:
 
 
 def alpaca_metrics() -> Any:
-    """alpaca-eval's module of the length-controlled win rate."""
+    """Import alpaca-eval's module of the length-controlled win rate."""
     with quiet_alpaca():
         from alpaca_eval.metrics import glm_winrate
     return glm_winrate
@@ -132,9 +127,9 @@ def alpaca_metrics() -> Any:
 
 @contextmanager
 def quiet_alpaca() -> Iterator[None]:
-    """Imported, alpaca-eval sets the root logger to INFO and warns of a deprecated module:
+    """Hide what alpaca-eval does when it is imported.
 
-    neither is seen.
+    It sets the root logger to INFO and warns about a deprecated module.
     """
     level = logging.getLogger().level
     with warnings.catch_warnings():

@@ -1,7 +1,4 @@
-"""Base and tuned of a run as they answer a judge's questions:
-
-under the run's template, kept, loaded only if needed.
-"""
+"""Base's and tuned's answers for a judge, generated under the run's template and kept."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, replace
@@ -14,6 +11,7 @@ from peft import PeftModel
 from transformers import AutoConfig
 
 from sftlab.data.chat_template import prompt_ids
+from sftlab.data.formats import Message
 from sftlab.evaluation.answer_file import AnswerFile, digest, fill
 from sftlab.evaluation.base_and_tuned import answering, load_pair, model_settings, run_tokenizer
 from sftlab.evaluation.generation import (
@@ -24,14 +22,9 @@ from sftlab.evaluation.generation import (
     longest_prompt,
 )
 
-Conversation = list[dict[str, str]]
-
 
 class Contestants:
-    """The two models of a finished run.
-
-    Answers are kept in RUN/eval/answers-*.jsonl, whatever asks for them.
-    """
+    """The two models of a finished run. Answers are kept in RUN/eval/answers-*.jsonl."""
 
     def __init__(self, folder: Path, run: dict[str, Any], batch_size: int) -> None:
         self.folder, self.run, self.batch_size = folder, run, batch_size
@@ -52,24 +45,22 @@ class Contestants:
 
     @cached_property
     def model(self) -> PeftModel:
-        """Both models, loaded at the first answer that is not kept."""
+        """Returns both models, loaded at the first answer that is not kept."""
         return load_pair(self.folder, self.run)
 
     def free(self) -> None:
-        """Give the memory back: the judge comes next."""
+        """Free the models' memory for the judge."""
         self.__dict__.pop("model", None)
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
     def answers(
-        self, side: str, conversations: Sequence[Conversation], sampling: Sampling, title: str
+        self, side: str, conversations: Sequence[list[Message]], sampling: Sampling, title: str
     ) -> list[Answer]:
-        """The answers of base or tuned.
+        """Returns the answers of one side, base or tuned.
 
-        Of a prompt without room for one the middle is cut, and counted.
-
-        Where tokens are drawn, an answer depends on its batch: other conversations or another size
-        are other answers.
+        A prompt that leaves no room for an answer is cut in the middle and counted. A sampled
+        answer depends on its batch, so other conversations or another batch size give other ones.
         """
         longest = longest_prompt(self.config, sampling)
         if longest < 1:
@@ -100,11 +91,11 @@ class Contestants:
         return [file.found[side, key] for key in keys]
 
     def draws(
-        self, conversations: Sequence[Conversation], sampling: Sampling, title: str
+        self, conversations: Sequence[list[Message]], sampling: Sampling, title: str
     ) -> list[list[Answer]]:
-        """Two answers of the base model to each, drawn alike with other seeds:
+        """Returns two sampled answers of the base model to each conversation, from two seeds.
 
-        what differs between them is chance.
+        They differ by chance alone.
         """
         seeds = (sampling.seed + 1000, sampling.seed + 2000)
         return [
@@ -114,19 +105,17 @@ class Contestants:
 
 
 def refuse_twins(facts: dict[str, dict[str, Any]]) -> None:
-    """ValueError where base and tuned gave the same answers: there is nothing to compare."""
+    """Raise ValueError where base and tuned gave the same answers."""
     if facts["base"]["hash"] == facts["tuned"]["hash"]:
         raise ValueError(
-            "base and tuned gave the same answers word for word (their hashes are alike): either "
-            "the adapter changes "
-            "nothing, or one model was taken for the other; there is nothing to judge"
+            "base and tuned gave the same answers word for word (their hashes are equal): the "
+            "adapter changes nothing, or one model was taken for the other; there is nothing to "
+            "judge"
         )
 
 
 def _without_middle(prompt: list[int], longest: int) -> list[int]:
+    if len(prompt) <= longest:
+        return prompt
     head = longest // 2
-    return (
-        prompt
-        if len(prompt) <= longest
-        else prompt[:head] + prompt[len(prompt) - (longest - head) :]
-    )
+    return prompt[:head] + prompt[len(prompt) - (longest - head) :]

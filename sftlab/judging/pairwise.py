@@ -1,7 +1,4 @@
-"""Answers compared in pairs:
-
-each pair judged in both orders, what follows from the two verdicts, and how often.
-"""
+"""Answers compared in pairs: each pair is judged in both orders, and the verdicts are counted."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -11,16 +8,18 @@ from scipy.stats import binomtest
 
 from sftlab.evaluation.answer_file import AnswerFile
 from sftlab.evaluation.significance import Paired, compare, mean
-from sftlab.judging.judges import JudgeFormat, Judge, ask, longest_fitting
+from sftlab.judging.asking import ask, longest_fitting
+from sftlab.judging.judge_formats import JudgeFormat, Messages
+from sftlab.judging.judges import Judge
 from sftlab.judging.verdict_parsing import Verdict, contradicts
 
 ORDERS = ("answer first", "reference first")
-# what each order's verdict says of the answer
+# the answer's score by the verdict, for each order
 _SAYS = ({"A": 1.0, "B": 0.0, "C": 0.5}, {"A": 0.0, "B": 1.0, "C": 0.5})
 
 
 class Pair(NamedTuple):
-    """One instruction with the answer that is judged and the reference that it is compared with."""
+    """One instruction, the answer that is judged, and the reference it is compared with."""
 
     row: int
     instruction: str
@@ -29,9 +28,10 @@ class Pair(NamedTuple):
 
 
 def score(verdicts: Sequence[Verdict]) -> float | None:
-    """The verdicts of the two orders as one:
+    """Returns one score of the two orders' verdicts.
 
-    1 won, 0 lost, 0.5 a tie or a disagreement, None where one is unparsed.
+    It is 1 for a win, 0 for a loss, 0.5 for a tie or a disagreement, and None where a verdict is
+    unparsed.
     """
     says = [_SAYS[order].get(verdict) for order, verdict in enumerate(verdicts)]
     if None in says:
@@ -42,50 +42,51 @@ def score(verdicts: Sequence[Verdict]) -> float | None:
 def judge_pairs(
     judge: Judge, style: JudgeFormat, pairs: Sequence[Pair], file: AnswerFile, size: int, title: str
 ) -> list[dict[str, Any]]:
-    """One record a pair: prompts, judgements, verdicts and contradictions of both orders, and its
-    `score`.
+    """Judge each pair in both orders.
+
+    Returns one record per pair, with the prompts, judgements, verdicts and contradictions of both
+    orders, and its `score`.
     """
-    prompts, cut = [], []
-    for pair in pairs:
-        texts = {"answer": pair.answer, "reference": pair.reference}
-        for a, b in (("answer", "reference"), ("reference", "answer")):
-
-            def build(
-                kept: Mapping[str, str], a: str = a, b: str = b, instruction: str = pair.instruction
-            ) -> list:
-                return style.messages(
-                    "pair", instruction=instruction, answer_a=kept[a], answer_b=kept[b]
-                )
-
-            prompt, lost = longest_fitting(judge, build, texts)
-            prompts.append(prompt)
-            cut.append(lost)
+    orders = (("answer", "reference"), ("reference", "answer"))
+    fitted = [_prompt(judge, style, pair, *order) for pair in pairs for order in orders]
+    prompts, cut = [prompt for prompt, _ in fitted], [lost for _, lost in fitted]
     judged = ask(judge, prompts, file, size, title)
     records = []
     for place, pair in enumerate(pairs):
         both = slice(2 * place, 2 * place + 2)
         texts = [judgement.text for judgement in judged[both]]
         verdicts = [style.read("pair", text) for text in texts]
-        record = {
-            **pair._asdict(),
-            "prompts": prompts[both],
-            "judgements": texts,
-            "verdicts": verdicts,
-        }
-        record |= {
-            "contradictions": [
-                contradicts(text, v) for text, v in zip(texts, verdicts, strict=True)
-            ]
-        }
-        record |= {"characters_cut": max(cut[both]), "score": score(verdicts)}
-        records.append(record)
+        pairs_of_words = zip(texts, verdicts, strict=True)
+        records.append(
+            {
+                **pair._asdict(),
+                "prompts": prompts[both],
+                "judgements": texts,
+                "verdicts": verdicts,
+                "contradictions": [contradicts(text, verdict) for text, verdict in pairs_of_words],
+                "characters_cut": max(cut[both]),
+                "score": score(verdicts),
+            }
+        )
     return records
 
 
-def rate(count: int, number: int) -> dict[str, Any]:
-    """A share of `number` with Wilson's score interval (1927).
+def _prompt(judge: Judge, style: JudgeFormat, pair: Pair, a: str, b: str) -> tuple[Messages, int]:
+    """Returns the prompt that shows `a` before `b` (answer, reference), and the characters cut."""
 
-    No value where there is nothing to share.
+    def build(kept: Mapping[str, str]) -> Messages:
+        return style.messages(
+            "pair", instruction=pair.instruction, answer_a=kept[a], answer_b=kept[b]
+        )
+
+    texts = {"answer": pair.answer, "reference": pair.reference}
+    return longest_fitting(judge, build, texts)
+
+
+def rate(count: int, number: int) -> dict[str, Any]:
+    """Returns `count` of `number` as a share with Wilson's score interval (1927).
+
+    The value is None where `number` is 0.
     """
     if not number:
         return {"value": None, "interval_95": [None, None]}
@@ -94,23 +95,22 @@ def rate(count: int, number: int) -> dict[str, Any]:
 
 
 def parts(scores: Sequence[float | None]) -> np.ndarray:
-    """Scores (None: unparsed) as the parts [rows, 2] whose `mean` is that of the parsed ones."""
+    """Returns scores as parts [rows, 2], whose `mean` leaves out unparsed ones (None)."""
     return np.array(
         [(0.0, 0.0) if one is None else (one, 1.0) for one in scores], dtype=float
     ).reshape(-1, 2)
 
 
 def mean_of_parsed(sums: np.ndarray) -> np.ndarray:
-    """`mean`, but 0 of a resample in which nothing is parsed."""
+    """Returns `mean` of parts, or 0 for a resample in which nothing is parsed."""
     return mean(np.where(sums[..., 1:] > 0, sums, (0.0, 1.0)))
 
 
 def win_rates(base: Sequence[float | None], tuned: Sequence[float | None]) -> dict[str, Any]:
-    """Win rates in per cent of both models, their difference, 95 % intervals and p-value (paired
-    bootstrap over rows).
+    """Returns both models' win rates in per cent, their difference, 95 % intervals and p-value.
 
-    Where all rows of a model say the same a bootstrap would claim certainty: its interval is
-    Wilson's then.
+    Intervals and p come from a paired bootstrap over rows. A model that wins or loses every row
+    gets Wilson's interval instead, because a bootstrap would claim certainty there.
     """
     found = compare(
         {
@@ -129,15 +129,16 @@ def win_rates(base: Sequence[float | None], tuned: Sequence[float | None]) -> di
 
 
 def tally(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """What a judge did with pairs:
+    """Count what a judge did with pairs.
 
-    ties, unparsed, agreement of the two orders, preference for the first answer.
+    Returns wins, losses and ties, the share of unparsed verdicts, the agreement of the two orders,
+    the preference for the first answer, and contradictions.
     """
     scores = [record["score"] for record in records]
     parsed = [record for record in records if record["score"] is not None]
     verdicts = [verdict for record in records for verdict in record["verdicts"]]
     decided = [verdict for verdict in verdicts if verdict in ("A", "B")]
-    # alpaca-eval's annotators draw which answer they show first, and do not say it
+    # alpaca-eval's annotators choose which answer comes first and do not tell
     first = [] if any("annotation" in record for record in records) else decided
     agreeing = sum(says_the_same(record["verdicts"]) for record in parsed)
     contradictions = sum(sum(record["contradictions"]) for record in records)
@@ -160,5 +161,5 @@ def tally(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def says_the_same(verdicts: Sequence[Verdict]) -> bool:
-    """Whether the two orders' verdicts name the same answer, or both a tie."""
+    """Whether the two orders' verdicts name the same answer, or both say tie."""
     return _SAYS[0].get(verdicts[0]) == _SAYS[1].get(verdicts[1])

@@ -1,7 +1,4 @@
-"""Answers rated one by one on a judge's own scale:
-
-MT-Bench's two turns, canaries of ratings, and means.
-"""
+"""Answers rated one by one on a judge's own scale: ratings, sanity checks of them, and means."""
 
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -12,20 +9,21 @@ import numpy as np
 
 from sftlab.evaluation.answer_file import AnswerFile
 from sftlab.evaluation.significance import Paired, add_holm, compare
-from sftlab.judging.judges import JudgeFormat, Judge, ask, longest_fitting
+from sftlab.judging.asking import ask, longest_fitting
+from sftlab.judging.judge_formats import JudgeFormat, Messages
+from sftlab.judging.judges import Judge
 from sftlab.judging.pairwise import mean_of_parsed, parts, rate
 from sftlab.judging.sanity_checks import CHANCE, OVER_SHUFFLED, UNPARSED_REFUSED
 from sftlab.runs.run_directory import SIDES
 from sftlab.tables import percent
 
-# Sampling temperatures of the answers, as published (FastChat, llm_judge); 0 in the other
-# categories.
+# published sampling temperatures by category (FastChat, llm_judge); the other categories have 0
 TEMPERATURES = {"writing": 0.7, "roleplay": 0.7, "stem": 0.1, "humanities": 0.1}
 _SOURCE = "https://github.com/lm-sys/FastChat/tree/main/fastchat/llm_judge/data/mt_bench"
 
 
 class Question(NamedTuple):
-    """Two turns of a user; `references` are right answers to them, where there are any."""
+    """A user's two turns. `references` are right answers to them, or None."""
 
     number: int
     category: str
@@ -34,12 +32,12 @@ class Question(NamedTuple):
 
     @property
     def temperature(self) -> float:
-        """At which it is answered."""
+        """Returns the sampling temperature of its answers."""
         return TEMPERATURES.get(self.category, 0.0)
 
 
 class Answered(NamedTuple):
-    """A question and the answers to its first turn, or to both: the last one is rated."""
+    """A question and the answers to its first turn or to both. The last answer is rated."""
 
     question: Question
     answers: list[str]
@@ -49,9 +47,9 @@ Rated = Callable[[Sequence[Answered], str], list[dict[str, Any]]]
 
 
 def read_questions(questions: Path, references: Path) -> list[Question]:
-    """MT-Bench's questions with the reference answers to some of them.
+    """Read MT-Bench's questions, with reference answers to some of them.
 
-    ValueError says what is wrong with a file.
+    Raises ValueError where a file has another form.
     """
     right = {
         row["question_id"]: row["choices"][0]["turns"] for row in _lines(references, "choices")
@@ -64,8 +62,8 @@ def read_questions(questions: Path, references: Path) -> list[Question]:
         raise ValueError(f"{questions} has questions of other than two turns")
     if not any(question.references for question in found):
         raise ValueError(
-            f"{references} has no answer to any question of {questions}: the judge could not be "
-            "tried"
+            f"{references} has no answer to any question of {questions}: the judge needs some for "
+            "its sanity checks"
         )
     return found
 
@@ -78,32 +76,13 @@ def rate_answers(
     file: AnswerFile,
     size: int,
 ) -> list[dict[str, Any]]:
-    """One record an answer: prompt, judgement and `rating` (None: unparsed).
+    """Returns one record per answer, with prompt, judgement and `rating` (None: unparsed).
 
-    A second turn is judged with the first.
-
-    Reference answers are shown where there are some. What does not fit the judge is cut from the
-    answers' middle.
+    A second turn is judged with the first in view. The judge sees reference answers where there
+    are some. Answers that do not fit its context are cut in the middle.
     """
-    prompts, cut = [], []
-    for question, answers in answered:
-        turn = len(answers)
-        fields = {f"question_{i + 1}": question.turns[i] for i in range(turn)}
-        if question.references:
-            fields |= {f"reference_{i + 1}": question.references[i] for i in range(turn)}
-        kind = f"turn_{turn}_reference" if question.references else f"turn_{turn}"
-
-        def build(
-            texts: Mapping[str, str], kind: str = kind, fields: Mapping[str, str] = fields
-        ) -> list:
-            return style.messages(kind, **fields, **texts)
-
-        prompt, lost = longest_fitting(
-            judge, build, {f"answer_{i + 1}": text for i, text in enumerate(answers)}
-        )
-        prompts.append(prompt)
-        cut.append(lost)
-    judged = ask(judge, prompts, file, size, title)
+    fitted = [_prompt(judge, style, one) for one in answered]
+    judged = ask(judge, [prompt for prompt, _ in fitted], file, size, title)
     return [
         {
             "question_id": one.question.number,
@@ -115,16 +94,32 @@ def rate_answers(
             "rating": style.read("score", judgement.text),
             "characters_cut": lost,
         }
-        for one, prompt, judgement, lost in zip(answered, prompts, judged, cut, strict=True)
+        for one, (prompt, lost), judgement in zip(answered, fitted, judged, strict=True)
     ]
+
+
+def _prompt(judge: Judge, style: JudgeFormat, answered: Answered) -> tuple[Messages, int]:
+    """Returns the prompt that asks for a rating, and the characters cut from the answers."""
+    question, answers = answered
+    turn = len(answers)
+    fields = {f"question_{i + 1}": question.turns[i] for i in range(turn)}
+    if question.references:
+        fields |= {f"reference_{i + 1}": question.references[i] for i in range(turn)}
+    kind = f"turn_{turn}_reference" if question.references else f"turn_{turn}"
+    return longest_fitting(
+        judge,
+        lambda texts: style.messages(kind, **fields, **texts),
+        {f"answer_{i + 1}": text for i, text in enumerate(answers)},
+    )
 
 
 def right_over_shuffled(
     rated: Rated, questions: Sequence[Question]
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """The canary of reference answers against those to other questions:
+    """Check that reference answers are rated above reference answers to other questions.
 
-    how often the right one is rated higher.
+    Returns the check's row and the records behind it. `value` is the share of pairs in which the
+    right answer is rated higher; equal ratings count half.
     """
     known = [question for question in questions if question.references]
     others = known[len(known) // 2 :] + known[: len(known) // 2]
@@ -152,9 +147,9 @@ def right_over_shuffled(
 def noise_floor(
     one: Sequence[Mapping[str, Any]], two: Sequence[Mapping[str, Any]]
 ) -> dict[str, Any]:
-    """The canary of one model's answers drawn twice:
+    """Check that two samples of one model are rated alike.
 
-    `value` is the share of pairs whose first is rated higher.
+    Returns the check's row. `value` is the share of pairs whose first sample is rated higher.
     """
     pairs = [(a["rating"], b["rating"]) for a, b in zip(one, two, strict=True)]
     pairs = [pair for pair in pairs if None not in pair]
@@ -176,7 +171,7 @@ def noise_floor(
 
 
 def unparsed(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """The share of ratings without a verdict, as a canary."""
+    """Returns the share of judgements without a rating, as a row of the sanity checks."""
     row = {
         "canary": "unparsed",
         "expected": f"at most {percent(UNPARSED_REFUSED)}",
@@ -188,12 +183,11 @@ def unparsed(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def mean_ratings(records: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, dict[str, Any]]:
-    """Mean rating of both sides overall, by turn and by category.
+    """Returns both sides' mean rating overall, by turn and by category.
 
-    Difference, intervals and p-values (after Holm).
-
-    A question's two turns are drawn together: they hang together. A group in which a side has no
-    rating is left out.
+    Each comes with the difference, intervals and p-values (after Holm). The bootstrap draws a
+    question's two turns together, because they depend on each other. A group in which a side has
+    no rating is left out.
     """
     groups: dict[str, Callable[[Mapping[str, Any]], bool]] = {"overall": lambda _: True}
     groups |= {f"turn {turn}": lambda one, turn=turn: one["turn"] == turn for turn in (1, 2)}

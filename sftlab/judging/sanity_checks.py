@@ -1,4 +1,4 @@
-"""Whether a judge can be believed: what it says where the right answer is known beforehand."""
+"""Sanity checks of a judge: its verdicts on pairs whose right verdict is known."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -8,22 +8,18 @@ from scipy.stats import binomtest
 from sftlab.judging.pairwise import Pair, rate, tally
 from sftlab.tables import percent
 
-# A good answer must beat one to another instruction this often; an interval that ends below it
-# fails.
+# A good answer must beat an answer to another instruction this often. The check fails where the
+# interval ends below it.
 OVER_SHUFFLED = 0.95
-# Judgements without a verdict beyond which nothing is said, and beyond which it is said on top.
+# shares of unparsed judgements above which no score is given, and above which a warning is
 UNPARSED_REFUSED, UNPARSED_SAID = 0.05, 0.01
 CONTRADICTIONS = 0.05
-# Of two equal models the better one is found by chance: so unlikely a split of wins and losses
-# fails.
+# Two samples of one model win and lose by chance. A split less likely than this fails.
 CHANCE = 0.01
 
 
 def shuffled(pairs: Sequence[Pair]) -> list[Pair]:
-    """Each answer against the one to another instruction:
-
-    half the list on, so that no answer meets itself.
-    """
+    """Returns pairs of each answer with the answer to another instruction, half the list on."""
     step = max(1, len(pairs) // 2)
     others = [pairs[(place + step) % len(pairs)] for place in range(len(pairs))]
     return [
@@ -32,16 +28,15 @@ def shuffled(pairs: Sequence[Pair]) -> list[Pair]:
 
 
 def spread(items: Sequence[Any], count: int) -> list[Any]:
-    """At most `count` of the items, evenly spread."""
+    """Returns at most `count` of the items, evenly spread."""
     count = min(count, len(items))
     return [items[place * len(items) // count] for place in range(count)]
 
 
-class Canaries:
-    """Asks a judge of pairs and collects a row each: what is expected, what was found, whether it
-    passed.
+class SanityChecks:
+    """Runs sanity checks and collects a row of each: what was expected, what was found, passed.
 
-    `judged` (pairs and a title) gives the records of pairs, as `judge_pairs` does.
+    `judged` takes pairs and a title and returns records, as `judge_pairs` does.
     """
 
     def __init__(self, judged: Callable[[Sequence[Pair], str], list[dict[str, Any]]]) -> None:
@@ -50,15 +45,13 @@ class Canaries:
         self.records: list[dict[str, Any]] = []
 
     def same_answer(self, pairs: Sequence[Pair]) -> None:
-        """An answer against itself: half after the swap, by construction.
+        """Judge an answer against itself.
 
-        How often the first is preferred tells.
+        It wins half the time after the swap, by construction. The note says how often the judge
+        prefers the first answer.
         """
-        found = tally(
-            self._judged(
-                "same answer twice", [pair._replace(reference=pair.answer) for pair in pairs]
-            )
-        )
+        twice = [pair._replace(reference=pair.answer) for pair in pairs]
+        found = tally(self._judged("same answer twice", twice))
         row = self._add("same answer twice", "50 % after the swap", found)
         first = found["first_preferred"]["value"]
         row["note"] = (
@@ -66,13 +59,13 @@ class Canaries:
         )
 
     def over_shuffled(self, pairs: Sequence[Pair]) -> None:
-        """Good answers against answers to other instructions."""
+        """Judge good answers against answers to other instructions."""
         found = tally(self._judged("good over shuffled", shuffled(pairs)))
         row = self._add("good over shuffled", f"over {percent(OVER_SHUFFLED)}", found)
         row["passed"] &= not row["passed"] or row["interval_95"][1] >= OVER_SHUFFLED
 
     def noise_floor(self, pairs: Sequence[Pair]) -> None:
-        """One model against itself, both answers drawn: whichever wins, wins by chance."""
+        """Judge two samples of one model against each other. Either wins by chance."""
         found = tally(self._judged("base against base", pairs))
         row = self._add("base against base", "50 % within chance", found)
         decided = found["wins"] + found["losses"]
@@ -80,10 +73,10 @@ class Canaries:
         row["note"] = f"{found['wins']} won, {found['losses']} lost"
 
     def agreement(self, pairs: Sequence[Pair], preferred: Sequence[bool], whose: str) -> None:
-        """Whether the judge prefers what another judge preferred (True: the answer, not the
-        reference); a tie is half.
+        """Check that the judge prefers what another judge preferred. A tie counts half.
 
-        One model may be preferred nearly always: the two kinds of pairs are said apart too.
+        `preferred` is True where that judge preferred the answer to the reference. The note counts
+        the two kinds of pairs apart, because one model may win nearly always.
         """
         records = self._judged(f"agreement with {whose}", pairs)
         row = self._add(f"agreement with {whose}", "over 50 %", tally(records))
@@ -107,9 +100,9 @@ class Canaries:
         )
 
     def behaviour(self, records: Sequence[dict[str, Any]]) -> None:
-        """What every judgement made so far must keep to:
+        """Check that judgements hold a verdict, and none that contradicts its own words.
 
-        a verdict, and none against its own words.
+        All judgements of the earlier checks count, and `records`.
         """
         found = tally([*self.records, *records])
         for what, limit in (("unparsed", UNPARSED_REFUSED), ("contradictions", CONTRADICTIONS)):
@@ -125,7 +118,7 @@ class Canaries:
 
     @property
     def fit(self) -> bool:
-        """Whether the judge passed all of them."""
+        """Whether the judge passed all checks."""
         return all(row["passed"] for row in self.rows)
 
     def _judged(self, name: str, pairs: Sequence[Pair]) -> list[dict[str, Any]]:

@@ -1,8 +1,7 @@
-"""What a judge's text says: the verdict in the judge's own format, and whether the words before it
-say the opposite.
+"""Read a judge's text: its verdict, and whether its words contradict the verdict.
 
-A text that does not hold exactly one verdict, in that format and on that scale, is unparsed (None).
-It is never read as a tie or as a middle score.
+A text without exactly one verdict, in the judge's format and on its scale, is unparsed (None). It
+is never read as a tie or as a middle score.
 """
 
 import re
@@ -10,12 +9,11 @@ from collections.abc import Callable
 
 Verdict = str | float | None
 
-# What may stand around a verdict without changing it: "[RESULT] (A)", "[RESULT]: **B**." and the
-# like.
+# what may stand around a verdict, as in "[RESULT] (A)" and "[RESULT]: **B**."
 _OPEN = r"[\s:=\"'“”‘’`*_(\[]*"
 _CLOSE = r"[^\S\n\"'“”‘’`*_)\].]*[\"'“”‘’`*_)\].\t ]*$"
 _MARK = r"\[RESULT\]"
-# The format as the prompt words it: a judge that repeats the prompt has not judged yet.
+# the format in the prompt's own words, which a judge may repeat before its verdict
 _ECHO = re.compile(_MARK + r"\s*\((?:A or B|an integer number between 1 and 5)\)", re.IGNORECASE)
 _LETTER = re.compile(rf"{_MARK}{_OPEN}(?:Response\s+)?([AB]){_CLOSE}", re.IGNORECASE | re.MULTILINE)
 _INTEGER = re.compile(
@@ -25,27 +23,27 @@ _DOUBLE_LETTER = re.compile(r"\[\[\s*([ABC])\s*\]\]")
 _DOUBLE_NUMBER = re.compile(
     r"\[\[\s*(?:rating:?\s*)?(\d+(?:\.\d+)?)(?:\s*/\s*10)?\s*\]\]", re.IGNORECASE
 )
-# FastChat's own second try, but where the word stands before it: "[7]" alone may be a footnote.
+# FastChat's second pattern, only behind the word "rating": "[7]" alone may be a footnote
 _RATED = re.compile(r"\brating\W{1,4}\[(\d+(?:\.\d+)?)\]", re.IGNORECASE)
 
 
 def result_pair(text: str) -> Verdict:
-    """Prometheus 2, relative: `[RESULT] A` or `[RESULT] B`, each at the end of a line."""
+    """Returns Prometheus 2's verdict: `[RESULT] A` or `[RESULT] B` at the end of a line."""
     return _marked(text, _LETTER, str.upper)
 
 
 def result_score(text: str) -> Verdict:
-    """Prometheus 2, absolute: `[RESULT]` and an integer from 1 to 5 at the end of a line."""
+    """Returns Prometheus 2's rating: `[RESULT]` and an integer from 1 to 5 at the end of a line."""
     return _in_scale(_marked(text, _INTEGER, float), 1, 5)
 
 
 def brackets_pair(text: str) -> Verdict:
-    """LLM-as-a-judge (Zheng et al. 2023), pairwise: `[[A]]`, `[[B]]`, or `[[C]]` for a tie."""
+    """Returns LLM-as-a-judge's verdict (Zheng et al. 2023): `[[A]]`, `[[B]]`, or `[[C]]` (tie)."""
     return _the_one(_DOUBLE_LETTER.findall(text))
 
 
 def brackets_score(text: str) -> Verdict:
-    """LLM-as-a-judge, single: `[[rating]]` from 1 to 10."""
+    """Returns LLM-as-a-judge's rating: `[[rating]]` from 1 to 10."""
     found = _DOUBLE_NUMBER.findall(text) or _RATED.findall(text)
     return _in_scale(_the_one([float(number) for number in found]), 1, 10)
 
@@ -82,7 +80,7 @@ _BETTER = (
 )
 _WORSE = r"(?:worse|inferior|weaker|falls short|(?:outperformed|surpassed)\s+by)"
 _GAP = rf"(?P<gap>(?:(?!{_KIND}(?-i:[AB])\b)[^.;!?\n]){{0,60}}?\b)"
-# each with whether it names the worse answer
+# patterns, and whether the answer they name is the worse one
 _SAYINGS = [
     (rf"\b{_KIND}{_LETTERED}{_GAP}{_WORSE}\b", True),
     (rf"\b{_KIND}{_LETTERED}{_GAP}{_BETTER}\b", False),
@@ -100,11 +98,10 @@ _CLAUSE = re.compile(
 
 
 def praised(text: str) -> str | None:
-    """A or B: the answer that the words of a pairwise judgement call better, None where they do not
-    say it plainly.
+    """Returns the answer (A or B) that a judgement's words call better, or None where unclear.
 
-    English alone is read; the last clause that compares decides. It is a check on judges, never a
-    verdict.
+    Only English is read, and the last clause that compares decides. It checks judges and is never
+    a verdict.
     """
     found = None
     for clause in _CLAUSE.split(_without_verdict(text)):
@@ -122,9 +119,7 @@ def praised(text: str) -> str | None:
 
 
 def contradicts(text: str, verdict: Verdict) -> bool:
-    """Whether the words of a pairwise judgement call the one answer better and its verdict names
-    the other.
-    """
+    """Whether a judgement's words call one answer better and its verdict names the other."""
     words = praised(text) if verdict in ("A", "B") else None
     return words is not None and words != verdict
 

@@ -1,8 +1,7 @@
-"""Negative log-likelihood of responses and whole texts: summed over tokens, never averaged over
-batches.
+"""Negative log-likelihood of responses and whole texts, summed over tokens.
 
-`eval_loss` of a trainer averages per-batch means, which depends on the batch size; perplexity here
-is exp(sum of negative log-likelihoods / number of tokens).
+A trainer's `eval_loss` averages per-batch means, which depend on the batch size. Perplexity here is
+exp(sum of negative log-likelihoods / number of tokens).
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -15,10 +14,9 @@ from trl.trainer.utils import add_fused_lm_head
 
 
 class Likelihood(NamedTuple):
-    """Per row [rows, 2]: summed negative log-likelihood in nats, and number of tokens.
+    """Summed negative log-likelihood in nats, and number of tokens, per row [rows, 2].
 
-    `response` is over the response and its end token, `text` over the whole text but its first
-    token.
+    `response` covers the response and its end token, `text` the whole text but its first token.
     """
 
     response: np.ndarray
@@ -26,13 +24,14 @@ class Likelihood(NamedTuple):
 
 
 def nats_per_token(parts: np.ndarray) -> float:
-    """Mean over the corpus of parts [rows, 2]."""
+    """Returns nats per token over all rows of parts [rows, 2]."""
     return float(parts[:, 0].sum() / parts[:, 1].sum())
 
 
 def with_fused_head(model: PreTrainedModel) -> PreTrainedModel:
-    """Let `model(..., fused_lm_head=True)` return per-token log-probabilities without whole-batch
-    logits.
+    """Let `model(..., fused_lm_head=True)` return per-token log-probabilities.
+
+    It never holds the logits of a whole batch. Returns the model.
     """
     add_fused_lm_head(model)
     return model
@@ -45,12 +44,11 @@ def likelihood(
     gather: Callable[[Any], Any] = lambda x: x,
     names: Sequence[int] | None = None,
 ) -> Likelihood:
-    """Score padded batches (`input_ids`, `attention_mask`, `labels`: [rows, tokens]) with a fused-
-    head model.
+    """Score padded batches (`input_ids`, `attention_mask`, `labels`: [rows, tokens]).
 
-    `gather` brings the rows of all processes together (accelerate's `gather_for_metrics`). Raises
-    ValueError with the row's number (that in `names`, if given) where the model gives no finite
-    probability.
+    The model needs a fused head. `gather` collects the rows of all processes (accelerate's
+    `gather_for_metrics`). Raises ValueError with the row's number (its name in `names`, if given)
+    where the model gives no finite probability.
     """
     collected = []
     for batch in batches:
@@ -60,7 +58,7 @@ def likelihood(
             **batch | {"labels": labels}, use_cache=False, fused_lm_head=True
         ).log_probs.double()
         response = batch["labels"][:, 1:] != -100
-        # where, not a product: a nan outside the response would spread into it
+        # not a product, because a NaN outside the response would spread into it
         in_response = torch.where(response, nll, 0.0).sum(dim=1)
         parts = [in_response, response.sum(dim=1), nll.sum(dim=1), real[:, 1:].sum(dim=1)]
         collected.append(gather(torch.stack([part.double() for part in parts], dim=1)))
@@ -76,11 +74,10 @@ def likelihood(
 
 @torch.no_grad()
 def nats_of_the_token_read(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> float:
-    """Mean nats at which the model, having read a token, predicts that same token again, on one
-    padded batch.
+    """Returns the mean nats at which the model predicts the token it has just read.
 
-    A model trained on labels that were not shifted by one predicts what it reads: this is then
-    lower than the nats of the next token.
+    A model trained on labels that were not shifted by one predicts what it reads. This is then
+    lower than the nats of the next token. `batch` is padded.
     """
     real = batch["attention_mask"].bool()
     inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}

@@ -1,4 +1,4 @@
-"""The base model: what can be checked before its weights are loaded, and how they are loaded."""
+"""The base model: checks before its weights are loaded, and how they are loaded."""
 
 from pathlib import Path
 from typing import Any
@@ -16,14 +16,14 @@ from transformers.pytorch_utils import Conv1D
 
 from sftlab.config.recipe import ModelArguments, TrainingArguments
 
-# GPT-2's linear layer has its weight the other way round
+# Conv1D is GPT-2's linear layer, with a transposed weight
 LINEAR_LAYERS = (torch.nn.Linear, Conv1D)
 
 
 def load_tokenizer(
     name: str, revision: str, training: TrainingArguments
 ) -> PreTrainedTokenizerBase:
-    """The base model's tokenizer; ValueError says what to do where the model cannot be had."""
+    """Load the base model's tokenizer. Raises ValueError where the model cannot be loaded."""
     tokenizer = _from_hub(
         AutoTokenizer, name, revision=revision, trust_remote_code=training.trust_remote_code
     )
@@ -37,8 +37,10 @@ def load_tokenizer(
 def load_config(
     name: str, revision: str, training: TrainingArguments, with_weights: bool = True
 ) -> PreTrainedConfig:
-    """The base model's config, with the overrides of `model_init_kwargs` (for instance
-    num_hidden_layers: 1).
+    """Load the base model's config, with the overrides of `model_init_kwargs`.
+
+    Raises ValueError where it cannot be loaded, for a model without safetensors, and for one that
+    takes more than text.
     """
     if Path(name).is_dir() and not (Path(name) / "config.json").is_file():
         raise ValueError(
@@ -63,13 +65,13 @@ def load_config(
         and config.get_text_config() is not config
     ):
         raise ValueError(
-            f"{name} is a {taken.__name__}, which sees more than text: give a model of text alone"
+            f"{name} is a {taken.__name__}, which takes more than text: give a text-only model"
         )
     return config
 
 
 def model_class(config: PreTrainedConfig) -> type | None:
-    """The class that transformers' own code gives this config; None for a model of remote code."""
+    """Returns transformers' class for this config, or None for a model with remote code."""
     mapping = AutoModelForCausalLM._model_mapping
     return mapping.get(type(config), None)
 
@@ -77,9 +79,7 @@ def model_class(config: PreTrainedConfig) -> type | None:
 def check_target_modules(
     config: PreTrainedConfig, targets: str | list[str], trust_remote_code: bool
 ) -> None:
-    """Raise ValueError, listing what the model has, where a LoRA target is not among its linear
-    layers.
-    """
+    """Raise ValueError where a LoRA target is not among the model's linear layers."""
     if targets == "all-linear":
         return
     with torch.device("meta"):
@@ -96,17 +96,16 @@ def check_target_modules(
     if missing:
         raise ValueError(
             f"lora_target_modules {', '.join(missing)}: {type(model).__name__} has no such linear "
-            "layer; it has "
-            f"{', '.join(has)}"
+            f"layer; it has {', '.join(has)}"
         )
 
 
 def model_init_kwargs(
     model: ModelArguments, trust_remote_code: bool, overrides: dict[str, Any] | None
 ) -> dict[str, Any]:
-    """Keyword arguments of `from_pretrained`, for training and evaluation.
+    """Returns the keyword arguments of `from_pretrained`, for training and evaluation.
 
-    Weights come as safetensors only.
+    Only safetensors are loaded.
     """
     kwargs = {
         "revision": model.model_revision,
@@ -142,8 +141,7 @@ def _from_hub(auto_class: Any, name: str, **kwargs: Any) -> Any:
         ):
             raise ValueError(
                 f"base model {name} is neither a local folder nor in the cache, and the hub cannot "
-                "be reached; a gated "
-                f"model also needs `hf auth login`"
+                "be reached; a gated model also needs `hf auth login`"
             ) from error
         raise ValueError(
             f"base model {name} cannot be read: {str(error).splitlines()[0]}"

@@ -1,7 +1,4 @@
-"""Random-initialised models of published shapes:
-
-what speed and memory are measured on where no weights can be had.
-"""
+"""Random-initialised models of published shapes, to measure speed and memory without weights."""
 
 import json
 import os
@@ -29,26 +26,30 @@ from transformers import (
 from sftlab.data.chat_template import encode, set_template
 from sftlab.paths import ROOT
 
+# fields of a LlamaConfig by the name of the shape
 MODEL_SHAPES: dict[str, dict[str, Any]] = {
     "llama3.2-1b": {
-        "vocab_size": 128256, "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16,
-        "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 64, "max_position_embeddings": 131072,
-        "tie_word_embeddings": True, "bos_token_id": 128000, "eos_token_id": 128001,
+        "vocab_size": 128256, "hidden_size": 2048, "intermediate_size": 8192,
+        "num_hidden_layers": 16, "num_attention_heads": 32, "num_key_value_heads": 8,
+        "head_dim": 64, "max_position_embeddings": 131072, "tie_word_embeddings": True,
+        "bos_token_id": 128000, "eos_token_id": 128001,
         "rope_parameters": {
             "rope_type": "llama3", "rope_theta": 500000.0, "factor": 32.0, "low_freq_factor": 1.0,
             "high_freq_factor": 4.0, "original_max_position_embeddings": 8192,
         },
     },
     "llama2-7b": {
-        "vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32,
-        "num_attention_heads": 32, "num_key_value_heads": 32, "max_position_embeddings": 4096,
-        "tie_word_embeddings": False, "bos_token_id": 31998, "eos_token_id": 31998,
+        "vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 11008,
+        "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 32,
+        "max_position_embeddings": 4096, "tie_word_embeddings": False,
+        "bos_token_id": 31998, "eos_token_id": 31998,
         "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
     },
     "mistral-7b": {
-        "vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
-        "num_attention_heads": 32, "num_key_value_heads": 8, "max_position_embeddings": 32768,
-        "tie_word_embeddings": False, "bos_token_id": 31998, "eos_token_id": 31998,
+        "vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 14336,
+        "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8,
+        "max_position_embeddings": 32768, "tie_word_embeddings": False,
+        "bos_token_id": 31998, "eos_token_id": 31998,
         "rope_parameters": {"rope_type": "default", "rope_theta": 1000000.0},
     },
     "tiny": {
@@ -61,17 +62,18 @@ MODEL_SHAPES: dict[str, dict[str, Any]] = {
 
 
 def random_files(shape: str, longest: int, shortest: int = 16) -> tuple[Path, Path]:
-    """Where a random-initialised model of words and rows for it of `shortest` to `longest` tokens
-    are kept.
+    """Returns the folder of a random-initialised model, and the file of rows for it.
+
+    Rows have `shortest` to `longest` tokens. Raises ValueError for an unknown shape.
     """
     if shape not in MODEL_SHAPES:
-        raise ValueError(f"no shape {shape!r}: there are {', '.join(MODEL_SHAPES)}")
+        raise ValueError(f"no model shape {shape!r}: there are {', '.join(MODEL_SHAPES)}")
     lengths = f"{longest}" if shortest == 16 else f"{shortest}to{longest}"
     return ROOT / "data" / f"{shape}-words", ROOT / "data" / f"{shape}-rows{lengths}.jsonl"
 
 
 def make_random_files(shape: str, longest: int, count: int = 3000, shortest: int = 16) -> None:
-    """Make what is missing of `random_files`."""
+    """Make the files that `random_files` names, where they are missing."""
     folder, rows = random_files(shape, longest, shortest)
     save_random_llama(folder, shape=shape)
     if not rows.is_file():
@@ -81,8 +83,9 @@ def make_random_files(shape: str, longest: int, count: int = 3000, shortest: int
 def save_random_llama(
     folder: Path, tokenizer: str | None = None, shape: str = "llama3.2-1b"
 ) -> None:
-    """A random-initialised model of a published shape (bfloat16), with a folder's tokenizer or
-    `word_tokenizer`.
+    """Save a random-initialised model of a published shape, in bfloat16.
+
+    Its tokenizer is that of the folder `tokenizer`, or `word_tokenizer`.
     """
     if (folder / "config.json").is_file():
         return
@@ -107,10 +110,7 @@ def save_random_llama(
 
 
 def word_tokenizer(size: int) -> PreTrainedTokenizerFast:
-    """A tokenizer of `size` tokens, one a word:
-
-    w0, w1, ..., <unk>, <eos> and <pad> the last three.
-    """
+    """Returns a tokenizer of `size` tokens: words w0, w1, ..., then <unk>, <eos> and <pad>."""
     special = {"<unk>": size - 3, "<eos>": size - 2, "<pad>": size - 1}
     words = Tokenizer(WordLevel({f"w{i}": i for i in range(size - 3)} | special, unk_token="<unk>"))
     words.pre_tokenizer = WhitespaceSplit()
@@ -122,9 +122,9 @@ def word_tokenizer(size: int) -> PreTrainedTokenizerFast:
 def random_lengths(
     count: int, longest: int, shortest: int = 16, generator: np.random.Generator | None = None
 ) -> np.ndarray:
-    """Tokens of the rows that `write_rows` writes:
+    """Returns the lengths in tokens of the rows that `write_rows` writes.
 
-    lognormal(5.75, 0.7), cut to `shortest`..`longest`.
+    They are lognormal(5.75, 0.7), clipped to `shortest` and `longest`.
     """
     generator = generator or np.random.default_rng(0)
     return np.clip(generator.lognormal(5.75, 0.7, count).astype(int), shortest, longest)
@@ -138,11 +138,10 @@ def write_rows(
     shortest: int = 16,
     seed: int = 0,
 ) -> None:
-    """Rows in Dolly's shape of random words, with lognormal(5.75, 0.7) tokens cut to
-    `shortest`..`longest`.
+    """Write rows of random words in Dolly's data format, with `random_lengths` tokens.
 
-    Mean near 315 tokens at 512. Nearly all of a row is its response; its words are one token each
-    under `tokenizer`.
+    Their mean is about 315 tokens for `longest` 512. Nearly all of a row is its response. Each
+    word is one token under `tokenizer`.
     """
     set_template(tokenizer)
     generator = np.random.default_rng(seed)
@@ -170,36 +169,25 @@ def write_rows(
 def train_random_llama(
     run: str, tokenizer: str, dataset: str, launch_config: str, flags: Sequence[str]
 ) -> None:
-    """A finished run on such a model, by the trainer as a user starts it, under
-    accelerate_configs/LAUNCH_CONFIG.yaml.
+    """Train a finished run on a random-initialised Llama-3.2-1B, by the trainer itself.
 
-    `run` is relative to the repository, `dataset` a local file; `flags` override the recipe
-    llama3.2-1b/attn_r16. The model itself is kept in data/llama3.2-1b-random. CalledProcessError
-    where the training fails.
+    `run` is a folder relative to the repository, `dataset` a local file. `launch_config` names a
+    file of accelerate_configs/. `flags` override the recipe llama3.2-1b/attn_r16. The base model is
+    kept in data/llama3.2-1b-random. Raises CalledProcessError where the training fails.
     """
     base = ROOT / "data" / "llama3.2-1b-random"
     save_random_llama(base, tokenizer)
-    command = [
-        *(sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch"),
-        *("--config_file", f"accelerate_configs/{launch_config}.yaml", "recipes/sft.py"),
-        *(
-            "--config",
-            "recipes/llama3.2-1b/attn_r16.yaml",
-            "--model_name_or_path",
-            str(base),
-            "--output_dir",
-            run,
-        ),
-        *(
-            "--dataset_name",
-            dataset,
-            "--dataset_fraction",
-            "1",
-            "--eval_strategy",
-            "no",
-            "--save_strategy",
-            "no",
-        ),
-        *("--overwrite", "true", *flags),
-    ]
-    subprocess.run(command, cwd=ROOT, check=True)
+    fields = {
+        "config": "recipes/llama3.2-1b/attn_r16.yaml",
+        "model_name_or_path": str(base),
+        "output_dir": run,
+        "dataset_name": dataset,
+        "dataset_fraction": "1",
+        "eval_strategy": "no",
+        "save_strategy": "no",
+        "overwrite": "true",
+    }
+    launcher = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch"]
+    launcher += ["--config_file", f"accelerate_configs/{launch_config}.yaml", "recipes/sft.py"]
+    given = [word for name, value in fields.items() for word in (f"--{name}", value)]
+    subprocess.run([*launcher, *given, *flags], cwd=ROOT, check=True)

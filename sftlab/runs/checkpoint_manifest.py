@@ -1,9 +1,8 @@
-"""Checkpoints on disk: which of them are whole, which one a run continues from, which ones are
-kept.
+"""Checkpoints on disk: which are valid, which one a run continues from, which ones are kept.
 
-A checkpoint counts once its manifest says so. The manifest holds the size and SHA-256 of every file
-and what must be the same for the run to go on; it is written last, after every process has written,
-and holds its own hash.
+A checkpoint counts once it has a manifest, which is written last, after every process has written.
+The manifest holds the size and SHA-256 of every file, what must be the same for the run to
+continue, and its own hash.
 """
 
 import hashlib
@@ -17,16 +16,15 @@ from typing import Any, NamedTuple
 from sftlab.files import file_hash, sync, write_json
 
 MANIFEST = "manifest.json"
-FORMAT = 1
-# Where a run's checkpoints go that cannot be continued from. Of those whose saving was cut short
-# one is kept.
+FORMAT = 2
+# names that invalid checkpoints are moved to; of the unfinished ones only the last is kept
 BROKEN, UNFINISHED = "broken-{}", "unfinished-checkpoint"
 
 
 class Found(NamedTuple):
-    """The newest valid checkpoint of a run and its manifest, if there is one.
+    """The newest valid checkpoint of a run and its manifest, or None.
 
-    What was set aside, a sentence each.
+    `set_aside` has one sentence about each checkpoint that was moved aside.
     """
 
     folder: Path | None
@@ -35,10 +33,10 @@ class Found(NamedTuple):
 
 
 def seal(folder: Path, facts: Mapping[str, Any], needs: Iterable[str] = ()) -> dict[str, Any]:
-    """Write the manifest of a checkpoint whose files are all there; from now on it counts.
+    """Write the manifest of a checkpoint whose files are complete. From now on it counts.
 
-    `needs` names other checkpoints of the run without which this one cannot be continued from.
-    Hashing and syncing take about a second a gigabyte.
+    `needs` names other checkpoints of the run that this one depends on. Returns the manifest's
+    content. Hashing and syncing take about a second per gigabyte.
     """
     paths = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST)
     with ThreadPoolExecutor(4) as pool:
@@ -58,7 +56,7 @@ def seal(folder: Path, facts: Mapping[str, Any], needs: Iterable[str] = ()) -> d
 
 
 def verify(folder: Path) -> dict[str, Any]:
-    """The manifest of a valid checkpoint; ValueError names the file at fault."""
+    """Returns the manifest of a valid checkpoint. Raises ValueError with the file at fault."""
     content = _read_manifest(folder)
     for name, (size, expected) in content["files"].items():
         path = folder / name
@@ -81,7 +79,7 @@ def verify(folder: Path) -> dict[str, Any]:
 
 
 def newest_valid(run: Path) -> Found:
-    """Find the newest checkpoint that a run can continue from; every newer one is moved aside."""
+    """Find the newest valid checkpoint of a run, and move every newer one aside."""
     aside: list[str] = []
     for folder in reversed(in_order(run)):
         try:
@@ -91,12 +89,12 @@ def newest_valid(run: Path) -> Found:
             place = run / (BROKEN.format(folder.name) if sealed else UNFINISHED)
             shutil.rmtree(place, ignore_errors=True)
             folder.rename(place)
-            aside.append(f"{error}: it is not continued from and was moved to {place}")
+            aside.append(f"{error}: the checkpoint was moved to {place}")
     return Found(None, None, aside)
 
 
 def in_order(run: Path) -> list[Path]:
-    """The checkpoints of a run, valid or not, oldest first."""
+    """Returns the checkpoints of a run, valid or not, oldest first."""
     found = [
         path for path in run.glob("checkpoint-*") if path.name[11:].isdigit() and path.is_dir()
     ]
@@ -104,15 +102,14 @@ def in_order(run: Path) -> list[Path]:
 
 
 def step_of(folder: Path) -> int:
-    """Optimizer steps done when it was saved."""
+    """Returns the optimizer steps done when a checkpoint was saved."""
     return int(folder.name.rpartition("-")[2])
 
 
 def rotate(run: Path, keep: int | None, best: str | None) -> None:
-    """Delete the oldest checkpoints beyond `keep` (None, 0: none), never the newest, never the one
-    named `best`.
+    """Delete the oldest checkpoints beyond `keep` (None or 0: delete none).
 
-    Call it once the newest is sealed.
+    The newest and the one named `best` stay. Call it once the newest is sealed.
     """
     folders = in_order(run)
     spare = [folder for folder in folders[:-1] if folder.name != best]
@@ -121,13 +118,13 @@ def rotate(run: Path, keep: int | None, best: str | None) -> None:
 
 
 def remove(folder: Path) -> None:
-    """Delete a checkpoint; what a kill leaves of it does not count."""
+    """Delete a checkpoint. The manifest goes first, so a kill leaves nothing that counts."""
     (folder / MANIFEST).unlink(missing_ok=True)
     shutil.rmtree(folder, ignore_errors=True)
 
 
 def remove_all(run: Path) -> None:
-    """Delete every checkpoint of a run, set aside or not."""
+    """Delete every checkpoint of a run, also those set aside."""
     for folder in [*run.glob("checkpoint-*"), *run.glob(BROKEN.format("*")), run / UNFINISHED]:
         remove(folder)
 

@@ -21,7 +21,7 @@ _PACKAGES = (
 
 
 def environment() -> dict[str, Any]:
-    """Versions, git commit and hardware of this process."""
+    """Returns the versions, git commit and hardware of this process."""
     import torch
 
     versions = {"python": platform.python_version()}
@@ -45,13 +45,19 @@ def environment() -> dict[str, Any]:
 
 
 def provenance() -> dict[str, str]:
-    """Hardware and versions of this process, as columns of a table of results."""
+    """Returns hardware and versions of this process as columns of a results table."""
     facts = environment()
     hardware = facts["hardware"].get("gpu") or f"{facts['hardware']['cpu_cores']} CPU cores"
     return {
         "hardware": hardware,
         "versions": " ".join(f"{k} {v}" for k, v in facts["versions"].items()),
     }
+
+
+def machine_name() -> str:
+    """Returns `cpu`, or the short name of the GPU in lower case: h200 for NVIDIA H200."""
+    gpu = environment()["hardware"].get("gpu")
+    return gpu.removeprefix("NVIDIA ").split()[0].lower() if gpu else "cpu"
 
 
 def _git_commit() -> str | None:

@@ -1,7 +1,4 @@
-"""How far a run has come, noted after every step in a file that survives a kill.
-
-And so what an interruption cost.
-"""
+"""A run's progress, written after every step to a file that survives a kill."""
 
 import json
 import os
@@ -10,14 +7,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 NAME = "progress.json"
-# One line of this width is written over the last one: a single write, no new block on the disk.
+# Each line overwrites the last one with a single write, so the file never grows.
 _WIDTH = 96
 
 
 class Progress(NamedTuple):
-    """Optimizer steps done, seconds of training that they took over all starts, and when that was
-    noted (Unix time).
-    """
+    """Optimizer steps done, their training seconds over all starts, and the time (Unix)."""
 
     step: int
     seconds: float
@@ -25,13 +20,13 @@ class Progress(NamedTuple):
 
 
 class Notes:
-    """Writes a run's progress; about two microseconds a note."""
+    """Writes a run's progress, in about two microseconds per step."""
 
     def __init__(self, folder: Path) -> None:
         self._file = os.open(folder / NAME, os.O_WRONLY | os.O_CREAT, 0o644)
 
     def write(self, step: int, seconds: float) -> None:
-        """Note that `step` optimizer steps are done."""
+        """Write that `step` optimizer steps are done."""
         line = json.dumps(
             {"step": step, "train_seconds": round(seconds, 3), "noted": round(time.time(), 3)}
         )
@@ -39,7 +34,7 @@ class Notes:
 
 
 def read(folder: Path) -> Progress | None:
-    """What was noted last; None where nothing can be read, as after a power loss."""
+    """Returns the last progress, or None where none can be read, as after a power loss."""
     try:
         noted = json.loads((folder / NAME).read_text(encoding="utf-8"))
         return Progress(noted["step"], noted["train_seconds"], noted["noted"])
@@ -48,11 +43,10 @@ def read(folder: Path) -> Progress | None:
 
 
 def cost(reached: Progress | None, step: int, seconds: float, now: float) -> dict[str, Any]:
-    """What it costs to go on from a checkpoint of `step` steps and `seconds` of training.
+    """Returns what it costs to continue from a checkpoint at `step` with `seconds` of training.
 
-    None where it is not known.
-
-    `stopped_seconds` is how long nothing ran, from the last sign of life until now.
+    `stopped_seconds` is the time from the last written step until `now`. Values are None where
+    progress is not known.
     """
     if reached is None:
         return {"steps_done_again": None, "seconds_done_again": None, "stopped_seconds": None}

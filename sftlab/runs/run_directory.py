@@ -18,7 +18,7 @@ from sftlab.runs.environment import environment
 # the two models of a run, as evaluations name them
 SIDES = ("base", "tuned")
 STATUSES = ("running", "succeeded", "failed", "interrupted")
-# What may differ between an interrupted run and its continuation.
+# recipe fields that may differ between an interrupted run and its continuation
 _FREE_FIELDS = {
     "overwrite",
     "resume_anyway",
@@ -36,7 +36,7 @@ _FREE_FIELDS = {
 
 
 def read_run(folder: str | os.PathLike) -> dict[str, Any]:
-    """run.json of a run directory; ValueError where there is none."""
+    """Read run.json of a run directory. Raises ValueError where there is none."""
     path = Path(folder) / "run.json"
     if not path.is_file():
         raise ValueError(f"{folder} is no run directory: it has no run.json")
@@ -44,10 +44,7 @@ def read_run(folder: str | os.PathLike) -> dict[str, Any]:
 
 
 def adapter_hash(folder: str | os.PathLike) -> str | None:
-    """SHA-256 of the weights of a run's adapter (hexadecimal, 16 digits).
-
-    None where there are none.
-    """
+    """Returns the SHA-256 of a run's adapter weights (16 hexadecimal digits), or None."""
     weights = Path(folder) / "adapter" / "adapter_model.safetensors"
     if not weights.is_file():
         return None
@@ -55,9 +52,7 @@ def adapter_hash(folder: str | os.PathLike) -> str | None:
 
 
 class Start(NamedTuple):
-    """How a run starts: the checkpoint it continues from, what must match according to its
-    manifest, and warnings.
-    """
+    """How a run starts: from which checkpoint, what must match its manifest, and warnings."""
 
     checkpoint: str | None
     must_match: dict[str, Any]
@@ -65,7 +60,7 @@ class Start(NamedTuple):
 
 
 class Run:
-    """One run's record. Rank 0 writes it; any rank may say that the run failed."""
+    """One run's record. Rank 0 writes it, and any rank may record a failure."""
 
     def __init__(self, folder: str | os.PathLike, is_main: bool) -> None:
         self.folder = Path(folder)
@@ -74,17 +69,17 @@ class Run:
 
     @property
     def adapter(self) -> Path:
-        """Where the adapter, tokenizer and template are saved."""
+        """Returns the folder of the adapter, tokenizer and template."""
         return self.folder / "adapter"
 
     def start(
         self, recipe: dict[str, Any], launch: dict[str, Any], overwrite: bool, anyway: bool = False
     ) -> Start:
-        """Begin or continue (rank 0 only), from the newest valid checkpoint, if there is one.
+        """Begin the run, or continue it from its newest valid checkpoint (rank 0 only).
 
-        Raises ValueError where a finished run would be overwritten, or where the run that would be
-        continued had another recipe, launch config or other versions, unless `anyway`; run.json
-        says then what differed.
+        Raises ValueError where a finished run would be overwritten. It raises one too where an
+        unfinished run had another recipe, launch config or versions, unless `anyway`; run.json
+        then says what differed.
         """
         record, warnings = self._record()
         overwrite = overwrite and not _requeued(record)
@@ -103,7 +98,8 @@ class Run:
         changed = [*differing, *differences(computed_on, {"hardware": comparable(now["hardware"])})]
         if changed:
             warnings.append(
-                f"{self.folder} goes on with {'; '.join(changed)}: not exactly as if undisturbed"
+                f"{self.folder} continues with {'; '.join(changed)}: it may differ from an "
+                "uninterrupted run"
             )
         if "tensorboard" in (recipe.get("report_to") or []):
             warnings += self._restore_curves(found.folder, manifest)
@@ -121,15 +117,15 @@ class Run:
         folder = self.folder / "tensorboard"
         lost = tensorboard_curves.restore(folder, history, manifest["step"], manifest["saved"])
         return (
-            [f"{folder} lacked {lost} figures and was written anew from {checkpoint.name}"]
+            [f"{folder} lacked {lost} values and was written anew from {checkpoint.name}"]
             if lost
             else []
         )
 
     def check(self, start: Start, facts: dict[str, Any], anyway: bool) -> None:
-        """What is known only after `start`:
+        """Raise ValueError where `facts` differ from those of the continued run, unless `anyway`.
 
-        raise ValueError where `facts` differ from those of the run continued.
+        They are facts that are known only after `start`.
         """
         if not start.checkpoint:
             return
@@ -140,9 +136,9 @@ class Run:
             self.update(interruptions=[*before, last | {"changed": last["changed"] + differing}])
 
     def _record(self) -> tuple[dict[str, Any] | None, list[str]]:
-        """run.json, None without one.
+        """Returns run.json (None without one) and warnings.
 
-        {} and a warning where it cannot be read: the checkpoints say what is needed.
+        An unreadable one is moved aside and read as {}; the checkpoints have what is needed.
         """
         for left in self.folder.glob(".run.json.*"):
             left.unlink()
@@ -168,13 +164,10 @@ class Run:
     def _begin(
         self, record: dict | None, recipe: dict, launch: dict, overwrite: bool, warnings: list[str]
     ) -> Start:
-        """From the first step on.
-
-        An interruption before the first checkpoint is one all the same.
-        """
+        """Start at the first step. An interruption before the first checkpoint is recorded too."""
         again = record and not overwrite and not list(differences(record["recipe"], recipe))
         entries = [self._interruption(record, None, 0, 0.0, warnings)] if again else []
-        if record is not None:  # else the folder may be somebody's own
+        if record is not None:  # otherwise the folder may hold a user's own files
             self._clear()
         self._write(record if again else None, recipe, launch, environment(), entries)
         return Start(None, {}, warnings)
@@ -187,10 +180,7 @@ class Run:
         seconds: float,
         aside: list[str],
     ) -> dict[str, Any]:
-        """An entry of `interruptions`:
-
-        how the last start ended, and what it costs to go on from `step`.
-        """
+        """Returns an entry of `interruptions`: how the last start ended, and what that cost."""
         old = record or {}
         entry = {
             "status": old.get("status", "unknown"),
@@ -224,10 +214,9 @@ class Run:
         if differing and not anyway:
             raise ValueError(
                 f"{self.folder} holds an unfinished run with other settings: "
-                f"{'; '.join(differing[:5])}. Start it with "
-                "the same settings to continue it, with --resume_anyway to continue it with these "
-                "(run.json will say "
-                f"so), with --overwrite to begin anew, or with another --output_dir"
+                f"{'; '.join(differing[:5])}. Start it with the same settings to continue it, with "
+                "--resume_anyway to continue it with these (run.json will say so), with "
+                "--overwrite to begin anew, or with another --output_dir"
             )
 
     def _clear(self) -> None:
@@ -248,7 +237,7 @@ class Run:
         self.update(status=status, finished=_now(), **facts)
 
     def fail(self, reason: str, rank: int | None) -> None:
-        """Record a failure, from any rank or from outside (None); the first one stands."""
+        """Record a failure of a rank (None: from outside). The first recorded one stays."""
         if self.path.is_file():
             record = read_run(self.folder)
             if record["status"] == "running":
@@ -262,9 +251,9 @@ class Run:
 
 
 def _requeued(record: Mapping[str, Any] | None) -> bool:
-    """Whether Slurm starts a job again that began an unfinished run:
+    """Whether Slurm restarts a job that began an unfinished run with overwrite.
 
-    it goes on, though it was told to overwrite.
+    Such a run continues.
     """
     again = int(os.environ.get("SLURM_RESTART_COUNT", 0)) > 0
     return bool(
@@ -275,7 +264,7 @@ def _requeued(record: Mapping[str, Any] | None) -> bool:
 def must_match(
     recipe: Mapping[str, Any], launch: Mapping[str, Any], now: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """What must be the same for a run to be continued exactly, as a manifest holds it.
+    """Returns what must be the same for an exact continuation, as a manifest holds it.
 
     `now` is `environment()`.
     """
@@ -285,9 +274,9 @@ def must_match(
 
 
 def comparable(hardware: Mapping[str, Any]) -> dict[str, Any]:
-    """What decides the order of sums, and so the last digits:
+    """Returns the hardware that decides the order of sums, and so the last digits.
 
-    the GPU, without one the number of CPU cores.
+    That is the GPU, or without one the machine and its number of CPU cores.
     """
     return {
         name: hardware.get(name)
@@ -296,7 +285,7 @@ def comparable(hardware: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
-    """Each difference in a few words; settings that may differ are left out."""
+    """Yield each difference in a few words. Settings that may differ are left out."""
     old, new = (json.loads(json.dumps(dict(one), default=str)) for one in (old, new))
     for name in sorted(set(old) | set(new)):
         was, is_ = old.get(name), new.get(name)

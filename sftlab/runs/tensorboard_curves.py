@@ -1,7 +1,4 @@
-"""TensorBoard's curves of a run that goes on from a checkpoint:
-
-every figure up to it once, whatever became of them.
-"""
+"""TensorBoard curves of a continued run, with every value up to the checkpoint exactly once."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -11,13 +8,11 @@ from sftlab.files import sync
 
 
 def restore(folder: Path, history: Sequence[Mapping[str, Any]], step: int, saved: float) -> int:
-    """Make the curves what they were at the checkpoint of `step`, `saved` then (Unix time).
+    """Restore the curves to their state at the checkpoint of `step`, saved at `saved` (Unix time).
 
-    How many figures were lost.
-
-    What was logged after it is dropped, for the continued run logs it again. Where figures of the
-    checkpoint's `history` (transformers' log_history) are missing from the files, these are written
-    anew from it.
+    Later values are dropped, because the continued run logs them again. Where values of `history`
+    (transformers' log_history) are missing, the files are written anew from it. Returns how many
+    were missing.
     """
     from torch.utils.tensorboard import SummaryWriter
 
@@ -48,8 +43,9 @@ def _figures(history: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, int, f
 
 
 def _cut(path: Path, step: int, saved: float) -> dict[tuple[str, int], float]:
-    """Drop the events beyond the checkpoint from a file, and all from the first that cannot be
-    read; what is left.
+    """Drop the events after the checkpoint, and all from the first unreadable one.
+
+    Returns the time of each value that is left, by tag and step.
     """
     from tensorboard.backend.event_processing.event_file_loader import RawEventFileLoader
     from tensorboard.compat.proto.event_pb2 import Event

@@ -1,20 +1,18 @@
-"""Silences, when imported, what libraries say that means nothing to the person at the terminal.
+"""Silences library messages that mean nothing to the user, one by one, when it is imported.
 
-Named one by one.
-
-Import it before torch, transformers or trl: some of it is said while they are imported.
+Import it before torch, transformers and trl, which print some of them during their import.
 """
 
 import logging
 import os
 import warnings
 
-# CUDA extensions that a CPU build cannot load, and optional kernels that nothing here uses
+# they report CUDA extensions that a CPU build cannot load, and optional kernels that go unused
 for _name in ("torchao", "bitsandbytes", "torch.utils._pytree"):
     logging.getLogger(_name).setLevel(logging.ERROR)
-# the profiler of a CPU says when it starts and stops
+# the CPU profiler reports its start and stop
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")
-# the field's older name is kept because both supported transformers releases know it
+# the recipe keeps this field's older name, which both supported transformers releases know
 warnings.filterwarnings(
     "ignore", message=".*gradient_checkpointing.*is deprecated", category=FutureWarning
 )

@@ -1,0 +1,69 @@
+"""Base's and tuned's scores of every held-out row: likelihoods, answers and their overlaps."""
+
+from typing import Any
+
+import torch
+from peft import PeftModel
+from transformers import PreTrainedTokenizerBase
+from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
+
+from sftlab.evaluation.answer_file import AnswerFile
+from sftlab.evaluation.base_and_tuned import answering
+from sftlab.evaluation.held_out import ScoredRows
+from sftlab.evaluation.text_metrics import Bleu, score_texts
+from sftlab.models.likelihood import Likelihood, likelihood, nats_of_the_token_read
+from sftlab.runs.run_directory import SIDES
+
+
+def likelihoods(
+    model: PeftModel, rows: ScoredRows, tokenizer: PreTrainedTokenizerBase, size: int
+) -> tuple[dict[str, Likelihood], dict[str, float]]:
+    """Returns both models' likelihood of the references and nats of the token just read.
+
+    Batches are right-padded, as in training.
+    """
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    collator = DataCollatorForLanguageModeling(pad_token_id=pad)
+
+    def batch(part: slice) -> dict[str, torch.Tensor]:
+        return {k: v.to(model.device) for k, v in collator(rows.encoded[part]).items()}
+
+    nll, same_token = {}, {}
+    for side in SIDES:
+        with answering(model, side):
+            try:
+                nll[side] = likelihood(model, map(batch, rows.batches(size)), names=rows.numbers)
+            except ValueError as error:
+                raise ValueError(f"{side} model, {error}") from error
+            same_token[side] = nats_of_the_token_read(model, batch(slice(size)))
+    return nll, same_token
+
+
+def score_rows(
+    rows: ScoredRows, nll: dict[str, Likelihood], answers: AnswerFile, bleu: Bleu
+) -> list[dict[str, Any]]:
+    """Returns one record per row, in the order of the held-out set."""
+    references = [row["completion"][0]["content"].strip() for row in rows.rows]
+    scored = {}
+    for side in SIDES:
+        found = [answers.found[side, number] for number in rows.numbers]
+        overlaps = score_texts([answer.text for answer in found], references, bleu)
+        scored[side] = [
+            answer._asdict()
+            | {"response_nll": response.tolist(), "text_nll": text.tolist()}
+            | overlap
+            for answer, response, text, overlap in zip(found, *nll[side], overlaps, strict=True)
+        ]
+    records = [
+        {
+            "row": number,
+            "prompt": row["prompt"],
+            "reference": reference,
+            "base": base,
+            "tuned": tuned,
+        }
+        for number, row, reference, base, tuned in zip(
+            rows.numbers, rows.rows, references, scored["base"], scored["tuned"], strict=True
+        )
+    ]
+    return sorted(records, key=lambda record: record["row"])

@@ -1,0 +1,110 @@
+"""AlpacaEval's scores: what they are called, win rates, and the printed table."""
+
+from pathlib import Path
+from typing import Any
+
+from sftlab.evaluation.generation import Answer
+from sftlab.judging.alpaca_annotators import ALPACA_EVAL_2, official
+from sftlab.judging.alpaca_files import Task
+from sftlab.judging.judgement_files import share, unfit_mark
+from sftlab.judging.length_control import length_controlled, lengths
+from sftlab.judging.pairwise import win_rates
+from sftlab.runs.run_directory import SIDES
+from sftlab.tables import figure, interval, p_value
+
+# rows of the printed table: what a reader sees, and its key in the entry
+JUDGED_ROWS = (
+    ("ties", "ties"),
+    ("unparsed", "unparsed"),
+    ("both orders agree", "orders_agree"),
+    ("first preferred", "first_preferred"),
+)
+ANSWER_ROWS = (("mean characters", "mean_characters"), ("empty answers", "empty"))
+
+
+def title(task: Task, judge: str, annotators: str | None, limit: int) -> str:
+    """Returns what the score is called.
+
+    It is AlpacaEval 2 only with that benchmark's judge, reference and whole set of instructions.
+    """
+    judge = Path(judge).name
+    if is_alpaca_eval_2(task, annotators, limit):
+        return f"AlpacaEval 2, judge {judge}, reference {reference_name(task)}"
+    published = task.questions.published
+    name = "AlpacaEval instructions" if published else f"instructions of {task.questions.name}"
+    first = f", first {len(task.questions.instructions)}" if limit else ""
+    return f"{name}{first}, judge {judge}, reference {reference_name(task)}"
+
+
+def reference_name(task: Task) -> str:
+    """Returns the name of the model that answers are compared with."""
+    return task.reference.name if task.reference else "base"
+
+
+def is_alpaca_eval_2(task: Task, annotators: str | None, limit: int) -> bool:
+    """Whether judge, reference and instructions are those of AlpacaEval 2."""
+    whole = task.questions.published and not limit
+    return (
+        whole and task.reference is not None and (annotators, task.reference.name) == ALPACA_EVAL_2
+    )
+
+
+def rates(
+    task: Task,
+    annotators: str | None,
+    limit: int,
+    records: dict[str, list[dict[str, Any]]],
+    answers: dict[str, list[Answer]],
+) -> dict[str, Any]:
+    """Returns win rates, by length and at equal length.
+
+    alpaca-eval's own metrics are added where its `annotators` judged. Returns nothing where a
+    model has no verdict at all.
+    """
+    scores = {side: [record["score"] for record in one] for side, one in records.items()}
+    halves = [None if one is None else 0.5 for one in scores["tuned"]]
+    if any(set(one) == {None} for one in scores.values()):
+        return {}
+    found: dict[str, Any] = {
+        "scores": {"win_rate": win_rates(scores.get("base", halves), scores["tuned"])}
+    }
+    texts = {side: [answer.text for answer in answers[side]] for side in SIDES}
+    reference = task.reference.texts if task.reference else texts["base"]
+    found["length"] = {side: lengths(one, texts[side], reference) for side, one in scores.items()}
+    found["length_controlled"] = length_controlled(scores, texts, reference)
+    if annotators:
+        control = is_alpaca_eval_2(task, annotators, limit)
+        found["alpaca_eval"] = {
+            side: official(one, (side, reference_name(task)), control)
+            for side, one in records.items()
+        }
+    return found
+
+
+def unparsed_rate(report: dict[str, Any]) -> float:
+    """Returns the larger of the sides' shares of judgements without a verdict."""
+    return max(one["unparsed"]["value"] for one in report["judged"].values())
+
+
+def table(report: dict[str, Any]) -> list[list[str]]:
+    """Returns the result as lines of cells, with a column for each model."""
+    mark, three = unfit_mark(report), ("base", "tuned", "difference")
+    lines = [["", "base", "tuned", "tuned - base", "p"]]
+    if report["scores"]:
+        one = report["scores"]["win_rate"]
+        cells = [interval(one[name]) for name in three]
+        lines.append([f"win rate, %{mark}", *cells, p_value(one["p_value"])])
+    if controlled := report.get("length_controlled"):
+        cells = [interval(controlled[name]) if name in controlled else "" for name in three]
+        lines.append([f"at equal length, %, fitted to this judge's own verdicts{mark}", *cells, ""])
+    judged, length = report["judged"], report.get("length", {})
+    for name, key in JUDGED_ROWS:
+        cells = [share(judged[side][key]) if side in judged else "" for side in SIDES]
+        lines.append([name, *cells, "", ""])
+    for name in ("longer", "shorter") if length else ():
+        cells = [share(length[side][name]) if side in length else "" for side in SIDES]
+        lines.append([f"wins when {name}", *cells, "", ""])
+    for name, key in ANSWER_ROWS:
+        cells = [figure(report["answers"][side][key]) for side in SIDES]
+        lines.append([name, *cells, "", ""])
+    return lines

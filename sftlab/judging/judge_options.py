@@ -1,0 +1,81 @@
+"""The command-line options that evaluations by a judge share, and the judge they choose."""
+
+import argparse
+from pathlib import Path
+
+from sftlab.judging.judge_formats import JudgeFormat, load_format
+from sftlab.judging.judges import Judge, LocalJudge, ServerJudge
+
+
+def add_evaluation_flags(
+    parser: argparse.ArgumentParser, sanity_checks: int, limit: str, max_new_tokens: str
+) -> None:
+    """Add the options that both evaluations by a judge have.
+
+    `sanity_checks` is the default number of items in each. `limit` and `max_new_tokens` are help
+    texts.
+    """
+    parser.add_argument("--run", required=True, type=Path, help="a finished run's directory")
+    add_judge_flags(parser)
+    parser.add_argument("--limit", type=int, default=0, help=limit)
+    parser.add_argument(
+        "--canaries", type=int, default=sanity_checks, help="items in each sanity check"
+    )
+    parser.add_argument("--batch_size", type=int, default=32, help="answers in a batch")
+    parser.add_argument("--max_new_tokens", type=int, default=1024, help=max_new_tokens)
+    parser.add_argument(
+        "--allow-unparsed",
+        action="store_true",
+        help="score the models however many judgements are unparsed",
+    )
+
+
+def add_judge_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the options that choose a judge."""
+    parser.add_argument(
+        "--judge", help="a causal model (hub name or folder), or a server's model with --judge_url"
+    )
+    parser.add_argument(
+        "--judge_url", help="an OpenAI-compatible server, for instance http://localhost:8000/v1"
+    )
+    parser.add_argument(
+        "--judge_context",
+        type=int,
+        help="context length of a server's model in tokens (default: the server is asked)",
+    )
+    parser.add_argument(
+        "--judge_format",
+        help="prometheus or fastchat (default: prometheus if the judge's name has that word)",
+    )
+    parser.add_argument("--judge_in_4bit", action="store_true", help="load a local judge in 4 bits")
+    parser.add_argument("--judge_batch_size", type=int, default=16, help="judgements in a batch")
+    parser.add_argument("--judge_max_new_tokens", type=int, default=1024, help="longest judgement")
+
+
+def judge_from(arguments: argparse.Namespace) -> tuple[Judge, JudgeFormat]:
+    """Returns the judge that the options name, and its format.
+
+    Raises ValueError where the options contradict one another.
+    """
+    name = arguments.judge
+    if arguments.judge_batch_size < 1:
+        raise ValueError(f"--judge_batch_size must be at least 1, got {arguments.judge_batch_size}")
+    style = load_format(
+        arguments.judge_format or ("prometheus" if "prometheus" in name.lower() else "fastchat")
+    )
+    new_tokens = arguments.judge_max_new_tokens
+    if arguments.judge_url:
+        if arguments.judge_in_4bit:
+            raise ValueError(
+                "--judge_in_4bit is for a local judge, and --judge_url names a server: leave one "
+                "of them out"
+            )
+        server = ServerJudge(name, arguments.judge_url, new_tokens, arguments.judge_context)
+        return server, style
+    if arguments.judge_context:
+        raise ValueError(
+            "--judge_context is for a server: give --judge_url too, or leave it out (a local "
+            "judge's config has its context length)"
+        )
+    size = arguments.judge_batch_size
+    return LocalJudge(name, new_tokens, arguments.judge_in_4bit, size), style
