@@ -193,7 +193,7 @@ def _cells(study: Study, summary: Sequence[Mapping[str, Any]]) -> "Figure | None
         conditions = f", {study.published_as}" if study.published_as else ""
         published = f"; diamonds: published{conditions}"
     title = f"{study.name} (circles: median, lines: range of the runs{published})"
-    canvas.suptitle(title, x=0.01, ha="left", fontsize=9)
+    canvas.suptitle(textwrap.fill(title, int(13 * width)), x=0.01, ha="left", fontsize=9)
     canvas.tight_layout()
     return canvas
 
