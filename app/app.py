@@ -7,7 +7,6 @@ Without --run it takes the newest finished run under runs/. It serves localhost 
 SFTLAB_PORT=7860, SFTLAB_LOAD_IN_4BIT=1. This folder is also a Hugging Face Space.
 """
 
-import dataclasses
 import html
 import json
 import os
@@ -204,14 +203,10 @@ class Page:
         stopped) by side as they grow, and first_token_s, left_out (old turns that did not fit the
         context), run and settings.
         """
-        earlier = [{"role": "system", "content": system.strip()}] if system.strip() else []
-        stop, name = threading.Event(), run or next(iter(self.lab.runs()), None)
+        stop = threading.Event()
         try:
             settings = Settings(temperature, top_p, top_k, max_new_tokens, repetition_penalty, seed)
-            messages = [*earlier, *(history or []), {"role": "user", "content": message}]
-            for piece, left_out in self.lab.answer(name, messages, sides(side), settings, stop):
-                said = {"run": name, "settings": dataclasses.asdict(settings), "left_out": left_out}
-                yield piece._asdict() | said
+            yield from self.lab.ask(message, history or [], side, system, settings, run, stop)
         except ValueError as error:
             raise gr.Error(str(error), print_exception=False) from error
         finally:

@@ -150,6 +150,7 @@ class _Stream(hf.StoppingCriteria):
         self.over = torch.zeros(len(rows), dtype=torch.bool, device=device)
 
     def must_stop(self) -> bool:
+        """Whether the user, the reader or the app ended the reply."""
         return any(stop.is_set() for stop in self.stops)
 
     def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:

@@ -5,13 +5,14 @@ import json
 import re
 import threading
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from sftlab.chat import votes
-from sftlab.chat.conversation import Turn, saved
+from sftlab.chat.conversation import Turn, saved, sides
 from sftlab.chat.engine import Chat, Piece, Settings
 from sftlab.runs.run_directory import adapter_hash, read_run
 from sftlab.tables import interval
@@ -126,6 +127,27 @@ class Lab:
             ) from error
         finally:
             stop.set()
+
+    def ask(
+        self,
+        message: str,
+        history: list[dict[str, str]],
+        side: str,
+        system: str,
+        settings: Settings,
+        run: str | None,
+        stop: threading.Event,
+    ) -> Iterator[dict[str, Any]]:
+        """Answer one message, as the API does it, with the named run or the first one.
+
+        Yields the answer so far as a dict. Raises ValueError where it cannot be answered.
+        """
+        earlier = [{"role": "system", "content": system.strip()}] if system.strip() else []
+        messages = [*earlier, *history, {"role": "user", "content": message}]
+        name = run or next(iter(self.runs()), None)
+        about = {"run": name, "settings": asdict(settings)}
+        for piece, left_out in self.answer(name, messages, sides(side), settings, stop):
+            yield piece._asdict() | about | {"left_out": left_out}
 
     def facts(self, name: str, run: dict[str, Any]) -> list[str]:
         """Returns a run's cells under HEADINGS."""

@@ -24,9 +24,9 @@ _EXTRAS = ("loss_positions", "targets", "loss_rows", "real_tokens", "real_rows")
 class Collator:
     """trl's collator, with what loss and attention need besides.
 
-    It adds `loss_positions` (the flat index of every token whose next token is in the loss),
-    `targets` (those next tokens), `loss_rows` (their rows), and the ints `real_tokens` and
-    `real_rows`. With `packed`, rows are concatenated to [1, tokens], and `tiles` tells the
+    It adds `loss_positions`, the flat index of every token whose next token is in the loss. The
+    next tokens are `targets`, and their rows `loss_rows`. `real_tokens` and `real_rows` are ints.
+    With `packed`, rows are concatenated to [1, tokens], and `tiles` tells the
     attention where they begin. The number of tokens is padded to a `multiple`.
     """
 

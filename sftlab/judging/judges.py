@@ -96,9 +96,11 @@ class LocalJudge:
         self.many, self._generators = False, {}
 
     def size(self, messages: Messages) -> int:
+        """Returns the number of tokens of a prompt."""
         return len(self._ids(messages))
 
     def answers(self, prompts: Sequence[Messages], seed: int = 0) -> list[Answer]:
+        """Returns one judgement per prompt, all from one batch."""
         compiled = self.many and self._model.device.type == "cuda"
         if compiled not in self._generators:
             static_rows = self.batch_size if compiled else None
@@ -178,9 +180,14 @@ class ServerJudge:
         return getattr(served[self.name], "max_model_len", None)
 
     def size(self, messages: Messages) -> int:
+        """Returns an estimate of a prompt's tokens."""
         return math.ceil(sum(len(message["content"].encode()) for message in messages) / 3)
 
     def answers(self, prompts: Sequence[Messages], seed: int = 0) -> list[Answer]:
+        """Returns one judgement per prompt, all asked at once.
+
+        Raises Unfinished with the answers that came, where one request fails.
+        """
         with ThreadPoolExecutor(len(prompts)) as threads:
             asked = [threads.submit(self._answer, messages) for messages in prompts]
         done = {i: one.result() for i, one in enumerate(asked) if one.exception() is None}
