@@ -2,6 +2,9 @@
 types it.
 """
 
+import own_cores  # noqa: F401, I001  (before torch counts the cores)
+
+import fcntl
 import importlib.util
 import json
 import os
@@ -10,8 +13,10 @@ import signal
 import subprocess
 import sys
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 
+import fork_server
 import pytest
 import torch
 from serving import serve
@@ -32,6 +37,37 @@ needs_shared = pytest.mark.skipif(
 @pytest.fixture(autouse=True, scope="session")
 def _offline():
     os.environ["HF_HUB_OFFLINE"] = "1"
+
+
+@pytest.fixture(autouse=True, scope="session")
+def run_folder(tmp_path_factory) -> Path:
+    """The folder that all workers of this test run share."""
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent
+    fork_server.FOLDER = folder / "fork_server"
+    return folder
+
+
+@pytest.fixture(scope="session")
+def build_once(run_folder) -> Callable[[str, Callable[[Path], object]], Path]:
+    """Returns a function that gives the folder NAME of this test run.
+
+    The first worker that asks builds it; the others wait.
+    """
+
+    def build_once(name: str, build: Callable[[Path], object]) -> Path:
+        folder, mark = run_folder / name, run_folder / f"{name}.built"
+        with (run_folder / f"{name}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not mark.exists():
+                shutil.rmtree(folder, ignore_errors=True)
+                folder.mkdir()
+                build(folder)
+                mark.touch()
+        return folder
+
+    return build_once
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
@@ -56,9 +92,12 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 
 @pytest.fixture(scope="session")
-def base(tmp_path_factory) -> Path:
+def base(build_once) -> Path:
     """Folder of a random two-layer Llama of hidden size 32 (float32)."""
-    folder = tmp_path_factory.mktemp("models") / "base"
+    return build_once("base", write_base)
+
+
+def write_base(folder: Path) -> None:
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=259,
@@ -75,7 +114,6 @@ def base(tmp_path_factory) -> Path:
     )
     LlamaForCausalLM(config).save_pretrained(folder)
     byte_tokenizer().save_pretrained(folder)
-    return folder
 
 
 def instruction_rows(count: int) -> list[dict[str, str]]:
@@ -95,9 +133,10 @@ def write_jsonl(path: Path, rows: list[dict]) -> Path:
 
 
 @pytest.fixture(scope="session")
-def rows(tmp_path_factory) -> Path:
+def rows(build_once) -> Path:
     """200 rows in Dolly's shape."""
-    return write_jsonl(tmp_path_factory.mktemp("rows") / "rows.jsonl", instruction_rows(200))
+    folder = build_once("rows", lambda it: write_jsonl(it / "rows.jsonl", instruction_rows(200)))
+    return folder / "rows.jsonl"
 
 
 def short_fields(base: Path, rows: Path, folder: Path) -> dict[str, str]:
@@ -126,12 +165,19 @@ def arguments(fields: dict[str, str], recipe: str = "recipes/demo/attn_r16.yaml"
     return ["--config", str(ROOT / recipe), *(f"--{k}={v}" for k, v in fields.items())]
 
 
-def launch_command(config: str, fields: dict[str, str], flags: tuple[str, ...] = ()) -> list[str]:
+def launch_command(
+    config: str, fields: dict[str, str], flags: tuple[str, ...] = (), cold: bool = False
+) -> list[str]:
     """`accelerate launch --config_file accelerate_configs/CONFIG.yaml FLAGS recipes/sft.py --config
     ...`
+
+    It starts from the fork server; a cold launch is the console script that a user types.
     """
+    accelerate = [str(Path(sys.executable).parent / "accelerate")]
+    if not cold:
+        accelerate = [fork_server.python(), "-m", "accelerate.commands.accelerate_cli"]
     return [
-        str(Path(sys.executable).parent / "accelerate"),
+        *accelerate,
         "launch",
         *("--config_file", str(ROOT / "accelerate_configs" / f"{config}.yaml"), *flags),
         *(str(ROOT / "recipes" / "sft.py"), *arguments(fields)),
@@ -139,17 +185,17 @@ def launch_command(config: str, fields: dict[str, str], flags: tuple[str, ...] =
 
 
 def launch(
-    config: str, fields: dict[str, str], flags: tuple[str, ...] = ()
+    config: str, fields: dict[str, str], flags: tuple[str, ...] = (), cold: bool = False
 ) -> subprocess.CompletedProcess:
-    command = launch_command(config, fields, flags)
+    command = launch_command(config, fields, flags, cold)
     return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=300)
 
 
 def launched(
-    config: str, fields: dict[str, str], flags: tuple[str, ...] = ()
+    config: str, fields: dict[str, str], flags: tuple[str, ...] = (), cold: bool = False
 ) -> subprocess.CompletedProcess:
     """A launch that succeeds."""
-    done = launch(config, fields, flags)
+    done = launch(config, fields, flags, cold)
     assert done.returncode == 0, done.stderr[-3000:]
     return done
 
@@ -220,15 +266,19 @@ def trained_here(train_here):
 
 
 @pytest.fixture(scope="session")
-def finished(
-    base, rows, tmp_path_factory
-) -> tuple[Path, dict[str, str], subprocess.CompletedProcess]:
-    """Folder, fields and output of one undisturbed run of six steps under cpu.yaml, evaluation on."""
-    folder = tmp_path_factory.mktemp("runs") / "finished"
-    fields = {**short_fields(base, rows, folder), "lora_dropout": "0.1"}
-    done = launch("cpu", fields)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return folder, fields, done
+def finished(base, rows, build_once) -> tuple[Path, dict[str, str], subprocess.CompletedProcess]:
+    """Folder, fields and output of one undisturbed run under cpu.yaml: six steps, evaluated."""
+
+    def train(folder: Path) -> None:
+        fields = {**short_fields(base, rows, folder / "run"), "lora_dropout": "0.1"}
+        done = launched("cpu", fields, cold=True)
+        output = {"stdout": done.stdout, "stderr": done.stderr}
+        write_json(folder / "launch.json", {"fields": fields, **output})
+
+    folder = build_once("finished", train)
+    kept = json.loads((folder / "launch.json").read_text())
+    done = subprocess.CompletedProcess([], 0, kept["stdout"], kept["stderr"])
+    return folder / "run", kept["fields"], done
 
 
 def copy_of(run: Path, folder: Path) -> Path:
@@ -289,11 +339,11 @@ def client(server):
 
 
 @pytest.fixture(scope="session")
-def untrained(base, tmp_path_factory) -> Path:
+def untrained(base, build_once) -> Path:
     """The directory of a succeeded run whose adapter is random."""
     from judging import untrained_run  # it takes what it needs from here
 
-    return untrained_run(base, tmp_path_factory.mktemp("judged") / "run")
+    return build_once("judged", lambda folder: untrained_run(base, folder / "run")) / "run"
 
 
 @pytest.fixture

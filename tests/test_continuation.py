@@ -4,6 +4,7 @@ And says what it cost.
 """
 
 import errno
+import json
 import os
 import re
 import shutil
@@ -25,11 +26,11 @@ from sftlab.files import write_json
 from sftlab.runs.checkpoint_manifest import in_order, seal, verify
 from sftlab.runs.run_directory import adapter_hash
 from sftlab.training import stop_on_signal
-from sftlab.training.checkpointing import NoRoom, dtypes_kept, is_full
 from sftlab.training.determinism import compute_deterministically
+from sftlab.training.disk_room import NoRoom, is_full
 from sftlab.training.stop_on_signal import StopOnSignal, Stopped
 from sftlab.training.trainer import LabTrainer
-from sftlab.training.verification import what_ran
+from sftlab.training.upstream_fixes import dtypes_kept
 
 
 def scalars(run, tag="train/loss"):
@@ -43,7 +44,7 @@ def stopped_after(fields, step, number=signal.SIGTERM, whom="worker", config="cp
     for the end.
     """
     process = subprocess.Popen(
-        launch_command(config, {**fields, "disable_tqdm": "true"}),
+        launch_command(config, {**fields, "disable_tqdm": "true"}, cold=whom != "worker"),
         cwd=ROOT,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -238,7 +239,7 @@ class Room:
     def __init__(self, monkeypatch, left):
         self.left = left
         monkeypatch.setattr(
-            "sftlab.training.checkpointing.shutil.disk_usage",
+            "sftlab.training.disk_room.shutil.disk_usage",
             lambda path: SimpleNamespace(free=self.left),
         )
 
@@ -249,7 +250,7 @@ def test_a_disk_too_small_for_one_checkpoint_is_refused_before_the_first_step(fi
     with pytest.raises(
         NoRoom, match=r"a checkpoint needs 1\.\d MB and .* has 0\.0 MB left"
     ) as caught:
-        trainer.resume.check_room()
+        trainer.checkpointer.check_room()
     assert is_full(caught.value)
 
 
@@ -264,23 +265,25 @@ def test_without_room_a_checkpoint_is_skipped_and_the_training_goes_on(fields, m
 
     trainer.add_callback(Fill())
     assert [e["loss"] for e in train(trainer)] == [e["loss"] for e in whole]
-    assert [folder.name for folder in in_order(trainer.resume.folder)] == ["checkpoint-3"]
-    assert [skip.split(":")[0] for skip in trainer.resume.skipped] == ["step 6", "step 9"]
+    assert [folder.name for folder in in_order(trainer.checkpointer.folder)] == ["checkpoint-3"]
+    assert [skip.split(":")[0] for skip in trainer.checkpointer.skipped] == ["step 6", "step 9"]
     assert "no checkpoint at step 6: a checkpoint needs 0." in caplog.text
-    assert "the last checkpoint stays checkpoint-3" in caplog.text
+    assert "the last checkpoint is checkpoint-3" in caplog.text
 
 
 def test_older_checkpoints_give_way_where_the_recipe_lets_them(fields, monkeypatch):
     trainer = build(fields, max_steps=9, save_total_limit=2)
-    trainer.resume.planned_bytes = lambda: 1 << 20
+    trainer.checkpointer.room.checkpoint_bytes = lambda: 1 << 20
     left = 5 << 19  # two and a half
     monkeypatch.setattr(
-        "sftlab.training.checkpointing.shutil.disk_usage",
-        lambda path: SimpleNamespace(free=left - (len(in_order(trainer.resume.folder)) << 20)),
+        "sftlab.training.disk_room.shutil.disk_usage",
+        lambda path: SimpleNamespace(
+            free=left - (len(in_order(trainer.checkpointer.folder)) << 20)
+        ),
     )
     train(trainer)
-    assert trainer.resume.skipped == []
-    assert [folder.name for folder in in_order(trainer.resume.folder)] == [
+    assert trainer.checkpointer.skipped == []
+    assert [folder.name for folder in in_order(trainer.checkpointer.folder)] == [
         "checkpoint-6",
         "checkpoint-9",
     ]
@@ -290,21 +293,21 @@ def test_a_disk_that_runs_full_in_the_middle_of_saving_leaves_the_last_checkpoin
     fields, monkeypatch
 ):
     trainer = build(fields, max_steps=9)
-    added_up = trainer.resume._added_up
+    state = trainer.meter.state
 
     def full():
         if trainer.state.global_step == 6:
             raise OSError(errno.ENOSPC, "No space left on device")
-        return added_up()
+        return state()
 
-    trainer.resume._added_up = full
+    trainer.meter.state = full
     train(trainer)
-    assert [folder.name for folder in in_order(trainer.resume.folder)] == [
+    assert [folder.name for folder in in_order(trainer.checkpointer.folder)] == [
         "checkpoint-3",
         "checkpoint-9",
     ]
-    assert [skip.split(":")[0] for skip in trainer.resume.skipped] == ["step 6"]
-    verify(trainer.resume.folder / "checkpoint-9")
+    assert [skip.split(":")[0] for skip in trainer.checkpointer.skipped] == ["step 6"]
+    verify(trainer.checkpointer.folder / "checkpoint-9")
 
 
 def test_the_last_valid_checkpoint_outlives_a_kill_at_any_point_of_saving_the_next(
@@ -320,7 +323,7 @@ def test_the_last_valid_checkpoint_outlives_a_kill_at_any_point_of_saving_the_ne
     monkeypatch.setattr("sftlab.training.checkpointing.seal", sealing)
     with pytest.raises(KeyboardInterrupt):
         train(trainer)
-    verify(trainer.resume.folder / "checkpoint-3")
+    verify(trainer.checkpointer.folder / "checkpoint-3")
 
 
 def test_a_run_killed_after_its_last_step_takes_no_step_more(fields):
@@ -333,7 +336,7 @@ def test_a_run_killed_after_its_last_step_takes_no_step_more(fields):
         first.model.named_parameters(), again.model.parameters(), strict=True
     ):
         assert torch.equal(parameter, other), name
-    assert again.observed == first.observed
+    assert again.first_step.observed == first.first_step.observed
 
 
 def test_a_stream_that_has_begun_again_goes_on_where_it_was(fields):
@@ -399,11 +402,10 @@ def test_what_adds_up_between_logs_goes_on(fields):
     found = again.train(resume_from_checkpoint=f"{fields['output_dir']}/checkpoint-6")
     assert found.training_loss == expected.training_loss
     assert without_times(again.state.log_history) == without_times(whole.state.log_history)
-    this_start = time.perf_counter() - again.resume._began
-    assert again.resume.seconds == pytest.approx(
-        again.resume.earlier["train_seconds"] + this_start, abs=0.01
-    )
-    assert again.resume.earlier["train_seconds"] > 0.02
+    saved = json.loads((again.checkpointer.folder / "checkpoint-6/resume_state-0.json").read_text())
+    before, this_start = saved["clock"]["train_seconds"], time.perf_counter() - again.clock._started
+    assert again.clock.seconds == pytest.approx(before + this_start, abs=0.01)
+    assert before > 0.02
     timed = again.meter.facts(again.flops)["timed_steps"]
     assert timed == 2 + 9, "both starts, each without its warm-up"
     assert again.meter.first_step_s == whole.meter.first_step_s
@@ -415,7 +417,7 @@ def test_deterministic_training_says_so_and_trains(fields, monkeypatch):
         compute_deterministically()
         trainer = build(fields, deterministic="true", max_steps=2)
         train(trainer)
-        assert what_ran(trainer)["deterministic"] is True
+        assert trainer.what_ran()["deterministic"] is True
         assert not torch.backends.cuda.cudnn_sdp_enabled()
         assert torch._inductor.config.deterministic
     finally:

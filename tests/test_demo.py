@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+import fork_server
 import pytest
 import torch
 from conftest import ROOT, copy_of, launch, load_script, read
@@ -51,7 +52,7 @@ def tuned(built, tmp_path_factory):
 
 
 def judge(run, *flags):
-    quality = [sys.executable, str(ROOT / "eval" / "quality.py"), "--run", str(run), *flags]
+    quality = [fork_server.python(), str(ROOT / "eval" / "quality.py"), "--run", str(run), *flags]
     done = subprocess.run(quality, capture_output=True, text=True, cwd=ROOT, timeout=200)
     assert done.returncode == 0, done.stderr[-2000:]
     return json.loads((run / "eval" / "quality.json").read_text()), done.stdout

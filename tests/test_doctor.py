@@ -5,6 +5,7 @@ import subprocess
 import sys
 from types import SimpleNamespace
 
+import fork_server
 import psutil
 import pytest
 import torch
@@ -130,6 +131,7 @@ def test_fields_need_a_recipe(doctor):
 
 def test_a_rehearsal_trains_two_steps(doctor, monkeypatch, fields, capsys):
     monkeypatch.setattr(doctor, "examine", lambda _: [])
+    monkeypatch.setattr(doctor.sys, "executable", fork_server.python())
     fields = {
         key: value
         for key, value in fields.items()

@@ -19,14 +19,14 @@ from sftlab.fastpath import fsdp
 IN_BF16 = ("--mixed_precision", "bf16")
 
 
-def command(fields, config="fsdp", flags=IN_BF16):
-    typed = launch_command(config, fields, flags)
+def command(fields, config="fsdp", flags=IN_BF16, cold=False):
+    typed = launch_command(config, fields, flags, cold)
     return [word.replace("recipes/sft.py", "tests/fsdp_on_cpu.py") for word in typed]
 
 
-def launch_fsdp(fields, *other):
+def launch_fsdp(fields, *other, **more):
     done = subprocess.run(
-        command(fields, *other), capture_output=True, text=True, cwd=ROOT, timeout=300
+        command(fields, *other, **more), capture_output=True, text=True, cwd=ROOT, timeout=300
     )
     assert done.returncode == 0, done.stderr[-3000:]
 
@@ -46,7 +46,7 @@ def sharded(base, rows, tmp_path_factory):
         "eval_strategy": "no",
     }
     fields |= {"per_device_train_batch_size": "2", "lora_dropout": "0.1"}
-    launch_fsdp(fields)
+    launch_fsdp(fields, cold=True)
     return folder, fields
 
 

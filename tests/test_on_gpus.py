@@ -1,12 +1,11 @@
-"""The measurements on GPUs in one command:
-
-done ones are skipped, jobs of one GPU have one each, failures are said.
-"""
+"""All measurements in one command skip what is done, give a job its GPU, and name failures."""
 
 import json
+import os
 import shlex
 from pathlib import Path
 
+import own_cores
 import pytest
 from conftest import ROOT, load_script
 
@@ -14,7 +13,7 @@ SCRIPT = load_script("benchmarks/run_all.py")
 
 
 def job(folder: Path, name: str, code: int = 0) -> str:
-    """Notes when it ran, on which GPU and which cores, and ends with `code`."""
+    """A job that notes when it ran, on which GPU and cores, and ends with `code`."""
     note = (
         "import json, os, sys, time; began = time.time(); time.sleep(1.5);"
         f"file = open({str(folder / name)!r}, 'a');"
@@ -27,7 +26,9 @@ def job(folder: Path, name: str, code: int = 0) -> str:
 
 @pytest.fixture
 def ran(tmp_path, monkeypatch):
-    """Run jobs, and what they noted."""
+    """Run jobs on all cores; gives those that failed and what each noted."""
+    mine = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, own_cores.ALL)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     monkeypatch.setattr(SCRIPT, "ONE_GPU", dict.fromkeys(("left", "right", "broken")))
 
@@ -37,7 +38,8 @@ def ran(tmp_path, monkeypatch):
         notes = {name: (tmp_path / name).read_text().splitlines() for name in names}
         return failed, {name: [json.loads(line) for line in lines] for name, lines in notes.items()}
 
-    return run
+    yield run
+    os.sched_setaffinity(0, mine)
 
 
 def test_jobs_of_one_gpu_run_beside_each_other_and_those_of_all_alone(ran, monkeypatch):

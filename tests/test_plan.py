@@ -7,6 +7,7 @@ import subprocess
 import sys
 from types import SimpleNamespace
 
+import fork_server
 import pytest
 import torch
 from conftest import ROOT, arguments, load_script

@@ -159,7 +159,8 @@ def test_a_killed_evaluation_goes_on_where_it_stopped(quality, finished, tmp_pat
     process = subprocess.Popen(
         command(killed, *flags, python=fork_server.python()),
         cwd=ROOT,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
     )
     deadline = time.time() + 120
     while time.time() < deadline:

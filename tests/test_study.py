@@ -2,6 +2,7 @@
 claims need seeds.
 """
 
+import contextlib
 import csv
 import json
 import os
@@ -10,6 +11,7 @@ import subprocess
 import sys
 import time
 
+import fork_server
 import numpy as np
 import pytest
 import yaml
