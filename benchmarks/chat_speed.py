@@ -1,21 +1,22 @@
-"""What chatting costs over bare generation: time to the first token and tokens/s, measured in turn.
+"""What chatting costs over bare generation: time to the first token, and tokens/s.
 
-python benchmarks/chat_speed.py --run RUN --out results/chat_speed/cpu.csv [--load-in-4bit] [--tokens 24] [--rounds 7]
+python benchmarks/chat_speed.py --run RUN [--tokens 128] [--rounds 7] [--load_in_4bit] \
+    [--out results/chat_speed]
 
-The same message is answered by `generate` with a TextIteratorStreamer (two of them over a batch of
-both models), by the engine (sftlab/chat/engine.py), by the app in a process of its own over HTTP,
-and by the app through gradio_client (both only where gradio is installed), in changing order. A
-first round warms up; ratios to bare `generate` are of one round each. No answer ends before it has
-all its tokens. The lines join those of other commands in the file. With --tokenizer DIR and
---dataset FILE a RUN that does not exist is made: two training steps on a random model of
-Llama-3.2-1B's shape.
+Four ways answer the same message in changing order: `generate` with a TextIteratorStreamer (two of
+them over a batch of both models), the engine (sftlab/chat/engine.py), the app in a process of its
+own over HTTP, and the app through gradio_client. The last two need gradio. A first round warms up.
+Ratios to bare `generate` are of one round each. No answer ends before it has all its tokens.
+
+Writes cpu.csv, or the name of the GPU such as h200.csv. Rows of other commands stay in that file.
+With `--tokenizer DIR` and `--dataset FILE` a RUN that does not exist is made: two training steps on
+a random model of Llama-3.2-1B's shape.
 """
 
 import sftlab.startup.filter_warnings  # noqa: I001  (before the libraries that it quiets)
 
 import argparse
 import contextlib
-import csv
 import importlib.util
 import json
 import runpy
@@ -37,33 +38,27 @@ from transformers.generation.streamers import BaseStreamer
 
 import sftlab.chat.engine
 from sftlab.chat.engine import Chat, Settings
-from sftlab.runs.environment import environment
+from sftlab.paths import ROOT
+from sftlab.runs.environment import machine_name, provenance
 from sftlab.runs.run_directory import SIDES
 from sftlab.models.random_models import train_random_llama
 from sftlab.data.chat_template import end_of_turn, prompt_ids
-from sftlab.tables import read_csv
+from sftlab.tables import read_csv, write_csv
 
-ROOT = Path(__file__).parent.parent
-MESSAGE = "Write these words in reverse order: mouse, plum, bear, car, lemon, river, rice, hammer, train, cat, book."
+MESSAGE = (
+    "Write these words in reverse order: mouse, plum, bear, car, lemon, river, rice, hammer, "
+    "train, cat, book."
+)
 CELLS = {"one, greedy": (("tuned",), 0.0), "one, drawn": (("tuned",), 0.7)}
 CELLS |= {"both, greedy": (SIDES, 0.0), "both, drawn": (SIDES, 0.7)}
 FEW_STEPS = (
-    *(
-        "--max_steps",
-        "2",
-        "--max_length",
-        "64",
-        "--global_batch_size",
-        "1",
-        "--per_device_train_batch_size",
-        "1",
-    ),
-    *("--split_fractions", "0.98", "0.002", "0.018"),
+    *("--max_steps=2", "--max_length=64", "--global_batch_size=1"),
+    *("--per_device_train_batch_size=1", "--split_fractions", "0.98", "0.002", "0.018"),
 )
 
 
 class Speed(NamedTuple):
-    """Seconds to the first token, tokens/s from there on, bytes of GPU memory at most."""
+    """Seconds to the first token, tokens/s after it, and the peak bytes of GPU memory."""
 
     first_token_s: float
     tokens_per_s: float
@@ -91,7 +86,7 @@ class RowStreamer(BaseStreamer):
 
 
 def timed(states: Callable[[], Iterator[int]]) -> Speed:
-    """Run through the states of an answer, each the number of tokens so far."""
+    """Time an answer, given as the number of tokens after each of its pieces."""
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     started = first = time.perf_counter()
@@ -105,7 +100,7 @@ def timed(states: Callable[[], Iterator[int]]) -> Speed:
 
 
 def bare(chat: Chat, sides: tuple[str, ...], settings: Settings) -> Iterator[int]:
-    """`generate` in a thread, its text taken from a streamer."""
+    """Answer by `generate` in a thread, with the text from a streamer."""
     prompt = prompt_ids(chat._tokenizer, [{"role": "user", "content": MESSAGE}])
     ids = torch.tensor([prompt] * len(sides), device=chat._model.device)
     streamer = RowStreamer(chat._tokenizer, len(sides))
@@ -130,7 +125,7 @@ def bare(chat: Chat, sides: tuple[str, ...], settings: Settings) -> Iterator[int
 
 
 def engine(chat: Chat, sides: tuple[str, ...], settings: Settings) -> Iterator[int]:
-    """The app's engine without the app."""
+    """Answer by the app's engine without the app."""
     for piece in chat.reply(
         [{"role": "user", "content": MESSAGE}], sides, settings, threading.Event()
     ):
@@ -138,7 +133,7 @@ def engine(chat: Chat, sides: tuple[str, ...], settings: Settings) -> Iterator[i
 
 
 def app(url: str, sides: tuple[str, ...], settings: Settings) -> Iterator[int]:
-    """The app, over HTTP as a browser or curl asks it."""
+    """Answer by the app over HTTP, as a browser or curl asks it."""
     side, steered = "both" if len(sides) > 1 else sides[0], list(vars(settings).values())
     body = json.dumps({"data": [MESSAGE, None, side, "", *steered, None]}).encode()
     asked = urllib.request.Request(
@@ -154,14 +149,14 @@ def app(url: str, sides: tuple[str, ...], settings: Settings) -> Iterator[int]:
 
 
 def gradio_client(client: Any, sides: tuple[str, ...], settings: Settings) -> Iterator[int]:
-    """The app, through the Python client."""
+    """Answer by the app through the Python client."""
     side = "both" if len(sides) > 1 else sides[0]
     for said in client.submit(MESSAGE, side=side, **vars(settings), api_name="/chat"):
         yield max(said["tokens"].values())
 
 
 def endless() -> None:
-    """Let answers end at no end token and no stop string; both are looked for as ever."""
+    """Let answers end at no end token and no stop string. Both are still looked for."""
 
     def turn(tokenizer: Any, ends: Any) -> Any:
         found = end_of_turn(tokenizer, ends)
@@ -169,15 +164,12 @@ def endless() -> None:
             end_tokens=[], stop_strings=[stop.upper() for stop in found.stop_strings]
         )
 
-    sftlab.chat.end_of_turn = turn
+    sftlab.chat.engine.end_of_turn = turn
 
 
 @contextlib.contextmanager
 def serving(run: Path, flags: list[str]) -> Iterator[dict[str, Callable]]:
-    """The ways to ask the app on this run, which is running meanwhile.
-
-    None where gradio is missing.
-    """
+    """Run the app on this run, and give the ways to ask it; none where gradio is missing."""
     if importlib.util.find_spec("gradio") is None:
         print("gradio is not installed here: the app is left out", flush=True)
         yield {}
@@ -206,9 +198,7 @@ def serving(run: Path, flags: list[str]) -> Iterator[dict[str, Callable]]:
 
 
 def after_closing(chat: Chat) -> float:
-    """GB of GPU memory still taken, beyond what there was before, once an answer under way has been
-    closed.
-    """
+    """Returns the GB of GPU memory that an answer leaves behind when it is closed half-way."""
     before = torch.cuda.memory_allocated()
     settings = Settings(0, max_new_tokens=64)
     answer = chat.reply([{"role": "user", "content": MESSAGE}], SIDES, settings, threading.Event())
@@ -218,8 +208,8 @@ def after_closing(chat: Chat) -> float:
 
 
 def measure(run: Path, arguments: argparse.Namespace) -> list[dict[str, Any]]:
-    """A line for each cell and way of asking."""
-    flags = ["--load-in-4bit"] if arguments.load_in_4bit else []
+    """Returns a row for each cell and way of asking."""
+    flags = ["--load_in_4bit"] if arguments.load_in_4bit else []
     chat = Chat(run, load_in_4bit=arguments.load_in_4bit)
     size = chat._model.get_base_model().num_parameters()
     with serving(run, flags) as served:
@@ -252,9 +242,9 @@ def measure(run: Path, arguments: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def compare(rounds: list[dict[str, Speed]], way: str) -> dict[str, Any]:
-    """Medians of a way and of the bare one.
+    """Returns the medians of a way and of the bare one, and their ratios.
 
-    Their ratios, round by round: median, least, greatest.
+    Ratios are taken within a round: median, lowest and highest.
     """
     facts: dict[str, Any] = {}
     for field, digits in (("first_token_s", 4), ("tokens_per_s", 2)):
@@ -281,46 +271,43 @@ def compare(rounds: list[dict[str, Speed]], way: str) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Make the run where it is missing, measure, write."""
+    """Make the run where it is missing, measure, write the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--run", type=Path, required=True, help="finished run directory")
-    parser.add_argument("--out", type=Path, default=ROOT / "results" / "chat.csv")
+    parser.add_argument("--out", type=Path, default=ROOT / "results" / "chat_speed")
     parser.add_argument(
         "--tokenizer", help="to make a missing run: folder of a tokenizer of at most 128,256 tokens"
     )
     parser.add_argument("--dataset", help="to make a missing run: local data file")
     parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--load-in-4bit", action="store_true")
+    parser.add_argument("--load_in_4bit", action="store_true")
     parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--port", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     endless()
-    flags = ["--load-in-4bit"] if arguments.load_in_4bit else []
     if arguments.serve:
-        sys.argv = ["app/app.py", "--run", str(arguments.run), "--port", arguments.port, *flags]
-        runpy.run_path(str(ROOT / "app" / "app.py"), run_name="__main__")
+        serve(arguments)
         return
     run = arguments.run
     if not (run / "run.json").is_file() and arguments.tokenizer and arguments.dataset:
         config = "single" if torch.cuda.is_available() else "cpu"
         train_random_llama(str(run), arguments.tokenizer, arguments.dataset, config, FEW_STEPS)
-    facts = environment()
-    hardware = facts["hardware"].get("gpu") or f"{facts['hardware']['cpu_cores']} CPU cores"
     options = f"--tokens {arguments.tokens} --rounds {arguments.rounds}"
-    command = " ".join(
-        ["python benchmarks/chat_speed.py --run", f"runs/{run.name}", options, *flags]
-    )
-    shared = {
-        "hardware": hardware,
-        "versions": " ".join(f"{k} {v}" for k, v in facts["versions"].items()),
-    }
-    lines = [line | shared | {"command": command} for line in measure(run, arguments)]
-    lines = [line for line in read_csv(arguments.out) if line["command"] != command] + lines
-    with arguments.out.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, fieldnames=list(lines[-1]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(lines)
+    options += " --load_in_4bit" if arguments.load_in_4bit else ""
+    command = f"python benchmarks/chat_speed.py --run runs/{run.name} {options}"
+    about = provenance() | {"command": command}
+    new = [row | about for row in measure(run, arguments)]
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    table = arguments.out / f"{machine_name()}.csv"
+    write_csv(table, [row for row in read_csv(table) if row["command"] != command] + new)
+
+
+def serve(arguments: argparse.Namespace) -> None:
+    """Run app/app.py in this process, whose answers end at no end token."""
+    flags = ["--load-in-4bit"] if arguments.load_in_4bit else []
+    sys.argv = ["app/app.py", "--run", str(arguments.run), "--port", arguments.port, *flags]
+    runpy.run_path(str(ROOT / "app" / "app.py"), run_name="__main__")
 
 
 if __name__ == "__main__":

@@ -1,13 +1,11 @@
-"""What exact continuation costs: saving a checkpoint in pairs with transformers' own, steps with
-and without it.
+"""What exact continuation costs: saving a checkpoint, and steps, with and without its parts.
 
-accelerate launch --config_file accelerate_configs/ddp.yaml benchmarks/checkpoint_cost.py --table OUT.csv \
-    --config recipes/llama3.2-1b/attn_r16.yaml [--any_field value]
+accelerate launch --config_file accelerate_configs/ddp.yaml benchmarks/checkpoint_cost.py \
+    --config recipes/llama3.2-1b/attn_r16.yaml [--any_field value] [--out results/checkpoint_cost]
 
-Steps are timed in blocks, in every other one of which the callbacks work that agree on signals and
-note the progress. Then checkpoints of the last step are saved in turn by SFTTrainer and by
-recipes/sft.py's trainer. The first pairs warm up and are left out; a row a pair, and one of the
-medians.
+Steps are timed in blocks. In every other block the callbacks work that agree on signals and note
+the progress. Then SFTTrainer and recipes/sft.py's trainer save a checkpoint of the last step in
+turn. The first pairs warm up and are left out. Writes a row a pair, and one of the medians.
 """
 
 import sftlab.startup.filter_warnings  # noqa: I001  (before the libraries that it quiets)
@@ -30,6 +28,7 @@ from sftlab.data.splits import load_splits
 from sftlab.fastpath.selection import choose
 from sftlab.training.stop_on_signal import StopOnSignal
 from sftlab.config.launch import Launch, check_devices, use_all_cpu_cores
+from sftlab.paths import ROOT
 from sftlab.models.loading import load_config, load_tokenizer
 from sftlab.tables import write_csv
 from sftlab.data.chat_template import set_template
@@ -41,24 +40,25 @@ OWN |= {"eval_strategy": "no", "save_strategy": "no", "save_total_limit": 2}
 
 
 class Cost(TrainerCallback):
-    """Takes the machinery out of a trainer's callbacks, lets it work in every other block of steps,
-    and times both.
+    """Times steps with and without the callbacks of exact continuation, then two ways of saving.
+
+    The callbacks work in every other block of steps.
     """
 
     def __init__(self, trainer: LabTrainer, stop: StopOnSignal) -> None:
-        self.trainer, self.machinery = trainer, (stop, trainer.resume)
-        for one in self.machinery:
+        self.trainer, self.parts = trainer, (stop, trainer.checkpointer, trainer.clock)
+        for one in self.parts:
             trainer.remove_callback(one)
         self.blocks: list[float] = []
         self.saves: list[tuple[float, float]] = []
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Set it up."""
-        for one in self.machinery:
+        """Start the callbacks."""
+        for one in self.parts:
             one.on_train_begin(args, state, control)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Blocks with the machinery are the even ones."""
+        """Time the block, and let the callbacks work in the even ones."""
         done = state.global_step - WARMUP
         if done >= 0 and done % BLOCK == 0:
             now = self._now()
@@ -68,7 +68,7 @@ class Cost(TrainerCallback):
                 self._save_in_turn()
             self._began = self._now()
         if done // BLOCK % 2 == 0:
-            for one in self.machinery:
+            for one in self.parts:
                 one.on_step_end(args, state, control)
 
     def _save_in_turn(self) -> None:
@@ -79,7 +79,7 @@ class Cost(TrainerCallback):
             for way in (0, 1) if pair % 2 else (1, 0):
                 if trainer.is_world_process_zero():
                     shutil.rmtree(
-                        trainer.resume.folder / f"checkpoint-{trainer.state.global_step}",
+                        trainer.checkpointer.folder / f"checkpoint-{trainer.state.global_step}",
                         ignore_errors=True,
                     )
                 began = self._now()
@@ -97,7 +97,7 @@ class Cost(TrainerCallback):
 def main() -> None:
     """Train with the stopwatch, and write."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.add_argument("--table", type=Path, required=True)
+    parser.add_argument("--out", type=Path, default=ROOT / "results" / "checkpoint_cost")
     given, rest = parser.parse_known_args()
     launch = Launch.from_environment()
     check_devices(launch)
@@ -118,9 +118,10 @@ def main() -> None:
     trainer.train()
     if trainer.is_world_process_zero():
         steps = list(zip(watch.blocks[2::2], watch.blocks[3::2], strict=True))
-        size = round(trainer.resume.sizes[-1] / 2**20, 2)
+        size = round(trainer.checkpointer.room.sizes[-1] / 2**20, 2)
+        given.out.mkdir(parents=True, exist_ok=True)
         write_csv(
-            given.table,
+            given.out / "checkpoint_cost.csv",
             paired("step", steps, {}) + paired("saving", watch.saves[1:], {"checkpoint_mb": size}),
         )
 
@@ -128,7 +129,7 @@ def main() -> None:
 def paired(
     what: str, pairs: list[tuple[float, float]], more: dict[str, Any]
 ) -> list[dict[str, Any]]:
-    """A row a pair, and one of their medians with the lowest and highest difference."""
+    """Returns a row a pair, and one of the medians with the lowest and highest difference."""
     rows = [
         {"what": what, "result": f"pair {n}", "ours_s": a, "stock_s": b}
         for n, (a, b) in enumerate(pairs, 1)
@@ -146,11 +147,10 @@ def paired(
         "lowest_s": min(apart),
         "highest_s": max(apart),
     }
-    digits = [
+    return [
         row | {k: round(v, 6) for k, v in row.items() if isinstance(v, float)}
         for row in [*rows, median]
     ]
-    return digits
 
 
 if __name__ == "__main__":

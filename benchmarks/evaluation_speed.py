@@ -1,15 +1,15 @@
-"""How fast eval/quality.py answers and how much memory it takes, on a GPU.
+"""How fast eval/quality.py answers on a GPU, and how much memory it takes.
 
-python benchmarks/evaluation_speed.py --tokenizer DIR --dataset FILE [--out results]
+python benchmarks/evaluation_speed.py --tokenizer DIR --dataset FILE \
+    [--out results/evaluation_speed]
 
-A random-initialised model of Llama-3.2-1B's shape is fine-tuned for five steps, and its evaluation
-timed: 1,000 rows in batches of 64 with the decoding step compiled (as it comes), 192 rows without,
+A random-initialised model of Llama-3.2-1B's shape is fine-tuned for five steps and evaluated three
+times: 1,000 rows in batches of 64 with the decoding step compiled (the default), 192 rows without,
 and 64 rows of 512 tokens in batches of 32 for the memory. Such a model never ends an answer, so
-every answer has all 256 tokens. Writes evaluation.csv.
+every answer has all 256 tokens.
 """
 
 import argparse
-import csv
 import json
 import subprocess
 import sys
@@ -18,9 +18,10 @@ from pathlib import Path
 from typing import Any
 
 from sftlab.models.random_models import train_random_llama
+from sftlab.paths import ROOT
 from sftlab.runs.run_directory import read_run
+from sftlab.tables import write_csv
 
-ROOT = Path(__file__).parent.parent
 RUN = "runs/evaluation-1b"
 # name: (flags of eval/quality.py, and whether the rows are the long ones)
 CELLS = {
@@ -31,14 +32,15 @@ CELLS = {
 
 
 def main() -> None:
-    """Make the model and the run, evaluate it once a cell, write a line as each ends."""
+    """Make the model and the run, evaluate it once a cell, write rows as each ends."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
         "--tokenizer", required=True, help="folder of a tokenizer of at most 128,256 tokens"
     )
     parser.add_argument("--dataset", required=True, help="local data file with at least 2,000 rows")
-    parser.add_argument("--out", type=Path, default=ROOT / "results")
+    parser.add_argument("--out", type=Path, default=ROOT / "results" / "evaluation_speed")
     arguments = parser.parse_args()
+    arguments.out.mkdir(parents=True, exist_ok=True)
     # five steps, and more than 1,000 rows left for the test
     flags = ("--max_steps", "5", "--split_fractions", "0.4", "0.02", "0.58")
     train_random_llama(RUN, arguments.tokenizer, arguments.dataset, "single", flags)
@@ -49,14 +51,11 @@ def main() -> None:
     lines = []
     for name, (flags, is_long) in CELLS.items():
         lines += measure(name, [*flags, *(["--dataset_name", str(long)] if is_long else [])])
-        with (arguments.out / "evaluation.csv").open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, fieldnames=list(lines[0]), lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(lines)
+        write_csv(arguments.out / "evaluation_speed.csv", lines)
 
 
 def long_rows(dataset: str) -> list[dict[str, str]]:
-    """64 questions of their own with answers of more than 512 tokens, made of the data set's texts."""
+    """Returns 64 rows with answers of more than 512 tokens, made of the data set's texts."""
     texts = [
         " ".join(json.loads(line).values())
         for line in Path(dataset).read_text(encoding="utf-8").splitlines()
@@ -68,7 +67,7 @@ def long_rows(dataset: str) -> list[dict[str, str]]:
 
 
 def measure(name: str, flags: list[str]) -> list[dict[str, Any]]:
-    """One evaluation; a line for each model."""
+    """Run one evaluation. Returns a row for each model."""
     command = ["eval/quality.py", "--run", RUN, *flags]
     started = time.perf_counter()
     subprocess.run([sys.executable, *command], cwd=ROOT, check=True)

@@ -1,14 +1,14 @@
-"""How fast a judge of 7 billion parameters answers and judges in batches and one at a time, and its
-memory, on a GPU.
+"""How fast a judge of 7 billion parameters answers and judges on a GPU, and its memory.
 
-python benchmarks/judge_speed.py [--what answers judgements] [--out results] [--rehearse]
+python benchmarks/judge_speed.py [--what answers judgements] [--rehearse] \
+    [--out results/judge_speed]
 
-A random-initialised model of Mistral-7B's shape (that of Prometheus 2) through the code that
-eval/alpaca.py and eval/mt_bench.py judge with. Prompts have AlpacaEval's lengths: 40 tokens for an
-answer; for a judgement 1,000 in the mean, as with two answers in it. Such a model never ends a
-text, so each has all 256 tokens. Every cell is warmed up by a batch. Writes judge.csv, in which
-lines of what is not measured now stay; --rehearse takes a tiny shape and few tokens, to try the
-script on a CPU.
+A random-initialised model of Mistral-7B's shape (that of Prometheus 2) runs the code of
+eval/alpaca.py and eval/mt_bench.py, in batches and one prompt at a time. Prompts have AlpacaEval's
+lengths: 40 tokens for an answer, and 1,000 in the mean for a judgement, which holds two answers.
+Such a model never ends a text, so each has all 256 tokens. Every cell is warmed up by a batch. Rows
+of what is not measured now stay in the table. `--rehearse` takes a tiny shape and few tokens, to
+try the script on a CPU.
 """
 
 import argparse
@@ -22,12 +22,13 @@ import torch
 from transformers import AutoTokenizer
 
 from sftlab.data.chat_template import set_template
-from sftlab.judging.judges import LocalJudge, Messages
+from sftlab.judging.judge_formats import Messages
+from sftlab.judging.judges import LocalJudge
 from sftlab.models.random_models import MODEL_SHAPES, save_random_llama
+from sftlab.paths import ROOT
 from sftlab.runs.environment import provenance
 from sftlab.tables import read_csv, write_csv
 
-ROOT = Path(__file__).parent.parent
 TINY = {
     "vocab_size": 1000,
     "hidden_size": 32,
@@ -44,9 +45,7 @@ TINY = {
 
 
 class Cell(NamedTuple):
-    """What is measured: answers or judgements, how many at once, with the decoding step compiled,
-    in 4 bits.
-    """
+    """Answers or judgements in batches of a size; compiled decoding and 4 bits are optional."""
 
     what: str
     batch: int
@@ -68,11 +67,11 @@ CELLS = [
 
 
 def main() -> None:
-    """Make the model, measure a cell at a time, write a line as each ends."""
+    """Make the model, measure a cell at a time, write a row as each ends."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     kinds = ["answers", "judgements"]
     parser.add_argument("--what", nargs="+", choices=kinds, default=kinds, help="what is measured")
-    parser.add_argument("--out", type=Path, default=ROOT / "results")
+    parser.add_argument("--out", type=Path, default=ROOT / "results" / "judge_speed")
     parser.add_argument(
         "--rehearse", action="store_true", help="a tiny shape and few tokens, for a CPU"
     )
@@ -82,7 +81,7 @@ def main() -> None:
         MODEL_SHAPES["tiny"] = TINY
     folder = make_judge(shape)
     arguments.out.mkdir(parents=True, exist_ok=True)
-    path, lines = arguments.out / "judge.csv", []
+    path, lines = arguments.out / "judge_speed.csv", []
     kept = [one for one in read_csv(path) if one["what"] not in arguments.what]
     for cell in CELLS:
         if cell.what not in arguments.what or (cell.in_4bit and not torch.cuda.is_available()):
@@ -93,15 +92,15 @@ def main() -> None:
         lines.append(
             {"shape": shape, **line, **provenance(), "command": "python benchmarks/judge_speed.py"}
         )
-        print(
-            {key: value for key, value in lines[-1].items() if key not in ("versions", "command")},
-            flush=True,
-        )
+        print({k: v for k, v in lines[-1].items() if k not in ("versions", "command")}, flush=True)
         write_csv(path, kept + lines)
 
 
 def make_judge(shape: str) -> Path:
-    """A random-initialised model with a tokenizer of words and a chat template."""
+    """Make a random-initialised model with a tokenizer of words and a chat template.
+
+    Returns its folder.
+    """
     folder = ROOT / "data" / f"{shape}-judge"
     save_random_llama(folder, shape=shape)
     tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -111,7 +110,10 @@ def make_judge(shape: str) -> Path:
 
 
 def prompts(what: str, count: int, seed: int = 0) -> list[Messages]:
-    """Conversations of random words, a token each, the longest first as the evaluations sort them."""
+    """Returns conversations of random words of one token each.
+
+    The longest come first, as in the evaluations.
+    """
     generator = np.random.default_rng(seed)
     mean = 40 if what == "answers" else 1000
     lengths = np.clip(generator.lognormal(np.log(mean) - 0.08, 0.4, count), 10, 3000).astype(int)
@@ -123,9 +125,7 @@ def prompts(what: str, count: int, seed: int = 0) -> list[Messages]:
 
 
 def measure(cell: Cell, folder: Path, new_tokens: int) -> dict[str, Any]:
-    """Rows a second over whole batches after one that warms up, and the peak memory in GB (2**30
-    bytes).
-    """
+    """Returns rows/s over whole batches after a warm-up batch, and the peak GB (2**30 bytes)."""
     gpu = torch.cuda.is_available()
     judge = LocalJudge(str(folder), new_tokens, cell.in_4bit, cell.batch)
     judge.many = cell.compiled

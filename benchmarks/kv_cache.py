@@ -1,40 +1,38 @@
-"""Generation with and without the KV cache: time, tokens/s, peak memory, and whether the greedy
-answers are the same.
+"""Generation with and without the KV cache: seconds, tokens/s, peak memory, and equal answers.
 
-python benchmarks/kv_cache.py --model data/demo/base [--dtype float32] [--batches 1 8 16] [--prompts 256 1024]
-    [--outputs 32 128] [--repeats 3] [--out results/kv_cache]
+python benchmarks/kv_cache.py --model data/demo/base [--dtype float32] [--batches 1 8 16] \
+    [--prompts 256 1024] [--outputs 32 128] [--repeats 3] [--out results/kv_cache]
 
 `--model llama3.2-1b` or `llama2-7b` takes a random-initialised model of that shape. Prompts are
-random tokens, the same for both; every answer has exactly the length asked for. Without the cache
-every step sees the whole text again. Times are medians with lowest and highest of repeats in turn,
-after one warm-up; memory is what a generation held beyond the weights, from one that is not timed.
-Published seconds, of the 1B model on another GPU, stand beside the same cells. The table is written
-after every cell; started again, the same command goes on after the last.
+random tokens, the same for both. Every answer has exactly the length asked for. Without the cache
+every step computes the whole text again. Seconds are the median, lowest and highest of the repeats,
+which alternate after one warm-up each. Memory is the peak beyond the weights, from a generation
+that is not timed. Published seconds of the 1B model on another GPU stand beside the same cells.
+
+The table is written after every cell. The same command, started again, continues after the last
+one.
 """
 
 import argparse
 import contextlib
 import statistics
+import subprocess
 import sys
 import time
 from itertools import product
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from sftlab.measurement.hardware_limit import synchronize
 from sftlab.measurement.memory import peak_beyond
 from sftlab.models.random_models import MODEL_SHAPES, make_random_files, random_files
+from sftlab.paths import ROOT
 from sftlab.runs.environment import provenance
 from sftlab.tables import aligned, read_csv, write_csv
 
-ROOT = Path(__file__).parent.parent
 CACHES = {"with": True, "without": False}
 # Seconds of the published study of Llama-3.2-1B on a P100, by cache, batch, prompt and output;
 # peaks did not differ by cache there.
@@ -49,7 +47,7 @@ PUBLISHED = {
 
 
 def main(argv: list[str]) -> None:
-    """Measure every cell, write CSV and plot, print the table."""
+    """Measure every cell, write table and plot, print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
         "--model", required=True, help=f"a model's folder or name, or {' or '.join(MODEL_SHAPES)}"
@@ -71,8 +69,8 @@ def main(argv: list[str]) -> None:
         "dtype": arguments.dtype,
         **provenance(),
     }
-    table = arguments.out.with_suffix(".csv")
-    table.parent.mkdir(parents=True, exist_ok=True)
+    table = arguments.out / "kv_cache.csv"
+    arguments.out.mkdir(parents=True, exist_ok=True)
     done, lines = earlier(table, about), []
     for prompt, output, batch in product(arguments.prompts, arguments.outputs, arguments.batches):
         known = [
@@ -82,18 +80,16 @@ def main(argv: list[str]) -> None:
         ]
         lines += known or cell(model, batch, prompt, output, arguments.repeats)
         write_csv(table, [line | about for line in lines])
-        print(
-            f"batch {batch}, {prompt} + {output} tokens: {lines[-1]['times_as_long']} times as "
-            "long without"
-            f"{'; done before' if known else ''}",
-            flush=True,
-        )
-    draw(lines, arguments.out, f"{arguments.model}, {arguments.dtype}, {about['hardware']}")
+        slower = f"without the cache {lines[-1]['times_as_long']} times as long"
+        before = "; done before" if known else ""
+        print(f"batch {batch}, {prompt} + {output} tokens: {slower}{before}", flush=True)
+    drawing = [sys.executable, "benchmarks/draw.py", str(arguments.out.resolve())]
+    subprocess.run(drawing, cwd=ROOT, check=True)
     print(aligned([list(lines[0]), *([str(value) for value in line.values()] for line in lines)]))
 
 
 def earlier(path: Path, about: dict[str, str]) -> list[dict[str, Any]]:
-    """Lines of a table that were measured with this model, machine and versions."""
+    """Returns the rows of a table that were measured with this model, machine and versions."""
     rows = [row for row in read_csv(path) if about.items() <= row.items()]
     return [
         {name: number(value) for name, value in row.items() if name not in about} for row in rows
@@ -101,7 +97,7 @@ def earlier(path: Path, about: dict[str, str]) -> list[dict[str, Any]]:
 
 
 def number(text: str) -> float | str:
-    """A figure of a table, or its words."""
+    """Returns a cell of a table as a number where it is one."""
     for kind in (int, float):
         with contextlib.suppress(ValueError):
             return kind(text)
@@ -109,7 +105,7 @@ def number(text: str) -> float | str:
 
 
 def load(name: str, dtype: torch.dtype) -> PreTrainedModel:
-    """The model on the GPU, if there is one."""
+    """Returns the model, on the GPU if there is one."""
     if name in MODEL_SHAPES:
         make_random_files(name, longest=512)
         name = str(random_files(name, longest=512)[0])
@@ -120,7 +116,7 @@ def load(name: str, dtype: torch.dtype) -> PreTrainedModel:
 def cell(
     model: PreTrainedModel, batch: int, prompt: int, output: int, repeats: int
 ) -> list[dict[str, Any]]:
-    """A line with the cache and a line without."""
+    """Returns a row with the cache and a row without."""
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(0, model.config.vocab_size, (batch, prompt), generator=generator).to(
         model.device
@@ -134,6 +130,9 @@ def cell(
             synchronize()
             seconds[name].append(time.perf_counter() - started)
     same = (answers["with"] == answers["without"]).all(dim=1).sum().item()
+    # the last token of an answer is never read again
+    cache_mb = round(cache_bytes(model, batch, prompt + output - 1) / 2**20, 2)
+    published = published_of(model)
     lines = []
     for name, cache in CACHES.items():
         middle = statistics.median(seconds[name])
@@ -149,13 +148,11 @@ def cell(
                 "highest": round(max(seconds[name]), 4),
                 "tokens_per_s": round(batch * output / middle, 1),
                 "peak_mb": round(peak / 2**20, 2),
-                "cache_mb": round(cache_bytes(model, batch, prompt + output - 1) / 2**20, 2)
-                if cache
-                else 0.0,
+                "cache_mb": cache_mb if cache else 0.0,
                 "times_as_long": round(middle / statistics.median(seconds["with"]), 2),
                 "same_answers": f"{same} of {batch}",
                 "published_seconds": PUBLISHED.get((name, batch, prompt, output), "")
-                if published_of(model)
+                if published
                 else "",
             }
         )
@@ -164,7 +161,7 @@ def cell(
 
 @torch.no_grad()
 def generate(model: PreTrainedModel, ids: torch.Tensor, output: int, cache: bool) -> torch.Tensor:
-    """Greedy answers of exactly `output` tokens, [batch, output]."""
+    """Returns greedy answers of exactly `output` tokens, [batch, output]."""
     found = model.generate(
         ids,
         attention_mask=torch.ones_like(ids),
@@ -178,7 +175,7 @@ def generate(model: PreTrainedModel, ids: torch.Tensor, output: int, cache: bool
 
 
 def published_of(model: PreTrainedModel) -> bool:
-    """Whether the model has the shape that was published about."""
+    """Returns whether the model has the shape of the published study."""
     return all(
         getattr(model.config, name) == value
         for name, value in MODEL_SHAPES["llama3.2-1b"].items()
@@ -187,7 +184,7 @@ def published_of(model: PreTrainedModel) -> bool:
 
 
 def cache_bytes(model: PreTrainedModel, batch: int, tokens: int) -> int:
-    """What keys and values of `tokens` take: the last token of an answer is never read again."""
+    """Returns the bytes of the keys and values of `tokens` tokens in each of `batch` rows."""
     config = model.config
     size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return (
@@ -199,46 +196,6 @@ def cache_bytes(model: PreTrainedModel, batch: int, tokens: int) -> int:
         * batch
         * model.dtype.itemsize
     )
-
-
-def draw(lines: list[dict[str, Any]], out: Path, where: str) -> None:
-    """Seconds and peak memory against the batch, a column a prompt and output."""
-    columns = list(dict.fromkeys((line["prompt"], line["output"]) for line in lines))
-    canvas, panels = plt.subplots(
-        2, len(columns), figsize=(2.6 * len(columns) + 1, 5), squeeze=False, sharex=True
-    )
-    for (prompt, output), (above, below) in zip(columns, panels.T, strict=True):
-        for name, colour, style in (("with", "#0072B2", "o-"), ("without", "#D55E00", "s--")):
-            mine = [
-                one
-                for one in lines
-                if (one["cache"], one["prompt"], one["output"]) == (name, prompt, output)
-            ]
-            batches = [one["batch"] for one in mine]
-            above.plot(
-                batches,
-                [one["seconds"] for one in mine],
-                style,
-                color=colour,
-                label=f"{name} cache",
-            )
-            above.vlines(
-                batches,
-                [one["lowest"] for one in mine],
-                [one["highest"] for one in mine],
-                color=colour,
-            )
-            below.plot(batches, [one["peak_mb"] for one in mine], style, color=colour)
-        above.set(title=f"{prompt} + {output} tokens", ylim=(0, None))
-        below.set(xlabel="batch", ylim=(0, None), xticks=batches)
-    panels[0, 0].set_ylabel("seconds")
-    panels[1, 0].set_ylabel("MB beyond the weights")
-    panels[0, 0].legend(frameon=False, fontsize=8)
-    canvas.suptitle(where, fontsize=9)
-    canvas.tight_layout()
-    canvas.savefig(out.with_suffix(".png"), dpi=130)
-    canvas.savefig(out.with_suffix(".svg"), metadata={"Date": None})
-    plt.close(canvas)
 
 
 if __name__ == "__main__":

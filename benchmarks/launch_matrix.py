@@ -1,19 +1,17 @@
-"""Every launch config on real GPUs: does what was asked for run, do the losses agree, does the
-adapter load.
+"""Every launch config on real GPUs: what really ran, whether losses agree, and adapters that load.
 
-python benchmarks/launch_matrix.py --tokenizer DIR --dataset FILE [--out results] [--only NAME ...]
+python benchmarks/launch_matrix.py --tokenizer DIR --dataset FILE [--only NAME ...] \
+    [--out results/launch_matrix]
 
-A random-initialised model of Llama-3.2-1B's shape is saved once and trained for 30 steps a cell by
-`accelerate launch recipes/sft.py`, at one global batch and data order. Needs two GPUs for the cells
-with two processes. One-process cells run two at a time where there are two GPUs. A cell that
-succeeded already is not run again. Writes launch_matrix.csv.
+A random-initialised model of Llama-3.2-1B's shape is saved once. `accelerate launch recipes/sft.py`
+trains it for 30 steps a cell, with one global batch and data order. Cells of two processes need two
+GPUs. Where there are two, two cells of one process run at a time. A cell that succeeded before is
+not run again.
 """
 
 import argparse
-import csv
 import os
 import subprocess
-import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -23,10 +21,12 @@ from typing import Any, NamedTuple
 import torch
 from transformers import AutoTokenizer, LlamaForCausalLM
 
+from sftlab.config.launch_command import LAUNCHER, launch_command
 from sftlab.models.random_models import save_random_llama
+from sftlab.paths import ROOT
 from sftlab.runs.run_directory import read_run
+from sftlab.tables import write_csv
 
-ROOT = Path(__file__).parent.parent
 QLORA = {
     "load_in_4bit": "true",
     "use_bnb_nested_quant": "true",
@@ -41,9 +41,7 @@ ADAPTER_CHECKED = ("ddp", "fsdp", "fsdp_qlora")
 
 
 class Cell(NamedTuple):
-    """One launch: a launch config, accelerate's own flags, the processes that must run, and recipe
-    overrides.
-    """
+    """A launch config, the processes that must run, accelerate's flags and recipe overrides."""
 
     config: str
     processes: int = 1
@@ -78,13 +76,13 @@ CELLS = {
 
 
 def main() -> None:
-    """Make the base model, run the cells, compare, write."""
+    """Make the base model, run the cells, compare them, write the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
         "--tokenizer", required=True, help="folder of a tokenizer of at most 128,256 tokens"
     )
     parser.add_argument("--dataset", required=True, help="local data file")
-    parser.add_argument("--out", type=Path, default=ROOT / "results")
+    parser.add_argument("--out", type=Path, default=ROOT / "results" / "launch_matrix")
     parser.add_argument("--only", nargs="*", default=list(CELLS))
     arguments = parser.parse_args()
     base = ROOT / "data" / "llama3.2-1b-random"
@@ -110,16 +108,14 @@ def main() -> None:
         adapter = ROOT / "runs" / f"matrix-{line['cell']}" / "adapter"
         if line["cell"] in ADAPTER_CHECKED and adapter.is_dir():
             line["adapter_changes_a_logit_by"] = round(adapter_effect(base, adapter), 3)
-    with (arguments.out / "launch_matrix.csv").open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, fieldnames=list(rows[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    write_csv(arguments.out / "launch_matrix.csv", rows)
 
 
 def run_cell(
     name: str, base: Path, dataset: str, gpus: "Queue[str] | None"
 ) -> tuple[str, dict[str, Any]]:
-    """Launch one cell, on one GPU of the queue where it has one process.
+    """Launch one cell, on a GPU of the queue where it has one process.
 
     Returns its command and its run.json.
     """
@@ -140,23 +136,11 @@ def run_cell(
         "overwrite": "true",
         **cell.overrides,
     }
-    command = [
-        *(
-            "accelerate",
-            "launch",
-            "--config_file",
-            f"accelerate_configs/{cell.config}.yaml",
-            *cell.flags,
-        ),
-        *("recipes/sft.py", "--config", "recipes/llama3.2-1b/attn_r16.yaml"),
-        *(item for key, value in fields.items() for item in (f"--{key}", value)),
-    ]
-    shown = (
-        " ".join(command)
-        .replace(str(base), "BASE")
-        .replace(dataset, "ROWS")
-        .replace(str(ROOT) + "/", "")
-    )
+    recipe = ["--config", "recipes/llama3.2-1b/attn_r16.yaml"]
+    given = [word for key, value in fields.items() for word in (f"--{key}", value)]
+    command = launch_command(cell.config, "recipes/sft.py", recipe + given, cell.flags)
+    typed = " ".join(["accelerate", *command[len(LAUNCHER) - 1 :]])
+    shown = typed.replace(str(base), "BASE").replace(dataset, "ROWS").replace(f"{ROOT}/", "")
     if (folder / "run.json").is_file() and read_run(folder)["status"] == "succeeded":
         return shown, read_run(folder)
     environment = dict(os.environ)
@@ -164,8 +148,7 @@ def run_cell(
     if gpu is not None and cell.config != "cpu":
         environment["CUDA_VISIBLE_DEVICES"] = gpu
     started = time.time()
-    launcher = [sys.executable, "-m", "accelerate.commands.accelerate_cli", *command[1:]]
-    done = subprocess.run(launcher, cwd=ROOT, env=environment, capture_output=True, text=True)
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     if gpus:
         gpus.put(gpu)
     if (folder / "run.json").is_file():
@@ -188,11 +171,12 @@ def run_cell(
 def row(
     name: str, command: str, run: dict[str, Any], runs: dict[str, tuple[str, dict[str, Any]]]
 ) -> dict[str, Any]:
-    """One line of the table.
+    """Returns one row of the table.
 
     The loss columns compare with the one-GPU bf16 run at the same global batch.
     """
     ran, measured, versions = run.get("ran", {}), run.get("measured", {}), run.get("versions", {})
+    asked = run.get("launch", {})
     memory = [r.get("allocated_gb", r.get("resident_gb")) for r in measured.get("peak_memory", [])]
     losses = dict(map(tuple, run.get("losses", [])))
     reference = dict(map(tuple, runs.get("bf16", ("", {}))[1].get("losses", [])))
@@ -202,7 +186,7 @@ def row(
         "cell": name,
         "status": run["status"],
         "reason": run.get("reason"),
-        "asked": f"{run.get('launch', {}).get('precision')} {run.get('launch', {}).get('strategy')}",
+        "asked": f"{asked.get('precision')} {asked.get('strategy')}",
         "ran": f"{ran.get('precision')} {ran.get('strategy')}",
         "processes": ran.get("world_size"),
         "linear": ran.get("compute", {}).get("linear"),
@@ -229,7 +213,7 @@ def row(
 
 @torch.no_grad()
 def adapter_effect(base: Path, adapter: Path) -> float:
-    """Largest absolute difference that the saved adapter makes to the logits of one prompt."""
+    """Returns the largest difference that the saved adapter makes to a logit of one prompt."""
     from peft import PeftModel
 
     tokenizer = AutoTokenizer.from_pretrained(adapter)

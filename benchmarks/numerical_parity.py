@@ -1,12 +1,13 @@
-"""Losses and LoRA gradients of one step: the fast path, and rows padded one by one, against the
-same in float32.
+"""Losses and LoRA gradients of one step: the fast path and padded rows, both against float32.
 
-python benchmarks/numerical_parity.py --tokenizer DIR --dataset FILE [--rows 32] [--out results/numerical_parity/numerical_parity.csv]
+python benchmarks/numerical_parity.py --tokenizer DIR --dataset FILE [--rows 32] \
+    [--out results/numerical_parity]
 
-Random-initialised Llama-3.2-1B, LoRA r=16 on q, v and o with B drawn at random (zero as it begins,
-it would leave A without a gradient), the first rows of the data set. `plain`: padded, not compiled,
-trl's loss. Each is a process of its own under its launch config. A line compares the nats of every
-token in the loss, and the direction of the gradient of every LoRA matrix.
+The model is a random-initialised Llama-3.2-1B shape with LoRA r=16 on q, v and o. B is drawn at
+random, since with its initial zeros A would have no gradient. The rows are the first of the data
+set. `plain` is padded, not compiled, with trl's loss. Each step is a process of its own under its
+launch config. A row of the table compares two steps: the nats of every token in the loss, and the
+direction of the gradient of every LoRA matrix.
 """
 
 import sftlab.startup.filter_warnings  # noqa: I001  (before the libraries that it quiets)
@@ -14,24 +15,24 @@ import sftlab.startup.single_process  # noqa: F401  (before they see the devices
 
 import argparse
 import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
 import torch
 
+from sftlab.config.launch_command import as_arguments, launch_command
 from sftlab.config.parser import parse_recipe
 from sftlab.data.splits import load_splits
 from sftlab.fastpath.selection import choose
 from sftlab.config.launch import Launch
 from sftlab.models.loading import load_config, load_tokenizer
 from sftlab.runs.environment import provenance
+from sftlab.paths import ROOT
 from sftlab.models.random_models import save_random_llama
 from sftlab.tables import write_csv
 from sftlab.data.chat_template import set_template
 from sftlab.training.trainer import build_trainer
 
-ROOT = Path(__file__).parent.parent
 BASE = "data/llama3.2-1b-random"
 OFF = ["--packing", "false", "--compile_layers", "false", "--fused_loss", "false"]
 STEPS = {
@@ -56,60 +57,51 @@ def main() -> None:
     parser.add_argument("--tokenizer", help="folder of a tokenizer of at most 128,256 tokens")
     parser.add_argument("--dataset", help="local data file")
     parser.add_argument("--rows", type=int, default=32)
-    parser.add_argument("--out", type=Path, default=ROOT / "results" / "numerical_parity" / "numerical_parity.csv")
+    parser.add_argument("--out", type=Path, default=ROOT / "results" / "numerical_parity")
     parser.add_argument("--step", type=Path, help=argparse.SUPPRESS)
     arguments, rest = parser.parse_known_args()
     if arguments.step:
         return take_step(rest, arguments.rows, arguments.step)
+    if not (arguments.tokenizer and arguments.dataset):
+        parser.error("--tokenizer and --dataset are required")
+    arguments.out.mkdir(parents=True, exist_ok=True)
     save_random_llama(ROOT / BASE, arguments.tokenizer)
     with tempfile.TemporaryDirectory() as folder:
         for name, (launch, fields) in STEPS.items():
             start(
                 launch,
-                [*fields, "--dataset_name", arguments.dataset],
+                [*fields, f"--dataset_name={arguments.dataset}"],
                 arguments.rows,
                 f"{folder}/{name}",
             )
         taken = {name: torch.load(f"{folder}/{name}") for name in STEPS}
     about = provenance()
     lines = [{"step": a, "against": b, **compare(taken[a], taken[b]), **about} for a, b in PAIRS]
-    write_csv(arguments.out, lines)
+    write_csv(arguments.out / "numerical_parity.csv", lines)
     for line in lines:
         print({k: v for k, v in line.items() if k not in about})
 
 
-def start(launch: str, fields: list[str], rows: int, out: str) -> None:
-    """One step in a process of its own."""
-    command = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch"]
-    command += [
-        "--config_file",
-        f"accelerate_configs/{launch}.yaml",
-        "benchmarks/numerical_parity.py",
-        "--step",
-        out,
-    ]
-    command += [
-        "--rows",
-        str(rows),
-        "--config",
-        "recipes/llama3.2-1b/attn_r16.yaml",
-        "--model_name_or_path",
-        BASE,
-    ]
-    command += [
-        "--dataset_fraction",
-        "1",
-        "--lora_dropout",
-        "0",
-        "--per_device_train_batch_size",
-        str(rows),
-    ]
-    command += ["--global_batch_size", str(rows), "--output_dir", f"{out}-run", *fields]
+def start(launch: str, argv: list[str], rows: int, out: str) -> None:
+    """Take one step in a process of its own."""
+    fields = {
+        "step": out,
+        "rows": rows,
+        "config": "recipes/llama3.2-1b/attn_r16.yaml",
+        "model_name_or_path": BASE,
+        "dataset_fraction": 1,
+        "lora_dropout": 0,
+        "per_device_train_batch_size": rows,
+        "global_batch_size": rows,
+        "output_dir": f"{out}-run",
+    }
+    script = "benchmarks/numerical_parity.py"
+    command = launch_command(launch, script, as_arguments(fields) + argv)
     subprocess.run(command, cwd=ROOT, check=True)
 
 
 def take_step(argv: list[str], rows: int, out: Path) -> None:
-    """Nats [tokens in the loss] and the gradient of every LoRA matrix, by name, to a file."""
+    """Save the nats [tokens in the loss] and the gradient of every LoRA matrix, by name."""
     launch = Launch.from_environment()
     recipe = parse_recipe(argv, launch)
     name, revision = recipe.model.model_name_or_path, recipe.model.model_revision
@@ -132,7 +124,7 @@ def take_step(argv: list[str], rows: int, out: Path) -> None:
 
 
 def compare(step: dict, against: dict) -> dict[str, float]:
-    """Differences of nats in all, and cosines between gradients."""
+    """Returns the differences of the nats and the cosines between the gradients."""
     apart = (step["nats"] - against["nats"]).abs()
     cosines = torch.tensor(
         [

@@ -1,13 +1,14 @@
-"""The cells of benchmarks/plan_accuracy.py, which starts it, one after the other in one process (or
-one a GPU).
+"""Trains the cells of benchmarks/plan_accuracy_measure.py, which starts it, in one process a GPU.
 
-accelerate launch --config_file accelerate_configs/single.yaml benchmarks/plan_accuracy_worker.py --cells cells.json --out X.jsonl
+accelerate launch --config_file accelerate_configs/single.yaml \
+    benchmarks/plan_accuracy_worker.py --cells cells.json --out lines.jsonl
 
-Every cell is recipes/sft.py's own `main` under its own launch config: accelerate's state and the
-allocator begin anew, only the processes (and their process group) stay. `cells.json` holds a list
-of {"name", "variables", "argv", "limit_gb"}; a line of measurements a cell is added to X.jsonl, and
-`begun` beside it names the last that began. A cell that fails where several processes run ends
-them, for the others may be waiting for it; so does one that leaves memory behind.
+Every cell is recipes/sft.py's own `main` under its own launch config. Accelerate's state and the
+allocator are reset between cells; only the processes and their process group stay. `cells.json`
+holds a list of {"name", "variables", "argv", "limit_gb"}. A line of measurements a cell is added to
+`--out`, and the file `begun` beside it names the cell that began last. Where several processes run,
+a cell that fails ends them all, since the others may be waiting for it. So does a cell that leaves
+memory behind.
 """
 
 import sftlab.startup.filter_warnings  # noqa: I001  (before the libraries that it quiets)
@@ -29,15 +30,15 @@ from accelerate import PartialState
 
 from sftlab.planning.gpu_specs import measure_host
 from sftlab.measurement.throughput import Meter
+from sftlab.paths import ROOT
 from sftlab.training.trainer import LabTrainer
 
-ROOT = Path(__file__).parent.parent
 # GB that may stay allocated between cells (compiled kernels' constants and the like)
 LEFT_BEHIND = 0.3
 
 
 class Watch:
-    """What run.json does not say: memory when the model is loaded, and the largest micro-batch."""
+    """Notes what run.json lacks: memory once the model is loaded, and the largest micro-batch."""
 
     def __init__(self) -> None:
         self.facts: dict[str, Any] = {}
@@ -88,7 +89,7 @@ def main() -> None:
 
 
 def begin(cell: dict[str, Any], watch: Watch) -> float:
-    """Set the launch config, empty the memory; GB that are still allocated."""
+    """Set the launch config and empty the memory. Returns the GB that are still allocated."""
     for name in [name for name in os.environ if name.startswith(("ACCELERATE_", "FSDP_"))]:
         del os.environ[name]
     os.environ.update(cell["variables"])
@@ -108,7 +109,7 @@ def begin(cell: dict[str, Any], watch: Watch) -> float:
 
 
 def train(sft: ModuleType, argv: list[str]) -> str | None:
-    """sft.py's main; what it raised, in a line."""
+    """Run sft.py's main. Returns what it raised, in a line."""
     try:
         sft.main(argv)
     except (RuntimeError, TypeError, AttributeError, NotImplementedError, SystemExit) as error:
@@ -117,7 +118,7 @@ def train(sft: ModuleType, argv: list[str]) -> str | None:
 
 
 def load_sft() -> ModuleType:
-    """recipes/sft.py as a module."""
+    """Returns recipes/sft.py as a module."""
     spec = importlib.util.spec_from_file_location("sft", ROOT / "recipes" / "sft.py")
     sft = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(sft)
@@ -125,7 +126,7 @@ def load_sft() -> ModuleType:
 
 
 def gb(size: int) -> float:
-    """GB (2**30 bytes)."""
+    """Returns bytes in GB (2**30 bytes)."""
     return round(size / 2**30, 3)
 
 

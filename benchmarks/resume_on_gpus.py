@@ -1,14 +1,16 @@
-"""Kill and continue on GPUs: losses and adapters against undisturbed runs, and what the machinery
-costs.
+"""Kill and continue on GPUs: losses and adapters against undisturbed runs, and what it costs.
 
-python benchmarks/resume_on_gpus.py [--out results] [--seconds 230] [--at_once 5] [--only ddp-bf16 ...]
+python benchmarks/resume_on_gpus.py [--seconds 230] [--at_once 5] [--only ddp-bf16 ...] \
+    [--out results/resume_on_gpus]
 
-Needs two GPUs for DDP and FSDP. Every case is three launches of recipes/sft.py on the first 4
-layers of a random Llama-3.2-1B shape: undisturbed, killed (SIGKILL to every process after its first
-checkpoint), continued. What saving and listening cost comes first, on the whole shape with nothing
-beside it (benchmarks/checkpoint_cost.py). Writes a row a case to continuation.csv as it goes and
-keeps what else is there; a case that does not begin within --seconds is a row that says so (--only
-NAME ... runs it later). Without GPUs: the demo model; what a CPU cannot do is refused.
+DDP and FSDP need two GPUs. Every case is three launches of recipes/sft.py on the first 4 layers of
+a random Llama-3.2-1B shape: undisturbed, killed (SIGKILL to every process after its first
+checkpoint), and continued. The costs of saving and of listening for signals come first, on the
+whole shape with nothing beside it (benchmarks/checkpoint_cost.py).
+
+Writes a row a case as it goes, and keeps the other rows of the table. A case that does not begin
+within `--seconds` has a row that says so; `--only NAME ...` runs it later. Without GPUs the demo
+model is trained, and what a CPU cannot do is refused.
 """
 
 import argparse
@@ -27,20 +29,21 @@ from typing import Any, NamedTuple
 import psutil
 import torch
 
+from sftlab.config.launch_command import as_arguments, launch_command
 from sftlab.models.random_models import make_random_files, random_files
+from sftlab.paths import ROOT
 from sftlab.runs import progress
 from sftlab.runs.environment import provenance
 from sftlab.runs.run_directory import adapter_hash, read_run
 from sftlab.tables import read_csv, write_csv
 
-ROOT = Path(__file__).parent.parent
 RUNS = ROOT / "runs" / "continuation"
 STEPS, SAVED, KILLED = 60, 20, 24
 BATCH = {"global_batch_size": 16, "per_device_train_batch_size": 8}
 
 
 class Case(NamedTuple):
-    """A launch config, the processes it takes, the precision, and recipe fields."""
+    """A strategy, a precision, and the recipe fields that differ."""
 
     strategy: str
     precision: str
@@ -49,13 +52,13 @@ class Case(NamedTuple):
 
     @property
     def name(self) -> str:
-        """As a folder is called."""
+        """The name of the case and of its folder."""
         words = [self.strategy, self.precision, *(["deterministic"] if self.deterministic else [])]
         return "-".join([*words, *(["uncompiled"] if self.compiled is False else [])])
 
     @property
     def processes(self) -> int:
-        """One a GPU."""
+        """The processes that it takes, one a GPU."""
         return 1 if self.strategy == "single" else 2
 
 
@@ -69,9 +72,9 @@ CASES += [Case(strategy, "bf16", True, False) for strategy in ("single", "ddp", 
 
 
 def main() -> None:
-    """Costs, then cases, a row each."""
+    """Measure the costs, then run the cases, and write a row for each."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.add_argument("--out", type=Path, default=ROOT / "results")
+    parser.add_argument("--out", type=Path, default=ROOT / "results" / "resume_on_gpus")
     parser.add_argument("--seconds", type=float, default=230.0, help="no case begins after these")
     parser.add_argument("--at_once", type=int, default=5, help="cases that run beside each other")
     parser.add_argument(
@@ -83,7 +86,8 @@ def main() -> None:
     if gpus:
         make_random_files("llama3.2-1b", 512)
     shutil.rmtree(RUNS, ignore_errors=True)
-    table = Table(arguments.out / "continuation.csv")
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    table = Table(arguments.out / "resume_on_gpus.csv")
     for strategy in () if arguments.only else ("ddp", "fsdp") if gpus > 1 else ("single",):
         table.add(*cost(strategy, gpus))
     cases = [case for case in CASES if not arguments.only or case.name in arguments.only]
@@ -103,7 +107,7 @@ def main() -> None:
 
 
 class Table:
-    """Rows of a CSV that is written anew with each."""
+    """The rows of a CSV file that is written again with every new row."""
 
     def __init__(self, path: Path) -> None:
         self._path, self._lock, self._rows = path, threading.Lock(), read_csv(path)
@@ -112,7 +116,7 @@ class Table:
         }
 
     def add(self, *rows: dict[str, Any]) -> None:
-        """Show and write."""
+        """Print the rows, and write the table with them."""
         with self._lock:
             new = {(row["what"], row["case"]) for row in rows}
             self._rows = [row for row in self._rows if (row["what"], row["case"]) not in new]
@@ -128,7 +132,7 @@ class Table:
 
 
 def kill_and_continue(case: Case, number: int, gpus: int) -> dict[str, Any]:
-    """Train undisturbed, and killed and continued; what differs."""
+    """Train undisturbed, and killed and continued. Returns what differs."""
     whole, cut = RUNS / case.name / "undisturbed", RUNS / case.name / "continued"
     began = time.monotonic()
     with ThreadPoolExecutor(2) as pool:
@@ -139,9 +143,8 @@ def kill_and_continue(case: Case, number: int, gpus: int) -> dict[str, Any]:
         return {"result": refused}
     reached = step_of(cut)
     if (status := read_run(cut)["status"]) != "running":
-        return {
-            "result": f"not shown: the run that was to be killed {status} before ({read_run(cut).get('reason')})"
-        }
+        reason = read_run(cut).get("reason")
+        return {"result": f"not shown: the run ended before it was killed: {status} ({reason})"}
     launch(case, cut, number, gpus, None)
     runs = {"undisturbed": read_run(whole), "continued": read_run(cut)}
     for name, run in runs.items():
@@ -150,6 +153,7 @@ def kill_and_continue(case: Case, number: int, gpus: int) -> dict[str, Any]:
     (stop,) = runs["continued"]["interruptions"]
     losses = [dict(map(tuple, run["losses"])) for run in runs.values()]
     apart = {step: abs(loss - losses[1][step]) for step, loss in losses[0].items()}
+    equal = sum(d == 0 for step, d in apart.items() if step > stop["step"])
     hashes = [adapter_hash(folder) for folder in (whole, cut)]
     return {
         "result": "same adapter" if hashes[0] == hashes[1] else "another adapter",
@@ -159,7 +163,7 @@ def kill_and_continue(case: Case, number: int, gpus: int) -> dict[str, Any]:
             d for step, d in apart.items() if step <= stop["step"]
         ),
         "largest_loss_difference_after": max(d for step, d in apart.items() if step > stop["step"]),
-        "steps_equal_after": f"{sum(d == 0 for s, d in apart.items() if s > stop['step'])} of {STEPS - stop['step']}",
+        "steps_equal_after": f"{equal} of {STEPS - stop['step']}",
         "validation_loss_difference": abs(
             difference(*(run["measured"].get("validation_loss") for run in runs.values()))
         ),
@@ -175,16 +179,16 @@ def kill_and_continue(case: Case, number: int, gpus: int) -> dict[str, Any]:
 
 
 def difference(a: float | None, b: float | None) -> float:
-    """a - b; nought where neither run has a validation split."""
+    """Returns a - b; 0 where neither run has a validation split."""
     return (a or 0.0) - (b or 0.0)
 
 
 def launch(
     case: Case, folder: Path, number: int, gpus: int, kill_when: Callable[[], bool] | None
 ) -> bool:
-    """Run recipes/sft.py to its end, or until `kill_when`; whether it was killed.
+    """Run recipes/sft.py to its end, or until `kill_when`. Returns whether it was killed.
 
-    Its output goes beside the folder.
+    Its output goes to a log beside the folder.
     """
     fields = {
         "output_dir": folder,
@@ -203,11 +207,9 @@ def launch(
         {"model_init_kwargs": '{"num_hidden_layers": 4}'} if gpus else {}
     )
     fields |= {} if case.compiled is None else {"compile_layers": str(case.compiled).lower()}
-    command = launcher(case.strategy, case.precision, gpus) + [
-        "recipes/sft.py",
-        "--config",
-        recipe(gpus),
-    ]
+    config, flags = config_and_flags(case.strategy, case.precision, gpus)
+    words = ["--config", recipe(gpus), *as_arguments(fields)]
+    command = launch_command(config, "recipes/sft.py", words, flags)
     # many compile at once
     environment = (
         os.environ
@@ -217,7 +219,7 @@ def launch(
     folder.parent.mkdir(parents=True, exist_ok=True)
     with folder.with_suffix(".log").open("a", encoding="utf-8") as log:
         process = subprocess.Popen(
-            [*command, *(f"--{name}={value}" for name, value in fields.items())],
+            command,
             cwd=ROOT,
             env=environment,
             stdout=log,
@@ -234,7 +236,7 @@ def launch(
 
 
 def kill_tree(pid: int) -> None:
-    """SIGKILL to a process and all that it started, workers first."""
+    """Send SIGKILL to a process and all that it started, workers first."""
     for each in reversed([psutil.Process(pid), *psutil.Process(pid).children(recursive=True)]):
         try:
             each.send_signal(signal.SIGKILL)
@@ -243,13 +245,13 @@ def kill_tree(pid: int) -> None:
 
 
 def step_of(folder: Path) -> int:
-    """Steps that a run has done."""
+    """Returns the steps that a run has done."""
     found = progress.read(folder)
     return found.step if found else 0
 
 
 def refusal(folder: Path) -> str | None:
-    """What sft.py said where it did not even begin."""
+    """Returns what sft.py said where it refused to begin."""
     if (folder / "run.json").is_file():
         return None
     lines = folder.with_suffix(".log").read_text(encoding="utf-8", errors="replace").splitlines()
@@ -259,21 +261,19 @@ def refusal(folder: Path) -> str | None:
     )
 
 
-def launcher(strategy: str, precision: str, gpus: int) -> list[str]:
-    """`accelerate launch` of a strategy; on a machine without GPUs its CPU counterpart."""
+def config_and_flags(strategy: str, precision: str, gpus: int) -> tuple[str, list[str]]:
+    """Returns the launch config of a strategy (without GPUs its CPU counterpart), and flags."""
     on_a_cpu = {"single": "cpu", "ddp": "cpu_ddp", "fsdp": "fsdp"}
-    config = f"accelerate_configs/{strategy if gpus else on_a_cpu[strategy]}.yaml"
-    flags = ["--config_file", config, "--mixed_precision", precision]
-    return [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", *flags]
+    return strategy if gpus else on_a_cpu[strategy], ["--mixed_precision", precision]
 
 
 def recipe(gpus: int) -> str:
-    """The recipe that is trained."""
+    """Returns the recipe that is trained."""
     return f"recipes/{'llama3.2-1b' if gpus else 'demo'}/attn_r16.yaml"
 
 
 def base_fields(gpus: int, longest: int) -> dict[str, Any]:
-    """Model and rows."""
+    """Returns the recipe fields of the model and its rows."""
     if not gpus:
         return {}
     model, rows = random_files("llama3.2-1b", 512)
@@ -286,18 +286,14 @@ def base_fields(gpus: int, longest: int) -> dict[str, Any]:
 
 
 def cost(strategy: str, gpus: int) -> list[dict[str, Any]]:
-    """The rows of benchmarks/checkpoint_cost.py under a strategy."""
+    """Returns the rows of benchmarks/checkpoint_cost.py under a strategy."""
     folder = RUNS / f"cost-{strategy}"
-    table, log = folder.with_suffix(".csv"), folder.with_suffix(".log")
+    table, log = folder / "checkpoint_cost.csv", folder.with_suffix(".log")
     RUNS.mkdir(parents=True, exist_ok=True)
-    fields = base_fields(gpus, 512) | {"output_dir": folder} | (BATCH if gpus else {})
-    command = [
-        *launcher(strategy, "bf16" if gpus else "no", gpus),
-        "benchmarks/checkpoint_cost.py",
-        "--table",
-        str(table),
-    ]
-    command += ["--config", recipe(gpus), *(f"--{name}={value}" for name, value in fields.items())]
+    fields = base_fields(gpus, 512) | {"output_dir": folder / "run"} | (BATCH if gpus else {})
+    words = ["--out", str(folder), "--config", recipe(gpus), *as_arguments(fields)]
+    config, flags = config_and_flags(strategy, "bf16" if gpus else "no", gpus)
+    command = launch_command(config, "benchmarks/checkpoint_cost.py", words, flags)
     with log.open("w", encoding="utf-8") as output:
         done = subprocess.run(command, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT)
     if done.returncode or not table.is_file():

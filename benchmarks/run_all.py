@@ -1,14 +1,12 @@
-"""The measurements that random weights can give, one after the other on this machine's GPUs.
+"""Runs every measurement that random weights allow, one after the other on this machine's GPUs.
 
-Goes on where it ended.
+python benchmarks/run_all.py [--only NAME ...] [--list] [--out runs/on_gpus]
 
-python benchmarks/run_all.py [--only NAME ...] [--list] [--folder runs/on_gpus]
-
-Jobs of all GPUs run alone, in the order below; those of one GPU beside each other, one a GPU, each
-on processor cores of its own (of a core's two threads neither goes to another job). `--at_once` is
-for H200s; smaller GPUs get fewer beside each other. What ended well is not run again, what was
-broken off goes on by itself where its script can. A job's output is in FOLDER/NAME.log, what ended
-well in FOLDER/done; the exit status is 1 where a job failed.
+Jobs of all GPUs run alone, in the order below. Jobs of one GPU run beside each other, one a GPU,
+each on processor cores of its own. `--at_once` is for H200s; smaller GPUs get fewer trainings.
+Started again, it skips what ended well; what was broken off continues where its script can. A job's
+output is in OUT/NAME.log, the names of what ended well in OUT/done. The exit status is 1 where a
+job failed.
 """
 
 import argparse
@@ -24,9 +22,9 @@ from pathlib import Path
 
 import torch
 
+from sftlab.paths import ROOT
 from sftlab.planning.gpu_specs import GPUS, MEASURED_ON
 
-ROOT = Path(__file__).parent.parent
 STUDY = "recipes/study.py recipes/studies"
 FLOAT32 = "'sft.py fp32, 20 rows' 'published loop, fp32'"
 DETERMINISTIC = "'sft.py bf16' 'sft.py bf16, deterministic' 'sft.py bf16, dropout 0.05'"
@@ -36,28 +34,29 @@ ALL_GPUS = {
     "ddp_vs_fsdp": f"{STUDY}/ddp_vs_fsdp.yaml --random llama3.2-1b --max_steps 24 --at_once 9",
     "strategy_7b": f"{STUDY}/strategy_7b.yaml --random llama2-7b --at_once 4",
     "throughput_all_gpus": "benchmarks/throughput.py",
-    "plan_2gpus": "benchmarks/plan_accuracy.py --measure --gpus 2 --out runs/plan_2gpus.csv",
-    "continuation": "benchmarks/resume_on_gpus.py",
+    "plan_2gpus": "benchmarks/plan_accuracy_measure.py --gpus 2 --out runs/plan_2gpus",
+    "resume_on_gpus": "benchmarks/resume_on_gpus.py",
 }
 ONE_GPU = {
     "techniques": f"{STUDY}/techniques.yaml --random llama3.2-1b --max_steps 10 --at_once 4",
-    "ddp_vs_fsdp_1gpu": f"{STUDY}/ddp_vs_fsdp.yaml --random llama3.2-1b --processes 1 --max_steps 24 --at_once 9"
-    " --runs runs/study-ddp_vs_fsdp_1gpu --out results/ddp_vs_fsdp_1gpu",
-    "strategy_7b_1gpu": f"{STUDY}/strategy_7b.yaml --random llama2-7b --processes 1 --at_once 3"
-    " --runs runs/study-strategy_7b_1gpu --out results/strategy_7b_1gpu",
+    "ddp_vs_fsdp_1gpu": f"{STUDY}/ddp_vs_fsdp.yaml --random llama3.2-1b --processes 1"
+    " --max_steps 24 --at_once 9 --runs runs/study-ddp_vs_fsdp_1gpu --out results/ddp_vs_fsdp_1gpu",
+    "strategy_7b_1gpu": f"{STUDY}/strategy_7b.yaml --random llama2-7b --processes 1"
+    " --at_once 3 --runs runs/study-strategy_7b_1gpu --out results/strategy_7b_1gpu",
     "precision": f"{STUDY}/precision.yaml --random llama3.2-1b --at_once 5",
     "kv_cache": "benchmarks/kv_cache.py --model llama3.2-1b --dtype bfloat16",
-    "kv_cache_float32": "benchmarks/kv_cache.py --model llama3.2-1b --batches 1 8 --prompts 256 --outputs 32"
-    " --out results/kv_cache_float32",
+    "kv_cache_float32": "benchmarks/kv_cache.py --model llama3.2-1b --batches 1 8 --prompts 256"
+    " --outputs 32 --out results/kv_cache_float32",
     "throughput": "benchmarks/throughput.py",
-    "float32": f"benchmarks/throughput.py --variants {FLOAT32} --out results/float32/throughput.csv",
-    "deterministic": f"benchmarks/throughput.py --variants {DETERMINISTIC} --repeats 5 --out results/deterministic/throughput.csv",
-    "plan_1gpu": "benchmarks/plan_accuracy.py --measure --gpus 1 --out runs/plan_1gpu.csv",
+    "float32": f"benchmarks/throughput.py --variants {FLOAT32} --out results/float32",
+    "deterministic": f"benchmarks/throughput.py --variants {DETERMINISTIC} --repeats 5"
+    " --out results/deterministic",
+    "plan_1gpu": "benchmarks/plan_accuracy_measure.py --gpus 1 --out runs/plan_1gpu",
 }
 
 
 def main(argv: list[str]) -> None:
-    """Run what is not done."""
+    """Run the jobs that are not done."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     jobs = {**ALL_GPUS, **ONE_GPU}
     parser.add_argument(
@@ -69,7 +68,7 @@ def main(argv: list[str]) -> None:
         help="these, in this order",
     )
     parser.add_argument("--list", action="store_true", help="print the commands")
-    parser.add_argument("--folder", type=Path, default=ROOT / "runs" / "on_gpus")
+    parser.add_argument("--out", type=Path, default=ROOT / "runs" / "on_gpus")
     arguments = parser.parse_args(argv)
     if arguments.list:
         return print("\n".join(f"{name}: python {jobs[name]}" for name in arguments.only))
@@ -77,13 +76,13 @@ def main(argv: list[str]) -> None:
         sys.exit("error: there is no GPU here")
     memory_gb = torch.cuda.get_device_properties(0).total_memory / 2**30
     lacking = run(
-        {name: held_by(memory_gb, jobs[name]) for name in arguments.only}, gpus, arguments.folder
+        {name: held_by(memory_gb, jobs[name]) for name in arguments.only}, gpus, arguments.out
     )
-    sys.exit(f"error: {', '.join(lacking)} failed, see {arguments.folder}" if lacking else 0)
+    sys.exit(f"error: {', '.join(lacking)} failed, see {arguments.out}" if lacking else 0)
 
 
 def held_by(memory_gb: float, words: str) -> str:
-    """A job with no more trainings beside each other than a GPU's memory holds."""
+    """Returns a job's words with no more trainings at once than a GPU's memory holds."""
     share = min(
         1.0, memory_gb / (0.99 * GPUS[MEASURED_ON].memory_gb)
     )  # of one name, some show a little less
@@ -93,9 +92,9 @@ def held_by(memory_gb: float, words: str) -> str:
 
 
 def run(jobs: Mapping[str, str], gpus: int, folder: Path) -> list[str]:
-    """Run jobs (Python's words by name) that `folder` does not call done.
+    """Run the jobs (Python's words by name) that `folder` does not call done.
 
-    Names of those that failed.
+    Returns the names of those that failed.
     """
     folder.mkdir(parents=True, exist_ok=True)
     done = (
@@ -130,7 +129,7 @@ def run(jobs: Mapping[str, str], gpus: int, folder: Path) -> list[str]:
 def one(
     name: str, words: str, folder: Path, gpu: str | None = None, cores: Sequence[int] = ()
 ) -> bool:
-    """Run a job, on a GPU and cores alone where they are given; whether it ended well."""
+    """Run a job, on one GPU and its own cores where given. Returns whether it ended well."""
     visible = {} if gpu is None else {"CUDA_VISIBLE_DEVICES": gpu}
     print(f"{name}: begins{'' if gpu is None else f' on GPU {gpu}'}", flush=True)
     began = time.monotonic()
@@ -158,7 +157,10 @@ def one(
 
 
 def shares(count: int) -> list[list[int]]:
-    """This process's processor cores in so many parts, the threads of a core together."""
+    """Returns this process's processor cores in `count` parts.
+
+    The two threads of a core stay together, so that no two jobs share a core.
+    """
     physical: dict[str, list[int]] = {}
     for cpu in sorted(os.sched_getaffinity(0)):
         siblings = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")

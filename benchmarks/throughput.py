@@ -1,19 +1,23 @@
-"""Training throughput of this project, of trl and of the published loop, side by side on one GPU or
-several.
+"""Training throughput of this project, of trl and of the published loop on one GPU or several.
 
-python benchmarks/throughput.py [--variants NAME ...] [--out results/throughput/throughput.csv]
-CUDA_VISIBLE_DEVICES=0,1 python benchmarks/throughput.py     (throughput_2gpus.csv: DDP and FSDP2 against one GPU)
+python benchmarks/throughput.py [--variants NAME ...] [--repeats 3] [--out results/throughput]
+CUDA_VISIBLE_DEVICES=0,1 python benchmarks/throughput.py      # into results/throughput_2gpus
+python benchmarks/throughput.py --draw                        # the plot again, from the table
 
-Random-initialised Llama-3.2-1B or, for QLoRA, Llama-2-7B; rows of words of one token each,
-lognormal(5.75, 0.7) tokens cut to 16..512 unless the variant's name says otherwise; LoRA r=16 on q,
-v and o; 32 rows a step unless it says so, trl and the published loop 20. Every variant is a process
-of its own (benchmarks/throughput_worker.py); as many as fit the GPU's memory are started at once,
-warm up, and are then let through a turnstile one at a time, `--repeats` times round, so that every
-repeat has one of each. `sft.py` variants are recipes/sft.py itself, TensorBoard on; DDP and FSDP2
-take every GPU, with as much work for each. Only tokens that are not padding count. Of the `sft.py`
-variants one more turn is profiled, by class of kernel (..._profile.csv). The share of the limit is
-model FLOPs (4 for each frozen parameter and token, 6 for a trained one, the head at the tokens in
-the loss alone) over the rate of a matrix product measured in the same command.
+The models are random-initialised: Llama-3.2-1B's shape, Llama-2-7B's for QLoRA. Rows have 16 to
+512 tokens, lognormal(5.75, 0.7), unless the variant's name says otherwise; their words have one
+token each. LoRA has r=16 on q, v and o. A step has 32 rows unless the name says otherwise, and 20
+under trl and the published loop.
+
+Every variant is a process of its own (benchmarks/throughput_worker.py). As many as fit the GPU's
+memory start at once and warm up. Then they train one at a time, `--repeats` times round, so that
+every repeat has one turn of each. `sft.py` variants are recipes/sft.py itself, with TensorBoard.
+DDP and FSDP2 take every GPU, with as much work for each. Two GPUs are compared with one.
+
+Only tokens that are not padding count. MFU is model FLOPs over the rate of a bf16 matrix product
+measured in the same command: 4 FLOPs for each frozen parameter and token, 6 for a trained one, the
+head at the tokens in the loss alone. One more turn of the `sft.py` variants is profiled by class of
+kernel. Writes throughput.csv, profile.csv and throughput.png.
 """
 
 import argparse
@@ -27,18 +31,15 @@ import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 import torch
 
+from sftlab.config.launch_command import as_arguments, launch_command
 from sftlab.measurement.hardware_limit import matrix_rate
 from sftlab.models.random_models import make_random_files, random_files
+from sftlab.paths import ROOT
 from sftlab.runs.environment import provenance
 from sftlab.tables import write_csv
 
-ROOT = Path(__file__).parent.parent
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 ALL = [*ATTENTION, "gate_proj", "up_proj", "down_proj"]
 
@@ -46,7 +47,8 @@ ALL = [*ATTENTION, "gate_proj", "up_proj", "down_proj"]
 class Variant(NamedTuple):
     """A trainer under a launch config.
 
-    `fields` are those of the recipe, of trl's SFTConfig, or of the loop.
+    `fields` are those of the recipe, of trl's SFTConfig, or of the loop. `longest` is the most
+    tokens of a row, `gb` an upper bound of the memory that it reserves on a GPU.
     """
 
     kind: str
@@ -55,7 +57,7 @@ class Variant(NamedTuple):
     longest: int = 512
     shape: str = "llama3.2-1b"
     on_all_gpus: bool = False
-    gb: int = 30  # what it reserves of a GPU's memory, or somewhat more
+    gb: int = 30
 
 
 def sft(
@@ -66,7 +68,7 @@ def sft(
     on_all: bool = False,
     **fields: Any,
 ) -> Variant:
-    """recipes/sft.py under a launch config, with `rows` a process and step."""
+    """Returns a variant of recipes/sft.py, with `rows` rows a step for each process."""
     fields |= {"per_device_train_batch_size": rows, "max_length": longest}
     return Variant("sft", launch, fields, longest, on_all_gpus=on_all, gb=gb)
 
@@ -123,46 +125,58 @@ VARIANTS = {
 
 
 def main() -> None:
-    """Make model and rows, run the variants, and write a line for each."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    several = [name for name, variant in VARIANTS.items() if variant.on_all_gpus]
-    default = [name for name in VARIANTS if name not in several]
-    count, name = torch.cuda.device_count(), "throughput.csv"
-    if count > 1:
-        default, name = (
-            ["sft.py bf16", "sft.py fp8", "sft.py bf16, 64 rows", *several],
-            f"throughput_{count}gpus.csv",
-        )
-    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=default, metavar="NAME")
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument(
-        "--gb", type=int, default=130, help="memory of a GPU that a group of variants may reserve"
-    )
-    parser.add_argument("--out", type=Path, default=ROOT / "results" / name)
-    arguments = parser.parse_args()
+    """Make model and rows, run the variants, and write a row for each."""
+    arguments = parse_arguments()
+    if arguments.draw:
+        return draw(arguments.out)
+    arguments.out.mkdir(parents=True, exist_ok=True)
     variants = [VARIANTS[name] for name in arguments.variants]
     for shape, longest in dict.fromkeys((variant.shape, variant.longest) for variant in variants):
         make_random_files(shape, longest)
     rate = matrix_rate(torch.device("cuda"), torch.bfloat16)
-    lines, profiles, about = [], [], provenance()
+    rows, profiles, about = [], [], provenance()
     for group in groups(arguments.variants, arguments.gb):
         with tempfile.TemporaryDirectory() as folder:
-            for name, reports in drive(group, arguments.repeats, Path(folder)).items():
-                profiles += [
-                    {"variant": name} | report["kernels"]
-                    for report in reports
-                    if "kernels" in report
-                ]
-                lines.append(
-                    {"variant": name, **summary(name, reports[: arguments.repeats], rate), **about}
-                )
-        write_table(arguments.out, lines)
-        write_table(arguments.out.with_stem(f"{arguments.out.stem}_profile"), profiles)
-        draw(arguments.out.with_suffix(".png"), lines)
+            found = drive(group, arguments.repeats, Path(folder))
+        for name, reports in found.items():
+            profiles += [{"variant": name} | r["kernels"] for r in reports if "kernels" in r]
+            rows.append(
+                {"variant": name, **summary(name, reports[: arguments.repeats], rate), **about}
+            )
+        write_table(arguments.out / "throughput.csv", rows)
+        write_table(arguments.out / "profile.csv", profiles)
+    return draw(arguments.out)
+
+
+def parse_arguments() -> argparse.Namespace:
+    """Returns the command line; on several GPUs the variants that take them all are the default."""
+    several = [name for name, variant in VARIANTS.items() if variant.on_all_gpus]
+    default = [name for name in VARIANTS if name not in several]
+    count, folder = torch.cuda.device_count(), "throughput"
+    if count > 1:
+        default = ["sft.py bf16", "sft.py fp8", "sft.py bf16, 64 rows", *several]
+        folder = f"throughput_{count}gpus"
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=default, metavar="NAME")
+    parser.add_argument("--repeats", type=int, default=3, help="timed turns of each variant")
+    parser.add_argument(
+        "--gb", type=int, default=130, help="memory of a GPU that a group of variants may reserve"
+    )
+    parser.add_argument("--out", type=Path, default=ROOT / "results" / folder)
+    parser.add_argument(
+        "--draw", action="store_true", help="draw the table of --out, measure nothing"
+    )
+    return parser.parse_args()
+
+
+def draw(folder: Path) -> None:
+    """Draw a folder's table."""
+    command = [sys.executable, "benchmarks/draw.py", str(folder.resolve())]
+    subprocess.run(command, cwd=ROOT, check=True)
 
 
 def groups(names: list[str], gb: int) -> list[list[str]]:
-    """Variants in their order, as many to a group as fit the memory."""
+    """Returns the variants in their order, as many to a group as fit the memory."""
     found: list[list[str]] = [[]]
     for name in names:
         if sum(VARIANTS[other].gb for other in [*found[-1], name]) > gb and found[-1]:
@@ -172,9 +186,9 @@ def groups(names: list[str], gb: int) -> list[list[str]]:
 
 
 def drive(names: list[str], repeats: int, folder: Path) -> dict[str, list[dict[str, Any]]]:
-    """Start a worker a variant, then let them through in turn, `repeats` times.
+    """Start a worker for each variant, then let them train in turn, `repeats` times.
 
-    A worker may fail.
+    Returns the reports of each variant; fewer, or none, where its worker failed.
     """
     processes, reports = {}, {name: [] for name in names}
     for number, name in enumerate(names):
@@ -201,58 +215,44 @@ def drive(names: list[str], repeats: int, folder: Path) -> dict[str, list[dict[s
 
 
 def start(name: str, repeats: int, folder: Path) -> subprocess.Popen:
-    """The worker of a variant, on one GPU or on all."""
+    """Start the worker of a variant, on one GPU or on all."""
     variant, processes = VARIANTS[name], gpus(VARIANTS[name])
     fields = dict(variant.fields)
     if variant.kind == "sft":
         fields["global_batch_size"] = fields["per_device_train_batch_size"] * processes
-    command = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch"]
-    command += [
-        "--config_file",
-        f"accelerate_configs/{variant.launch}.yaml",
-        "--num_processes",
-        str(processes),
-    ]
-    command += [
-        "benchmarks/throughput_worker.py",
-        "--kind",
-        variant.kind,
-        "--fields",
-        json.dumps(fields),
-    ]
-    model, rows = random_files(variant.shape, variant.longest)
-    command += [
-        "--base",
-        str(model),
-        "--rows",
-        str(rows),
-        "--turns",
-        str(repeats),
-        "--folder",
-        str(folder),
-    ]
+    base, rows = random_files(variant.shape, variant.longest)
+    words = as_arguments({"kind": variant.kind, "fields": json.dumps(fields)})
+    words += as_arguments({"base": base, "rows": rows, "turns": repeats, "folder": folder})
+    flags = ["--num_processes", str(processes)]
     # with a compiler process for every core, a group would have hundreds
     environment = os.environ | {"TORCHINDUCTOR_COMPILE_THREADS": "4"}
-    log = (folder / "log").open("w")
-    return subprocess.Popen(
-        command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, env=environment
-    )
+    with (folder / "log").open("w") as log:
+        return subprocess.Popen(
+            launch_command(variant.launch, "benchmarks/throughput_worker.py", words, flags),
+            cwd=ROOT,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            env=environment,
+        )
 
 
 def gpus(variant: Variant) -> int:
-    """How many GPUs a variant takes."""
+    """Returns how many GPUs a variant takes."""
     return torch.cuda.device_count() if variant.on_all_gpus else 1
 
 
 def appeared(path: Path, process: subprocess.Popen) -> bool:
-    """Wait until the file is there or the process has ended."""
+    """Wait until the file is there or the process has ended. Returns whether it is there."""
     while not path.exists() and process.poll() is None:
         time.sleep(0.02)
     return path.exists()
 
 
 def summary(name: str, reports: list[dict[str, Any]], rate: float) -> dict[str, Any]:
-    """Median and range over the repeats; empty where a variant failed. Memory is a GPU's."""
+    """Returns median and range over the repeats, and the peak GB of one GPU.
+
+    The cells of a variant that failed are empty.
+    """
     count = gpus(VARIANTS[name])
     tokens = sorted(report["tokens_per_s"] for report in reports)
     return {
@@ -276,7 +276,7 @@ def summary(name: str, reports: list[dict[str, Any]], rate: float) -> dict[str, 
 
 
 def write_table(path: Path, lines: list[dict[str, Any]]) -> None:
-    """Lines as CSV, milliseconds rounded."""
+    """Write rows as CSV, figures rounded to three decimals."""
     write_csv(
         path,
         [
@@ -284,29 +284,6 @@ def write_table(path: Path, lines: list[dict[str, Any]]) -> None:
             for line in lines
         ],
     )
-
-
-def draw(path: Path, lines: list[dict[str, Any]]) -> None:
-    """Bars of real tokens/s, with the range of the repeats and the share of the limit."""
-    shown = [line for line in lines if line["repeats"]][::-1]
-    figure, axes = plt.subplots(figsize=(9, 0.8 + 0.32 * len(shown)), layout="constrained")
-    for at, line in enumerate(shown):
-        speed = line["tokens_per_s"]
-        reach = [[speed - line["lowest"]], [line["highest"] - speed]]
-        color = "C0" if line["variant"].startswith("sft.py") else "C7"
-        axes.barh(at, speed, xerr=reach, color=color, ecolor="black", capsize=3)
-        axes.text(
-            line["highest"],
-            at,
-            f"  {speed:,}  ({line['share_of_limit']:.0%})",
-            va="center",
-            fontsize=8,
-        )
-    axes.set_yticks(range(len(shown)), [line["variant"] for line in shown])
-    axes.set_xlabel("real tokens/s: median and range (share of the measured matrix rate)")
-    axes.margins(x=0.2, y=0.01)
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
 
 
 if __name__ == "__main__":

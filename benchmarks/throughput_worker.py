@@ -1,12 +1,11 @@
-"""One variant of benchmarks/throughput.py in a process of its own, which starts it: trains when it
-is let through.
+"""Trains one variant of benchmarks/throughput.py, which starts it, in a process of its own.
 
-accelerate launch --config_file accelerate_configs/single.yaml benchmarks/throughput_worker.py --kind sft --fields '{}' \
-    --base DIR --rows FILE --turns 3 --folder DIR
+accelerate launch --config_file accelerate_configs/single.yaml benchmarks/throughput_worker.py \
+    --kind sft --fields '{}' --base DIR --rows FILE --turns 3 --folder DIR
 
-It warms up and writes `ready0`; at `go0` it trains a turn of steps and writes `done0` (JSON), and
-so on. The turn after the last, of ten steps, is profiled. A turn starts with an idle GPU and ends
-with one.
+It warms up and writes `ready0`. At `go0` it trains a turn of steps and writes `done0` (JSON), and
+so on. The turn after the last has ten steps and is profiled. The GPU is idle when a turn starts and
+when it ends.
 """
 
 import sftlab.startup.filter_warnings  # noqa: I001  (before the libraries that it quiets)
@@ -31,10 +30,10 @@ from trl import SFTConfig, SFTTrainer
 from sftlab.measurement.flops import Flops, flops_per_token
 from sftlab.measurement.hardware_limit import synchronize
 from sftlab.measurement.throughput import Meter
+from sftlab.paths import ROOT
 from sftlab.data.chat_template import encode, set_template
 from sftlab.training.trainer import LabTrainer
 
-ROOT = Path(__file__).parent.parent
 # Steps before the first turn and in a turn; the slower the variant, the fewer.
 WARM_STEPS, STEPS = {"sft": 20, "trl": 10, "loop": 5}, {"sft": 30, "trl": 10, "loop": 8}
 PROFILED_STEPS = 10
@@ -59,8 +58,9 @@ KERNELS = {
 
 
 class Turnstile(TrainerCallback):
-    """Lets steps through when told so, times them and counts what they train on, over all
-    processes.
+    """Lets a turn of steps train when its file appears, times it and counts its tokens.
+
+    The counts are those of all processes.
     """
 
     def __init__(self, folder: Path, kind: str, turns: int) -> None:
@@ -73,10 +73,7 @@ class Turnstile(TrainerCallback):
         self.flops: Flops | None = None
 
     def count(self, *counts: torch.Tensor | int) -> None:
-        """Add a micro-batch's tokens, rows and tokens in the loss.
-
-        What is on the GPU stays there.
-        """
+        """Add a micro-batch's tokens, rows and tokens in the loss; counts on the GPU stay there."""
         self._counts = [total + count for total, count in zip(self._counts, counts, strict=True)]
 
     def on_log(
@@ -131,7 +128,7 @@ class Turnstile(TrainerCallback):
 
 
 def kernel_classes(profiler: torch.profiler.profile, seconds: float) -> dict[str, float]:
-    """Milliseconds a step that the GPU spends in each class of kernel, and in none."""
+    """Returns the milliseconds a step that the GPU spends in each class of kernel, and in none."""
     spent = dict.fromkeys([*KERNELS, "other"], 0.0)
     for event in profiler.key_averages():
         found = (
@@ -144,7 +141,7 @@ def kernel_classes(profiler: torch.profiler.profile, seconds: float) -> dict[str
 def train_sft(
     fields: dict[str, Any], base: str, rows: str, steps: int, turnstile: Turnstile, folder: Path
 ) -> None:
-    """recipes/sft.py, with the turnstile among its callbacks."""
+    """Train with recipes/sft.py, the turnstile among its callbacks."""
     build, count = LabTrainer.__init__, Meter.count
 
     def with_turnstile(self: LabTrainer, *args: Any, callbacks: list, **kwargs: Any) -> None:
@@ -186,7 +183,7 @@ def train_sft(
 def train_trl(
     fields: dict[str, Any], base: str, rows: str, steps: int, turnstile: Turnstile, folder: Path
 ) -> None:
-    """Plain SFTTrainer on the same tokens, TensorBoard on."""
+    """Train with plain SFTTrainer on the same tokens, with TensorBoard."""
 
     class Counting(SFTTrainer):
         def training_step(
@@ -238,9 +235,9 @@ def train_trl(
 def train_loop(
     fields: dict[str, Any], base: str, rows: str, steps: int, turnstile: Turnstile, folder: Path
 ) -> None:
-    """The published 1B study's loop rebuilt:
+    """The loop of the published 1B study, rebuilt.
 
-    float32 weights, autocast, rows padded to 512, 20 a step, whole logits.
+    It has float32 weights, autocast, 20 rows a step padded to 512 tokens, and whole logits.
     """
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).cuda().train()
     model = get_peft_model(model, LoraConfig(**LORA))
@@ -268,7 +265,10 @@ def train_loop(
 
 
 def token_rows(base: str, path: str, max_length: int, count: int) -> list[list[int]]:
-    """The first `count` rows of a file as sft.py reads them, all over again where there are fewer."""
+    """Returns the token ids of the first `count` rows of a file, as sft.py encodes them.
+
+    A file with fewer rows is read again from its start.
+    """
     tokenizer = AutoTokenizer.from_pretrained(base)
     set_template(tokenizer)
     rows = [json.loads(line) for line in (ROOT / path).read_text(encoding="utf-8").splitlines()]

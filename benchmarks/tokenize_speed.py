@@ -1,21 +1,20 @@
-"""Rows a second of tokenization: this project's workers, one thread that only encodes, and the
-published design.
+"""Rows/s of tokenization: this project's workers, one thread, and the published design.
 
-python benchmarks/tokenize_speed.py --tokenizer meta-llama/Llama-3.2-1B --files alpaca.json gsm8k_train.jsonl \
-    [--rows 60000] [--rounds 5] [--table results/tokenize_speed/tokenize_speed.csv]
+python benchmarks/tokenize_speed.py --tokenizer meta-llama/Llama-3.2-1B \
+    --files alpaca.json gsm8k_train.jsonl [--rows 60000] [--rounds 5] [--out results/tokenize_speed]
 
-A corpus is made of the files' rows (Alpaca's and GSM8K's columns), each of its rows holding several
-of theirs. In every round each variant tokenizes it once, in turn; ratios are taken within a round.
-What a cluster takes to start, its workers' tokenizers loaded, is measured apart. Under Slurm (where
-`sinfo` answers) jobs of Slurm are a variant too.
+The corpus is made of the files' rows (Alpaca's and GSM8K's columns), several of them to a row. In
+every round each variant tokenizes it once, in changing order. Ratios are taken within a round. What
+a cluster takes to start, with its workers' tokenizers loaded, is measured apart. Where `sinfo`
+answers, workers in SLURM jobs are a variant too.
 
 The published design is rebuilt: rows go out through Dask, a worker calls the Hugging Face tokenizer
 for each, and lists of ids, mask and labels come back. Its labels are the ids: it does not encode
 prompts to mask them, the others do.
 
-The model of scaling beside it: start + rows / (workers x a worker's rows/s), or the scheduler's
-seconds a task where that is longer, + half a shard at the end + the client putting the shards
-together.
+Scaling is modelled as start + rows / (workers x a worker's rows/s) + half a shard at the end + the
+client putting the shards together. Where the scheduler's seconds a task are longer than the
+workers' time, they count instead.
 """
 
 import sftlab.startup.filter_warnings  # noqa: F401, I001  (before the libraries that it quiets)
@@ -27,6 +26,7 @@ import random
 import shutil
 import statistics
 import subprocess
+import sys
 import tempfile
 import time
 from functools import lru_cache
@@ -39,14 +39,16 @@ from dask_jobqueue import SLURMCluster
 from datasets import Dataset, load_dataset
 
 from sftlab.data.batch_encoder import Encoder
-from sftlab.data.shard_writer import begin, finish, place_of, tokenize_shard
+from sftlab.paths import ROOT
+from sftlab.data.shard_folder import begin, finish
+from sftlab.data.shard_writer import place_of, tokenize_shard
 from sftlab.tables import aligned, write_csv
 
 WORKERS = 2
 ROWS_A_TASK = 2048
 MAX_LENGTH = 512
 MODELLED = (1, 2, 4, 8, 16, 32, 64, 128)
-TEMPLATE = Path(__file__).parent.parent / "recipes" / "templates" / "instruction.jinja"
+TEMPLATE = ROOT / "recipes" / "templates" / "instruction.jinja"
 THREADS = {"TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"}
 # OpenOrca: rows, and the minutes that were published for it, serially and with Dask on SLURM
 OPENORCA_ROWS, SERIAL_MINUTES, CLUSTER_MINUTES = 3_000_000, 80, 36
@@ -56,7 +58,7 @@ def main() -> None:
     """Make the corpus, run the rounds, write the table and the plot."""
     arguments = parse_arguments()
     os.environ |= THREADS
-    work = Path(tempfile.mkdtemp(prefix="tokenize-speed-", dir=arguments.folder))
+    work = Path(tempfile.mkdtemp(prefix="tokenize-speed-", dir=arguments.work_dir))
     try:
         corpus = make_corpus(arguments, work)
         load_tokenizer(arguments.tokenizer).save_pretrained(work / "tokenizer")
@@ -87,14 +89,16 @@ def main() -> None:
     finally:
         shutil.rmtree(work, ignore_errors=True)
     lines = table(rounds, overhead, len(corpus))
-    write_csv(arguments.table, [line | about(arguments) for line in lines])
-    plot(rounds, overhead, len(corpus), arguments.table.with_suffix(".png"))
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    write_csv(arguments.out / "tokenize_speed.csv", [line | about(arguments) for line in lines])
+    drawing = [sys.executable, "benchmarks/draw.py", str(arguments.out.resolve())]
+    subprocess.run(drawing, cwd=ROOT, check=True)
     shown = ("variant", "rows_per_s", "ratio", "lowest", "highest", "start_s", "worker_mb")
     print(aligned([list(shown), *([f"{line.get(name, '')}" for name in shown] for line in lines)]))
 
 
 def parse_arguments() -> argparse.Namespace:
-    """The command line."""
+    """Returns the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tokenizer", required=True, help="a model on the hub, or a folder")
     parser.add_argument(
@@ -103,16 +107,16 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--rows", type=int, default=60_000)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument(
-        "--folder", help="where shards are written (default: the system's temporary folder)"
+        "--work_dir", help="where shards are written (default: the system's temporary folder)"
     )
-    parser.add_argument("--table", type=Path, default=Path("results/tokenize_speed/tokenize_speed.csv"))
+    parser.add_argument("--out", type=Path, default=ROOT / "results" / "tokenize_speed")
     return parser.parse_args()
 
 
 def make_corpus(arguments: argparse.Namespace, work: Path) -> Dataset:
-    """Rows of three questions and three answers each, in an order that is always the same.
+    """Returns rows of three questions and three answers each, memory-mapped.
 
-    Memory-mapped.
+    They are the same in every run.
     """
     asked, answered, draw = [], [], random.Random(0)
     for name in arguments.files:
@@ -136,7 +140,7 @@ def make_corpus(arguments: argparse.Namespace, work: Path) -> Dataset:
 
 @lru_cache(maxsize=1)
 def load_tokenizer(name: str) -> Any:
-    """The Hugging Face tokenizer with the project's template."""
+    """Returns the Hugging Face tokenizer with the project's template."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(name)
@@ -145,10 +149,7 @@ def load_tokenizer(name: str) -> Any:
 
 
 def encode_only(corpus: Dataset, work: Path) -> dict[str, float]:
-    """The backend over whole texts that are there already, in one thread.
-
-    Nothing is made of the ids.
-    """
+    """Encode whole texts with the tokenizer's backend in one thread, and drop the ids."""
     tokenizer = load_tokenizer(str(work / "tokenizer"))
     render = Encoder(
         tokenizer.backend_tokenizer, tokenizer.chat_template, tokenizer.special_tokens_map
@@ -163,6 +164,7 @@ def encode_only(corpus: Dataset, work: Path) -> dict[str, float]:
 
 
 def messages(row: dict[str, str]) -> list[dict[str, str]]:
+    """Returns a row as the messages of a conversation."""
     return [
         {"role": "user", "content": row["instruction"]},
         {"role": "assistant", "content": row["response"]},
@@ -170,7 +172,7 @@ def messages(row: dict[str, str]) -> list[dict[str, str]]:
 
 
 def local(corpus: Dataset, work: Path) -> dict[str, float]:
-    """This project's workers as processes of this machine."""
+    """Tokenize with this project's workers as processes of this machine."""
     began = time.perf_counter()
     with LocalCluster(
         n_workers=WORKERS, threads_per_worker=1, env=THREADS, dashboard_address=None
@@ -179,7 +181,7 @@ def local(corpus: Dataset, work: Path) -> dict[str, float]:
 
 
 def slurm_workers(corpus: Dataset, work: Path) -> dict[str, float]:
-    """This project's workers as jobs of Slurm."""
+    """Tokenize with this project's workers as SLURM jobs."""
     began = time.perf_counter()
     prologue = [f"export {name}={value}" for name, value in THREADS.items()]
     job = {
@@ -197,9 +199,9 @@ def slurm_workers(corpus: Dataset, work: Path) -> dict[str, float]:
 
 
 def shards(cluster: Any, corpus: Dataset, work: Path, began: float) -> dict[str, float]:
-    """Tokenize into shards, from the moment on when every worker has its tokenizer.
+    """Tokenize into shards and put them together.
 
-    The shards put together too.
+    The time counts from when every worker has its tokenizer.
     """
     folder = work / "out"
     shutil.rmtree(folder, ignore_errors=True)
@@ -229,12 +231,13 @@ def shards(cluster: Any, corpus: Dataset, work: Path, began: float) -> dict[str,
 
 
 def parts(corpus: Dataset) -> list[Dataset]:
-    """The rows of each task, memory-mapped."""
+    """Returns the rows of each task, memory-mapped."""
     starts = range(0, len(corpus), ROWS_A_TASK)
     return [corpus.select(range(start, min(start + ROWS_A_TASK, len(corpus)))) for start in starts]
 
 
 def begin_folder(folder: Path, corpus: Dataset, work: Path) -> dict[str, Any]:
+    """Make the folder of the shards. Returns its manifest."""
     tokenizer = load_tokenizer(str(work / "tokenizer"))
     settings = {
         "dataset_name": "corpus",
@@ -248,7 +251,7 @@ def begin_folder(folder: Path, corpus: Dataset, work: Path) -> dict[str, Any]:
 
 
 def warm_up(folder: str, place: bytes) -> None:
-    """Have this worker load its tokenizer; the shard is removed."""
+    """Let this worker load its tokenizer with a shard that is removed again."""
     number = 90_000 + os.getpid() % 9_000
     tokenize_shard(folder, number, place, 0)
     for path in Path(folder).glob(f"*-{number}.*"):
@@ -256,13 +259,13 @@ def warm_up(folder: str, place: bytes) -> None:
 
 
 def highest_mb() -> float:
-    """The most memory that this process has had resident, in MB (2**20 bytes)."""
+    """Returns the peak resident memory of this process in MB (2**20 bytes)."""
     with open("/proc/self/status") as file:
         return next(int(line.split()[1]) for line in file if line.startswith("VmHWM")) / 1024
 
 
 def published(corpus: Dataset, work: Path) -> dict[str, float]:
-    """Rows out through the scheduler, one call of the Hugging Face tokenizer a row, lists back."""
+    """Send rows through the scheduler, tokenize them one at a time, and gather lists."""
     began = time.perf_counter()
     with (
         LocalCluster(
@@ -283,7 +286,7 @@ def published(corpus: Dataset, work: Path) -> dict[str, float]:
 
 
 def encode_rows(rows: list[dict[str, str]], tokenizer: str) -> list[dict[str, list[int]]]:
-    """What a worker of the published design does."""
+    """Tokenize as a worker of the published design."""
     loaded, encoded = load_tokenizer(tokenizer), []
     for row in rows:
         text = loaded.apply_chat_template(messages(row), tokenize=False)
@@ -293,7 +296,7 @@ def encode_rows(rows: list[dict[str, str]], tokenizer: str) -> list[dict[str, li
 
 
 def scheduler_cost(tasks: int = 5000) -> float:
-    """Seconds a task that does nothing."""
+    """Returns the scheduler's seconds a task, from tasks that do nothing."""
     with (
         LocalCluster(
             n_workers=WORKERS, threads_per_worker=1, env=THREADS, dashboard_address=None
@@ -308,7 +311,7 @@ def scheduler_cost(tasks: int = 5000) -> float:
 
 
 def model_minutes(workers: int, measured: dict[str, float], overhead: float) -> float:
-    """Minutes that OpenOrca takes, after the model in this file's docstring."""
+    """Returns the minutes that OpenOrca takes by the model in this file's docstring."""
     rate = measured["rows_per_s"] / WORKERS
     encoding = max(OPENORCA_ROWS / (workers * rate), overhead * OPENORCA_ROWS / ROWS_A_TASK)
     together = measured["finish_s"] / measured["rows"] * OPENORCA_ROWS
@@ -316,7 +319,7 @@ def model_minutes(workers: int, measured: dict[str, float], overhead: float) -> 
 
 
 def medians(rounds: list[dict[str, dict[str, float]]], name: str, rows: int) -> dict[str, float]:
-    """The median over the rounds of all that was measured of a variant."""
+    """Returns the median over the rounds of each figure of a variant."""
     keys = rounds[0][name]
     return {key: statistics.median(one[name][key] for one in rounds) for key in keys} | {
         "rows": rows
@@ -326,9 +329,9 @@ def medians(rounds: list[dict[str, dict[str, float]]], name: str, rows: int) -> 
 def table(
     rounds: list[dict[str, dict[str, float]]], overhead: float, rows: int
 ) -> list[dict[str, Any]]:
-    """One line a variant, ratios to one thread that only encodes and to the published design.
+    """Returns a row a variant, then the rows of the model and of the published minutes.
 
-    Then the model's.
+    Ratios are to one thread that only encodes, and to the published design.
     """
     lines = []
     base, design = "one thread that only encodes", "published design"
@@ -366,52 +369,17 @@ def table(
 
 
 def about(arguments: argparse.Namespace) -> dict[str, str]:
-    """Hardware, versions and command, for every line."""
+    """Returns hardware, versions and command, for every row."""
     packages = ("tokenizers", "transformers", "datasets", "pyarrow", "distributed", "dask-jobqueue")
     versions = [f"{name} {version(name)}" for name in packages]
-    command = f"--tokenizer {Path(arguments.tokenizer).name} --files {' '.join(Path(f).name for f in arguments.files)}"
+    files = " ".join(Path(name).name for name in arguments.files)
+    command = f"--tokenizer {Path(arguments.tokenizer).name} --files {files}"
     command += f" --rows {arguments.rows} --rounds {arguments.rounds}"
     hardware, command = (
         f"{len(os.sched_getaffinity(0))} CPU cores",
         f"python benchmarks/tokenize_speed.py {command}",
     )
     return {"hardware": hardware, "versions": " ".join(versions), "command": command}
-
-
-def plot(rounds: list[dict[str, dict[str, float]]], overhead: float, rows: int, path: Path) -> None:
-    """Ratios with their ranges; beside them the model of OpenOrca."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(10, 3.8), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    base = "one thread that only encodes"
-    for place, name in enumerate(rounds[0]):
-        ratios = [one[name]["rows_per_s"] / one[base]["rows_per_s"] for one in rounds]
-        left.barh(place, statistics.median(ratios), color="tab:blue")
-        left.plot(ratios, [place] * len(ratios), "k|")
-    left.set_yticks(range(len(rounds[0])), list(rounds[0]))
-    left.invert_yaxis()
-    left.set(xlabel=f"rows/s over those of one thread that only encodes ({WORKERS} workers)")
-    measured = medians(rounds, "local workers", rows)
-    right.loglog(
-        MODELLED,
-        [model_minutes(n, measured, overhead) for n in MODELLED],
-        "o-",
-        label="model, from these",
-    )
-    for minutes, label in (
-        (SERIAL_MINUTES, "published, serial"),
-        (CLUSTER_MINUTES, "published, Dask and SLURM"),
-    ):
-        right.axhline(
-            minutes,
-            color="tab:red",
-            linestyle=":" if minutes == SERIAL_MINUTES else "--",
-            label=label,
-        )
-    right.set(xlabel="workers of one core", ylabel="minutes for 3 million rows")
-    right.legend()
-    figure.savefig(path, dpi=150)
 
 
 if __name__ == "__main__":

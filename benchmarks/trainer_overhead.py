@@ -1,12 +1,12 @@
-"""What recipes/sft.py's trainer costs over plain SFTTrainer, the fast path switched off: step times
-in pairs, in turn.
+"""What recipes/sft.py's trainer costs over plain SFTTrainer, with the fast path switched off.
 
-accelerate launch --config_file accelerate_configs/cpu.yaml benchmarks/trainer_overhead.py --pairs 15 \
-    --table results/trainer_overhead/cpu.csv --config recipes/demo/attn_r16.yaml --max_steps 100 [--any_field value]
+accelerate launch --config_file accelerate_configs/cpu.yaml benchmarks/trainer_overhead.py \
+    --pairs 15 --config recipes/demo/attn_r16.yaml --max_steps 100 [--any_field value]
 
-Both trainers live in one process, as separate processes differ by more than the effect. They train
-on the same tokens in the same order and log to TensorBoard; one stopwatch times both, from the
-beginning of step 6 to the end of the last.
+Step times are compared in pairs, in changing order. Both trainers live in one process, as separate
+processes differ by more than the effect. They train on the same tokens in the same order and log to
+TensorBoard. One stopwatch times both, from the beginning of step 6 to the end of the last. Writes
+cpu.csv, or the name of the GPU such as h200.csv, into results/trainer_overhead (--out).
 """
 
 import sftlab.startup.filter_warnings  # noqa: I001  (before the libraries that it quiets)
@@ -31,8 +31,9 @@ from sftlab.data.splits import load_splits
 from sftlab.fastpath.selection import FastPath
 from sftlab.training.stop_on_signal import StopOnSignal
 from sftlab.config.launch import Launch, check_devices, use_all_cpu_cores
+from sftlab.paths import ROOT
 from sftlab.models.loading import load_tokenizer, model_init_kwargs
-from sftlab.runs.environment import provenance
+from sftlab.runs.environment import machine_name, provenance
 from sftlab.tables import write_csv
 from sftlab.data.chat_template import set_template
 from sftlab.training.trainer import build_trainer
@@ -41,7 +42,7 @@ WARMUP_STEPS = 5
 
 
 class Stopwatch(TrainerCallback):
-    """Seconds a step after the warm-up."""
+    """Measures the seconds a step after the warm-up."""
 
     step_time_s = 0.0
 
@@ -63,7 +64,7 @@ class Stopwatch(TrainerCallback):
 
 
 def build(argv: list[str], launch: Launch, lab: bool) -> tuple[SFTTrainer, Stopwatch]:
-    """The project's trainer as recipes/sft.py builds it, or plain SFTTrainer."""
+    """Returns the project's trainer as recipes/sft.py builds it, or plain SFTTrainer."""
     recipe: Recipe = parse_recipe(argv, launch)
     tokenizer = load_tokenizer(
         recipe.model.model_name_or_path, recipe.model.model_revision, recipe.training
@@ -93,8 +94,9 @@ def main() -> None:
     """Run the pairs, in changing order, and write a row a pair."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--pairs", type=int, default=15)
-    parser.add_argument("--table", type=Path, required=True)
+    parser.add_argument("--out", type=Path, default=ROOT / "results" / "trainer_overhead")
     arguments, rest = parser.parse_known_args()
+    arguments.out.mkdir(parents=True, exist_ok=True)
     launch = Launch.from_environment()
     check_devices(launch)
     use_all_cpu_cores(launch)
@@ -125,7 +127,7 @@ def main() -> None:
                 "loss_difference": abs(losses["sft.py"] - losses["plain"]),
             }
     about = provenance() | {"arguments": " ".join(sys.argv[1:])}
-    write_csv(arguments.table, [row | about for row in rows])
+    write_csv(arguments.out / f"{machine_name()}.csv", [row | about for row in rows])
     ratios = [row["ratio"] for row in rows]
     print(
         f"sft.py over plain SFTTrainer: median {statistics.median(ratios)}, {min(ratios)} to "

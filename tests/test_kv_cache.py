@@ -1,13 +1,11 @@
-"""The cache is really off where it is said to be, the answers stay the same, and the cache's size
-is the real one.
-"""
-
-import csv
+"""The cache is really off where the table says so; answers and the cache's size are right."""
 
 import pytest
 import torch
 from conftest import load_script
 from transformers import AutoModelForCausalLM, DynamicCache
+
+from sftlab.tables import read_csv
 
 kv_cache = load_script("benchmarks/kv_cache.py")
 
@@ -42,25 +40,16 @@ def test_the_cache_s_size(model):
     assert kv_cache.cache_bytes(model, 3, 11) == held
 
 
+def measure(base, out, *more):
+    """The table of two batches of short prompts."""
+    argv = ["--model", str(base), "--batches", "1", "2", "--prompts", "16", "--outputs", "3"]
+    kv_cache.main([*argv, "--repeats", "1", "--out", str(out), *more])
+    return read_csv(out / "kv_cache.csv")
+
+
 def test_the_table(base, tmp_path, monkeypatch):
     monkeypatch.setitem(kv_cache.PUBLISHED, ("with", 1, 16, 4), 4.5)
-    argv = [
-        "--model",
-        str(base),
-        "--batches",
-        "1",
-        "2",
-        "--prompts",
-        "16",
-        "96",
-        "--outputs",
-        "4",
-        "--repeats",
-        "1",
-    ]
-    kv_cache.main([*argv, "--out", str(tmp_path / "kv")])
-    with (tmp_path / "kv.csv").open(encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
+    rows = measure(base, tmp_path / "kv", "--prompts", "16", "96", "--outputs", "4")
     assert [(r["cache"], r["batch"], r["prompt"]) for r in rows[:3]] == [
         ("with", "1", "16"),
         ("without", "1", "16"),
@@ -70,37 +59,18 @@ def test_the_table(base, tmp_path, monkeypatch):
     peaks = {(r["cache"], r["batch"], r["prompt"]): float(r["peak_mb"]) for r in rows}
     assert peaks["with", "2", "96"] > peaks["with", "1", "96"] > peaks["with", "1", "16"]
     assert {r["published_seconds"] for r in rows} == {""}
-    assert (tmp_path / "kv.png").is_file()
+    assert (tmp_path / "kv" / "kv_cache.png").is_file()
 
 
 def test_what_was_measured_before_it_was_stopped_is_kept(base, tmp_path, capsys):
-    def table(*more):
-        argv = [
-            "--model",
-            str(base),
-            "--batches",
-            "1",
-            "2",
-            "--prompts",
-            "16",
-            "--outputs",
-            "3",
-            "--repeats",
-            "1",
-        ]
-        kv_cache.main([*argv, "--out", str(tmp_path / "kv"), *more])
-        with (tmp_path / "kv.csv").open(encoding="utf-8") as file:
-            return list(csv.DictReader(file))
-
-    whole = table("--batches", "1")
-    again = table()
+    whole = measure(base, tmp_path, "--batches", "1")
+    again = measure(base, tmp_path)
     assert again[:2] == whole, "figures as they were"
     assert [row["batch"] for row in again] == ["1", "1", "2", "2"]
     assert capsys.readouterr().out.count("; done before") == 1
-    assert table() == again
-    (tmp_path / "kv.csv").write_text(
-        (tmp_path / "kv.csv").read_text(encoding="utf-8").replace("torch ", "torch 0")
-    )
+    assert measure(base, tmp_path) == again
+    table = tmp_path / "kv_cache.csv"
+    table.write_text(table.read_text(encoding="utf-8").replace("torch ", "torch 0"))
     capsys.readouterr()
-    table()
+    measure(base, tmp_path)
     assert "done before" not in capsys.readouterr().out, "measured with other versions"
