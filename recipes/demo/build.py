@@ -3,8 +3,8 @@
 python recipes/demo/build.py
 
 Writes data/demo/base/ (a small Llama with its tokenizer, pre-trained here) and
-data/demo/instructions.jsonl (columns instruction, context, response). What is complete already is
-kept; --overwrite builds it anew.
+data/demo/instructions.jsonl (columns instruction, context, response). A complete build is kept;
+--overwrite builds it again.
 """
 
 import argparse
@@ -24,13 +24,15 @@ BASE_FILES = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_c
 
 
 def parse_arguments() -> argparse.Namespace:
-    """The command line."""
+    """Returns the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--out", type=Path, default=Path("data/demo"), help="directory to write")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, default=1700, help="of 1,024 tokens")
+    parser.add_argument(
+        "--steps", type=int, default=1700, help="pre-training steps of 1,024 tokens each"
+    )
     parser.add_argument("--rows", type=int, default=4000, help="instruction rows")
     parser.add_argument(
         "--overwrite", action="store_true", help="build again what is there already"
@@ -39,18 +41,14 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def is_complete(out: Path) -> bool:
-    """Whether both parts are there.
-
-    Instructions.jsonl is put last, so it marks the end of a build.
-    """
+    """Returns whether both parts are there; instructions.jsonl is always written last."""
     wanted = [out / "instructions.jsonl", *(out / "base" / name for name in BASE_FILES)]
     return all(path.is_file() for path in wanted)
 
 
 def build_base(folder: Path, steps: int, seed: int) -> str:
-    """Train tokenizer and model, write them to `folder`; returns a line of figures."""
-    # Imported here, as torch and transformers take seconds that a build already complete need not
-    # wait for.
+    """Train tokenizer and model and write them to `folder`. Returns a line of figures."""
+    # Imported here: torch and transformers take seconds that a complete build need not wait for.
     from sftlab.models import demo
 
     texts = demo.pretraining_text(40_000, seed)
@@ -74,7 +72,7 @@ def build_base(folder: Path, steps: int, seed: int) -> str:
 
 
 def write_rows(path: Path, count: int, seed: int) -> None:
-    """`count` instruction rows, one JSON object a line."""
+    """Write `count` instruction rows, one JSON object a line."""
     from sftlab.models import demo
 
     with path.open("w", encoding="utf-8") as file:

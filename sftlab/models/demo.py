@@ -1,8 +1,7 @@
-"""A small world of facts and skills, and a base model that knows it: what the offline demo tunes.
+"""The base model and the data of the offline demo: a small world of facts and skills.
 
 A kind of task draws its slots (`DRAWS`) and puts them into words (`SPEC`): ways to ask, the context
-to show, the one way to answer, the bare answer, and other forms in which the base meets the matter
-in pre-training.
+to show, the one way to answer, the bare answer, and other forms that the base sees in pre-training.
 """
 
 from collections.abc import Callable, Sequence
@@ -17,42 +16,47 @@ BOS, EOS, PAD = "<|bos|>", "<|eos|>", "<|pad|>"
 BLOCK, BATCH, PEAK_RATE = 64, 16, 6e-3
 
 CAPITALS = """France=Paris Spain=Madrid Italy=Rome Germany=Berlin Portugal=Lisbon Greece=Athens
-Austria=Vienna Poland=Warsaw Norway=Oslo Sweden=Stockholm Finland=Helsinki Denmark=Copenhagen Ireland=Dublin
-Hungary=Budapest Belgium=Brussels Russia=Moscow Turkey=Ankara Egypt=Cairo Kenya=Nairobi Ghana=Accra
-Japan=Tokyo China=Beijing India=Delhi Nepal=Kathmandu Iran=Tehran Iraq=Baghdad Cuba=Havana Canada=Ottawa
-Peru=Lima Chile=Santiago"""
-OPPOSITES = """hot=cold big=small tall=short fast=slow old=new happy=sad day=night up=down open=closed
-full=empty hard=soft light=dark wet=dry rich=poor strong=weak early=late loud=quiet clean=dirty left=right
-near=far high=low thick=thin sweet=sour true=false safe=dangerous wide=narrow easy=difficult cheap=costly"""
-PLURALS = """cat=cats dog=dogs horse=horses mouse=mice goose=geese sheep=sheep fox=foxes wolf=wolves man=men
-child=children woman=women foot=feet tooth=teeth leaf=leaves knife=knives city=cities baby=babies box=boxes
-bus=buses lady=ladies story=stories book=books tree=trees house=houses watch=watches potato=potatoes"""
-COLOURS = """lemon=yellow banana=yellow tomato=red cherry=red strawberry=red carrot=orange pumpkin=orange
-frog=green leaf=green pea=green swan=white snowball=white crow=black bear=brown coconut=brown plum=purple
-flamingo=pink pig=pink elephant=grey mouse=grey sapphire=blue emerald=green ruby=red"""
-SORTS = """apple=fruit lemon=fruit banana=fruit cherry=fruit plum=fruit pear=fruit peach=fruit cat=animal
-dog=animal horse=animal mouse=animal frog=animal bear=animal pig=animal fox=animal hammer=tool saw=tool
-spade=tool rake=tool axe=tool car=vehicle bus=vehicle train=vehicle tram=vehicle bicycle=vehicle
-boat=vehicle"""
+Austria=Vienna Poland=Warsaw Norway=Oslo Sweden=Stockholm Finland=Helsinki Denmark=Copenhagen
+Ireland=Dublin Hungary=Budapest Belgium=Brussels Russia=Moscow Turkey=Ankara Egypt=Cairo
+Kenya=Nairobi Ghana=Accra Japan=Tokyo China=Beijing India=Delhi Nepal=Kathmandu Iran=Tehran
+Iraq=Baghdad Cuba=Havana Canada=Ottawa Peru=Lima Chile=Santiago"""
+OPPOSITES = """hot=cold big=small tall=short fast=slow old=new happy=sad day=night up=down
+open=closed full=empty hard=soft light=dark wet=dry rich=poor strong=weak early=late loud=quiet
+clean=dirty left=right near=far high=low thick=thin sweet=sour true=false safe=dangerous
+wide=narrow easy=difficult cheap=costly"""
+PLURALS = """cat=cats dog=dogs horse=horses mouse=mice goose=geese sheep=sheep fox=foxes
+wolf=wolves man=men child=children woman=women foot=feet tooth=teeth leaf=leaves knife=knives
+city=cities baby=babies box=boxes bus=buses lady=ladies story=stories book=books tree=trees
+house=houses watch=watches potato=potatoes"""
+COLOURS = """lemon=yellow banana=yellow tomato=red cherry=red strawberry=red carrot=orange
+pumpkin=orange frog=green leaf=green pea=green swan=white snowball=white crow=black bear=brown
+coconut=brown plum=purple flamingo=pink pig=pink elephant=grey mouse=grey sapphire=blue
+emerald=green ruby=red"""
+SORTS = """apple=fruit lemon=fruit banana=fruit cherry=fruit plum=fruit pear=fruit peach=fruit
+cat=animal dog=animal horse=animal mouse=animal frog=animal bear=animal pig=animal fox=animal
+hammer=tool saw=tool spade=tool rake=tool axe=tool car=vehicle bus=vehicle train=vehicle
+tram=vehicle bicycle=vehicle boat=vehicle"""
 NEXT = """Monday=Tuesday Tuesday=Wednesday Wednesday=Thursday Thursday=Friday Friday=Saturday
-Saturday=Sunday Sunday=Monday January=February February=March March=April April=May May=June June=July
-July=August August=September September=October October=November November=December December=January"""
-NAMES = "Anna Ben Clara David Emma Felix Grace Henry Iris Jack Kate Leo Mia Noah Olga Paul Rosa Sam Tina"
+Saturday=Sunday Sunday=Monday January=February February=March March=April April=May May=June
+June=July July=August August=September September=October October=November November=December
+December=January"""
+NAMES = """Anna Ben Clara David Emma Felix Grace Henry Iris Jack Kate Leo Mia Noah Olga Paul Rosa Sam
+Tina"""
 TRADES = "baker farmer teacher doctor pilot driver painter writer singer dancer"
-WORDS = """apple lemon banana cherry plum pear cat dog horse mouse frog bear fox car bus train boat hammer
-saw lamp cup chair book tree house river stone bread milk rice"""
+WORDS = """apple lemon banana cherry plum pear cat dog horse mouse frog bear fox car bus train
+boat hammer saw lamp cup chair book tree house river stone bread milk rice"""
 
 Slots = dict[str, str]
 Fields = dict[str, list[str]]
 
 
 def _with_article(noun: str) -> str:
-    """'lemon' to 'a lemon', 'apple' to 'an apple'."""
+    """Returns 'a lemon' for 'lemon', 'an apple' for 'apple'."""
     return f"an {noun}" if noun[0] in "aeiou" else f"a {noun}"
 
 
 def _fact(table: str) -> Callable[[Random], Slots]:
-    """A drawer of one pair a=b of the table; `an` and `bn` are the two with an article."""
+    """Returns a function that draws one pair a=b; `an` and `bn` are a and b with an article."""
     pairs = [entry.split("=") for entry in table.split()]
 
     def draw(rng: Random) -> Slots:
@@ -63,14 +67,15 @@ def _fact(table: str) -> Callable[[Random], Slots]:
 
 
 def _sum(rng: Random) -> Slots:
-    """Two terms from 1 to 9 and their sum, in digits."""
+    """Draw two terms from 1 to 9 and their sum, in digits."""
     a, b = rng.randint(1, 9), rng.randint(1, 9)
     return {"a": str(a), "b": str(b), "c": str(a + b)}
 
 
 def _listing(low: int, high: int) -> Callable[[Random], Slots]:
-    """A drawer of a list of `low` to `high` different words, with its ends, its length and its
-    reverse.
+    """Returns a function that draws a list of `low` to `high` different words.
+
+    The slots also hold its ends, its length and its reverse.
     """
     words = WORDS.split()
 
@@ -89,7 +94,7 @@ def _listing(low: int, high: int) -> Callable[[Random], Slots]:
 
 
 def _person(rng: Random) -> Slots:
-    """Someone with a city and a trade."""
+    """Draw a person with a city and a trade."""
     name, country, job = (rng.choice(table.split()) for table in (NAMES, CAPITALS, TRADES))
     return {"name": name, "city": country.split("=")[1], "job": job}
 
@@ -109,16 +114,18 @@ DRAWS: dict[str, Callable[[Random], Slots]] = {
     "city": _person,
 }
 
-# A kind, then its fields with their variants. `short`, the bare answer, is {b} unless said. No form
-# may hold an answer word for word: the base is to know the matter, and tuning to teach the manner.
+# A kind, then its fields with their variants. `short`, the bare answer, is {b} by default. No form
+# may contain an answer word for word: the base knows the facts, and tuning teaches how to answer.
 # Words to copy never open a line, as byte-level BPE has another token for a word without the blank
 # before it.
 SPEC = """
 kind capital
 ask What is the capital of {a}?|Name the capital city of {a}.|Which city is the capital of {a}?
-ask Tell me the capital of {a}.|I am going to {a}. What is its capital?|Do you know the capital of {a}?
+ask Tell me the capital of {a}.|I am going to {a}. What is its capital?
+ask Do you know the capital of {a}?
 answer The capital of {a} is {b}.
-form In {a} the capital city is called {b}.|Country: {a}, capital: {b}.|As for {a}, its capital is {b}.
+form In {a} the capital city is called {b}.|Country: {a}, capital: {b}.
+form As for {a}, its capital is {b}.
 kind opposite
 ask What is the opposite of {a}?|Give me the opposite of {a}.|Which word means the opposite of {a}?
 ask Name a word that is the opposite of {a}.|Tell me the opposite of the word {a}.
@@ -130,15 +137,19 @@ ask What do you call more than one {a}?|Tell me the plural form of {a}.
 answer The plural of {a} is {b}.
 form One {a}, two {b}.|Singular: {a}, plural: {b}.|The word {a} has the plural {b}.
 kind colour
-ask What colour is {an}?|Tell me the colour of {an}.|Name the colour of {an}.|Which colour does {an} have?
+ask What colour is {an}?|Tell me the colour of {an}.|Name the colour of {an}.
+ask Which colour does {an} have?
 answer The usual colour of {an} is {b}.
 form We saw {an}, all {b}.|Colours: {a}, {b}.|As usual, {an} had the colour {b}.
 kind sort
-ask Is {an} a fruit, an animal, a tool or a vehicle?|What kind of thing is {an}?|Sort this word: {a}.
+ask Is {an} a fruit, an animal, a tool or a vehicle?|What kind of thing is {an}?
+ask Sort this word: {a}.
 answer The word {a} names {bn}.
-form Group of {an}: {b}.|Sorts: {a}, {b}.|You may call {an} a kind of {b}.|What names {an} means {bn}.
+form Group of {an}: {b}.|Sorts: {a}, {b}.|You may call {an} a kind of {b}.
+form What names {an} means {bn}.
 kind next
-ask What comes after {a}?|Which one follows {a}?|Name what comes right after {a}.|What is next after {a}?
+ask What comes after {a}?|Which one follows {a}?|Name what comes right after {a}.
+ask What is next after {a}?
 ask It is {a} now. What comes next?|Tell me what follows {a}.
 answer The one after {a} is {b}.
 form In order: {a}, {b}.|First it was {a}, then {b}.|The one that follows {a} is {b}.
@@ -147,12 +158,14 @@ ask Write the word {a} in capital letters.|Put {a} in capitals.|Change {a} to up
 answer In capital letters, {a} is {b}.
 form Small {a}, big {b}.|The sign does not say {a} but {b}.|In upper case {a}: {b}.
 kind sum
-ask What is {a} plus {b}?|Add {a} and {b}.|What is the sum of {a} and {b}?|How much is {a} and {b} together?
+ask What is {a} plus {b}?|Add {a} and {b}.|What is the sum of {a} and {b}?
+ask How much is {a} and {b} together?
 answer The sum of {a} and {b} is {c}.
 short {c}
 form Sum: {a} + {b} = {c}.|Sum: {a} plus {b} makes {c}.|We add {a} and {b}, which gives {c}.
 kind reverse
-ask Put these words in reverse order: {list}.|Write this list backwards: {list}.|Reverse the list: {list}.
+ask Put these words in reverse order: {list}.|Write this list backwards: {list}.
+ask Reverse the list: {list}.
 answer In reverse order: {back}.
 short {back}
 form List: {list}. Backwards: {back}.|There were {list}. The other way: {back}.
@@ -163,7 +176,8 @@ answer The last item is {last}.
 short {last}
 form List: {list}. Number: {n}. Last: {last}. First: {first}.|In {list} we end with {last}.
 kind count
-ask How many items are in the list?|Count the items of the list.|Tell me the number of words in the list.
+ask How many items are in the list?|Count the items of the list.
+ask Tell me the number of words in the list.
 context List: {list}.
 answer The number of items is {n}.
 short {n}
@@ -173,12 +187,13 @@ ask Where does {name} live?|Which city is named in the text?|Name the city in th
 context My friend {name} lives in {city} and works as a {job}.
 answer The city is {city}.
 short {city}
-form My friend {name} lives in {city}. City: {city}.|Someone called {name} lives in {city}. Home: {city}.
+form My friend {name} lives in {city}. City: {city}.
+form Someone called {name} lives in {city}. Home: {city}.
 """
 
 
 def _kinds(spec: str) -> dict[str, Fields]:
-    """The fields of every kind, each a list of variants; `context` may be empty."""
+    """Returns the fields of every kind, each a list of variants; `context` may be empty."""
     kinds: dict[str, Fields] = {}
     for line in spec.strip().splitlines():
         field, _, rest = line.partition(" ")
@@ -192,11 +207,10 @@ def _kinds(spec: str) -> dict[str, Fields]:
 
 
 KINDS = _kinds(SPEC)
-# What takes a base longest to learn, the copying above all, it meets more often.
+# Kinds that copy words take longest to learn, so pre-training shows them more often.
 LESSONS = [*KINDS, "reverse", "last"]
 
-# How a question may look in pre-training: with a bare answer, and under other headings than those
-# of tuning.
+# Questions of pre-training have a bare answer, and other headings than those of tuning.
 QUIZZES = (
     "Q: {ask} {context} A: {short}.",
     "### Question\n{ask}\n\n### Text\n{context}\n\n### Answer: {short}.\n",
@@ -207,7 +221,7 @@ GLOSSARY = "Words: an Instruction is an order, a Context is a setting, a Respons
 
 
 def _row(fields: Fields, slots: Slots, rng: Random) -> dict[str, str]:
-    """One task in Dolly's columns."""
+    """Returns one task in Dolly's columns."""
     ask, answer, context = (
         rng.choice(fields["ask"]),
         fields["answer"][0],
@@ -218,9 +232,9 @@ def _row(fields: Fields, slots: Slots, rng: Random) -> dict[str, str]:
 
 
 def _lesson(fields: Fields, slots: Slots, rng: Random) -> list[str]:
-    """Two or three forms of one task for pre-training.
+    """Returns two or three forms of one task for pre-training.
 
-    Saying a thing again is what teaches to copy.
+    The repetition teaches the model to copy.
     """
     lines = []
     for _ in range(rng.randint(2, 3)):
@@ -234,7 +248,7 @@ def _lesson(fields: Fields, slots: Slots, rng: Random) -> list[str]:
 
 
 def instruction_rows(count: int, seed: int) -> list[dict[str, str]]:
-    """`count` rows of instruction, context (may be empty) and response, no prompt twice."""
+    """Returns `count` rows of instruction, context (may be empty) and response, no prompt twice."""
     rng, kinds, rows = Random(seed), list(KINDS), {}
     while len(rows) < count:
         kind = rng.choice(kinds)
@@ -244,9 +258,7 @@ def instruction_rows(count: int, seed: int) -> list[dict[str, str]]:
 
 
 def pretraining_text(count: int, seed: int) -> list[str]:
-    """`count` short documents of the same world, in other forms than the rows of
-    `instruction_rows`.
-    """
+    """Returns `count` short documents of the same world, in other forms than the rows have."""
     rng, documents = Random(seed), []
     for _ in range(count):
         kind = rng.choice(LESSONS)
@@ -256,7 +268,7 @@ def pretraining_text(count: int, seed: int) -> list[str]:
 
 
 def train_tokenizer(texts: Sequence[str], vocab_size: int = 2048) -> PreTrainedTokenizerFast:
-    """Byte-level BPE over any UTF-8 text, at most `vocab_size` tokens, without a chat template."""
+    """Returns a byte-level BPE tokenizer of at most `vocab_size` tokens; it has no template."""
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
@@ -270,9 +282,9 @@ def train_tokenizer(texts: Sequence[str], vocab_size: int = 2048) -> PreTrainedT
 
 
 def build_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> LlamaForCausalLM:
-    """A Llama of some 350,000 fp32 parameters:
+    """Returns a Llama of about 350,000 fp32 parameters.
 
-    2 layers of width 96, 4 heads over 2 key-value heads.
+    It has 2 layers of width 96, and 4 heads over 2 key-value heads.
     """
     config = LlamaConfig(
         vocab_size=len(tokenizer),
@@ -296,8 +308,9 @@ def build_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> LlamaForCausal
 
 
 def pack(tokenizer: PreTrainedTokenizerFast, texts: Sequence[str]) -> torch.Tensor:
-    """Token ids [blocks, BLOCK] of the documents, each between bos and eos, end to end, without the
-    rest.
+    """Returns the documents as token ids [blocks, BLOCK], each between bos and eos.
+
+    Tokens that fill no whole block are dropped.
     """
     encoded = tokenizer(list(texts), add_special_tokens=False)["input_ids"]
     ids = [i for one in encoded for i in (tokenizer.bos_token_id, *one, tokenizer.eos_token_id)]
