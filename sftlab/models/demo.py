@@ -40,8 +40,8 @@ NEXT = """Monday=Tuesday Tuesday=Wednesday Wednesday=Thursday Thursday=Friday Fr
 Saturday=Sunday Sunday=Monday January=February February=March March=April April=May May=June
 June=July July=August August=September September=October October=November November=December
 December=January"""
-NAMES = """Anna Ben Clara David Emma Felix Grace Henry Iris Jack Kate Leo Mia Noah Olga Paul Rosa Sam
-Tina"""
+NAMES = """Anna Ben Clara David Emma Felix Grace Henry Iris Jack Kate Leo Mia Noah Olga Paul Rosa
+Sam Tina"""
 TRADES = "baker farmer teacher doctor pilot driver painter writer singer dancer"
 WORDS = """apple lemon banana cherry plum pear cat dog horse mouse frog bear fox car bus train
 boat hammer saw lamp cup chair book tree house river stone bread milk rice"""
