@@ -1,15 +1,16 @@
 """Fine-tune a causal language model with LoRA on trl's SFTTrainer; writes a run directory.
 
-accelerate launch --config_file accelerate_configs/cpu.yaml recipes/sft.py --config recipes/demo/attn_r16.yaml
+accelerate launch --config_file accelerate_configs/cpu.yaml recipes/sft.py \
+    --config recipes/demo/attn_r16.yaml
 accelerate launch --config_file accelerate_configs/ddp.yaml recipes/sft.py \
     --config recipes/llama3.2-1b/attn_r16.yaml [--any_field value]
 
-Fields are those of trl's ModelConfig and SFTConfig and of sftlab/config/parser.py; the command line
-beats the YAML. Start the same command again after an interruption, and it continues. A finished run
-is replaced only with --overwrite.
+The fields are those of trl's ModelConfig and SFTConfig and of sftlab/config/recipe.py. The command
+line beats the YAML. After an interruption the same command resumes the run. A finished run is
+replaced only with --overwrite.
 """
 
-import sftlab.startup.filter_warnings  # noqa: I001  (before the libraries that it quiets)
+import sftlab.startup.filter_warnings  # noqa: I001  (before the libraries that warn)
 import sftlab.startup.single_process  # before they see the devices
 import sftlab.startup.preload  # noqa: F401
 
@@ -18,41 +19,42 @@ import faulthandler
 import gc
 import math
 import os
-import shutil
 import sys
-from concurrent.futures import Future
-from pathlib import Path
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 from accelerate.utils import broadcast_object_list
 from torch.utils.data import IterableDataset
-from transformers import PreTrainedTokenizerBase
+from transformers.trainer_utils import TrainOutput
 
+from sftlab.config.launch import COMPUTE_DTYPE, PRECISIONS, Launch, check_devices, use_all_cpu_cores
 from sftlab.config.parser import parse_recipe
 from sftlab.config.recipe import Recipe
-from sftlab.data.splits import Splits, load_splits
-from sftlab.training.determinism import compute_deterministically
-from sftlab.fastpath.kernel_warmup import start_compilers
-from sftlab.fastpath.selection import FastPath, choose
-from sftlab.files import sync, sync_tree
-from sftlab.planning.plan import planned_memory
-from sftlab.training.stop_on_signal import Stopped, StopOnSignal
-from sftlab.config.launch import COMPUTE_DTYPE, PRECISIONS, Launch, check_devices, use_all_cpu_cores
-from sftlab.measurement.hardware_limit import share_of_limit
-from sftlab.measurement.memory import peak_memory
-from sftlab.models.loading import check_target_modules, load_config, load_tokenizer
-from sftlab.data.samplers import refuse_few_rows
-from sftlab.training.verification import length_facts, refuse_lost_rows, what_ran
-from sftlab.training.checkpointing import is_full
-from sftlab.runs.environment import environment
-from sftlab.runs.run_directory import Run, Start, must_match
 from sftlab.data.chat_template import set_template, template_hash
+from sftlab.data.samplers import refuse_few_rows
+from sftlab.data.splits import Splits, load_splits
 from sftlab.data.tokenized_dataset import refuse_other_encoding
+from sftlab.fastpath.kernel_warmup import start_compilers
+from sftlab.fastpath.selection import choose
+from sftlab.measurement.hardware_limit import measure_mfu
+from sftlab.models.loading import check_target_modules, load_config, load_tokenizer
+from sftlab.planning.plan import planned_memory
+from sftlab.runs.environment import environment
+from sftlab.runs.run_directory import Run, Start, must_match, read_run
+from sftlab.training.determinism import compute_deterministically
+from sftlab.training.disk_room import is_full
+from sftlab.training.save_adapter import save_adapter
+from sftlab.training.stop_on_signal import Stopped, StopOnSignal
+from sftlab.training.summary import summary_rows
 from sftlab.training.trainer import LabTrainer, build_trainer
+from sftlab.training.truncation import length_facts, refuse_lost_rows
+from sftlab.training.verification import global_batch
 
 
 def main(argv: list[str]) -> None:
-    """Check everything, then load, train, save and measure; run.json says how it ended."""
+    """Check everything, load, train, measure and save; run.json says how it ended."""
     launch = Launch.from_environment()
     rank = int(os.environ.get("RANK", 0))
     try:
@@ -64,8 +66,37 @@ def main(argv: list[str]) -> None:
         run, start = begin(recipe, launch, rank)
     except ValueError as error:
         sys.exit(f"error: {error}" if rank == 0 else 2)
+    with recorded_end(run, rank):
+        stop = StopOnSignal()
+        try:
+            trainer, splits = prepare(recipe, launch, run, start, stop)
+        except ValueError as error:
+            run.fail(f"{error}", rank)
+            sys.exit(f"error: {error}" if rank == 0 else 2)
+        facts = train(trainer, recipe, run, start, stop, splits)
+        finish(trainer, run, facts)
+
+
+def begin(recipe: Recipe, launch: Launch, rank: int) -> tuple[Run, Start]:
+    """Open the run directory on rank 0; every rank learns how the run starts."""
+    run = Run(recipe.training.output_dir, is_main=rank == 0)
+    os.environ["TENSORBOARD_LOGGING_DIR"] = str(run.folder / "tensorboard")
+    found, data = [None], recipe.data
+    if run.is_main:
+        found = [run.start(recipe.facts(), launch.facts(), data.overwrite, data.resume_anyway)]
+    if launch.world_size > 1:
+        broadcast_object_list(found)
+    if run.is_main:
+        for warning in found[0].warnings:
+            warn(warning)
+    return run, found[0]
+
+
+@contextmanager
+def recorded_end(run: Run, rank: int) -> Iterator[None]:
+    """Write to run.json how the run was stopped or why it failed, and let the error go on."""
     try:
-        lab(recipe, launch, run, start, rank)
+        yield
     except Stopped as stopped:
         run.finish("interrupted", reason=f"signal {stopped.number}: stopped at once")
         sys.exit(128 + stopped.number)
@@ -78,202 +109,137 @@ def main(argv: list[str]) -> None:
         raise
 
 
-def begin(recipe: Recipe, launch: Launch, rank: int) -> tuple[Run, Start]:
-    """Open the run directory on rank 0; every rank learns how the run starts."""
-    run = Run(recipe.training.output_dir, is_main=rank == 0)
-    os.environ["TENSORBOARD_LOGGING_DIR"] = str(run.folder / "tensorboard")
-    data = recipe.data
-    found = [
-        run.start(recipe.facts(), launch.facts(), data.overwrite, data.resume_anyway)
-        if run.is_main
-        else None
-    ]
-    if launch.world_size > 1:
-        broadcast_object_list(found)
-    if run.is_main:
-        for warning in found[0].warnings:
-            print(f"warning: {warning}", file=sys.stderr, flush=True)
-    return run, found[0]
-
-
-def lab(recipe: Recipe, launch: Launch, run: Run, start: Start, rank: int) -> None:
-    """Read the data, check that the run goes on with what it began with, train."""
-    stop = StopOnSignal()
-    try:
-        tokenizer, template, fast, compilers = prepare(recipe, launch)
-        with recipe.training.main_process_first(desc="reading the data set"):
-            splits = load_splits(recipe.data, recipe.training.dataset_num_proc)
-        if splits.tokens:
-            refuse_other_encoding(splits.tokens, tokenizer, recipe.training)
-        if not recipe.data.dataset_streaming:
-            usable = (
-                splits.tokens["tokenized"]["train"]["kept"] if splits.tokens else len(splits.train)
-            )
-            refuse_few_rows(usable, recipe.data.global_batch_size)
-        facts = {
-            "data": splits.facts,
-            "template": {"source": template, "hash": template_hash(tokenizer)},
-        }
-        run.check(start, facts, recipe.data.resume_anyway)
-        run.update(**facts)
-        now = environment()
-        must = must_match(recipe.facts(), launch.facts(), now) | facts
-        trainer = build_trainer(recipe, launch, fast, tokenizer, splits, callbacks=[stop])
-        refuse_lost_rows(trainer, splits)
-    except ValueError as error:
-        run.fail(f"{error}", rank)
-        sys.exit(f"error: {error}" if rank == 0 else 2)
-    if error := compilers.exception():
-        print(
-            f"warning: no kernel is ready before the first step: {error}",
-            file=sys.stderr,
-            flush=True,
-        )
-    trainer.resume.must_match, trainer.resume.hardware = must, now["hardware"]
-    train(trainer, recipe, run, start, stop, splits)
-
-
 def prepare(
-    recipe: Recipe, launch: Launch
-) -> tuple[PreTrainedTokenizerBase, str, FastPath, Future]:
-    """Tokenizer with its template, the fast path and its compilers, after checking what the recipe
-    targets.
+    recipe: Recipe, launch: Launch, run: Run, start: Start, stop: StopOnSignal
+) -> tuple[LabTrainer, Splits]:
+    """Read tokenizer, data and model; returns the trainer and the splits.
+
+    Raises ValueError for a mistake in the recipe, and for a resumed run whose data have changed.
     """
-    name, revision = recipe.model.model_name_or_path, recipe.model.model_revision
-    tokenizer = load_tokenizer(name, revision, recipe.training)
-    config = load_config(name, revision, recipe.training)
-    if recipe.model.use_peft:
-        check_target_modules(
-            config, recipe.model.lora_target_modules, recipe.training.trust_remote_code
-        )
-    template = set_template(tokenizer, recipe.training.chat_template_path)
+    model, training = recipe.model, recipe.training
+    tokenizer = load_tokenizer(model.model_name_or_path, model.model_revision, training)
+    config = load_config(model.model_name_or_path, model.model_revision, training)
+    if model.use_peft:
+        check_target_modules(config, model.lora_target_modules, training.trust_remote_code)
+    template = set_template(tokenizer, training.chat_template_path)
+
     fast = choose(recipe, config, launch)
-    return tokenizer, template, fast, start_compilers(recipe, config, fast)
+    compilers = start_compilers(recipe, config, fast)
+
+    with training.main_process_first(desc="reading the data set"):
+        splits = load_splits(recipe.data, training.dataset_num_proc)
+    rows = None if recipe.data.dataset_streaming else len(splits.train)
+    if splits.tokens:
+        refuse_other_encoding(splits.tokens, tokenizer, training)
+        rows = splits.tokens["tokenized"]["train"]["kept"]
+    if rows is not None:
+        refuse_few_rows(rows, recipe.data.global_batch_size)
+    facts = {
+        "data": splits.facts,
+        "template": {"source": template, "hash": template_hash(tokenizer)},
+    }
+    run.check(start, facts, recipe.data.resume_anyway)
+    run.update(**facts)
+
+    now = environment()
+    must = must_match(recipe.facts(), launch.facts(), now) | facts
+    trainer = build_trainer(recipe, launch, fast, tokenizer, splits, callbacks=[stop])
+    refuse_lost_rows(trainer, splits)
+    trainer.checkpointer.must_match, trainer.checkpointer.hardware = must, now["hardware"]
+    if error := compilers.exception():
+        warn(f"kernels are compiled in the first step, not before it: {error}")
+    if run.is_main:
+        for part, why in fast.reasons.items():
+            print(f"{part} is off: {why}")
+    return trainer, splits
 
 
 def train(
-    trainer: LabTrainer, recipe: Recipe, run: Run, start: Start, stop: StopOnSignal, splits: Splits
-) -> None:
-    """Train, save the adapter, measure, and write the run's end."""
-    args, launch = trainer.args, trainer.launch
-    if run.is_main:
-        for part, why in trainer.fast.reasons.items():
-            print(f"{part} is off: {why}")
+    trainer: LabTrainer,
+    recipe: Recipe,
+    run: Run,
+    start: Start,
+    stop: StopOnSignal,
+    splits: Splits,
+) -> dict[str, Any]:
+    """Train to the end; returns what ran, the losses and what was measured, for run.json.
+
+    Exits with status 128 + signal if the training was stopped. Raises RuntimeError if it ended
+    early or diverged.
+    """
     streaming = isinstance(trainer.train_dataset, IterableDataset)
     lengths = None if streaming else length_facts(trainer, len(splits.train))
     run.update(data=splits.facts | {"tokenized": lengths})
-    trainer.resume.check_room()
+    trainer.checkpointer.check_room()
     try:
         result = trainer.train(resume_from_checkpoint=start.checkpoint)
     except Stopped:
         if not stop.agreed:
             raise
         result = None
-    ran, state = what_ran(trainer), trainer.state
+    state, ran = trainer.state, trainer.what_ran() | {"seed": trainer.args.seed}
     measured = trainer.meter.facts(trainer.flops) | {
-        "peak_memory": peak_memory(trainer.memory, trainer.resume.earlier["peak"]),
+        "peak_memory": trainer.peak_memory.of_all_ranks(),
         "train_loss": result.training_loss if result else None,
-        "train_seconds": round(trainer.resume.seconds, 2),
-        "checkpoints": trainer.resume.facts(),
+        "train_seconds": round(trainer.clock.seconds, 2),
+        "checkpoints": trainer.checkpointer.facts(),
         "global_step": state.global_step,
     }
-    facts: dict = {"ran": ran | {"seed": args.seed}}
     if run.is_main and torch.cuda.is_available() and not streaming:
-        measured["planned_memory"] = planned_memory(recipe, launch, trainer.fast, trainer)
-    facts["losses"] = [[e["step"], e["loss"]] for e in state.log_history if "loss" in e]
+        measured["planned_memory"] = planned_memory(recipe, trainer.launch, trainer.fast, trainer)
+    losses = [[entry["step"], entry["loss"]] for entry in state.log_history if "loss" in entry]
+    facts = {"ran": ran, "losses": losses, "measured": measured}
     if result is None:
-        unsaved = [
-            one for one in trainer.resume.skipped if one.startswith(f"step {state.global_step}:")
-        ]
-        reason = "; ".join(
-            [f"signal {stop.agreed} at step {state.global_step} of {state.max_steps}", *unsaved]
-        )
-        run.finish("interrupted", reason=reason, measured=measured, **facts)
+        reason = f"signal {stop.agreed} at step {state.global_step} of {state.max_steps}"
+        skipped = trainer.checkpointer.skipped
+        unsaved = [one for one in skipped if one.startswith(f"step {state.global_step}:")]
+        run.finish("interrupted", reason="; ".join([reason, *unsaved]), **facts)
         sys.exit(128 + stop.agreed)
+    refuse_incomplete(trainer, result)
+    return facts
+
+
+def refuse_incomplete(trainer: LabTrainer, result: TrainOutput) -> None:
+    """Raise RuntimeError if the training ended before its last step, or diverged."""
+    state = trainer.state
     if state.global_step < state.max_steps:
         raise RuntimeError(
             f"the training ended at step {state.global_step} of {state.max_steps}: a pass over the "
-            "stream has no "
-            f"{trainer.global_batch} rows, which one step takes"
+            f"stream has no {global_batch(trainer.args)} rows, which one step takes"
         )
     if not math.isfinite(result.training_loss):
         raise RuntimeError(
             f"diverged: the mean training loss is {result.training_loss}; the curve shows where it "
             "broke"
         )
+
+
+def finish(trainer: LabTrainer, run: Run, facts: dict[str, Any]) -> None:
+    """Save the adapter, measure validation loss and MFU, end run.json, and print the summary."""
+    args, measured = trainer.args, facts["measured"]
     if args.save_adapter:
         save_adapter(trainer, run)
     if trainer.eval_dataset is not None:
         loss = trainer.validation_loss()
         measured |= {"validation_loss": loss, "validation_perplexity": math.exp(loss)}
     compute = getattr(torch, COMPUTE_DTYPE[PRECISIONS[args.mixed_precision]])
-    measured |= share_of_limit(measured, trainer.accelerator.device, compute, launch.world_size)
-    run.finish("succeeded", measured=measured, **facts)
+    device, world_size = trainer.accelerator.device, trainer.launch.world_size
+    measured |= measure_mfu(measured, device, compute, world_size)
+    run.finish("succeeded", **facts)
     if run.is_main:
-        print_summary(run, ran, measured, splits.facts | {"tokenized": lengths}, args.save_adapter)
+        print(f"\n{run.folder}: succeeded")
+        for name, value in summary_rows(read_run(run.folder)).items():
+            print(f"  {name:<28}{value}")
+        if args.save_adapter:
+            print(f"\nNext: python eval/quality.py --run {run.folder}")
+        else:
+            print("\nThe adapter was not saved (save_adapter: false)")
     trainer.accelerator.end_training()
 
 
-def save_adapter(trainer: LabTrainer, run: Run) -> None:
-    """Adapter, tokenizer and template to a temporary folder (every rank takes part), then into
-    place.
-    """
-    temporary = run.folder / ".adapter"
-    if run.is_main:
-        shutil.rmtree(temporary, ignore_errors=True)
-    trainer.accelerator.wait_for_everyone()
-    trainer.save_model(str(temporary))
-    if run.is_main:
-        (temporary / "training_args.bin").unlink(missing_ok=True)
-        sync_tree(temporary)
-        shutil.rmtree(run.adapter, ignore_errors=True)
-        temporary.rename(run.adapter)
-        sync(run.folder)
-    trainer.accelerator.wait_for_everyone()
-
-
-def print_summary(run: Run, ran: dict, measured: dict, data: dict, saved: bool) -> None:
-    """The run in a table, and what comes next."""
-    memory = " ".join(
-        str(rank.get("reserved_gb", rank.get("resident_gb"))) for rank in measured["peak_memory"]
-    )
-    sizes = ", ".join(f"{name} {data[name]['rows']}" for name in ("train", "validation", "test"))
-    share, lengths = measured["share_of_limit"], data["tokenized"]
-    rows = {
-        "precision, strategy": f"{ran['precision']}, {ran['strategy']} over {ran['world_size']}",
-        "trainable parameters": f"{ran['trainable_parameters']:,} ({', '.join(ran['trainable_dtypes'])})",
-        "rows": sizes,
-        "cut, dropped at max_length": f"{lengths['cut']}, {lengths['dropped']} train rows"
-        if lengths
-        else "not known: a stream",
-        "global batch": f"{ran['micro_batch']} x {ran['accumulation']} x {ran['world_size']}",
-        "real tokens/s, rows/s": f"{measured['tokens_per_s']}, {measured['rows_per_s']}",
-        "share of the limit": f"{share:.1%} of a {measured['limit']}"
-        if share
-        else "not measured: too few steps",
-        "peak memory a rank (GB)": memory,
-        **planned_row(measured),
-        "first step, training (s)": f"{measured['time_to_first_step_s']}, {measured['train_seconds']}",
-        "train loss": f"{measured['train_loss']:.4f}",
-        "validation loss": f"{measured['validation_loss']:.4f}"
-        if "validation_loss" in measured
-        else "no split",
-    }
-    print(f"\n{run.folder}: succeeded")
-    for name, value in rows.items():
-        print(f"  {name:<28}{value}")
-    next_ = f"Next: python eval/quality.py --run {Path(run.folder)}"
-    print(f"\n{next_ if saved else 'Nothing is kept of what was trained (save_adapter: false)'}")
-
-
-def planned_row(measured: dict) -> dict[str, str]:
-    """Allocated memory of the rank with the most beside what the planner says (GPUs only)."""
-    plan = measured.get("planned_memory", {})
-    if "allocated_gb" not in plan:
-        return {"planned memory": plan["reason"]} if plan else {}
-    peak = max(rank["allocated_gb"] for rank in measured["peak_memory"])
-    off = plan["allocated_gb"] / peak - 1
-    return {"allocated, planned (GB)": f"{peak}, {plan['allocated_gb']} ({off:+.1%})"}
+def warn(message: str) -> None:
+    """Print a warning."""
+    print(f"warning: {message}", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

@@ -139,8 +139,8 @@ def test_a_deletion_that_was_cut_short_leaves_nothing_that_counts(tmp_path, monk
 
 def test_a_manifest_of_another_format_is_not_read(tmp_path, monkeypatch):
     folder = saved(tmp_path, 3)
-    monkeypatch.setattr("sftlab.runs.checkpoint_manifest.FORMAT", 2)
-    with pytest.raises(ValueError, match="has format 1, this version reads 2"):
+    monkeypatch.setattr("sftlab.runs.checkpoint_manifest.FORMAT", 3)
+    with pytest.raises(ValueError, match="has format 2, this version reads 3"):
         verify(folder)
 
 

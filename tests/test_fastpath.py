@@ -332,7 +332,7 @@ def test_kernels_are_rehearsed_on_the_gpu_of_the_process(fields, monkeypatch):
     done = []
     note = lambda what: lambda *given: done.append((threading.current_thread().name, what, *given))  # noqa: E731
     monkeypatch.setattr(torch.cuda, "set_device", note("device"))
-    monkeypatch.setattr(selection, "rehearse", note("rehearsed"))
+    monkeypatch.setattr(kernel_warmup, "rehearse", note("rehearsed"))
     recipe = parse_recipe(arguments(fields), Launch.from_environment())
     config = load_config(recipe.model.model_name_or_path, None, recipe.training)
     fast = selection.FastPath(

@@ -110,8 +110,8 @@ def test_the_meter_counts_real_tokens_and_leaves_out_warm_up_evaluation_and_savi
     assert facts["step_time_s"] == 2.0
     assert facts["model_tflops_per_s"] == 12.0
     tiny = meter.facts(Flops(token=3e5, loss_token=0.0))
-    monkeypatch.setattr(throughput, "matrix_rate", lambda *_: 1e12)
-    of_limit = hardware_limit.share_of_limit(tiny, torch.device("cpu"), torch.float32, world_size=2)
+    monkeypatch.setattr(hardware_limit, "matrix_rate", lambda *_: 1e12)
+    of_limit = hardware_limit.measure_mfu(tiny, torch.device("cpu"), torch.float32, world_size=2)
     assert of_limit["share_of_limit"] == pytest.approx(4 * 3e5 / 1e12 / 2), (
         "of a model however small"
     )
@@ -142,7 +142,7 @@ def test_a_slow_processor_is_not_measured_for_minutes(monkeypatch):
         sizes.append(len(a))
         time.sleep(0.06 if len(a) > 256 else 0.0)
 
-    monkeypatch.setattr(throughput.F, "linear", slow)
+    monkeypatch.setattr(hardware_limit.F, "linear", slow)
     rate = hardware_limit.matrix_rate(torch.device("cpu"), torch.bfloat16)
     assert set(sizes) == {256, 512}
     assert rate > 2 * 512**3 / 0.07, "the best of what was tried"

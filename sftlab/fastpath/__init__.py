@@ -1,4 +1,1 @@
-"""What makes a step fast:
-
-kernels for packed rows, compiled layers, the fused loss, float8, FSDP2.
-"""
+"""The fast path: kernels for packed rows, compiled layers, fused loss, float8, FSDP2 for LoRA."""

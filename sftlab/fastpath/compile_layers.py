@@ -1,4 +1,4 @@
-"""Each decoder layer compiled once, for every number of tokens."""
+"""Compiles the decoder layers once, for any number of tokens."""
 
 from collections.abc import Callable, Sequence
 
@@ -10,10 +10,11 @@ from transformers import PreTrainedModel
 def compile_layers(model: PreTrainedModel) -> None:
     """Compile the forward of every decoder layer and of the last norm, in place.
 
-    Layers share one graph. The token dimension is dynamic from the start, so that batches of other
-    sizes compile nothing anew. Forward alone is compiled: hooks of FSDP, peft and checkpointing
-    stay outside. Frozen embeddings have no gradient, which would make the first layer another
-    graph: where it trains something, it is given one to drop.
+    Layers share one graph. The token dimension is dynamic from the start, so batches of other sizes
+    do not recompile. Only the forward is compiled: hooks of FSDP, peft and gradient checkpointing
+    stay outside. The output of frozen embeddings needs no gradient, which would give the first
+    layer a graph of its own; if that layer trains something, its input gets a gradient to drop.
+    Raises ValueError for a model without a list of decoder layers.
     """
     layers = decoder_layers(model)
     if not layers:
@@ -30,7 +31,7 @@ def compile_layers(model: PreTrainedModel) -> None:
 
 
 def decoder_layers(model: PreTrainedModel) -> Sequence[nn.Module]:
-    """The list of its decoder layers, in order; empty where there is none."""
+    """Returns the model's decoder layers, in order; an empty list if it has no such list."""
     count = model.config.num_hidden_layers
     lists = (
         m for m in model.base_model.modules() if isinstance(m, nn.ModuleList) and len(m) == count
@@ -58,8 +59,9 @@ def _with_dynamic_tokens(compiled: Callable) -> Callable:
 
 
 def _with_quant_states(forward: Callable, linears: Sequence[nn.Module]) -> Callable:
-    """FSDP gathers 4-bit weights without their scales, which bitsandbytes would add where the graph
-    breaks over it.
+    """Returns `forward` with the scales of 4-bit weights set beforehand.
+
+    FSDP gathers the weights without them. bitsandbytes would set them inside, and break the graph.
     """
     from bitsandbytes.nn.modules import fix_4bit_weight_quant_state_from_module
 
@@ -83,7 +85,7 @@ def _with_gradient(forward: Callable) -> Callable:
 
 
 class _Dropped(torch.autograd.Function):
-    """The first input as one that has a gradient, which goes nowhere."""
+    """Returns its first input as a tensor that needs a gradient; the gradient is dropped."""
 
     @staticmethod
     def forward(ctx: object, x: torch.Tensor, anchor: torch.Tensor) -> torch.Tensor:

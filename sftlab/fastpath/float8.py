@@ -1,8 +1,8 @@
-"""float8 for frozen linears: the weights are rounded once, inputs and gradients at every step.
+"""float8 for frozen linears: weights are rounded once, inputs and gradients at every step.
 
-torchao's Float8Linear is made for weights that train: it rounds them at every forward and again for
-the gradient of the input. Scales are one per tensor: e4m3 forward, e5m2 for gradients (Micikevicius
-et al. 2022, arXiv 2209.05433).
+torchao's Float8Linear is made for weights that train. It rounds them at every forward, and again
+for the gradient of the input. Here each tensor has one scale. The format is e4m3 in the forward and
+e5m2 for gradients (Micikevicius et al. 2022, arXiv 2209.05433).
 """
 
 import torch
@@ -15,10 +15,9 @@ FORWARD, BACKWARD = torch.float8_e4m3fn, torch.float8_e5m2
 class FrozenFloat8Linear(nn.Linear):
     """y = x W^T in float8 with a bfloat16 output.
 
-    W is kept twice, as the products forward and backward read it.
-
-    Both lie one after the other in a bfloat16 parameter of W's shape, which FSDP2 shards and
-    gathers, and gloo sends, as it is.
+    The forward and the backward product read W in different orders, so it is stored twice. Both
+    copies share one bfloat16 parameter of W's shape, one after the other: FSDP2 can shard and
+    gather it, and gloo can send it.
     """
 
     def __init__(self, linear: nn.Linear, device: torch.device | None = None) -> None:
@@ -33,7 +32,7 @@ class FrozenFloat8Linear(nn.Linear):
         self.bias = linear.bias
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """[..., in] to [..., out] in bfloat16."""
+        """Returns x W^T: [..., in] to [..., out], in bfloat16."""
         weight, weight_t = self.weight.view(-1).view(FORWARD).view(2, -1)
         weight, weight_t = weight.view(self.out_features, -1), weight_t.view(self.in_features, -1)
         y = _Float8Product.apply(x.reshape(-1, self.in_features), weight, weight_t, self.scale)
@@ -68,16 +67,17 @@ class _Float8Product(torch.autograd.Function):
 def _product(
     x: torch.Tensor, x_scale: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor
 ) -> torch.Tensor:
-    # In a forward that torch 2.11 compiles, a cast after this that changes nothing loses the
-    # gradient without a word
+    # no cast after this: in a forward compiled by torch 2.11, one that changes nothing loses the
+    # gradient
     return torch._scaled_mm(
         x, weight.t(), x_scale, scale, out_dtype=torch.bfloat16, use_fast_accum=True
     )
 
 
 def to_float8(tensor: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    """`tensor` in float8, its largest value the largest there is, and the float32 scale to multiply
-    it with.
+    """Returns `tensor` in float8, and the float32 scale that it must be multiplied with.
+
+    The scale maps the tensor's largest absolute value to the largest one of `dtype`.
     """
     largest = torch.finfo(dtype).max
     scale = tensor.abs().amax().float().clamp(min=1e-12) / largest
@@ -85,11 +85,10 @@ def to_float8(tensor: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, t
 
 
 def freeze_in_float8(model: nn.Module, device: torch.device | None = None) -> int:
-    """Replace every linear inside the decoder that no LoRA trains, rounding on `device`.
+    """Replace the frozen linears of the decoder by float8 ones; `device` does the rounding.
 
-    The number of them.
-
-    Raises ValueError where none has sizes that are multiples of 16, which float8 products need.
+    Returns the number of replaced linears. Raises ValueError if there is none whose sizes are
+    multiples of 16, as float8 products need.
     """
     names = [name for name, module in model.named_modules() if is_base_linear(module, name)]
     if not names:
@@ -107,17 +106,21 @@ def freeze_in_float8(model: nn.Module, device: torch.device | None = None) -> in
     return len(names)
 
 
-def nothing_for_torchao() -> AORecipeKwargs:
-    """accelerate's fp8 with no linear of torchao's: it would convert the LoRA matrices too."""
+def convert_nothing() -> AORecipeKwargs:
+    """Returns a recipe for accelerate's fp8 that leaves every linear as it is.
+
+    accelerate would let torchao convert all linears, the LoRA matrices too.
+    """
     return AORecipeKwargs(
         enable_fsdp_float8_all_gather=False, module_filter_func=lambda module, name: False
     )
 
 
 def is_base_linear(module: nn.Module, name: str) -> bool:
-    """Whether fp8 converts this module:
+    """Returns whether fp8 replaces this module.
 
-    a frozen linear of floats inside the decoder, its sizes multiples of 16.
+    It does if it is a frozen linear of the decoder that is not quantized, with sizes that are
+    multiples of 16.
     """
     if not isinstance(module, nn.Linear) or "lora_" in name or "lm_head" in name:
         return False

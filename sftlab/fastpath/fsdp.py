@@ -1,10 +1,8 @@
-"""FSDP2 for LoRA: frozen weights are sharded.
+"""FSDP2 for LoRA: the frozen weights are sharded, the LoRA matrices are not.
 
-Every process keeps the LoRA matrices whole, and trains them as DDP does.
-
-Sharded, these small matrices would cost the host more than all else that FSDP does in a step: a
-gather and a reduction a layer, and DTensor's dispatch at every operation of clipping and of the
-optimizer.
+Every process keeps the LoRA matrices whole and trains them as DDP does. Sharding such small
+matrices would cost the host more than the rest of FSDP: a gather and a reduction per layer, and
+DTensor's dispatch at every operation of the clipping and of the optimizer.
 """
 
 import re
@@ -16,6 +14,7 @@ import torch.distributed as dist
 from accelerate import FullyShardedDataParallelPlugin
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from sftlab.fastpath.compile_layers import decoder_layers
@@ -23,32 +22,29 @@ from sftlab.fastpath.compile_layers import decoder_layers
 LORA_MODULES = r".*\.lora_[AB]\.\w+"
 
 
-def settle_plugin(plugin: FullyShardedDataParallelPlugin, model: nn.Module) -> bool:
-    """Set accelerate's FSDP2 plugin, before the model is sharded; whether LoRA matrices stay whole.
+def resolve_plugin(plugin: FullyShardedDataParallelPlugin, model: nn.Module) -> bool:
+    """Set up accelerate's FSDP2 plugin; call it before the model is sharded.
 
-    They do where nothing else trains. accelerate would reduce gradients and return losses in the
-    compute dtype, which DDP does not do.
+    Returns whether the LoRA matrices stay whole: they do if nothing else trains. accelerate's own
+    setting would reduce gradients and return losses in the compute dtype, unlike DDP.
     """
     trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     whole = all(re.fullmatch(rf"{LORA_MODULES}\.weight", name) for name in trained)
     if whole:
         plugin.ignored_modules = LORA_MODULES
     if plugin.mixed_precision_policy is not None:
-        compute, reduced = (
-            plugin.mixed_precision_policy.param_dtype,
-            None if whole else torch.float32,
-        )
         plugin.mixed_precision_policy = MixedPrecisionPolicy(
-            param_dtype=compute, reduce_dtype=reduced
+            param_dtype=plugin.mixed_precision_policy.param_dtype,
+            reduce_dtype=None if whole else torch.float32,
         )
     return whole
 
 
 def gather_ahead(model: PreTrainedModel) -> None:
-    """Under FSDP2, let every decoder layer ask for the next one's weights before it computes.
+    """Make every decoder layer gather the next layer's weights before it computes (FSDP2 only).
 
-    FSDP2 asks when a layer begins, which is too late where the host is not far ahead of the GPU.
-    The last layer keeps its weights for the backward, which begins with it.
+    FSDP2 gathers weights when their layer begins. That is too late if the host is not far ahead of
+    the GPU. The last layer keeps its weights, because the backward begins with it.
     """
     layers = [layer for layer in decoder_layers(model) if isinstance(layer, FSDPModule)]
     for layer, following in pairwise(layers):
@@ -58,9 +54,7 @@ def gather_ahead(model: PreTrainedModel) -> None:
 
 
 def average_replicated_(parameters: Sequence[nn.Parameter]) -> None:
-    """Average over all processes the gradients of parameters that each keeps whole, in one
-    collective.
-    """
+    """Average the gradients of whole parameters over all processes, in one collective."""
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     flat = torch.cat([gradient.flatten() for gradient in gradients])
     dist.all_reduce(flat)
@@ -71,12 +65,16 @@ def average_replicated_(parameters: Sequence[nn.Parameter]) -> None:
     )
 
 
+def is_sharded_over_one_mesh(parameters: Sequence[nn.Parameter]) -> bool:
+    """Returns whether all parameters are DTensors on a mesh of one dimension."""
+    return all(isinstance(p, DTensor) and p.device_mesh.ndim == 1 for p in parameters)
+
+
 def clip_sharded_(parameters: Sequence[nn.Parameter], max_norm: float) -> torch.Tensor:
-    """Scale gradients that are sharded over one mesh (DTensors) to `max_norm`.
+    """Clip the gradients of parameters that are sharded over one mesh to `max_norm`.
 
-    Their norm before, a scalar.
-
-    torch's own takes every small LoRA gradient through DTensor's dispatch, at every operation.
+    Returns their norm before the clipping, a scalar. torch's own function sends every small LoRA
+    gradient through DTensor's dispatch, at every operation.
     """
     mesh = parameters[0].grad.device_mesh
     shards = [parameter.grad.to_local() for parameter in parameters if parameter.grad is not None]

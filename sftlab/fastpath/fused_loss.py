@@ -1,8 +1,7 @@
-"""Cross-entropy over a frozen head that holds one chunk of logits at a time and needs no second
-pass over the head.
+"""Cross-entropy over a frozen head, which holds one chunk of logits at a time.
 
-The head has no gradient of its own, so the gradient of the hidden states can be computed while a
-chunk's logits are there: two matrix products a token in all. Only positions whose next token is in
+A frozen head has no gradient of its own. The gradient of the hidden states can be computed while a
+chunk's logits exist: two matrix products per token in all. Only positions whose next token is in
 the loss are computed.
 """
 
@@ -18,10 +17,10 @@ CHUNK = 4096
 
 
 class FrozenHeadLoss(torch.autograd.Function):
-    """hidden [tokens, size], weight [words, size], positions and targets [n] to nats, entropies and
-    hits, each [n].
+    """Returns nats, entropies and hits of the chosen positions, [n] each.
 
-    `hits` is 1.0 where the target has the highest logit. Only the nats have a gradient, and only to
+    Takes hidden [tokens, size], weight [words, size], positions and targets [n]. `hits` is 1.0
+    where the target has the highest logit. Only the nats have a gradient, and only with respect to
     `hidden`.
     """
 
@@ -33,9 +32,9 @@ class FrozenHeadLoss(torch.autograd.Function):
         positions: torch.Tensor,
         targets: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """One chunk of positions after the other."""
+        """Compute the loss chunk by chunk, and the gradient of `hidden` with it."""
         picked = hidden.index_select(0, positions)
-        # each begins at a multiple of 16 bytes: Triton compiles a kernel anew for one that does not
+        # each row begins at a multiple of 16 bytes, or Triton would compile the kernel once more
         aligned = torch.empty(
             3, len(picked) + -len(picked) % 4, device=hidden.device, dtype=torch.float32
         )
@@ -55,7 +54,7 @@ class FrozenHeadLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: object, of_nats: torch.Tensor, *_: torch.Tensor) -> tuple:
-        """The gradient that the forward left, times that of each position's nats."""
+        """Returns the gradient that the forward left, times that of each position's nats."""
         gradient, positions = ctx.saved_tensors
         scattered = gradient.new_zeros(ctx.shape)
         scattered.index_copy_(
@@ -71,8 +70,9 @@ def cross_entropy_(
     entropies: torch.Tensor,
     hits: torch.Tensor,
 ) -> None:
-    """Overwrite `logits` [n, words] with d nats / d logits and fill `nats`, `entropies` and `hits`
-    [n]; fp32 math.
+    """Overwrite `logits` [n, words] with d nats / d logits; fill nats, entropies and hits [n].
+
+    Computes in float32.
     """
     if logits.is_cuda:
         from sftlab.fastpath.triton_kernels import softmax_cross_entropy_
@@ -89,10 +89,10 @@ def cross_entropy_(
 
 
 def why_not(model: PreTrainedModel) -> str | None:
-    """Why this model's loss cannot be computed so; None where it can."""
+    """Returns why the fused loss does not work for this model; None if it does."""
     head, config = model.get_output_embeddings(), model.config.get_text_config()
     if type(head) is not nn.Linear or head.bias is not None or head.weight.requires_grad:
-        return "the head is no frozen linear layer without a bias"
+        return "the head is not a frozen linear layer without bias"
     scales = (
         "final_logit_softcapping",
         "logit_scale",
@@ -107,8 +107,9 @@ def why_not(model: PreTrainedModel) -> str | None:
 
 
 def add_frozen_head_loss(model: PreTrainedModel) -> None:
-    """Let `model(..., loss_positions=, targets=)` return (nats, entropies, hits), each [n], instead
-    of logits.
+    """Make `model(..., loss_positions=, targets=)` return nats, entropies and hits, [n] each.
+
+    Without these arguments the model returns logits as before.
     """
     original = model.forward
 

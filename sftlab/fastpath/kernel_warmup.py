@@ -1,4 +1,4 @@
-"""Kernels compiled beside the reading of data and weights."""
+"""Compiles kernels while data and weights are read, so that the first step does not wait."""
 
 import os
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -16,23 +16,23 @@ from sftlab.fastpath.selection import FastPath
 
 
 def start_compilers(recipe: Recipe, config: PreTrainedConfig, fast: FastPath) -> Future:
-    """Begin beside the reading of data and weights what would hold up the first step by seconds.
+    """Start Inductor's worker processes and, on a GPU, a thread that runs the step's kernels.
 
-    Inductor's worker processes; and on a GPU, in a thread that ends with the future, Triton's
-    kernels for this model and the libraries behind the head's matrix products.
+    Returns a future that ends with the thread. By then Triton has compiled its kernels for this
+    model, and the libraries of the head's matrix products are loaded.
     """
     if fast.compile_layers:
         from torch._inductor.async_compile import maybe_warm_pool
 
         maybe_warm_pool()
-    # to fork while a thread compiles could leave the child with a lock that nobody frees
+    # a process forked while the thread compiles could inherit a lock that nobody frees
     if not fast.packing or recipe.training.dataset_num_proc:
-        nothing = Future()
-        nothing.set_result(None)
-        return nothing
+        done = Future()
+        done.set_result(None)
+        return done
     dtype = getattr(torch, COMPUTE_DTYPE[PRECISIONS[recipe.training.mixed_precision]])
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-    # a thread begins on the first GPU, whichever its process has taken
+    # a new thread begins on the first GPU, also if its process uses another one
     thread = ThreadPoolExecutor(1, "rehearsal", torch.cuda.set_device, (device,))
     future = thread.submit(
         rehearse, config.get_text_config(), dtype, device, fast.fused_loss is not False
@@ -44,11 +44,10 @@ def start_compilers(recipe: Recipe, config: PreTrainedConfig, fast: FastPath) ->
 def rehearse(
     config: PreTrainedConfig, dtype: torch.dtype, device: torch.device, fused_loss: bool
 ) -> None:
-    """Run the kernels of a packed step once, on tensors for which Triton compiles what the step
-    will call.
+    """Run the kernels of a packed step once, in the form in which the step will call them.
 
-    Of the fused loss's chunk only so much that, with a head of its own, it takes about the memory
-    of the step's chunk.
+    The fused loss runs on less than a chunk: with the stand-in for the head, it takes about the
+    memory of the step's own chunk.
     """
     heads, tokens = config.num_attention_heads, TOKENS_MULTIPLE
     size = getattr(config, "head_dim", None) or config.hidden_size // heads

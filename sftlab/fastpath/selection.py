@@ -1,8 +1,7 @@
 """Which parts of the fast path a run takes: packing, compiled layers, fused loss.
 
-What runs is the same training.
-
-Unset fields choose by themselves; a field that is set is obeyed, or refused where it cannot be.
+The training is the same with and without them. A part whose recipe field is unset is on if it works
+here. A field that is set is obeyed, or refused with a ValueError.
 """
 
 from collections.abc import Callable
@@ -15,12 +14,16 @@ from sftlab.config.recipe import Recipe
 from sftlab.fastpath import varlen_attention
 from sftlab.models.loading import model_class
 
-UNTIMED = "not timed with 8-bit weights under FSDP; the recipe's field of that name switches it on"
+UNTIMED = "not measured with 8-bit weights under FSDP; set compile_layers to switch it on"
 
 
 @dataclass
 class FastPath:
-    """The parts that are on; `reasons` says of each part that chose to be off why."""
+    """The parts that are on; `fused_loss` is None until the model is loaded.
+
+    `reasons` says, by part, why one that the recipe leaves unset is off. Compiled layers are off on
+    a CPU without a reason.
+    """
 
     packing: bool
     compile_layers: bool
@@ -35,38 +38,29 @@ def choose(
     launch: Launch,
     elsewhere: Callable[[], str | None] | None = None,
 ) -> FastPath:
-    """Decide before any weights are loaded.
+    """Choose the parts before any weights are loaded.
 
-    Raises ValueError for packing that was asked for and cannot be had.
-
-    `elsewhere` says why another machine than this one has no Triton kernels.
+    `elsewhere` plans for another machine: it returns why that one has no Triton kernels, or None.
+    Raises ValueError for packing that the recipe asks for and that does not work here.
     """
-    model = model_class(config)
     attention, reasons = recipe.model.attn_implementation, {}
-    why = "rows of a stream come without their lengths" if recipe.data.dataset_streaming else None
-    if attention not in (None, varlen_attention.NAME):
-        why = why or f"attention {attention} would need a dense mask over the packed rows"
-    if elsewhere is None:
-        why = why or varlen_attention.why_not(config, model)
-    else:
-        why = why or elsewhere() or varlen_attention.why_not_the_model(config, model)
-    if (recipe.training.packing or attention == varlen_attention.NAME) and why:
+    no_packing = _no_packing(recipe, config, elsewhere)
+    if (recipe.training.packing or attention == varlen_attention.NAME) and no_packing:
         raise ValueError(
-            f"packing is not possible here: {why}; leave packing and attn_implementation out of "
-            "the recipe"
+            f"packing is not possible here: {no_packing}; leave packing and attn_implementation "
+            "out of the recipe"
         )
-    packing = why is None and recipe.training.packing is not False
-    if why and recipe.training.packing is None:
-        reasons["packing"] = why
+    packing = no_packing is None and recipe.training.packing is not False
+    if no_packing and recipe.training.packing is None:
+        reasons["packing"] = no_packing
     if attention == varlen_attention.NAME and not packing:
         raise ValueError(
             "attn_implementation varlen is for packed rows: leave packing out of the recipe"
         )
     compiled = recipe.training.compile_layers
     if compiled is None:
-        compiled = (
-            elsewhere or varlen_attention.no_triton
-        )() is None and not recipe.training.torch_compile
+        no_triton = (elsewhere or varlen_attention.no_triton)()
+        compiled = no_triton is None and not recipe.training.torch_compile
         if compiled and launch.strategy == "fsdp" and recipe.model.load_in_8bit:
             compiled, reasons["compile_layers"] = False, UNTIMED
     return FastPath(
@@ -76,3 +70,16 @@ def choose(
         varlen_attention.NAME if packing else attention,
         reasons,
     )
+
+
+def _no_packing(
+    recipe: Recipe, config: PreTrainedConfig, elsewhere: Callable[[], str | None] | None
+) -> str | None:
+    attention, model = recipe.model.attn_implementation, model_class(config)
+    if recipe.data.dataset_streaming:
+        return "rows of a stream come without their lengths"
+    if attention not in (None, varlen_attention.NAME):
+        return f"attention {attention} would need a dense mask over the packed rows"
+    if elsewhere is None:
+        return varlen_attention.why_not(config, model)
+    return elsewhere() or varlen_attention.why_not_the_model(config, model)

@@ -1,10 +1,9 @@
-"""Triton kernels of the fast path: attention over rows laid end to end, and softmax cross-entropy
-with its gradient.
+"""Triton kernels: attention over packed rows, and softmax cross-entropy with its gradient.
 
-Attention is FlashAttention-2's algorithm (Dao 2023, arXiv 2307.08691, algorithms 1 and 2) over a
-table of tiles, so that every program has work of one sequence, short rows waste no blocks and
-grouped heads are never repeated. Tensors are contiguous: queries [tokens, heads, head size], keys
-and values [tokens, key heads, head size].
+Attention is FlashAttention-2 (Dao 2023, arXiv 2307.08691, algorithms 1 and 2) over a table of
+tiles. Every program works on one sequence, short rows waste no blocks, and grouped heads are never
+repeated. Tensors are contiguous: queries [tokens, heads, head size], keys and values [tokens, key
+heads, head size].
 """
 
 import math
@@ -16,26 +15,26 @@ import triton.language as tl
 from sftlab.data.collator import TILE
 
 LOG2_E = math.log2(math.e)
-# Tokens that a program owns (a tile's or half of them) and that it reads at a time, its warps and
-# stages. In 16 bits the quickest for rows of a few hundred to some thousand tokens (H200,
-# bfloat16); in float32, where more of them spill (tests/test_kernels.py), the quickest on an H200.
+# Per program: tokens owned (a tile's or half of them), tokens read at a time, warps, stages. These
+# were the fastest on an H200 for rows of a few hundred to some thousand tokens: the first two in
+# bfloat16, the third in float32, where larger ones spill registers (tests/test_kernels.py).
 BY_ROWS, BY_KEYS, FLOAT32 = (TILE, 32, 4, 3), (TILE, TILE, 4, 1), (32, 32, 4, 1)
 
 
 def attention_forward(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, tiles: torch.Tensor, scale: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Causal attention within each sequence:
+    """Causal attention within each sequence.
 
-    its output, as `query`, and the base-2 log-sum-exp [heads, tokens].
+    Returns the output, shaped like `query`, and the base-2 log-sum-exps [heads, tokens].
     """
     tokens, heads, size = query.shape
     output = torch.empty_like(query)
     lse = torch.empty(heads, tokens, device=query.device, dtype=torch.float32)
     own, read, precision, options = _launch(query, BY_ROWS)
     _forward[(tiles.shape[1] * (TILE // own), heads)](
-        query, key, value, output, lse, tiles, scale * LOG2_E, tokens, heads, heads // key.shape[1], size,
-        TILE, own, read, precision, **options,
+        query, key, value, output, lse, tiles, scale * LOG2_E, tokens,
+        heads, heads // key.shape[1], size, TILE, own, read, precision, **options,
     )  # fmt: skip
     return output, lse
 
@@ -50,7 +49,7 @@ def attention_backward(
     tiles: torch.Tensor,
     scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients of `query`, `key` and `value`."""
+    """Returns the gradients of `query`, `key` and `value`."""
     tokens, heads, size = query.shape
     groups = heads // key.shape[1]
     d_query, d_key, d_value = (
@@ -82,7 +81,7 @@ def softmax_cross_entropy_(
 ) -> None:
     """Overwrite `logits` [rows, words] with d loss / d logits.
 
-    Per row nats, entropy, target on top or not.
+    Fills [rows] each: the losses in nats, the entropies, and hits (1.0 where the target is on top).
     """
     rows, words = logits.shape
     _cross_entropy[(rows,)](
@@ -93,11 +92,10 @@ def softmax_cross_entropy_(
 def _launch(
     tensor: torch.Tensor, in_16_bits: tuple[int, int, int, int]
 ) -> tuple[int, int, str, dict[str, int]]:
-    """Tokens owned and read at a time, the precision of products, and Triton's options for tensors
-    of this dtype.
+    """Returns tokens owned and read at a time, the precision of products, and Triton's options.
 
-    A float32 product is three of the tensor cores': of the numbers' first 11 bits, and of these
-    with the bits that follow. Its error is no larger than a plain one's (tests/test_kernels.py).
+    A float32 product takes three TF32 products: of the numbers' first 11 bits, and of these with
+    the bits that follow. Its error is no larger than a plain one's (tests/test_kernels.py).
     """
     whole = tensor.dtype == torch.float32
     own, read, warps, stages = FLOAT32 if whole else in_16_bits
@@ -113,8 +111,8 @@ def _part(tiles, index, TILE: tl.constexpr, OWN: tl.constexpr):
 @triton.jit
 def _forward(
     query, key, value, output, lse, tiles, scale_log2, tokens,
-    HEADS: tl.constexpr, GROUPS: tl.constexpr, SIZE: tl.constexpr, TILE: tl.constexpr, ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr, PRECISION: tl.constexpr,
+    HEADS: tl.constexpr, GROUPS: tl.constexpr, SIZE: tl.constexpr,
+    TILE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     start, end, first = _part(tiles, tl.program_id(0), TILE, ROWS)
     head = tl.program_id(1)
@@ -157,8 +155,8 @@ def _forward(
 @triton.jit
 def _backward_query(
     query, key, value, output, gradient, lse, delta, d_query, tiles, scale, scale_log2, tokens,
-    HEADS: tl.constexpr, GROUPS: tl.constexpr, SIZE: tl.constexpr, TILE: tl.constexpr, ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr, PRECISION: tl.constexpr,
+    HEADS: tl.constexpr, GROUPS: tl.constexpr, SIZE: tl.constexpr,
+    TILE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     start, end, first = _part(tiles, tl.program_id(0), TILE, ROWS)
     head = tl.program_id(1)
@@ -201,8 +199,8 @@ def _backward_query(
 @triton.jit
 def _backward_key(
     query, key, value, gradient, lse, delta, d_key, d_value, tiles, scale, scale_log2, tokens,
-    HEADS: tl.constexpr, GROUPS: tl.constexpr, SIZE: tl.constexpr, TILE: tl.constexpr, COLUMNS: tl.constexpr,
-    ROWS: tl.constexpr, PRECISION: tl.constexpr,
+    HEADS: tl.constexpr, GROUPS: tl.constexpr, SIZE: tl.constexpr,
+    TILE: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     _, end, first = _part(tiles, tl.program_id(0), TILE, COLUMNS)
     key_head = tl.program_id(1)

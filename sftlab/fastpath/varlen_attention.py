@@ -1,5 +1,4 @@
-"""Attention over rows that lie end to end, registered with transformers as `attn_implementation:
-varlen`.
+"""Attention over packed rows, registered with transformers as `attn_implementation: varlen`.
 
 torch's own `varlen_attn` (FlashAttention-2) takes 1.8 times as long on rows of a few hundred
 tokens: see docs/LOG.md.
@@ -16,21 +15,21 @@ HEAD_SIZES = (16, 32, 64, 128)
 
 
 def register() -> None:
-    """Make `attn_implementation="varlen"` known to transformers.
+    """Register `attn_implementation="varlen"` with transformers.
 
-    Without a mask function of this name transformers makes no mask, nor asks the device whether
-    rows are packed.
+    No mask function is registered: without one, transformers makes no mask, and does not wait for
+    the device to learn whether rows are packed.
     """
     AttentionInterface.register(NAME, _attention)
 
 
 def why_not(config: PreTrainedConfig, model_class: type | None) -> str | None:
-    """Why rows of this model cannot be packed here; None where they can."""
+    """Returns why rows of this model cannot be packed on this machine; None if they can."""
     return no_triton() or why_not_the_model(config, model_class)
 
 
 def why_not_the_model(config: PreTrainedConfig, model_class: type | None) -> str | None:
-    """Why rows of this model cannot be packed on any device; None where they can."""
+    """Returns why rows of this model cannot be packed on any machine; None if they can."""
     config = config.get_text_config()
     size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     if size not in HEAD_SIZES:
@@ -57,9 +56,9 @@ def _attention(
     tiles: torch.Tensor | None = None,
     **kwargs: object,
 ) -> tuple[torch.Tensor, None]:
-    """transformers' attention function:
+    """Returns the attention's output [1, tokens, heads, size] for query [1, heads, tokens, size].
 
-    query [1, heads, tokens, size] to output [1, tokens, heads, size].
+    The signature is that of transformers' attention functions.
     """
     if tiles is None or dropout:
         raise ValueError(
@@ -89,7 +88,7 @@ def varlen_attention(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Causal attention within each sequence of `tiles`.
 
-    The output as `query`, and log-sum-exps [heads, tokens].
+    Returns the output, shaped like `query`, and the log-sum-exps [heads, tokens].
     """
     from sftlab.fastpath.triton_kernels import attention_forward
 
@@ -115,7 +114,7 @@ def varlen_attention_backward(
     tiles: torch.Tensor,
     scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients of query, key and value."""
+    """Returns the gradients of query, key and value."""
     from sftlab.fastpath.triton_kernels import attention_backward
 
     return attention_backward(gradient, query, key, value, output, lse, tiles, scale)

@@ -1,1 +1,1 @@
-"""What a step takes: tokens a second, FLOPs, memory, collectives."""
+"""Measurements of a training step: tokens/s, FLOPs, memory, collectives."""

@@ -1,7 +1,4 @@
-"""Collectives of an optimizer step:
-
-how often processes talk to each other, and how much one of them hands over.
-"""
+"""Counts the collectives of an optimizer step and the bytes that one process hands to them."""
 
 from collections import defaultdict
 from typing import Any
@@ -15,12 +12,10 @@ _BYTES = {"double": 8, "long int": 8, "float": 4, "int": 4, "c10::BFloat16": 2, 
 
 
 class Collectives:
-    """Watches one step of this process.
+    """Profiles one step of this process.
 
-    `facts` has calls and MB (2**20 bytes) by kind once it is over.
-
-    What is counted is what the backend was given: shards for an all-gather, whole gradients for an
-    all-reduce.
+    After the step, `facts` holds the number of calls and the MB (2**20 bytes) of each kind. Bytes
+    are the backend's input: shards for an all-gather, whole gradients for an all-reduce.
     """
 
     def __init__(self) -> None:
@@ -28,14 +23,14 @@ class Collectives:
         self._profile: profile | None = None
 
     def begin(self) -> None:
-        """The step before is over."""
+        """Start the profiler; called when the step before has ended."""
         self._profile = profile(activities=[ProfilerActivity.CPU], record_shapes=True)
         self._profile.start()
 
     def end(self) -> None:
-        """The step is over, its batches read and its logs not yet written.
+        """Stop the profiler and count; does nothing if it was not started.
 
-        Nothing where none had begun.
+        Called when the step has ended, before its logs are written.
         """
         if self._profile is None:
             return
@@ -53,7 +48,7 @@ class Collectives:
 
 
 def several_processes() -> bool:
-    """Whether this process has others to talk to."""
+    """Returns whether the process group has more than one process."""
     return torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1
 
 

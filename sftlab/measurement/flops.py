@@ -1,4 +1,4 @@
-"""FLOPs of a model's forward and backward, a token."""
+"""Model FLOPs of a training step, per token."""
 
 from typing import NamedTuple
 
@@ -7,20 +7,22 @@ from transformers import PreTrainedConfig
 
 
 class Flops(NamedTuple):
-    """Model FLOPs of a token, and what a token in the loss takes beyond them: the head's."""
+    """FLOPs of every token, and those of the head, which only tokens in the loss add."""
 
     token: float
     loss_token: float
 
 
 def flops_per_token(model: nn.Module) -> Flops:
-    """Model FLOPs a token, forward and backward.
+    """Returns the model FLOPs per token of a forward and a backward.
 
-    4 for each frozen matrix parameter (2 forward, 2 for the gradient of its input) and 6 for each
-    trainable one (2 more for its own gradient). The embedding is a lookup; the head, tied or not,
-    counts where a token is in the loss. Attention scores and recomputation under checkpointing are
-    left out. 6N for every parameter would count gradients that LoRA never computes; of experts
-    those that a token goes to are counted, of a module saved whole its copy.
+    A frozen matrix parameter takes 4 FLOPs: 2 in the forward, 2 for the gradient of its input. A
+    trainable one takes 2 more, for its own gradient. The usual 6 per parameter would count
+    gradients that LoRA never computes.
+
+    Embeddings are lookups and take none. Of a mixture of experts, the share that a token visits
+    counts. Of a module saved whole, only the trained copy counts. Attention scores and the
+    recomputation of gradient checkpointing are left out.
     """
     head = model.get_output_embeddings()
     head = next(iter(getattr(head, "modules_to_save", {}).values()), head).weight
@@ -41,9 +43,9 @@ def _flops(parameter: nn.Parameter) -> float:
 
 
 def _experts_taken(config: PreTrainedConfig) -> float:
-    """The share of a mixture's experts that work on a token.
+    """Returns the share of a mixture's experts that a token visits.
 
-    1 where the config does not say it in one number.
+    Returns 1.0 for dense models and for configs that do not say it in one number.
     """
     fields = config.to_dict()
     experts, taken = (
@@ -57,6 +59,6 @@ def _experts_taken(config: PreTrainedConfig) -> float:
 
 
 def _packed_factor(parameter: nn.Parameter) -> float:
-    """Weights that one stored element of a bitsandbytes parameter stands for."""
+    """Returns how many weights one stored element of a bitsandbytes parameter holds."""
     state = getattr(parameter, "quant_state", None)
     return state.shape.numel() / parameter.numel() if state is not None else 1.0

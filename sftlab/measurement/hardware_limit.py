@@ -1,4 +1,4 @@
-"""How fast a matrix product is on this device, and the model FLOPs utilisation (MFU) that follows."""
+"""The measured matrix rate of a device, and the model FLOPs utilisation (MFU) of a run."""
 
 import time
 from collections.abc import Callable
@@ -7,21 +7,21 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-QUICK_S = 0.05  # a product of twice the size takes eight times as long
+# Sizes grow until a product takes longer than this; the next one would take eight times as long.
+QUICK_S = 0.05
 
 
 def significant(value: float) -> float:
-    """Five digits: of a tiny model on a busy machine too."""
+    """Returns the value rounded to five significant digits, so that tiny rates do not become 0."""
     return float(f"{value:.5g}")
 
 
 def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOP/s of a square matrix product of random data on `device`: the best of several, as a limit
-    is.
+    """Returns the FLOP/s of the fastest of several square matrix products of random data.
 
-    A CPU does a linear layer's product, of growing sizes while they are quick: without instructions
-    for 16 bits one of size 2,048 takes a second, and a minute with its second matrix in the other
-    order.
+    A CPU multiplies as a linear layer does, in growing sizes while they are quick. Without 16-bit
+    instructions a product of size 2,048 takes a second, and a minute if the second matrix is not
+    transposed.
     """
     on_gpu = device.type == "cuda"
     sizes, repeats, product = (
@@ -45,16 +45,18 @@ def _seconds(product: Callable[..., torch.Tensor], a: torch.Tensor, b: torch.Ten
     return time.perf_counter() - start
 
 
-def share_of_limit(
+def measure_mfu(
     facts: dict[str, Any], device: torch.device, dtype: torch.dtype, world_size: int
 ) -> dict[str, Any]:
-    """The measured matrix rate of one device and the share of it that the run's model FLOPs
-    reached.
+    """Returns the matrix rate of one device and the run's MFU, under run.json's keys.
+
+    `share_of_limit` is the MFU: model FLOP/s over all devices, divided by their measured matrix
+    rate. It is None if no step was timed. `facts` holds `model_tflops_per_s`.
     """
     rate = matrix_rate(device, dtype) / 1e12
     reached = facts.get("model_tflops_per_s")
     return {
-        "limit": f"measured {str(dtype).removeprefix('torch.')} matrix rate a device",
+        "limit": f"measured {str(dtype).removeprefix('torch.')} matrix rate per device",
         "limit_tflops_per_s": round(rate, 2),
         "share_of_limit": significant(reached / (rate * world_size)) if reached else None,
     }

@@ -1,10 +1,8 @@
-"""What fills the memory in a step: parameters, gradients, optimizer state, activations, and work
-beyond them.
+"""Peak memory of a run, and the memory of one step by part.
 
-Parameters, gradients and optimizer state are the tensors' own bytes, a rank's shards under FSDP.
-Activations are what the first micro-batch's forward leaves behind for its backward, and `peak` the
-most that was held in the step: both read from the allocator, on a CPU from the profiler's record of
-it.
+Parameters, gradients and optimizer state are the bytes of the tensors: under FSDP, a rank's shards.
+Activations are what the first micro-batch's forward leaves for its backward. `peak` is the most
+that the step held. Both come from the allocator; on a CPU, from the profiler's memory events.
 """
 
 import resource
@@ -19,13 +17,12 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from transformers import TrainerCallback
 
 _FORWARD_ENDED = "sftlab: the forward ended"
-# The second step of a start is measured: the optimizer has its state then, and the warm-up is not
-# yet over.
+# The second step is measured: the optimizer has its state, and the warm-up is not yet over.
 _STEP = 1
 
 
 class MemorySplit(TrainerCallback):
-    """Measures one step; `facts` has GB (2**30 bytes) by part once it is over."""
+    """Measures one step; afterwards `facts` holds the GB (2**30 bytes) of each part."""
 
     def __init__(self) -> None:
         self.facts: dict[str, float] = {}
@@ -37,7 +34,7 @@ class MemorySplit(TrainerCallback):
     def on_step_begin(
         self, args: Any, state: Any, control: Any, model: nn.Module, **kwargs: Any
     ) -> None:
-        """Begin to watch."""
+        """Start measuring if this is the step to measure."""
         self._first = state.global_step if self._first is None else self._first
         if state.global_step != self._first + _STEP:
             return
@@ -51,7 +48,7 @@ class MemorySplit(TrainerCallback):
             self._profile.start()
 
     def forward_ended(self) -> None:
-        """Called after the forward of every micro-batch; the first of the step counts."""
+        """Note the activations; called after every forward, the step's first one counts."""
         if not self._parts or "activations" in self._parts:
             return
         if self._profile is None:
@@ -64,7 +61,7 @@ class MemorySplit(TrainerCallback):
     def on_pre_optimizer_step(
         self, args: Any, state: Any, control: Any, model: nn.Module, **kwargs: Any
     ) -> None:
-        """Gradients are complete."""
+        """Note the gradients, which are complete now."""
         if self._parts:
             self._parts["gradients"] = _bytes(
                 p.grad for p in model.parameters() if p.grad is not None
@@ -73,7 +70,7 @@ class MemorySplit(TrainerCallback):
     def on_step_end(
         self, args: Any, state: Any, control: Any, optimizer: Any, **kwargs: Any
     ) -> None:
-        """Read what was seen."""
+        """Note the optimizer state and the peak, and stop measuring."""
         if not self._parts:
             return
         states = (value for one in optimizer.state.values() for value in one.values())
@@ -92,10 +89,7 @@ class MemorySplit(TrainerCallback):
 
 
 def peak_beyond(work: Callable[[], Any]) -> int:
-    """The most bytes that `work` held beyond what was held before it.
-
-    From the allocator, on a CPU its record.
-    """
+    """Returns the most bytes that `work` held beyond those held before it."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
@@ -109,10 +103,7 @@ def peak_beyond(work: Callable[[], Any]) -> int:
 
 
 def _kept_beside(model: nn.Module) -> list[torch.Tensor]:
-    """What weights need that is no parameter:
-
-    float8 ones a second time, scales of the blocks of 4-bit ones.
-    """
+    """Returns tensors that weights need beside parameters, such as the scales of 4-bit blocks."""
     scales = [state for m in model.modules() if (state := vars(m).get("quant_state")) is not None]
     scales += [state.state2 for state in scales if state.state2 is not None]
     values = (value for thing in [*model.modules(), *scales] for value in vars(thing).values())
@@ -125,9 +116,7 @@ def _bytes(tensors: Any) -> int:
 
 
 def _from_record(record: profile) -> tuple[int, int]:
-    """Bytes held beyond the beginning when the first forward ended, and the most that were held
-    beyond it.
-    """
+    """Returns the bytes held when the first forward ended, and the most held, beyond the start."""
     events, changes = record.profiler.kineto_results.events(), _changes(record)
     ended = min(event.start_ns() for event in events if event.name() == _FORWARD_ENDED)
     return sum(change for time, change in changes if time <= ended), _most(changes)
@@ -144,30 +133,38 @@ def _most(changes: Sequence[tuple[int, int]]) -> int:
     return max(accumulate((change for _, change in changes), initial=0))
 
 
-def peak_memory(
-    split: MemorySplit | None = None, earlier: dict[str, Any] | None = None
-) -> list[dict[str, float]]:
-    """`peak_of_process` of every rank; every process calls it."""
-    return gather_object([peak_of_process(split, earlier)])
+class PeakMemory:
+    """Peak memory of this process over all starts of the run, with one step's memory by part.
 
-
-def peak_of_process(
-    split: MemorySplit | None = None, earlier: dict[str, Any] | None = None
-) -> dict[str, Any]:
-    """Peak memory in GB (2**30 bytes): GPU allocated and reserved, or the process's resident set.
-
-    With `split`, a step's memory by part as well. With `earlier`, what an earlier start of the run
-    had, the larger one.
+    `split` measures the parts; None where they are not measured.
     """
-    before, parts = (split.peak_before, split.facts) if split else (0, {})
-    earlier = earlier or {}
-    if torch.cuda.is_available():
-        mine = {
-            "allocated_gb": round(max(before, torch.cuda.max_memory_allocated()) / 2**30, 3),
-            "reserved_gb": round(torch.cuda.max_memory_reserved() / 2**30, 3),
-        }
-    else:
-        mine = {"resident_gb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 3)}
-    mine = {name: max(peak, earlier.get(name, 0.0)) for name, peak in mine.items()}
-    parts = parts or earlier.get("step", {})
-    return mine | ({"step": parts} if parts else {})
+
+    def __init__(self, split: MemorySplit | None = None) -> None:
+        self._split = split
+        self._earlier: dict[str, Any] = {}
+
+    def state(self) -> dict[str, Any]:
+        """Returns the peak of this process in GB (2**30 bytes), over all starts so far.
+
+        On a GPU the allocated and the reserved memory, on a CPU the resident set.
+        """
+        before, parts = (self._split.peak_before, self._split.facts) if self._split else (0, {})
+        if torch.cuda.is_available():
+            mine = {
+                "allocated_gb": round(max(before, torch.cuda.max_memory_allocated()) / 2**30, 3),
+                "reserved_gb": round(torch.cuda.max_memory_reserved() / 2**30, 3),
+            }
+        else:
+            resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+            mine = {"resident_gb": round(resident / 2**20, 3)}
+        mine = {name: max(peak, self._earlier.get(name, 0.0)) for name, peak in mine.items()}
+        parts = parts or self._earlier.get("step", {})
+        return mine | ({"step": parts} if parts else {})
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Take the peaks of the starts before this one into account."""
+        self._earlier = state
+
+    def of_all_ranks(self) -> list[dict[str, Any]]:
+        """Returns `state()` of every rank, for run.json. Every process calls it."""
+        return gather_object([self.state()])

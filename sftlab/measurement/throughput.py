@@ -1,7 +1,4 @@
-"""What a run measures of itself:
-
-steady-state throughput, share of the hardware limit, peak memory, times.
-"""
+"""Steady-state throughput of a run, and the time until it is reached."""
 
 import time
 from typing import Any
@@ -21,10 +18,9 @@ WARMUP_STEPS = 5
 
 
 class Meter(TrainerCallback):
-    """Counts real tokens and rows over the steady state: warm-up, evaluation and saving excluded.
+    """Counts real tokens and rows in the steady state, without warm-up, evaluation and saving.
 
-    The clock stops where an evaluation or a checkpoint follows a step and starts again with the
-    next step.
+    The clock stops before an evaluation or a checkpoint and starts again with the next step.
     """
 
     def __init__(self) -> None:
@@ -40,15 +36,13 @@ class Meter(TrainerCallback):
         self.collectives = Collectives()
 
     def count(self, tokens: int, rows: int, loss_tokens: int) -> None:
-        """Add one micro-batch: its tokens that are not padding, its rows, and its tokens that are
-        in the loss.
-        """
+        """Add one micro-batch: its real tokens, its rows, and its tokens in the loss."""
         self._counts += (tokens, rows, loss_tokens)
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Open a window once the warm-up is over."""
+        """Start the clock once the warm-up is over."""
         if self._first_global_step is None:
             self._first_global_step = state.global_step
             self._began = time.perf_counter()
@@ -69,9 +63,9 @@ class Meter(TrainerCallback):
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Close the window before an evaluation, a checkpoint or the end."""
+        """Stop the clock before an evaluation, a checkpoint or the end."""
         self.collectives.end()
-        # the last step of a whole warm-up: no timed one is slowed
+        # profile the last step of a full warm-up, so that no timed step is slowed
         done = state.global_step - self._first_global_step
         if done + 1 == WARMUP_STEPS == self._warmup(state) and several_processes():
             self.collectives.begin()
@@ -83,7 +77,7 @@ class Meter(TrainerCallback):
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Close the window before an evaluation or a checkpoint of the epoch."""
+        """Stop the clock before an evaluation or a checkpoint of the epoch."""
         self._close(state, control)
 
     def _close(self, state: TrainerState, control: TrainerControl, ended: bool = False) -> None:
@@ -97,7 +91,7 @@ class Meter(TrainerCallback):
             self._window = None
 
     def state(self) -> dict[str, Any]:
-        """What was measured before a checkpoint, for the start that goes on from it."""
+        """Returns the measurements so far, for a run that is resumed from this checkpoint."""
         return {
             "counted": self._counted.tolist(),
             "seconds": self._seconds,
@@ -108,7 +102,7 @@ class Meter(TrainerCallback):
         }
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Go on counting; times to the first step and of the warm-up stay those of the first start."""
+        """Continue from `state()`; the times of first step and warm-up stay the first start's."""
         self._counted[:] = state["counted"]
         self._seconds, self._steps = state["seconds"], state["steps"]
         self._warmed_up, self._warmup_steps = state["warm_up"]
@@ -117,13 +111,11 @@ class Meter(TrainerCallback):
     def _warmup(self, state: TrainerState) -> int:
         return min(WARMUP_STEPS, max(1, (state.max_steps - self._first_global_step) // 4))
 
-    def facts(self, flops: "Flops") -> dict[str, Any]:
-        """Throughput over all processes for run.json; every process calls it.
+    def facts(self, flops: Flops) -> dict[str, Any]:
+        """Returns the throughput over all processes, for run.json. Every process calls it.
 
-        None where no step was timed.
-
-        `warm_up_s` is what the first steps took longer than as many steady ones: compilation, first
-        allocations.
+        Rates are None if no step was timed. `warm_up_s` is the time that the first steps took
+        beyond that of as many steady steps: compilation and first allocations.
         """
         ranks = gather_object([[*self._counted.tolist(), self._seconds]])
         tokens, rows, loss_tokens, _ = (sum(column) for column in zip(*ranks, strict=True))

@@ -1,4 +1,4 @@
-"""A training that is one of several waits until it may be timed."""
+"""Runs of a timed study warm up together and are timed one at a time: waiting for the turn."""
 
 import os
 import time
@@ -8,16 +8,15 @@ from typing import Any
 
 import psutil
 
-# Process that gives the turns, and a folder of this training's.
+# Holds "PID:FOLDER": the process that gives the turns, and the folder where this run signals.
 VARIABLE = "SFTLAB_TURN"
 
 
 def wait_for_turn(give_back: Callable[[], Any] | None = None) -> float:
-    """Say that this process is warm, and wait until it is let through; the seconds.
+    """Report that this process is warm, and wait for its turn.
 
-    None without a study around it.
-
-    `give_back` is called before a wait: for memory that this process keeps and does not use.
+    Returns the seconds waited; 0.0 outside a timed study. `give_back` is called before the wait, to
+    free memory that the process holds but does not use.
     """
     if VARIABLE not in os.environ:
         return 0.0

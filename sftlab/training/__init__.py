@@ -1,1 +1,1 @@
-"""The trainer, and going on exactly where it was interrupted."""
+"""The trainer, its checks of what runs, and exact resuming after an interruption."""

@@ -1,9 +1,8 @@
-"""Training whose every sum is taken in one order, so that equal starts on a GPU are equal to the
-last bit.
+"""Deterministic training: equal runs on a GPU are equal to the last bit.
 
-transformers' `full_determinism` waits for every kernel and leaves cuDNN's attention on, which gives
-other values from call to call, and lets Inductor choose kernels by timing them. The kernels of the
-fast path use no atomics.
+transformers' `full_determinism` does not suffice. It waits for every kernel, leaves cuDNN's
+attention on, which differs from call to call, and lets Inductor choose kernels by timing them. The
+kernels of the fast path use no atomics.
 """
 
 import os
@@ -12,14 +11,14 @@ import torch
 
 
 def compute_deterministically() -> None:
-    """Before the first matrix product on a GPU.
+    """Make torch take every sum in one order; call it before the first matrix product on a GPU.
 
-    An operation that has no such form raises RuntimeError at its use.
+    An operation without a deterministic form raises RuntimeError when it is used.
     """
-    # read by torch when it makes its first cuBLAS handle
+    # torch reads it when it creates its first cuBLAS handle
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True)
-    # it would write NaN into all memory that is allocated, to find reads of what nobody wrote
+    # it fills all new memory with NaN, which finds reads of unset values but costs time
     torch.utils.deterministic.fill_uninitialized_memory = False
     torch.backends.cudnn.benchmark = False
     torch.backends.cuda.enable_cudnn_sdp(False)

@@ -1,4 +1,4 @@
-"""Stop on a signal at the end of a step, on all ranks at once, with one complete checkpoint."""
+"""Stops a training on a signal: on all ranks, at the end of a step, with a complete checkpoint."""
 
 import os
 import signal
@@ -10,12 +10,12 @@ import torch.distributed as dist
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
-# One Ctrl-C arrives twice: from the terminal, and from the launcher that passes it on.
+# One Ctrl-C arrives twice: from the terminal, and from the launcher, which passes it on.
 ONE_PRESS_S = 2.0
 
 
 class Stopped(BaseException):
-    """The training was told to stop. No library takes it for an error of its own and goes on."""
+    """The training was told to stop; no Exception, so that no library catches it and goes on."""
 
     def __init__(self, number: int) -> None:
         super().__init__(f"signal {number}")
@@ -23,15 +23,16 @@ class Stopped(BaseException):
 
 
 class StopOnSignal(TrainerCallback):
-    """TERM, USR1 and INT set a flag.
+    """Stops all ranks after SIGTERM, SIGUSR1 or SIGINT, and raises `Stopped` on each of them.
 
-    The ranks agree on it at the end of a step, before the next one draws randomness.
+    | signal arrives        | what happens                                                       |
+    | --------------------- | ------------------------------------------------------------------ |
+    | before the first step | a single process stops at once; several when all are ready to begin |
+    | within a step         | the step ends, its checkpoint is saved, then all ranks stop         |
+    | after the last step   | nothing: what is left is saving the adapter                         |
 
-    Once the checkpoint of that step is saved, `Stopped` is raised on all of them. Before the first
-    step there is none to save: one process raises it at once, several once all are ready to begin,
-    for the others would miss one that left. After the last step a signal changes nothing. A second
-    Ctrl-C raises it at once, a third one ends the process. `agreed` is the signal's number once the
-    ranks save and stop for it, else 0.
+    A second Ctrl-C stops at once, a third one ends the process. `agreed` is the number of the
+    signal that the ranks save and stop for, else 0.
     """
 
     def __init__(self) -> None:
@@ -59,10 +60,7 @@ class StopOnSignal(TrainerCallback):
         control: TrainerControl,
         **kwargs: object,
     ) -> None:
-        """The ranks agree over CPU memory:
-
-        a flag on the GPU would be read only once all work queued there is done.
-        """
+        """Make a group for agreeing over CPU memory; a GPU flag would wait for all queued work."""
         self._training = True
         if dist.is_initialized() and dist.get_world_size() > 1:
             self._group = dist.new_group(backend="gloo")
@@ -76,7 +74,7 @@ class StopOnSignal(TrainerCallback):
         control: TrainerControl,
         **kwargs: object,
     ) -> TrainerControl:
-        """Agree on the flag; save and stop if any rank was signalled."""
+        """Agree with the other ranks; save and stop if any of them was signalled."""
         number = self._of_any_rank()
         if number and state.global_step < state.max_steps:
             self.agreed = number
@@ -97,7 +95,7 @@ class StopOnSignal(TrainerCallback):
         control: TrainerControl,
         **kwargs: object,
     ) -> None:
-        """The checkpoint of the last step is there."""
+        """Stop, now that the checkpoint is saved."""
         if self.agreed:
             raise Stopped(self.agreed)
 
@@ -108,5 +106,5 @@ class StopOnSignal(TrainerCallback):
         control: TrainerControl,
         **kwargs: object,
     ) -> None:
-        """What is left is saving the adapter."""
+        """Ignore signals from here on: what is left is saving the adapter."""
         self._training, self._trained = False, True

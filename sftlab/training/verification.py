@@ -1,89 +1,148 @@
-"""What really ran: precision, strategy, dtypes and sizes, read from the trainer's own objects, and
-checked.
-"""
+"""What really runs: precision, strategy, dtypes and sizes, read from the trainer and checked."""
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
-import numpy as np
 import torch
 from accelerate.utils import DistributedType
-from datasets import Dataset
 from peft.tuners.lora import LoraLayer
 from torch import nn
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
+from transformers import TrainingArguments
 from trl import SFTTrainer
 
-from sftlab.config.launch import COMPUTE_DTYPE, PRECISIONS
-from sftlab.data.samplers import refuse_few_rows, row_lengths
-from sftlab.data.splits import Splits
+from sftlab.config.launch import COMPUTE_DTYPE, PRECISIONS, Launch
+from sftlab.fastpath.selection import FastPath
 from sftlab.models.loading import LINEAR_LAYERS
 
-if TYPE_CHECKING:
-    from sftlab.training.trainer import LabTrainer
 
+class FirstStepCheck:
+    """Compares what runs with the launch config, once, before the first step of a start.
 
-def frozen_linear(model: nn.Module) -> nn.Module:
-    """The first linear layer, in its base form where LoRA wraps it.
-
-    The dtype it computes in is the run's precision.
+    `observed` holds the class and the output dtype of a frozen linear; after a resume, those of the
+    start before until this one has made its own check.
     """
+
+    def __init__(self, launch: Launch) -> None:
+        self.observed: dict[str, str] = {}
+        self.done = False
+        self._launch = launch
+
+    def run(
+        self,
+        trainer: SFTTrainer,
+        model: nn.Module,
+        trained: Sequence[nn.Parameter],
+        forward: Callable[[], object],
+    ) -> None:
+        """Check strategy, trained parameters and precision; `forward` runs the wrapped model.
+
+        Raises RuntimeError if one of them is not what the launch config asks for.
+        """
+        verify_strategy(trainer, self._launch)
+        verify_trained(model, trained)
+        self.observed = observe_linear(trainer, model, forward)
+        verify_precision(trainer.accelerator.mixed_precision, self._launch, self.observed)
+        self.done = True
+
+    def state(self) -> dict[str, Any]:
+        """Returns what was observed."""
+        return self.observed
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Take over what the start before observed."""
+        self.observed = state
+
+
+def verify_strategy(trainer: SFTTrainer, launch: Launch) -> None:
+    """Raise RuntimeError if strategy or world size differ from the launch config's."""
+    runs, processes = strategy(trainer), trainer.accelerator.num_processes
+    if not runs.startswith(launch.strategy) or processes != launch.world_size:
+        raise RuntimeError(
+            f"the launch config asks for {launch.strategy} over {launch.world_size} processes; "
+            f"what runs is {runs} over {processes}"
+        )
+
+
+def verify_trained(model: nn.Module, trained: Sequence[nn.Parameter]) -> None:
+    """Raise RuntimeError if a parameter has a gradient but is not among `trained`.
+
+    The optimizer has those; a wrapper of the model may have unfrozen others.
+    """
+    kept = set(map(id, trained))
+    left = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in kept]
+    if left:
+        raise RuntimeError(
+            f"{len(left)} parameters have gradients and no optimizer, {left[0]} the first"
+        )
+
+
+def verify_precision(mixed_precision: str, launch: Launch, observed: Mapping[str, str]) -> None:
+    """Raise RuntimeError if the linears do not compute in the launch config's precision.
+
+    `mixed_precision` is accelerate's, `observed` is `observe_linear`'s.
+    """
+    precision = PRECISIONS[mixed_precision]
+    asked, linear, dtype = launch.precision or precision, *observed.values()
+    if precision != asked or dtype != COMPUTE_DTYPE[asked]:
+        raise RuntimeError(
+            f"the launch config asks for {asked}; accelerate runs {precision} and the linears "
+            f"compute in {dtype}"
+        )
+    if asked == "fp8" and "Float8Linear" not in linear:
+        raise RuntimeError(f"the launch config asks for fp8; the linears run as {linear}")
+
+
+class _Observed(Exception):
+    """Ends a forward that has reached the linear it was run for."""
+
+
+def observe_linear(
+    trainer: SFTTrainer, model: nn.Module, forward: Callable[[], object]
+) -> dict[str, str]:
+    """Returns class and output dtype of the first frozen linear that `forward` runs through.
+
+    The forward is not compiled, takes no gradients, and leaves the random state as it was. It ends
+    at the linear, except under FSDP, whose forwards must not be cut short.
+    """
+    observed: dict[str, str] = {}
+
+    def note(module: nn.Module, inputs: Any, output: torch.Tensor) -> None:
+        dtype = str(output.dtype).removeprefix("torch.")
+        observed.update(linear=type(module).__name__, output_dtype=dtype)
+        if not trainer.is_fsdp_enabled:
+            raise _Observed
+
+    hook = _frozen_linear(model).register_forward_hook(note)
+    devices = [trainer.args.device] if trainer.args.device.type == "cuda" else []
+    as_in_training = trainer.compute_loss_context_manager()
+    eager = torch.compiler.set_stance("force_eager")
+    try:
+        with torch.random.fork_rng(devices), torch.no_grad(), as_in_training, eager:
+            forward()
+    except _Observed:
+        pass
+    finally:
+        hook.remove()
+    return observed
+
+
+def _frozen_linear(model: nn.Module) -> nn.Module:
+    # The first linear, or the base of the first one that LoRA wraps.
     return next(
         m for n, m in model.named_modules() if isinstance(m, LINEAR_LAYERS) and "lora_" not in n
     )
 
 
-class _SeenError(Exception):
-    """Ends a forward that has shown what it was for."""
-
-
-def seen_linear(trainer: "LabTrainer", model: nn.Module, inputs: dict[str, Any]) -> dict[str, str]:
-    """Class and output dtype of a frozen linear, seen in an uncompiled forward that goes as far as
-    need be.
-
-    Leaves the random state alone.
-    """
-    seen: dict[str, str] = {}
-
-    def note(module: nn.Module, inputs: Any, output: torch.Tensor) -> None:
-        seen.update(
-            linear=type(module).__name__, output_dtype=str(output.dtype).removeprefix("torch.")
-        )
-        if not trainer.is_fsdp_enabled:  # which wants every forward to end
-            raise _SeenError
-
-    hook = frozen_linear(model).register_forward_hook(note)
-    devices = [trainer.args.device] if trainer.args.device.type == "cuda" else []
-    as_it_trains, eager = (
-        trainer.compute_loss_context_manager(),
-        torch.compiler.set_stance("force_eager"),
-    )
-    try:
-        with torch.random.fork_rng(devices), torch.no_grad(), as_it_trains, eager:
-            trainer.token_losses(model.train(), trainer._prepare_inputs(inputs))
-    except _SeenError:
-        pass
-    finally:
-        hook.remove()
-    return seen
-
-
-def tf32_products() -> bool:
-    """Whether float32 matrix products on a GPU may round their inputs to TF32.
-
-    Asked in torch's newer way: the older one raises once transformers has set it in the newer.
-    """
-    return torch.backends.cuda.matmul.fp32_precision == "tf32"
-
-
-def what_ran(trainer: "LabTrainer") -> dict[str, Any]:
-    """Precision, dtypes, strategy and sizes as they are, for run.json."""
-    model, accelerator = trainer.model, trainer.accelerator
+def what_ran(trainer: SFTTrainer, fast: FastPath, observed: Mapping[str, str]) -> dict[str, Any]:
+    """Returns precision, dtypes, strategy and sizes as they are, for run.json."""
+    model, accelerator, args = trainer.model, trainer.accelerator, trainer.args
     trained = [p for p in model.parameters() if p.requires_grad]
     frozen = [p for p in model.parameters() if not p.requires_grad]
     return {
         "precision": PRECISIONS[accelerator.mixed_precision],
-        "compute": trainer.observed,
+        "compute": dict(observed),
         "tf32": tf32_products() if torch.cuda.is_available() else None,
         "deterministic": torch.are_deterministic_algorithms_enabled(),
         "trainable_parameters": sum(p.numel() for p in trained),
@@ -94,33 +153,43 @@ def what_ran(trainer: "LabTrainer") -> dict[str, Any]:
         "gradients_reduced_in": _reduce_dtype(trainer, trained),
         "world_size": accelerator.num_processes,
         "device": str(accelerator.device.type),
-        "lora_scale": lora_scale(model),
+        "lora_scale": lora_scales(model),
         "attn_implementation": model.config._attn_implementation,
-        "packing": trainer.fast.packing,
-        "compile_layers": trainer.fast.compile_layers,
-        "fused_loss": trainer.fast.fused_loss,
-        "micro_batch": trainer.args.per_device_train_batch_size,
-        "accumulation": trainer.args.gradient_accumulation_steps,
-        "global_batch": trainer.global_batch,
+        "packing": fast.packing,
+        "compile_layers": fast.compile_layers,
+        "fused_loss": fast.fused_loss,
+        "micro_batch": args.per_device_train_batch_size,
+        "accumulation": args.gradient_accumulation_steps,
+        "global_batch": global_batch(args),
     }
 
 
+def global_batch(args: TrainingArguments) -> int:
+    """Returns the rows of an optimizer step, over all processes."""
+    return args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+
+
 def strategy(trainer: SFTTrainer) -> str:
-    """single, ddp, fsdp1 or fsdp2, from the wrapped model itself."""
+    """Returns single, ddp, fsdp1 or fsdp2, read from the wrapped model itself."""
     if trainer.accelerator.distributed_type == DistributedType.FSDP:
         return f"fsdp{trainer.accelerator.state.fsdp_plugin.fsdp_version}"
-    wrapped = isinstance(trainer.model_wrapped, DistributedDataParallel)
-    return "ddp" if wrapped else "single" if trainer.accelerator.num_processes == 1 else "none"
+    if isinstance(trainer.model_wrapped, DistributedDataParallel):
+        return "ddp"
+    return "single" if trainer.accelerator.num_processes == 1 else "none"
 
 
-def lora_scale(model: nn.Module) -> list[float]:
-    """The factors that the LoRA updates are multiplied with (alpha / r.
+def tf32_products() -> bool:
+    """Returns whether float32 matrix products on a GPU may round their inputs to TF32.
 
-    One value unless layers differ).
+    torch's older setting raises once transformers has used the newer one, which is read here.
     """
-    return sorted(
-        {scale for m in model.modules() if isinstance(m, LoraLayer) for scale in m.scaling.values()}
-    )
+    return torch.backends.cuda.matmul.fp32_precision == "tf32"
+
+
+def lora_scales(model: nn.Module) -> list[float]:
+    """Returns the distinct factors of the LoRA updates: one, unless layers differ."""
+    layers = (module for module in model.modules() if isinstance(module, LoraLayer))
+    return sorted({scale for layer in layers for scale in layer.scaling.values()})
 
 
 def _quantization(model: nn.Module) -> str | None:
@@ -133,80 +202,12 @@ def _dtypes(parameters: list[nn.Parameter]) -> list[str]:
     return sorted({str(p.dtype).removeprefix("torch.") for p in parameters})
 
 
-def _reduce_dtype(trainer: "LabTrainer", trained: list[nn.Parameter]) -> str | None:
+def _reduce_dtype(trainer: SFTTrainer, trained: list[nn.Parameter]) -> str | None:
     if trainer.accelerator.num_processes == 1:
         return None
-    sharded = trainer.is_fsdp_enabled and not trainer.replicated
-    policy = trainer.accelerator.state.fsdp_plugin.mixed_precision_policy if sharded else None
-    return str(getattr(policy, "reduce_dtype", None) or trained[0].dtype).removeprefix("torch.")
-
-
-def verify_strategy(trainer: "LabTrainer") -> None:
-    launch, ran, processes = trainer.launch, strategy(trainer), trainer.accelerator.num_processes
-    if not ran.startswith(launch.strategy) or processes != launch.world_size:
-        raise RuntimeError(
-            f"the launch config asks for {launch.strategy} over {launch.world_size} processes; "
-            f"what runs is {ran} over "
-            f"{processes}"
-        )
-
-
-def verify_trained(model: nn.Module, trained: Sequence[nn.Parameter]) -> None:
-    """Raise RuntimeError where parameters have gradients that no optimizer takes:
-
-    what wraps the model unfroze them.
-    """
-    kept = set(map(id, trained))
-    left = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in kept]
-    if left:
-        raise RuntimeError(
-            f"{len(left)} parameters have gradients and no optimizer, {left[0]} the first"
-        )
-
-
-def verify_precision(trainer: "LabTrainer") -> None:
-    precision = PRECISIONS[trainer.accelerator.mixed_precision]
-    asked, linear, dtype = trainer.launch.precision or precision, *trainer.observed.values()
-    if precision != asked or dtype != COMPUTE_DTYPE[asked]:
-        raise RuntimeError(
-            f"the launch config asks for {asked}; accelerate runs {precision} and the linears "
-            f"compute in {dtype}"
-        )
-    if asked == "fp8" and "Float8Linear" not in linear:
-        raise RuntimeError(f"the launch config asks for fp8; the linears run as {linear}")
-
-
-def length_facts(trainer: SFTTrainer, rows: int) -> dict[str, int]:
-    """Sequences and tokens that training sees of `rows` rows, and what `max_length` did to them.
-
-    `cut` rows lost the end of their response and so their end token; `dropped` rows had no response
-    token left.
-    """
-    lengths = row_lengths(trainer.train_dataset)
-    at_limit = np.flatnonzero(lengths == trainer.args.max_length)
-    eos = trainer.processing_class.eos_token_id
-    return {
-        "sequences": len(lengths),
-        "tokens": int(lengths.sum()),
-        "longest": int(lengths.max()),
-        "cut": sum(trainer.train_dataset[int(i)]["input_ids"][-1] != eos for i in at_limit),
-        "dropped": rows - len(lengths),
-        "left_over_an_epoch": len(lengths) % trainer.global_batch,
-    }
-
-
-def refuse_lost_rows(trainer: "LabTrainer", splits: Splits) -> None:
-    """Raise ValueError where `max_length` left too few training rows for a step, or no validation
-    row.
-    """
-    said = f"have no response token within max_length {trainer.args.max_length}"
-    if isinstance(trainer.train_dataset, Dataset):
-        rows, kept = len(splits.train), len(trainer.train_dataset)
-        refuse_few_rows(
-            kept, trainer.global_batch, f" ({rows - kept} of {rows} {said})" if kept < rows else ""
-        )
-    if trainer.eval_dataset is not None and not len(trainer.eval_dataset):
-        raise ValueError(
-            f"all {len(splits.validation)} validation rows {said}: raise it, or leave validation "
-            "out (split_fractions)"
-        )
+    reduced = trained[0].dtype
+    if trainer.is_fsdp_enabled:
+        plugin = trainer.accelerator.state.fsdp_plugin
+        if plugin.fsdp_version == 1 or any(isinstance(p, DTensor) for p in trained):
+            reduced = getattr(plugin.mixed_precision_policy, "reduce_dtype", None) or reduced
+    return str(reduced).removeprefix("torch.")

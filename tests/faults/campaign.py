@@ -196,7 +196,7 @@ class Campaign:
         if kind == "start-up":
             return Moment(after_s=draw(0, first))
         if victim and kind == "saving":
-            return Moment("added_up-", self.random.randint(1, 4), draw(0, 0.01))
+            return Moment("resume_state-", self.random.randint(1, 4), draw(0, 0.01))
         if victim:
             return Moment(after_s=draw(first, saved) if kind != "final save" else draw(saved, end))
         if kind == "steps":
@@ -372,14 +372,15 @@ def no_random_states() -> None:
 
 def no_verification() -> None:
     """A checkpoint is taken for whole without a look at its files."""
-    sftlab.checkpoint.verify = sftlab.checkpoint._read_manifest
+    manifest = sftlab.runs.checkpoint_manifest
+    manifest.verify = manifest._read_manifest
 
 
 def no_sums() -> None:
     """What has added up since the last log is not restored."""
-    from sftlab.training.checkpointing import Resume
+    from sftlab.training.log_sums import TokenSums, TrainerSums
 
-    Resume._restore = lambda self, added_up: None
+    TokenSums.restore = TrainerSums.restore = lambda self, state: None
 
 
 CONTROLS = {

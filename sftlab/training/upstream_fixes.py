@@ -1,0 +1,155 @@
+"""What transformers' and trl's trainers do wrong for this project, mended in one place.
+
+Versions: transformers 5.23.0 (trainer.py), accelerate 1.15.0, peft 0.21.2, torch 2.13.0. Every
+mend names the function at fault and says when it can be deleted.
+"""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.data import IterableDataset
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import TrainOutput
+from trl import SFTTrainer
+
+from sftlab.fastpath.float8 import convert_nothing
+from sftlab.training.clock import TrainingClock
+
+
+class UpstreamFixes(SFTTrainer):
+    """SFTTrainer with the mends; a subclass sets `clock` before the training begins."""
+
+    clock: TrainingClock
+
+    def _build_accelerator_args(self, **kwargs: Any) -> dict[str, Any]:
+        """Keep accelerate from converting linears to torchao's under fp8.
+
+        accelerate, utils/ao.py, `convert_model_to_fp8_ao` converts the LoRA matrices as well.
+        Delete when TrainingArguments can say which linears accelerate converts.
+        """
+        built = super()._build_accelerator_args(**kwargs)
+        if self.args.mixed_precision == "fp8":
+            built["kwargs_handlers"].append(convert_nothing())
+        return built
+
+    def _init_training_state(
+        self, max_steps: int, steps_per_epoch: int, epochs: int, checkpoint: str | None, trial: Any
+    ) -> tuple[int, int]:
+        """Returns the epochs that are done, and the micro-batches of the next epoch.
+
+        transformers' function of this name errs in three ways, and `_inner_training_loop` in one:
+
+        - It forgets the best checkpoint if the run directory was moved.
+        - A run killed after its last step takes one more step.
+        - A stream counts as one epoch, however often it has begun again.
+        - `eval_on_start` evaluates again at every start.
+
+        Delete each when a resumed run of transformers passes its test in test_continuation.py.
+        """
+        done = super()._init_training_state(max_steps, steps_per_epoch, epochs, checkpoint, trial)
+        if checkpoint is None:
+            return done
+        state, args = self.state, self.args
+        best = Path(args.output_dir) / f"checkpoint-{state.best_global_step}"
+        if state.best_global_step and best.is_dir():
+            state.best_model_checkpoint = str(best)
+        args.eval_on_start = False
+        if state.global_step >= max_steps:
+            return epochs, 0
+        if isinstance(self.train_dataset, IterableDataset):
+            passes, share = divmod(state.epoch, 1)
+            return int(passes), round(share * max_steps * args.gradient_accumulation_steps)
+        return done
+
+    def _load_from_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        """Keep the dtypes: see `dtypes_kept`."""
+        with dtypes_kept(self.model):
+            super()._load_from_checkpoint(*args, **kwargs)
+
+    def _load_best_model(self) -> None:
+        """Keep the dtypes: see `dtypes_kept`."""
+        with dtypes_kept(self.model):
+            super()._load_best_model()
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """Create the loss scale before FSDP's optimizer state is loaded.
+
+        torch, distributed/checkpoint/state_dict.py, `_init_optim_state` takes an empty step first,
+        which fails if the gradient scaler has no scale yet. `_load_scaler` sets the saved scale
+        afterwards. Delete when transformers loads the scaler before the optimizer.
+        """
+        if checkpoint and self.accelerator.scaler is not None:
+            self.accelerator.scaler.scale(torch.zeros(1, device=self.args.device))
+        super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _determine_best_metric(self, *args: Any, **kwargs: Any) -> bool:
+        """Save the checkpoint that a callback asked for, also if it is not the best one.
+
+        transformers, `_maybe_log_save_evaluate` overwrites `control.should_save` with this value
+        under `save_strategy: best`, and a run that is told to stop would save nothing. Delete when
+        it no longer does.
+        """
+        return super()._determine_best_metric(*args, **kwargs) or self.control.should_save
+
+    def _finalize_training(self, trial: Any, samples: int, started: float) -> TrainOutput:
+        """Report the mean loss and the speed over all starts and all ranks.
+
+        transformers' function of this name divides by the steps of this start, and adds the loss
+        since the last log of its own rank only. Delete when `TrainerState` holds the sums and the
+        last one is reduced.
+        """
+        self._initial_global_step = 0
+        self._tr_loss = self.accelerator.reduce(self._tr_loss, reduction="mean")
+        return super()._finalize_training(trial, samples, time.time() - self.clock.seconds)
+
+
+class SaveAfterEvaluation(TrainerCallback):
+    """Saves an epoch's last checkpoint after the epoch was evaluated and logged.
+
+    transformers, `_run_epoch` saves it before, and a run that resumes from it begins the next epoch
+    without them. Delete when `_run_epoch` saves once an epoch is complete.
+    """
+
+    def __init__(self) -> None:
+        self._postponed = False
+
+    def on_step_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: object,
+    ) -> None:
+        """Postpone the checkpoint of an epoch's last step."""
+        by_epoch = "epoch" in (args.eval_strategy, args.logging_strategy)
+        if control.should_save and by_epoch and state.epoch == int(state.epoch):
+            control.should_save, self._postponed = False, True
+
+    def on_epoch_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: object,
+    ) -> None:
+        """Ask for the checkpoint that was postponed."""
+        control.should_save, self._postponed = control.should_save or self._postponed, False
+
+
+@contextmanager
+def dtypes_kept(model: nn.Module) -> Iterator[None]:
+    """Loading inside the context leaves every parameter its dtype.
+
+    peft, peft_model.py, `load_adapter` casts bfloat16 LoRA matrices, as QLoRA's, to float32 because
+    transformers does not pass `autocast_adapter_dtype=False`. Delete when it does.
+    """
+    before = {name: parameter.dtype for name, parameter in model.named_parameters()}
+    yield
+    for name, parameter in model.named_parameters():
+        if parameter.dtype != before[name]:
+            parameter.data = parameter.data.to(before[name])
