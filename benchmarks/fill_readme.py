@@ -1,9 +1,9 @@
-"""Fill the README's figures in from the demo's runs and their report.
+"""Fill in the figures of README.md and docs/training.md from the demo's runs and their report.
 
 python benchmarks/fill_readme.py    (after `make results`, which calls it)
 
-Between the markers of README.md stand what eval/quality.py prints for the demo, and a table out of
-results/demo/runs.csv.
+README.md gets the scores that eval/quality.py prints for the demo, docs/training.md a table made of
+results/demo/runs.csv. Both stand between markers.
 """
 
 import csv
@@ -12,40 +12,51 @@ import subprocess
 import sys
 from pathlib import Path
 
+from sftlab.evaluation.text_metrics import NAMES
+from sftlab.paths import ROOT
 from sftlab.runs.run_directory import read_run
 from sftlab.tables import interval
 
-ROOT = Path(__file__).parent.parent
 DEMO = "runs/demo-attn_r16"
 BLOCK = "<!-- {0}: made by benchmarks/fill_readme.py -->\n{1}<!-- end of {0} -->"
 
 
 def main() -> None:
     """Replace both blocks."""
-    readme = ROOT / "README.md"
-    text = readme.read_text(encoding="utf-8")
-    for name, content in (("demo", demo_output()), ("recipes", recipes_table())):
-        block = BLOCK.format(name, content)
-        text, found = re.subn(BLOCK.format(name, "(?:.*\n)*?"), lambda _, block=block: block, text)
-        if found != 1:
-            sys.exit(
-                f"error: README.md has {found} blocks {name}, expected one between its markers"
-            )
-    readme.write_text(text, encoding="utf-8")
-    print(f"README.md: filled in from {DEMO} and results/demo/runs.csv")
+    fill(ROOT / "README.md", "demo", demo_output())
+    fill(ROOT / "docs" / "training.md", "recipes", recipes_table())
+
+
+def fill(page: Path, name: str, content: str) -> None:
+    """Replace what stands between the markers `name` of a page."""
+    block = BLOCK.format(name, content)
+    text = page.read_text(encoding="utf-8")
+    text, found = re.subn(BLOCK.format(name, "(?:.*\n)*?"), lambda _: block, text)
+    if found != 1:
+        sys.exit(f"error: {page} has {found} blocks {name}, expected one between its markers")
+    page.write_text(text, encoding="utf-8")
+    print(f"{page}: block {name} filled in")
 
 
 def demo_output() -> str:
-    """What eval/quality.py prints for the demo, in a code block."""
+    """Returns the scores that eval/quality.py prints for the demo, in a code block."""
     command = [sys.executable, "eval/quality.py", "--run", DEMO]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     if done.returncode:
         sys.exit(done.stderr)
-    return f"```\n{done.stdout.strip()}\n```\n"
+    return "```\n" + "\n".join(score_lines(done.stdout)) + "\n```\n"
+
+
+def score_lines(printed: str) -> list[str]:
+    """Returns the title, the header and a line a score; the answers shown below are left out."""
+    title, *lines = printed.strip().splitlines()
+    name = NAMES["response_perplexity"]
+    first = next(i for i, line in enumerate(lines) if line.strip().startswith(name))
+    return [title, *lines[first - 1 : first + len(NAMES)]]
 
 
 def recipes_table() -> str:
-    """A row a demo recipe, and what they were measured on."""
+    """Returns a row a demo recipe, and what they were measured on."""
     with (ROOT / "results" / "demo" / "runs.csv").open(encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))
     run = read_run(ROOT / DEMO)
@@ -72,7 +83,8 @@ def recipes_table() -> str:
         ]
         cells += [f"{float(row['peak_memory_gb']):.2f}", perplexity, bleu]
         lines.append(f"| {' | '.join(cells)} |")
-    about = f"{run['hardware']['cpu_cores']} CPU cores, {versions}; in brackets 95 % intervals over the test rows."
+    cores = run["hardware"]["cpu_cores"]
+    about = f"{cores} CPU cores, {versions}; in brackets 95 % intervals over the test rows."
     return "\n".join([*lines, "", about]) + "\n"
 
 
