@@ -34,6 +34,35 @@ needs_shared = pytest.mark.skipif(
 )
 
 
+# Files that take the longest come first, so that the workers end together.
+SLOWEST_FIRST = (
+    *("demo", "app", "browser", "sft", "continuation", "fsdp", "study", "harness", "faults"),
+    *("tokens", "pace", "quality", "fastpath", "chat", "plan", "kernels", "mt_bench", "report"),
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    def place(item: pytest.Item) -> int:
+        name = item.path.stem.removeprefix("test_")
+        starts = [name.startswith(first) for first in SLOWEST_FIRST]
+        return starts.index(True) if any(starts) else len(starts)
+
+    items.sort(key=place)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> object:
+    """Tests of a file share a worker, and so do all that talk to the running app."""
+    from xdist.scheduler.loadfile import LoadFileScheduling
+
+    class AppTogether(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = super()._split_scope(nodeid)
+            return "app" if Path(file).stem.startswith(("test_app", "test_browser")) else file
+
+    return AppTogether(config, log)
+
+
 @pytest.fixture(autouse=True, scope="session")
 def _offline():
     os.environ["HF_HUB_OFFLINE"] = "1"
