@@ -1,7 +1,9 @@
-"""recipes/sft.py under FSDP2 on CPU processes, which accelerate itself takes for DDP, and in any
-precision:
+r"""Runs recipes/sft.py under FSDP2 on CPU processes, in any precision.
 
-accelerate launch --config_file accelerate_configs/fsdp.yaml tests/fsdp_on_cpu.py --config recipes/demo/attn_r16.yaml
+accelerate itself would run DDP there.
+
+accelerate launch --config_file accelerate_configs/fsdp.yaml tests/fsdp_on_cpu.py \
+    --config recipes/demo/attn_r16.yaml
 
 With SCALED in the environment the loss is scaled as under fp16, which itself needs a GPU. Gradients
 are unscaled before they are clipped there, which accelerate does for fp16 alone.

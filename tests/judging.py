@@ -86,7 +86,8 @@ PROMETHEUS = re.compile(
     re.DOTALL,
 )
 FASTCHAT = re.compile(
-    r"\[User Question\]\n(.*?)\n\n\[The Start of Assistant A's Answer\]\n(.*?)\n\[The End of Assistant A's Answer\]\n\n"
+    r"\[User Question\]\n(.*?)\n\n"
+    r"\[The Start of Assistant A's Answer\]\n(.*?)\n\[The End of Assistant A's Answer\]\n\n"
     r"\[The Start of Assistant B's Answer\]\n(.*?)\n\[The End of Assistant B's Answer\]",
     re.DOTALL,
 )

@@ -47,7 +47,8 @@ class Slow:
             while how is None and not self.closed:
                 time.sleep(0.04)  # the engine shows no more states a second
                 step += 1
-                how = "stopped" if stop.is_set() else "length" if step == settings.max_new_tokens else None
+                full = step == settings.max_new_tokens
+                how = "stopped" if stop.is_set() else "length" if full else None
                 text = "heard " + history[-1]["content"] + " " + "word " * step
                 each = lambda value: dict.fromkeys(sides, value)
                 yield Piece(each(text), each(step), each(50.0), 0.02, each(how))

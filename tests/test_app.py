@@ -80,18 +80,30 @@ def test_old_turns_are_left_out_where_the_context_is_full(client):
 @pytest.mark.parametrize(
     "path",
     [
-        "/gradio_api/file=/etc/passwd", "/gradio_api/file=../../../../etc/passwd", "/file=/etc/passwd",
-        "/gradio_api/file%3D/etc/passwd", "/gradio_api//file=/etc/passwd", "/gradio_api/file/etc/passwd",
-        "/gradio_api/file={run}/run.json", "/gradio_api/file={run}/adapter/tokenizer.json",
-        "/gradio_api/file=http://localhost:1/x", "/gradio_api/proxy=http://localhost:1/x",
-        "/static/../../../../../../../../etc/passwd", "/static/%2e%2e/%2e%2e/%2e%2e/%2e%2e/%2e%2e/etc/passwd",
-        "/assets/..%2f..%2f..%2f..%2f..%2f..%2f..%2fetc/passwd", "/svelte/../../../../etc/passwd", "/monitoring",
-        "/gradio_api/custom_component/../../../etc/passwd", "/gradio_api/run-history/records", "/gradio_api/deep_link",
+        "/gradio_api/file=/etc/passwd",
+        "/gradio_api/file=../../../../etc/passwd",
+        "/file=/etc/passwd",
+        "/gradio_api/file%3D/etc/passwd",
+        "/gradio_api//file=/etc/passwd",
+        "/gradio_api/file/etc/passwd",
+        "/gradio_api/file={run}/run.json",
+        "/gradio_api/file={run}/adapter/tokenizer.json",
+        "/gradio_api/file=http://localhost:1/x",
+        "/gradio_api/proxy=http://localhost:1/x",
+        "/static/../../../../../../../../etc/passwd",
+        "/static/%2e%2e/%2e%2e/%2e%2e/%2e%2e/%2e%2e/etc/passwd",
+        "/assets/..%2f..%2f..%2f..%2f..%2f..%2f..%2fetc/passwd",
+        "/svelte/../../../../etc/passwd",
+        "/monitoring",
+        "/gradio_api/custom_component/../../../etc/passwd",
+        "/gradio_api/run-history/records",
+        "/gradio_api/deep_link",
     ],
-)  # fmt: skip
+)
 def test_no_file_can_be_read_through_the_server(server, offered, path):
     host, port = server.url.removeprefix("http://").split(":")
-    request = f"GET {path.format(run=offered / 'first')} HTTP/1.1\r\nHost: localhost:{port}\r\nConnection: close\r\n\r\n"
+    asked = f"GET {path.format(run=offered / 'first')} HTTP/1.1"
+    request = f"{asked}\r\nHost: localhost:{port}\r\nConnection: close\r\n\r\n"
     with socket.create_connection(
         (host, int(port)), timeout=10
     ) as connection:  # as it is: clients tidy paths

@@ -1,4 +1,4 @@
-"""The chat answers as the evaluation does, streams what is settled, and stops when it is told to."""
+"""The chat answers as the evaluation does, streams what is settled, and stops when told to."""
 
 import gc
 import json
@@ -353,11 +353,23 @@ def test_fit_drops_the_oldest_whole_turns(chat):
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("temperature", -1), ("temperature", float("nan")), ("temperature", 1e-9), ("temperature", None),
-        ("top_p", 0), ("top_p", 1.5), ("top_k", -1), ("top_k", 2.5), ("max_new_tokens", 0), ("max_new_tokens", 1.5),
-        ("repetition_penalty", 0), ("repetition_penalty", "1"), ("seed", -1), ("seed", 2**63), ("seed", True),
+        ("temperature", -1),
+        ("temperature", float("nan")),
+        ("temperature", 1e-9),
+        ("temperature", None),
+        ("top_p", 0),
+        ("top_p", 1.5),
+        ("top_k", -1),
+        ("top_k", 2.5),
+        ("max_new_tokens", 0),
+        ("max_new_tokens", 1.5),
+        ("repetition_penalty", 0),
+        ("repetition_penalty", "1"),
+        ("seed", -1),
+        ("seed", 2**63),
+        ("seed", True),
     ],
-)  # fmt: skip
+)
 def test_settings_that_cannot_be_are_refused(field, value):
     with pytest.raises(ValueError, match=f"^{field} must be [^.]*(0.01|0.1)?[^.]*, got"):
         Settings(**{field: value})

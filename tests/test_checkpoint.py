@@ -119,9 +119,17 @@ def test_only_one_that_was_cut_short_is_kept(tmp_path):
 
 @pytest.mark.parametrize(
     ("keep", "best", "left"),
-    [(2, None, [9, 12]), (1, None, [12]), (None, None, [3, 6, 9, 12]), (0, None, [3, 6, 9, 12]), (1, 3, [3, 12]),
-     (2, 3, [3, 12]), (3, 3, [3, 9, 12]), (2, 12, [9, 12])],
-)  # fmt: skip
+    [
+        (2, None, [9, 12]),
+        (1, None, [12]),
+        (None, None, [3, 6, 9, 12]),
+        (0, None, [3, 6, 9, 12]),
+        (1, 3, [3, 12]),
+        (2, 3, [3, 12]),
+        (3, 3, [3, 9, 12]),
+        (2, 12, [9, 12]),
+    ],
+)
 def test_rotation_keeps_the_newest_and_the_best(tmp_path, keep, best, left):
     for step in (3, 6, 9, 12):
         saved(tmp_path, step)

@@ -44,7 +44,7 @@ def stopped_after(fields, step, number=signal.SIGTERM, whom="worker", config="cp
     for the end.
     """
     process = subprocess.Popen(
-        launch_command(config, {**fields, "disable_tqdm": "true"}),
+        launch_command(config, {**fields, "disable_tqdm": "true"}, cold=whom != "worker"),
         cwd=ROOT,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

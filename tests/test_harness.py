@@ -174,12 +174,32 @@ def test_the_figures_are_those_of_the_lm_eval_command(harness, run, base, files,
         ]
     )
     command = [
-        fork_server.python(), "-m", "lm_eval", "run", "--model", "hf", "--batch_size", "8", "--device", "cpu",
-        *("--model_args", f"pretrained={base},peft={run / 'adapter'},tokenizer={run / 'adapter'},dtype=float32"),
-        *("--include_path", str(TASKS), "--tasks", tasks, "--num_fewshot", "1", "--apply_chat_template"),
+        fork_server.python(),
+        "-m",
+        "lm_eval",
+        "run",
+        "--model",
+        "hf",
+        "--batch_size",
+        "8",
+        "--device",
+        "cpu",
+        *(
+            "--model_args",
+            f"pretrained={base},peft={run / 'adapter'},tokenizer={run / 'adapter'},dtype=float32",
+        ),
+        *(
+            "--include_path",
+            str(TASKS),
+            "--tasks",
+            tasks,
+            "--num_fewshot",
+            "1",
+            "--apply_chat_template",
+        ),
         *("--metadata", *(f"{name}={files[name]}" for name in names)),
         *("--log_samples", "--output_path", str(tmp_path / "out")),
-    ]  # fmt: skip
+    ]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=200)
     assert done.returncode == 0, done.stderr[-3000:]
     results = json.loads(next((tmp_path / "out").rglob("results_*.json")).read_text())["results"]
@@ -375,9 +395,13 @@ def test_what_was_not_asked_alike_is_not_paired(harness):
         (1, "strict"),
     ]
     for tuned in (
-        base[:2], [sample(2), *base[1:]], [sample(0, prompt_hash="x"), *base[1:]], [sample(0, doc_hash="x"), *base[1:]],
-        [*base, sample(0)], [sample(0, target_hash="x"), *base[1:]],
-    ):  # fmt: skip
+        base[:2],
+        [sample(2), *base[1:]],
+        [sample(0, prompt_hash="x"), *base[1:]],
+        [sample(0, doc_hash="x"), *base[1:]],
+        [*base, sample(0)],
+        [sample(0, target_hash="x"), *base[1:]],
+    ):
         with pytest.raises(
             ValueError, match="task: base and tuned were not asked the same documents"
         ):
@@ -519,11 +543,31 @@ def test_a_run_that_cannot_be_evaluated_is_refused(harness, run, files):
 
 STOCK_TASKS = [
     ("gsm8k_local", "gsm8k/gsm8k.yaml", {"test": "gsm8k_test", "train": "gsm8k_train"}, 2),
-    ("arc_challenge_local", "arc/arc_challenge.yaml", {"test": "arc_easy_test", "train": "arc_challenge_train"}, 2),
-    ("arc_easy_local", "arc/arc_easy.yaml", {"test": "arc_easy_test", "train": "arc_challenge_train"}, 0),
-    ("truthfulqa_mc2_local", "truthfulqa/truthfulqa_mc2.yaml", {"validation": "truthfulqa_validation"}, 0),
-    ("mmlu_local", "mmlu/default/mmlu_high_school_physics.yaml", {"test": "mmlu_test", "dev": "mmlu_dev"}, 2),
-]  # fmt: skip
+    (
+        "arc_challenge_local",
+        "arc/arc_challenge.yaml",
+        {"test": "arc_easy_test", "train": "arc_challenge_train"},
+        2,
+    ),
+    (
+        "arc_easy_local",
+        "arc/arc_easy.yaml",
+        {"test": "arc_easy_test", "train": "arc_challenge_train"},
+        0,
+    ),
+    (
+        "truthfulqa_mc2_local",
+        "truthfulqa/truthfulqa_mc2.yaml",
+        {"validation": "truthfulqa_validation"},
+        0,
+    ),
+    (
+        "mmlu_local",
+        "mmlu/default/mmlu_high_school_physics.yaml",
+        {"test": "mmlu_test", "dev": "mmlu_dev"},
+        2,
+    ),
+]
 
 
 @pytest.mark.parametrize(("name", "stock", "splits", "shots"), STOCK_TASKS)

@@ -221,18 +221,26 @@ def test_gpus_are_known_by_what_cuda_calls_them(monkeypatch):
         monkeypatch.setattr(torch.cuda, "get_device_properties", lambda *_: facts)
 
     for seen, memory_gb, name in (
-        ("NVIDIA H200", 139.8, "h200"), ("NVIDIA H100 80GB HBM3", 79.1, "h100-80"),
-        ("NVIDIA H100 PCIe", 79.2, "h100-pcie"), ("NVIDIA A100-SXM4-40GB", 39.5, "a100-40"),
-        ("NVIDIA A100 80GB PCIe", 79.3, "a100-80"), ("NVIDIA L40S", 44.5, "l40s"), ("Tesla T4", 14.6, "t4"),
-    ):  # fmt: skip
+        ("NVIDIA H200", 139.8, "h200"),
+        ("NVIDIA H100 80GB HBM3", 79.1, "h100-80"),
+        ("NVIDIA H100 PCIe", 79.2, "h100-pcie"),
+        ("NVIDIA A100-SXM4-40GB", 39.5, "a100-40"),
+        ("NVIDIA A100 80GB PCIe", 79.3, "a100-80"),
+        ("NVIDIA L40S", 44.5, "l40s"),
+        ("Tesla T4", 14.6, "t4"),
+    ):
         shows(seen, memory_gb)
         here = find_gpu("here")
         assert (here.name, here.memory_gb, here.host_us) == (name, memory_gb, 2.5)
     for seen, memory_gb in (
-        ("NVIDIA GTX 1080", 8.0), ("NVIDIA L40", 44.5), ("NVIDIA A100-SXM-64GB", 63.4), ("NVIDIA GH200 480GB", 94.5),
-        ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", 9.8), ("NVIDIA GeForce RTX 4090 Laptop GPU", 15.7),
+        ("NVIDIA GTX 1080", 8.0),
+        ("NVIDIA L40", 44.5),
+        ("NVIDIA A100-SXM-64GB", 63.4),
+        ("NVIDIA GH200 480GB", 94.5),
+        ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", 9.8),
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", 15.7),
         ("NVIDIA T400 4GB", 3.7),
-    ):  # fmt: skip
+    ):
         shows(seen, memory_gb)
         with pytest.raises(ValueError, match=f"no figures for {seen}, {memory_gb} GB"):
             find_gpu("here")

@@ -67,13 +67,25 @@ def report():
     return load_script("eval/report.py")
 
 
-@pytest.fixture
-def make(recipe, tmp_path):
-    """Writes run directories into one folder, shaped like those that sft.py and quality.py leave."""
+def run_writer(recipe, tmp_path):
+    """Returns a function that writes a run directory into one folder.
 
-    def build(name: str, wrong: int | None = 3, ran: dict | None = None, launch: dict | None = None,
-              measured: dict | None = None, adapter: str | None = None, data: dict | None = None,
-              hardware: dict = CPU, top: dict | None = None, generation: dict | None = None, **fields):  # fmt: skip
+    It is shaped like those that sft.py and quality.py leave.
+    """
+
+    def build(
+        name: str,
+        wrong: int | None = 3,
+        ran: dict | None = None,
+        launch: dict | None = None,
+        measured: dict | None = None,
+        adapter: str | None = None,
+        data: dict | None = None,
+        hardware: dict = CPU,
+        top: dict | None = None,
+        generation: dict | None = None,
+        **fields,
+    ):
         folder = tmp_path / "runs" / name
         (folder / "adapter").mkdir(parents=True)
         (folder / "eval").mkdir()
@@ -81,37 +93,71 @@ def make(recipe, tmp_path):
         launched = LAUNCH | (launch or {})
         gpu = "gpu" in hardware
         happened = {
-            "precision": launched["precision"], "compute": {"linear": "Linear", "output_dtype": "float32"},
-            "tf32": False if gpu else None, "trainable_parameters": 1056 * fields["lora_r"],
-            "trainable_dtypes": ["float32"], "frozen_dtypes": [fields["dtype"]], "quantization": None,
-            "strategy": launched["strategy"], "gradients_reduced_in": None, "world_size": launched["world_size"],
-            "device": "cuda" if gpu else "cpu", "lora_scale": [fields["lora_alpha"] / fields["lora_r"]],
-            "attn_implementation": "sdpa", "packing": gpu, "compile_layers": gpu, "fused_loss": True,
+            "precision": launched["precision"],
+            "compute": {"linear": "Linear", "output_dtype": "float32"},
+            "tf32": False if gpu else None,
+            "trainable_parameters": 1056 * fields["lora_r"],
+            "trainable_dtypes": ["float32"],
+            "frozen_dtypes": [fields["dtype"]],
+            "quantization": None,
+            "strategy": launched["strategy"],
+            "gradients_reduced_in": None,
+            "world_size": launched["world_size"],
+            "device": "cuda" if gpu else "cpu",
+            "lora_scale": [fields["lora_alpha"] / fields["lora_r"]],
+            "attn_implementation": "sdpa",
+            "packing": gpu,
+            "compile_layers": gpu,
+            "fused_loss": True,
             "micro_batch": fields["per_device_train_batch_size"],
-            "accumulation": fields["gradient_accumulation_steps"], "global_batch": fields["global_batch_size"],
+            "accumulation": fields["gradient_accumulation_steps"],
+            "global_batch": fields["global_batch_size"],
             "seed": fields["seed"],
-        }  # fmt: skip
+        }
         speed = 7000.0 + 13.7 * len(name)
         memory = {"allocated_gb": 9.125, "reserved_gb": 10.0} if gpu else {"resident_gb": 0.631}
         run = {
-            "status": "succeeded", "reason": None, "interruptions": [], "host_pid": ["elsewhere", 1],
-            "recipe": fields, "launch": launched, "versions": VERSIONS, "git_commit": "0123456789ab",
+            "status": "succeeded",
+            "reason": None,
+            "interruptions": [],
+            "host_pid": ["elsewhere", 1],
+            "recipe": fields,
+            "launch": launched,
+            "versions": VERSIONS,
+            "git_commit": "0123456789ab",
             "hardware": hardware,
             "data": {
-                "dataset": fields["dataset_name"], "shape": "dolly",
-                **{part: {"rows": rows, "fingerprint": f"{part}-rows"} for part, rows in
-                   (("train", 320), ("validation", 40), ("test", ROWS))},
-                "tokenized": {"sequences": 320, "tokens": 11407, "longest": 49, "cut": 0, "dropped": 0},
-            } | (data or {}),
+                "dataset": fields["dataset_name"],
+                "shape": "dolly",
+                **{
+                    part: {"rows": rows, "fingerprint": f"{part}-rows"}
+                    for part, rows in (("train", 320), ("validation", 40), ("test", ROWS))
+                },
+                "tokenized": {
+                    "sequences": 320,
+                    "tokens": 11407,
+                    "longest": 49,
+                    "cut": 0,
+                    "dropped": 0,
+                },
+            }
+            | (data or {}),
             "template": {"source": "instruction.jinja", "hash": "490ae3fccfc44f10"},
             "measured": {
-                "tokens_per_s": speed, "rows_per_s": speed / 35.7, "share_of_limit": 0.0631, "train_seconds": 44.09,
-                "peak_memory": [memory] * launched["world_size"], "train_loss": 0.2748147100896592,
-                "global_step": 60, "validation_loss": 0.03408412430299287, "limit": "measured float32 matrix rate",
-            } | (measured or {}),
+                "tokens_per_s": speed,
+                "rows_per_s": speed / 35.7,
+                "share_of_limit": 0.0631,
+                "train_seconds": 44.09,
+                "peak_memory": [memory] * launched["world_size"],
+                "train_loss": 0.2748147100896592,
+                "global_step": 60,
+                "validation_loss": 0.03408412430299287,
+                "limit": "measured float32 matrix rate",
+            }
+            | (measured or {}),
             "ran": happened | (ran or {}),
             "losses": [[5 * i, 5.2 * math.exp(-i / 3) + 0.03] for i in range(1, 13)],
-        } | (top or {})  # fmt: skip
+        } | (top or {})
         if run["ran"] is None or run["measured"] is None:
             run = {key: value for key, value in run.items() if value is not None}
         (folder / "run.json").write_text(json.dumps(run, indent=2))
@@ -121,6 +167,11 @@ def make(recipe, tmp_path):
         return folder
 
     return build
+
+
+@pytest.fixture
+def make(recipe, tmp_path):
+    return run_writer(recipe, tmp_path)
 
 
 def write_quality(folder: Path, wrong: int, generation: dict, hardware: dict) -> None:
@@ -137,11 +188,22 @@ def write_quality(folder: Path, wrong: int, generation: dict, hardware: dict) ->
     scored = {}
     for side, texts in answers.items():
         scored[side] = [
-            {"text": text, "tokens": 7, "finish": "stop", "repeats": False,
-             "response_nll": [(9.0 if side == "base" else 0.1 + 2.0 * (i < wrong)) * 12 + 0.01 * i, 12.0],
-             "text_nll": [80.0 + i, 30.0], **scores}
-            for i, (text, scores) in enumerate(zip(texts, score_texts(texts, REFERENCES, Bleu()), strict=True))
-        ]  # fmt: skip
+            {
+                "text": text,
+                "tokens": 7,
+                "finish": "stop",
+                "repeats": False,
+                "response_nll": [
+                    (9.0 if side == "base" else 0.1 + 2.0 * (i < wrong)) * 12 + 0.01 * i,
+                    12.0,
+                ],
+                "text_nll": [80.0 + i, 30.0],
+                **scores,
+            }
+            for i, (text, scores) in enumerate(
+                zip(texts, score_texts(texts, REFERENCES, Bleu()), strict=True)
+            )
+        ]
     records = [
         {
             "row": i,
@@ -155,13 +217,30 @@ def write_quality(folder: Path, wrong: int, generation: dict, hardware: dict) ->
     scores = compare(paired_scores(scored["base"], scored["tuned"]), resamples=50)
     add_holm(scores)
     quality = {
-        "run": str(folder), "adapter_hash": adapter_hash(folder), "rows": ROWS,
-        "held_out": {"dataset": "data/demo/instructions.jsonl, test split", "fingerprint": "test-rows"},
+        "run": str(folder),
+        "adapter_hash": adapter_hash(folder),
+        "rows": ROWS,
+        "held_out": {
+            "dataset": "data/demo/instructions.jsonl, test split",
+            "fingerprint": "test-rows",
+        },
         "scores": scores,
-        "generation": {"max_new_tokens": 256, "temperature": 0.0, "top_p": 1.0, "seed": 0, "end_tokens": [1],
-                       "stop_strings": ["### Instruction:"], "batch_size": 32, "file": "answers-1.jsonl"} | generation,
-        "bleu": Bleu().signature(), "rouge": ROUGE_SIGNATURE, "versions": VERSIONS, "hardware": hardware,
-    }  # fmt: skip
+        "generation": {
+            "max_new_tokens": 256,
+            "temperature": 0.0,
+            "top_p": 1.0,
+            "seed": 0,
+            "end_tokens": [1],
+            "stop_strings": ["### Instruction:"],
+            "batch_size": 32,
+            "file": "answers-1.jsonl",
+        }
+        | generation,
+        "bleu": Bleu().signature(),
+        "rouge": ROUGE_SIGNATURE,
+        "versions": VERSIONS,
+        "hardware": hardware,
+    }
     (folder / "eval" / "quality.json").write_text(json.dumps(quality))
     (folder / "eval" / "quality.jsonl").write_text(
         "".join(json.dumps(record) + "\n" for record in records)

@@ -117,10 +117,7 @@ def test_other_settings_or_another_world_size_are_refused_with_the_difference(tm
     (*_, stop) = read_run(tmp_path / "r")["interruptions"]
     assert start.checkpoint
     assert stop["changed"] == ["learning_rate (0.1 was, 0.2 is)"]
-    assert (
-        "continues with learning_rate (0.1 was, 0.2 is): it may differ"
-        in start.warnings[0]
-    )
+    assert "continues with learning_rate (0.1 was, 0.2 is): it may differ" in start.warnings[0]
     assert started(tmp_path / "r", other, overwrite=True)[1].checkpoint is None
     assert not (tmp_path / "r" / "checkpoint-3").exists()
 

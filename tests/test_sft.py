@@ -99,7 +99,7 @@ def test_two_processes_give_the_losses_of_one(finished, tmp_path, trained_here):
     _, fields, _ = finished
     own = {**fields, "lora_dropout": "0", "save_strategy": "no", "max_steps": "45"}
     trained_here({**own, "output_dir": str(tmp_path / "one"), "per_device_train_batch_size": "2"})
-    launched("cpu_ddp", {**own, "output_dir": str(tmp_path / "two")})
+    launched("cpu_ddp", {**own, "output_dir": str(tmp_path / "two")}, cold=True)
     one, two = read(tmp_path / "one"), read(tmp_path / "two")
     assert (one["ran"]["micro_batch"], one["ran"]["accumulation"]) == (2, 4)
     assert (two["ran"]["strategy"], two["ran"]["world_size"]) == ("ddp", 2)
@@ -164,7 +164,7 @@ def test_a_run_that_only_measures_keeps_no_adapter_and_says_so(finished, tmp_pat
     done = trained_here({**fields, "output_dir": str(run), "save_adapter": "false"})
     assert losses(run) == losses(folder)
     assert not (run / "adapter").exists() and "The adapter was not saved" in done.stdout
-    with pytest.raises(ValueError, match="kept nothing of what it trained"):
+    with pytest.raises(ValueError, match="saved no adapter"):
         finished_run(run)
 
 

@@ -273,8 +273,10 @@ def test_memory_that_ran_out_beside_others_says_nothing_of_the_cell(
 
     def fake(task):
         ends = {"r2": "'SFTLAB_TURN' in os.environ", "r4": "True", "r8": "False"}[task.cell]
-        record = "{'status': 'failed', 'reason': 'OutOfMemoryError: CUDA'} if full else {'status': 'succeeded'}"
-        script = f"import json, os; full = {ends}; open('{task.folder}/run.json', 'w').write(json.dumps({record}))"
+        failed = "{'status': 'failed', 'reason': 'OutOfMemoryError: CUDA'}"
+        record = f"{failed} if {ends} else {{'status': 'succeeded'}}"
+        path = f"{task.folder}/run.json"
+        script = f"import json, os; open({path!r}, 'w').write(json.dumps({record}))"
         return [sys.executable, "-c", script]
 
     monkeypatch.setattr(SCRIPT, "python_command", fake)

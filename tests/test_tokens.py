@@ -49,7 +49,10 @@ TURNS = (
     "+ '<|turn|>' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|start|>assistant<|end|>\n' }}{% endif %}"
 )
-ODD = "Ordinary words! a  b \n\n \t\r\n# 'S don't 12345 é\u0301 日本語 <|turn|> ### Response:\n \x85\u3000x"
+ODD = (
+    "Ordinary words! a  b \n\n \t\r\n# 'S don't 12345 é\u0301 日本語 <|turn|> "
+    "### Response:\n \x85\u3000x"
+)
 
 
 @pytest.fixture(scope="module")
@@ -61,8 +64,8 @@ def script():
 def llama_like() -> PreTrainedTokenizerFast:
     """A BPE tokenizer with Llama 3's way of splitting and tokens for the turns."""
     pattern = (
-        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
-        r"|\s+(?!\S)|\s+"
+        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+        r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
     )
     backend = Tokenizer(models.BPE(ignore_merges=True))
     backend.pre_tokenizer = pre_tokenizers.Sequence(

@@ -152,13 +152,22 @@ def test_where_the_giver_is_killed_nobody_waits_for_ever(training, tmp_path):
     assert [name for name, what, _ in said(tmp_path) if what == "ends"] in (["a", "b"], ["b", "a"])
 
 
+STOPPED_EARLY = """
+import os, signal, subprocess, time
+plain = subprocess.Popen
+class Popen(plain):
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        time.sleep(0.5)
+        os.kill(os.getpid(), signal.SIGTERM)
+subprocess.Popen = Popen
+"""
+
+
 def test_a_signal_that_comes_while_the_first_one_starts_is_not_lost(training, tmp_path):
     script = training("a", timed=60)
     giver = tmp_path / "giver.py"
-    early = "import os, signal, subprocess, time\nplain = subprocess.Popen\n"
-    early += "class Popen(plain):\n    def __init__(self, *args, **kwargs):\n        super().__init__(*args, **kwargs)\n"
-    early += "        time.sleep(0.5)\n        os.kill(os.getpid(), signal.SIGTERM)\nsubprocess.Popen = Popen\n"
-    giver.write_text(early + GIVER.format(root=str(ROOT)), encoding="utf-8")
+    giver.write_text(STOPPED_EARLY + GIVER.format(root=str(ROOT)), encoding="utf-8")
     done = subprocess.run([sys.executable, str(giver), script], capture_output=True, timeout=30)
     assert done.stderr == b"stopped\n"
     assert [what for _, what, _ in said(tmp_path)] == ["warm", "begins", "stopped"]

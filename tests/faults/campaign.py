@@ -1,14 +1,14 @@
 """Kill trainings at random moments, break checkpoints file by file, start again, and compare with
 undisturbed runs.
 
-python tests/faults/campaign.py --table results/faults/faults.csv          (all of it)
+python tests/faults/campaign.py --out results/faults          (all of it)
 python tests/faults/campaign.py --cases "one process" DDP --trials 3 --faults 6
 
 What runs is recipes/sft.py (forked.py says how a start becomes cheap); a kill is SIGKILL to one
 rank of several, upon which the others are killed as well. A trial is exact if the adapter's
 SHA-256, all logged losses, the means of training and validation, and TensorBoard's curves (every
-step once) are those of the undisturbed run. Everything is drawn from
---seed; what a moment falls on depends on the machine. The exit status is 1 if anything came out otherwise.
+step once) are those of the undisturbed run. Everything is drawn from --seed; what a moment falls on
+depends on the machine. The exit status is 1 if anything came out otherwise.
 """
 
 import argparse
@@ -424,7 +424,7 @@ def main(argv: list[str]) -> int:
     )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--seconds", type=float, default=1e9, help="no trial begins after these")
-    parser.add_argument("--table", type=Path, help="CSV to write")
+    parser.add_argument("--out", type=Path, help="folder for faults.csv")
     given = parser.parse_args(argv)
     began, folder = time.monotonic(), Path(tempfile.mkdtemp(prefix="faults-"))
     campaign = Campaign(folder, given.seed)
@@ -446,8 +446,10 @@ def main(argv: list[str]) -> int:
             )
             break
         one()
-        if given.table:
-            write_csv(given.table, [row | about for row in summary(campaign.lines)[:-1]])
+        if given.out:
+            given.out.mkdir(parents=True, exist_ok=True)
+            counted = summary(campaign.lines)[:-1]
+            write_csv(given.out / "faults.csv", [row | about for row in counted])
     rows = summary(campaign.lines)
     print(
         "",

@@ -118,9 +118,16 @@ class Training:
 
 
 def _become(
-    sft: ModuleType, argv: Sequence[str], log: Path, rank: int, processes: int, port: int, moment: Moment | None,
-    prepare: Callable[[], None] | None, precision: str,
-) -> None:  # fmt: skip
+    sft: ModuleType,
+    argv: Sequence[str],
+    log: Path,
+    rank: int,
+    processes: int,
+    port: int,
+    moment: Moment | None,
+    prepare: Callable[[], None] | None,
+    precision: str,
+) -> None:
     code = 1
     try:
         os.setpgid(0, 0)
