@@ -12,6 +12,8 @@ import torch
 from transformers import PreTrainedModel
 from trl.trainer.utils import add_fused_lm_head
 
+from sftlab.models.own_logits import own_log_probs_if_needed
+
 
 class Likelihood(NamedTuple):
     """Summed negative log-likelihood in nats, and number of tokens, per row [rows, 2].
@@ -31,9 +33,11 @@ def nats_per_token(parts: np.ndarray) -> float:
 def with_fused_head(model: PreTrainedModel) -> PreTrainedModel:
     """Let `model(..., fused_lm_head=True)` return per-token log-probabilities.
 
-    It never holds the logits of a whole batch. Returns the model.
+    It never holds the logits of a whole batch, except where only the model's own logits are right.
+    Returns the model.
     """
     add_fused_lm_head(model)
+    own_log_probs_if_needed(model)
     return model
 
 

@@ -41,6 +41,7 @@ from sftlab.measurement.memory import MemorySplit, PeakMemory
 from sftlab.measurement.throughput import Meter
 from sftlab.models.likelihood import nats_per_token
 from sftlab.models.loading import model_init_kwargs
+from sftlab.models.own_logits import changed_logits, own_log_probs_if_needed
 from sftlab.training.checkpointing import Checkpointer
 from sftlab.training.clock import TrainingClock
 from sftlab.training.log_sums import TokenSums, TrainerSums
@@ -106,7 +107,10 @@ class LabTrainer(UpstreamFixes):
             self.add_callback(callback)
 
     def _take_fast_path(self) -> None:
-        base, reason = self._base, self._no_fused_loss()
+        base = self._base
+        if differs := own_log_probs_if_needed(base):
+            self.fast.reasons["trl_fused_head"] = differs
+        reason = self._no_fused_loss()
         if reason and self.fast.fused_loss:
             raise ValueError(
                 f"fused_loss is not possible here: {reason}; leave it out of the recipe"
@@ -126,7 +130,9 @@ class LabTrainer(UpstreamFixes):
             return reason
         if self.args.label_smoothing_factor:
             return "label smoothing needs whole logits"
-        return f"loss_type is {self.args.loss_type}" if self.args.loss_type != "nll" else None
+        if self.args.loss_type != "nll":
+            return f"loss_type is {self.args.loss_type}"
+        return changed_logits(self._base)
 
     @property
     def _base(self) -> PreTrainedModel:
