@@ -25,7 +25,7 @@ def set_template(tokenizer: PreTrainedTokenizerBase, path: str | None = None) ->
             raise ValueError(f"chat_template_path {path} not found: give a .jinja file")
         if not str(path).endswith((".jinja", ".j2")):
             raise ValueError(
-                f"chat_template_path {path} does not end in .jinja: rename it, because trl would "
+                f"chat_template_path {path} is no .jinja file: rename it, because trl would "
                 "read it as a model's name"
             )
         tokenizer.chat_template = Path(path).read_text(encoding="utf-8")
