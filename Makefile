@@ -3,9 +3,10 @@
 # make test    the tests (no hub, no GPU, no network)
 # make test-cluster   every ending of a job on a real Slurm, started here (Debian's slurm-wlm; 4 minutes)
 # make test-faults    trainings killed at random moments and every file of a checkpoint broken (half an hour)
+# make test-fuzz      2,400 broken inputs, read by the real scripts (half an hour)
 # make lint    ruff: lint and format
 # make setup   the virtual environment alone
-.PHONY: demo results test test-cluster test-faults lint setup clean
+.PHONY: demo results test test-cluster test-faults test-fuzz lint setup clean
 
 # Spinning OpenMP threads stall one another where the cores are shared.
 export OMP_WAIT_POLICY ?= PASSIVE
@@ -59,6 +60,9 @@ test-cluster: $(STAMP)
 
 test-faults: $(STAMP)
 	HF_HUB_OFFLINE=1 $(BIN)/python tests/faults/campaign.py
+
+test-fuzz: $(STAMP)
+	$(BIN)/python tests/fuzz/campaign.py --out results/fuzz
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -1,0 +1,181 @@
+"""Which input does a case break, how, and which script reads it?"""
+
+import dataclasses
+import json
+import random
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import mutators
+import world
+
+from sftlab.config.recipe import DataArguments, ModelArguments, TrainingArguments
+
+TRAIN = ("sft", ["--config", "recipe.yaml"])
+AGAIN = ("sft", ["--config", "recipe.yaml", "--output_dir", "run"])
+ANEW = ("sft", ["--config", "recipe.yaml", "--output_dir", "run", "--overwrite"])
+RESUME = ("sft", ["--config", "recipe.yaml", "--output_dir", "stopped"])
+RESUME_ANEW = ("sft", ["--config", "recipe.yaml", "--output_dir", "stopped", "--overwrite"])
+PLAN = ("plan", ["--config", "recipe.yaml", "--config_file", "launch.yaml"])
+STUDY = ("study", ["study.yaml", "--dry-run"])
+TABLES = ("study", ["study.yaml", "--no_train", "--out", "tables"])
+QUALITY = (
+    "quality",
+    ["--run", "run", "--samples", "2", "--max_new_tokens", "4", "--no_compile"],
+)
+REPORT = ("report", ["--runs", "run", "--out", "report"])
+DOCTOR = ("doctor", ["--runs", "runs"])
+TOKENIZE = ("tokenize", ["--config", "recipe.yaml", "--out", "more_tokens"])
+TOKENIZE_AGAIN = ("tokenize", ["--config", "recipe.yaml", "--out", "tokens"])
+JOB = ("job", ["train", "recipe.yaml", "launch.yaml", "--output_dir", "out"])
+EVALUATE_JOB = ("job", ["evaluate", "run", "quality --samples 2"])
+APP = ("app", ["--run", "run", "--votes", "votes.jsonl", "--report", "report"])
+_ANSWERS = ["--run", "run", "--limit", "2", "--canaries", "1", "--max_new_tokens", "4"]
+_ANSWERS += ["--judge", "judge", "--judge_url", "URL"]
+ALPACA = ("alpaca", [*_ANSWERS, "--reference", "outputs.json"])
+AGREED = ("alpaca", [*_ANSWERS, "--reference", "outputs.json", "--agreement", "annotations.json"])
+MT_BENCH = (
+    "mt_bench",
+    [*_ANSWERS, "--questions", "questions.jsonl", "--references", "references.jsonl"],
+)
+
+
+def _with(command: tuple[str, list[str]], *words: str) -> tuple[str, list[str]]:
+    return command[0], [*command[1], *words]
+
+
+def _rows(name: str) -> list[tuple[str, list[str]]]:
+    words = ("--dataset_name", name)
+    return [_with(TRAIN, *words), _with(TOKENIZE, *words), _with(QUALITY, *words)]
+
+
+# border, file, kind, commands that read it
+INPUTS = [
+    ("recipe", "recipe.yaml", "yaml", [TRAIN, TRAIN, TRAIN, PLAN, TOKENIZE, STUDY, JOB]),
+    ("command line", None, "words", [TRAIN, TRAIN, TRAIN]),
+    ("command line", None, "words", [PLAN, STUDY, QUALITY, REPORT, DOCTOR]),
+    ("command line", None, "words", [TOKENIZE, JOB, EVALUATE_JOB, APP, ALPACA, MT_BENCH]),
+    ("launch config", "launch.yaml", "yaml", [PLAN, STUDY, JOB]),
+    ("run.json", "run/run.json", "json", [AGAIN, ANEW, QUALITY, REPORT, APP, ALPACA]),
+    ("run.json", "stopped/run.json", "json", [RESUME, RESUME_ANEW, RESUME]),
+    ("manifest", "stopped/checkpoint-1/manifest.json", "json", [RESUME]),
+    ("manifest", "stopped/checkpoint-1/trainer_state.json", "json", [RESUME]),
+    ("manifest", "stopped/progress.json", "json", [RESUME]),
+    ("manifest", "tokens/manifest.json", "json", [_with(TRAIN, "--dataset_name", "tokens")]),
+    ("manifest", "tokens/shard-00000.json", "json", [TOKENIZE_AGAIN]),
+    ("manifest", "tokens/train-00000.arrow", "text", [_with(TRAIN, "--dataset_name", "tokens")]),
+    ("adapter_config.json", "run/adapter/adapter_config.json", "json", [QUALITY, APP, REPORT]),
+    ("safetensors", "base/model.safetensors", "safetensors", [TRAIN, QUALITY]),
+    ("safetensors", "run/adapter/adapter_model.safetensors", "safetensors", [QUALITY, APP, REPORT]),
+    ("model files", "base/config.json", "json", [TRAIN, QUALITY, PLAN]),
+    ("model files", "base/tokenizer.json", "json", [TRAIN, TOKENIZE]),
+    ("model files", "base/tokenizer_config.json", "json", [TRAIN, TOKENIZE]),
+    ("model files", "base/generation_config.json", "json", [QUALITY, APP]),
+    ("model files", "run/adapter/tokenizer_config.json", "json", [QUALITY, APP]),
+    ("rows", "rows.jsonl", "jsonl", _rows("rows.jsonl")),
+    ("rows", "chat.jsonl", "jsonl", _rows("chat.jsonl")),
+    ("rows", "rows.json", "json", _rows("rows.json")),
+    ("rows", "rows.csv", "csv", _rows("rows.csv")),
+    ("rows", "rows.parquet", "parquet", _rows("rows.parquet")),
+    ("rows", "rows.arrow", "arrow", _rows("rows.arrow")),
+    ("template", "template.jinja", "template", [TRAIN, TOKENIZE]),
+    ("template", "run/adapter/chat_template.jinja", "template", [QUALITY, APP]),
+    ("study file", "study.yaml", "yaml", [STUDY, STUDY, TABLES]),
+    ("votes", "votes.jsonl", "jsonl", [APP]),
+    ("answer file", "run/eval/quality.json", "json", [REPORT, APP, QUALITY]),
+    ("answer file", "run/eval/quality.jsonl", "jsonl", [REPORT]),
+    ("answer file", "outputs.json", "json", [ALPACA]),
+    ("answer file", "annotations.json", "json", [AGREED]),
+    ("answer file", "questions.jsonl", "jsonl", [MT_BENCH]),
+    ("answer file", "references.jsonl", "jsonl", [MT_BENCH]),
+    ("judge reply", "reply.json", "reply", [ALPACA, MT_BENCH]),
+]
+# every input counts once a border, but a border with many inputs comes oftener
+_LONG = {"torch_compile", "torch_compile_backend", "torch_compile_mode", "compile_layers"}
+FIELDS = tuple(
+    field.name
+    for group in (DataArguments, TrainingArguments, ModelArguments)
+    for field in dataclasses.fields(group)
+    if field.init and field.name not in _LONG
+)
+TEMPLATES = (
+    "{% for m in messages %}{{ m['content'] }}{% endfor %}",
+    "{{ messages[0]['content'] }}",
+    "{{ raise_exception('no system role') }}",
+    "{% if messages|length > 1 %}{{ raise_exception('odd') }}{% endif %}x",
+    "{% for i in range(10**9) %}x{% endfor %}",
+    "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
+    "{{ 'x' * 10**10 }}",
+    "{{ ''.__class__.__mro__[1].__subclasses__() }}",
+    "{% include '/etc/passwd' %}",
+    "{{ messages[5]['content'] }}",
+    "{{ messages | tojson }}",
+    "{{ strftime_now('%d %b %Y') }}{{ messages[-1].content }}",
+    "{{ 1 / 0 }}",
+    "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
+    "{% if",
+    "{{ eos_token }}",
+)
+SAID = (
+    "",
+    "[[A]]",
+    "[[B]] [[A]]",
+    "[RESULT] A",
+    "[[11]]",
+    "[[5]]",
+    "<think>[[A]]",
+    "[[" * 10_000,
+    None,
+    7,
+    [],
+)
+
+
+@dataclass
+class Case:
+    """One broken input: the border, the script, its words, and what was done to the input."""
+
+    number: int
+    border: str
+    script: str
+    argv: list[str]
+    done: str
+
+
+def prepare(seed: int, number: int, folder: Path) -> Case:
+    """Copy the world to `folder`, break one input of it, and return the case."""
+    rng = random.Random(f"{seed}-{number}")
+    border, name, kind, commands = INPUTS[number % len(INPUTS)]
+    script, argv = rng.choice(commands)
+    if name is None:
+        fields = (
+            FIELDS if script in ("sft", "plan", "tokenize", "job") and rng.random() < 0.7 else ()
+        )
+        return Case(number, border, script, mutators.words(rng, argv, fields), "words")
+    path = folder / "work" / name
+    if rng.random() < 0.04:
+        return Case(
+            number, border, script, argv, f"{name} is now: {mutators.file_itself(rng, path)}"
+        )
+    data = path.read_bytes()
+    path.unlink()
+    path.write_bytes(_broken(rng, kind, data))
+    return Case(number, border, script, argv, f"{name} changed")
+
+
+def _broken(rng: random.Random, kind: str, data: bytes) -> bytes:
+    if kind == "yaml":
+        return mutators.yaml_file(rng, data, FIELDS if b"lora_alpha: 4" in data else ())
+    if kind in ("parquet", "arrow"):
+        return mutators.table_file(rng, data, world.ROWS, arrow=kind == "arrow")
+    if kind == "template":
+        return rng.choice((mutators.text(rng, data), rng.choice(TEMPLATES).encode()))
+    if kind == "reply" and rng.random() < 0.3:
+        return json.dumps(world.completion(rng.choice(SAID))).encode()
+    return mutators.BY_NAME["json" if kind == "reply" else kind](rng, data)
+
+
+def copy_world(world_folder: Path, folder: Path) -> None:
+    """Copy the world with its times, as hard links would not keep a broken copy apart."""
+    shutil.copytree(world_folder, folder, symlinks=True)
