@@ -1,9 +1,5 @@
-"""What is interrupted goes on as if nothing had happened: signals, kills, a full disk.
+"""A training that was stopped or killed continues bit for bit, and says what it cost."""
 
-And says what it cost.
-"""
-
-import errno
 import json
 import os
 import re
@@ -11,24 +7,19 @@ import shutil
 import signal
 import subprocess
 import time
-from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import ROOT, arguments, launch_command, launched, read
+from packed_training import build, train
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from test_fastpath import build, train
-from transformers import TrainerCallback
 
 from sftlab.config.launch import Launch
 from sftlab.config.parser import parse_recipe
 from sftlab.files import write_json
-from sftlab.runs.checkpoint_manifest import in_order, seal, verify
+from sftlab.runs.checkpoint_manifest import in_order
 from sftlab.runs.run_directory import adapter_hash
-from sftlab.training import stop_on_signal
 from sftlab.training.determinism import compute_deterministically
-from sftlab.training.disk_room import NoRoom, is_full
-from sftlab.training.stop_on_signal import StopOnSignal, Stopped
 from sftlab.training.trainer import LabTrainer
 from sftlab.training.upstream_fixes import dtypes_kept
 
@@ -233,99 +224,6 @@ def test_other_data_are_refused_with_what_differs_or_continued_with_on_request(
     assert any("data train fingerprint" in one for one in record["interruptions"][-1]["changed"])
 
 
-class Room:
-    """A disk with so many bytes left."""
-
-    def __init__(self, monkeypatch, left):
-        self.left = left
-        monkeypatch.setattr(
-            "sftlab.training.disk_room.shutil.disk_usage",
-            lambda path: SimpleNamespace(free=self.left),
-        )
-
-
-def test_a_disk_too_small_for_one_checkpoint_is_refused_before_the_first_step(fields, monkeypatch):
-    trainer = build(fields)
-    Room(monkeypatch, 1000)
-    with pytest.raises(
-        NoRoom, match=r"a checkpoint needs 1\.\d MB and .* has 0\.0 MB left"
-    ) as caught:
-        trainer.checkpointer.check_room()
-    assert is_full(caught.value)
-
-
-def test_without_room_a_checkpoint_is_skipped_and_the_training_goes_on(fields, monkeypatch, caplog):
-    whole = train(build({**fields, "output_dir": fields["output_dir"] + "-whole"}, max_steps=9))
-    trainer = build(fields, max_steps=9)
-    room = Room(monkeypatch, 1 << 30)
-
-    class Fill(TrainerCallback):
-        def on_save(self, *args, **kwargs):
-            room.left = 0
-
-    trainer.add_callback(Fill())
-    assert [e["loss"] for e in train(trainer)] == [e["loss"] for e in whole]
-    assert [folder.name for folder in in_order(trainer.checkpointer.folder)] == ["checkpoint-3"]
-    assert [skip.split(":")[0] for skip in trainer.checkpointer.skipped] == ["step 6", "step 9"]
-    assert "no checkpoint at step 6: a checkpoint needs 0." in caplog.text
-    assert "the last checkpoint is checkpoint-3" in caplog.text
-
-
-def test_older_checkpoints_give_way_where_the_recipe_lets_them(fields, monkeypatch):
-    trainer = build(fields, max_steps=9, save_total_limit=2)
-    trainer.checkpointer.room.checkpoint_bytes = lambda: 1 << 20
-    left = 5 << 19  # two and a half
-    monkeypatch.setattr(
-        "sftlab.training.disk_room.shutil.disk_usage",
-        lambda path: SimpleNamespace(
-            free=left - (len(in_order(trainer.checkpointer.folder)) << 20)
-        ),
-    )
-    train(trainer)
-    assert trainer.checkpointer.skipped == []
-    assert [folder.name for folder in in_order(trainer.checkpointer.folder)] == [
-        "checkpoint-6",
-        "checkpoint-9",
-    ]
-
-
-def test_a_disk_that_runs_full_in_the_middle_of_saving_leaves_the_last_checkpoint(
-    fields, monkeypatch
-):
-    trainer = build(fields, max_steps=9)
-    state = trainer.meter.state
-
-    def full():
-        if trainer.state.global_step == 6:
-            raise OSError(errno.ENOSPC, "No space left on device")
-        return state()
-
-    trainer.meter.state = full
-    train(trainer)
-    assert [folder.name for folder in in_order(trainer.checkpointer.folder)] == [
-        "checkpoint-3",
-        "checkpoint-9",
-    ]
-    assert [skip.split(":")[0] for skip in trainer.checkpointer.skipped] == ["step 6"]
-    verify(trainer.checkpointer.folder / "checkpoint-9")
-
-
-def test_the_last_valid_checkpoint_outlives_a_kill_at_any_point_of_saving_the_next(
-    fields, monkeypatch
-):
-    trainer = build(fields, max_steps=6, save_total_limit=1)
-
-    def sealing(*args):
-        if trainer.state.global_step == 6:
-            raise KeyboardInterrupt
-        return seal(*args)
-
-    monkeypatch.setattr("sftlab.training.checkpointing.seal", sealing)
-    with pytest.raises(KeyboardInterrupt):
-        train(trainer)
-    verify(trainer.checkpointer.folder / "checkpoint-3")
-
-
 def test_a_run_killed_after_its_last_step_takes_no_step_more(fields):
     first = build(fields)
     train(first)
@@ -337,48 +235,6 @@ def test_a_run_killed_after_its_last_step_takes_no_step_more(fields):
     ):
         assert torch.equal(parameter, other), name
     assert again.first_step.observed == first.first_step.observed
-
-
-def test_a_stream_that_has_begun_again_goes_on_where_it_was(fields):
-    more = {
-        "dataset_streaming": "true",
-        "streaming_eval_rows": 10,
-        "max_steps": 30,
-        "save_steps": 25,
-    }
-    whole = build(fields, **more)
-    losses = [e["loss"] for e in train(whole)]
-    assert whole.state.epoch > 1, "the stream has begun again"
-    again = build(fields, **more, overwrite="true")
-    found = train(again, resume_from_checkpoint=f"{fields['output_dir']}/checkpoint-25")
-    assert [e["loss"] for e in found] == losses
-
-
-def test_a_stream_whose_pass_ends_within_a_step_leaves_those_rows(fields):
-    streamed = {
-        "dataset_streaming": "true",
-        "streaming_eval_rows": 10,
-        "max_steps": 30,
-        "lora_dropout": 0,
-    }
-    losses = []
-    for micro in (8, 2):
-        trainer = build(
-            {**fields, "global_batch_size": "8", "per_device_train_batch_size": str(micro)},
-            **streamed,
-        )
-        losses.append([entry["loss"] for entry in train(trainer)])
-        assert trainer.state.epoch > 1, "the stream has begun again"
-    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
-
-
-def test_a_stream_of_fewer_rows_than_a_step_takes_fails(fields, tmp_path, train_here):
-    own = {"dataset_streaming": "true", "streaming_eval_rows": "10", "global_batch_size": "2000"}
-    done = train_here({**fields, **own, "per_device_train_batch_size": "2000"})
-    assert (
-        "the training ended at step 0 of 6: a pass over the stream has no 2000 rows" in done.stderr
-    )
-    assert read(tmp_path / "run")["status"] == "failed"
 
 
 def without_times(history):
@@ -448,46 +304,3 @@ def test_loading_leaves_the_dtypes_of_the_parameters():
         model.float()
     assert model.weight.dtype == torch.bfloat16
     assert torch.equal(model.weight, before)
-
-
-def test_a_signal_stops_at_once_before_the_training_and_changes_nothing_after_it(handlers):
-    stop = StopOnSignal()
-    with pytest.raises(Stopped, match="signal 15"):
-        os.kill(os.getpid(), signal.SIGTERM)
-        time.sleep(1)
-    stop = StopOnSignal()
-    stop.on_train_begin(None, None, None)
-    stop.on_train_end(None, None, None)
-    os.kill(os.getpid(), signal.SIGTERM)
-    time.sleep(0.05)
-    assert stop.agreed == 0
-
-
-def test_one_of_several_ranks_does_not_leave_before_the_others_know(handlers, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    stop = StopOnSignal()
-    os.kill(os.getpid(), signal.SIGTERM)
-    time.sleep(0.05)
-    monkeypatch.setattr("sftlab.training.stop_on_signal.dist.is_initialized", lambda: True)
-    monkeypatch.setattr("sftlab.training.stop_on_signal.dist.get_world_size", lambda: 2)
-    monkeypatch.setattr("sftlab.training.stop_on_signal.dist.new_group", lambda backend: "all")
-    told = []
-    monkeypatch.setattr(
-        "sftlab.training.stop_on_signal.dist.all_reduce",
-        lambda flag, **kwargs: told.append(int(flag)),
-    )
-    with pytest.raises(Stopped, match="signal 15"):
-        stop.on_train_begin(None, None, None)
-    assert told == [signal.SIGTERM]
-
-
-def test_a_second_ctrl_c_stops_at_once_but_one_press_counts_once(handlers, monkeypatch):
-    stop = StopOnSignal()
-    stop.on_train_begin(None, None, None)
-    for _ in range(2):
-        os.kill(os.getpid(), signal.SIGINT)
-        time.sleep(0.05)
-    monkeypatch.setattr(stop_on_signal, "ONE_PRESS_S", 0.0)
-    with pytest.raises(Stopped):
-        os.kill(os.getpid(), signal.SIGINT)
-        time.sleep(1)

@@ -20,10 +20,11 @@ from sftlab.evaluation.significance import (
 )
 from sftlab.evaluation.text_metrics import Bleu, paired_scores, rouge, score_texts
 
-WORDS = (
+TEXT = (
     "the a cat dog sat ran on under mat tree and then slept quickly while rain fell over old quiet "
     "houses"
-).split()
+)
+WORDS = TEXT.split()
 
 
 def noisy_records(count, noise, seed=0):
@@ -88,7 +89,7 @@ def test_intervals_cover_the_truth():
 
 @pytest.mark.parametrize("rows", [1, 4, 10, 20])
 def test_few_rows_are_not_taken_for_more(rows):
-    """The bootstrap alone calls one row certain, and ten equal models different in 9 trials of 100."""
+    """The bootstrap alone calls one row certain, and ten equal models different in 9 %."""
     rng = np.random.default_rng(0)
     found = []
     for _ in range(300):

@@ -34,9 +34,9 @@ import torch  # noqa: E402
 import transformers  # noqa: E402
 from conftest import arguments, byte_tokenizer, instruction_rows, load_script, read, write_jsonl  # noqa: E402
 from forked import Moment, Training  # noqa: E402
+from packed_training import reference_attention  # noqa: E402
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # noqa: E402
 from test_checkpoint import FAULTS  # noqa: E402
-from test_fastpath import reference_attention  # noqa: E402
 from transformers import LlamaConfig, LlamaForCausalLM  # noqa: E402
 
 import sftlab.runs.checkpoint_manifest  # noqa: E402

@@ -1,0 +1,83 @@
+"""Benchmark files, records and entries for the tests of eval/harness.py."""
+
+import json
+
+from conftest import ROOT
+
+TASKS = ROOT / "eval" / "tasks"
+LABELS = "ABCD"
+
+
+def arc_rows(count, first=0):
+    return [
+        {
+            "question": f"What comes after {i}?",
+            "choices": {
+                "text": [str(i + 1), f"{i} again", "nothing at all", str(i - 1)],
+                "label": list(LABELS),
+            },
+            "answerKey": LABELS[i % 4],
+        }
+        for i in range(first, first + count)
+    ]
+
+
+def gsm8k_rows(count, first=0):
+    return [
+        {"question": f"What is {i} and {i}?", "answer": f"It is {2 * i}.\n#### {2 * i}"}
+        for i in range(first, first + count)
+    ]
+
+
+def mmlu_rows(per_subject):
+    subjects = ("high_school_physics", "us_foreign_policy")
+    return [
+        {
+            "question": f" {subject} {i}? ",
+            "subject": subject,
+            "choices": [f"{i}{c}" for c in "abcd"],
+            "answer": i % 4,
+        }
+        for i in range(per_subject)
+        for subject in subjects
+    ]
+
+
+def truthful_rows(count):
+    return [
+        {
+            "question": f"Is {i} odd?",
+            "mc2_targets": {
+                "choices": ["Yes.", "No.", "It is."],
+                "labels": [i % 2, 1 - i % 2, i % 2],
+            },
+        }
+        for i in range(count)
+    ]
+
+
+def named(files, *names):
+    return ["--files", *(f"{name}={files[name]}" for name in names)]
+
+
+def entries(run):
+    return {
+        entry["task"]: entry
+        for entry in json.loads((run / "eval" / "harness.json").read_text())["entries"]
+    }
+
+
+def sample(doc_id, **change):
+    own = {
+        "doc_id": doc_id,
+        "filter": "none",
+        "doc_hash": f"d{doc_id}",
+        "prompt_hash": f"p{doc_id}",
+        "target_hash": "t",
+        "target": "0",
+        "metrics": ["acc"],
+        "acc": 1.0,
+        "resps": [[(-1.0, True)]],
+        "filtered_resps": [(-1.0, True)],
+    }
+    return own | change

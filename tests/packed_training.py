@@ -1,0 +1,80 @@
+"""A trainer on the fast path on a CPU: plain attention under a block mask replaces the kernels."""
+
+import torch
+from conftest import arguments
+from torch.nn.functional import scaled_dot_product_attention
+
+from sftlab.config.launch import Launch
+from sftlab.config.parser import parse_recipe
+from sftlab.data.chat_template import set_template
+from sftlab.data.collator import TILE
+from sftlab.data.splits import load_splits
+from sftlab.fastpath import selection
+from sftlab.models.loading import load_config, load_tokenizer
+from sftlab.training.trainer import LabTrainer, build_trainer
+
+
+def reference_attention(query, key, value, table, scale):
+    """[tokens, heads, size] under the mask that `tiles` stands for."""
+    tokens, groups = query.shape[0], query.shape[1] // key.shape[1]
+    pieces = table[0]
+    at = torch.arange(tokens)[:, None]
+    owned = (at >= pieces[:, 2]) & (at < torch.minimum(pieces[:, 2] + TILE, pieces[:, 1]))
+    start = (owned * pieces[:, 0]).sum(dim=1)
+    seen = (at >= at.T) & (start[:, None] == start[None])
+    query, key, value = (t.transpose(0, 1) for t in (query, key, value))
+    key, value = key.repeat_interleave(groups, 0), value.repeat_interleave(groups, 0)
+    return scaled_dot_product_attention(query, key, value, seen, scale=scale).transpose(0, 1), None
+
+
+def build(fields: dict[str, str], **more: object) -> LabTrainer:
+    """The trainer as recipes/sft.py builds it."""
+    launch = Launch.from_environment()
+    recipe = parse_recipe(arguments({**fields, **{k: str(v) for k, v in more.items()}}), launch)
+    model, args = recipe.model, recipe.training
+    tokenizer = load_tokenizer(model.model_name_or_path, model.model_revision, args)
+    set_template(tokenizer, args.chat_template_path)
+    config = load_config(model.model_name_or_path, model.model_revision, args)
+    fast = selection.choose(recipe, config, launch)
+    args.disable_tqdm, args.report_to = True, []
+    return build_trainer(recipe, launch, fast, tokenizer, load_splits(recipe.data))
+
+
+def examples(count: int, longest: int = 90) -> list[dict]:
+    generator = torch.Generator().manual_seed(0)
+    found = []
+    for _ in range(count):
+        length = int(torch.randint(3, longest, (1,), generator=generator))
+        ids = torch.randint(0, 255, (length,), generator=generator).tolist()
+        cut = int(torch.randint(1, length - 1, (1,), generator=generator))
+        found.append({"input_ids": ids, "labels": [-100] * cut + ids[cut:]})
+    return found
+
+
+def losses_and_gradients(
+    trainer: LabTrainer, rows: list[dict]
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    model = trainer.model.train()
+    model.zero_grad()
+    nats = trainer.token_losses(model, trainer._prepare_inputs(trainer.data_collator(rows)))[0]
+    nats.sum().backward()
+    return nats.detach(), {
+        n: p.grad.clone() for n, p in model.named_parameters() if p.requires_grad
+    }
+
+
+def with_trained_lora(trainer: LabTrainer) -> LabTrainer:
+    """LoRA's B is zero at the start, which would leave A without a gradient."""
+    torch.manual_seed(1)
+    for name, parameter in trainer.model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    return trainer
+
+
+def train(trainer: LabTrainer, **kwargs: object) -> list[dict]:
+    trainer.train(**kwargs)
+    return [entry for entry in trainer.state.log_history if "loss" in entry]
+
+
+FOUR_BITS = {"load_in_4bit": "true", "use_bnb_nested_quant": "true", "bnb_4bit_quant_type": "nf4"}

@@ -1,0 +1,135 @@
+"""Which parts of the fast path a run takes, and what it refuses."""
+
+import dataclasses
+
+import pytest
+import torch
+from conftest import arguments, read, short_fields
+from packed_training import FOUR_BITS, build, reference_attention, train
+from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback
+
+from sftlab.config.launch import Launch
+from sftlab.config.parser import parse_recipe
+from sftlab.fastpath import selection, varlen_attention
+
+
+@pytest.fixture
+def on_a_cpu(monkeypatch):
+    """Let packing run here, with the reference attention."""
+    monkeypatch.setattr(varlen_attention, "why_not", lambda config, model_class: None)
+    monkeypatch.setattr(varlen_attention, "varlen_attention", reference_attention)
+
+
+@pytest.fixture
+def fields(base, rows, tmp_path) -> dict[str, str]:
+    short = short_fields(base, rows, tmp_path / "run")
+    return {**short, "per_device_train_batch_size": "4", "lora_dropout": "0"}
+
+
+EIGHT_BITS = {"load_in_8bit": "true"}
+
+
+def test_where_packing_cannot_be_had_rows_are_padded_and_the_run_says_why(finished):
+    run = read(finished[0])
+    assert (run["ran"]["packing"], run["ran"]["compile_layers"], run["ran"]["fused_loss"]) == (
+        False,
+        False,
+        True,
+    )
+    assert finished[2].stdout.count("packing is off: a CPU has no variable-length attention") == 1
+    assert "non_blocking" not in finished[2].stderr, "a setting for GPUs warns on a CPU"
+
+
+@pytest.mark.parametrize(
+    "asked, named",
+    [
+        (
+            {"packing": "true"},
+            "packing is not possible here: a CPU has no variable-length attention",
+        ),
+        ({"attn_implementation": "varlen"}, "a CPU has no variable-length attention"),
+        (
+            {"packing": "true", "attn_implementation": "sdpa"},
+            "attention sdpa would need a dense mask",
+        ),
+        ({"padding_free": "true"}, "padding_free is not used here: packing decides"),
+        ({"packing_strategy": "bfd"}, "packing_strategy is not used here"),
+        (
+            {"fused_loss": "true", "label_smoothing_factor": "0.1"},
+            "fused_loss is not possible here",
+        ),
+    ],
+)
+def test_what_cannot_be_had_is_refused(fields, asked, named):
+    with pytest.raises(ValueError, match=named):
+        build(fields, **asked)
+
+
+@pytest.mark.parametrize(
+    "strategy, asked, compiled",
+    [
+        ("fsdp", {}, True),
+        ("fsdp", FOUR_BITS, True),
+        ("fsdp", EIGHT_BITS, False),
+        ("fsdp", EIGHT_BITS | {"compile_layers": "true"}, True),
+        ("ddp", EIGHT_BITS, True),
+    ],
+)
+def test_layers_of_8_bit_weights_are_not_compiled_under_fsdp(
+    fields, on_a_cpu, monkeypatch, strategy, asked, compiled
+):
+    monkeypatch.setattr(varlen_attention, "no_triton", lambda: None)
+    recipe = parse_recipe(arguments({**fields, **asked}), Launch.from_environment())
+    fast = selection.choose(
+        recipe, LlamaConfig(), dataclasses.replace(Launch.from_environment(), strategy=strategy)
+    )
+    assert (fast.packing, fast.fused_loss, fast.compile_layers) == (True, None, compiled)
+    assert ("compile_layers" in fast.reasons) == (not compiled)
+
+
+def test_a_head_that_changes_its_logits_keeps_trls_loss(fields, monkeypatch):
+    monkeypatch.setattr(LlamaConfig, "logit_scale", 2.0, raising=False)
+    trainer = build(fields)
+    assert trainer.fast.fused_loss is False
+    assert trainer.fast.reasons["fused_loss"] == "llama changes its logits (logit_scale)"
+    assert train(trainer)
+
+
+@pytest.mark.parametrize(
+    "change, why",
+    [
+        ({"head_dim": 24}, "the heads have size 24"),
+        ({"sliding_window": 64}, "a sliding window"),
+        ({"attn_logit_softcapping": 30.0}, "capped scores"),
+        ({"attention_dropout": 0.1}, "dropout in its attention"),
+        (
+            {"layer_types": ["sliding_attention", "full_attention"]},
+            "layers other than full attention",
+        ),
+    ],
+)
+def test_models_whose_attention_the_kernels_do_not_have_are_not_packed(monkeypatch, change, why):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    monkeypatch.setattr(varlen_attention, "find_spec", lambda name: name)
+    config = LlamaConfig(hidden_size=64, num_attention_heads=2, num_hidden_layers=2)
+    assert varlen_attention.why_not(config, LlamaForCausalLM) is None
+    for name, value in change.items():
+        setattr(config, name, value)
+    assert why in varlen_attention.why_not(config, LlamaForCausalLM)
+    assert "does not take another attention" in varlen_attention.why_not(
+        LlamaConfig(hidden_size=64, num_attention_heads=2), None
+    )
+
+
+def test_a_parameter_that_something_unfroze_stops_the_run(fields, on_a_cpu):
+    class Unfreeze(TrainerCallback):
+        def on_train_begin(self, args, state, control, model, **kwargs):
+            model.get_input_embeddings().weight.requires_grad_(True)
+
+    trainer = build(fields)
+    trainer.add_callback(Unfreeze())
+    with pytest.raises(
+        RuntimeError, match=r"1 parameters have gradients and no optimizer, .*embed_tokens"
+    ):
+        train(trainer)

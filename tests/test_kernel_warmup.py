@@ -1,0 +1,114 @@
+"""The kernels that are compiled before the first step are those of every step."""
+
+import sys
+import threading
+import types
+
+import pytest
+import torch
+from conftest import arguments, short_fields
+from packed_training import build, examples, losses_and_gradients
+
+from sftlab.config.launch import Launch
+from sftlab.config.parser import parse_recipe
+from sftlab.fastpath import fused_loss, kernel_warmup, selection, varlen_attention
+from sftlab.models.loading import load_config
+
+
+@pytest.fixture
+def fields(base, rows, tmp_path) -> dict[str, str]:
+    short = short_fields(base, rows, tmp_path / "run")
+    return {**short, "per_device_train_batch_size": "4", "lora_dropout": "0"}
+
+
+def form(*values: object) -> tuple:
+    """What Triton compiles a kernel for:
+
+    dtypes, whether pointers are aligned, and sizes that are constants to it.
+    """
+    return tuple(
+        (
+            value.dtype,
+            value.data_ptr() % 16,
+            value.is_contiguous(),
+            value.shape[1:] if value.dim() > 2 else None,
+        )
+        if isinstance(value, torch.Tensor)
+        else value
+        for value in values
+    )
+
+
+@pytest.mark.parametrize(
+    "weights, dtype",
+    [
+        (torch.float32, torch.float32),
+        (torch.bfloat16, torch.bfloat16),
+        (torch.float32, torch.bfloat16),
+    ],
+)
+def test_the_rehearsed_kernels_are_those_of_every_step(fields, monkeypatch, weights, dtype):
+    called = {}
+
+    def attention_forward(query, key, value, pieces, scale):
+        called.setdefault("forward", set()).add(
+            form(query, key, value, pieces[0], pieces[1], scale)
+        )
+        return torch.zeros_like(query), query.new_zeros(
+            query.shape[1], query.shape[0], dtype=torch.float32
+        )
+
+    def attention_backward(gradient, query, key, value, output, lse, pieces, scale):
+        tensors = (gradient, query, key, value, output, lse[0])
+        called.setdefault("backward", set()).add(form(*tensors, pieces[0], pieces[1], scale))
+        return torch.zeros_like(query), torch.zeros_like(key), torch.zeros_like(value)
+
+    def cross_entropy_(logits, *columns):
+        called.setdefault("loss", set()).add(
+            (logits.shape[1], logits.stride(0), form(logits, *columns))
+        )
+        plain(logits, *columns)
+
+    plain = fused_loss.cross_entropy_
+    stub = types.ModuleType("sftlab.fastpath.triton_kernels")
+    stub.attention_forward, stub.attention_backward = attention_forward, attention_backward
+    monkeypatch.setitem(sys.modules, "sftlab.fastpath.triton_kernels", stub)
+    monkeypatch.setattr(varlen_attention, "why_not", lambda config, model_class: None)
+    monkeypatch.setattr(fused_loss, "cross_entropy_", cross_entropy_)
+    trainer = build(fields, packing="true")
+    for weight in trainer.model.parameters():
+        weight.data = weight.data if weight.requires_grad else weight.data.to(weights)
+    kernel_warmup.rehearse(trainer.model.config, dtype, torch.device("cpu"), fused_loss=True)
+    rehearsed, called = called, {}
+    assert {name: len(forms) for name, forms in rehearsed.items()} == {
+        "forward": 1,
+        "backward": 1,
+        "loss": 1,
+    }
+    with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+        for count in range(1, 9):
+            losses_and_gradients(trainer, examples(count))
+    assert called == rehearsed
+
+
+def test_kernels_are_rehearsed_on_the_gpu_of_the_process(fields, monkeypatch):
+    done = []
+    note = lambda what: lambda *given: done.append((threading.current_thread().name, what, *given))  # noqa: E731
+    monkeypatch.setattr(torch.cuda, "set_device", note("device"))
+    monkeypatch.setattr(kernel_warmup, "rehearse", note("rehearsed"))
+    recipe = parse_recipe(arguments(fields), Launch.from_environment())
+    config = load_config(recipe.model.model_name_or_path, None, recipe.training)
+    fast = selection.FastPath(
+        packing=True, compile_layers=False, fused_loss=None, attn_implementation=None
+    )
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert kernel_warmup.start_compilers(recipe, config, fast).exception(20) is None
+    gpu = torch.device("cuda", 1)
+    assert done == [
+        ("rehearsal_0", "device", gpu),
+        ("rehearsal_0", "rehearsed", config, torch.float32, gpu, True),
+    ]
+    recipe.training.dataset_num_proc = 2
+    assert kernel_warmup.start_compilers(recipe, config, fast).done() and len(done) == 2, (
+        "tokenizing forks"
+    )

@@ -1,0 +1,194 @@
+"""Scores in a report: paired differences, Holm's correction, lm-eval's metrics and judges."""
+
+import json
+
+import pytest
+from conftest import ROOT, load_script
+from report_runs import read_csv, run_report, run_writer, table_row
+
+from sftlab.config.launch import Launch
+from sftlab.config.parser import parse_recipe
+from sftlab.evaluation.significance import add_holm, compare
+from sftlab.evaluation.text_metrics import paired_scores
+from sftlab.runs.run_directory import adapter_hash
+from sftlab.tables import interval, p_value
+
+
+@pytest.fixture(scope="session")
+def recipe() -> dict:
+    """The resolved fields of recipes/demo/attn_r16.yaml, as run.json holds them."""
+    launch = Launch("fp32", "single", 1, 1, True, {})
+    facts = parse_recipe(["--config", str(ROOT / "recipes/demo/attn_r16.yaml")], launch).facts()
+    return json.loads(json.dumps(facts, default=str))
+
+
+@pytest.fixture(scope="session")
+def report():
+    return load_script("eval/report.py")
+
+
+@pytest.fixture
+def make(recipe, tmp_path):
+    return run_writer(recipe, tmp_path)
+
+
+def test_a_run_judged_twice_is_named(make, report, capsys, tmp_path):
+    for rank in (4, 8, 16, 32):
+        folder = make(
+            f"r{rank}",
+            lora_r=rank,
+            lora_alpha=2 * rank,
+            wrong=rank // 4,
+            adapter="x" if rank < 16 else None,
+        )
+        (folder / "eval" / "judgments.jsonl").write_text("A\nB\n" if rank > 8 else f"{rank}\n")
+    text = (tmp_path / "runs" / "r4" / "eval" / "quality.jsonl").read_text()
+    (tmp_path / "runs" / "r32" / "eval" / "quality.jsonl").write_text(text)
+    printed = run_report(report, capsys, "--runs", tmp_path / "runs", "--out", tmp_path / "out")
+    markdown, rows = (tmp_path / "out" / "report.md").read_text(), read_csv(tmp_path / "out")
+    for where in (printed, markdown):
+        assert "r4 and r8 hold the same adapter:" in where
+        assert "r16 and r32 hold the same judgements (judgments.jsonl)" in where
+        assert "r4 and r32 hold the same answers" in where
+    assert rows["r8"]["note"] == "same adapter as r4"
+    assert rows["r4"]["note"] == "same adapter as r8; same answers as r32"
+    assert "same adapter as r4" in table_row(markdown, "r8")
+    assert "r8 and r16" not in printed
+
+
+def test_equal_answers_differ_by_exactly_nothing(make, report, capsys, tmp_path):
+    for name in ("a", "b"):
+        folder = make(name)
+        text = (tmp_path / "runs" / "a" / "eval" / "quality.jsonl").read_text()
+        (folder / "eval" / "quality.jsonl").write_text(text)
+    flags = ("--reference", tmp_path / "runs" / "b")
+    run_report(report, capsys, "--runs", tmp_path / "runs", "--out", tmp_path / "out", *flags)
+    section = (tmp_path / "out" / "report.md").read_text().split("## Tuned models against b")[1]
+    assert (
+        table_row(section, "a") == "| a | 0 [0, 0] | 1.000 | 0 [0, 0] | 1.000 | 0 [0, 0] | 1.000 |"
+    )
+
+
+def test_holm_counts_every_comparison_of_the_section(make, report, capsys, tmp_path):
+    made = {
+        rank: make(f"r{rank}", lora_r=rank, lora_alpha=2 * rank, wrong=wrong)
+        for rank, wrong in ((8, 9), (16, 1), (32, 8))
+    }
+    make("r64", lora_r=64, lora_alpha=128, wrong=None)
+    printed = run_report(report, capsys, "--runs", tmp_path / "runs", "--out", tmp_path / "out")
+    assert "Tuned models against r8" in printed
+    assert "after Holm over all 6 comparisons" in printed
+    assert "not compared: r64 (no scores)" in printed
+    tuned = {
+        rank: [
+            json.loads(line)["tuned"]
+            for line in (folder / "eval" / "quality.jsonl").read_text().splitlines()
+        ]
+        for rank, folder in made.items()
+    }
+    expected = {}
+    for rank in (16, 32):
+        pairs = paired_scores(tuned[8], tuned[rank])
+        found = compare({score: pairs[score] for score in report.SHOWN})
+        expected |= {(rank, score): one for score, one in found.items()}
+    add_holm(expected)
+    section = (tmp_path / "out" / "report.md").read_text().split("## Tuned models against")[1]
+    for rank in (16, 32):
+        cells = []
+        for score in report.SHOWN:
+            cells += [
+                interval(expected[rank, score]["difference"]),
+                p_value(expected[rank, score]["p_holm"]),
+            ]
+        assert table_row(section, f"r{rank}") == f"| r{rank} | {' | '.join(cells)} |"
+    assert expected[32, "bleu"]["p_holm"] > expected[32, "bleu"]["p_value"]
+
+
+def test_scores_on_other_rows_are_not_compared(make, report, capsys, tmp_path):
+    make("a")
+    path = make("b") / "eval" / "quality.jsonl"
+    path.write_text(path.read_text().replace("no other number", "no other one"))
+    printed = run_report(report, capsys, "--runs", tmp_path / "runs", "--out", tmp_path / "out")
+    assert "Tuned models against" not in printed
+    make("c")
+    printed = run_report(report, capsys, "--runs", tmp_path / "runs", "--out", tmp_path / "out")
+    assert "not compared: b (other held-out rows)" in printed
+
+
+def test_scores_of_another_adapter_are_not_the_runs(make, report, capsys, tmp_path):
+    folder = make("a")
+    (folder / "adapter" / "adapter_model.safetensors").write_bytes(b"trained again")
+    printed = run_report(report, capsys, "--runs", folder, "--out", tmp_path / "out")
+    row = read_csv(tmp_path / "out")["a"]
+    assert "warning: a: stale scores, of another adapter" in printed
+    assert (row["tuned bleu"], row["note"]) == ("", "stale scores")
+    assert not (tmp_path / "out" / "quality.png").exists()
+
+
+def test_main_metrics_of_the_harness_are_shown(make, report, capsys, tmp_path):
+    folder = make("a", wrong=None)
+    one = {
+        side: {"value": v, "interval_95": [v - 0.1, v + 0.1]}
+        for side, v in (("base", 0.25), ("tuned", 0.375))
+    }
+    entry = {
+        "task": "arc_easy",
+        "chat_template": True,
+        "few_shot": 5,
+        "limit": None,
+        "main_metric": "acc_norm,none",
+        "metrics": {"acc,none": {}, "acc_norm,none": one},
+        "adapter_hash": adapter_hash(folder),
+    }
+    stale = entry | {"task": "gsm8k", "adapter_hash": "another"}
+    (folder / "eval" / "harness.json").write_text(json.dumps({"entries": [entry, stale]}))
+    printed = run_report(report, capsys, "--runs", folder, "--out", tmp_path / "out")
+    text = (tmp_path / "out" / "report.md").read_text()
+    assert "tuned arc_easy 5-shot" in text
+    assert "0.375 [0.275, 0.475]" in text
+    assert "gsm8k" not in text
+    assert "stale harness scores" in printed
+
+
+def test_scores_of_judges_stand_under_their_titles(make, report, capsys, tmp_path):
+    for name in ("r8", "r16"):
+        folder = make(name, wrong=None, lora_r=int(name[1:]), lora_alpha=2 * int(name[1:]))
+        one = {
+            side: {"value": v, "interval_95": [v - 4, v + 4]}
+            for side, v in (("base", 12.5), ("tuned", 31.25))
+        }
+        entry = {
+            "title": "AlpacaEval instructions, judge x, reference base",
+            "judge_fit": name == "r8",
+            "scores": {"win_rate": one},
+            "adapter_hash": adapter_hash(folder),
+            "answers": {"tuned": {"hash": f"of {name}"}},
+            "judged": {"tuned": {"hash": "the same"}},
+            "judge": {"judge": "x"},
+            "generation": {"max_new_tokens": 256},
+            "questions_hash": "q",
+        }
+        rated = entry | {"title": "MT-Bench, judge x, scale 1 to 5", "scores": {"overall": one}}
+        for file, found in (
+            ("alpaca", [entry]),
+            ("mt_bench", [rated, rated | {"adapter_hash": "another"}]),
+        ):
+            (folder / "eval" / f"{file}.json").write_text(json.dumps({"entries": found}))
+    printed = run_report(report, capsys, "--runs", tmp_path / "runs", "--out", tmp_path / "out")
+    text, rows = (tmp_path / "out" / "report.md").read_text(), read_csv(tmp_path / "out")
+    title = "tuned win rate %, AlpacaEval instructions, judge x, reference base"
+    assert (rows["r8"][title], rows["r16"][title]) == ("31.25", "")
+    assert rows["r16"][f"{title}, UNFIT judge"] == "31.25"
+    assert rows["r8"]["base mean rating, MT-Bench, judge x, scale 1 to 5"] == "12.5"
+    assert "31.25 [27.25, 35.25]" in text
+    assert "stale mt_bench scores" in printed
+    assert "hold the same judgements (AlpacaEval instructions, judge x" in printed
+
+    (folder / "eval" / "mt_bench.json").write_text(
+        json.dumps({"entries": [rated | {"generation": {"max_new_tokens": 9}}]})
+    )
+    with pytest.raises(SystemExit) as stopped:
+        report.main(
+            ["--runs", str(tmp_path / "runs"), "--out", str(tmp_path / "out"), "--axis", "lora_r"]
+        )
+    assert "quality.MT-Bench, judge x, scale 1 to 5.max_new_tokens" in str(stopped.value)
