@@ -19,7 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 from trl import get_peft_config, get_quantization_config
 
-from sftlab.config.launch import Launch
+from sftlab.config.launch import PRECISIONS, Launch
 from sftlab.config.recipe import Recipe
 from sftlab.data.collator import Collator, for_the_model
 from sftlab.data.samplers import BalancedSampler, WholeBatches, row_lengths, whole_batches
@@ -45,6 +45,7 @@ from sftlab.models.own_logits import changed_logits, own_log_probs_if_needed
 from sftlab.training.checkpointing import Checkpointer
 from sftlab.training.clock import TrainingClock
 from sftlab.training.log_sums import TokenSums, TrainerSums
+from sftlab.training.packing_check import verify_packing
 from sftlab.training.upstream_fixes import SaveAfterEvaluation, UpstreamFixes
 from sftlab.training.verification import FirstStepCheck, global_batch, what_ran
 
@@ -160,10 +161,24 @@ class LabTrainer(UpstreamFixes):
             gather_ahead(self._base)
             forward = partial(self._forward_once, model, inputs)
             self.first_step.run(self, model, self._trained, forward)
+            if self.fast.packing:
+                self._verify_packing(model, inputs)
         loss = super().training_step(model, inputs, *args, **kwargs)
         if self.replicated and self.accelerator.sync_gradients:
             average_replicated_(self._trained)
         return loss
+
+    def _verify_packing(self, model: nn.Module, inputs: dict[str, Any]) -> None:
+        devices = [self.args.device] if self.args.device.type == "cuda" else []
+        with torch.random.fork_rng(devices), self.compute_loss_context_manager():
+            verify_packing(
+                self._base,
+                lambda batch: self.token_losses(model.eval(), self._prepare_inputs(batch)),
+                inputs,
+                self.processing_class.pad_token_id,
+                PRECISIONS[self.args.mixed_precision],
+            )
+        model.train()
 
     def _forward_once(self, model: nn.Module, inputs: dict[str, Any]) -> None:
         self.token_losses(model.train(), self._prepare_inputs(inputs))
