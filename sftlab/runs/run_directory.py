@@ -1,5 +1,6 @@
 """The run directory and its run.json: the contract between training, evaluation, report and app."""
 
+import hashlib
 import json
 import os
 import shutil
@@ -44,11 +45,23 @@ def read_run(folder: str | os.PathLike) -> dict[str, Any]:
 
 
 def adapter_hash(folder: str | os.PathLike) -> str | None:
-    """Returns the SHA-256 of a run's adapter weights (16 hexadecimal digits), or None."""
-    weights = Path(folder) / "adapter" / "adapter_model.safetensors"
+    """Returns the SHA-256 of a run's adapter, weights and config (16 hexadecimal digits), or None.
+
+    The order of names in a list of the config, which peft does not keep, makes no difference.
+    """
+    adapter = Path(folder) / "adapter"
+    weights, config = adapter / "adapter_model.safetensors", adapter / "adapter_config.json"
     if not weights.is_file():
         return None
-    return file_hash(weights)[:16]
+    settings = config.read_bytes() if config.is_file() else b""
+    try:
+        found = json.loads(settings)
+        for name, value in found.items():
+            found[name] = sorted(value, key=str) if isinstance(value, list) else value
+        settings = json.dumps(found, sort_keys=True).encode()
+    except (ValueError, AttributeError, RecursionError):
+        pass  # no JSON object: the bytes are what it is
+    return hashlib.sha256(file_hash(weights).encode() + settings).hexdigest()[:16]
 
 
 class Start(NamedTuple):
