@@ -1,6 +1,6 @@
 """What does a study file ask for, and are its cells equal but for the axis?
 
-A study has cells that differ only in an axis, each trained several times. docs are in
+A study has cells that differ only in an axis, each trained several times. Its keys are explained in
 recipes/study.py.
 """
 
