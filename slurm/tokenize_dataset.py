@@ -18,9 +18,7 @@ import ctypes
 import fcntl
 import gc
 import os
-import shutil
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -28,28 +26,32 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import dask
 import numpy as np
-from dask.distributed import Client, KilledWorker, LocalCluster, as_completed
-from dask_jobqueue import SLURMCluster
+from dask.distributed import Client, KilledWorker, as_completed
 from tqdm import tqdm
 
 from sftlab.data.length_summary import summary
 from sftlab.data.shard_folder import begin, finish, finished_records
 from sftlab.data.shard_plan import plan_shards, refuse_bad_rows
 from sftlab.data.shard_writer import tokenize_shard
+from sftlab.data.tokenizing_cluster import (
+    LOGS,
+    add_cluster_options,
+    check_cluster_options,
+    cluster_of,
+    how_to_see,
+    refuse_silence,
+)
 from sftlab.exit_messages import mistakes_in_one_line
 
 if TYPE_CHECKING:
+    from dask.distributed import LocalCluster
+    from dask_jobqueue import SLURMCluster
+
     from sftlab.config.recipe import Recipe
 
 # Every local worker imports this file when it starts. Modules that import torch are therefore
 # imported where they are used.
-LOGS = "slurm-logs"
-# seconds between two looks for a working worker, and without one before the script gives up
-LOOK_S, SILENT_S = 5, 60
-# one worker has one core
-THREADS = {"TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
 
 
 def main(argv: list[str]) -> None:
@@ -101,35 +103,8 @@ def parse_arguments(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
             f"--max_bad_rows is {arguments.max_bad_rows}: expected a share of the rows, from 0 to "
             "less than 1"
         )
-    if arguments.cluster == "slurm" and not shutil.which("sbatch"):
-        raise ValueError(
-            "--cluster slurm needs Slurm's sbatch, which is not here: leave --cluster out to use "
-            "this machine"
-        )
+    check_cluster_options(arguments)
     return arguments, fields
-
-
-def add_cluster_options(parser: argparse.ArgumentParser) -> None:
-    """Add the options that say where the workers run."""
-    site = os.environ.get
-    parser.add_argument("--cluster", choices=("local", "slurm"), default="local")
-    parser.add_argument("--partition", help="of the workers' jobs (else SBATCH_PARTITION)")
-    parser.add_argument("--account", help="of the workers' jobs (else SBATCH_ACCOUNT)")
-    parser.add_argument(
-        "--time",
-        default=site("SFTLAB_TIME", "01:00:00"),
-        help="time limit of a worker's job (else SFTLAB_TIME)",
-    )
-    parser.add_argument(
-        "--memory",
-        default=site("SFTLAB_MEMORY", "2GB"),
-        help="memory of a worker's job (else SFTLAB_MEMORY)",
-    )
-    parser.add_argument(
-        "--interface",
-        default=site("SFTLAB_INTERFACE"),
-        help="network interface that the nodes share, such as ib0 (else SFTLAB_INTERFACE)",
-    )
 
 
 def prepare(
@@ -195,7 +170,7 @@ def tokenize(places: list[bytes], rows: int, arguments: argparse.Namespace) -> l
                 smoothing=0.1,
             ) as bar,
         ):
-            print(f"dashboard: {client.dashboard_link}", flush=True)
+            print(how_to_see(client.dashboard_link), flush=True)
             for record in made_by_workers(client, cluster, places, missing, arguments):
                 records[record["number"]] = record
                 bar.update(record["source_rows"])
@@ -207,7 +182,7 @@ def tokenize(places: list[bytes], rows: int, arguments: argparse.Namespace) -> l
 
 def made_by_workers(
     client: Client,
-    cluster: LocalCluster | SLURMCluster,
+    cluster: "LocalCluster | SLURMCluster",
     places: list[bytes],
     missing: list[int],
     arguments: argparse.Namespace,
@@ -243,80 +218,6 @@ def made_by_workers(
             f"{error.task} ended {error.allowed_failures + 1} workers: do they have too little "
             "memory?"
         ) from error
-
-
-def refuse_silence(
-    looked: list[tuple[float, bool]], client: Client, cluster: Any, logs: Path
-) -> None:
-    """Raise ValueError where no worker has been there for a minute.
-
-    `looked` keeps the time and the result of each look.
-    """
-    now = time.monotonic()
-    if looked and now - looked[-1][0] < LOOK_S:
-        return
-    looked.append((now, nobody_works(client, cluster)))
-    while len(looked) > 1 and looked[1][0] <= now - SILENT_S:
-        looked.pop(0)
-    if looked[0][0] <= now - SILENT_S and all(nobody for _, nobody in looked):
-        raise ValueError(f"the workers' jobs have ended and none of them reported: see {logs}")
-
-
-def nobody_works(client: Client, cluster: LocalCluster | SLURMCluster) -> bool:
-    """Whether no worker is there and Slurm has no job of theirs.
-
-    Dask does not replace a job that ends before its worker reports.
-    """
-    if isinstance(cluster, LocalCluster) or client.scheduler_info()["workers"]:
-        return False
-    jobs = {job.job_id for job in cluster.workers.values()}
-    listed = subprocess.run(["squeue", "-h", "-o", "%i"], capture_output=True, text=True)
-    return listed.returncode == 0 and not jobs & set(listed.stdout.split())
-
-
-@contextmanager
-def cluster_of(
-    arguments: argparse.Namespace, workers: int
-) -> Iterator[LocalCluster | SLURMCluster]:
-    """Start workers of one core each. Under Slurm each is a job, and a lost one is replaced."""
-    if arguments.cluster == "local":
-        with LocalCluster(
-            n_workers=workers,
-            threads_per_worker=1,
-            processes=True,
-            env=THREADS,
-            dashboard_address=":0",
-        ) as local:
-            yield local
-        return
-    # Dask would wait 15 s for a lost worker before it asks for another job
-    dask.config.set({"distributed.deploy.lost-worker-timeout": "5s"})
-    logs = arguments.out / LOGS
-    logs.mkdir(exist_ok=True)
-    with SLURMCluster(
-        queue=arguments.partition,
-        account=arguments.account,
-        walltime=arguments.time,
-        memory=arguments.memory,
-        cores=1,
-        processes=1,
-        interface=arguments.interface,
-        job_name="tokenize-worker",
-        log_directory=str(logs),
-        job_script_prologue=[f"export {name}={value}" for name, value in THREADS.items()],
-        scheduler_options={"dashboard_address": ":0"},
-    ) as slurm:
-        script = logs / "job.sh"
-        script.write_text(slurm.job_script())
-        checked = subprocess.run(
-            ["sbatch", "--test-only", str(script)], capture_output=True, text=True
-        )
-        if checked.returncode:
-            raise ValueError(f"Slurm refuses the workers' job: {' '.join(checked.stderr.split())}")
-        # scale(n) would not replace a lost worker's job
-        slurm.adapt(minimum_jobs=workers, maximum_jobs=workers)
-        yield slurm
-    shutil.rmtree(logs)
 
 
 def plot_lengths(lengths: np.ndarray, limit: int | None, path: Path) -> None:
