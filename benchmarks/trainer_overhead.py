@@ -130,8 +130,8 @@ def main() -> None:
     write_csv(arguments.out / f"{machine_name()}.csv", [row | about for row in rows])
     ratios = [row["ratio"] for row in rows]
     print(
-        f"sft.py over plain SFTTrainer: median {statistics.median(ratios)}, {min(ratios)} to "
-        f"{max(ratios)}"
+        f"sft.py over plain SFTTrainer: median {statistics.median(ratios):.4f}, "
+        f"{min(ratios)} to {max(ratios)}"
     )
 
 

@@ -134,3 +134,15 @@ def test_a_group_is_drawn_whole_from_one_table_the_fastest_on_top():
     assert shown[1:] == [(["sft.py, fp32, 20 rows", "published loop, fp32, 20 rows"], [8, 4])]
     colours = [bar.get_facecolor() for bar in figure.axes[0].patches]
     assert colours[0] != colours[1] == colours[2]
+
+
+def test_the_recipes_table_is_that_of_the_demo_s_runs():
+    text = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
+    table = text.partition("<!-- recipes:")[2].partition("<!-- end of recipes -->")[0].splitlines()
+    runs = {row["run"]: row for row in read_csv(RESULTS / "demo" / "runs.csv")}
+    assert {f"demo-{path.stem}" for path in (ROOT / "recipes" / "demo").glob("*.yaml")} == set(runs)
+    for name, row in runs.items():
+        start = f"| {name.removeprefix('demo-')} |"
+        (line,) = (line for line in table if line.startswith(start))
+        assert f"{float(row['tokens_per_s']):,.0f}" in line
+        assert f"{float(row['tuned bleu']):.4g} [" in line
