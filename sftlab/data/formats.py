@@ -16,10 +16,18 @@ PromptResponse = tuple[list[Message], str]
 
 
 def recognise_format(columns: list[str]) -> str:
-    """Returns the first data format whose columns are all there. Raises ValueError for none."""
-    for name, (needed, _, _) in DATA_FORMATS.items():
-        if set(needed) <= set(columns):
-            return name
+    """Returns the one data format whose columns are all there.
+
+    Raises ValueError for none and for several.
+    """
+    found = [name for name, (needed, _, _) in DATA_FORMATS.items() if set(needed) <= set(columns)]
+    if len(found) == 1:
+        return found[0]
+    if found:
+        raise ValueError(
+            f"the columns {', '.join(columns)} match the data formats {' and '.join(found)}: say "
+            f"which is meant with dataset_shape, for example --dataset_shape {found[-1]}"
+        )
     known = "; ".join(
         f"{shape} ({', '.join(needed)})" for shape, (needed, _, _) in DATA_FORMATS.items()
     )
@@ -31,7 +39,10 @@ def _text(row: dict[str, Any], column: str) -> str:
     if value is None:
         return ""
     if not isinstance(value, str):
-        raise TypeError(f"{column} is not text but {type(value).__name__} ({value!r:.60})")
+        raise TypeError(
+            f"{column} is not text but {type(value).__name__} ({value!r:.60}): write it as "
+            "text, in quotes"
+        )
     return value
 
 

@@ -3,13 +3,15 @@
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 
-from sftlab.data.splits import refuse_empty
+from sftlab.data.row_notes import count_notes
+from sftlab.data.splits import dropped_facts, refuse_empty
 from sftlab.data.tokenized_dataset import (
     FORMAT,
     MANIFEST,
@@ -86,8 +88,12 @@ def finish(
         "dataset": settings["dataset_name"],
         "shape": settings["dataset_shape"],
         "rows_read": settings["rows"],
-        "empty_responses_dropped": counted.without_response,
+        **dropped_facts(
+            counted.unused, list(chain.from_iterable(r["without_turn"] for r in records))
+        ),
+        **count_notes(chain.from_iterable(record["notes"].items() for record in records)),
     }
+    facts["not_used"] |= settings["columns_not_used"]
     facts |= {
         name: {"rows": rows[name], "fingerprint": counted.fingerprints[name]} for name in SPLITS
     }
@@ -109,23 +115,23 @@ def finish(
 
 
 class _Counted(NamedTuple):
-    """Rows and their fingerprint by split, lengths of kept rows, and rows without a response."""
+    """Rows and their fingerprint by split, lengths of kept rows, and `split` of rows in none."""
 
     rows: dict[str, int]
     fingerprints: dict[str, str]
     lengths: dict[str, np.ndarray]
-    without_response: int
+    unused: np.ndarray
 
 
 def _count(folder: Path, records: list[dict[str, Any]]) -> _Counted:
     digests = {name: hashlib.sha256() for name in SPLITS}
     rows = dict.fromkeys(SPLITS, 0)
     lengths: dict[str, list[np.ndarray]] = {name: [] for name in SPLITS[:2]}
-    without_response = 0
+    unused = [np.zeros(0, np.int8)]
     for table in _row_lists(folder, records):
         split = table["split"].to_numpy()
         hashes = table["row_hash"].to_numpy(zero_copy_only=False)
-        without_response += int((split < 0).sum())
+        unused.append(split[split < 0])
         for index, name in enumerate(SPLITS):
             rows[name] += int((split == index).sum())
             digests[name].update("".join(hashes[split == index]).encode())
@@ -139,7 +145,7 @@ def _count(folder: Path, records: list[dict[str, Any]]) -> _Counted:
             name: np.concatenate(parts) if parts else np.zeros(0, np.int32)
             for name, parts in lengths.items()
         },
-        without_response,
+        np.concatenate(unused),
     )
 
 

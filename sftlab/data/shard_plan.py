@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Any
 from datasets import Dataset
 
 from sftlab.data.batch_encoder import Encoder
+from sftlab.data.row_notes import unused_columns
 from sftlab.data.shard_writer import convert_counting, place_of
 from sftlab.data.sources import read_source
-from sftlab.data.splits import Converter
+from sftlab.data.splits import Converter, is_typed
 from sftlab.data.tokenized_dataset import backend_text, encoding_settings
 
 if TYPE_CHECKING:
@@ -58,6 +59,7 @@ def plan_shards(
         "rows": len(rows),
         "rows_per_shard": rows_per_shard,
         "source": _source_hash(data.dataset_name, rows),
+        "columns_not_used": unused_columns(rows, data_format) if is_typed(rows) else {},
     }
     encoder = {
         "template": tokenizer.get_chat_template(),

@@ -16,7 +16,7 @@ from datasets import Dataset
 from tokenizers import Tokenizer
 
 from sftlab.data.batch_encoder import Encoder
-from sftlab.data.splits import Converter, opening_key
+from sftlab.data.splits import COLUMNS, NO_TURN, Converter, opening_key
 from sftlab.data.tokenized_dataset import (
     MANIFEST,
     SCHEMAS,
@@ -65,11 +65,14 @@ def tokenize_shard(folder: str, number: int, place: bytes, first: int) -> dict[s
         "source_rows": len(rows),
         "bad": 0,
         "first_bad": None,
+        "notes": {},
+        "without_turn": [],
     }
     writers = {kind: _Writer(Path(folder) / file_name(kind, number), kind) for kind in SCHEMAS}
     for start in range(0, len(rows), ROWS_AT_ONCE):
         batch = rows[start : start + ROWS_AT_ONCE]
         converted = convert_counting(convert, batch, first + start, record)
+        _note(converted, record)
         _encode(converted, encoder, settings, writers)
     record["files"] = {
         writer.path.name: facts for writer in writers.values() if (facts := writer.close())
@@ -102,7 +105,18 @@ def convert_counting(
             continue
         for name, values in one.items():
             found.setdefault(name, []).extend(values)
-    return found or {name: [] for name in ("prompt", "completion", "split", "row_hash")}
+    return found or {name: [] for name in COLUMNS}
+
+
+def _note(converted: dict[str, list], record: dict[str, Any]) -> None:
+    """Count the rows' notes, and keep the numbers of rows without an answer."""
+    for notes, split, row_hash in zip(
+        converted["notes"], converted["split"], converted["row_hash"], strict=True
+    ):
+        if notes:
+            record["notes"][notes] = record["notes"].get(notes, 0) + 1
+        if split == NO_TURN:
+            record["without_turn"].append(row_hash)
 
 
 def _encode(
@@ -187,7 +201,8 @@ class _Writer:
 
     def _gather(self, row: dict[str, Any]) -> None:
         self._waiting.append(row)
-        self._items += row["tokens"] or len(row["completion"][0]["content"])
+        text = row["completion"][0]["content"] if row["completion"] else ""
+        self._items += row["tokens"] or len(text)
         if len(self._waiting) >= ROWS_A_BATCH or self._items >= ITEMS_A_BATCH:
             self._write()
 

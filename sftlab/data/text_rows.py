@@ -1,0 +1,151 @@
+"""Rows of local JSON, JSON lines and CSV files, whose text stays as it stands in the file.
+
+Readers that type a column by its first block turn 00199 into 199 and a date into a time. Here a row
+of JSON stays one text until it is converted, and every field of a CSV file is text.
+"""
+
+import csv
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset, Features, IterableDataset, Value
+
+# the column of a row that is still JSON
+JSON_ROW = "row as JSON"
+# rows that are looked at to find the columns
+_LOOKED_AT = 1000
+
+
+def read_text_rows(paths: list[Path], streaming: bool) -> Dataset | IterableDataset:
+    """Returns the rows of JSON or CSV files: one column of JSON, or the columns of the heading.
+
+    Raises ValueError for a heading that is empty or names a column twice.
+    """
+    columns, read = [JSON_ROW], json_rows
+    if paths[0].suffix == ".csv":
+        columns, read = csv_heading(paths[0]), csv_rows
+    # size and time of change make the cache of a changed file another one
+    files = [(str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in paths]
+    kind = IterableDataset if streaming else Dataset
+    features = Features({name: Value("string") for name in columns})
+    return kind.from_generator(read, features=features, gen_kwargs={"files": files})
+
+
+def json_rows(files: list[tuple[str, int, int]]) -> Iterator[dict[str, str]]:
+    """Yield each object as its own text, from JSON lines or from one list of objects."""
+    for path, *_ in files:
+        with open(path, encoding="utf-8-sig") as file:
+            try:
+                is_list = file.read(4096).lstrip().startswith("[")
+                file.seek(0)
+                for text in _elements(file.read()) if is_list else file:
+                    if text.strip():
+                        yield {JSON_ROW: text.strip()}
+            except UnicodeDecodeError as error:
+                raise ValueError(f"{path} is not UTF-8 text: {error.reason}") from error
+
+
+def _elements(text: str) -> Iterator[str]:
+    decoder, place = json.JSONDecoder(), text.index("[") + 1
+    while True:
+        place = _behind_blanks(text, place)
+        if text[place : place + 1] == "]":
+            return
+        _, end = decoder.raw_decode(text, place)
+        yield text[place:end]
+        place = _behind_blanks(text, end)
+        if text[place : place + 1] == ",":
+            place += 1
+        elif text[place : place + 1] != "]":
+            raise json.JSONDecodeError("Expecting ',' or ']'", text, place)
+
+
+def _behind_blanks(text: str, place: int) -> int:
+    while text[place : place + 1].isspace():
+        place += 1
+    return place
+
+
+def csv_heading(path: Path) -> list[str]:
+    """Returns the columns that the first line names."""
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        columns = next(_csv_lines(str(path), file), [])
+    twice = {name for name in columns if columns.count(name) > 1}
+    if not columns or twice:
+        what = f"names {', '.join(sorted(twice))} twice" if twice else "is empty"
+        raise ValueError(f"the heading of {path} {what}: give every column a name of its own")
+    return columns
+
+
+def csv_rows(files: list[tuple[str, int, int]]) -> Iterator[dict[str, str]]:
+    """Yield each row with its fields as text. Raises ValueError with the number of a bad line."""
+    heading = csv_heading(Path(files[0][0]))
+    for path, *_ in files:
+        with open(path, encoding="utf-8-sig", newline="") as file:
+            lines = _csv_lines(path, file)
+            if next(lines, []) != heading:
+                raise ValueError(f"{path} has another heading than {files[0][0]}")
+            for fields in lines:
+                if len(fields) != len(heading):
+                    raise ValueError(
+                        f"{path}: the row {', '.join(fields)!r:.60} has {len(fields)} fields and "
+                        f"the heading {len(heading)}"
+                    )
+                yield dict(zip(heading, fields, strict=True))
+
+
+def _csv_lines(path: str, file: Any) -> Iterator[list[str]]:
+    csv.field_size_limit(sys.maxsize)
+    reader = csv.reader(file, strict=True)
+    try:
+        yield from filter(None, reader)
+    except csv.Error as error:
+        raise ValueError(f"{path}, line {reader.line_num}: {error}") from error
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text: {error.reason}") from error
+
+
+def parse_row(text: str) -> dict[str, Any]:
+    """Returns a row of JSON.
+
+    Raises JSONDecodeError where it is not JSON, and ValueError where it is no object or names a key
+    twice.
+    """
+    try:
+        row = json.loads(text, object_pairs_hook=_once)
+    except RecursionError as error:
+        raise ValueError("its JSON is nested too deeply") from error
+    if not isinstance(row, dict):
+        raise ValueError(f"expected an object of columns, got {text!r:.60}")
+    return row
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"the key {twice!r} stands there twice")
+    return found
+
+
+def columns_of(rows: Dataset | IterableDataset) -> list[str] | None:
+    """Returns the columns in the first rows of JSON; None where the rows are not JSON.
+
+    Raises ValueError where there is no row, and JSONDecodeError where the first is not JSON.
+    """
+    if rows.column_names != [JSON_ROW]:
+        return None
+    first = [row[JSON_ROW] for row in rows.take(_LOOKED_AT)]
+    if not first:
+        raise ValueError("the data set is empty")
+    columns = dict.fromkeys(parse_row(first[0]))
+    for text in first[1:]:
+        try:
+            columns |= dict.fromkeys(parse_row(text))
+        except ValueError:
+            continue  # the conversion names the row
+    return list(columns)
