@@ -11,6 +11,8 @@ from typing import Any
 from trl import TrlParser
 
 from sftlab.config.launch import Launch
+from sftlab.config.model_overrides import check_overrides
+from sftlab.config.own_data import without_replaced_data
 from sftlab.config.recipe import DataArguments, ModelArguments, Recipe, TrainingArguments
 from sftlab.config.validation import resolve
 from sftlab.yaml_files import read_yaml
@@ -58,11 +60,17 @@ def parse_recipe(argv: list[str], launch: Launch) -> Recipe:
     argv = list(argv)
     path = _take_config(argv)
     settings = read_yaml(path) if path else {}
+    if settings.get("trust_remote_code"):
+        raise ValueError(
+            f"{path} says trust_remote_code: a recipe is data, so pass --trust_remote_code on the "
+            "command line if you trust the model's code"
+        )
     parser = _Parser((DataArguments, TrainingArguments, ModelArguments), allow_abbrev=False)
     known = {action.dest for action in parser._actions}
     named = [a[2:].split("=")[0].replace("-", "_") for a in argv if a.startswith("--")]
     _refuse_unknown([*settings, *named], known)
     _refuse_unused([*(key for key, value in settings.items() if value), *named])
+    settings, note = without_replaced_data(settings, argv, named)
     unlimited = settings.get("max_length", 0) is None and "max_length" not in named
     settings = {key: value for key, value in settings.items() if value is not None}
     arguments = [item for key, value in settings.items() for item in _as_arguments(key, value)]
@@ -71,10 +79,11 @@ def parse_recipe(argv: list[str], launch: Launch) -> Recipe:
     )
     if rest:
         raise ValueError(f"cannot read {' '.join(rest)!r}: every option is --field value")
+    check_overrides(training.model_init_kwargs)
     if unlimited:  # null in any other field is the same as leaving it out
         training.max_length = None
     given = {name: _value(name, (data, training, model)) for name in [*settings, *named]}
-    recipe = Recipe(data, training, model, given)
+    recipe = Recipe(data, training, model, given, [note] if note else [])
     resolve(recipe, launch)
     return recipe
 

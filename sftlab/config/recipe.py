@@ -1,6 +1,7 @@
 """Which fields can a recipe set, what do they mean and what are their defaults?"""
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -185,12 +186,16 @@ class TrainingArguments(SFTConfig):
 
 
 class Recipe(NamedTuple):
-    """A parsed recipe; `given` has the fields that YAML and command line set."""
+    """A parsed recipe; `given` has the fields that YAML and command line set.
+
+    `notes` are lines for the user about what was made of them.
+    """
 
     data: DataArguments
     training: TrainingArguments
     model: ModelArguments
     given: dict[str, Any]
+    notes: Sequence[str] = ()
 
     def facts(self) -> dict[str, Any]:
         """Returns every field with its resolved value, for run.json."""
