@@ -21,8 +21,8 @@ class LoraVariant(NamedTuple):
     `trains` names the parameters that train beside A and B. Without any, FSDP2 keeps the adapter
     whole on every process (fastpath/fsdp.py); with some, it shards the adapter, which is slower.
     `mixed_batches` says whether peft runs base and tuned rows in one batch. `float8_conflict` says
-    why the variant does not work over float8 weights; None where it does. All variants work over
-    4-bit and 8-bit weights, with packed rows, compiled layers and the fused loss.
+    why the variant does not work over float8 weights; None where it does. None of the variants is
+    refused with 4-bit or 8-bit weights, packed rows, compiled layers or the fused loss.
     """
 
     name: str
