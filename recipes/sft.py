@@ -20,7 +20,7 @@ import gc
 import math
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -42,9 +42,10 @@ from sftlab.measurement.hardware_limit import measure_mfu
 from sftlab.models.loading import check_target_modules, load_config, load_tokenizer
 from sftlab.planning.plan import planned_memory
 from sftlab.runs.environment import environment
-from sftlab.runs.run_directory import Run, Start, must_match, read_run
+from sftlab.runs.run_directory import REMEDY, Run, Start, must_match, read_run
 from sftlab.training.determinism import compute_deterministically
 from sftlab.training.disk_room import is_full
+from sftlab.training.finiteness import NotFinite
 from sftlab.training.save_adapter import save_adapter
 from sftlab.training.stop_on_signal import Stopped, StopOnSignal
 from sftlab.training.summary import summary_rows
@@ -63,7 +64,7 @@ def main(argv: list[str]) -> None:
         recipe = parse_recipe(argv, launch)
         if recipe.training.deterministic:
             compute_deterministically()
-        run, start = begin(recipe, launch, rank)
+        run, start = look(recipe, launch, rank)
     except ValueError as error:
         sys.exit(f"error: {error}" if rank == 0 else 2)
     with recorded_end(run, rank):
@@ -77,36 +78,79 @@ def main(argv: list[str]) -> None:
         finish(trainer, run, facts)
 
 
-def begin(recipe: Recipe, launch: Launch, rank: int) -> tuple[Run, Start]:
-    """Open the run directory on rank 0; every rank learns how the run starts."""
+def look(recipe: Recipe, launch: Launch, rank: int) -> tuple[Run, Start]:
+    """Look at the run directory on rank 0; every rank learns how the run starts.
+
+    Nothing is written. Raises ValueError for a folder that the run may not be written to.
+    """
     run = Run(recipe.training.output_dir, is_main=rank == 0)
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(run.folder / "tensorboard")
     found, data = [None], recipe.data
     if run.is_main:
-        found = [run.start(recipe.facts(), launch.facts(), data.overwrite, data.resume_anyway)]
+        found = [run.look(recipe.facts(), launch.facts(), data.overwrite, data.resume_anyway)]
     if launch.world_size > 1:
         broadcast_object_list(found)
-    if run.is_main:
-        for warning in found[0].warnings:
-            warn(warning)
+    run.began = False
     return run, found[0]
+
+
+def begin(
+    run: Run, start: Start, recipe: Recipe, launch: Launch, facts: Mapping[str, object]
+) -> None:
+    """Begin the run on rank 0, now that it can; the other ranks wait. Says how it starts."""
+    refused: list[str | None] = [None]
+    if run.is_main:
+        try:
+            start.warnings += run.begin(start, recipe.facts(), launch.facts(), **facts)
+        except ValueError as error:
+            refused = [f"{error}"]
+    if launch.world_size > 1:
+        broadcast_object_list(refused)
+    if refused[0]:
+        raise ValueError(refused[0])
+    run.began = True
+    if run.is_main:
+        for warning in start.warnings:
+            warn(warning)
+        for line in start.says:
+            print(line, flush=True)
 
 
 @contextmanager
 def recorded_end(run: Run, rank: int) -> Iterator[None]:
-    """Write to run.json how the run was stopped or why it failed, and let the error go on."""
+    """Write to run.json how the run was stopped or why it failed, and say how it goes on."""
     try:
         yield
     except Stopped as stopped:
-        run.finish("interrupted", reason=f"signal {stopped.number}: stopped at once")
+        if run.began:
+            run.finish("interrupted", reason=f"signal {stopped.number}: stopped at once")
+        say_how_to_go_on(run)
         sys.exit(128 + stopped.number)
+    except NotFinite as error:
+        run.fail(f"{error}", rank)
+        if not run.is_main:
+            sys.exit(2)
+        print(file=sys.stderr)  # the progress bar's line ends here
+        sys.exit(f"error: the training {error}. {run.way_on()} {REMEDY}")
     except BaseException as error:
         if is_full(error):
-            run.finish("interrupted", reason=f"{error}")
+            if run.began:
+                run.finish("interrupted", reason=f"{error}")
+            say_how_to_go_on(run)
             sys.exit(f"error: {error}")
         if not isinstance(error, SystemExit):
             run.fail(f"{type(error).__name__}: {error}", rank)
+        if run.is_main and run.began and not isinstance(error, SystemExit):
+            say_how_to_go_on(run)
         raise
+    finally:
+        run.release()
+
+
+def say_how_to_go_on(run: Run) -> None:
+    """Print how an unfinished run goes on."""
+    if run.is_main and run.began:
+        print(run.way_on(), file=sys.stderr, flush=True)
 
 
 def prepare(
@@ -139,12 +183,16 @@ def prepare(
         "template": {"source": template, "hash": template_hash(tokenizer)},
     }
     run.check(start, facts, recipe.data.resume_anyway)
-    run.update(**facts)
+    # what an earlier run trained is replaced only once this one is ready
+    if not start.at_stake:
+        begin(run, start, recipe, launch, facts)
 
     now = environment()
     must = must_match(recipe.facts(), launch.facts(), now) | facts
     trainer = build_trainer(recipe, launch, fast, tokenizer, splits, callbacks=[stop])
     refuse_lost_rows(trainer, splits)
+    if start.at_stake:
+        begin(run, start, recipe, launch, facts)
     trainer.checkpointer.must_match, trainer.checkpointer.hardware = must, now["hardware"]
     if error := compilers.exception():
         warn(f"kernels are compiled in the first step, not before it: {error}")
@@ -194,6 +242,7 @@ def train(
         skipped = trainer.checkpointer.skipped
         unsaved = [one for one in skipped if one.startswith(f"step {state.global_step}:")]
         run.finish("interrupted", reason="; ".join([reason, *unsaved]), **facts)
+        say_how_to_go_on(run)
         sys.exit(128 + stop.agreed)
     refuse_incomplete(trainer, result)
     return facts

@@ -35,6 +35,7 @@ def untrained_run(base: Path, folder: Path) -> Path:
         "status": "succeeded",
         "reason": None,
         "recipe": recipe,
+        "launch": {"precision": "fp32", "strategy": "single", "world_size": 1},
         "template": {"hash": template_hash(tokenizer)},
     }
     (folder / "run.json").write_text(json.dumps(run, default=str))

@@ -4,7 +4,7 @@ What does not count is named, and nothing valid is lost.
 """
 
 import json
-import shutil
+from pathlib import Path
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -19,8 +19,10 @@ from sftlab.runs.checkpoint_manifest import (
     remove,
     rotate,
     seal,
+    set_aside,
     verify,
 )
+from sftlab.runs.made_files import MadeFiles
 
 
 def saved(run, step, sealed=True, needs=()):
@@ -32,9 +34,17 @@ def saved(run, step, sealed=True, needs=()):
     if sealed:
         seal(
             folder,
-            {"step": step, "saved": 1.5, "must_match": {"recipe": {"learning_rate": 0.1}}},
+            {
+                "step": step,
+                "saved": 1.5,
+                "train_seconds": 2.0,
+                "must_match": {"recipe": {"learning_rate": 0.1}},
+                "hardware": {},
+            },
             needs,
         )
+    else:
+        MadeFiles(run).note([f"{folder.name}/"])
     return folder
 
 
@@ -72,15 +82,15 @@ def test_every_fault_of_every_file_is_seen_named_and_set_aside(tmp_path, name, f
     found = newest_valid(tmp_path)
     assert found.folder == good
     assert found.manifest["step"] == 3
-    (said,) = found.set_aside
+    (said,) = set_aside(tmp_path, found.invalid)
     if (name, fault) == (MANIFEST, missing):
         assert said.startswith("checkpoint-6 has no manifest.json: its saving was cut short")
-        assert (tmp_path / "unfinished-checkpoint").is_dir()
+        assert (tmp_path / "unfinished-checkpoint-6").is_dir()
     else:
         assert said.startswith(f"checkpoint-6/{name} ")
         assert (tmp_path / "broken-checkpoint-6").is_dir()
     assert not bad.exists()
-    assert newest_valid(tmp_path).set_aside == []
+    assert newest_valid(tmp_path).invalid == []
 
 
 def test_a_flipped_bit_anywhere_in_the_manifest_is_seen_or_changes_nothing(tmp_path):
@@ -106,15 +116,18 @@ def test_one_without_the_best_model_that_it_needs_does_not_count(tmp_path):
     assert found.folder == oldest
     assert (
         "checkpoint-9 needs checkpoint-6, the best model so far, but checkpoint-6/optimizer.pt"
-        in found.set_aside[0]
+        in found.invalid[0][1]
     )
 
 
-def test_only_one_that_was_cut_short_is_kept(tmp_path):
-    for step in (3, 6):
-        saved(tmp_path, step, sealed=False)
-        assert newest_valid(tmp_path).folder is None
-    assert [path.name for path in tmp_path.iterdir()] == ["unfinished-checkpoint"]
+def test_every_one_that_was_cut_short_is_kept_under_a_name_of_its_own(tmp_path):
+    for _ in range(3):
+        saved(tmp_path, 6, sealed=False)
+        found = newest_valid(tmp_path)
+        assert found.folder is None
+        set_aside(tmp_path, found.invalid)
+    names = sorted(path.name for path in tmp_path.iterdir() if path.is_dir())
+    assert names == [f"unfinished-checkpoint-6{number}" for number in ("", "-2", "-3")]
 
 
 @pytest.mark.parametrize(
@@ -139,8 +152,17 @@ def test_rotation_keeps_the_newest_and_the_best(tmp_path, keep, best, left):
 
 def test_a_deletion_that_was_cut_short_leaves_nothing_that_counts(tmp_path, monkeypatch):
     folder = saved(tmp_path, 3)
-    monkeypatch.setattr(shutil, "rmtree", lambda *args, **kwargs: None)
-    remove(folder)
+    unlink, left = Path.unlink, [1]
+
+    def killed(path, *args, **kwargs):
+        if not left:
+            raise KeyboardInterrupt
+        left.pop()
+        unlink(path, *args, **kwargs)
+
+    monkeypatch.setattr(Path, "unlink", killed)
+    with pytest.raises(KeyboardInterrupt):
+        remove(folder)
     with pytest.raises(ValueError, match="cut short"):
         verify(folder)
 
@@ -222,5 +244,21 @@ def test_progress_outlives_its_writer_and_says_what_was_lost(tmp_path):
     cost = progress.cost(found, 5, 2.0, found.noted + 60)
     assert cost == {"steps_done_again": 2, "seconds_done_again": 1.25, "stopped_seconds": 60.0}
     assert progress.cost(found, 7, 3.5, found.noted)["seconds_done_again"] == 0.0
-    (tmp_path / progress.NAME).write_bytes(bytes(96))
-    assert set(progress.cost(progress.read(tmp_path), 5, 2.0, 0.0).values()) == {None}
+    assert set(progress.cost(None, 5, 2.0, 0.0).values()) == {None}
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (bytes(96), "it is empty"),
+        (b'{"step": 3', "it is not JSON"),
+        (b"[]", r"holds \[\], expected a JSON object"),
+        (b'{"step": "3", "train_seconds": 1, "noted": 1}', "step is .*, expected an integer"),
+        (b'{"step": 3, "train_seconds": -1, "noted": 1}', "train_seconds is -1, expected a number"),
+        (b'{"step": 3, "train_seconds": 1}', "has no noted, expected a number"),
+    ],
+)
+def test_a_damaged_progress_file_is_named_with_its_key(tmp_path, content, said):
+    (tmp_path / progress.NAME).write_bytes(content)
+    with pytest.raises(ValueError, match=f"progress.json.*{said}"):
+        progress.read(tmp_path)

@@ -171,8 +171,8 @@ def test_bad_input(make, report, tmp_path):
         ("eval/quality.jsonl", "{", "quality.jsonl is not what"),
         ("eval/quality.json", "[]", "quality.json is no record"),
         ("eval/quality.json", "{", "quality.json is not JSON"),
-        ("run.json", '{"status": "succeeded"}', "run.json is no record"),
-        ("run.json", "{", "run.json is not JSON"),
+        ("run.json", '{"status": "succeeded"}', "run.json has no recipe, expected an object"),
+        ("run.json", "{", "run.json cannot be read: it is not JSON"),
     ):
         (folder / name).write_text(content)
         assert said in refused(report, "--runs", folder, "--out", out)

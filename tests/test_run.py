@@ -6,21 +6,29 @@ import json
 
 import pytest
 import torch
-from test_checkpoint import flipped
 
 from sftlab.runs import progress
 from sftlab.runs.checkpoint_manifest import seal
 from sftlab.runs.environment import environment
+from sftlab.runs.made_files import MadeFiles
 from sftlab.runs.run_directory import Run, must_match, read_run
 from sftlab.training.verification import tf32_products
 
-RECIPE = {"learning_rate": 0.1, "overwrite": False, "output_dir": "here"}
+RECIPE = {
+    "model_name_or_path": "base",
+    "learning_rate": 0.1,
+    "overwrite": False,
+    "output_dir": "here",
+}
+LAUNCH = {"world_size": 1}
 DATA = {"data": {"train": {"rows": 10, "fingerprint": "abc"}}, "template": {"hash": "xyz"}}
 
 
 def started(folder, recipe=None, overwrite=False, world_size=1, anyway=False):
-    run = Run(folder, is_main=True)
-    return run, run.start(recipe or RECIPE, {"world_size": world_size}, overwrite, anyway)
+    run, recipe, launch = Run(folder, is_main=True), recipe or RECIPE, {"world_size": world_size}
+    start = run.look(recipe, launch, overwrite, anyway)
+    start.warnings += run.begin(start, recipe, launch, **DATA)
+    return run, start
 
 
 def checkpoint(folder, step, sealed=True):
@@ -38,6 +46,8 @@ def checkpoint(folder, step, sealed=True):
             "hardware": now["hardware"],
         }
         seal(path, facts)
+    else:
+        MadeFiles(folder).note([f"{path.name}/"])
     return str(path)
 
 
@@ -58,6 +68,8 @@ def test_a_job_that_slurm_starts_again_goes_on_though_it_overwrites(tmp_path, mo
 def test_a_finished_run_is_replaced_only_with_overwrite(tmp_path):
     run, _ = started(tmp_path / "r")
     run.adapter.mkdir()
+    (run.adapter / "adapter_model.safetensors").write_text("weights")
+    run.made.note_files([run.adapter / "adapter_model.safetensors"])
     run.finish("succeeded")
     with pytest.raises(ValueError, match="--overwrite"):
         started(tmp_path / "r")
@@ -138,44 +150,26 @@ def test_other_versions_are_refused_and_other_hardware_is_said(tmp_path, monkeyp
 def test_other_data_are_refused_once_they_are_read(tmp_path):
     started(tmp_path / "r")
     checkpoint(tmp_path / "r", 3)
-    run, start = started(tmp_path / "r")
+    launch = {"world_size": 1}
+    run = Run(tmp_path / "r", is_main=True)
+    start = run.look(RECIPE, launch, overwrite=False)
     run.check(start, DATA, anyway=False)
     other = {"data": {"train": {"rows": 10, "fingerprint": "def"}}, "template": {"hash": "uvw"}}
     with pytest.raises(
         ValueError, match=r"data train fingerprint \('abc' was, 'def' is\); template hash"
     ):
         run.check(start, other, anyway=False)
+    assert read_run(tmp_path / "r")["interruptions"] == [], (
+        "nothing is written before all is checked"
+    )
     run.check(start, other, anyway=True)
+    run.begin(start, RECIPE, launch, **other)
     assert (
         "data train fingerprint ('abc' was, 'def' is)"
         in read_run(tmp_path / "r")["interruptions"][-1]["changed"]
     )
     begun, start = started(tmp_path / "r", overwrite=True)
     begun.check(start, other, anyway=False)
-
-
-BROKEN_RECORDS = {
-    "a flipped bit": flipped,
-    "cut off": lambda path: path.write_text('{"status": "runn'),
-    "another object": lambda path: path.write_text("[]"),
-    "gone": lambda path: path.unlink(),
-}
-
-
-@pytest.mark.parametrize("fault", BROKEN_RECORDS.values(), ids=BROKEN_RECORDS)
-def test_a_broken_or_lost_record_loses_no_checkpoint(tmp_path, fault):
-    started(tmp_path / "r")
-    good = checkpoint(tmp_path / "r", 3)
-    fault(tmp_path / "r" / "run.json")
-    _, start = started(tmp_path / "r")
-    assert start.checkpoint == good
-    assert read_run(tmp_path / "r")["status"] == "running"
-
-
-def test_a_folder_that_is_no_run_keeps_what_is_in_it(tmp_path):
-    (tmp_path / "eval").mkdir()
-    started(tmp_path)
-    assert (tmp_path / "eval").is_dir()
 
 
 def test_the_first_failure_stands_and_a_finished_run_cannot_fail(tmp_path):

@@ -198,7 +198,8 @@ def test_what_needs_more_gpus_than_there_are_is_a_row(write, tmp_path):
 
 def ended(folder, status, reason=None, **measured):
     folder.mkdir(parents=True, exist_ok=True)
-    record = {"status": status, "reason": reason, "measured": measured, "recipe": {}, "launch": {}}
+    record = {"status": status, "reason": reason, "measured": measured, "launch": {}}
+    record |= {"recipe": {"model_name_or_path": "base"}, "template": {"hash": "0"}}
     (folder / "run.json").write_text(json.dumps(record), encoding="utf-8")
 
 

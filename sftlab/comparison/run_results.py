@@ -265,20 +265,16 @@ def _read(path: Path) -> dict[str, Any]:
 
     Raises ValueError for a broken file.
     """
-    is_run = path.name == "run.json"
+    if path.name == "run.json":
+        return read_run(path.parent)
     try:
-        content = read_run(path.parent) if is_run else json.loads(path.read_bytes() or "{}")
+        content = json.loads(path.read_bytes() or "{}")
     except FileNotFoundError:
         return {}
     except ValueError as error:
         raise ValueError(f"{path} is not JSON: {error}") from error
-    if not isinstance(content, dict) or (
-        is_run and {"status", "recipe", "launch"} - content.keys()
-    ):
-        raise ValueError(
-            f"{path} is no record of a run: expected a JSON object, with status, recipe and launch "
-            "where it is run.json"
-        )
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} is no record of an evaluation: expected a JSON object")
     return content
 
 

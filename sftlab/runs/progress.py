@@ -6,6 +6,8 @@ import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from sftlab.runs.schema import COUNT, DURATION, NUMBER, check, read_object
+
 NAME = "progress.json"
 # Each line overwrites the last one with a single write, so the file never grows.
 _WIDTH = 96
@@ -34,12 +36,16 @@ class Notes:
 
 
 def read(folder: Path) -> Progress | None:
-    """Returns the last progress, or None where none can be read, as after a power loss."""
-    try:
-        noted = json.loads((folder / NAME).read_text(encoding="utf-8"))
-        return Progress(noted["step"], noted["train_seconds"], noted["noted"])
-    except (OSError, ValueError, KeyError, TypeError):
+    """Returns the last progress, or None where there is none.
+
+    Raises ValueError for a file that cannot be read, as after a power loss or an edit by hand.
+    """
+    path = folder / NAME
+    if not path.exists():
         return None
+    noted = read_object(path)
+    check(noted, str(path), {"step": COUNT, "train_seconds": DURATION, "noted": NUMBER})
+    return Progress(noted["step"], noted["train_seconds"], noted["noted"])
 
 
 def cost(reached: Progress | None, step: int, seconds: float, now: float) -> dict[str, Any]:

@@ -3,22 +3,31 @@
 import hashlib
 import json
 import os
-import shutil
 import socket
 import time
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from sftlab.files import file_hash, write_json
-from sftlab.runs import progress, tensorboard_curves
-from sftlab.runs.checkpoint_manifest import newest_valid, remove_all
+from sftlab.runs import progress, run_lock
+from sftlab.runs.checkpoint_manifest import foreign, in_order, newest_valid, set_aside
+from sftlab.runs.clearing import clear, own_curves
 from sftlab.runs.environment import environment
+from sftlab.runs.made_files import EVALUATIONS, MadeFiles
+from sftlab.runs.ownership import existing_record, refuse_unlisted
+from sftlab.runs.record import RECORD, STATUSES, read_run
+from sftlab.runs.tensorboard_curves import restore
 
 # the two models of a run, as evaluations name them
 SIDES = ("base", "tuned")
-STATUSES = ("running", "succeeded", "failed", "interrupted")
+# what to change where a training diverged
+REMEDY = (
+    "Change something first: a lower --learning_rate, more --warmup_steps, --max_grad_norm 1, or "
+    "bf16 instead of fp16; --resume_anyway true continues with the change"
+)
 # recipe fields that may differ between an interrupted run and its continuation
 _FREE_FIELDS = {
     "overwrite",
@@ -34,14 +43,6 @@ _FREE_FIELDS = {
     "save_total_limit",
     "save_adapter",
 }
-
-
-def read_run(folder: str | os.PathLike) -> dict[str, Any]:
-    """Read run.json of a run directory. Raises ValueError where there is none."""
-    path = Path(folder) / "run.json"
-    if not path.is_file():
-        raise ValueError(f"{folder} is no run directory: it has no run.json")
-    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def adapter_hash(folder: str | os.PathLike) -> str | None:
@@ -64,12 +65,25 @@ def adapter_hash(folder: str | os.PathLike) -> str | None:
     return hashlib.sha256(file_hash(weights).encode() + settings).hexdigest()[:16]
 
 
-class Start(NamedTuple):
-    """How a run starts: from which checkpoint, what must match its manifest, and warnings."""
+@dataclass
+class Start:
+    """How a run starts, as found before anything is written.
 
-    checkpoint: str | None
-    must_match: dict[str, Any]
-    warnings: list[str]
+    `checkpoint` is the one that it continues from, `must_match` what must be the same, `says` what
+    the user should know. `at_stake` says that it replaces what an earlier run trained.
+    """
+
+    checkpoint: str | None = None
+    must_match: dict[str, Any] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
+    says: list[str] = field(default_factory=list)
+    changed: list[str] = field(default_factory=list)
+    at_stake: bool = False
+    overwrite: bool = False
+    record: dict[str, Any] | None = None
+    seen: bytes | None = None
+    manifest: dict[str, Any] | None = None
+    invalid: list[tuple[Path, str]] = field(default_factory=list)
 
 
 class Run:
@@ -77,131 +91,204 @@ class Run:
 
     def __init__(self, folder: str | os.PathLike, is_main: bool) -> None:
         self.folder = Path(folder)
-        self.path = self.folder / "run.json"
+        self.path = self.folder / RECORD
         self.is_main = is_main
+        self.made = MadeFiles(self.folder)
+        self.began: bool | None = None  # None: this process was not there
 
     @property
     def adapter(self) -> Path:
         """Returns the folder of the adapter, tokenizer and template."""
         return self.folder / "adapter"
 
-    def start(
+    def look(
         self, recipe: dict[str, Any], launch: dict[str, Any], overwrite: bool, anyway: bool = False
     ) -> Start:
-        """Begin the run, or continue it from its newest valid checkpoint (rank 0 only).
+        """Find out how the run starts, or continues. Changes nothing (rank 0 only).
 
-        Raises ValueError where a finished run would be overwritten. It raises one too where an
+        Raises ValueError for a folder that is not a run's, for a damaged run.json, while another
+        process trains there, and where a finished run would be replaced. It raises one too where an
         unfinished run had another recipe, launch config or versions, unless `anyway`; run.json
         then says what differed.
         """
-        record, warnings = self._record()
-        overwrite = overwrite and not _requeued(record)
-        if not overwrite:
-            self._refuse(record)
-        found = newest_valid(self.folder) if not overwrite else None
-        if found is None or found.folder is None:
-            return self._begin(
-                record, recipe, launch, overwrite, warnings + (found.set_aside if found else [])
+        self.began = False
+        run_lock.refuse_held(self.folder)
+        record = existing_record(self.folder)
+        start = Start(record=record, seen=self._seen())
+        start.overwrite = overwrite and not _requeued(record)
+        start.warnings += [
+            f"{path} was not made by this run: it is left as it is" for path in foreign(self.folder)
+        ]
+        if start.overwrite:
+            refuse_unlisted(self.folder)
+            start.at_stake = self._trained() or bool(in_order(self.folder))
+            return start
+        if record and record["status"] == "succeeded":
+            raise ValueError(
+                f"{self.folder} holds a finished run: pass --overwrite, or another --output_dir"
             )
-        manifest, now = found.manifest, environment()
-        must = manifest["must_match"]
+        found = newest_valid(self.folder)
+        start.invalid = found.invalid
+        if found.folder is None:
+            self._refuse_lone_adapter(record)
+            start.warnings += self._diverged(record, None)
+            return start
+        self._continue(start, found.folder, found.manifest, recipe, launch, anyway)
+        start.warnings += self._diverged(record, found.folder)
+        return start
+
+    def _continue(
+        self,
+        start: Start,
+        checkpoint: Path,
+        manifest: dict[str, Any],
+        recipe: dict[str, Any],
+        launch: dict[str, Any],
+        anyway: bool,
+    ) -> None:
+        now, must = environment(), manifest["must_match"]
         differing = list(differences(must, must | must_match(recipe, launch, now)))
         self._refuse_unless(anyway, differing)
         computed_on = {"hardware": comparable(manifest["hardware"])}
-        changed = [*differing, *differences(computed_on, {"hardware": comparable(now["hardware"])})]
-        if changed:
-            warnings.append(
-                f"{self.folder} continues with {'; '.join(changed)}: it may differ from an "
+        start.changed = [
+            *differing,
+            *differences(computed_on, {"hardware": comparable(now["hardware"])}),
+        ]
+        if start.changed:
+            start.warnings.append(
+                f"{self.folder} continues with {'; '.join(start.changed)}: it may differ from an "
                 "uninterrupted run"
             )
-        if "tensorboard" in (recipe.get("report_to") or []):
-            warnings += self._restore_curves(found.folder, manifest)
-        reached = (manifest["step"], manifest["train_seconds"])
-        entry = self._interruption(record, str(found.folder), *reached, found.set_aside) | {
-            "changed": changed
-        }
-        self._write(record, recipe, launch, now, [entry])
-        return Start(str(found.folder), must, warnings + found.set_aside)
-
-    def _restore_curves(self, checkpoint: Path, manifest: dict[str, Any]) -> list[str]:
-        history = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))[
-            "log_history"
-        ]
-        folder = self.folder / "tensorboard"
-        lost = tensorboard_curves.restore(folder, history, manifest["step"], manifest["saved"])
-        return (
-            [f"{folder} lacked {lost} values and was written anew from {checkpoint.name}"]
-            if lost
-            else []
+        start.checkpoint, start.must_match, start.manifest = str(checkpoint), must, manifest
+        steps = _max_steps(checkpoint)
+        left = f" of {steps:,}, {max(0, steps - manifest['step']):,} left" if steps else ""
+        start.says.append(
+            f"{self.folder} continues from {checkpoint.name}: {manifest['step']:,} steps done{left}"
+            f" ({manifest['train_seconds']:,.0f} s of training so far)"
         )
 
     def check(self, start: Start, facts: dict[str, Any], anyway: bool) -> None:
         """Raise ValueError where `facts` differ from those of the continued run, unless `anyway`.
 
-        They are facts that are known only after `start`.
+        They are facts that are known only after `look`, such as the data.
         """
         if not start.checkpoint:
             return
         differing = list(differences({name: start.must_match.get(name) for name in facts}, facts))
         self._refuse_unless(anyway, differing)
-        if differing and self.is_main:
-            *before, last = read_run(self.folder)["interruptions"]
-            self.update(interruptions=[*before, last | {"changed": last["changed"] + differing}])
+        start.changed += differing
 
-    def _record(self) -> tuple[dict[str, Any] | None, list[str]]:
-        """Returns run.json (None without one) and warnings.
+    def begin(
+        self, start: Start, recipe: dict[str, Any], launch: dict[str, Any], **facts: Any
+    ) -> list[str]:
+        """Begin or continue the run as `start` says (rank 0 only): lock, clear, write run.json.
 
-        An unreadable one is moved aside and read as {}; the checkpoints have what is needed.
+        Returns warnings. Raises ValueError if another process began one meanwhile.
         """
-        for left in self.folder.glob(".run.json.*"):
-            left.unlink()
+        self.folder.mkdir(parents=True, exist_ok=True)
+        run_lock.acquire(self.folder)
+        if self._seen() != start.seen:
+            run_lock.release(self.folder)
+            raise ValueError(
+                f"{self.path} was written by another process meanwhile: start again once that one "
+                "has ended"
+            )
+        self.began = True
+        record, now, entries = start.record, environment(), []
+        aside = [] if start.overwrite else set_aside(self.folder, start.invalid)
+        reached, unknown = self._reached()
+        warnings = aside + unknown
+        curves = own_curves(self.folder)
+        if start.overwrite:
+            clear(self.folder)
+        self._note()
+        if start.manifest:
+            if "tensorboard" in (recipe.get("report_to") or []):
+                warnings += self._restore_curves(Path(start.checkpoint), start.manifest, curves)
+            at = (start.manifest["step"], start.manifest["train_seconds"])
+            entry = _interruption(record, start.checkpoint, reached, *at, aside)
+            entries = [entry | {"changed": start.changed}]
+        else:
+            for path in [*curves, self.folder / progress.NAME]:
+                path.unlink(missing_ok=True)
+            if start.overwrite or not record or list(differences(record["recipe"], recipe)):
+                record = None
+            else:
+                entries = [_interruption(record, None, reached, 0, 0.0, aside)]
+        self._write(record, recipe, launch, now | facts, entries)
+        return warnings
+
+    def release(self) -> None:
+        """Let other processes train in this folder."""
+        run_lock.release(self.folder)
+
+    def way_on(self) -> str:
+        """Returns a sentence that says how an unfinished run goes on."""
+        last = in_order(self.folder)
+        if last:
+            return (
+                f"To go on, start the same command again: it continues from {last[-1].name} in "
+                f"{self.folder}."
+            )
+        if self._trained():
+            return (
+                f"The adapter is saved in {self.adapter}; there is no checkpoint. To train again, "
+                "start the same command with --overwrite."
+            )
+        return (
+            f"{self.folder} has no checkpoint yet: the same command begins again at the first step."
+        )
+
+    def _trained(self) -> bool:
+        return (self.adapter / "adapter_model.safetensors").is_file() or (
+            self.adapter / "model.safetensors"
+        ).is_file()
+
+    def _refuse_lone_adapter(self, record: dict[str, Any] | None) -> None:
+        if self._trained():
+            how = f"a run that {record['status']}" if record else "a run whose run.json is gone"
+            raise ValueError(
+                f"{self.adapter} was trained by {how}, and there is no checkpoint to continue "
+                "from: pass --overwrite to train it again, or another --output_dir"
+            )
+
+    def _diverged(self, record: dict[str, Any] | None, checkpoint: Path | None) -> list[str]:
+        reason = (record or {}).get("reason") or ""
+        if "diverged: " not in reason:
+            return []
+        place = f"from {checkpoint.name}, which is finite" if checkpoint else "at the first step"
+        return [
+            f"the last start of {self.folder} ended as it {reason.rstrip('.')}: it starts again "
+            f"{place}, and may end so again. {REMEDY}"
+        ]
+
+    def _seen(self) -> bytes | None:
+        return self.path.read_bytes() if self.path.is_file() else None
+
+    def _note(self) -> None:
+        """List what this start, and later evaluations, will make."""
+        curves = f"tensorboard/events.out.tfevents.*.{socket.gethostname()}.{os.getpid()}.*"
+        self.made.note([RECORD, progress.NAME, curves, *EVALUATIONS])
+
+    def _reached(self) -> tuple[progress.Progress | None, list[str]]:
         try:
-            record = read_run(self.folder) if self.path.is_file() else None
-            if record is not None and not {"status", "recipe"} <= set(record):
-                raise ValueError("it has no status or no recipe")
-            return record, []
+            return progress.read(self.folder), []
         except ValueError as error:
-            aside = self.path.replace(self.folder / "broken-run.json")
-            return {}, [f"{self.path} cannot be read ({error}) and was moved to {aside}"]
+            return None, [f"{error}: what the interruption cost is not known"]
 
-    def _refuse(self, record: dict[str, Any] | None) -> None:
-        if record and record["status"] == "succeeded":
-            raise ValueError(
-                f"{self.folder} holds a finished run: pass --overwrite, or another --output_dir"
-            )
-        if record and record["status"] == "running" and _alive(record.get("host_pid")):
-            raise ValueError(
-                f"{self.folder} is being written by a running process ({record['host_pid'][1]})"
-            )
-
-    def _begin(
-        self, record: dict | None, recipe: dict, launch: dict, overwrite: bool, warnings: list[str]
-    ) -> Start:
-        """Start at the first step. An interruption before the first checkpoint is recorded too."""
-        again = record and not overwrite and not list(differences(record["recipe"], recipe))
-        entries = [self._interruption(record, None, 0, 0.0, warnings)] if again else []
-        if record is not None:  # otherwise the folder may hold a user's own files
-            self._clear()
-        self._write(record if again else None, recipe, launch, environment(), entries)
-        return Start(None, {}, warnings)
-
-    def _interruption(
-        self,
-        record: dict | None,
-        checkpoint: str | None,
-        step: int,
-        seconds: float,
-        aside: list[str],
-    ) -> dict[str, Any]:
-        """Returns an entry of `interruptions`: how the last start ended, and what that cost."""
-        old = record or {}
-        entry = {
-            "status": old.get("status", "unknown"),
-            "reason": old.get("reason"),
-            "continued": _now(),
-        }
-        cost = progress.cost(progress.read(self.folder), step, seconds, time.time())
-        return entry | {"from": checkpoint, "step": step, **cost, "set_aside": aside}
+    def _restore_curves(
+        self, checkpoint: Path, manifest: dict[str, Any], files: list[Path]
+    ) -> list[str]:
+        history = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))[
+            "log_history"
+        ]
+        folder = self.folder / "tensorboard"
+        lost = restore(folder, history, manifest["step"], manifest["saved"], files)
+        return (
+            [f"{folder} lacked {lost} values and was written anew from {checkpoint.name}"]
+            if lost
+            else []
+        )
 
     def _write(
         self,
@@ -211,7 +298,6 @@ class Run:
         now: dict[str, Any],
         entries: list[dict[str, Any]],
     ) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
         old = old or {}
         record = {"status": "running", "reason": None, "started": old.get("started", _now())}
         record["interruptions"] = [*old.get("interruptions", []), *entries]
@@ -232,13 +318,6 @@ class Run:
                 "--overwrite to begin anew, or with another --output_dir"
             )
 
-    def _clear(self) -> None:
-        for name in ("adapter", ".adapter", "tensorboard", "eval"):
-            shutil.rmtree(self.folder / name, ignore_errors=True)
-        remove_all(self.folder)
-        for name in ("run.json", progress.NAME):
-            (self.folder / name).unlink(missing_ok=True)
-
     def update(self, **facts: Any) -> None:
         """Add facts to run.json (rank 0)."""
         if self.is_main:
@@ -250,8 +329,11 @@ class Run:
         self.update(status=status, finished=_now(), **facts)
 
     def fail(self, reason: str, rank: int | None) -> None:
-        """Record a failure of a rank (None: from outside). The first recorded one stays."""
-        if self.path.is_file():
+        """Record a failure of a rank (None: from outside). The first recorded one stays.
+
+        A run that this process only looked at is not touched.
+        """
+        if self.path.is_file() and self.began is not False:
             record = read_run(self.folder)
             if record["status"] == "running":
                 record |= {
@@ -261,6 +343,33 @@ class Run:
                     "finished": _now(),
                 }
                 write_json(self.path, record)
+
+
+def _interruption(
+    record: dict[str, Any] | None,
+    checkpoint: str | None,
+    reached: progress.Progress | None,
+    step: int,
+    seconds: float,
+    aside: list[str],
+) -> dict[str, Any]:
+    """Returns an entry of `interruptions`: how the last start ended, and what that cost."""
+    old = record or {}
+    entry = {
+        "status": old.get("status", "unknown"),
+        "reason": old.get("reason"),
+        "continued": _now(),
+    }
+    cost = progress.cost(reached, step, seconds, time.time())
+    return entry | {"from": checkpoint, "step": step, **cost, "set_aside": aside}
+
+
+def _max_steps(checkpoint: Path) -> int | None:
+    try:
+        state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+        return int(state["max_steps"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def _requeued(record: Mapping[str, Any] | None) -> bool:
@@ -310,16 +419,6 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = ""
             yield f"{prefix}{name} ({was!r} was, {is_!r} is)".replace(
                 "launch world_size", "world size"
             )
-
-
-def _alive(host_pid: list | None) -> bool:
-    if not host_pid or host_pid[0] != socket.gethostname() or host_pid[1] == os.getpid():
-        return False
-    try:
-        command = Path(f"/proc/{host_pid[1]}/cmdline").read_bytes()
-    except OSError:
-        return False
-    return b"sft.py" in command
 
 
 def _now() -> str:

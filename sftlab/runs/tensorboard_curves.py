@@ -1,14 +1,22 @@
 """TensorBoard curves of a continued run, with every value up to the checkpoint exactly once."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from sftlab.files import sync
 
 
-def restore(folder: Path, history: Sequence[Mapping[str, Any]], step: int, saved: float) -> int:
+def restore(
+    folder: Path,
+    history: Sequence[Mapping[str, Any]],
+    step: int,
+    saved: float,
+    files: Iterable[Path] | None = None,
+) -> int:
     """Restore the curves to their state at the checkpoint of `step`, saved at `saved` (Unix time).
+
+    `files` are the run's own; without them, all that are in `folder`.
 
     Later values are dropped, because the continued run logs them again. Where values of `history`
     (transformers' log_history) are missing, the files are written anew from it. Returns how many
@@ -17,12 +25,13 @@ def restore(folder: Path, history: Sequence[Mapping[str, Any]], step: int, saved
     from torch.utils.tensorboard import SummaryWriter
 
     times: dict[tuple[str, int], float] = {}
-    for path in sorted(folder.rglob("events.out.tfevents.*")):
+    own = sorted(folder.rglob("events.out.tfevents.*") if files is None else files)
+    for path in own:
         times |= _cut(path, step, saved)
     figures = list(_figures(history))
     lost = sum((tag, at) not in times for tag, at, _ in figures)
     if lost:
-        for path in folder.rglob("events.out.tfevents.*"):
+        for path in own:
             path.unlink()
         with SummaryWriter(str(folder)) as writer:
             for tag, at, value in figures:

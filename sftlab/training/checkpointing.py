@@ -17,7 +17,8 @@ from safetensors import SafetensorError
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from trl import SFTTrainer
 
-from sftlab.runs.checkpoint_manifest import in_order, remove, rotate, seal
+from sftlab.runs.checkpoint_manifest import foreign, in_order, remove, rotate, seal, step_of
+from sftlab.runs.made_files import MadeFiles
 from sftlab.training.disk_room import DiskRoom, NoRoom, is_full
 
 # One file a rank: the state of every part.
@@ -61,7 +62,16 @@ class Checkpointer(TrainerCallback):
         control: TrainerControl,
         **kwargs: object,
     ) -> None:
-        """Restore the parts; transformers has set its own sums to zero by now."""
+        """Restore the parts; transformers has set its own sums to zero by now.
+
+        Raises ValueError for a checkpoint of others whose name this training needs.
+        """
+        steps = range(state.global_step + 1, state.max_steps + 1)
+        if taken := [path.name for path in foreign(self.folder) if step_of(path) in steps]:
+            raise ValueError(
+                f"{self.folder} has {', '.join(taken)}, which this run did not make and would have "
+                "to write: move it, or pass another --output_dir"
+            )
         if not self.resume_from:
             return
         path = Path(self.resume_from) / PARTS_FILE.format(args.process_index)
@@ -75,11 +85,14 @@ class Checkpointer(TrainerCallback):
         """Save a checkpoint with `save_stock` (transformers'), add the parts, then seal it.
 
         Every rank calls it. Without room on the disk the checkpoint is skipped and the training
-        goes on. Raises NoRoom if the disk runs full while several ranks are saving.
+        goes on. Raises NoRoom if the disk runs full while several ranks are saving, and NotFinite,
+        before anything is written, for values that are not finite.
         """
+        self._trainer.finiteness.look()
+        self._trainer.finiteness.look_at_optimizer()
         started, args, best = time.perf_counter(), self._trainer.args, self._best()
         folder = self.folder / f"checkpoint-{self._trainer.state.global_step}"
-        if why := self._ask_rank_0(lambda: self.room.make(best)):
+        if why := self._ask_rank_0(lambda: self._prepare(folder, best)):
             return self._skip(why)
         # transformers would delete an old checkpoint before this one is sealed
         limit, args.save_total_limit = args.save_total_limit, None
@@ -103,6 +116,16 @@ class Checkpointer(TrainerCallback):
         # a rank that left before the seal would make the launcher end rank 0
         self._trainer.accelerator.wait_for_everyone()
         self.saving_s += time.perf_counter() - started
+
+    def _prepare(self, folder: Path, best: str | None) -> str | None:
+        """Returns why there can be no checkpoint; None, once its folder is on the list."""
+        if folder in foreign(self.folder):
+            return f"{folder} was not made by this run"
+        if why := self.room.make(best):
+            return why
+        self.folder.mkdir(parents=True, exist_ok=True)
+        MadeFiles(self.folder).note([f"{folder.name}/"])
+        return None
 
     def check_room(self) -> None:
         """Raise NoRoom if the disk cannot take one checkpoint.

@@ -44,6 +44,7 @@ from sftlab.models.loading import model_init_kwargs
 from sftlab.models.own_logits import changed_logits, own_log_probs_if_needed
 from sftlab.training.checkpointing import Checkpointer
 from sftlab.training.clock import TrainingClock
+from sftlab.training.finiteness import Finiteness
 from sftlab.training.log_sums import TokenSums, TrainerSums
 from sftlab.training.packing_check import verify_packing
 from sftlab.training.upstream_fixes import SaveAfterEvaluation, UpstreamFixes
@@ -103,8 +104,9 @@ class LabTrainer(UpstreamFixes):
             "trainer_sums": TrainerSums(self),
         }
         self.checkpointer = Checkpointer(self, parts, lambda: self.clock.seconds)
+        self.finiteness = Finiteness(self)
         # in this order: the clock notes the seconds that the checkpointer restores
-        for callback in (self.checkpointer, self.clock, SaveAfterEvaluation()):
+        for callback in (self.checkpointer, self.clock, self.finiteness, SaveAfterEvaluation()):
             self.add_callback(callback)
 
     def _take_fast_path(self) -> None:
@@ -164,6 +166,9 @@ class LabTrainer(UpstreamFixes):
             if self.fast.packing:
                 self._verify_packing(model, inputs)
         loss = super().training_step(model, inputs, *args, **kwargs)
+        self.finiteness.add_loss(loss)
+        if self.accelerator.scaler is not None:  # a step that fp16 skips adds nothing to the mean
+            loss = torch.nan_to_num(loss, nan=0.0, posinf=0.0, neginf=0.0)
         if self.replicated and self.accelerator.sync_gradients:
             average_replicated_(self._trained)
         return loss
@@ -250,6 +255,11 @@ class LabTrainer(UpstreamFixes):
         clip = torch.nn.utils.clip_grad_norm_ if self.replicated else clip_sharded_
         return clip(trained, self.args.max_grad_norm)
 
+    def _get_grad_norm(self, model: nn.Module, grad_norm: torch.Tensor | None = None) -> Any:
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        self.finiteness.set_norm(norm)
+        return norm
+
     # ---- the order of the rows ----
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler | None:
@@ -323,6 +333,9 @@ class LabTrainer(UpstreamFixes):
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         self.checkpointer.save(lambda: super(LabTrainer, self)._save_checkpoint(model, trial))
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """Write none: trl's would replace a README.md in the run directory."""
 
     def what_ran(self) -> dict[str, Any]:
         """Returns precision, dtypes, strategy and sizes as they are, for run.json."""

@@ -18,6 +18,7 @@ from transformers.trainer_utils import TrainOutput
 from trl import SFTTrainer
 
 from sftlab.fastpath.float8 import convert_nothing
+from sftlab.runs.checkpoint_manifest import in_order, remove
 from sftlab.training.clock import TrainingClock
 
 
@@ -101,11 +102,23 @@ class UpstreamFixes(SFTTrainer):
 
         transformers' function of this name divides by the steps of this start, and adds the loss
         since the last log of its own rank only. Delete when `TrainerState` holds the sums and the
-        last one is reduced.
+        last one is reduced. It also deletes every checkpoint but the best under `save_total_limit:
+        1`, those of other programs too. Delete when it deletes none that it did not save.
         """
         self._initial_global_step = 0
         self._tr_loss = self.accelerator.reduce(self._tr_loss, reduction="mean")
-        return super()._finalize_training(trial, samples, time.time() - self.clock.seconds)
+        args, limit = self.args, self.args.save_total_limit
+        args.save_total_limit = None
+        try:
+            output = super()._finalize_training(trial, samples, time.time() - self.clock.seconds)
+        finally:
+            args.save_total_limit = limit
+        best = self.state.best_model_checkpoint
+        if args.should_save and limit == 1 and best is not None:
+            for folder in in_order(Path(args.output_dir)):
+                if folder.name != Path(best).name:
+                    remove(folder)
+        return output
 
 
 class SaveAfterEvaluation(TrainerCallback):

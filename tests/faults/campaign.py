@@ -206,7 +206,7 @@ class Campaign:
         where, delay = {
             "saving": ("/checkpoint-", 0.004),
             "sealing": ("manifest.json", 0),
-            "rotating": ("shutil.rmtree", 0.001),
+            "rotating": ("os.rmdir", 0.001),
             "final save": (".adapter", 0.003),
         }[kind]
         events = sum(where in change for _, change in changes)
