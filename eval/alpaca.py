@@ -96,7 +96,7 @@ def evaluate(arguments: argparse.Namespace) -> None:
     task = read_task(arguments.reference, arguments.instructions, arguments.limit)
     preferences = read_preferences(arguments.agreement) if arguments.agreement else None
     judged, judge = choose_judge(arguments)
-    contestants = Contestants(arguments.run, run, arguments.batch_size)
+    contestants = Contestants(arguments.run, run, arguments.batch_size, arguments.trust_remote_code)
     asked = [[{"role": "user", "content": text}] for text in task.questions.instructions]
     answers = {
         side: contestants.answers(side, asked, sampling, f"{side} answers") for side in SIDES

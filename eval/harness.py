@@ -31,6 +31,7 @@ from lm_eval.models.huggingface import HFLM
 
 from sftlab.config.recipe import ModelArguments
 from sftlab.evaluation.base_and_tuned import (
+    add_trust_flag,
     answering,
     evaluation_errors,
     finished_run,
@@ -44,9 +45,11 @@ from sftlab.evaluation.harness_comparison import (
     means_of,
     pair,
 )
+from sftlab.evaluation.entries import read_entries
 from sftlab.evaluation.harness_tasks import SEED, LoadedTasks, load_units
 from sftlab.evaluation.significance import FEW_ROWS, add_holm
 from sftlab.files import write_json
+from sftlab.models.identity import base_identity, tokenizer_identity
 from sftlab.runs.environment import environment
 from sftlab.runs.run_directory import SIDES, adapter_hash
 from sftlab.tables import aligned, interval, p_value
@@ -73,7 +76,7 @@ def main(argv: list[str]) -> None:
         names = arguments.tasks.replace(" ", "").split(",")
         units = load_units(names, arguments.num_fewshot, arguments.files, LOCAL_TASKS)
         tokenizer = run_tokenizer(arguments.run, run)
-        model = load_pair(arguments.run, run)
+        model = load_pair(arguments.run, run, arguments.trust_remote_code)
         facts = describe(arguments.run, run, model.device.type)
         lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=arguments.batch_size)
         entries = [evaluate(name, loaded, lm, arguments, facts) for name, loaded in units.items()]
@@ -90,6 +93,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--run", required=True, type=Path, help="a finished run's directory")
+    add_trust_flag(parser)
     parser.add_argument(
         "--tasks", required=True, help="lm-eval's tasks and groups, separated by commas"
     )
@@ -128,13 +132,16 @@ def describe(folder: Path, run: dict[str, Any], device: str) -> Entry:
     """Returns the facts of the models and the machine that every entry holds."""
     recipe, facts = run["recipe"], environment()
     facts["versions"]["lm_eval"] = version("lm_eval")
-    files = sorted(Path(recipe["model_name_or_path"]).glob("*.safetensors"))
     facts["base_model"] = {
-        name: recipe[name] for name in (*ModelArguments.__dataclass_fields__, "model_init_kwargs")
+        name: recipe.get(name)
+        for name in (*ModelArguments.__dataclass_fields__, "model_init_kwargs")
     }
-    facts["base_model"]["files"] = [[path.name, path.stat().st_mtime_ns] for path in files]
+    facts["base_model"]["identity"] = base_identity(
+        recipe["model_name_or_path"], recipe["model_revision"]
+    )
     return facts | {
         "adapter_hash": adapter_hash(folder),
+        "tokenizer": tokenizer_identity(folder / "adapter"),
         "template_hash": run["template"]["hash"],
         "device": device,
     }
@@ -235,7 +242,7 @@ def write_records(path: Path, records: list[Record]) -> None:
 
 def write_entries(path: Path, entries: list[Entry]) -> None:
     """Add the entries to harness.json. They replace those with the same KEY."""
-    old = json.loads(path.read_text(encoding="utf-8"))["entries"] if path.is_file() else []
+    old = read_entries(path, KEY)
     new = [[entry[name] for name in KEY] for entry in entries]
     write_json(
         path, {"entries": [one for one in old if [one[name] for name in KEY] not in new] + entries}

@@ -111,7 +111,7 @@ def evaluate(arguments: argparse.Namespace) -> None:
     every = read_questions(arguments.questions, arguments.references)
     questions = spread(every, arguments.limit or len(every))
     judge, style = judge_from(arguments)
-    contestants = Contestants(arguments.run, run, arguments.batch_size)
+    contestants = Contestants(arguments.run, run, arguments.batch_size, arguments.trust_remote_code)
     turns = {side: both_turns(contestants, side, questions, sampling) for side in SIDES}
     about = {
         side: answer_facts([answer for one in turns[side] for answer in one]) for side in SIDES

@@ -36,6 +36,7 @@ from sftlab.evaluation.generation import (
 )
 from sftlab.evaluation.held_out import HeldOut, ScoredRows, held_out, select
 from sftlab.evaluation.base_and_tuned import (
+    add_trust_flag,
     answering,
     finished_run,
     load_pair,
@@ -66,6 +67,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--run", required=True, type=Path, help="a finished run's directory")
+    add_trust_flag(parser)
     parser.add_argument(
         "--samples", type=int, default=0, help="the first n test rows (default: all)"
     )
@@ -105,9 +107,11 @@ def evaluate(arguments: argparse.Namespace) -> None:
         run, arguments.dataset_name, arguments.dataset_config, arguments.dataset_split
     )
     tokenizer = run_tokenizer(arguments.run, run)
-    model = load_pair(arguments.run, run)
+    model = load_pair(arguments.run, run, arguments.trust_remote_code)
     longest = longest_prompt(model.config, sampling)
-    rows = select(dataset, arguments.samples, tokenizer, run["recipe"]["max_length"], longest)
+    recipe = run["recipe"]
+    cut = recipe.get("truncation_mode", "keep_start")
+    rows = select(dataset, arguments.samples, tokenizer, recipe["max_length"], longest, cut)
     memory = {"weights": allocated_gb()}
     nll, same_token = likelihoods(model, rows, tokenizer, arguments.batch_size)
     memory["likelihood_peak"] = allocated_gb(peak=True)

@@ -25,15 +25,20 @@ class AnswerFile:
         self.path = folder / f"{kind}-{hashlib.sha256(text.encode()).hexdigest()[:12]}.jsonl"
         self.found: dict[tuple[str, int | str], Answer] = {}
         self.seconds: dict[str, float] = {}
-        lines = self.path.read_bytes().splitlines(keepends=True) if self.path.is_file() else []
+        lines = self.path.read_bytes().splitlines(keepends=True) if self.path.exists() else []
         whole = [line for line in lines if line.endswith(b"\n")] or [text.encode() + b"\n"]
+        if whole[0].strip() != text.encode():
+            raise ValueError(
+                f"{self.path}, line 1: expected the settings that the file's name is a hash of; "
+                "move the file aside, and its answers are generated again"
+            )
         if whole != lines:  # new, or cut off by a kill while it was written
             folder.mkdir(parents=True, exist_ok=True)
             mended = self.path.with_suffix(".part")
             mended.write_bytes(b"".join(whole))
             mended.replace(self.path)
-        for line in whole[1:]:
-            self._take(json.loads(line))
+        for number, line in enumerate(whole[1:], 2):
+            self._take(self._batch(number, line))
 
     def add(
         self, side: str, rows: Sequence[int | str], answers: Sequence[Answer], seconds: float
@@ -52,6 +57,24 @@ class AnswerFile:
             "seconds": round(seconds, 2),
             "rows_per_s": round(rows / seconds, 2) if seconds else None,
         }
+
+    def _batch(self, number: int, line: bytes) -> dict[str, Any]:
+        """Returns a line's batch of answers. Raises ValueError where it is none."""
+        try:
+            batch = json.loads(line)
+            rows, answers = batch["rows"], [Answer(**one) for one in batch["answers"]]
+            typed = all(
+                isinstance(one.text, str) and type(one.tokens) is int for one in answers
+            ) and all(isinstance(row, int | str) for row in rows)
+            numbers = type(batch["seconds"]) in (int, float) and isinstance(batch["side"], str)
+            if not typed or not numbers or len(rows) != len(answers):
+                raise ValueError("it has other types, or more rows than answers")
+        except (ValueError, TypeError, KeyError, RecursionError) as error:
+            raise ValueError(
+                f"{self.path}, line {number} is no batch of answers ({error}): move the file "
+                "aside, and its answers are generated again"
+            ) from error
+        return batch
 
     def _take(self, batch: dict[str, Any]) -> None:
         self.seconds[batch["side"]] = self.seconds.get(batch["side"], 0.0) + batch["seconds"]

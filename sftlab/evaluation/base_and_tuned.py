@@ -1,28 +1,53 @@
 """The base and the tuned model of a finished run, under one load of the weights."""
 
+import argparse
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
-from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
-from trl import get_quantization_config
+from peft import PeftModel, get_peft_model_state_dict
+from safetensors import SafetensorError, safe_open
+from transformers import PreTrainedTokenizerBase
 
+from sftlab.config.model_overrides import check_overrides
 from sftlab.config.recipe import ModelArguments
 from sftlab.data.chat_template import template_hash
 from sftlab.exit_messages import mistakes_in_one_line
 from sftlab.fastpath import varlen_attention
+from sftlab.models.identity import base_identity, tokenizer_identity
 from sftlab.models.likelihood import with_fused_head
-from sftlab.models.loading import model_init_kwargs
-from sftlab.runs.run_directory import SIDES, adapter_hash, read_run
+from sftlab.models.loading import load_model, model_init_kwargs, read_tokenizer
+from sftlab.models.trust import FLAG, check_adapter
+from sftlab.runs.record import read_run
+from sftlab.runs.run_directory import SIDES, adapter_hash
+from sftlab.runs.schema import BOOLEAN, OBJECT, TEXT, check, one_of
+
+# what loading the models of a run reads from run.json
+_NEEDED = {
+    "recipe.model_name_or_path": TEXT,
+    "recipe.model_revision": TEXT.or_null(),
+    "recipe.dtype": one_of("bfloat16", "float16", "float32"),
+    "recipe.load_in_4bit": BOOLEAN,
+    "recipe.load_in_8bit": BOOLEAN,
+    "recipe.trust_remote_code": BOOLEAN,
+    "recipe.attn_implementation": TEXT.or_null(),
+    "recipe.model_init_kwargs": OBJECT.or_null(),
+    "template.hash": TEXT,
+}
+
+
+def add_trust_flag(parser: argparse.ArgumentParser) -> None:
+    """Add the option that lets a base model's own code run. No run can set it."""
+    parser.add_argument(
+        FLAG, action="store_true", help="run code that the base model brings (default: never)"
+    )
 
 
 @contextmanager
 def evaluation_errors(advice: str) -> Iterator[None]:
-    """End an evaluation with one line after a user's mistake or an out-of-memory error.
+    """End an evaluation with one line after a user's mistake, a file that fails, or full memory.
 
     `advice` says what to do about the memory. Raises SystemExit.
     """
@@ -31,6 +56,9 @@ def evaluation_errors(advice: str) -> Iterator[None]:
             yield
         except torch.OutOfMemoryError as error:
             raise ValueError(f"out of memory{advice}") from error
+        except OSError as error:
+            where = f"{error.filename}: " if error.filename else ""
+            raise ValueError(f"{where}{error.strerror or error}") from error
 
 
 def finished_run(folder: Path) -> dict[str, Any]:
@@ -43,22 +71,23 @@ def finished_run(folder: Path) -> dict[str, Any]:
         )
     if run["status"] != "succeeded":
         raise ValueError(
-            f"{folder} did not succeed (status {run['status']}: {run['reason']}): train it first"
+            f"{folder} did not succeed (status {run['status']}: {run.get('reason')}): train it "
+            "first"
         )
+    check(run, str(folder / "run.json"), _NEEDED)
     return run
 
 
 def run_tokenizer(folder: Path, run: dict[str, Any]) -> PreTrainedTokenizerBase:
-    """Load the tokenizer that was saved with the adapter.
+    """Load the tokenizer that was saved with the adapter. No code of its own is run.
 
     Raises ValueError where it has another template than the run trained with.
     """
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder / "adapter")
-    except (OSError, ValueError) as error:
+    if not (folder / "adapter" / "tokenizer_config.json").is_file():
         raise ValueError(
-            f"{folder / 'adapter'} holds no tokenizer: {str(error).splitlines()[0]}"
-        ) from error
+            f"{folder / 'adapter'} holds no tokenizer: it has no tokenizer_config.json"
+        )
+    tokenizer = read_tokenizer(folder / "adapter")
     if template_hash(tokenizer) != run["template"]["hash"]:
         raise ValueError(
             f"the template in {folder / 'adapter'} is not the one that the run trained with"
@@ -66,38 +95,83 @@ def run_tokenizer(folder: Path, run: dict[str, Any]) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def load_pair(folder: Path, run: dict[str, Any]) -> PeftModel:
+def load_pair(folder: Path, run: dict[str, Any], trusted: bool = False) -> PeftModel:
     """Load the base model with the run's adapter, in the dtype of the training.
 
-    It is on the GPU if there is one. `answering` chooses which of the two models answers. Raises
-    ValueError where the base model or the adapter cannot be loaded.
+    It is on the GPU if there is one. `answering` chooses which of the two models answers. `trusted`
+    lets code that the base model brings run; only the command line may say so. Raises ValueError
+    where the base model or the adapter cannot be loaded.
     """
     recipe = run["recipe"]
-    arguments = ModelArguments(
-        **{name: recipe[name] for name in ModelArguments.__dataclass_fields__}
-    )
-    if arguments.attn_implementation == varlen_attention.NAME:  # it needs packed rows
-        arguments.attn_implementation = None
-    kwargs = model_init_kwargs(arguments, recipe["trust_remote_code"], recipe["model_init_kwargs"])
+    refuse_untrusted(folder, run, trusted)
+    arguments = _model_arguments(folder, recipe)
+    kwargs = model_init_kwargs(arguments, trusted, recipe["model_init_kwargs"])
+    name = arguments.model_name_or_path
+    try:
+        check_adapter(folder / "adapter")
+    except ValueError as error:
+        raise ValueError(f"{folder / 'adapter'} does not load on {name}: {error}") from error
     device = "cuda" if torch.cuda.is_available() else "cpu"
     # cuDNN's attention differs from call to call (H200, torch 2.11), and greedy texts with it
     torch.backends.cuda.enable_cudnn_sdp(False)
-    name, quantization = recipe["model_name_or_path"], get_quantization_config(arguments)
     try:
-        base = AutoModelForCausalLM.from_pretrained(
-            name, device_map=device, quantization_config=quantization, **kwargs
-        )
-    except (OSError, SafetensorError) as error:
-        raise ValueError(
-            f"the base model {name} of the run cannot be loaded: {str(error).splitlines()[0]}"
-        ) from error
+        base = load_model(arguments, kwargs, device)
+    except ValueError as error:
+        raise ValueError(f"the base model {name} of the run cannot be loaded: {error}") from error
     try:
         model = PeftModel.from_pretrained(with_fused_head(base), folder / "adapter")
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+    except torch.OutOfMemoryError:
+        raise
+    except (OSError, ValueError, TypeError, KeyError, RuntimeError, SafetensorError) as error:
         raise ValueError(
-            f"{folder / 'adapter'} does not load on {name}: {str(error).splitlines()[0]}"
+            f"{folder / 'adapter'} does not load on {name}: "
+            f"{(str(error).splitlines() or [type(error).__name__])[0]}"
         ) from error
+    _refuse_other_tensors(model, folder / "adapter")
     return model.eval()
+
+
+def refuse_untrusted(folder: Path, run: dict[str, Any], trusted: bool) -> None:
+    """Raise ValueError where a run was trained with remote code and this command gives no trust."""
+    recipe = run["recipe"]
+    if recipe["trust_remote_code"] and not trusted:
+        raise ValueError(
+            f"{folder} says trust_remote_code: true, so its base model "
+            f"{recipe['model_name_or_path']} brings code of its own, which is not run: pass {FLAG} "
+            "on the command line if you trust that code"
+        )
+    check_overrides(recipe["model_init_kwargs"])
+
+
+def _model_arguments(folder: Path, recipe: dict[str, Any]) -> ModelArguments:
+    known = {name: recipe[name] for name in ModelArguments.__dataclass_fields__ if name in recipe}
+    try:
+        arguments = ModelArguments(**known)
+    except (TypeError, ValueError, AttributeError) as error:
+        raise ValueError(f"{folder / 'run.json'}, recipe: {error}") from error
+    if arguments.attn_implementation == varlen_attention.NAME:  # it needs packed rows
+        arguments.attn_implementation = None
+    return arguments
+
+
+def _refuse_other_tensors(model: PeftModel, folder: Path) -> None:
+    """Raise ValueError where the adapter's file holds other tensors than the adapter has.
+
+    peft trains on with what it has drawn for a missing one.
+    """
+    with safe_open(folder / "adapter_model.safetensors", framework="pt") as file:
+        held = set(file.keys())
+    expected = set(get_peft_model_state_dict(model, save_embedding_layers=False))
+    # of embeddings that are targets, peft saves the base weights as well
+    missing = expected - held
+    unexpected = {one for one in held - expected if "lora_" in one}
+    if missing or unexpected:
+        parts = {"missing": missing, "unexpected": unexpected}
+        named = [f"{what} {', '.join(sorted(one)[:4])}" for what, one in parts.items() if one]
+        raise ValueError(
+            f"{folder} holds other tensors than its adapter_config.json asks for: "
+            f"{'; '.join(named)}"
+        )
 
 
 def answering(model: PeftModel, side: str) -> AbstractContextManager:
@@ -107,7 +181,11 @@ def answering(model: PeftModel, side: str) -> AbstractContextManager:
 
 
 def model_settings(folder: Path, run: dict[str, Any]) -> dict[str, Any]:
-    """Returns the settings of a run that its models' answers depend on."""
+    """Returns what the answers of a run's models depend on, beside prompts and generation.
+
+    That is the identity of the base model, of the adapter (weights and config), of the tokenizer
+    and of the template, and how the base model is loaded.
+    """
     names = (
         "model_name_or_path",
         "model_revision",
@@ -116,5 +194,10 @@ def model_settings(folder: Path, run: dict[str, Any]) -> dict[str, Any]:
         "load_in_8bit",
         "model_init_kwargs",
     )
-    settings = {name: run["recipe"][name] for name in names}
-    return settings | {"adapter_hash": adapter_hash(folder), "template": run["template"]["hash"]}
+    recipe = run["recipe"]
+    return {name: recipe[name] for name in names} | {
+        "base": base_identity(recipe["model_name_or_path"], recipe["model_revision"]),
+        "adapter_hash": adapter_hash(folder),
+        "tokenizer": tokenizer_identity(folder / "adapter"),
+        "template": run["template"]["hash"],
+    }

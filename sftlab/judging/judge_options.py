@@ -3,6 +3,7 @@
 import argparse
 from pathlib import Path
 
+from sftlab.evaluation.base_and_tuned import add_trust_flag
 from sftlab.judging.judge_formats import JudgeFormat, load_format
 from sftlab.judging.judges import Judge, LocalJudge, ServerJudge
 
@@ -16,6 +17,7 @@ def add_evaluation_flags(
     texts.
     """
     parser.add_argument("--run", required=True, type=Path, help="a finished run's directory")
+    add_trust_flag(parser)
     add_judge_flags(parser)
     parser.add_argument("--limit", type=int, default=0, help=limit)
     parser.add_argument(

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from sftlab.evaluation.answer_file import AnswerFile, digest
+from sftlab.evaluation.entries import read_entries
 from sftlab.files import write_json
 from sftlab.runs.environment import environment
 from sftlab.runs.run_directory import adapter_hash
@@ -45,8 +46,7 @@ def entry_facts(
 
 def keep_entry(path: Path, entry: Mapping[str, Any]) -> None:
     """Add an entry to a file of entries. It replaces one of the same title."""
-    entries = json.loads(path.read_text(encoding="utf-8"))["entries"] if path.is_file() else []
-    kept = [one for one in entries if one["title"] != entry["title"]]
+    kept = [one for one in read_entries(path, ("title",)) if one["title"] != entry["title"]]
     write_json(path, {"entries": [*kept, entry]})
 
 

@@ -7,19 +7,11 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import cached_property
-from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from jinja2 import TemplateError
-from safetensors import SafetensorError
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    BitsAndBytesConfig,
-    PreTrainedModel,
-)
+from transformers import BitsAndBytesConfig, PreTrainedModel
 
 from sftlab.data.chat_template import prompt_ids
 from sftlab.evaluation.generation import (
@@ -30,11 +22,11 @@ from sftlab.evaluation.generation import (
     longest_prompt,
 )
 from sftlab.judging.judge_formats import Messages
+from sftlab.models.identity import base_identity
+from sftlab.models.loading import load_weights, read_config, read_tokenizer
 from sftlab.tables import preview
 
 RETRIES = 6
-# bytes at each end of a weight file that tell it from another one
-_EDGE = 2**20
 
 
 class Judge(Protocol):
@@ -65,12 +57,10 @@ class LocalJudge:
         self.name, self.load_in_4bit, self.batch_size = name, load_in_4bit, batch_size
         self.sampling = Sampling(max_new_tokens)
         try:
-            self.tokenizer = AutoTokenizer.from_pretrained(name)
-            config = AutoConfig.from_pretrained(name)
-        except (OSError, ValueError) as error:
-            raise ValueError(
-                f"the judge {name} cannot be loaded: {str(error).splitlines()[0]}"
-            ) from error
+            self.tokenizer = read_tokenizer(name)
+            config = read_config(name, None)
+        except ValueError as error:
+            raise ValueError(f"the judge {name} cannot be loaded: {error}") from error
         # prompts are measured before they are cut, so a warning about a long one means nothing
         self.tokenizer.deprecation_warnings[
             "sequence-length-is-longer-than-the-specified-maximum"
@@ -87,7 +77,7 @@ class LocalJudge:
                 f"prompt: it has {self.room + max_new_tokens} positions"
             )
         template = hashlib.sha256(str(self.tokenizer.chat_template).encode()).hexdigest()[:16]
-        self.facts = {"judge": name, "weights": _weights(name, config), "template": template}
+        self.facts = {"judge": name, "weights": base_identity(name, None), "template": template}
         self.facts |= {
             "load_in_4bit": load_in_4bit,
             "dtype": str(config.dtype),
@@ -139,15 +129,11 @@ class LocalJudge:
             quantization = BitsAndBytesConfig(load_in_4bit=True, **compute)
         # in the dtype of the weights on every device, so that judgements from a GPU are found
         # again on a machine without one
-        kwargs = {"dtype": "auto", "device_map": device, "quantization_config": quantization}
+        kwargs = {"dtype": "auto", "use_safetensors": True, "trust_remote_code": False}
         try:
-            return AutoModelForCausalLM.from_pretrained(
-                self.name, use_safetensors=True, **kwargs
-            ).eval()
-        except (OSError, ValueError, SafetensorError) as error:
-            raise ValueError(
-                f"the judge {self.name} cannot be loaded: {str(error).splitlines()[0]}"
-            ) from error
+            return load_weights(self.name, kwargs, device, quantization).eval()
+        except ValueError as error:
+            raise ValueError(f"the judge {self.name} cannot be loaded: {error}") from error
 
 
 class ServerJudge:
@@ -224,21 +210,3 @@ class ServerJudge:
             raise ValueError(
                 f"what the judge's server at {self.url} answers is no completion: {error}"
             ) from error
-
-
-def _weights(name: str, config: Any) -> str | None:
-    """Returns what tells two states of the weights apart.
-
-    From the hub it is the commit. For a folder it is a hash over the sizes and both ends of its
-    weight files.
-    """
-    files = sorted(Path(name).glob("*.safetensors")) if Path(name).is_dir() else []
-    if not files:
-        return getattr(config, "_commit_hash", None)
-    seen = hashlib.sha256()
-    for path in files:
-        with path.open("rb") as file:
-            seen.update(f"{path.name} {path.stat().st_size}".encode() + file.read(_EDGE))
-            file.seek(max(0, path.stat().st_size - _EDGE))
-            seen.update(file.read(_EDGE))
-    return seen.hexdigest()[:16]

@@ -8,12 +8,17 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from transformers import AutoConfig
 
 from sftlab.data.chat_template import prompt_ids
 from sftlab.data.formats import Message
 from sftlab.evaluation.answer_file import AnswerFile, digest, fill
-from sftlab.evaluation.base_and_tuned import answering, load_pair, model_settings, run_tokenizer
+from sftlab.evaluation.base_and_tuned import (
+    answering,
+    load_pair,
+    model_settings,
+    refuse_untrusted,
+    run_tokenizer,
+)
 from sftlab.evaluation.generation import (
     BATCHES_WORTH_COMPILING,
     Answer,
@@ -21,32 +26,32 @@ from sftlab.evaluation.generation import (
     Sampling,
     longest_prompt,
 )
+from sftlab.models.loading import read_config
 
 
 class Contestants:
     """The two models of a finished run. Answers are kept in RUN/eval/answers-*.jsonl."""
 
-    def __init__(self, folder: Path, run: dict[str, Any], batch_size: int) -> None:
-        self.folder, self.run, self.batch_size = folder, run, batch_size
+    def __init__(
+        self, folder: Path, run: dict[str, Any], batch_size: int, trusted: bool = False
+    ) -> None:
+        """`trusted` lets code that the base model brings run."""
+        self.folder, self.run, self.batch_size, self.trusted = folder, run, batch_size, trusted
+        refuse_untrusted(folder, run, trusted)
         self.tokenizer = run_tokenizer(folder, run)
-        recipe = run["recipe"]
-        kwargs = {
-            "revision": recipe["model_revision"],
-            "trust_remote_code": recipe["trust_remote_code"],
-        }
-        name = recipe["model_name_or_path"]
+        name, revision = (run["recipe"][x] for x in ("model_name_or_path", "model_revision"))
         try:
-            self.config = AutoConfig.from_pretrained(name, **kwargs)
-        except OSError as error:
+            self.config = read_config(name, revision, trusted)
+        except ValueError as error:
             raise ValueError(
-                f"the base model {name} of the run cannot be loaded: {str(error).splitlines()[0]}"
+                f"the base model {name} of the run cannot be loaded: {error}"
             ) from error
         self.prompts_cut = 0
 
     @cached_property
     def model(self) -> PeftModel:
         """Returns both models, loaded at the first answer that is not kept."""
-        return load_pair(self.folder, self.run)
+        return load_pair(self.folder, self.run, self.trusted)
 
     def free(self) -> None:
         """Free the models' memory for the judge."""

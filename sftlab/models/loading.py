@@ -1,23 +1,53 @@
 """The base model: checks before its weights are loaded, and how they are loaded."""
 
+import logging
+import os
+import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub.errors import GatedRepoError, OfflineModeIsEnabled, RepositoryNotFoundError
+from huggingface_hub.errors import (
+    GatedRepoError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    StrictDataclassError,
+)
+from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     PreTrainedConfig,
+    PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 from transformers.pytorch_utils import Conv1D
+from trl import get_quantization_config
 
+from sftlab.config.model_overrides import check_overrides
 from sftlab.config.recipe import ModelArguments, TrainingArguments
+from sftlab.models.trust import FLAG, check_base_folder, refuse_hub_kernels
+
+logger = logging.getLogger(__name__)
 
 # Conv1D is GPT-2's linear layer, with a transposed weight
 LINEAR_LAYERS = (torch.nn.Linear, Conv1D)
+# buffers that older files hold and today's models compute
+_OF_OLD_FILES = re.compile(r"rotary_emb\.inv_freq$|\.attn\.(masked_)?bias$|position_ids$")
+# what transformers raises for files that it cannot read
+_UNREADABLE = (
+    OSError,
+    ValueError,
+    KeyError,
+    TypeError,
+    AttributeError,
+    ImportError,
+    RuntimeError,
+    SafetensorError,
+    StrictDataclassError,
+)
 
 
 def load_tokenizer(
@@ -34,6 +64,19 @@ def load_tokenizer(
     return tokenizer
 
 
+def read_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
+    """Load a tokenizer. Code that it brings is never run.
+
+    Raises ValueError where it cannot be loaded.
+    """
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except _UNREADABLE as error:
+        raise ValueError(
+            f"{folder} holds no tokenizer that can be loaded: {_said(error, str(folder))}"
+        ) from error
+
+
 def load_config(
     name: str, revision: str, training: TrainingArguments, with_weights: bool = True
 ) -> PreTrainedConfig:
@@ -42,22 +85,8 @@ def load_config(
     Raises ValueError where it cannot be loaded, for a model without safetensors, and for one that
     takes more than text.
     """
-    if Path(name).is_dir() and not (Path(name) / "config.json").is_file():
-        raise ValueError(
-            f"base model {name} holds no config.json: give a model's folder, or its name on the hub"
-        )
-    if with_weights and Path(name).is_dir() and not any(Path(name).glob("*.safetensors")):
-        raise ValueError(
-            f"base model {name} holds no .safetensors file: pickled weights are not loaded"
-        )
-    overrides = training.model_init_kwargs or {}
-    config = _from_hub(
-        AutoConfig,
-        name,
-        revision=revision,
-        trust_remote_code=training.trust_remote_code,
-        **overrides,
-    )
+    overrides, trusted = training.model_init_kwargs, training.trust_remote_code
+    config = read_config(name, revision, trusted, overrides, with_weights)
     taken = model_class(config)
     if (
         taken is not None
@@ -67,6 +96,23 @@ def load_config(
         raise ValueError(
             f"{name} is a {taken.__name__}, which takes more than text: give a text-only model"
         )
+    return config
+
+
+def read_config(
+    name: str,
+    revision: str | None,
+    trusted: bool = False,
+    overrides: dict[str, Any] | None = None,
+    with_weights: bool = True,
+) -> PreTrainedConfig:
+    """Read a model's config. Raises ValueError where it would run code without trust."""
+    changes = check_overrides(overrides)
+    if Path(name).is_dir():
+        check_base_folder(Path(name), trusted, with_weights)
+    config = _from_hub(AutoConfig, name, revision=revision, trust_remote_code=trusted, **changes)
+    if not trusted:
+        refuse_hub_kernels(getattr(config, "_attn_implementation", None), f"config of {name}")
     return config
 
 
@@ -105,17 +151,107 @@ def model_init_kwargs(
 ) -> dict[str, Any]:
     """Returns the keyword arguments of `from_pretrained`, for training and evaluation.
 
-    Only safetensors are loaded.
+    Only safetensors are loaded, and `overrides` may not say otherwise. Raises ValueError for an
+    override that is not allowed, and for an attention from the hub without trust.
     """
-    kwargs = {
+    kwargs = check_overrides(overrides) | {
         "revision": model.model_revision,
         "trust_remote_code": trust_remote_code,
         "dtype": model.dtype,
         "use_safetensors": True,
     }
     if model.attn_implementation is not None:
+        if not trust_remote_code:
+            refuse_hub_kernels(model.attn_implementation, "attn_implementation")
         kwargs["attn_implementation"] = model.attn_implementation
-    return kwargs | (overrides or {})
+    return kwargs
+
+
+def load_model(
+    model: ModelArguments, kwargs: dict[str, Any], device_map: str | None
+) -> PreTrainedModel:
+    """Load the base model with all of its weights.
+
+    `kwargs` are those of `model_init_kwargs`. Raises ValueError where the model cannot be loaded,
+    and where tensors are missing, unexpected or of another shape, with their names. Layers that
+    `num_hidden_layers` cuts off are left out, and that is said.
+    """
+    quantization = get_quantization_config(model)
+    return load_weights(model.model_name_or_path, kwargs, device_map, quantization)
+
+
+def load_weights(
+    name: str, kwargs: dict[str, Any], device_map: str | None, quantization: Any
+) -> PreTrainedModel:
+    """Load a causal language model as `load_model` does, the base model's or a judge's."""
+    if Path(name).is_dir():
+        check_base_folder(Path(name), kwargs["trust_remote_code"])
+    loader = logging.getLogger("transformers.modeling_utils")
+    loader.addFilter(_no_report)
+    try:
+        loaded, found = _from_hub(
+            AutoModelForCausalLM,
+            name,
+            device_map=device_map,
+            quantization_config=quantization,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are refused below, with their names
+            **kwargs,
+        )
+    finally:
+        loader.removeFilter(_no_report)
+    if getattr(loaded, "_hf_peft_config_loaded", False):
+        raise ValueError(f"base model {name} holds an adapter: give the base model alone")
+    _refuse_other_tensors(loaded, found, name, kwargs.get("num_hidden_layers"))
+    return loaded
+
+
+def _refuse_other_tensors(
+    model: PreTrainedModel, found: dict[str, Any], name: str, layers: int | None
+) -> None:
+    """Raise ValueError where the files hold other tensors than the model has."""
+    unexpected = {one for one in found["unexpected_keys"] if not _OF_OLD_FILES.search(one)}
+    cut = {one for one in unexpected if layers is not None and _layer(one) >= layers}
+    wrong = {
+        "missing": found["missing_keys"],
+        "unexpected": unexpected - cut,
+        "of another shape": {one[0] for one in found["mismatched_keys"]},
+    }
+    if any(wrong.values()):
+        parts = [f"{len(one)} {what} ({_few(one)})" for what, one in wrong.items() if one]
+        raise ValueError(
+            f"the weights of base model {name} are not those of a {type(model).__name__}, tensors: "
+            f"{', '.join(parts)}; missing ones would be random numbers, so give the whole model"
+        )
+    if cut and int(os.environ.get("RANK", 0)) == 0:
+        whole = 1 + max(map(_layer, cut))
+        logger.warning(f"{name} is cut to {layers} of {whole} layers, as model_init_kwargs asks")
+
+
+def _layer(tensor: str) -> int:
+    """Returns the number of the layer that a tensor belongs to; -1 for none."""
+    number = re.search(r"\.(\d+)\.", tensor)
+    return int(number[1]) if number else -1
+
+
+def _few(names: Iterable[str]) -> str:
+    ordered = sorted(names)
+    return ", ".join(ordered[:4]) + (", ..." if len(ordered) > 4 else "")
+
+
+def _no_report(record: logging.LogRecord) -> bool:
+    """Whether a message is none of transformers' tables of tensors, which are read here."""
+    return "LOAD REPORT" not in record.getMessage()
+
+
+def _said(error: BaseException, name: str) -> str:
+    """Returns an error in one line."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    if isinstance(error, KeyError):
+        text = f"{name} lacks {text}"
+    if "trust_remote_code" in text:
+        return f"it brings code of its own, which runs only with {FLAG} on the command line"
+    return text if len(text) <= 300 else f"{text[:300]} ..."
 
 
 def _from_hub(auto_class: Any, name: str, **kwargs: Any) -> Any:
@@ -124,6 +260,8 @@ def _from_hub(auto_class: Any, name: str, **kwargs: Any) -> Any:
         raise ValueError(f"base model {name} not found (looked in {Path.cwd()}){hint}")
     try:
         return auto_class.from_pretrained(name, **kwargs)
+    except torch.OutOfMemoryError:
+        raise
     except OSError as error:
         cause = error.__cause__ or error
         if isinstance(cause, GatedRepoError):
@@ -143,6 +281,6 @@ def _from_hub(auto_class: Any, name: str, **kwargs: Any) -> Any:
                 f"base model {name} is neither a local folder nor in the cache, and the hub cannot "
                 "be reached; a gated model also needs `hf auth login`"
             ) from error
-        raise ValueError(
-            f"base model {name} cannot be read: {str(error).splitlines()[0]}"
-        ) from error
+        raise ValueError(f"base model {name} cannot be read: {_said(error, name)}") from error
+    except _UNREADABLE as error:
+        raise ValueError(f"base model {name} cannot be read: {_said(error, name)}") from error

@@ -17,7 +17,7 @@ from torch.nn.functional import pad
 from torch.utils.data import IterableDataset, RandomSampler, Sampler, SequentialSampler
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, set_seed
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
-from trl import get_peft_config, get_quantization_config
+from trl import get_peft_config
 
 from sftlab.config.launch import PRECISIONS, Launch
 from sftlab.config.recipe import Recipe
@@ -40,7 +40,7 @@ from sftlab.measurement.flops import flops_per_token
 from sftlab.measurement.memory import MemorySplit, PeakMemory
 from sftlab.measurement.throughput import Meter
 from sftlab.models.likelihood import nats_per_token
-from sftlab.models.loading import model_init_kwargs
+from sftlab.models.loading import load_model, model_init_kwargs
 from sftlab.models.own_logits import changed_logits, own_log_probs_if_needed
 from sftlab.training.checkpointing import Checkpointer
 from sftlab.training.clock import TrainingClock
@@ -368,20 +368,14 @@ def build_trainer(
         args.remove_unused_columns = False
     measured = torch.cuda.is_available() if args.measure_memory is None else args.measure_memory
     memory = MemorySplit() if measured else None
-    args.model_init_kwargs = model_init_kwargs(
-        recipe.model, args.trust_remote_code, args.model_init_kwargs
-    )
-    if fast.attn_implementation:
-        args.model_init_kwargs["attn_implementation"] = fast.attn_implementation
     args.packing = False  # trl's own would change which rows a step has
     set_seed(args.seed)
     return LabTrainer(
-        model=recipe.model.model_name_or_path,
+        model=_loaded_model(recipe, fast),
         args=args,
         train_dataset=train,
         eval_dataset=validation if len(validation) else None,
         processing_class=tokenizer,
-        quantization_config=get_quantization_config(recipe.model),
         peft_config=get_peft_config(recipe.model),
         callbacks=[*callbacks, meter, *([memory] if memory else [])],
         meter=meter,
@@ -389,3 +383,16 @@ def build_trainer(
         launch=launch,
         fast=fast,
     )
+
+
+def _loaded_model(recipe: Recipe, fast: FastPath) -> PreTrainedModel:
+    """Returns the base model where trl would have put it, with every tensor from its files."""
+    args = recipe.training
+    kwargs = model_init_kwargs(recipe.model, args.trust_remote_code, args.model_init_kwargs)
+    args.model_init_kwargs = None  # trl takes them only with a model's name
+    if fast.attn_implementation:
+        kwargs["attn_implementation"] = fast.attn_implementation
+    varlen_attention.register()
+    state = args.distributed_state
+    whole = state.distributed_type in ("MULTI_GPU", "DEEPSPEED") or state.device.type != "cuda"
+    return load_model(recipe.model, kwargs, None if whole else "auto")
