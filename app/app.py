@@ -1,10 +1,12 @@
 """Chat in the browser with the base and the tuned model of a finished run.
 
 python app/app.py --run runs/x [--port 7860] [--listen] [--auth user:password|FILE] [--load-in-4bit]
+    [--trust_remote_code]
 
 Without --run it takes the newest finished run under runs/. It serves localhost alone unless
---listen is given. Each option is an environment variable as well: SFTLAB_RUN=runs/x,
-SFTLAB_PORT=7860, SFTLAB_LOAD_IN_4BIT=1. This folder is also a Hugging Face Space.
+--listen is given. Each option but --trust_remote_code is an environment variable as well:
+SFTLAB_RUN=runs/x, SFTLAB_PORT=7860, SFTLAB_LOAD_IN_4BIT=1. This folder is also a Hugging Face
+Space.
 """
 
 import html
@@ -15,8 +17,8 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
-from functools import partial
+from collections.abc import Callable, Iterator
+from functools import partial, wraps
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Literal
@@ -29,8 +31,11 @@ from starlette.middleware import Middleware
 
 from sftlab.chat.conversation import Turn, column, history, saved, sides
 from sftlab.chat.engine import Settings
+from sftlab.chat.fair_queue import share_of, share_queue
+from sftlab.chat.limits import text
 from sftlab.chat.options import parse_options
 from sftlab.chat.request_filter import Gate
+from sftlab.chat.run_list import list_runs
 from sftlab.chat.service import Lab
 
 MODEL = {
@@ -48,6 +53,19 @@ CSS = Path(__file__).with_name("page.css")
 DOWNLOAD = Path(__file__).with_name("download.js")
 
 
+def in_a_sentence(handler: Callable[..., Any]) -> Callable[..., Any]:
+    """Let a handler answer a call that it refuses with the sentence of its ValueError."""
+
+    @wraps(handler)
+    def answer(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return handler(*args, **kwargs)
+        except ValueError as error:
+            raise gr.Error(str(error), print_exception=False) from error
+
+    return answer
+
+
 class Page:
     """The page's handlers. A session's conversation is a list of turns."""
 
@@ -63,7 +81,7 @@ class Page:
 
     def pick(self, run: str | None) -> tuple[Any, str]:
         """Load a run, and show its facts or why it cannot be used."""
-        if run is None:
+        if not run or not isinstance(run, str):
             return gr.skip(), ""
         try:
             chat = self.lab.model(run)
@@ -76,15 +94,17 @@ class Page:
         """Whether the session's last message is still being answered. Only Stop works then."""
         return request.session_hash in self.stops and not self.stops[request.session_hash].is_set()
 
+    @in_a_sentence
     def send(self, request: gr.Request, box: str) -> tuple[Any, ...]:
         """Take the message out of the box.
 
         The pending text begins with the time, so that it changes with every message.
         """
-        if not box.strip() or self.busy(request):
+        if not text(box, "message").strip() or self.busy(request):
             return gr.skip(), gr.skip()
         return f"{time.time()} {box}", ""
 
+    @in_a_sentence
     def begin(
         self,
         request: gr.Request,
@@ -96,11 +116,14 @@ class Page:
         *settings: Any,
     ) -> tuple[Any, ...]:
         """Add a message as a new turn, and show it."""
-        order = list(sides(side))
+        order, message = list(sides(side)), text(asked, "message").partition(" ")[2]
+        if not message.strip():
+            raise ValueError("the message is empty: type something to answer")
         if blind:
             random.shuffle(order)
         chosen = dict(zip(Settings.__dataclass_fields__, settings, strict=True))
-        turns = [*turns, Turn(asked.partition(" ")[2], tuple(order), blind, run, chosen)]
+        turns = [*turns, Turn(message, tuple(order), bool(blind), run, chosen)]
+        self.stop(request)
         self.stops[request.session_hash] = threading.Event()
         shown = (gr.update(visible=False), gr.update(visible=True), gr.update(visible=False))
         return turns, *self.columns(turns), *shown
@@ -120,14 +143,16 @@ class Page:
         self, turns: list[Turn], system: str, request: gr.Request
     ) -> Iterator[tuple[Any, ...]]:
         """Stream the answers to the last turn."""
+        if not turns or turns[-1].texts:
+            raise gr.Error("there is no message to answer: send one", print_exception=False)
         stop, turn = self.stops.setdefault(request.session_hash, threading.Event()), turns[-1]
         yield turns, gr.skip(), gr.skip(), ""
         try:
-            messages = history(turns, system)
+            messages = history(turns, text(system, "system"))
             for piece, left_out in self.lab.answer(
                 turn.run, messages, turn.order, Settings(**turn.settings), stop
             ):
-                turn.update(piece, left_out, self.lab.adapter)
+                turn.update(piece, left_out, self.lab.adapter, self.lab.models)
                 yield turns, *self.columns(turns), turn.remark()
         except ValueError as error:
             yield turns, gr.skip(), gr.skip(), f"**Not answered:** {error}"
@@ -153,12 +178,16 @@ class Page:
         """Ask the last message again, under the next seed."""
         if not turns or self.busy(request):
             return gr.skip(), gr.skip(), gr.skip()
-        return f"{time.time()} {turns[-1].message}", turns[:-1], seed + 1
+        return f"{time.time()} {turns[-1].message}", turns[:-1], int(seed or 0) + 1
 
+    @in_a_sentence
     def edit(self, request: gr.Request, turns: list[Turn], edited: gr.EditData) -> tuple[Any, ...]:
         """Ask a message that was edited. The conversation continues from there."""
-        place = edited.index if isinstance(edited.index, int) else edited.index[0]
-        asked = f"{time.time()} {html.unescape(edited.value)}"
+        place, value = getattr(edited, "index", None), getattr(edited, "value", None)
+        place = place[0] if isinstance(place, list | tuple) and place else place
+        if type(place) is not int or not isinstance(value, str):
+            raise ValueError("an edit needs the place of a message and its new text")
+        asked = f"{time.time()} {html.unescape(value)}"
         return (gr.skip(), gr.skip()) if self.busy(request) else (asked, turns[: place // 2])
 
     def undo(self, request: gr.Request, box: str, turns: list[Turn]) -> tuple[Any, ...]:
@@ -177,9 +206,10 @@ class Page:
         turns = turns if self.busy(request) else []
         return turns, *self.columns(turns), gr.update(visible=False), ""
 
+    @in_a_sentence
     def vote(self, turns: list[Turn], system: str, choice: str) -> tuple[Any, ...]:
         """Record which answer is better, and say whose it was."""
-        said = self.lab.vote(turns, system, choice)
+        said = self.lab.vote(turns, text(system, "system"), choice)
         return turns, *self.columns(turns), gr.update(visible=False), said, self.lab.votes_table()
 
     def chat(
@@ -206,7 +236,7 @@ class Page:
         stop = threading.Event()
         try:
             settings = Settings(temperature, top_p, top_k, max_new_tokens, repetition_penalty, seed)
-            yield from self.lab.ask(message, history or [], side, system, settings, run, stop)
+            yield from self.lab.ask(message, history, side, system, settings, run, stop)
         except ValueError as error:
             raise gr.Error(str(error), print_exception=False) from error
         finally:
@@ -352,7 +382,16 @@ def connect_votes(
 def main(argv: list[str]) -> None:
     """Read the options, load the model, serve until Ctrl-C or SIGTERM."""
     options = parse_options(argv, __doc__.splitlines()[0])
-    lab = Lab(options.runs, options.run, options.report, options.votes, options.load_in_4bit)
+    lab = Lab(
+        options.runs,
+        options.run,
+        options.report,
+        options.votes,
+        options.load_in_4bit,
+        options.trust_remote_code,
+    )
+    if options.trust_remote_code:
+        print("warning: code that a base model brings is run (--trust_remote_code)")
     if listen := options.listen or "SPACE_ID" in os.environ:
         password = "with a password" if options.auth else "without a password"
         print(f"warning: anyone who reaches this machine can chat, {password}")
@@ -361,12 +400,16 @@ def main(argv: list[str]) -> None:
             lab.model(first)
         except ValueError as error:
             print(f"warning: {error}", file=sys.stderr)
+    for name, why in list_runs(lab.folder, lab.first).unreadable.items():
+        print(f"warning: {name} is not offered: {why}", file=sys.stderr)
     print(f"chat on http://localhost:{options.port}", flush=True)
     theme = gr.themes.Default(
         font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]
     )
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    build(Page(lab)).queue(max_size=options.queue, api_open=False).launch(
+    blocks = build(Page(lab)).queue(max_size=options.queue, api_open=False)
+    share_queue(blocks._queue, MODEL["concurrency_id"], share_of(options.queue))
+    blocks.launch(
         server_name="0.0.0.0" if listen else "127.0.0.1",
         server_port=options.port,
         share=False,
@@ -377,6 +420,7 @@ def main(argv: list[str]) -> None:
         run_history=False,
         enable_monitoring=False,
         quiet=True,
+        show_error=True,
         ssr_mode=False,
         pwa=False,
         mcp_server=False,

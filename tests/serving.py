@@ -30,9 +30,9 @@ def log(**what):
 
 class Slow:
     context, closed, mixed = 512, False, True
-    def __init__(self, folder, load_in_4bit=False):
+    def __init__(self, folder, load_in_4bit=False, trusted=False):
         self.run = read_run(folder)
-    def fit(self, history, most):
+    def fit(self, history, most, stop=None):
         return history, 0
     def close(self):
         self.closed = True

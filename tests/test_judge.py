@@ -77,8 +77,7 @@ def test_a_local_judge_loads_its_weights_when_it_is_first_asked(model, tmp_path)
     assert [LocalJudge(model, 8).answers([one])[0] for one in prompts] == first
 
 
-def test_other_weights_are_another_judge(model, tmp_path, monkeypatch):
-    monkeypatch.setattr(judging, "_EDGE", 64)
+def test_other_weights_are_another_judge(model, tmp_path):
     before = LocalJudge(model, 8).facts
     LlamaForCausalLM.from_pretrained(model).save_pretrained(tmp_path / "other")
     byte_tokenizer().save_pretrained(tmp_path / "other")

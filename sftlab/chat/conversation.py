@@ -25,6 +25,7 @@ class Turn:
     left_out: int = 0
     vote: str | None = None
     adapter: str | None = None  # the hash of the adapter that answered
+    models: str | None = None  # the hash of base, adapter, tokenizer and template
 
     @property
     def hidden(self) -> bool:
@@ -41,15 +42,18 @@ class Turn:
             return self.vote
         return "tuned" if "tuned" in self.order and not self.blind else self.order[0]
 
-    def update(self, piece: Any, left_out: int, adapter: str | None = None) -> None:
+    def update(
+        self, piece: Any, left_out: int, adapter: str | None = None, models: str | None = None
+    ) -> None:
         """Take over the state of an answer, a `sftlab.chat.engine.Piece`.
 
         `left_out` is the number of old turns that did not fit the context, `adapter` the adapter's
-        hash. An answer that was stopped before its first token leaves the turn without texts.
+        hash, `models` that of all that answered. An answer that was stopped before its first token
+        leaves the turn without texts.
         """
         if not piece.first_token_s:
             return
-        self.left_out, self.adapter = left_out, adapter
+        self.left_out, self.adapter, self.models = left_out, adapter, models
         self.texts, self.tokens, self.tokens_per_s = (
             dict(piece.texts),
             dict(piece.tokens),
@@ -142,6 +146,6 @@ def saved(turns: Sequence[Turn], system: str) -> dict[str, Any]:
 
 def sides(choice: str) -> tuple[str, ...]:
     """Returns the sides that answer for base, tuned or both. Raises ValueError otherwise."""
-    if choice not in (*SIDES, "both"):
-        raise ValueError(f"side {choice!r}: expected base, tuned or both")
+    if not isinstance(choice, str) or choice not in (*SIDES, "both"):
+        raise ValueError(f"side {str(choice)[:40]!r}: expected base, tuned or both")
     return SIDES if choice == "both" else (choice,)

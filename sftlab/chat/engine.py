@@ -16,8 +16,10 @@ import transformers as hf
 from jinja2 import TemplateError
 from peft import PeftModel
 
+from sftlab.chat.limits import check_size
 from sftlab.config.lora_variants import allows_mixed_batches
 from sftlab.data.chat_template import TurnEnd, end_of_turn, prompt_ids
+from sftlab.data.time_limit import time_limit
 from sftlab.evaluation.base_and_tuned import answering, finished_run, load_pair, run_tokenizer
 from sftlab.runs.run_directory import SIDES
 
@@ -26,6 +28,9 @@ Sides = tuple[str, ...]
 # Seconds between two states of a reply. Each decodes the whole text, and a page takes tens of
 # milliseconds to show it.
 UPDATE_S = 0.04
+# seconds that the chat template may take for one prompt
+TEMPLATE_S = 10
+_DIGITS = 10**40
 _ADAPTERS = dict(zip(SIDES, ("__base__", "default"), strict=True))
 
 
@@ -51,15 +56,21 @@ class Settings:
                 "0 (greedy) or from 0.01 to 10",
             ),
             "top_p": (float, lambda x: 0 < x <= 1, "above 0 and at most 1"),
-            "top_k": (int, lambda x: x >= 0, "a whole number, 0 (off) or more"),
-            "max_new_tokens": (int, lambda x: x >= 1, "a whole number of at least 1"),
+            "top_k": (int, lambda x: 0 <= x < 2**31, "a whole number, 0 (off) or more"),
+            "max_new_tokens": (int, lambda x: 1 <= x < 2**31, "a whole number of at least 1"),
             "repetition_penalty": (float, lambda x: 0.1 <= x <= 10, "from 0.1 to 10 (1 is off)"),
             "seed": (int, lambda x: 0 <= x < 2**63, "a whole number from 0 to 2^63 - 1"),
         }
         for name, (kind, allowed, expected) in rules.items():
             value = getattr(self, name)
-            if type(value) not in (int, kind) or not math.isfinite(value) or not allowed(value):
-                raise ValueError(f"{name} must be {expected}, got {value!r}")
+            endless = isinstance(value, float) and not math.isfinite(value)
+            if type(value) not in (int, kind) or endless or not allowed(value):
+                got = (
+                    "a number of many digits"
+                    if isinstance(value, int) and value > _DIGITS
+                    else value
+                )
+                raise ValueError(f"{name} must be {expected}, got {str(got)[:60]}")
 
 
 class Piece(NamedTuple):
@@ -205,23 +216,23 @@ class Chat:
     """The two models of a finished run, from one load of the weights.
 
     Replies for several threads wait for one another. `run` is run.json, `context` the model's
-    context length. `load_in_4bit` quantizes the base model, however the run loaded it. Raises
-    ValueError where the run, its adapter or its base model cannot be loaded.
+    context length. `load_in_4bit` quantizes the base model, however the run loaded it. `trusted`
+    lets code that the base model brings run. Raises ValueError where the run, its adapter or its
+    base model cannot be loaded.
     """
 
-    def __init__(self, folder: Path, load_in_4bit: bool = False) -> None:
+    def __init__(self, folder: Path, load_in_4bit: bool = False, trusted: bool = False) -> None:
         self.run: dict[str, Any] = finished_run(folder)
         quantized = {"load_in_4bit": True, "load_in_8bit": False} if load_in_4bit else {}
         self._tokenizer = run_tokenizer(folder, self.run)
         self._model: PeftModel | None = load_pair(
-            folder, self.run | {"recipe": self.run["recipe"] | quantized}
+            folder, self.run | {"recipe": self.run["recipe"] | quantized}, trusted
         )
         self.context: int = self._model.config.get_text_config().max_position_embeddings
         inner, adapter = self._model.get_base_model(), self._model.peft_config["default"]
-        turn, pad = (
-            end_of_turn(self._tokenizer, inner.generation_config.eos_token_id),
-            self._tokenizer.pad_token_id,
-        )
+        with time_limit(TEMPLATE_S, f"the chat template of {folder}"):
+            turn = end_of_turn(self._tokenizer, inner.generation_config.eos_token_id)
+        pad = self._tokenizer.pad_token_id
         pad = self._tokenizer.eos_token_id if pad is None else pad
         self._turn = TurnEnd(sorted({*turn.end_tokens, pad}), turn.stop_strings)
         # it replaces the model's own sampling defaults, which a call of generate would fall back to
@@ -241,25 +252,61 @@ class Chat:
                 reason = str(error).partition("\n")[0]
                 raise ValueError(f"{folder} does not run in 4 bits here: {reason}") from error
 
-    def fit(self, history: History, max_new_tokens: int) -> tuple[History, int]:
+    def fit(
+        self, history: History, max_new_tokens: int, stop: Event | None = None
+    ) -> tuple[History, int]:
         """Drop the oldest turns until history and reply fit the context.
 
-        Returns the history and the number of dropped turns. A leading system message stays. Raises
-        ValueError where the newest message does not fit alone, or is not a user's.
+        Returns the history and the number of dropped turns. A leading system message stays. Every
+        text is tokenized once; what their tokens rule out is never put into a template, and the
+        rest is halved. Raises ValueError where the conversation is too long to be looked at, where
+        the newest message does not fit alone or is not a user's, and once `stop` is set.
         """
         if not history or history[-1]["role"] != "user":
             raise ValueError("the conversation must end with a message of the user")
+        check_size(history, self.context)
         system = history[:1] if history[0]["role"] == "system" else []
         starts = [i for i, message in enumerate(history) if message["role"] == "user"]
-        for dropped, start in enumerate(starts):
-            kept = system + history[start:] if dropped else history
-            tokens = len(self._prompt(kept))
-            if tokens + max_new_tokens <= self.context:
-                return kept, dropped
-        raise ValueError(
-            f"the newest message takes {tokens} tokens and the reply up to {max_new_tokens}, but "
-            f"the model has {self.context} positions: shorten it or lower max_new_tokens"
-        )
+        room = self.context - max_new_tokens
+
+        def prompt(dropped: int) -> tuple[History, int]:
+            if stop is not None and stop.is_set():
+                raise ValueError("stopped before the answer began")
+            kept = system + history[starts[dropped] :] if dropped else history
+            return kept, len(self._prompt(kept))
+
+        low, high = self._first_possible(history, starts, room), len(starts) - 1
+        kept, tokens = prompt(low)
+        if tokens <= room:
+            return kept, low
+        newest, tokens = prompt(high)
+        if tokens > room:
+            raise ValueError(
+                f"the newest message takes {tokens} tokens and the reply up to {max_new_tokens}, "
+                f"but the model has {self.context} positions: shorten it or lower max_new_tokens"
+            )
+        kept = newest
+        while high - low > 1:  # low does not fit, high does
+            middle = (low + high) // 2
+            tried, tokens = prompt(middle)
+            low, high, kept = (low, middle, tried) if tokens <= room else (middle, high, kept)
+        return kept, high
+
+    def _first_possible(self, history: History, starts: list[int], room: int) -> int:
+        """Returns how many of the oldest turns cannot be kept: their texts alone exceed `room`.
+
+        A template may trim texts, and a token may span two, so a tenth more is let through.
+        """
+        texts = [message["content"] for message in history]
+        sizes = [len(ids) for ids in self._tokenizer(texts, add_special_tokens=False)["input_ids"]]
+        allowed, total, first = room + room // 10 + len(texts), 0, len(starts) - 1
+        ends = [*starts[1:], len(history)]
+        for turn in range(len(starts) - 1, -1, -1):
+            total += sum(sizes[starts[turn] : ends[turn]])
+            if total > allowed:
+                break
+            first = turn
+        return first
 
     def reply(
         self, history: History, sides: Sequence[str], settings: Settings, stop: Event
@@ -272,7 +319,7 @@ class Chat:
         """
         if not sides or len(set(sides)) < len(sides) or set(sides) - set(SIDES):
             raise ValueError(f"sides must be base, tuned or both, got {list(sides)}")
-        if self.fit(history, settings.max_new_tokens)[1]:
+        if self.fit(history, settings.max_new_tokens, stop)[1]:
             raise ValueError(
                 f"conversation and reply exceed the model's {self.context} positions: drop the "
                 "oldest turns"
@@ -291,10 +338,12 @@ class Chat:
 
     def _prompt(self, history: History) -> list[int]:
         try:
-            return prompt_ids(self._tokenizer, history)
-        except TemplateError as error:
+            with time_limit(TEMPLATE_S, "the run's chat template"):
+                return prompt_ids(self._tokenizer, history)
+        except (TemplateError, TypeError, ArithmeticError, LookupError, RecursionError) as error:
+            said = (str(error).splitlines() or [type(error).__name__])[0]
             raise ValueError(
-                f"the run's chat template refuses this conversation: {error}"
+                f"the run's chat template refuses this conversation: {said}"
             ) from error
 
     def _pieces(

@@ -38,10 +38,24 @@ def parse_options(argv: list[str], description: str) -> argparse.Namespace:
     )
     parser.add_argument("--listen", **switch, help="serve other machines too")
     parser.add_argument("--auth", type=accounts, metavar="USER:PASSWORD|FILE")
-    parser.add_argument("--load-in-4bit", **switch)
+    parser.add_argument("--load-in-4bit", "--load_in_4bit", **switch)
     given = {name: os.environ.get(f"SFTLAB_{name.upper()}") for name in vars(parser.parse_args([]))}
+    parser.add_argument(  # no variable stands for it: trust is given on the command line, each time
+        "--trust_remote_code",
+        "--trust-remote-code",
+        action="store_true",
+        help="run code that a base model brings (default: never)",
+    )
     parser.set_defaults(**{name: value for name, value in given.items() if value})
     options = parser.parse_args(argv)
+    if not 0 < options.port < 65536:
+        parser.error(f"--port {options.port}: expected a number from 1 to 65535")
+    if options.queue < 1:
+        parser.error(f"--queue {options.queue}: expected a number of at least 1")
+    if options.votes and not options.votes.parent.is_dir():
+        parser.error(f"--votes {options.votes}: there is no folder {options.votes.parent}")
+    if options.votes and options.votes.is_dir():
+        parser.error(f"--votes {options.votes}: it is a folder, expected a file")
     if options.run and not (options.run / "run.json").is_file():
         parser.error(f"--run {options.run}: no run directory (it has no run.json)")
     return options

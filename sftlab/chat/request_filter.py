@@ -1,6 +1,7 @@
 """Which requests the app's server answers: those of the page and its API, none for a file."""
 
 import argparse
+import json
 from collections.abc import Awaitable, Callable, MutableMapping
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,8 @@ _POLICY = (
     "default-src 'self' data: blob:; script-src 'self' 'unsafe-inline' 'unsafe-eval' blob:; "
     "style-src 'self' 'unsafe-inline'; object-src 'none'; base-uri 'self'; form-action 'self'"
 )
+# bytes of a request; JSON takes up to six for a character
+BODY = 8 * 2**20
 _LOCAL = ("localhost", "127.0.0.1", "[::1]")
 AsgiMessage = MutableMapping[str, Any]
 
@@ -50,10 +53,16 @@ class Gate:
             await self.app(scope, receive, send)
             return
         if not self._allowed(scope):
-            headers = [(b"content-type", b"text/plain")]
-            await send({"type": "http.response.start", "status": 403, "headers": headers})
-            await send({"type": "http.response.body", "body": b"not served"})
+            await _refuse(send, 403, "not served")
             return
+        if scope["method"] == "POST":
+            size = dict(scope["headers"]).get(b"content-length", b"")
+            if not size.isdigit():
+                await _refuse(send, 411, "a request must say its length (Content-Length)")
+                return
+            if int(size) > BODY:
+                await _refuse(send, 413, f"a request may have {BODY:,} bytes, got {int(size):,}")
+                return
 
         async def with_policy(message: AsgiMessage) -> None:
             if message["type"] == "http.response.start":
@@ -73,6 +82,14 @@ class Gate:
             return False
         _, api, call = scope["path"].partition("/gradio_api/")
         return not api or call.split("/")[0] in _CALLS
+
+
+async def _refuse(send: Callable[[AsgiMessage], Awaitable[None]], status: int, detail: str) -> None:
+    """Answer with a status and a sentence, as JSON."""
+    headers = [(b"content-type", b"application/json")]
+    await send({"type": "http.response.start", "status": status, "headers": headers})
+    body = json.dumps({"detail": detail}).encode()
+    await send({"type": "http.response.body", "body": body})
 
 
 def accounts(text: str) -> list[tuple[str, str]]:

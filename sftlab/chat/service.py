@@ -1,7 +1,6 @@
 """What the app offers without a page: finished runs, one model in memory, votes, the report."""
 
 import base64
-import json
 import re
 import threading
 from collections.abc import Iterator
@@ -12,21 +11,14 @@ from typing import Any
 import torch
 
 from sftlab.chat import votes
-from sftlab.chat.conversation import Turn, saved, sides
+from sftlab.chat.conversation import Turn, inert, saved, sides
 from sftlab.chat.engine import Chat, Piece, Settings
-from sftlab.runs.run_directory import adapter_hash, read_run
+from sftlab.chat.limits import check_size, conversation
+from sftlab.chat.run_list import HEADINGS, cells, list_runs
+from sftlab.evaluation.answer_file import digest
+from sftlab.evaluation.base_and_tuned import model_settings
+from sftlab.runs.run_directory import adapter_hash
 from sftlab.tables import interval
-
-HEADINGS = (
-    "run",
-    "base model",
-    "data",
-    "targets",
-    "rank",
-    "precision",
-    "perplexity of base",
-    "of tuned",
-)
 
 NO_RUN = """## No finished run yet
 
@@ -51,46 +43,50 @@ class Lab:
     """The runs that can be chatted with, and the one model in memory."""
 
     def __init__(
-        self, runs: Path, first: Path | None, report: Path, ballot: Path | None, load_in_4bit: bool
+        self,
+        runs: Path,
+        first: Path | None,
+        report: Path,
+        ballot: Path | None,
+        load_in_4bit: bool,
+        trusted: bool = False,
     ) -> None:
-        """Offer the runs in `runs`, or `first` and the runs beside it. Votes go to `ballot`."""
+        """Offer the runs in `runs`, or `first` and the runs beside it. Votes go to `ballot`.
+
+        `trusted` lets code that a base model brings run.
+        """
         self.folder = first.parent if first else runs
         self.first = first.name if first else None
         self.report_folder = report
         self.ballot = ballot or self.folder / "votes.jsonl"
-        self.load_in_4bit = load_in_4bit
+        self.load_in_4bit, self.trusted = load_in_4bit, trusted
         self._loaded: tuple[Path, int] | None = None
         self.adapter: str | None = None  # the loaded one's hash
+        self.models: str | None = None  # the hash of all that answers depend on
+        self._voting = threading.Lock()
         self._chat: Chat | None = None
 
     def runs(self) -> dict[str, dict[str, Any]]:
         """Returns run.json of each finished run by name: the requested one, then the newest."""
-        found = {}
-        for path in self.folder.glob("*/run.json"):
-            try:
-                run = read_run(path.parent)
-            except ValueError:
-                continue
-            if isinstance(run, dict) and run.get("status") == "succeeded":
-                found[path.parent.name] = run
-        order = {
-            name: (name == self.first, run.get("finished") or "") for name, run in found.items()
-        }
-        return {name: found[name] for name in sorted(found, key=order.get, reverse=True)}
+        return list_runs(self.folder, self.first).runs
 
     def model(self, name: str | None) -> Chat:
         """Load a run's model in place of the last one. Raises ValueError where it cannot."""
-        if name not in self.runs():
+        listed = list_runs(self.folder, self.first)
+        if not isinstance(name, str) or name not in listed.runs:
+            why = listed.unreadable.get(name) if isinstance(name, str) else None
+            names = ", ".join(listed.runs) or "none"
             raise ValueError(
-                f"there is no finished run {name!r}: pick one of {', '.join(self.runs()) or 'none'}"
+                why or f"there is no finished run {str(name)[:80]!r}: pick one of {names}"
             )
         folder = self.folder / name
         # a run that was trained again has another time
         state = (folder, (folder / "run.json").stat().st_mtime_ns)
         if self._chat is None or self._loaded != state:
             self.close()
-            self._chat, self._loaded = Chat(folder, load_in_4bit=self.load_in_4bit), state
-            self.adapter = adapter_hash(folder)
+            self._chat = Chat(folder, load_in_4bit=self.load_in_4bit, trusted=self.trusted)
+            self._loaded, self.adapter = state, adapter_hash(folder)
+            self.models = digest(model_settings(folder, listed.runs[name]))
         return self._chat
 
     def close(self) -> None:
@@ -115,7 +111,8 @@ class Lab:
         """
         chat = self.model(run)
         try:
-            kept, left_out = chat.fit(messages, settings.max_new_tokens)
+            check_size(messages, chat.context)
+            kept, left_out = chat.fit(messages, settings.max_new_tokens, stop)
             # in one batch the order decides the samples; otherwise it decides who answers first
             for piece in chat.reply(
                 kept, tuple(sorted(sides)) if chat.mixed else sides, settings, stop
@@ -131,9 +128,9 @@ class Lab:
     def ask(
         self,
         message: str,
-        history: list[dict[str, str]],
+        history: list[dict[str, str]] | None,
         side: str,
-        system: str,
+        system: str | None,
         settings: Settings,
         run: str | None,
         stop: threading.Event,
@@ -142,54 +139,37 @@ class Lab:
 
         Yields the answer so far as a dict. Raises ValueError where it cannot be answered.
         """
-        earlier = [{"role": "system", "content": system.strip()}] if system.strip() else []
-        messages = [*earlier, *history, {"role": "user", "content": message}]
-        name = run or next(iter(self.runs()), None)
+        messages = conversation(message, history, system)
+        name = run if run is not None else next(iter(self.runs()), None)
         about = {"run": name, "settings": asdict(settings)}
         for piece, left_out in self.answer(name, messages, sides(side), settings, stop):
             yield piece._asdict() | about | {"left_out": left_out}
 
-    def facts(self, name: str, run: dict[str, Any]) -> list[str]:
-        """Returns a run's cells under HEADINGS."""
-        recipe, targets = run["recipe"], run["recipe"]["lora_target_modules"]
-        path, perplexity = self.folder / name / "eval" / "quality.json", ["not measured", ""]
-        quality = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-        if quality and quality["adapter_hash"] == adapter_hash(self.folder / name):
-            perplexity = [
-                interval(quality["scores"]["response_perplexity"][side])
-                for side in ("base", "tuned")
-            ]
-        names = (
-            targets
-            if isinstance(targets, str)
-            else " ".join(sorted(t.removesuffix("_proj") for t in targets))
-        )
-        base = recipe["model_name_or_path"]
-        return [
-            name,
-            base,
-            recipe["dataset_name"],
-            names,
-            str(recipe["lora_r"]),
-            run["launch"]["precision"],
-            *perplexity,
-        ]
-
     def facts_line(self, name: str) -> str:
         """Returns a finished run's facts in one line."""
-        cells = zip(HEADINGS[1:], self.facts(name, self.runs()[name])[1:], strict=True)
-        return " · ".join(f"{heading} {cell}" for heading, cell in cells if cell)
+        found = cells(self.folder / name, self.runs()[name])
+        named = zip(HEADINGS[1:], found[1:], strict=True)
+        return " · ".join(f"{heading} {inert(cell)}" for heading, cell in named if cell)
 
     def without_runs(self) -> str:
         """Returns Markdown on how to make a run."""
         return NO_RUN.format(folder=self.folder)
 
     def runs_table(self) -> str:
-        """Returns a Markdown table of the finished runs."""
-        return table(HEADINGS, [self.facts(name, run) for name, run in self.runs().items()])
+        """Returns a Markdown table of the finished runs, and which others cannot be used."""
+        listed = list_runs(self.folder, self.first)
+        rows = [cells(self.folder / name, run) for name, run in listed.runs.items()]
+        lines = [table(HEADINGS, rows)]
+        if listed.unreadable:
+            lines.append("Not usable:")
+            lines += [
+                f"- {inert(name)}: {inert(why)}" for name, why in sorted(listed.unreadable.items())
+            ]
+        return "\n\n".join([lines[0], "\n".join(lines[1:])]).strip()
 
     def votes_table(self) -> str:
         """Returns a Markdown table of the votes, with intervals."""
+        kept = votes.read(self.ballot)
         rows = [
             [
                 one["run"],
@@ -197,39 +177,54 @@ class Lab:
                 *(str(one[choice]) for choice in votes.CHOICES),
             ]
             + [interval({"value": one["won"], **one}) if one["interval_95"] else "no decided vote"]
-            for one in votes.summary(votes.read(self.ballot))
+            for one in votes.summary(kept.votes)
         ]
         said = (
             "Share of tuned among the decided votes, with Wilson's 95 % interval. It takes votes "
-            "as independent."
+            "as independent. A run whose models have changed has a row for each."
         )
         headings = ("run", "how", "base better", "tuned better", "tie", "tuned won")
-        return (
+        shown = (
             f"{table(headings, rows)}\n\n{said}"
             if rows
             else "No votes yet: answer with both, then say which is better."
         )
+        return "\n\n".join([shown, *map(inert, kept.broken[:5])])
 
     def vote(self, turns: list[Turn], system: str, choice: str) -> str:
         """Record which answer to the last turn is better: left, right or tie.
 
-        Returns a sentence that says whose answer it was.
+        Returns a sentence that says whose answer it was. Raises ValueError for a choice of another
+        name, before both answers are there, and for a turn that has its vote.
         """
-        turn = turns[-1]
-        turn.vote = {"left": turn.order[0], "right": turn.order[-1]}.get(choice, "tie")
-        votes.cast(
-            self.ballot,
-            turn.vote,
-            run=turn.run,
-            adapter_hash=turn.adapter,
-            blind=turn.blind,
-            order=turn.order,
-            texts=turn.texts,
-            settings=turn.settings,
-            message=turn.message,
-            system=system,
-            before=saved(turns, system)["turns"][:-1],
-        )
+        if choice not in ("left", "right", "tie"):
+            raise ValueError(f"vote {str(choice)[:40]!r}: expected left, right or tie")
+        with self._voting:
+            if not turns:
+                raise ValueError("there is nothing to vote on: ask something first")
+            turn = turns[-1]
+            if turn.vote is not None:
+                raise ValueError(f"this turn has its vote already: {turn.vote}")
+            if len(turn.order) < 2:
+                raise ValueError("one model answered, so there is nothing to compare: ask both")
+            if any(not turn.finished.get(side) for side in turn.order):
+                raise ValueError("the answers are not finished: vote when both are there")
+            vote = {"left": turn.order[0], "right": turn.order[-1]}.get(choice, "tie")
+            votes.cast(
+                self.ballot,
+                vote,
+                run=turn.run,
+                adapter_hash=turn.adapter,
+                models=turn.models,
+                blind=turn.blind,
+                order=turn.order,
+                texts=turn.texts,
+                settings=turn.settings,
+                message=turn.message,
+                system=system,
+                before=saved(turns, system)["turns"][:-1],
+            )
+            turn.vote = vote
         return f"Voted: {turn.vote}. Left was {turn.order[0]}, right was {turn.order[-1]}."
 
     def report(self) -> str:
@@ -257,5 +252,6 @@ def table(headings: tuple[str, ...], rows: list[list[str]]) -> str:
     """Returns a Markdown table."""
     lines = [headings, ["---"] * len(headings), *rows]
     return "\n".join(
-        f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in lines
+        f"| {' | '.join(inert(cell).replace('|', chr(92) + '|') for cell in line)} |"
+        for line in lines
     )

@@ -5,59 +5,93 @@ import threading
 from collections.abc import Iterable
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from scipy.stats import binomtest
 
 CHOICES = ("base", "tuned", "tie")
+_KINDS = {"run": str, "adapter_hash": str | None, "blind": bool}
 _WRITING = threading.Lock()
 
 
+class Votes(NamedTuple):
+    """The votes of a file, and for each line that is none a sentence that says why."""
+
+    votes: list[dict[str, Any]]
+    broken: list[str]
+
+
 def cast(path: Path, vote: str, **facts: Any) -> None:
-    """Append one vote (base, tuned or tie), with the texts and settings it is about."""
+    """Append one vote (base, tuned or tie), with the texts and settings it is about.
+
+    A last line that a kill cut off stays a line of its own. Raises ValueError for another vote, and
+    where the file cannot be written.
+    """
     if vote not in CHOICES:
         raise ValueError(f"vote {vote!r}: expected one of {', '.join(CHOICES)}")
     line = json.dumps(
         {"time": datetime.now(UTC).isoformat(timespec="seconds"), "vote": vote, **facts}
     )
-    with _WRITING, path.open("a", encoding="utf-8") as file:
-        file.write(line + "\n")
+    try:
+        with _WRITING, path.open("ab+") as file:
+            file.seek(0, 2)
+            if file.tell():
+                file.seek(-1, 2)
+                line = line if file.read(1) == b"\n" else f"\n{line}"
+            file.write(f"{line}\n".encode())
+    except OSError as error:
+        raise ValueError(f"the vote was not kept: {path}: {error.strerror}") from error
 
 
-def read(path: Path) -> list[dict[str, Any]]:
-    """Read all votes in the file. Raises ValueError with the first line that is none."""
-    votes = []
-    for number, line in enumerate(
-        path.read_text(encoding="utf-8").splitlines() if path.is_file() else [], 1
-    ):
+def read(path: Path) -> Votes:
+    """Returns all votes in the file. A line that is no vote is left out, and named."""
+    try:
+        lines = path.read_bytes().split(b"\n") if path.exists() else []
+    except OSError as error:
+        return Votes([], [f"{path} cannot be read: {error.strerror}"])
+    found = Votes([], [])
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
         try:
-            vote = json.loads(line)
-        except ValueError as error:
-            raise ValueError(f"{path}, line {number} is not JSON: {error}") from error
-        if not isinstance(vote, dict) or {"run", "adapter_hash", "blind", "vote"} - vote.keys():
-            raise ValueError(
-                f"{path}, line {number} is no vote: expected an object with run, adapter_hash, "
-                "blind, vote"
-            )
-        votes.append(vote)
-    return votes
+            found.votes.append(_vote(line))
+        except (ValueError, RecursionError) as error:
+            found.broken.append(f"{path}, line {number} is no vote and is left out: {error}")
+    return found
+
+
+def _vote(line: bytes) -> dict[str, Any]:
+    """Returns the vote in a line. Raises ValueError where it holds none."""
+    vote = json.loads(line)
+    if not isinstance(vote, dict):
+        raise ValueError(f"it is a {type(vote).__name__}, expected an object")
+    for name, kind in _KINDS.items():
+        if name not in vote or not isinstance(vote[name], kind):
+            raise ValueError(f"{name} is {str(vote.get(name))[:40]!r}")
+    if not isinstance(vote.get("vote"), str) or vote["vote"] not in CHOICES:
+        raise ValueError(
+            f"vote is {str(vote.get('vote'))[:40]!r}, expected one of {', '.join(CHOICES)}"
+        )
+    return vote
 
 
 def summary(votes: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Count the votes of each run, adapter and way of voting (blind or not).
+    """Count the votes of each run, pair of models and way of voting (blind or not).
 
-    Returns one row for each. `won` is the share of tuned among the votes other than ties, and
-    `interval_95` is Wilson's score interval (1927). Both are None where every vote is a tie. The
-    interval takes votes as independent, which many votes of one person are not.
+    The models are told apart by `models`, a hash of base, adapter, template and tokenizer; votes of
+    earlier versions have the adapter's hash alone. Returns one row for each. `won` is the share of
+    tuned among the votes other than ties, and `interval_95` is Wilson's score interval (1927). Both
+    are None where every vote is a tie. The interval takes votes as independent, which many votes of
+    one person are not.
     """
     groups: dict[tuple[str, str | None, bool], list[str]] = {}
     for vote in votes:
-        groups.setdefault((vote["run"], vote["adapter_hash"], vote["blind"]), []).append(
-            vote["vote"]
-        )
+        models = vote.get("models")
+        models = models if isinstance(models, str) else vote["adapter_hash"]
+        groups.setdefault((vote["run"], models, vote["blind"]), []).append(vote["vote"])
     rows = []
-    for (run, adapter, blind), choices in sorted(groups.items(), key=str):
-        row: dict[str, Any] = {"run": run, "adapter_hash": adapter, "blind": blind}
+    for (run, models, blind), choices in sorted(groups.items(), key=str):
+        row: dict[str, Any] = {"run": run, "models": models, "blind": blind}
         row |= {choice: choices.count(choice) for choice in CHOICES}
         decided = row["base"] + row["tuned"]
         test = binomtest(row["tuned"], decided) if decided else None

@@ -1,0 +1,62 @@
+"""Gradio's queue, shared fairly: a client has its share, and a wrong call a clear answer."""
+
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+Answer = tuple[bool, Any, str]
+Push = Callable[..., Awaitable[Answer]]
+
+
+def share_of(queue_size: int) -> int:
+    """Returns how many messages of one client may wait or be answered: half of the queue."""
+    return max(2, queue_size // 2)
+
+
+def share_queue(queue: Any, concurrency_id: str, share: int) -> None:
+    """Let `queue` (gradio's) refuse a client's call beyond `share`, and calls of another form.
+
+    A client is an account, or without accounts an address. `concurrency_id` names the calls that
+    wait for the model; others are not counted.
+    """
+    push: Push = queue.push
+
+    async def checked(body: Any, request: Any, username: str | None) -> Answer:
+        functions = queue.blocks.fns
+        if body.fn_index not in functions:
+            return False, f"fn_index {body.fn_index} names no function of this page", "error"
+        function = functions[body.fn_index]
+        given, taken = len(body.data), len(function.inputs)
+        if given != taken:
+            name = function.api_name or "this function"
+            return False, f"{name} takes {taken} values in data, got {given}", "error"
+        if function.concurrency_id == concurrency_id:
+            mine = _client(request, username)
+            waiting = [
+                event
+                for event in _events(queue, concurrency_id)
+                if _client(event.request, event.username) == mine
+            ]
+            if len(waiting) >= share:
+                said = f"Queue is full for you: {len(waiting)} of your messages wait already"
+                return (
+                    False,
+                    f"{said}, and a client may have {share}. Try again later.",
+                    "queue_full",
+                )
+        return await push(body=body, request=request, username=username)
+
+    queue.push = checked
+
+
+def _events(queue: Any, concurrency_id: str) -> list[Any]:
+    """Returns the calls that wait for the model or are being answered."""
+    waiting = queue.event_queue_per_concurrency_id.get(concurrency_id)
+    active = [event for job in queue.active_jobs for event in job or []]
+    running = [event for event in active if event.concurrency_id == concurrency_id]
+    return [*(waiting.queue if waiting else []), *running]
+
+
+def _client(request: Any, username: str | None) -> str:
+    if username:
+        return f"account {username}"
+    return request.client.host if request.client else "unknown"

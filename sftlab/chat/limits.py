@@ -1,0 +1,78 @@
+"""What a call of the app may hold: checked before a model, a template or a tokenizer sees it."""
+
+from collections.abc import Sequence
+from typing import Any
+
+MESSAGES = 1000
+# characters of a whole conversation, and for long contexts characters for each position
+CHARACTERS = 200_000
+CHARACTERS_A_TOKEN = 8
+_ROLES = ("system", "user", "assistant")
+
+
+def conversation(message: object, history: object, system: object) -> list[dict[str, str]]:
+    """Returns the messages of an API call: system, history, message.
+
+    Raises ValueError where one has another form, or the message is empty.
+    """
+    instruction = text(system, "system").strip()
+    earlier = [{"role": "system", "content": instruction}] if instruction else []
+    if history is not None and not isinstance(history, list):
+        raise ValueError(f"history is a {_kind(history)}: expected a list of messages")
+    for number, one in enumerate(history or []):
+        where = f"history[{number}]"
+        if not isinstance(one, dict) or set(one) != {"role", "content"}:
+            raise ValueError(f"{where} is no message: expected an object with role and content")
+        if one["role"] not in _ROLES:
+            raise ValueError(
+                f"{where}.role is {str(one['role'])[:40]!r}: expected one of {', '.join(_ROLES)}"
+            )
+        if one["role"] == "system" and (number or earlier):
+            raise ValueError(f"{where} is a second system message: expected one, and that first")
+        if one["content"] is None:
+            raise ValueError(f"{where}.content is missing: expected a text")
+        earlier.append({"role": one["role"], "content": text(one["content"], f"{where}.content")})
+    asked = text(message, "message")
+    if not asked.strip():
+        raise ValueError("the message is empty: type something to answer")
+    return [*earlier, {"role": "user", "content": asked}]
+
+
+def check_size(messages: Sequence[dict[str, str]], context: int) -> None:
+    """Raise ValueError for a conversation that is too long to be looked at.
+
+    `context` is the model's, in tokens.
+    """
+    if len(messages) > MESSAGES:
+        raise ValueError(
+            f"the conversation has {len(messages):,} messages: at most {MESSAGES:,} are taken, so "
+            "begin a new one"
+        )
+    most = max(CHARACTERS, CHARACTERS_A_TOKEN * context)
+    size = sum(len(message["content"]) for message in messages)
+    if size > most:
+        raise ValueError(
+            f"the conversation has {size:,} characters: at most {most:,} are taken, so shorten it "
+            "or begin a new one"
+        )
+
+
+def text(value: Any, name: str) -> str:
+    """Returns a text, "" for None. Raises ValueError for anything else, and for half characters."""
+    if value is None:
+        return ""
+    if not isinstance(value, str):
+        raise ValueError(f"{name} is a {_kind(value)}: expected a text")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"{name} holds half a character (a lone surrogate, character {error.start})"
+        ) from error
+    return value
+
+
+def _kind(value: object) -> str:
+    """Returns what JSON calls a value."""
+    kinds = {list: "list", dict: "object", bool: "true or false", int: "number", float: "number"}
+    return kinds.get(type(value), type(value).__name__)

@@ -1,0 +1,311 @@
+"""What the app's calls may hold, who may vote on what, and runs that cannot be read."""
+
+import asyncio
+import shutil
+import threading
+import time
+from types import SimpleNamespace
+
+import pytest
+from conftest import copy_of, read
+from judging import untrained_run
+
+from sftlab.chat import votes
+from sftlab.chat.conversation import Turn
+from sftlab.chat.engine import Chat, Settings
+from sftlab.chat.fair_queue import share_of, share_queue
+from sftlab.chat.limits import MESSAGES, check_size, conversation
+from sftlab.chat.options import parse_options
+from sftlab.chat.service import Lab
+from sftlab.files import write_json
+from sftlab.runs.run_directory import SIDES
+
+USER = {"role": "user", "content": "hello"}
+
+
+@pytest.fixture(scope="module")
+def chat(base, tmp_path_factory) -> Chat:
+    return Chat(untrained_run(base, tmp_path_factory.mktemp("chat") / "run"))
+
+
+def turn(**changes: object) -> Turn:
+    answered = {"texts": {"base": "a", "tuned": "b"}, "finished": dict.fromkeys(SIDES, "stop")}
+    told = {"message": "x", "order": SIDES, "blind": True, "run": "r", "settings": {"seed": 0}}
+    return Turn(**told | answered | changes)
+
+
+@pytest.fixture
+def lab(tmp_path) -> Lab:
+    return Lab(tmp_path, None, tmp_path, tmp_path / "votes.jsonl", False)
+
+
+@pytest.mark.parametrize(
+    "message, history, system, named",
+    [
+        (None, None, "", "message is empty"),
+        (" \n", [], "", "message is empty"),
+        ([{"type": "text"}], [], "", "message is a list"),
+        ("\ud800", [], "", "half a character"),
+        ("x", "abc", "", "history is a str"),
+        ("x", [1], "", r"history\[0\] is no message"),
+        ("x", [{"role": "user"}], "", r"history\[0\] is no message"),
+        ("x", [USER | {"role": "root"}], "", r"history\[0\].role is 'root'"),
+        ("x", [USER | {"content": None}], "", "content is missing"),
+        ("x", [USER | {"content": 5}], "", r"history\[0\].content is a number"),
+        ("x", [USER, USER | {"role": "system"}], "", "second system message"),
+        ("x", [USER | {"role": "system"}], "be brief", "second system message"),
+        ("x", [], 5, "system is a number"),
+    ],
+)
+def test_a_call_of_another_form_is_refused_in_a_sentence(message, history, system, named):
+    with pytest.raises(ValueError, match=named):
+        conversation(message, history, system)
+
+
+def test_a_call_becomes_messages():
+    assert conversation("x", None, None) == [USER | {"content": "x"}]
+    assert [one["role"] for one in conversation("x", [USER], " s ")] == ["system", "user", "user"]
+
+
+def test_sizes_are_limited_before_anything_is_done():
+    check_size([USER] * MESSAGES, 512)
+    with pytest.raises(ValueError, match="1,001 messages"):
+        check_size([USER] * (MESSAGES + 1), 512)
+    long = [USER | {"content": "x" * 300_000}]
+    with pytest.raises(ValueError, match="300,000 characters: at most 200,000"):
+        check_size(long, 512)
+    check_size(long, 131_072)
+
+
+def test_fitting_is_linear_and_drops_no_more_than_it_must(chat, monkeypatch):
+    """The same turns as by trying each of them, and few prompts of bounded length."""
+    asked: list[int] = []
+    prompt = chat._prompt
+
+    def seen(history: list) -> list[int]:
+        ids = prompt(history)
+        asked.append(len(ids))
+        return ids
+
+    monkeypatch.setattr(chat, "_prompt", seen)
+    for turns, size, system in ((9, 30, False), (40, 3, True), (2, 400, False), (60, 5, False)):
+        history = [{"role": "system", "content": "s" * 20}] if system else []
+        for number in range(turns):
+            history += [USER | {"content": "x" * (size + number % 7)}]
+            history += [{"role": "assistant", "content": "y" * size}]
+        history += [USER]
+        asked.clear()
+        kept, dropped = chat.fit(history, 20)
+        assert len(asked) <= 9
+        assert max(asked) < 40 * chat.context
+        head = history[:1] if system else []
+        starts = [i for i, one in enumerate(history) if one["role"] == "user"]
+        tried = [(head + history[i:] if n else history, n) for n, i in enumerate(starts)]
+        fitting = next(one for one in tried if len(prompt(one[0])) + 20 <= chat.context)
+        assert (kept, dropped) == fitting
+    many = [one for _ in range(400) for one in (USER | {"content": "z" * 400}, USER)]
+    started = time.process_time()
+    chat.fit([*many, USER], 20)
+    assert time.process_time() - started < 2
+
+
+def test_fitting_ends_once_it_is_stopped(chat):
+    stop = threading.Event()
+    stop.set()
+    with pytest.raises(ValueError, match="stopped"):
+        chat.fit([USER], 5, stop)
+
+
+def test_a_template_that_loops_has_a_limit(chat, monkeypatch):
+    loop = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
+    monkeypatch.setattr(chat._tokenizer, "chat_template", loop)
+    monkeypatch.setattr("sftlab.chat.engine.TEMPLATE_S", 0.3)
+    with pytest.raises(ValueError, match="chat template takes longer than"):
+        chat.fit([USER], 5)
+    monkeypatch.setattr(chat._tokenizer, "chat_template", "{{ 1 // 0 }}")
+    with pytest.raises(ValueError, match="chat template refuses"):
+        chat.fit([USER], 5)
+
+
+@pytest.mark.parametrize(
+    "turns, choice, named",
+    [
+        ([], "left", "ask something first"),
+        ([turn(texts={}, finished={})], "left", "not finished"),
+        ([turn(finished={"base": "stop", "tuned": None})], "tie", "not finished"),
+        ([turn(vote="base")], "right", "its vote already: base"),
+        ([turn(order=("tuned",))], "left", "ask both"),
+        ([turn()], "best", "expected left, right or tie"),
+        ([turn()], None, "expected left, right or tie"),
+    ],
+)
+def test_a_vote_needs_two_answers_and_one_voter(lab, turns, choice, named):
+    with pytest.raises(ValueError, match=named):
+        lab.vote(turns, "", choice)
+    assert not lab.ballot.exists()
+
+
+def test_a_turn_has_one_vote_however_many_come_at_once(lab):
+    turns, said = [turn()], []
+
+    def vote() -> None:
+        try:
+            said.append(lab.vote(turns, "", "left"))
+        except ValueError as error:
+            said.append(str(error))
+
+    threads = [threading.Thread(target=vote) for _ in range(8)]
+    for one in threads:
+        one.start()
+    for one in threads:
+        one.join()
+    assert len(votes.read(lab.ballot).votes) == 1
+    assert sum("already" in one for one in said) == 7
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        b"{broken\n",
+        b"[]\n",
+        b'{"run": ["a"], "adapter_hash": null, "blind": true, "vote": "tuned"}\n',
+        b'{"run": "a", "adapter_hash": null, "blind": 5, "vote": "tie"}\n',
+        b'{"run": "a", "adapter_hash": null, "blind": true, "vote": "zzz"}\n',
+        b'{"run": "a", "adapter_hash": null, "blind": true, "vote": ["tie"]}\n',
+        b"\xff\xfe\x00\n",
+        b'{"run": "a"',  # cut off by a kill
+    ],
+)
+def test_a_broken_line_is_named_and_hinders_no_vote(lab, line):
+    lab.ballot.write_bytes(line)
+    assert lab.vote([turn()], "", "left").startswith("Voted")
+    kept = votes.read(lab.ballot)
+    assert [one["vote"] for one in kept.votes] == ["base"]
+    assert "line 1 is no vote and is left out" in kept.broken[0]
+    table = lab.votes_table()
+    assert "| r | blind | 1 | 0 | 0 |" in table
+    assert "line 1 is no vote" in table
+
+
+def test_a_vote_that_cannot_be_kept_is_not_said_to_be(lab):
+    lab.ballot.mkdir()
+    voted = turn()
+    with pytest.raises(ValueError, match="not kept"):
+        lab.vote([voted], "", "left")
+    assert voted.vote is None
+    assert "No votes yet" in lab.votes_table()
+
+
+def test_votes_on_other_models_of_a_run_are_counted_apart(lab):
+    for models in ("one", "two"):
+        lab.vote([turn(models=models, adapter="same")], "", "right")
+    assert lab.votes_table().count("| r | blind | 0 | 1 | 0 |") == 2
+
+
+def test_html_in_a_votes_file_is_shown_not_rendered(lab):
+    votes.cast(lab.ballot, "tie", run="<img src=x onerror=alert(1)>", adapter_hash=None, blind=True)
+    assert "&lt;img" in lab.votes_table()
+    assert "<img" not in lab.votes_table()
+
+
+def test_a_run_that_cannot_be_read_is_listed_with_why(untrained, tmp_path):
+    for name in ("good", "five", "bare", "targets", "quality", "cut"):
+        (tmp_path / name).mkdir()
+        copy_of(untrained, tmp_path / name)
+    record = read(untrained)
+
+    def spoil(name: str, **changes: object) -> None:
+        write_json(tmp_path / name / "run.json", record | changes)
+
+    spoil("five", finished=5)
+    spoil("bare", recipe={})
+    spoil("targets", recipe=record["recipe"] | {"lora_target_modules": None, "lora_r": None})
+    (tmp_path / "quality" / "eval").mkdir()
+    (tmp_path / "quality" / "eval" / "quality.json").write_text('{"adapter_hash": [], "scores": 5}')
+    (tmp_path / "cut" / "run.json").write_text('{"status": "succ')
+    (tmp_path / "folder" / "run.json").mkdir(parents=True)
+    lab = Lab(tmp_path, None, tmp_path, None, False)
+    assert set(lab.runs()) == {"good", "targets", "quality"}
+    table = lab.runs_table()
+    for name in ("five", "bare", "cut", "folder"):
+        assert f"- {name}: {tmp_path / name / 'run.json'}" in table
+    assert "eval/quality.json cannot be read" in table
+    assert lab.facts_line("targets")
+    with pytest.raises(ValueError, match=r"run\.json: finished is 5"):
+        lab.model("five")
+    with pytest.raises(ValueError, match="no finished run"):
+        lab.model(["good"])
+    shutil.rmtree(tmp_path / "good")
+
+
+def test_a_run_cannot_give_the_app_trust(untrained, tmp_path, monkeypatch):
+    (tmp_path / "run").mkdir()
+    copy_of(untrained, tmp_path / "run")
+    recipe = read(untrained)["recipe"] | {"trust_remote_code": True}
+    write_json(tmp_path / "run" / "run.json", read(untrained) | {"recipe": recipe})
+    with pytest.raises(ValueError, match="pass --trust_remote_code on the command line"):
+        Lab(tmp_path, None, tmp_path, None, False).model("run")
+    monkeypatch.setenv("SFTLAB_TRUST_REMOTE_CODE", "1")
+    assert not parse_options([], "app").trust_remote_code
+    assert parse_options(["--trust_remote_code"], "app").trust_remote_code
+
+
+@pytest.mark.parametrize(
+    "argv", [["--port", "0"], ["--port", "70000"], ["--queue", "0"], ["--votes", "/nowhere/v"]]
+)
+def test_options_that_mean_nothing_are_refused(argv, capsys):
+    with pytest.raises(SystemExit) as ended:
+        parse_options(argv, "app")
+    assert ended.value.code == 2
+    assert "expected" in (said := capsys.readouterr().err) or "no folder" in said
+
+
+class Queue:
+    """In the place of gradio's queue: two functions, calls that never end."""
+
+    def __init__(self) -> None:
+        slow = SimpleNamespace(concurrency_id="model", inputs=[1, 2], api_name="chat")
+        quick = SimpleNamespace(concurrency_id="other", inputs=[], api_name=None)
+        self.blocks = SimpleNamespace(fns={0: slow, 1: quick})
+        self.waiting = SimpleNamespace(queue=[])
+        self.event_queue_per_concurrency_id = {"model": self.waiting}
+        self.active_jobs: list = [None]
+
+    async def push(self, body, request, username):
+        self.waiting.queue.append(SimpleNamespace(request=request, username=username))
+        return True, "id", "success"
+
+
+def test_a_client_has_its_share_of_the_queue():
+    queue = Queue()
+    share_queue(queue, "model", 3)
+
+    def call(host: str, username: str | None = None, fn: int = 0, data: tuple = (1, 2)) -> tuple:
+        request = SimpleNamespace(client=SimpleNamespace(host=host))
+        body = SimpleNamespace(fn_index=fn, data=list(data))
+        return asyncio.run(queue.push(body=body, request=request, username=username))
+
+    assert [call("a")[0] for _ in range(5)] == [True, True, True, False, False]
+    assert call("a")[1:] == (
+        "Queue is full for you: 3 of your messages wait already, and a client may have 3. "
+        "Try again later.",
+        "queue_full",
+    )
+    assert call("b")[0]
+    assert call("a", "ann")[0]
+    assert call("a", fn=1, data=())[0]
+    assert call("b", data=(1,))[1] == "chat takes 2 values in data, got 1"
+    assert "names no function" in call("b", fn=99)[1]
+    assert (share_of(16), share_of(1)) == (8, 2)
+
+
+def test_settings_of_any_kind_are_refused_in_a_sentence():
+    for bad in (float("nan"), float("inf"), "hot", None, [1], True, 10**400, -1):
+        for name in ("temperature", "top_p", "repetition_penalty"):
+            with pytest.raises(ValueError, match=f"{name} must be"):
+                Settings(**{name: bad})
+    with pytest.raises(ValueError, match="many digits"):
+        Settings(seed=10**400)
+    for name in ("top_k", "max_new_tokens"):  # the API's answer repeats them, in 64 bits
+        with pytest.raises(ValueError, match=f"{name} must be"):
+            Settings(**{name: 10**20})
