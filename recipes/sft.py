@@ -46,12 +46,15 @@ from sftlab.runs.run_directory import REMEDY, Run, Start, must_match, read_run
 from sftlab.training.determinism import compute_deterministically
 from sftlab.training.disk_room import is_full
 from sftlab.training.finiteness import NotFinite
-from sftlab.training.save_adapter import save_adapter
+from sftlab.training.save_adapter import AfterTraining, after_training, save_adapter
 from sftlab.training.stop_on_signal import Stopped, StopOnSignal
 from sftlab.training.summary import summary_rows
 from sftlab.training.trainer import LabTrainer, build_trainer
 from sftlab.training.truncation import length_facts, refuse_lost_rows
 from sftlab.training.verification import global_batch
+
+# nats a token beyond which exp() has no value
+MOST_NATS = 700
 
 
 def main(argv: list[str]) -> None:
@@ -126,12 +129,16 @@ def recorded_end(run: Run, rank: int) -> Iterator[None]:
             run.finish("interrupted", reason=f"signal {stopped.number}: stopped at once")
         say_how_to_go_on(run)
         sys.exit(128 + stopped.number)
-    except NotFinite as error:
+    except (NotFinite, AfterTraining) as error:
+        if is_full(error):
+            run.finish("interrupted", reason=f"{error}")
         run.fail(f"{error}", rank)
         if not run.is_main:
             sys.exit(2)
         print(file=sys.stderr)  # the progress bar's line ends here
-        sys.exit(f"error: the training {error}. {run.way_on()} {REMEDY}")
+        if isinstance(error, NotFinite):
+            sys.exit(f"error: the training {error}. {run.way_on()} {REMEDY}")
+        sys.exit(f"error: {error}. {run.way_on()}")
     except BaseException as error:
         if is_full(error):
             if run.began:
@@ -267,13 +274,17 @@ def finish(trainer: LabTrainer, run: Run, facts: dict[str, Any]) -> None:
     """Save the adapter, measure validation loss and MFU, end run.json, and print the summary."""
     args, measured = trainer.args, facts["measured"]
     if args.save_adapter:
-        save_adapter(trainer, run)
+        with after_training(trainer, "saving the adapter"):
+            save_adapter(trainer, run)
     if trainer.eval_dataset is not None:
-        loss = trainer.validation_loss()
-        measured |= {"validation_loss": loss, "validation_perplexity": math.exp(loss)}
-    compute = getattr(torch, COMPUTE_DTYPE[PRECISIONS[args.mixed_precision]])
-    device, world_size = trainer.accelerator.device, trainer.launch.world_size
-    measured |= measure_mfu(measured, device, compute, world_size)
+        with after_training(trainer, "measuring the validation loss"):
+            loss = trainer.validation_loss()
+        perplexity = math.exp(loss) if loss < MOST_NATS else math.inf
+        measured |= {"validation_loss": loss, "validation_perplexity": perplexity}
+    with after_training(trainer, "measuring the MFU"):
+        compute = getattr(torch, COMPUTE_DTYPE[PRECISIONS[args.mixed_precision]])
+        device, world_size = trainer.accelerator.device, trainer.launch.world_size
+        measured |= measure_mfu(measured, device, compute, world_size)
     run.finish("succeeded", **facts)
     if run.is_main:
         print(f"\n{run.folder}: succeeded")

@@ -1,6 +1,8 @@
 """Steady-state throughput of a run, and the time until it is reached."""
 
+import os
 import time
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,6 +17,15 @@ from sftlab.measurement.hardware_limit import significant, synchronize
 from sftlab.measurement.timing_turn import wait_for_turn
 
 WARMUP_STEPS = 5
+
+
+def seconds_since_start() -> float:
+    """Returns the seconds since this process started, whatever was done to the clock meanwhile."""
+    if not hasattr(time, "CLOCK_BOOTTIME"):  # no Linux
+        return max(0.0, time.time() - psutil.Process().create_time())
+    fields = Path("/proc/self/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
+    started = int(fields[19]) / os.sysconf("SC_CLK_TCK")  # since boot
+    return time.clock_gettime(time.CLOCK_BOOTTIME) - started
 
 
 class Meter(TrainerCallback):
@@ -71,7 +82,7 @@ class Meter(TrainerCallback):
             self.collectives.begin()
         if self.first_step_s is None:
             synchronize()
-            self.first_step_s = time.time() - psutil.Process().create_time()
+            self.first_step_s = seconds_since_start()
         self._close(state, control, state.global_step >= state.max_steps)
 
     def on_epoch_end(
@@ -135,9 +146,8 @@ class Meter(TrainerCallback):
             facts["tokens_per_s"] = round(tokens / seconds, 1)
             facts["rows_per_s"] = round(rows / seconds, 3)
             facts["step_time_s"] = round(seconds / self._steps, 5)
-            facts["warm_up_s"] = round(
-                self._warmed_up - self._warmup_steps * seconds / self._steps, 2
-            )
+            steady = self._warmup_steps * seconds / self._steps
+            facts["warm_up_s"] = round(max(0.0, self._warmed_up - steady), 2)
             work = flops.token * tokens + flops.loss_token * loss_tokens
             facts["model_tflops_per_s"] = significant(work / seconds / 1e12)
         return facts

@@ -1,14 +1,43 @@
 """Saves what was trained into the run directory."""
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from safetensors import SafetensorError
 from trl import SFTTrainer
 
 from sftlab.files import sync, sync_tree
+from sftlab.runs.checkpoint_manifest import in_order
 from sftlab.runs.clearing import TEMPORARY, remove_temporary
 from sftlab.runs.made_files import free_name, walk
 from sftlab.runs.run_directory import Run
+
+
+class AfterTraining(RuntimeError):
+    """What follows the last step failed; the message says what, and why."""
+
+
+@contextmanager
+def after_training(trainer: SFTTrainer, what: str) -> Iterator[None]:
+    """Raise AfterTraining for a failure inside, once what was trained is kept in a checkpoint.
+
+    A run of several processes has the checkpoints that its recipe asks for.
+    """
+    try:
+        yield
+    except (OSError, RuntimeError, ValueError, SafetensorError) as error:
+        step, alone = trainer.state.global_step, trainer.args.world_size == 1
+        folder = Path(trainer.args.output_dir)
+        saved = [path.name for path in in_order(folder)]
+        adapter = folder / "adapter" / "adapter_model.safetensors"
+        if alone and f"checkpoint-{step}" not in saved and not adapter.is_file():
+            with suppress(OSError, RuntimeError, ValueError, SafetensorError):
+                trainer._save_checkpoint(trainer.model, None)
+        raise AfterTraining(
+            f"{what} failed after the last step ({type(error).__name__}: {error})"
+        ) from error
 
 
 def save_adapter(trainer: SFTTrainer, run: Run) -> None:
