@@ -16,7 +16,7 @@ from typing import Any
 from transformers import TrainingArguments as TransformersArguments
 from trl import ModelConfig, SFTConfig
 
-from sftlab.config.parser import REFUSED
+from sftlab.config.field_effects import REFUSED
 from sftlab.config.recipe import DataArguments, ModelArguments, TrainingArguments
 
 PAGE = Path(__file__).parent / "reference.md"
@@ -33,7 +33,8 @@ accelerate launch --config_file accelerate_configs/cpu.yaml recipes/sft.py \\
 ```
 
 Every field is a line of a recipe (`field: value`) or an option (`--field value`). The command line
-beats the recipe. An unknown field is an error that names the nearest one.
+beats the recipe, and `--field null` unsets a field of the recipe. An unknown field is an error: it
+names the field that was meant, for names of axolotl, LLaMA-Factory and Unsloth too.
 
 `python docs/make_reference.py` writes this page from the code, and a test compares the two.
 [training.md](training.md) says which fields matter first.

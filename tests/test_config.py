@@ -62,7 +62,8 @@ def test_every_yaml_value_arrives_with_its_type(fields, tmp_path):
 
 def test_a_max_length_of_null_is_no_limit(fields, tmp_path):
     path = tmp_path / "r.yaml"
-    path.write_text(f"{(ROOT / 'recipes/demo/attn_r16.yaml').read_text()}\nmax_length: null\n")
+    recipe = (ROOT / "recipes/demo/attn_r16.yaml").read_text()
+    path.write_text(re.sub(r"(?m)^max_length: .*$", "max_length: null", recipe))
     for extra, limit in (([], None), (["--max_length", "8"], 8)):
         assert (
             parse_recipe(
@@ -246,13 +247,14 @@ def test_a_recipe_says_what_its_name_says(path, monkeypatch):
     )
     assert len(text.splitlines()) < 60
     launch = Launch("bf16", "ddp", 2, 2, True, {})
-    parse_recipe(["--config", str(path)], launch)
+    own = ["--model_name_or_path", "a/b", "--dataset_name", "my.jsonl"]
+    parse_recipe(["--config", str(path), *(own if path.parent.name == "own" else [])], launch)
 
 
-@pytest.mark.parametrize("folder", ["demo", "llama3.2-1b", "llama2-7b"])
+@pytest.mark.parametrize("folder", ["demo", "llama3.2-1b", "llama2-7b", "own"])
 def test_the_recipes_of_a_folder_differ_in_rank_and_targets_alone(folder):
     recipes = [read_yaml(p) for p in RECIPES if p.parent.name == folder]
-    assert len(recipes) == (2 if folder == "llama2-7b" else 7)
+    assert len(recipes) == {"llama2-7b": 2, "own": 3}.get(folder, 7)
     assert len({r["lora_alpha"] / r["lora_r"] for r in recipes}) == 1
     may_differ = {"lora_r", "lora_alpha", "lora_target_modules", "output_dir"}
     rest = [{k: v for k, v in r.items() if k not in may_differ} for r in recipes]

@@ -4,44 +4,42 @@ The recipe is flat YAML (`--config`), and the command line overrides it. Field n
 trl's ModelConfig and SFTConfig; `DataArguments` adds those that they lack.
 """
 
-import difflib
+import argparse
+import dataclasses
 import json
+import math
+from collections.abc import Iterable, Mapping
 from typing import Any
 
+from transformers.trainer_pt_utils import AcceleratorConfig
 from trl import TrlParser
 
+from sftlab.config.field_effects import REFUSED
+from sftlab.config.foreign_names import unknown_field
 from sftlab.config.launch import Launch
 from sftlab.config.model_overrides import check_overrides
 from sftlab.config.own_data import without_replaced_data
 from sftlab.config.recipe import DataArguments, ModelArguments, Recipe, TrainingArguments
 from sftlab.config.validation import resolve
+from sftlab.config.value_checks import check_values, late_warmup
+from sftlab.field_words import field_name, field_words
 from sftlab.yaml_files import read_yaml
 
-# Fields that trl accepts and this project decides elsewhere. Setting one would have no effect, so
-# it is refused.
-REFUSED = {
-    "resume_from_checkpoint": "start the same command again, and an interrupted run continues",
-    "do_train": "sft.py always trains",
-    "do_eval": "use eval_strategy",
-    "do_predict": "use the scripts in eval/",
-    "fsdp": "the launch config decides: accelerate_configs/fsdp.yaml",
-    "fsdp_config": "the launch config decides: accelerate_configs/fsdp.yaml",
-    "deepspeed": "the launch config decides",
-    "use_cpu": "the launch config decides: accelerate_configs/cpu.yaml",
-    "bf16_full_eval": "the launch config decides the precision",
-    "fp16_full_eval": "the launch config decides the precision",
-    "push_to_hub": "upload the finished adapter instead: hf upload NAME RUN/adapter",
-    "packing_strategy": "packing concatenates the whole rows of a micro-batch",
-    "padding_free": "packing decides",
-    "eval_packing": "packing decides",
-    "use_liger_kernel": "compile_layers and fused_loss do its work",
-    "save_only_model": "a checkpoint without the optimizer cannot be continued from",
-    "full_determinism": "deterministic does it faster, and covers the fast path's kernels",
-    "ignore_data_skip": "a continued run trains on the rows that are left",
-    "restore_callback_states_from_checkpoint": "a continued run is exact without it",
-    "enable_jit_checkpoint": "TERM, USR1 and Ctrl-C already end in a checkpoint",
-    "auto_find_batch_size": "runs whose batch size was found by trial cannot be compared",
-}
+# Words that unset a field of the recipe on the command line. `report_to none` is a value.
+_UNSET = ("null", "none", "~")
+# Fields that hold a mapping.
+_MAPPINGS = (
+    "model_init_kwargs",
+    "lr_scheduler_kwargs",
+    "accelerator_config",
+    "gradient_checkpointing_kwargs",
+    "activation_checkpointing_kwargs",
+    "liger_kernel_config",
+    "dataset_kwargs",
+    "fsdp_config",
+    "deepspeed",
+)
+_KINDS = {"int": "a whole number", "float": "a number", "string_to_bool": "true or false"}
 
 
 class _Parser(TrlParser):
@@ -54,8 +52,9 @@ class _Parser(TrlParser):
 def parse_recipe(argv: list[str], launch: Launch) -> Recipe:
     """Returns the recipe of `--config RECIPE.yaml` and command line fields, checked and resolved.
 
-    Data and model are not looked at. Raises ValueError for an unknown field, a wrong type or value,
-    a field that would have no effect, or a contradiction with the launch config.
+    `--field null` unsets a field of the recipe. Data and model are not looked at. Raises ValueError
+    for an unknown field, a wrong type or value, a field that would have no effect, or a
+    contradiction with the launch config.
     """
     argv = list(argv)
     path = _take_config(argv)
@@ -66,26 +65,126 @@ def parse_recipe(argv: list[str], launch: Launch) -> Recipe:
             "command line if you trust the model's code"
         )
     parser = _Parser((DataArguments, TrainingArguments, ModelArguments), allow_abbrev=False)
-    known = {action.dest for action in parser._actions}
-    named = [a[2:].split("=")[0].replace("-", "_") for a in argv if a.startswith("--")]
-    _refuse_unknown([*settings, *named], known)
+    known = {action.dest: action for action in parser._actions}
+    words = field_words(argv)
+    _refuse_unknown(settings, known, f"{path}: ")
+    _refuse_unknown(words, known, "")
+    unset = [name for name, values in words.items() if _unsets(name, values)]
+    argv, settings = _without(unset, argv), settings | dict.fromkeys(unset)
+    named = [name for name in words if name not in unset]
+    for name in named:
+        _check_words(name, words[name], known[name])
     _refuse_unused([*(key for key, value in settings.items() if value), *named])
     settings, note = without_replaced_data(settings, argv, named)
     unlimited = settings.get("max_length", 0) is None and "max_length" not in named
     settings = {key: value for key, value in settings.items() if value is not None}
+    for key, value in settings.items():
+        _check_type(f"{path}: {key}", value, known[key])
     arguments = [item for key, value in settings.items() for item in _as_arguments(key, value)]
-    data, training, model, rest = parser.parse_args_and_config(
-        arguments + argv, return_remaining_strings=True
-    )
-    if rest:
-        raise ValueError(f"cannot read {' '.join(rest)!r}: every option is --field value")
+    data, training, model = _read(parser, arguments + argv)
     check_overrides(training.model_init_kwargs)
     if unlimited:  # null in any other field is the same as leaving it out
         training.max_length = None
     given = {name: _value(name, (data, training, model)) for name in [*settings, *named]}
     recipe = Recipe(data, training, model, given, [note] if note else [])
+    late = late_warmup(training)
+    if late and ("warmup_steps" in named) == ("max_steps" in named):
+        raise ValueError(late)
     resolve(recipe, launch)
-    return recipe
+    check_values(recipe)
+    return recipe._replace(notes=[*recipe.notes, late]) if late else recipe
+
+
+def _unsets(name: str, values: list[str]) -> bool:
+    one = values[0].lower() if len(values) == 1 else ""
+    return one in _UNSET and (name, one) != ("report_to", "none")
+
+
+def _without(names: list[str], argv: list[str]) -> list[str]:
+    """Returns the words of a command line without those of some fields."""
+    kept, dropping = [], False
+    for word in argv:
+        if named := field_name(word):
+            dropping = named in names
+        if not dropping:
+            kept.append(word)
+    return kept
+
+
+def _read(parser: _Parser, words: list[str]) -> tuple[DataArguments, TrainingArguments, Any]:
+    """Returns the three groups of fields. Raises ValueError of one sentence."""
+    try:
+        data, training, model, rest = parser.parse_args_and_config(
+            words, return_remaining_strings=True
+        )
+    except (ValueError, TypeError, KeyError, OSError, OverflowError) as error:
+        raise ValueError(" ".join(str(error).split())) from error
+    if rest:
+        raise ValueError(f"cannot read {' '.join(rest)!r}: every option is --field value")
+    return data, training, model
+
+
+def _check_type(place: str, value: Any, action: argparse.Action) -> None:
+    """Raise ValueError for a value of the recipe that its field cannot hold."""
+    if isinstance(value, list):
+        if action.nargs not in ("+", "*"):
+            raise ValueError(f"{place} is {value!r}: expected one value, not a list")
+        if nested := next((one for one in value if isinstance(one, list | dict)), None):
+            raise ValueError(f"{place} holds {nested!r}: expected a list of words or numbers")
+        if not value:
+            raise ValueError(f"{place} is an empty list: leave it out, or name what it holds")
+    elif action.dest in _MAPPINGS and not isinstance(value, dict):
+        raise ValueError(f"{place} is {value!r}: expected a mapping such as {{key: 1}}")
+    elif isinstance(value, dict):
+        if action.dest not in _MAPPINGS:
+            raise ValueError(f"{place} is {value!r}: expected one value, not a mapping")
+        if action.dest == "accelerator_config":
+            _check_accelerator_config(place, value)
+        return
+    for one in value if isinstance(value, list) else [value]:
+        if callable(action.type):
+            try:
+                action.type(str(one))
+            except (ValueError, TypeError, argparse.ArgumentTypeError) as error:
+                kind = _KINDS.get(getattr(action.type, "__name__", ""), "another value")
+                raise ValueError(f"{place} is {one!r}: expected {kind}") from error
+        if isinstance(one, float):
+            _check_finite(place, one)
+
+
+def _check_words(name: str, words: list[str], action: argparse.Action) -> None:
+    """Raise ValueError for words of the command line that name no finite number or no mapping."""
+    for word in words:
+        if action.dest in _MAPPINGS:
+            _check_mapping(name, word)
+        elif "float" in (kind := getattr(action.type, "__name__", "")) or kind == "int":
+            _check_finite(name, word)
+
+
+def _check_finite(place: str, word: object) -> None:
+    try:
+        finite = math.isfinite(float(str(word)))
+    except ValueError:  # argparse says what was expected
+        return
+    if not finite:
+        raise ValueError(f"{place} is {word}: expected a finite number")
+
+
+def _check_mapping(name: str, word: str) -> None:
+    try:
+        found = json.loads(word)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f'{name} is {word!r}: expected JSON such as {{"key": 1}}') from error
+    if not isinstance(found, dict):
+        raise ValueError(f'{name} is {word!r}: expected a mapping such as {{"key": 1}}')
+    if name == "accelerator_config":
+        _check_accelerator_config(name, found)
+
+
+def _check_accelerator_config(place: str, found: Mapping[str, object]) -> None:
+    known = [one.name for one in dataclasses.fields(AcceleratorConfig)]
+    if unknown := [key for key in found if key not in known]:
+        raise ValueError(f"{place} holds {unknown[0]!r}: expected some of {', '.join(known)}")
 
 
 def _take_config(argv: list[str]) -> str | None:
@@ -103,12 +202,10 @@ def _take_config(argv: list[str]) -> str | None:
     return None
 
 
-def _refuse_unknown(names: list[str], known: set[str]) -> None:
+def _refuse_unknown(names: Iterable[str], known: Mapping[str, object], place: str) -> None:
     for name in names:
-        if name not in known:
-            near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise ValueError(f"unknown field {name!r}{hint}")
+        if name not in known and name not in REFUSED:
+            raise ValueError(place + unknown_field(name, known))
 
 
 def _refuse_unused(names: list[str]) -> None:

@@ -109,7 +109,10 @@ class TrainingArguments(SFTConfig):
     logging_nan_inf_filter: bool = field(
         default=False, metadata={"help": "Hide NaN losses from the logs."}
     )
-    report_to: str | None = field(default="tensorboard", metadata={"help": "Where the curves go."})
+    report_to: list[str] | None = field(
+        default_factory=lambda: ["tensorboard"],
+        metadata={"help": "Where the curves go: one tracker, several, or none."},
+    )
     ddp_find_unused_parameters: bool | None = field(
         default=False,
         metadata={
@@ -170,6 +173,8 @@ class TrainingArguments(SFTConfig):
     )
 
     def __post_init__(self) -> None:
+        names = self.report_to or ["none"]
+        self.report_to = [name for one in names for name in one.split(",") if name]
         asked = "bf16" if self.bf16 else "fp16" if self.fp16 else None
         launch = Launch.from_environment()
         launched = launch.precision

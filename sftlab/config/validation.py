@@ -5,6 +5,11 @@
 
 from sftlab.config.launch import COMPUTE_DTYPE, PRECISIONS, Launch
 from sftlab.config.lora_variants import float8_conflict
+from sftlab.config.ranges import (
+    refuse_out_of_range,
+    refuse_unknown_metric,
+    refuse_wrong_schedule,
+)
 from sftlab.config.recipe import DataArguments, ModelArguments, Recipe, TrainingArguments
 
 
@@ -21,6 +26,9 @@ def resolve(recipe: Recipe, launch: Launch) -> None:
     """
     _check_required(recipe)
     _check_lora(recipe.model)
+    refuse_out_of_range(recipe)
+    refuse_wrong_schedule(recipe.training)
+    refuse_unknown_metric(recipe.training)
     _check_rows(recipe.data, recipe.training)
     _check_fsdp(recipe.training, launch)
     _resolve_precision(recipe)

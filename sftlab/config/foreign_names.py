@@ -1,0 +1,148 @@
+"""What is a field of trl, transformers, peft, axolotl, LLaMA-Factory or Unsloth called here?
+
+A name that another program uses is answered with its name here, never with one that only looks
+like it.
+"""
+
+import difflib
+from collections.abc import Collection
+
+# Names whose field here means the same.
+_SAME = {
+    # earlier releases of trl, transformers and peft
+    "torch_dtype": "dtype",
+    "max_seq_length": "max_length",
+    "max_seq_len": "max_length",
+    "evaluation_strategy": "eval_strategy",
+    "per_gpu_train_batch_size": "per_device_train_batch_size",
+    "per_gpu_eval_batch_size": "per_device_eval_batch_size",
+    "r": "lora_r",
+    "lora_rank": "lora_r",
+    "rank": "lora_r",
+    "alpha": "lora_alpha",
+    "dropout": "lora_dropout",
+    "target_modules": "lora_target_modules",
+    "target_parameters": "lora_target_parameters",
+    "modules_to_save": "lora_modules_to_save",
+    "additional_target": "lora_modules_to_save",
+    "train_on_responses_only": "completion_only_loss",
+    "num_proc": "dataset_num_proc",
+    "revision": "model_revision",
+    # axolotl
+    "base_model": "model_name_or_path",
+    "sequence_len": "max_length",
+    "micro_batch_size": "per_device_train_batch_size",
+    "eval_batch_size": "per_device_eval_batch_size",
+    "num_epochs": "num_train_epochs",
+    "optimizer": "optim",
+    "lr_scheduler": "lr_scheduler_type",
+    "sample_packing": "packing",
+    "peft_use_rslora": "use_rslora",
+    "peft_use_dora": "use_dora",
+    "gradient_clipping": "max_grad_norm",
+    "dataset_processes": "dataset_num_proc",
+    "datasets": "dataset_name",
+    "chat_template_jinja": "chat_template_path",
+    # LLaMA-Factory
+    "model_name": "model_name_or_path",
+    "dataset": "dataset_name",
+    "dataset_dir": "dataset_name",
+    "data_path": "dataset_name",
+    "cutoff_len": "max_length",
+    "lora_target": "lora_target_modules",
+    "preprocessing_num_workers": "dataset_num_proc",
+    "overwrite_output_dir": "overwrite",
+    "streaming": "dataset_streaming",
+    # Unsloth
+    "use_gradient_checkpointing": "gradient_checkpointing",
+    "random_state": "seed",
+    # plain words
+    "batch_size": "per_device_train_batch_size",
+    "train_batch_size": "global_batch_size",
+    "effective_batch_size": "global_batch_size",
+    "total_batch_size": "global_batch_size",
+    "epochs": "num_train_epochs",
+    "lr": "learning_rate",
+    "steps": "max_steps",
+    "model": "model_name_or_path",
+    "grad_accum": "gradient_accumulation_steps",
+    "gradient_accumulation": "gradient_accumulation_steps",
+    "warmup": "warmup_steps",
+}
+# Names without a field here, and what to do instead.
+_ANSWERS = {
+    "warmup_ratio": "give the share as warmup_steps, for example warmup_steps: 0.05",
+    "early_stopping_patience": (
+        "a run trains to its last step; load_best_model_at_end keeps the best checkpoint"
+    ),
+    "early_stopping_threshold": (
+        "a run trains to its last step; load_best_model_at_end keeps the best checkpoint"
+    ),
+    "init_lora_weights": (
+        "A is random and B is zero, so that the untrained adapter changes nothing"
+    ),
+    "group_by_length": "packing leaves no padding to save; the order of the rows stays random",
+    "logging_dir": "the curves go to output_dir/tensorboard",
+    "pure_bf16": "launch with accelerate_configs/bf16.yaml",
+    "special_tokens": "eos_token and pad_token name tokens of the vocabulary",
+    "evals_per_epoch": "give eval_strategy: steps, with eval_steps as a share such as 0.1",
+    "saves_per_epoch": "give save_strategy: steps, with save_steps as a share such as 0.1",
+    "val_set_size": "give the share in split_fractions, for example [0.9, 0.05, 0.05]",
+    "val_size": "give the share in split_fractions, for example [0.9, 0.05, 0.05]",
+    "use_flash_attention_2": "give attn_implementation: flash_attention_2, or leave it out",
+    "use_flash_attn": "give attn_implementation: flash_attention_2, or leave it out",
+    "flash_attention": "give attn_implementation: flash_attention_2, or leave it out",
+    "flash_attn": "give attn_implementation: flash_attention_2, or leave it out",
+    "bias": "LoRA trains no biases here",
+    "lora_bias": "LoRA trains no biases here",
+    "loraplus_lr_ratio": "LoRA+ is not supported: both matrices have learning_rate",
+    "use_galore": "give optim: galore_adamw, with optim_target_modules",
+    "rank_pattern": "every target has the rank lora_r",
+    "alpha_pattern": "every target has lora_alpha",
+    "layers_to_transform": "give lora_target_modules as a pattern: .*layers.[01].q_proj",
+    "lora_target_linear": "give lora_target_modules: all-linear",
+    "adapter": "use_peft: true trains an adapter, load_in_4bit: true makes it QLoRA",
+    "finetuning_type": "use_peft: true is LoRA, use_peft: false trains every weight",
+    "quantization_bit": "use load_in_4bit or load_in_8bit",
+    "quantization_config": "use load_in_4bit or load_in_8bit",
+    "strict": "every field is always checked",
+    "template": "chat_template_path names a .jinja file; unset is the tokenizer's own",
+    "chat_template": "chat_template_path names a .jinja file; unset is the tokenizer's own",
+    "train_on_inputs": "the loss is on the response alone; completion_only_loss: false changes it",
+    "train_on_prompt": "the loss is on the response alone; completion_only_loss: false changes it",
+    "stage": "sft.py does supervised fine-tuning alone",
+    "pad_to_sequence_len": "rows are packed; packing: false pads to the longest of a batch",
+    "response_template": "the chat template says where the response begins",
+    "formatting_func": "dataset_shape says how the columns become a conversation",
+    "max_samples": "dataset_fraction is the share of the rows to use",
+    "max_train_samples": "dataset_fraction is the share of the rows to use",
+    "dataset_num_samples": "dataset_fraction is the share of the rows to use",
+    "no_cuda": "the launch config decides: accelerate_configs/cpu.yaml",
+    "tokenizer_name": "the tokenizer is the base model's",
+    "tokenizer_name_or_path": "the tokenizer is the base model's",
+    "device_map": "the launch config decides where the model is",
+    "wandb_project": "give report_to: wandb, and WANDB_PROJECT in the environment",
+    "wandb_entity": "give report_to: wandb, and WANDB_ENTITY in the environment",
+    "wandb_name": "give report_to: wandb, and run_name",
+    "num_processes": "the launch config decides: accelerate launch --num_processes n",
+    "mixed_precision": "the launch config decides: accelerate launch --mixed_precision bf16",
+    "use_unsloth": "compile_layers and fused_loss are this project's fast path",
+    "resume": "start the same command again, and an interrupted run continues",
+    "auto_resume_from_checkpoints": "start the same command again",
+    "save_safetensors": "safetensors is the only format",
+}
+# How close a name must be to count as a misspelling of a field.
+_NEAR = 0.8
+
+
+def unknown_field(name: str, known: Collection[str]) -> str:
+    """Returns a sentence about a name that is no field: what it is called here, or what to do."""
+    lower = name.lower()
+    if lower in _SAME:
+        return f"unknown field {name!r}: that is {_SAME[lower]} here"
+    if lower in _ANSWERS:
+        return f"unknown field {name!r}: {_ANSWERS[lower]}"
+    near = difflib.get_close_matches(lower, known, n=1, cutoff=_NEAR)
+    if near:
+        return f"unknown field {name!r}; did you mean {near[0]!r}?"
+    return f"unknown field {name!r}: docs/reference.md lists every field"
