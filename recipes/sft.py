@@ -26,15 +26,19 @@ from typing import Any
 
 import torch
 from accelerate.utils import broadcast_object_list
+from datasets import Dataset
 from torch.utils.data import IterableDataset
 from transformers.trainer_utils import TrainOutput
 
 from sftlab.config.launch import COMPUTE_DTYPE, PRECISIONS, Launch, check_devices, use_all_cpu_cores
 from sftlab.config.parser import parse_recipe
 from sftlab.config.recipe import Recipe
-from sftlab.data.chat_template import set_template, template_hash
+from sftlab.data.before_training import keyed_by, look_at_rows, template_refusals
+from sftlab.data.chat_template import set_template
+from sftlab.data.model_limits import refuse_beyond_model
 from sftlab.data.samplers import refuse_few_rows
 from sftlab.data.splits import Splits, load_splits
+from sftlab.data.template_facts import template_facts
 from sftlab.data.tokenized_dataset import refuse_other_encoding
 from sftlab.fastpath.kernel_warmup import start_compilers
 from sftlab.fastpath.selection import choose
@@ -50,7 +54,7 @@ from sftlab.training.save_adapter import AfterTraining, after_training, save_ada
 from sftlab.training.stop_on_signal import Stopped, StopOnSignal
 from sftlab.training.summary import summary_rows
 from sftlab.training.trainer import LabTrainer, build_trainer
-from sftlab.training.truncation import length_facts, refuse_lost_rows
+from sftlab.training.truncation import length_facts, length_line, refuse_lost_rows
 from sftlab.training.verification import global_batch
 
 # nats a token beyond which exp() has no value
@@ -187,19 +191,28 @@ def prepare(
         refuse_few_rows(rows, recipe.data.global_batch_size)
     facts = {
         "data": splits.facts,
-        "template": {"source": template, "hash": template_hash(tokenizer)},
+        "template": template_facts(tokenizer, template),
     }
+    if "day" in facts["template"]:
+        splits = keyed_by(splits, facts["template"]["rendered"])
+    looked = look_at_rows(tokenizer, config, splits, training, facts["template"])
+    for line in [*recipe.notes, *looked.lines] if run.is_main else []:
+        print(line, flush=True)
     run.check(start, facts, recipe.data.resume_anyway)
     # what an earlier run trained is replaced only once this one is ready
     if not start.at_stake:
-        begin(run, start, recipe, launch, facts)
+        begin(run, start, recipe, launch, facts | {"loss": looked.facts})
 
     now = environment()
     must = must_match(recipe.facts(), launch.facts(), now) | facts
-    trainer = build_trainer(recipe, launch, fast, tokenizer, splits, callbacks=[stop])
+    with template_refusals(tokenizer, splits):
+        trainer = build_trainer(recipe, launch, fast, tokenizer, splits, callbacks=[stop])
     refuse_lost_rows(trainer, splits)
+    for name, rows in (("training", trainer.train_dataset), ("validation", trainer.eval_dataset)):
+        if isinstance(rows, Dataset):
+            refuse_beyond_model(rows, name, config, training.max_length)
     if start.at_stake:
-        begin(run, start, recipe, launch, facts)
+        begin(run, start, recipe, launch, facts | {"loss": looked.facts})
     trainer.checkpointer.must_match, trainer.checkpointer.hardware = must, now["hardware"]
     if error := compilers.exception():
         warn(f"kernels are compiled in the first step, not before it: {error}")
@@ -225,6 +238,8 @@ def train(
     streaming = isinstance(trainer.train_dataset, IterableDataset)
     lengths = None if streaming else length_facts(trainer, len(splits.train))
     run.update(data=splits.facts | {"tokenized": lengths})
+    if lengths and run.is_main:
+        print(length_line(lengths, trainer.args), flush=True)
     trainer.checkpointer.check_room()
     try:
         result = trainer.train(resume_from_checkpoint=start.checkpoint)

@@ -16,7 +16,12 @@ from datasets import Dataset, load_dataset
 from test_data import SHAPED
 from tokenizers import AddedToken, Regex, Tokenizer, models, pre_tokenizers, trainers
 from tokenizing import ODD, TURNS, fields_of, recipe_of, tokenized
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import (
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
 from trl import SFTConfig, SFTTrainer
 
 from sftlab.data.batch_encoder import Encoder
@@ -108,6 +113,8 @@ def model_of(base, llama_like, tmp_path_factory):
     turned = shutil.copytree(base, tmp_path_factory.mktemp("models") / "turned")
     llama_like.chat_template = TURNS
     llama_like.save_pretrained(turned)
+    config = LlamaConfig.from_pretrained(base, vocab_size=len(llama_like))
+    LlamaForCausalLM(config).save_pretrained(turned)
     return {"bytes": base, "llama": turned}
 
 

@@ -46,6 +46,9 @@ class Encoder:
         backend.no_truncation()
         backend.no_padding()
         self._backend = backend
+        special = [t.content for t in backend.get_added_tokens_decoder().values() if t.special]
+        # what the backend reads as a control token wherever it stands
+        self.marks = re.compile("|".join(map(re.escape, special))) if special else None
         self._render = partial(render_jinja_template, chat_template=template, **special_tokens)
         ending = self._constant_ending() if shortcut else ""
         cut = _cut(backend, ending)
@@ -64,6 +67,13 @@ class Encoder:
             if size >= CHARACTERS_AT_ONCE or end == len(wholes):
                 yield from self._joined(alone[start:end], wholes[start:end])
                 start, size = end, 0
+
+    def refuse(
+        self, prompts: Sequence[list[Message]], completions: Sequence[list[Message]]
+    ) -> None:
+        """Render rows without encoding them. Raises what the template raises."""
+        self._texts([p + c for p, c in zip(prompts, completions, strict=True)])
+        self._texts(prompts, add_generation_prompt=True)
 
     def _texts(self, conversations: Sequence[list[Message]], **how: bool) -> list[str]:
         return self._render(conversations=conversations, **how)[0]

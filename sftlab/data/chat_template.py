@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
+from sftlab.data.batch_encoder import common_prefix
 from sftlab.paths import ROOT
 
 INSTRUCTION_TEMPLATE = ROOT / "recipes" / "templates" / "instruction.jinja"
@@ -48,24 +49,35 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: list[dict[str, str]])
     )["input_ids"]
 
 
+def first_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Returns the token ids that every rendered question begins with, at least one."""
+    one, other = (
+        prompt_ids(tokenizer, [{"role": "user", "content": text}]) for text in ("Who?", "A b")
+    )
+    return one[: max(1, common_prefix(one, other))]
+
+
 def encode(
-    tokenizer: PreTrainedTokenizerBase, row: dict[str, Any], max_length: int | None
+    tokenizer: PreTrainedTokenizerBase,
+    row: dict[str, Any],
+    max_length: int | None,
+    truncation_mode: str = "keep_start",
 ) -> dict[str, list[int]]:
     """Returns `input_ids` and `labels` of a prompt/completion row, cut to `max_length` tokens.
 
-    Labels are -100 on the prompt. Both equal those of trl's SFTTrainer
-    (`SFTTrainer._prepare_dataset`, trl 1.16).
+    `truncation_mode` is keep_start or keep_end, as in the recipe. Labels are -100 on the prompt.
+    Both equal those of trl's SFTTrainer (`SFTTrainer._prepare_dataset`, trl 1.16).
     """
     start = prompt_ids(tokenizer, row["prompt"])
     ids = tokenizer.apply_chat_template(
         row["prompt"] + row["completion"], tokenize=True, return_dict=True
     )["input_ids"]
-    prompt_length = next(
-        (i for i, (a, b) in enumerate(zip(start, ids, strict=False)) if a != b),
-        min(len(start), len(ids)),
-    )
+    prompt_length = common_prefix(start, ids)
     labels = [-100] * prompt_length + ids[prompt_length:]
-    return {"input_ids": ids[:max_length], "labels": labels[:max_length]}
+    kept = slice(max_length)
+    if truncation_mode == "keep_end" and max_length is not None:
+        kept = slice(-max_length, None)
+    return {"input_ids": ids[kept], "labels": labels[kept]}
 
 
 class TurnEnd(NamedTuple):

@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 
+from sftlab.data.row_notes import unused_lines
 from sftlab.data.tokenized_dataset import SPLITS
 from sftlab.tables import aligned
 
@@ -40,13 +41,18 @@ def summary(
         ]
         table.append([name, f"{facts[name]['rows']:,}", *cells])
     left_out = f"{facts['empty_responses_dropped']:,} rows without a response"
+    if facts["rows_without_an_answer"]:
+        left_out += f", {facts['rows_without_an_answer']:,} without an answer to a user"
     if "bad_rows_left_out" in facts:
         left_out += f", {facts['bad_rows_left_out']:,} that are not text"
     lines = [
         f"\n{folder}: {facts['rows_read']:,} rows of {facts['dataset']} ({facts['shape']})",
         aligned(table),
         f"  left out: {left_out}",
+        *(f"  {line}" for line in unused_lines(facts["not_used"])),
     ]
+    if marks := manifest["control_marks"]:
+        lines.append(f"  warning: {marks:,} rows have texts in them that are control tokens")
     used = np.minimum(lengths, limit) if limit else lengths
     if len(used):
         padded, packed = real_token_shares(used, micro_batch)

@@ -87,6 +87,7 @@ def finish(
     facts = {
         "dataset": settings["dataset_name"],
         "shape": settings["dataset_shape"],
+        "rows_there": settings["rows_there"],
         "rows_read": settings["rows"],
         **dropped_facts(
             counted.unused, list(chain.from_iterable(r["without_turn"] for r in records))
@@ -109,6 +110,7 @@ def finish(
             "tokens": int(np.minimum(tokens, limit).sum()),
         }
     tokenized["test"] = {"kept": rows["test"]}
+    manifest["control_marks"] = sum(record["control_marks"] for record in records)
     manifest |= {"facts": facts, "tokenized": tokenized, "shards": records}
     write_text(folder / MANIFEST, json.dumps(manifest, indent=2, ensure_ascii=False) + "\n")
     return counted.lengths

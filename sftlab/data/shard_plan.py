@@ -5,16 +5,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from datasets import Dataset
+from jinja2 import TemplateError
 
 from sftlab.data.batch_encoder import Encoder
-from sftlab.data.row_notes import unused_columns
-from sftlab.data.shard_writer import convert_counting, place_of
+from sftlab.data.loss_check import ROWS_LOOKED_AT, look_at_loss
+from sftlab.data.model_limits import refuse_unknown_tokens
+from sftlab.data.row_notes import count_notes, unused_columns
+from sftlab.data.shard_writer import convert_counting, place_of, refuse_rendering
 from sftlab.data.sources import read_source
 from sftlab.data.splits import Converter, is_typed
 from sftlab.data.tokenized_dataset import backend_text, encoding_settings
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
     from sftlab.config.recipe import DataArguments, TrainingArguments
 
@@ -36,19 +39,22 @@ def plan_shards(
     tokenizer: "PreTrainedTokenizerBase",
     rows_per_shard: int,
     max_bad_rows: float,
+    config: "PreTrainedConfig | None" = None,
 ) -> tuple[list[bytes], dict[str, Any], str, dict[str, Any]]:
     """Read the data set, check its first rows, and cut it into shards.
 
-    `tokenizer` has its chat template already. Returns where each shard's rows are, the settings
+    `tokenizer` has its chat template already. With the model's `config`, tokens that the model does
+    not know are refused. Returns where each shard's rows are, the settings
     that decide the tokens, the tokenizer's backend as JSON, and the encoder's template and special
-    tokens. Raises ValueError for a stream, a data set in memory, and too many bad rows.
+    tokens. Raises ValueError for a stream, a data set in memory, too many bad rows, and a template
+    whose loss would not be the answers alone.
     """
     if data.dataset_streaming:
         raise ValueError(
             "a stream cannot be cut into shards: leave dataset_streaming out of the recipe"
         )
     settings = encoding_settings(tokenizer, training)
-    rows, data_format = read_source(data)
+    rows, data_format, rows_there = read_source(data)
     if not rows.cache_files:
         raise ValueError(
             f"{data.dataset_name} was read into memory: unset HF_DATASETS_IN_MEMORY_MAX_SIZE"
@@ -57,6 +63,7 @@ def plan_shards(
     settings |= {
         "dataset_shape": data_format,
         "rows": len(rows),
+        "rows_there": rows_there,
         "rows_per_shard": rows_per_shard,
         "source": _source_hash(data.dataset_name, rows),
         "columns_not_used": unused_columns(rows, data_format) if is_typed(rows) else {},
@@ -66,7 +73,9 @@ def plan_shards(
         "special_tokens": tokenizer.special_tokens_map,
     }
     convert = Converter(data_format, tuple(data.split_fractions), data.dataset_name)
-    _probe(rows, convert, tokenizer, encoder, max_bad_rows)
+    first = _probe(rows, convert, tokenizer, encoder, max_bad_rows)
+    settings["loss_warnings"] = _look(tokenizer, first, settings["completion_only_loss"], config)
+    settings["embeddings"] = config and config.get_text_config().vocab_size
     places = [
         place_of(rows, start, min(start + rows_per_shard, len(rows)))
         for start in range(0, len(rows), rows_per_shard)
@@ -89,17 +98,46 @@ def _probe(
     tokenizer: "PreTrainedTokenizerBase",
     encoder: dict[str, Any],
     max_bad_rows: float,
-) -> None:
-    """Convert and encode the first rows, with the encoder's shortcut and without it."""
+) -> dict[str, list]:
+    """Convert and encode the first rows, with the encoder's shortcut and without it.
+
+    Returns them converted.
+    """
     counted = {"bad": 0, "first_bad": None}
     first = convert_counting(convert, rows[:PROBED_ROWS], 0, counted)
     refuse_bad_rows(counted, len(rows), max_bad_rows)
-    texts = first["prompt"], first["completion"]
+    rendered = [i for i, split in enumerate(first["split"]) if split >= 0]
+    texts = [[first[name][i] for i in rendered] for name in ("prompt", "completion")]
+    try:
+        Encoder(tokenizer.backend_tokenizer, **encoder).refuse(*texts)
+    except TemplateError:
+        refuse_rendering(
+            rows[:PROBED_ROWS], 0, convert, Encoder(tokenizer.backend_tokenizer, **encoder)
+        )
     joined, plain = (
         list(Encoder(tokenizer.backend_tokenizer, **encoder, shortcut=shortcut)(*texts))
         for shortcut in (True, False)
     )
     assert joined == plain, "the encoder's shortcut does not hold for this tokenizer"
+    return first
+
+
+def _look(
+    tokenizer: "PreTrainedTokenizerBase",
+    first: dict[str, list],
+    masked: bool,
+    config: "PreTrainedConfig | None",
+) -> list[str]:
+    """Returns what is to be said about the loss under this template."""
+    if config is not None:
+        refuse_unknown_tokens(tokenizer, config)
+    if not masked:
+        return []
+    train = [i for i, split in enumerate(first["split"]) if split == 0][:ROWS_LOOKED_AT]
+    rows = [{name: first[name][i] for name in ("prompt", "completion")} for i in train]
+    ends = None if config is None else config.get_text_config().eos_token_id
+    with_ = count_notes((notes, 1) for notes in first["notes"])["rows_with"]
+    return look_at_loss(tokenizer, rows, with_, ends)
 
 
 def _source_hash(name: str, rows: Dataset) -> str:

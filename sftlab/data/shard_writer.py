@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import re
 from collections.abc import Mapping
 from datetime import date
 from functools import lru_cache
@@ -13,6 +14,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 from datasets import Dataset
+from jinja2 import TemplateError
 from tokenizers import Tokenizer
 
 from sftlab.data.batch_encoder import Encoder
@@ -67,13 +69,18 @@ def tokenize_shard(folder: str, number: int, place: bytes, first: int) -> dict[s
         "first_bad": None,
         "notes": {},
         "without_turn": [],
+        "control_marks": 0,
     }
     writers = {kind: _Writer(Path(folder) / file_name(kind, number), kind) for kind in SCHEMAS}
     for start in range(0, len(rows), ROWS_AT_ONCE):
         batch = rows[start : start + ROWS_AT_ONCE]
         converted = convert_counting(convert, batch, first + start, record)
-        _note(converted, record)
-        _encode(converted, encoder, settings, writers)
+        _note(converted, record, encoder.marks)
+        try:
+            _encode(converted, encoder, settings, writers)
+        except TemplateError:
+            refuse_rendering(batch, first + start, convert, encoder)
+            raise
     record["files"] = {
         writer.path.name: facts for writer in writers.values() if (facts := writer.close())
     }
@@ -108,8 +115,28 @@ def convert_counting(
     return found or {name: [] for name in COLUMNS}
 
 
-def _note(converted: dict[str, list], record: dict[str, Any]) -> None:
-    """Count the rows' notes, and keep the numbers of rows without an answer."""
+def refuse_rendering(
+    batch: dict[str, list], first: int, convert: Converter, encoder: Encoder
+) -> None:
+    """Raise ValueError with the number of the row of a batch that the template refuses."""
+    for offset in range(len(next(iter(batch.values())))):
+        row = {name: values[offset : offset + 1] for name, values in batch.items()}
+        one = convert_counting(convert, row, first + offset, {"bad": 0, "first_bad": None})
+        used = [i for i, split in enumerate(one["split"]) if split >= 0]
+        try:
+            encoder.refuse(*([one[name][i] for i in used] for name in ("prompt", "completion")))
+        except TemplateError as error:
+            raise ValueError(
+                f"row {first + offset} of {convert.name}: the chat template refuses it: "
+                f"{error.message}; leave the row out or give another template with "
+                "--chat_template_path"
+            ) from error
+
+
+def _note(
+    converted: dict[str, list], record: dict[str, Any], marks: re.Pattern[str] | None
+) -> None:
+    """Count the rows' notes and control marks, and keep the numbers of rows without an answer."""
     for notes, split, row_hash in zip(
         converted["notes"], converted["split"], converted["row_hash"], strict=True
     ):
@@ -117,6 +144,10 @@ def _note(converted: dict[str, list], record: dict[str, Any]) -> None:
             record["notes"][notes] = record["notes"].get(notes, 0) + 1
         if split == NO_TURN:
             record["without_turn"].append(row_hash)
+    if marks is not None:
+        for prompt, completion in zip(converted["prompt"], converted["completion"], strict=True):
+            texts = (message["content"] for message in (*prompt, *completion))
+            record["control_marks"] += any(map(marks.search, texts))
 
 
 def _encode(
@@ -126,6 +157,8 @@ def _encode(
     writers: Mapping[str, "_Writer"],
 ) -> None:
     limit, at_end = settings["max_length"], settings["truncation_mode"] == "keep_end"
+    tested = [i for i, split in enumerate(rows["split"]) if split == SPLITS.index("test")]
+    encoder.refuse(*([rows[name][i] for i in tested] for name in ("prompt", "completion")))
     trained = [i for i, split in enumerate(rows["split"]) if split in (0, 1)]
     encoded = encoder(
         [rows["prompt"][i] for i in trained], [rows["completion"][i] for i in trained]
@@ -135,6 +168,13 @@ def _encode(
         row |= {"split": split, "tokens": None, "kept": split == 2}
         if split in (0, 1):
             ids, masked = next(encoded)
+            if settings.get("embeddings") and max(ids, default=0) >= settings["embeddings"]:
+                raise ValueError(
+                    f"a row has the token id {max(ids)}, and the model has "
+                    f"{settings['embeddings']} embeddings: its tokenizer belongs to another model, "
+                    f"or tokens were added without resizing the embedding "
+                    f"({row['completion'][0]['content']!r:.60})"
+                )
             masked = masked if settings["completion_only_loss"] else 0
             row["tokens"] = len(ids)
             if limit is not None and len(ids) > limit:

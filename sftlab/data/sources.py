@@ -3,7 +3,7 @@
 import json
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from datasets import Dataset, IterableDataset, load_dataset, load_dataset_builder
 from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
@@ -25,8 +25,19 @@ _READERS = {
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
-def read_source(args: "DataArguments") -> tuple[Dataset | IterableDataset, str]:
-    """Returns the rows that `args` asks for, not converted yet, and their data format.
+class Source(NamedTuple):
+    """Rows that are not converted yet, their data format, and how many rows there are in all.
+
+    The number of a stream is None.
+    """
+
+    rows: Dataset | IterableDataset
+    data_format: str
+    rows_there: int | None
+
+
+def read_source(args: "DataArguments") -> Source:
+    """Returns the rows that `args` asks for.
 
     A stream is not cut to `dataset_fraction`. Raises ValueError where the rows cannot be read.
     """
@@ -43,10 +54,11 @@ def read_source(args: "DataArguments") -> tuple[Dataset | IterableDataset, str]:
     data_format = args.dataset_shape or recognise_format(columns)
     _require_columns(columns, data_format)
     if isinstance(dataset, IterableDataset):
-        return dataset, data_format
+        return Source(dataset, data_format, None)
     if len(dataset) == 0:
         raise ValueError(f"{name} is empty")
-    return dataset.select(range(max(1, int(len(dataset) * args.dataset_fraction)))), data_format
+    rows = dataset.select(range(max(1, int(len(dataset) * args.dataset_fraction))))
+    return Source(rows, data_format, len(dataset))
 
 
 def _load(args: "DataArguments", name: str) -> Dataset | IterableDataset:

@@ -126,7 +126,7 @@ def load_splits(args: "DataArguments", num_proc: int | None = None) -> Splits:
     """
     if is_tokenized(args.dataset_name):
         return Splits(*open_tokens(args))
-    dataset, shape = read_source(args)
+    dataset, shape, rows_there = read_source(args)
     convert = Converter(shape, tuple(args.split_fractions), args.dataset_name)
     facts = {"dataset": args.dataset_name, "shape": shape}
     if isinstance(dataset, IterableDataset):
@@ -143,7 +143,7 @@ def load_splits(args: "DataArguments", num_proc: int | None = None) -> Splits:
     table = rows.with_format("arrow")[:]
     split_of = table["split"].to_numpy()
     noted = pc.value_counts(table["notes"]).to_pylist()
-    facts |= {"rows_read": len(dataset)} | dropped_facts(
+    facts |= {"rows_there": rows_there, "rows_read": len(dataset)} | dropped_facts(
         split_of, table["row_hash"].filter(pc.equal(table["split"], NO_TURN)).to_pylist()
     )
     facts |= count_notes((one["values"], one["counts"]) for one in noted)

@@ -17,13 +17,13 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping
-from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 from datasets import Dataset, concatenate_datasets
 
+from sftlab.data.template_facts import rendered_facts
 from sftlab.files import file_hash
 
 if TYPE_CHECKING:
@@ -60,6 +60,7 @@ _WORDS = {
     "tokenizer": "another tokenizer (hash {})",
     "source": "other rows (hash {})",
     "day": "the date {} in its template",
+    "rendered": "another rendering of its template (hash {})",
 }
 
 
@@ -108,9 +109,7 @@ def encoding_settings(
         "truncation_mode": training.truncation_mode,
         "completion_only_loss": training.completion_only_loss is not False,
     }
-    if "strftime_now" in template:
-        settings["day"] = date.today().isoformat()
-    return settings
+    return settings | rendered_facts(tokenizer)
 
 
 def backend_text(tokenizer: "PreTrainedTokenizerBase") -> str:
@@ -134,7 +133,6 @@ def refuse_other_encoding(
 ) -> None:
     """Raise ValueError where template, tokenizer, length or mask are not the recipe's."""
     wanted = encoding_settings(tokenizer, training)
-    wanted.pop("day", None)  # rows keep the day on which they were rendered
     if found := difference(manifest["settings"], wanted):
         raise ValueError(
             f"{manifest['folder']} was tokenized with {found}: tokenize again into another folder, "

@@ -4,6 +4,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 from datasets import Dataset
+from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from sftlab.config.recipe import DataArguments
@@ -90,23 +91,31 @@ def select(
     tokenizer: PreTrainedTokenizerBase,
     max_length: int | None,
     longest_prompt: int,
+    truncation_mode: str = "keep_start",
 ) -> ScoredRows:
     """Choose the rows to score among the first `samples`.
 
-    A row needs a response token within `max_length` and room for an answer behind its prompt.
+    A row needs a response token within `max_length` and room for an answer behind its prompt. Rows
+    are cut as the training cut them.
     Raises ValueError where there is none.
     """
     test = dataset.rows.select(range(min(samples or len(dataset.rows), len(dataset.rows))))
     chosen, cut, no_room, no_response = [], 0, 0, 0
     for number, row in enumerate(test):
-        encoded, prompt = encode(tokenizer, row, None), prompt_ids(tokenizer, row["prompt"])
-        kept = {key: ids[:max_length] for key, ids in encoded.items()}
+        try:
+            kept = encode(tokenizer, row, max_length, truncation_mode)
+            whole, prompt = encode(tokenizer, row, None), prompt_ids(tokenizer, row["prompt"])
+        except TemplateError as error:
+            raise ValueError(
+                f"row {number} of {dataset.facts['dataset']}: the chat template refuses it: "
+                f"{error.message}"
+            ) from error
         if all(label == -100 for label in kept["labels"]):
             no_response += 1
         elif len(prompt) > longest_prompt:
             no_room += 1
         else:
-            cut += len(kept["labels"]) < len(encoded["labels"])
+            cut += len(kept["labels"]) < len(whole["labels"])
             chosen.append((number, row, kept, prompt))
     if not chosen:
         raise ValueError(

@@ -86,7 +86,7 @@ def measure_rows(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> RowLengt
 def _sampled(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> RowLengths:
     """Returns the lengths of the training rows among rows spread over a local file."""
     data, training = recipe.data, recipe.training
-    source, shape = read_source(data)
+    source, shape, _ = read_source(data)
     picked = np.unique(np.linspace(0, len(source) - 1, SAMPLE).astype(int))
     convert = Converter(shape, tuple(data.split_fractions), str(data.dataset_name))
     rows = convert(source[picked], picked.tolist())

@@ -1,0 +1,130 @@
+"""What a run says and refuses about its rows before it loads a model."""
+
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from copy import copy
+from itertools import islice
+from typing import Any, NamedTuple
+
+import pyarrow.compute as pc
+from datasets import Dataset, IterableDataset
+from datasets.fingerprint import Hasher
+from jinja2 import TemplateError
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+
+from sftlab.config.recipe import TrainingArguments
+from sftlab.data.loss_check import ROWS_LOOKED_AT, look_at_loss, refuse_unrendered
+from sftlab.data.model_limits import refuse_long_stream, refuse_unknown_tokens
+from sftlab.data.row_notes import unused_lines
+from sftlab.data.splits import Splits
+from sftlab.data.tokenized_dataset import SPLITS
+
+_ROWS_AT_ONCE = 10_000
+
+
+class Looked(NamedTuple):
+    """Facts for run.json (`loss`), and lines to print; warnings come first."""
+
+    facts: dict[str, Any]
+    lines: list[str]
+
+
+def look_at_rows(
+    tokenizer: PreTrainedTokenizerBase,
+    config: PreTrainedConfig,
+    splits: Splits,
+    training: TrainingArguments,
+    template: Mapping[str, Any],
+) -> Looked:
+    """Look at what will be in the loss, and at what of the rows will not be used.
+
+    `template` are `template_facts`. Raises ValueError where training would not be sound: other
+    text than answers in the loss, a row that the template refuses, tokens unknown to the model.
+    """
+    refuse_unknown_tokens(tokenizer, config)
+    if isinstance(splits.train, IterableDataset):
+        refuse_long_stream(config, training.max_length)
+    warnings = []
+    if training.completion_only_loss is not False and not training.assistant_only_loss:
+        ends = config.get_text_config().eos_token_id
+        rows = splits.test if splits.tokens else splits.train
+        first = list(islice(rows, ROWS_LOOKED_AT))
+        with_ = splits.facts.get("rows_with", {})
+        warnings = look_at_loss(tokenizer, first, with_, ends)
+    refuse_unrendered(tokenizer, splits.test, "test")
+    marks = (splits.tokens or {}).get("control_marks")
+    if marks is None:
+        marks = sum(rows_with_marks(tokenizer, rows) for rows in splits[:3] if _is_text(rows))
+    if marks:
+        warnings.append(
+            f"{marks:,} rows have texts in them that the tokenizer reads as control tokens"
+        )
+    facts = {"warnings": warnings, "rows_with_control_marks": marks}
+    said = [f"warning: {one}" for one in warnings]
+    unused = unused_lines(splits.facts.get("not_used", {}), template["writes"])
+    return Looked(facts, [*said, *unused, *data_lines(splits.facts)])
+
+
+def _is_text(rows: Dataset | IterableDataset) -> bool:
+    return isinstance(rows, Dataset) and "prompt" in rows.column_names
+
+
+def rows_with_marks(tokenizer: PreTrainedTokenizerBase, rows: Dataset) -> int:
+    """Returns how many rows hold the text of a special token in a message."""
+    special = [t.content for t in tokenizer.added_tokens_decoder.values() if t.special]
+    if not special:
+        return 0
+    pattern, found = "|".join(map(re.escape, special)), 0
+    for batch in rows.with_format("arrow").iter(_ROWS_AT_ONCE):
+        hit: set[int] = set()
+        for name in ("prompt", "completion"):
+            messages = batch[name].combine_chunks()
+            content = pc.struct_field(pc.list_flatten(messages), "content")
+            marked = pc.match_substring_regex(content, pattern)
+            hit |= set(pc.list_parent_indices(messages).filter(marked).to_pylist())
+        found += len(hit)
+    return found
+
+
+def data_lines(facts: Mapping[str, Any]) -> list[str]:
+    """Returns the lines that say what became of the rows of the file."""
+    if facts.get("streaming"):
+        return [f"rows: streamed from {facts['dataset']} ({facts['shape']})"]
+    sizes = ", ".join(f"{name} {facts[name]['rows']:,}" for name in SPLITS)
+    used = f"{facts['rows_read']:,} used"
+    if "rows_there" in facts:
+        used = f"{facts['rows_there']:,}, {used}"
+    lines = [f"rows of {facts['dataset']} ({facts['shape']}): {used}; {sizes}"]
+    dropped = {
+        "without a response": facts["empty_responses_dropped"],
+        "without an answer to a user": facts.get("rows_without_an_answer", 0),
+        "that are not text": facts.get("bad_rows_left_out", 0),
+    }
+    if listed := [f"{count:,} {why}" for why, count in dropped.items() if count]:
+        row = facts.get("first_without_an_answer")
+        which = f" (the first is row {row})" if row is not None else ""
+        lines.append(f"rows dropped: {', '.join(listed)}{which}")
+    return lines
+
+
+def keyed_by(splits: Splits, key: str) -> Splits:
+    """Returns the splits with fingerprints of their own, so that no cache of other days is read."""
+    parts = []
+    for part in splits[:3]:
+        if isinstance(part, Dataset):
+            part = copy(part)
+            part._fingerprint = Hasher.hash([part._fingerprint, key])
+        parts.append(part)
+    return Splits(*parts, splits.facts, splits.tokens)
+
+
+@contextmanager
+def template_refusals(tokenizer: PreTrainedTokenizerBase, splits: Splits) -> Iterator[None]:
+    """Turn a template's refusal within into a ValueError with the number of the row."""
+    try:
+        yield
+    except TemplateError as error:
+        for name, rows in zip(SPLITS, splits[:3], strict=True):
+            refuse_unrendered(tokenizer, rows, "training" if name == "train" else name)
+        raise ValueError(f"the chat template refuses a row: {error.message}") from error
