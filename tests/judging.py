@@ -82,6 +82,11 @@ class ScriptedJudge:
         return [answer(self.rule(*shown(messages[-1]["content"]))) for messages in prompts]
 
 
+def prompt(text: str) -> list[dict[str, str]]:
+    """A conversation of one message."""
+    return [{"role": "user", "content": text}]
+
+
 PROMETHEUS = re.compile(
     r"###Instruction:\n(.*?)\n\n###Response A:\n(.*?)\n\n###Response B:\n(.*?)\n\n###Score Rubric:",
     re.DOTALL,

@@ -1,12 +1,10 @@
-"""eval/alpaca.py as a user types it:
-
-scripted judges give the reports they should, and what it refuses.
-"""
+"""eval/alpaca.py: win rates against a reference, kept judgements, and what is refused."""
 
 import json
 import re
 
 import pytest
+from alpaca_judging import QUESTIONS, RIGHT, ROWS, always_first, canary, outputs, perfect
 from conftest import SHARED, load_script, needs_shared
 from judging import ScriptedJudge, canned, entry, lines, longer_output, no_hub
 
@@ -15,21 +13,10 @@ from sftlab.judging import alpaca_files as outputs_module
 from sftlab.judging import length_control
 from sftlab.judging.judge_formats import load_format
 
-ROWS = 40
-QUESTIONS = [f"What is the number {i} in words?" for i in range(ROWS)]
-RIGHT = {text: f"It is number {i}, right." for i, text in enumerate(QUESTIONS)}
-
 
 @pytest.fixture(scope="module")
 def alpaca():
     return load_script("eval/alpaca.py")
-
-
-def outputs(path, texts, name="good"):
-    path.write_text(
-        json.dumps([{"instruction": q, "output": t, "generator": name} for q, t in texts.items()])
-    )
-    return str(path)
 
 
 @pytest.fixture
@@ -61,146 +48,6 @@ def evaluate(alpaca, run, reference, monkeypatch):
         return entry(run)
 
     return build
-
-
-def always_first(question, a, b):
-    return "Response A is fine. [RESULT] A"
-
-
-def longer(question, a, b):
-    return f"By length. [RESULT] {'A' if len(a) >= len(b) else 'B'}"
-
-
-def perfect(question, a, b):
-    """Knows the right answers, and calls two right or two wrong ones a tie."""
-    right = [RIGHT[question] == text for text in (a, b)]
-    return "[[C]]" if right[0] == right[1] else f"[[{'A' if right[0] else 'B'}]]"
-
-
-def canary(report, name):
-    return next(row for row in report["canaries"] if row["canary"] == name)
-
-
-def test_a_perfect_judge_is_fit_and_its_win_rates_are_those_of_the_answers(evaluate, run, capsys):
-    report = evaluate(perfect, style="fastchat")
-    assert report["judge_fit"]
-    one = report["scores"]["win_rate"]
-    assert one["base"]["value"] == pytest.approx(50 * 10 / ROWS)
-    assert one["tuned"]["value"] == pytest.approx(50 * 25 / ROWS)
-    assert one["difference"]["value"] == pytest.approx(50 * 15 / ROWS)
-    assert (
-        0
-        < one["difference"]["interval_95"][0]
-        < one["difference"]["value"]
-        < one["difference"]["interval_95"][1]
-    )
-    assert one["p_value"] < 0.001
-    tuned = report["judged"]["tuned"]
-    assert (tuned["wins"], tuned["losses"], tuned["ties"]["value"]) == (0, 15, 25 / ROWS)
-    assert tuned["orders_agree"]["value"] == 1
-    assert canary(report, "good over shuffled")["value"] == 1
-    assert report["title"] == "instructions of good, judge scripted, reference good"
-    printed = capsys.readouterr().out
-    assert printed.index("good over shuffled") < printed.index("win rate, %")
-    assert "the judge is fit" in printed
-    assert "AlpacaEval 2" not in printed
-
-
-def test_a_judge_that_always_says_a_gives_ties_and_is_unfit(evaluate, capsys):
-    report = evaluate(always_first)
-    assert not report["judge_fit"]
-    for side in ("base", "tuned"):
-        one = report["judged"][side]
-        assert one["ties"]["value"] == 1
-        assert one["orders_agree"]["value"] == 0
-        assert one["first_preferred"]["value"] == 1
-    assert report["scores"]["win_rate"]["difference"]["value"] == 0
-    assert canary(report, "same answer twice")["value"] == 0.5
-    assert canary(report, "same answer twice")["note"] == "the first preferred in 100 %"
-    assert canary(report, "good over shuffled")["value"] == 0.5
-    printed = capsys.readouterr().out
-    assert "warning: the judge is UNFIT, it failed: good over shuffled" in printed
-    assert "win rate, % (UNFIT judge)" in printed
-
-
-def test_a_judge_that_prefers_longer_answers_is_shown_to(evaluate):
-    texts = {"base": dict.fromkeys(QUESTIONS, "No.")}
-    texts["tuned"] = {q: "x" * 100 if i < 30 else "No." for i, q in enumerate(QUESTIONS)}
-    report = evaluate(longer, texts=texts)
-    assert report["scores"]["win_rate"]["base"] == {
-        "value": 0,
-        "interval_95": [0, pytest.approx(8.76, abs=0.01)],
-    }
-    assert report["scores"]["win_rate"]["tuned"]["value"] == 75
-    assert report["judged"]["tuned"]["orders_agree"]["value"] == 1
-    assert report["length"]["tuned"]["longer"]["value"] == 1
-    assert report["length"]["tuned"]["shorter"]["value"] == 0
-    assert report["length"]["tuned"]["shorter"]["pairs"] == 10
-    assert report["answers"]["tuned"]["mean_characters"] == pytest.approx(
-        (30 * 100 + 10 * 3) / ROWS
-    )
-    assert not report["judge_fit"]
-
-
-def unparsable(every):
-    """A judge as good as the perfect one that gives no verdict where the instruction's number
-    divides by `every`.
-    """
-
-    def rule(question, a, b):
-        number = int(re.search(r"\d+", question)[0])
-        return "I cannot say." if number % every == every - 1 else perfect(question, a, b)
-
-    return rule
-
-
-def test_beyond_five_per_cent_unparsed_no_win_rate_is_given(evaluate, run, capsys):
-    with pytest.raises(
-        SystemExit, match="10 % of the judgements hold no verdict, more than 5 %: no win rate"
-    ):
-        evaluate(unparsable(10), style="fastchat")
-    report = entry(run)
-    assert report["scores"] == {}
-    assert "length" not in report
-    assert report["judged"]["tuned"]["unparsed"]["value"] == 0.1
-    assert not report["judge_fit"]
-    assert "win rate, %" not in capsys.readouterr().out
-    assert sum(record["score"] is None for record in lines(run, "alpaca-judgements-*.jsonl")) == 8
-
-    report = evaluate(unparsable(10), style="fastchat", flags=["--allow-unparsed"])
-    wrong = [i for i in range(ROWS) if i % 10 != 9]
-    tuned = [0.5 if i < 25 else 0 for i in wrong]
-    assert report["scores"]["win_rate"]["tuned"]["value"] == pytest.approx(
-        100 * sum(tuned) / len(tuned)
-    )
-
-
-def test_a_judge_without_any_verdict_passes_nothing_that_asks_for_one(evaluate, run):
-    with pytest.raises(SystemExit, match="100 % of the judgements hold no verdict"):
-        evaluate(lambda q, a, b: "Both are fine.")
-    report = entry(run)
-    assert [row["canary"] for row in report["canaries"] if row["passed"]] == ["contradictions"]
-    assert evaluate(None, flags=["--allow-unparsed"])["scores"] == {}
-
-
-def test_between_one_and_five_per_cent_unparsed_it_is_said_on_top(evaluate, capsys):
-    report = evaluate(unparsable(40), style="fastchat")
-    assert report["judged"]["base"]["unparsed"]["value"] == 1 / ROWS
-    assert report["judged"]["base"]["pairs_unparsed"] == 1
-    assert report["judge_fit"]
-    printed = capsys.readouterr().out
-    assert printed.index("2.5 % of the judgements hold no verdict") < printed.index("sanity check")
-
-
-def test_a_judge_that_contradicts_itself_is_listed_and_unfit(evaluate, capsys):
-    report = evaluate(
-        lambda q, a, b: "Response B is significantly better. It deserves a 5. [RESULT] A"
-    )
-    one = report["judged"]["tuned"]
-    assert one["contradictions"]["value"] == 1
-    assert one["contradicting_rows"] == list(range(ROWS))
-    assert not canary(report, "contradictions")["passed"]
-    assert "contradiction, row 0" in capsys.readouterr().out
 
 
 def test_base_as_reference_is_half_by_construction(evaluate, reference, run, capsys):

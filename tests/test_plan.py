@@ -1,32 +1,23 @@
-"""What a user types before a launch: recipes/plan.py, and the planner's accuracy written anew."""
+"""recipes/plan.py predicts memory and speed of a recipe, and says what would fit."""
 
-import json
 import re
 import resource
 import subprocess
 import sys
 from types import SimpleNamespace
 
-import fork_server
 import pytest
 import torch
 from conftest import ROOT, arguments, load_script
 from datasets import Dataset
+from planned_steps import RECIPE, SAID
 from transformers import AutoConfig
 
 from sftlab.config.launch import exported, launched
 from sftlab.config.parser import parse_recipe
 from sftlab.fastpath.selection import FastPath
-from sftlab.planning import gpu_specs, machine_checks
-from sftlab.planning.accuracy_cells import CELLS, HELD_OUT
-from sftlab.planning.gpu_specs import GPUS, find_gpu
-from sftlab.planning.known_accuracy import known_accuracy
-from sftlab.planning.machine_checks import FINE
 from sftlab.planning.plan import planned_memory
 from sftlab.training.summary import planned_row
-
-RECIPE = ["--config", "recipes/llama3.2-1b/attn_r16.yaml"]
-SAID = [*RECIPE, "--random", "llama3.2-1b", "--rows", "38105", "--row_tokens", "315"]
 
 
 @pytest.fixture(scope="module")
@@ -211,71 +202,6 @@ def test_a_model_without_a_config_and_a_missing_recipe_are_one_sentence(plan, tm
     assert "max_length is null, so the longest row is not known" in refusal(plan, *unlimited)
 
 
-def test_gpus_are_known_by_what_cuda_calls_them(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(gpu_specs, "measure_host", lambda: 2.5)
-
-    def shows(seen, memory_gb):
-        monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: seen)
-        facts = SimpleNamespace(total_memory=memory_gb * 2**30)
-        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda *_: facts)
-
-    for seen, memory_gb, name in (
-        ("NVIDIA H200", 139.8, "h200"),
-        ("NVIDIA H100 80GB HBM3", 79.1, "h100-80"),
-        ("NVIDIA H100 PCIe", 79.2, "h100-pcie"),
-        ("NVIDIA A100-SXM4-40GB", 39.5, "a100-40"),
-        ("NVIDIA A100 80GB PCIe", 79.3, "a100-80"),
-        ("NVIDIA L40S", 44.5, "l40s"),
-        ("Tesla T4", 14.6, "t4"),
-    ):
-        shows(seen, memory_gb)
-        here = find_gpu("here")
-        assert (here.name, here.memory_gb, here.host_us) == (name, memory_gb, 2.5)
-    for seen, memory_gb in (
-        ("NVIDIA GTX 1080", 8.0),
-        ("NVIDIA L40", 44.5),
-        ("NVIDIA A100-SXM-64GB", 63.4),
-        ("NVIDIA GH200 480GB", 94.5),
-        ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", 9.8),
-        ("NVIDIA GeForce RTX 4090 Laptop GPU", 15.7),
-        ("NVIDIA T400 4GB", 3.7),
-    ):
-        shows(seen, memory_gb)
-        with pytest.raises(ValueError, match=f"no figures for {seen}, {memory_gb} GB"):
-            find_gpu("here")
-    assert all(gpu.memory_gb > 10 and gpu.half >= gpu.fp32 for gpu in GPUS.values())
-
-
-def test_short_steps_go_by_the_host_s_speed_and_the_plan_says_how_it_is_known(printed):
-    short = ["--per_device_train_batch_size", "2", "--global_batch_size", "2"]
-    said = {
-        host: printed(*SAID, *more, *short)
-        for host, more in ((None, []), (7.4, ["--host_us", "7.4"]))
-    }
-    assert f"host: {gpu_specs.HOST_US:g} us a small operation (assumed)" in said[None]
-    assert "host: 7.4 us a small operation (as given)" in said[7.4]
-    step = {
-        host: float(re.search(r"a step, s +([\d.]+) \(the host", text)[1])
-        for host, text in said.items()
-    }
-    assert step[7.4] / step[None] == pytest.approx(7.4 / gpu_specs.HOST_US, rel=0.01)
-    long = [
-        printed(*SAID, "--per_device_train_batch_size", "64", "--host_us", str(us))
-        for us in (1.0, 2.0)
-    ]
-    assert re.search("a step, s.*", long[0])[0] == re.search("a step, s.*", long[1])[0]
-
-
-def test_a_host_is_as_fast_as_where_nothing_disturbs_it(monkeypatch):
-    times = iter([0, 0, 0, 0.005, 0.1, 0.1, 0.102, 0.2, 0.2, 0.204, 2])
-    monkeypatch.setattr(gpu_specs.time, "perf_counter", lambda: next(times))
-    assert gpu_specs.measure_host() == 2.0
-    monkeypatch.undo()
-    assert machine_checks.check_host().level == FINE
-    assert re.match(r"\d+(\.\d+)? us a small operation", machine_checks.check_host().seen)
-
-
 def test_planning_leaves_the_environment_as_it_was(monkeypatch):
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")
     monkeypatch.setenv("FSDP_VERSION", "9")
@@ -316,185 +242,3 @@ def test_the_end_of_a_run_shows_planned_beside_measured():
         "planned memory": "why"
     }
     assert planned_row({"peak_memory": [{"resident_gb": 1.0}]}) == {}
-
-
-def test_predictions_are_made_anew_from_measured_rows(tmp_path):
-    script = load_script("benchmarks/plan_accuracy.py")
-    cell = CELLS[0]
-    line = dict.fromkeys(("largest_tokens", "reason"), "") | {
-        "cell": cell.name,
-        "status": "succeeded",
-        "peak_allocated_gb": "14.254",
-        "tokens_per_s": "65926.5",
-        "predicted_peak_gb": "999",
-        "memory_error": "9",
-        "held_out": "yes",
-        "hardware": "NVIDIA H200",
-        "host_us": "",
-    }
-    made = script.predicted(cell, line)
-    assert cell.name == "1b attn bf16 512x16 single"
-    assert abs(made["memory_error"]) < 0.05
-    assert made["predicted_peak_gb"] < 20
-    assert made["held_out"] == "no"
-    # the plan is for a host of a given speed
-    assert made["speed_error"] == "" and "unknown speed, not counted: 1 of 1" in script.summary(
-        [made]
-    )
-    assert abs(script.predicted(cell, line | {"host_us": "2.78"})["speed_error"]) < 0.15
-    waits = next(cell for cell in CELLS if cell.name == "1b all nf4 512x16 single checkpointed")
-    speeds = [
-        script.predicted(waits, line | {"host_us": us})["predicted_tokens_per_s"]
-        for us in ("", "3.7", "7.4")
-    ]
-    assert speeds[0] == speeds[1] > 1.5 * speeds[2]
-    ran_out = next(cell for cell in CELLS if cell.within_gb)
-    made = script.predicted(
-        ran_out,
-        line
-        | {
-            "cell": ran_out.name,
-            "status": "out of memory",
-            "peak_allocated_gb": "",
-            "tokens_per_s": "",
-        },
-    )
-    assert (made["predicted_fits"], made["fits"], made["memory_error"]) == ("no", "no", "")
-    assert "ran out of memory: none" in script.summary([made])
-    assert "x" in script.summary([made | {"cell": "x", "predicted_fits": "yes"}]).splitlines()[-1]
-    there = script.predicted(
-        cell, line | {"hardware": "NVIDIA H100 80GB HBM3", "memory_error": "", "host_us": "3.7"}
-    )
-    assert (there["held_out"], there["limit_gb"]) == ("extrapolated", GPUS["h100-80"].memory_gb)
-    assert there["predicted_tokens_per_s"] < script.predicted(cell, line)["predicted_tokens_per_s"]
-    assert "speed, other GPUs: 0 of 1 within 15%" in script.summary([there])
-    with pytest.raises(ValueError, match="no figures for 2 CPU cores"):
-        script.predicted(cell, line | {"hardware": "2 CPU cores"})
-
-
-def test_how_sure_goes_by_the_gpu_s_own_cells_where_there_are_some(tmp_path):
-    rows = [
-        "yes,0.01,-0.2,NVIDIA H200",
-        "no,0.2,0.01,NVIDIA H200",
-        "published,0.09,,",
-        "extrapolated,0.06,0.1,NVIDIA H100 80GB HBM3",
-        "extrapolated,0.04,,NVIDIA H100 80GB HBM3",
-    ]
-
-    path = tmp_path / "plan_accuracy.csv"
-
-    def table(rows):
-        lines = ["held_out,memory_error,speed_error,hardware", *rows]
-        path.write_text("\n".join(lines) + "\n")
-
-    def accuracy(gpu):
-        return known_accuracy(gpu, path)
-
-    table(rows)
-    held_out = {
-        "memory": "within 5% on 1 of 1 held-out cells",
-        "speed": "within 15% on 0 of 1 held-out cells",
-    }
-    assert accuracy("h200") == accuracy("a100-80") == ("h200", held_out)
-    own = {"memory": "within 5% on 1 of 2 cells", "speed": "within 15% on 1 of 1 cells"}
-    assert accuracy("h100-80") == ("h100-80", own)
-    table(rows[:3])
-    assert accuracy("h100-80") == ("h200", held_out)
-    table(rows[1:2])
-    fitted = {
-        "memory": "within 5% on 0 of 1 fitted cells",
-        "speed": "within 15% on 1 of 1 fitted cells",
-    }
-    assert accuracy("h200") == ("h200", fitted)
-    table([])
-    assert accuracy("h200")[1] == {"memory": "not measured", "speed": "not measured"}
-
-
-def test_a_command_s_cells_have_one_host_whatever_disturbed_it():
-    script = load_script("benchmarks/plan_accuracy.py")
-    lines = [{"cell": "a", "host_us": us} for us in ("5.2", "12.6", "", "4.1")]
-    assert [line["host_us"] for line in script.on_one_host(lines)] == [5.2] * 4
-    assert script.on_one_host([{"cell": "a"}]) == [{"cell": "a"}]
-
-
-def test_what_is_measured_again_takes_the_place_of_its_rows_alone(tmp_path):
-    script, table, again = (
-        load_script("benchmarks/plan_accuracy.py"),
-        tmp_path / "table.csv",
-        tmp_path / "again.csv",
-    )
-    rows = "a,,1,NVIDIA H200\nb,4.0,2,NVIDIA H200\nc,,3,NVIDIA H200\npublished,,,\n"
-    table.write_text(f"cell,host_us,seconds,hardware\n{rows}", encoding="utf-8")
-    rows = "b,2.7,20,NVIDIA H200\nd,3.1,40,NVIDIA H200\nc,3.1,60,NVIDIA H100 80GB HBM3\n"
-    again.write_text(f"cell,host_us,seconds,hardware\n{rows}", encoding="utf-8")
-    found = script.newest(table, [again])
-    assert {name: (row["host_us"], row["seconds"]) for name, row in found.items()} == {
-        ("a", "h200"): ("", "1"),
-        ("b", "h200"): (3.1, "20"),
-        ("c", "h200"): ("", "3"),
-        ("d", "h200"): (3.1, "40"),
-        ("c", "h100-80"): (3.1, "60"),
-    }
-
-
-def test_published_peaks_are_within_a_tenth():
-    for line in load_script("benchmarks/plan_accuracy.py").published():
-        assert abs(line["memory_error"]) < 0.1, line
-
-
-def test_the_committed_table_is_todays_planner():
-    script, cells = load_script("benchmarks/plan_accuracy.py"), {cell.name: cell for cell in CELLS}
-    rows = script.newest(ROOT / "results" / "plan_accuracy" / "plan_accuracy.csv", [])
-    assert len(rows) >= 40 and {name for name, _ in rows} <= set(cells)
-    for (name, _), row in list(rows.items())[1::3]:
-        made = script.predicted(cells[name], row)
-        assert str(made["predicted_peak_gb"]) == row["predicted_peak_gb"], (
-            "run python benchmarks/plan_accuracy.py"
-        )
-        assert str(made["predicted_tokens_per_s"]) == row["predicted_tokens_per_s"]
-
-
-def test_a_third_of_the_cells_is_held_out():
-    names = [cell.name for cell in CELLS]
-    assert len(names) == len(set(names)) >= 40
-    assert sum(cell.held_out for cell in CELLS) >= len(CELLS) / 3
-    assert sum(cell.held_out for cell in CELLS) == len(HELD_OUT.split("\n")) - 2
-
-
-def test_a_worker_measures_cells_and_keeps_what_failed(tmp_path, base, rows):
-    """benchmarks/plan_accuracy_worker.py on a CPU: two cells in one process, the second refused."""
-    argv = arguments(
-        {
-            "model_name_or_path": str(base),
-            "dataset_name": str(rows),
-            "max_steps": "4",
-            "global_batch_size": "8",
-            "per_device_train_batch_size": "8",
-            "save_strategy": "no",
-            "eval_strategy": "no",
-        }
-    )
-    variables = {"ACCELERATE_MIXED_PRECISION": "no"}
-    listed = [
-        {
-            "name": name,
-            "variables": variables,
-            "limit_gb": 0,
-            "argv": [*argv, f"--output_dir={tmp_path}/{name}", *more],
-        }
-        for name, more in (("good", []), ("bad", ["--lora_rr=1"]))
-    ]
-    (tmp_path / "cells.json").write_text(json.dumps(listed))
-    command = [fork_server.python(), "-m", "accelerate.commands.accelerate_cli", "launch"]
-    command += [
-        "--config_file",
-        "accelerate_configs/cpu.yaml",
-        "benchmarks/plan_accuracy_worker.py",
-    ]
-    command += ["--cells", str(tmp_path / "cells.json"), "--out", str(tmp_path / "out.jsonl")]
-    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
-    good, bad = map(json.loads, (tmp_path / "out.jsonl").read_text().splitlines())
-    assert (good["cell"], good["raised"], bad["cell"]) == ("good", None, "bad")
-    assert "lora_rr" in bad["raised"]
-    assert good["largest_tokens"] > good["largest_loss_tokens"] > 0
-    assert (tmp_path / "begun").read_text() == "bad"

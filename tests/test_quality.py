@@ -1,11 +1,7 @@
-"""eval/quality.py as a user types it:
-
-the figures, what it refuses, and an evaluation killed in its midst.
-"""
+"""eval/quality.py scores base and tuned on held-out rows, and continues after a kill."""
 
 import json
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -15,10 +11,10 @@ import fork_server
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, copy_of, instruction_rows, load_script, read, records, write_jsonl
+from conftest import ROOT, copy_of, load_script, read, records
+from judged_runs import SHORT, change_adapter, report
 from rouge_score.rouge_scorer import RougeScorer
 from sacrebleu.metrics import BLEU
-from safetensors.torch import load_file, save_file
 
 from sftlab.comparison.run_results import read_results
 from sftlab.data.chat_template import prompt_ids
@@ -27,7 +23,6 @@ from sftlab.evaluation.generation import Answer, Generator
 from sftlab.runs.run_directory import adapter_hash
 
 SCORES = ["response_perplexity", "text_perplexity", "bleu", "rouge1", "rouge2", "rougeL"]
-SHORT = ("--max_new_tokens", "16")
 
 
 @pytest.fixture(scope="module")
@@ -38,21 +33,6 @@ def quality():
 @pytest.fixture
 def run(finished, tmp_path):
     return copy_of(finished[0], tmp_path / "run")
-
-
-def report(run, name="quality"):
-    return json.loads((run / "eval" / f"{name}.json").read_text())
-
-
-def change_adapter(run, change):
-    path = run / "adapter" / "adapter_model.safetensors"
-    save_file({name: change(name, tensor) for name, tensor in load_file(path).items()}, path)
-
-
-def change_run(run, **recipe):
-    record = read(run)
-    record["recipe"] |= recipe
-    (run / "run.json").write_text(json.dumps(record))
 
 
 def command(run, *flags, python=sys.executable):
@@ -216,81 +196,6 @@ def test_few_rows_are_said_and_intervals_still_given(quality, run, capsys):
     assert "fewer than 30 rows" in " ".join(found["warnings"])
     assert "fewer than 30 rows" in capsys.readouterr().out
     assert all(one["difference"]["interval_95"] for one in found["scores"].values())
-
-
-def test_another_data_set_is_judged_unless_it_was_trained_on(quality, run, rows, tmp_path):
-    fresh = [
-        row | {"instruction": f"Say {i} backwards."} for i, row in enumerate(instruction_rows(40))
-    ]
-    other = write_jsonl(tmp_path / "fresh.jsonl", fresh)
-    quality.main(["--run", str(run), "--dataset_name", str(other), *SHORT])
-    assert report(run, "quality-fresh")["rows"] == 40
-    with pytest.raises(
-        SystemExit, match=r"\d+ of 200 rows .* ask what the run was trained or validated on"
-    ) as caught:
-        quality.main(["--run", str(run), "--dataset_name", str(rows), *SHORT])
-    assert "\n" not in str(caught.value.code)
-
-
-def spoil_status(run, tmp_path):
-    record = read(run) | {"status": "interrupted", "reason": "signal 15 at step 3 of 6"}
-    (run / "run.json").write_text(json.dumps(record))
-
-
-def spoil_data(run, tmp_path):
-    change_run(run, dataset_name=str(write_jsonl(tmp_path / "other.jsonl", instruction_rows(150))))
-
-
-def spoil_splits(run, tmp_path):
-    change_run(run, split_fractions=[0.5, 0.4, 0.1])
-
-
-def spoil_template(run, tmp_path):
-    path = run / "adapter" / "chat_template.jinja"
-    path.write_text(path.read_text() + " ")
-
-
-BAD_RUNS = [
-    (spoil_status, (), "did not succeed (status interrupted: signal 15 at step 3 of 6)"),
-    (spoil_data, (), "has changed since the run"),
-    (spoil_splits, (), "the train split of"),
-    (spoil_template, (), "is not the one that the run trained with"),
-    (
-        lambda run, _: change_run(run, model_name_or_path="data/gone"),
-        (),
-        "base model data/gone of the run cannot be",
-    ),
-    (
-        lambda run, _: (run / "adapter" / "adapter_model.safetensors").unlink(),
-        (),
-        "does not load on",
-    ),
-    (
-        lambda run, _: (run / "adapter" / "adapter_model.safetensors").write_bytes(b"torn"),
-        (),
-        "does not load on",
-    ),
-    (lambda run, _: shutil.rmtree(run), (), "is no run directory"),
-    (lambda run, _: change_adapter(run, lambda n, t: t * float("nan")), (), "tuned model, row"),
-    (lambda run, _: None, ("--max_new_tokens", "0"), "max_new_tokens must be at least 1"),
-    (lambda run, _: None, ("--max_new_tokens", "500"), "no room for an answer"),
-    (lambda run, _: None, ("--bleu_tokenize", "13b"), "unknown to sacrebleu"),
-    (lambda run, _: None, ("--samples", "-1"), "--samples must be 0 (all) or more"),
-    (lambda run, _: None, ("--batch_size", "0"), "--batch_size at least 1"),
-    (lambda run, _: None, ("--dataset_name", "nowhere.jsonl"), "data file nowhere.jsonl not found"),
-]
-
-
-@pytest.mark.parametrize(("spoil", "flags", "message"), BAD_RUNS)
-def test_bad_input_is_one_sentence(quality, run, tmp_path, spoil, flags, message):
-    spoil(run, tmp_path)
-    with pytest.raises(SystemExit) as caught:
-        quality.main(["--run", str(run), *flags])
-    text = str(caught.value.code)
-    assert text.startswith("error: ")
-    assert message in text
-    assert "\n" not in text
-    assert not (run / "eval" / "quality.json").exists()
 
 
 def test_out_of_memory_keeps_the_answers_and_says_what_to_do(quality, run, monkeypatch):

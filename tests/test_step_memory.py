@@ -1,7 +1,4 @@
-"""The planner against what PyTorch itself counts:
-
-weights, optimizer state, kept tensors, and its own arithmetic.
-"""
+"""Planned memory is what torch, autograd and inductor allocate, and what was measured."""
 
 import contextlib
 import sys
@@ -11,41 +8,23 @@ import pytest
 import torch
 from conftest import arguments
 from peft import LoraConfig, get_peft_model
+from planned_steps import ALL, ATTENTION, forecast
 from torch._dynamo.backends.common import aot_autograd
 from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch._inductor.decomposition import select_decomp_table
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Phi3Config
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from sftlab.config.launch import exported, launched
 from sftlab.config.parser import parse_recipe
 from sftlab.data.collator import tiles
-from sftlab.data.samplers import balanced
 from sftlab.fastpath import compile_layers, varlen_attention
-from sftlab.models.random_models import MODEL_SHAPES, random_lengths
-from sftlab.planning.gpu_specs import GPUS
-from sftlab.planning.plan import make_plan, most_rows, resized
+from sftlab.models.random_models import random_lengths
 from sftlab.planning.row_lengths import RowLengths, of_lengths
 from sftlab.planning.step import Shape, Step
 from sftlab.planning.step_memory import kept_bytes
 from sftlab.planning.weight_memory import Weights, count_weights, optimizer_bytes, packed_bytes
 
-ATTENTION = ["q_proj", "v_proj", "o_proj"]
-ALL = [*ATTENTION, "k_proj", "gate_proj", "up_proj", "down_proj"]
 HIDDEN, MLP, HEADS, KEY_HEADS, TOKENS, RANK = 64, 160, 4, 2, 256, 4
-
-
-def forecast(launch="single", gpu="h200", rows=None, shape="llama3.2-1b", flags=None, **fields):
-    targets = fields.pop("targets", None)
-    argv = [
-        "--config",
-        "recipes/llama3.2-1b/attn_r16.yaml",
-        *(f"--{k}={v}" for k, v in fields.items()),
-    ]
-    argv += ["--lora_target_modules", *targets] if targets else []
-    with launched(exported(f"accelerate_configs/{launch}.yaml", flags)) as asked:
-        recipe = parse_recipe(argv, asked)
-        rows = rows or RowLengths(38_000, 315, 140, 512, "said")
-        return make_plan(recipe, LlamaConfig(**MODEL_SHAPES[shape]), asked, GPUS[gpu], rows)
 
 
 @pytest.mark.parametrize(
@@ -221,66 +200,6 @@ def test_what_a_compiled_layer_keeps_is_what_inductors_partitioner_keeps(
     )
 
 
-def test_the_parts_sum_to_the_peak():
-    for launch, fields in (
-        ("single", {}),
-        ("ddp", {"targets": ALL}),
-        ("fsdp", {"gradient_checkpointing": "true"}),
-    ):
-        plan = forecast(launch, **fields).memory
-        parts = (
-            "parameters",
-            "adapter",
-            "gradients",
-            "optimizer_state",
-            "activations",
-            "logits",
-            "communication",
-        )
-        assert plan.allocated == sum(getattr(plan, part) for part in parts) + plan.workspace
-        assert plan.needed > plan.allocated + plan.fragmentation > plan.allocated
-        assert all(size >= 0 for size in plan[:-1])
-
-
-def test_memory_grows_with_rows_length_and_rank():
-    fields = {"global_batch_size": 0}
-    for extra in ({"gradient_checkpointing": "true"}, {"compile_layers": "false", "targets": ALL}):
-        peaks = [
-            forecast(per_device_train_batch_size=n, **fields, **extra).memory.allocated
-            for n in (1, 8, 9)
-        ]
-        assert peaks == sorted(set(peaks))
-        lengths = [RowLengths(1000, n, 0, n, "said") for n in (128, 640, 4096)]
-        peaks = [
-            forecast(rows=rows, max_length=4096, **fields, **extra).memory.allocated
-            for rows in lengths
-        ]
-        assert peaks == sorted(set(peaks))
-        peaks = [forecast(lora_r=n, **fields, **extra).memory.allocated for n in (1, 64)]
-        assert peaks == sorted(set(peaks))
-
-
-def test_techniques_change_memory_in_the_direction_they_are_for():
-    peak = {
-        name: forecast(launch, **fields).memory
-        for name, launch, fields in (
-            ("plain", "single", {}),
-            ("checkpointed", "single", {"gradient_checkpointing": "true"}),
-            ("eager", "single", {"compile_layers": "false"}),
-            ("fsdp", "fsdp", {"global_batch_size": 128}),
-            ("4 bits", "single", {"load_in_4bit": "true", "bnb_4bit_quant_storage": "bfloat16"}),
-            ("fp8", "fp8", {}),
-            ("fp32", "fp32", {}),
-        )
-    }
-    assert peak["checkpointed"].activations < 0.4 * peak["plain"].activations
-    assert peak["eager"].activations > 1.3 * peak["plain"].activations
-    assert peak["fsdp"].parameters == peak["plain"].parameters // 2
-    assert peak["4 bits"].parameters < 0.5 * peak["plain"].parameters
-    assert peak["fp8"].parameters == peak["plain"].parameters
-    assert peak["fp32"].allocated > 1.8 * peak["plain"].allocated
-
-
 def test_measured_runs_of_the_fast_path_are_near():
     """results/throughput/throughput.csv: 1B shape on an H200, 120 steps of lognormal rows."""
     rows = of_lengths(random_lengths(3000, 512), None, "its own")
@@ -334,45 +253,6 @@ def test_measured_runs_of_whole_trainings_are_near():
         assert plan.memory.at == at
 
 
-def test_layers_of_another_kind_and_8_bits_are_refused(base, fields):
-    with launched(exported("accelerate_configs/fp32.yaml")) as launch:
-        recipe = parse_recipe([*arguments(fields), "--load_in_8bit=true"], launch)
-        with pytest.raises(ValueError, match="no plan is made for weights in 8 bits"):
-            count_weights(recipe, AutoConfig.from_pretrained(base))
-        recipe = parse_recipe([*arguments(fields), "--lora_target_modules=all-linear"], launch)
-        sizes = {
-            "hidden_size": 32,
-            "intermediate_size": 64,
-            "num_hidden_layers": 1,
-            "num_attention_heads": 4,
-        }
-        with pytest.raises(ValueError, match="phi3 has gate_up_proj, qkv_proj in a layer"):
-            count_weights(recipe, Phi3Config(**sizes, vocab_size=100, pad_token_id=0))
-    with pytest.raises(ValueError, match="LoRA on qkv_proj: plans are made for q_proj"):
-        forecast(targets=["q_proj", "qkv_proj"])
-
-
-def test_the_largest_micro_batch_is_about_what_sampling_finds():
-    import numpy as np
-
-    lengths, generator = random_lengths(3000, 512), np.random.default_rng(0)
-    rows = of_lengths(lengths, len(lengths), "its own")
-    for processes in (1, 2):  # or micro-batches of one process
-        most = []
-        for _ in range(20):
-            batches = [generator.choice(3000, 32 * processes, replace=False) for _ in range(100)]
-            most.append(
-                max(
-                    lengths[bin_].sum()
-                    for one in batches
-                    for bin_ in balanced(list(one), lengths, processes)
-                )
-            )
-        assert rows.largest(32, processes, True, 100) == pytest.approx(np.mean(most), rel=0.04)
-    assert RowLengths(1, 512, 0, 512, "full").largest(8, 1, True, 10) == 4096
-    assert rows.largest(8, 1, False, 10) == 8 * 512
-
-
 def test_4_bit_weights_are_whole_until_they_are_sharded():
     short = {
         "per_device_train_batch_size": 1,
@@ -393,106 +273,3 @@ def test_4_bit_weights_are_whole_until_they_are_sharded():
     ).memory
     assert plain.at != "sharding"
     assert plain.parameters == pytest.approx(6.74e9 * 2 / 4, rel=0.01), "read a layer at a time"
-
-
-def test_the_largest_rows_fit_and_one_more_does_not():
-    plan = forecast(gpu="a100-40")
-    most = most_rows(plan)
-    assert resized(plan, most).fits
-    assert not resized(plan, most + 1).fits
-    assert most_rows(forecast(gpu="t4", shape="llama2-7b", launch="fp16")) == 0
-
-
-def test_speed_follows_the_gpu_and_what_is_known_of_the_h200():
-    assert forecast(gpu="h100-80").tokens_per_s < forecast(gpu="h200").tokens_per_s
-    assert forecast(gpu="a100-80").tokens_per_s < 0.6 * forecast(gpu="h200").tokens_per_s
-    assert forecast(gradient_checkpointing="true").tokens_per_s < 0.9 * forecast().tokens_per_s
-    assert forecast(gradient_checkpointing="true").time.matrices > 1.3 * forecast().time.matrices
-    one, two = forecast(global_batch_size=128), forecast("ddp", global_batch_size=128)
-    assert 1.8 < two.tokens_per_s / one.tokens_per_s <= 2
-    # results/throughput/throughput.csv
-    rows = of_lengths(random_lengths(3000, 512), None, "its own")
-    for launch, fields, speed in (
-        ("single", {}, 100_047),
-        ("fp8", {}, 116_991),
-        ("single", {"targets": ALL}, 85_827),
-    ):
-        assert forecast(launch, rows=rows, lora_dropout=0, **fields).tokens_per_s == pytest.approx(
-            speed, rel=0.15
-        )
-
-
-def test_checkpointing_costs_a_forward_whatever_is_trained():
-    lora, whole = (
-        [forecast(use_peft=peft, gradient_checkpointing=c).time for c in ("false", "true")]
-        for peft in ("true", "false")
-    )
-    again = [checkpointed.matrices - plain.matrices for plain, checkpointed in (lora, whole)]
-    assert again[0] == pytest.approx(again[1])
-    assert again[0] == pytest.approx(
-        lora[0].matrices * 2 / 4 * 0.79, rel=0.01
-    )  # a fifth is the head
-    assert lora[1].attention / lora[0].attention == pytest.approx(4.5 / 3.5)
-
-
-def test_bitsandbytes_optimizers_wait_for_every_tensor_once_a_step():
-    rows, a_step = RowLengths(38_000, 64, 0, 64, "said"), {}
-    for targets, accumulation in ((ATTENTION, 1), (ALL, 1), (ALL, 4)):
-        fields = {"rows": rows, "targets": targets, "per_device_train_batch_size": 4}
-        two = (
-            forecast(optim=name, global_batch_size=4 * accumulation, **fields)
-            for name in ("paged_adamw_32bit", "adamw_torch_fused")
-        )
-        paged, fused = (plan.step_seconds for plan in two)
-        a_step[len(targets), accumulation] = paged - fused
-    assert a_step[7, 1] == pytest.approx(7 / 3 * a_step[3, 1])
-    assert a_step[7, 4] == pytest.approx(a_step[7, 1]) and 0.02 < a_step[7, 1] < 0.04
-
-
-def test_a_loss_scale_is_waited_for_once_a_step():
-    waits = [
-        forecast("fp16", per_device_train_batch_size=8, global_batch_size=n).time.waiting
-        for n in (8, 32)
-    ]
-    assert waits[1] == pytest.approx(waits[0] / 4)
-
-
-def test_accumulation_shares_a_steps_work_and_keeps_gradients_beside_activations():
-    rows = RowLengths(38_000, 64, 0, 64, "said")
-    one, four = (
-        forecast(rows=rows, per_device_train_batch_size=4, global_batch_size=n) for n in (4, 16)
-    )
-    assert one.time.host > one.time.gpu, "a step so short waits for the host"
-    assert four.time.gpu == one.time.gpu and four.time.host < one.time.host
-    assert one.step_seconds < four.step_seconds < 4 * one.step_seconds
-    whole = forecast(use_peft="false")
-    assert whole.step.accumulation == 1 and whole.memory.gradients == 0, (
-        "they come as the activations go"
-    )
-    halved = resized(whole, whole.micro_batch // 2)
-    assert halved.step.accumulation == 2 and halved.memory.gradients > 0
-
-
-def test_time_and_work_follow_from_rows_and_epochs():
-    once, twice = forecast(num_train_epochs=1), forecast(num_train_epochs=2)
-    assert once.steps == 38_000 // 64
-    assert twice.steps == 2 * once.steps or twice.steps == (38_000 // 64 * 2)
-    assert twice.total_flops == pytest.approx(2 * once.total_flops, rel=0.01)
-    assert twice.hours == pytest.approx(2 * once.hours, rel=0.01)
-    # 4 FLOPs a parameter and token
-    assert once.total_flops / (once.steps * 64 * 315) == pytest.approx(4.08 * 1.236e9, rel=0.03)
-
-
-def test_a_model_of_experts_is_refused():
-    from transformers import MixtralConfig
-
-    with launched(exported("accelerate_configs/single.yaml")) as launch:
-        recipe = parse_recipe(["--config", "recipes/llama3.2-1b/attn_r16.yaml"], launch)
-        with pytest.raises(ValueError, match="mixture of experts"):
-            make_plan(
-                recipe,
-                MixtralConfig(num_hidden_layers=1),
-                launch,
-                GPUS["h200"],
-                RowLengths(1, 10, 0, 10, ""),
-            )

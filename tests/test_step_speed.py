@@ -1,0 +1,71 @@
+"""Planned time follows from FLOPs, traffic and the host."""
+
+import pytest
+from planned_steps import ALL, ATTENTION, forecast
+
+from sftlab.models.random_models import random_lengths
+from sftlab.planning.row_lengths import RowLengths, of_lengths
+
+
+def test_speed_follows_the_gpu_and_what_is_known_of_the_h200():
+    assert forecast(gpu="h100-80").tokens_per_s < forecast(gpu="h200").tokens_per_s
+    assert forecast(gpu="a100-80").tokens_per_s < 0.6 * forecast(gpu="h200").tokens_per_s
+    assert forecast(gradient_checkpointing="true").tokens_per_s < 0.9 * forecast().tokens_per_s
+    assert forecast(gradient_checkpointing="true").time.matrices > 1.3 * forecast().time.matrices
+    one, two = forecast(global_batch_size=128), forecast("ddp", global_batch_size=128)
+    assert 1.8 < two.tokens_per_s / one.tokens_per_s <= 2
+    # results/throughput/throughput.csv
+    rows = of_lengths(random_lengths(3000, 512), None, "its own")
+    for launch, fields, speed in (
+        ("single", {}, 100_047),
+        ("fp8", {}, 116_991),
+        ("single", {"targets": ALL}, 85_827),
+    ):
+        assert forecast(launch, rows=rows, lora_dropout=0, **fields).tokens_per_s == pytest.approx(
+            speed, rel=0.15
+        )
+
+
+def test_checkpointing_costs_a_forward_whatever_is_trained():
+    lora, whole = (
+        [forecast(use_peft=peft, gradient_checkpointing=c).time for c in ("false", "true")]
+        for peft in ("true", "false")
+    )
+    again = [checkpointed.matrices - plain.matrices for plain, checkpointed in (lora, whole)]
+    assert again[0] == pytest.approx(again[1])
+    assert again[0] == pytest.approx(
+        lora[0].matrices * 2 / 4 * 0.79, rel=0.01
+    )  # a fifth is the head
+    assert lora[1].attention / lora[0].attention == pytest.approx(4.5 / 3.5)
+
+
+def test_bitsandbytes_optimizers_wait_for_every_tensor_once_a_step():
+    rows, a_step = RowLengths(38_000, 64, 0, 64, "said"), {}
+    for targets, accumulation in ((ATTENTION, 1), (ALL, 1), (ALL, 4)):
+        fields = {"rows": rows, "targets": targets, "per_device_train_batch_size": 4}
+        two = (
+            forecast(optim=name, global_batch_size=4 * accumulation, **fields)
+            for name in ("paged_adamw_32bit", "adamw_torch_fused")
+        )
+        paged, fused = (plan.step_seconds for plan in two)
+        a_step[len(targets), accumulation] = paged - fused
+    assert a_step[7, 1] == pytest.approx(7 / 3 * a_step[3, 1])
+    assert a_step[7, 4] == pytest.approx(a_step[7, 1]) and 0.02 < a_step[7, 1] < 0.04
+
+
+def test_a_loss_scale_is_waited_for_once_a_step():
+    waits = [
+        forecast("fp16", per_device_train_batch_size=8, global_batch_size=n).time.waiting
+        for n in (8, 32)
+    ]
+    assert waits[1] == pytest.approx(waits[0] / 4)
+
+
+def test_time_and_work_follow_from_rows_and_epochs():
+    once, twice = forecast(num_train_epochs=1), forecast(num_train_epochs=2)
+    assert once.steps == 38_000 // 64
+    assert twice.steps == 2 * once.steps or twice.steps == (38_000 // 64 * 2)
+    assert twice.total_flops == pytest.approx(2 * once.total_flops, rel=0.01)
+    assert twice.hours == pytest.approx(2 * once.hours, rel=0.01)
+    # 4 FLOPs a parameter and token
+    assert once.total_flops / (once.steps * 64 * 315) == pytest.approx(4.08 * 1.236e9, rel=0.03)
