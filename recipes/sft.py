@@ -31,6 +31,7 @@ from torch.utils.data import IterableDataset
 from transformers.trainer_utils import TrainOutput
 
 from sftlab.config.launch import COMPUTE_DTYPE, PRECISIONS, Launch, check_devices, use_all_cpu_cores
+from sftlab.config.machine_parts import check_machine_parts
 from sftlab.config.parser import parse_recipe
 from sftlab.config.recipe import Recipe
 from sftlab.data.before_training import keyed_by, look_at_rows, template_refusals
@@ -69,6 +70,7 @@ def main(argv: list[str]) -> None:
         check_devices(launch)
         use_all_cpu_cores(launch)
         recipe = parse_recipe(argv, launch)
+        check_machine_parts(recipe)
         if recipe.training.deterministic:
             compute_deterministically()
         run, start = look(recipe, launch, rank)

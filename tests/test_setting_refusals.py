@@ -1,0 +1,51 @@
+"""Settings that no training can use are refused in one sentence before any model is loaded."""
+
+import pytest
+from conftest import arguments
+
+# what is on the command line, and what the message says
+REFUSED = [
+    ({"report_to": "wandb"}, "report_to wandb cannot be used here"),
+    ({"report_to": "trackio"}, "report_to trackio cannot be used here"),
+    ({"report_to": "paper"}, "report_to paper cannot be used here"),
+    ({"attn_implementation": "flash_attention_2"}, "needs the package flash_attn"),
+    ({"optim": "galore_adamw", "optim_target_modules": "all-linear"}, "galore_torch"),
+    ({"optim": "apollo_adamw", "optim_target_modules": "all-linear"}, "apollo_torch"),
+    ({"optim": "schedule_free_adamw"}, "optim schedule_free_adamw cannot be used here"),
+    ({"optim": "lomo"}, "lomo_optim"),
+    ({"optim_args": "beta"}, "optim_args beta:"),
+    (
+        {"lr_scheduler_type": "cosine_with_restarts", "lr_scheduler_kwargs": '{"cycles": 2}'},
+        "cycles",
+    ),
+    ({"lr_scheduler_type": "polynomial", "lr_scheduler_kwargs": '{"lr_end": 9}'}, "polynomial"),
+    ({"lr_scheduler_type": "warmup_stable_decay"}, "warmup_stable_decay"),
+    ({"learning_rate": "-1"}, "learning_rate is -1.0: it must be at least 0"),
+    ({"learning_rate": "nan"}, "learning_rate is nan"),
+    ({"per_device_train_batch_size": "0"}, "per_device_train_batch_size is 0"),
+    ({"per_device_eval_batch_size": "0"}, "per_device_eval_batch_size is 0"),
+    ({"gradient_accumulation_steps": "0"}, "gradient_accumulation_steps is 0"),
+    ({"global_batch_size": "-8"}, "global_batch_size is -8"),
+    ({"adam_beta2": "1.5"}, "adam_beta2 is 1.5: it must be at least 0 and below 1"),
+    ({"lora_dropout": "2"}, "lora_dropout is 2.0"),
+    ({"max_steps": "-1", "num_train_epochs": "0"}, "num_train_epochs is 0.0"),
+    ({"save_steps": "-3"}, "save_steps is -3"),
+    ({"save_total_limit": "0"}, "save_total_limit is 0"),
+    ({"seed": "-1"}, "seed is -1"),
+    ({"dataloader_num_workers": "-1"}, "dataloader_num_workers is -1"),
+    ({"eval_strategy": "steps", "metric_for_best_model": "accuracy"}, "gives eval_loss alone"),
+]
+
+
+@pytest.mark.parametrize(("change", "message"), REFUSED)
+def test_a_setting_that_no_training_can_use_is_one_sentence(
+    sft, fields, monkeypatch, tmp_path, change, message
+):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "-1")
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", "")
+    monkeypatch.setattr(sft, "prepare", None)  # what reads data and model is not reached
+    with pytest.raises(SystemExit) as ended:
+        sft.main(arguments(fields | change))
+    assert message in str(ended.value)
+    assert "\n" not in str(ended.value)
+    assert not (tmp_path / "run").exists()
