@@ -20,6 +20,7 @@ import tempfile
 from pathlib import Path
 
 from sftlab.paths import ROOT
+from sftlab.script_options import Options
 
 try:
     from sftlab.planning.machine_checks import FAILS, FINE, Finding, examine
@@ -36,7 +37,7 @@ REHEARSAL = "two steps"
 
 def main(argv: list[str]) -> None:
     """Check the machine, rehearse the recipe, say what fails."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser = Options(description=__doc__.splitlines()[0])
     add = parser.add_argument
     add("--config", help="recipe to rehearse")
     add("--config_file", default="accelerate_configs/single.yaml", help="launch config")

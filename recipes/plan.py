@@ -37,6 +37,7 @@ from sftlab.planning.gpu_specs import GPU, GPUS, MEASURED_ON, find_gpu
 from sftlab.planning.known_accuracy import known_accuracy
 from sftlab.planning.plan import GB, MOST_ROWS, Plan, make_plan, most_rows, read_recipe, remedies
 from sftlab.planning.row_lengths import RowLengths, measure_rows
+from sftlab.script_options import Options
 from sftlab.tables import aligned, figure
 
 ACCURACY = ROOT / "results" / "plan_accuracy" / "plan_accuracy.csv"
@@ -109,7 +110,7 @@ class Request:
 
 def parsed(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     """Returns the options, and the words that are recipe fields; ValueError for a mistake."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser = Options(description=__doc__.splitlines()[0])
     add = parser.add_argument
     add("--config_file", default="accelerate_configs/single.yaml", help="launch config")
     add("--num_processes", type=int)

@@ -48,8 +48,10 @@ from sftlab.comparison.study_tasks import (
     result,
 )
 from sftlab.comparison.timed_turns import Command, in_turn
+from sftlab.field_words import field_name, field_words
 from sftlab.paths import ROOT
 from sftlab.runs.run_directory import read_run
+from sftlab.script_options import Options
 from sftlab.tables import aligned, markdown, write_csv
 
 # What the terminal has no room for.
@@ -85,7 +87,7 @@ def main(argv: list[str]) -> None:
 
 def parsed(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     """Returns the options, and the words that are recipe fields."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser = Options(description=__doc__.splitlines()[0])
     add = parser.add_argument
     add("study", type=Path)
     add("--recipe", help="another recipe than the study's")
@@ -108,18 +110,11 @@ def parsed(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
 
 def recipe_fields(words: list[str]) -> dict[str, Any]:
     """Returns `--field value ...` words as fields; several values are a list."""
-    found: dict[str, Any] = {}
-    name = ""
-    for word in words:
-        if word.startswith("--"):
-            name, _, value = word[2:].partition("=")
-            found[name] = [value] if value else []
-        elif not found:
-            raise ValueError(f"{word}: expected --field value")
-        else:
-            found[name].append(word)
+    if words and not field_name(words[0]):
+        raise ValueError(f"{words[0]}: expected --field value")
     return {
-        name: values[0] if len(values) == 1 else values or "true" for name, values in found.items()
+        name: values[0] if len(values) == 1 else values or "true"
+        for name, values in field_words(words).items()
     }
 
 

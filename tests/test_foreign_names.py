@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 
 from sftlab.config.field_effects import REFUSED
-from sftlab.config.foreign_names import _ANSWERS, _SAME, unknown_field
+from sftlab.config.foreign_names import ANSWERS, SAME, unknown_field
 from sftlab.config.recipe import DataArguments, ModelArguments, TrainingArguments
 
 GROUPS = (DataArguments, TrainingArguments, ModelArguments)
@@ -25,10 +25,10 @@ ANSWERED = ("early_stopping_patience", "init_lora_weights", "group_by_length", "
 
 
 def test_the_table_names_fields_that_exist_and_none_that_is_a_field_itself():
-    assert set(_SAME.values()) <= KNOWN - set(REFUSED)
-    assert (set(_SAME) | set(_ANSWERS)) & KNOWN == set()
-    assert not set(_SAME) & set(_ANSWERS)
-    assert len(_SAME) + len(_ANSWERS) >= 60
+    assert set(SAME.values()) <= KNOWN - set(REFUSED)
+    assert (set(SAME) | set(ANSWERS)) & KNOWN == set()
+    assert not set(SAME) & set(ANSWERS)
+    assert len(SAME) + len(ANSWERS) >= 60
 
 
 @pytest.mark.parametrize(("name", "here"), HERE.items(), ids=HERE)

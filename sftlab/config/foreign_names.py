@@ -8,7 +8,7 @@ import difflib
 from collections.abc import Collection
 
 # Names whose field here means the same.
-_SAME = {
+SAME = {
     # earlier releases of trl, transformers and peft
     "torch_dtype": "dtype",
     "max_seq_length": "max_length",
@@ -70,7 +70,7 @@ _SAME = {
     "warmup": "warmup_steps",
 }
 # Names without a field here, and what to do instead.
-_ANSWERS = {
+ANSWERS = {
     "warmup_ratio": "give the share as warmup_steps, for example warmup_steps: 0.05",
     "early_stopping_patience": (
         "a run trains to its last step; load_best_model_at_end keeps the best checkpoint"
@@ -138,10 +138,10 @@ _NEAR = 0.8
 def unknown_field(name: str, known: Collection[str]) -> str:
     """Returns a sentence about a name that is no field: what it is called here, or what to do."""
     lower = name.lower()
-    if lower in _SAME:
-        return f"unknown field {name!r}: that is {_SAME[lower]} here"
-    if lower in _ANSWERS:
-        return f"unknown field {name!r}: {_ANSWERS[lower]}"
+    if lower in SAME:
+        return f"unknown field {name!r}: that is {SAME[lower]} here"
+    if lower in ANSWERS:
+        return f"unknown field {name!r}: {ANSWERS[lower]}"
     near = difflib.get_close_matches(lower, known, n=1, cutoff=_NEAR)
     if near:
         return f"unknown field {name!r}; did you mean {near[0]!r}?"

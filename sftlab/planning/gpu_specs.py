@@ -77,6 +77,8 @@ GPUS = {
 MEASURED_ON = "h200"
 # How far apart the memory of two GPUs of one name may be: drivers and error correction take some.
 SAME_MEMORY = 0.08
+# Words for other GPUs than the one whose name they follow.
+_OTHERS = {"nvl", "laptop", "mobile", "max", "mig", "super", "ti", "d"}
 
 
 def find_gpu(name: str) -> GPU:
@@ -84,13 +86,8 @@ def find_gpu(name: str) -> GPU:
 
     Raises ValueError, with the known names, for any other.
     """
-    if name != "here":
-        if name.lower() not in GPUS:
-            raise ValueError(
-                f"no figures for GPU {name!r}: known are {', '.join(GPUS)} and here (this "
-                "machine's)"
-            )
-        return GPUS[name.lower()]
+    if name.lower() != "here":
+        return _named(name)
     if not torch.cuda.is_available():
         raise ValueError(f"--gpu here: this machine shows no GPU; name one of {', '.join(GPUS)}")
     seen = torch.cuda.get_device_name(0)
@@ -103,6 +100,40 @@ def find_gpu(name: str) -> GPU:
             f"{', '.join(GPUS)}"
         )
     return replace(found, memory_gb=round(memory_gb, 1), host_us=measure_host())
+
+
+def _named(name: str) -> GPU:
+    """Returns the GPU that a person calls `name`: `4090`, `RTX 4090`, `A100 80GB`, `h100-sxm`."""
+    if exact := GPUS.get(name.lower()):
+        return exact
+    asked = _words(name)
+    fits = []
+    if not _OTHERS & set(asked.split()) and re.search(r"[a-z]|\d{4}", asked):
+        fits = [gpu for gpu in GPUS.values() if _calls(asked, gpu)]
+        seen = gpu_seen_as(name)
+        fits = [seen] if seen and not fits else fits
+    if len(fits) == 1:
+        return fits[0]
+    if fits:
+        raise ValueError(f"--gpu {name} may be {' or '.join(gpu.name for gpu in fits)}: name one")
+    raise ValueError(
+        f"no figures for GPU {name!r}: known are {', '.join(GPUS)} and here (this machine's)"
+    )
+
+
+def _calls(asked: str, gpu: GPU) -> bool:
+    """Returns whether the words stand in one of the GPU's names, with or without their spaces."""
+    pattern = rf"(?<![0-9])(?<!\bg){asked}(?![0-9a-z])"
+    names = [_words(one) for one in (gpu.name, *gpu.seen_as)]
+    joined = asked.replace(" ", "")
+    return any(re.search(pattern, one) or one.replace(" ", "") == joined for one in names)
+
+
+def _words(name: str) -> str:
+    """Returns a name in lower case without its maker and series."""
+    plain = re.sub(r"nvidia|tesla|geforce|quadro|generation", "", name.lower())
+    plain = re.sub(r"(?<=[0-9])gb\b", "", plain)
+    return " ".join(re.findall(r"[a-z0-9]+", plain))
 
 
 def gpu_seen_as(name: str) -> GPU | None:

@@ -1,0 +1,33 @@
+"""The options of a script, spelt with hyphens or with underscores."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+
+class Options(argparse.ArgumentParser):
+    """argparse that reads `--at-once` and `--at_once` as one option, and abbreviates none.
+
+    An option that it does not know is left over with underscores, as a recipe's field is spelt.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **({"allow_abbrev": False} | kwargs))
+
+    def parse_known_args(
+        self, args: Sequence[str] | None = None, namespace: Any = None
+    ) -> tuple[Any, list[str]]:
+        """Returns the options, and the words that are none of them."""
+        words = list(sys.argv[1:] if args is None else args)
+        end = words.index("--") if "--" in words else len(words)
+        return super().parse_known_args([*map(self._spelt, words[:end]), *words[end:]], namespace)
+
+    def _spelt(self, word: str) -> str:
+        """Returns the word with its option spelt as it was added."""
+        if not word.startswith("--"):
+            return word
+        name, equals, value = word.partition("=")
+        own = {one.replace("_", "-"): one for one in self._option_string_actions}
+        field = "--" + name[2:].replace("-", "_")
+        return own.get(name.replace("_", "-"), field) + equals + value
