@@ -6,9 +6,9 @@ python slurm/job.py train RECIPE.yaml LAUNCH.yaml [--field value]      (what tra
 The work runs under srun. This process waits, handles Slurm's signals and decides how the job ends.
 It goes by run.json, not by a launcher's exit status:
 
-- A run that succeeded completes the job. One that failed or disappeared fails it, for good.
-- A run that was stopped before the time limit or by preemption is requeued, at most
-  SFTLAB_MAX_RESTARTS times.
+- A run that succeeded in this job completes it. One that failed or disappeared fails it, for good.
+- A run that was stopped before the time limit or by preemption, or that lost a node, is requeued,
+  at most SFTLAB_MAX_RESTARTS times.
 - A cancelled job ends cancelled.
 """
 
@@ -28,13 +28,29 @@ import psutil
 
 from sftlab.child_process import Child
 from sftlab.exit_messages import mistakes_in_one_line
+from sftlab.field_words import field_words
 from sftlab.runs.run_directory import Run, read_run
+from sftlab.slurm_job import (
+    first_address,
+    job_fact,
+    lost_nodes,
+    output_of,
+    restart_count,
+    same_place,
+    same_resources,
+    submit,
+)
 from sftlab.yaml_files import read_yaml
 
 # seconds to wait for Slurm to end this process after a requeue
 REQUEUED_S = 120
+# seconds beyond its SlurmdTimeout in which Slurm acts on a lost node
+NOTICED_S = 60
 PATHS = "paths start at the project's folder"
 PR_SET_CHILD_SUBREAPER = 36
+# How a node's task ends. srun returns the highest status of all, so one failure counts more than
+# any number of tasks that were told to stop because of it.
+TOLD_TO_STOP, FAILED = 128 + signal.SIGTERM, 200
 
 
 def main(argv: list[str]) -> int:
@@ -65,7 +81,7 @@ def train(words: list[str]) -> int:
     nodes = int(os.environ["SLURM_JOB_NUM_NODES"])
     processes = nodes * processes_a_node(read_yaml(launch, "launch config", PATHS))
     launcher = launcher_command(launch, nodes, processes)
-    if status_of(run) == "succeeded" and restart_count():
+    if restart_count() and succeeded_here(run):
         print(f"{run.parent}: succeeded before the restart", flush=True)
         return 0
     started = time.time()
@@ -106,14 +122,14 @@ def end_of_training(run: Path, code: int, changed: bool, asked_to_stop: bool) ->
         return requeue(f"{run.parent} was interrupted")
     if status == "running" and asked_to_stop:
         return requeue(f"{run.parent} was cut off while it stopped")
+    if int(os.environ["SLURM_JOB_NUM_NODES"]) > 1 and (lost := lost_nodes()):
+        return wait_for_other_nodes(f"{run.parent} lost {', '.join(lost)}")
+    if code == TOLD_TO_STOP and status in (None, "running"):
+        # Slurm may repeat an earlier signal to a step of the same number, after a lost node
+        return requeue(f"{run.parent} was told to stop before it could save anything")
     why = reason_of(run.parent) if changed else "it did not begin"
     print(f"error: {run.parent}: {why} (srun ended with {code})", file=sys.stderr, flush=True)
-    return code or 1
-
-
-def restart_count() -> int:
-    """Returns how often Slurm has restarted this job."""
-    return int(os.environ.get("SLURM_RESTART_COUNT", 0))
+    return 1
 
 
 def reason_of(folder: Path) -> str:
@@ -188,10 +204,11 @@ def node(words: list[str]) -> int:
     position = words.index("--num_machines")
     words = [*words[:position], "--machine_rank", os.environ["SLURM_NODEID"], *words[position:]]
     launcher = [sys.executable, "-m", "accelerate.commands.accelerate_cli", *words[1:]]
-    code = Child(launcher, env=os.environ | {"PET_SHUTDOWN_TIMEOUT": stop_seconds}).wait()
+    work = Child(launcher, env=os.environ | {"PET_SHUTDOWN_TIMEOUT": stop_seconds})
+    code = work.wait()
     for left in psutil.Process().children(recursive=True):
         left.kill()
-    return code if code >= 0 else 128 - code
+    return code and (TOLD_TO_STOP if work.asked_to_stop else FAILED)
 
 
 def under_srun(words: list[str]) -> Child:
@@ -238,6 +255,22 @@ def requeue(what: str) -> int:
     return 1
 
 
+def wait_for_other_nodes(what: str) -> int:
+    """Wait until Slurm notices a lost node and requeues this job. Returns an exit status if not.
+
+    Requeued at once, the job could get the same node again, which Slurm takes for a free one until
+    its SlurmdTimeout is over.
+    """
+    found = re.search(r"SlurmdTimeout\s*=\s*(\d+)", output_of("scontrol", "show", "config"))
+    seconds = int(found[1]) if found else 300
+    print(f"{what}: waiting at most {seconds} s until Slurm notices, and requeues", flush=True)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
+    deadline = time.monotonic() + seconds + NOTICED_S
+    while time.monotonic() < deadline and job_fact("JobState") == "RUNNING":
+        time.sleep(5)
+    return requeue(what)
+
+
 def processes_a_node(config: dict[str, Any]) -> int:
     """Returns one process per GPU, or --ntasks-per-node under a launch config for CPUs."""
     if str(config.get("gpu_ids", "")).startswith("-1") or config.get("use_cpu"):
@@ -250,102 +283,37 @@ def processes_a_node(config: dict[str, Any]) -> int:
 
 
 def output_dir(recipe: dict[str, Any], fields: list[str]) -> Path:
-    """Returns the run directory: the last --output_dir of `fields`, else the recipe's."""
-    found = recipe.get("output_dir")
-    for place, word in enumerate(fields):
-        if word == "--output_dir" and place + 1 < len(fields):
-            found = fields[place + 1]
-        elif word.startswith("--output_dir="):
-            found = word.partition("=")[2]
+    """Returns the run directory: the last output_dir of `fields`, else the recipe's."""
+    given = field_words(fields).get("output_dir")
+    if given is not None and len(given) != 1:
+        raise ValueError(f"--output_dir has {len(given)} values: give one folder, runs/NAME")
+    found = given[0] if given else recipe.get("output_dir")
     if not found:
         raise ValueError("the recipe has no output_dir: add it, or pass --output_dir")
-    return Path(found)
+    if isinstance(found, list | dict):
+        raise ValueError(f"the recipe's output_dir is {found!r}: expected one folder, runs/NAME")
+    return Path(str(found))
 
 
 def status_of(run: Path) -> str | None:
     """Returns the status in run.json, or None where it cannot be read."""
+    return _written(run).get("status")
+
+
+def succeeded_here(run: Path) -> bool:
+    """Whether run.json is of a run that succeeded and that this very job trained."""
+    record = _written(run)
+    here = record.get("slurm_job") == os.environ["SLURM_JOB_ID"]
+    return here and record.get("status") == "succeeded"
+
+
+def _written(run: Path) -> dict[str, Any]:
+    """Returns what run.json holds; nothing where it cannot be read."""
     try:
-        return json.loads(run.read_text(encoding="utf-8"))["status"]
-    except (FileNotFoundError, ValueError, KeyError):
-        return None
-
-
-def first_address() -> str:
-    """Returns the address of the job's first node."""
-    shown = subprocess.run(
-        ["scontrol", "show", "hostnames"], capture_output=True, text=True, check=True
-    )
-    first = shown.stdout.split()[0]
-    facts = subprocess.run(
-        ["scontrol", "-o", "show", "node", first], capture_output=True, text=True, check=True
-    )
-    return next(
-        (w.partition("=")[2] for w in facts.stdout.split() if w.startswith("NodeAddr=")), first
-    )
-
-
-def job_fact(name: str) -> str:
-    """Returns a field of this job from Slurm's controller."""
-    command = ["scontrol", "-o", "show", "job", os.environ["SLURM_JOB_ID"]]
-    shown = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    return next(
-        (word.partition("=")[2] for word in shown.split() if word.startswith(f"{name}=")), ""
-    )
-
-
-def same_place() -> list[str]:
-    """Returns sbatch options for this job's partition, account, QOS and time limit."""
-    return [
-        f"--time={job_fact('TimeLimit')}",
-        *as_given(partition="JOB_PARTITION", account="JOB_ACCOUNT", qos="JOB_QOS"),
-    ]
-
-
-def same_resources() -> list[str]:
-    """Returns sbatch options for this job's cores, GPUs and memory."""
-    options = as_given(
-        cpus_per_task="CPUS_PER_TASK",
-        gpus="GPUS",
-        gpus_per_node="GPUS_PER_NODE",
-        gpus_per_task="GPUS_PER_TASK",
-        mem="MEM_PER_NODE",
-        mem_per_cpu="MEM_PER_CPU",
-        mem_per_gpu="MEM_PER_GPU",
-    )
-    if not any(option.startswith("--gpus") for option in options) and (
-        generic := job_fact("TresPerNode")
-    ):
-        options.append("--gres=" + generic.replace("gres/", "").replace("gres:", ""))
-    return options
-
-
-def as_given(**variables: str) -> list[str]:
-    """Returns sbatch options with the values of this job's SLURM_ variables."""
-    found = {
-        option.replace("_", "-"): os.environ.get(f"SLURM_{name}")
-        for option, name in variables.items()
-    }
-    return [
-        f"--{option}={value}"
-        for option, value in found.items()
-        if value not in (None, "", "0", "(null)")
-    ]
-
-
-def submit(words: list[str], tables: bool = False) -> str:
-    """Submit a job. Returns its number."""
-    kept = {
-        name: value
-        for name, value in os.environ.items()
-        if not name.startswith("SLURM_") or name == "SLURM_CONF"
-    }
-    kept |= {"SFTLAB_STUDY": "tables"} if tables else {}
-    done = subprocess.run(
-        ["sbatch", "--parsable", *words], env=kept, capture_output=True, text=True
-    )
-    if done.returncode:
-        raise ValueError(f"sbatch refused: {done.stderr.strip()}")
-    return done.stdout.strip().partition(";")[0]
+        record = json.loads(run.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return record if isinstance(record, dict) else {}
 
 
 if __name__ == "__main__":

@@ -18,7 +18,9 @@ import ctypes
 import fcntl
 import gc
 import os
+import shutil
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -26,8 +28,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import dask
 import numpy as np
-from dask.distributed import Client, KilledWorker, as_completed
+from dask.distributed import Client, KilledWorker, LocalCluster, as_completed
+from dask_jobqueue import SLURMCluster
+from distributed.security import Security
 from tqdm import tqdm
 
 from sftlab.data.length_summary import summary
@@ -35,23 +40,24 @@ from sftlab.data.shard_folder import begin, finish, finished_records
 from sftlab.data.shard_plan import plan_shards, refuse_bad_rows
 from sftlab.data.shard_writer import tokenize_shard
 from sftlab.data.tokenizing_cluster import (
-    LOGS,
+    DASHBOARD,
     add_cluster_options,
+    certificate,
     check_cluster_options,
-    cluster_of,
     how_to_see,
-    refuse_silence,
 )
 from sftlab.exit_messages import mistakes_in_one_line
 
 if TYPE_CHECKING:
-    from dask.distributed import LocalCluster
-    from dask_jobqueue import SLURMCluster
-
     from sftlab.config.recipe import Recipe
 
 # Every local worker imports this file when it starts. Modules that import torch are therefore
 # imported where they are used.
+LOGS = "slurm-logs"
+# seconds between two looks for a working worker, and without one before the script gives up
+LOOK_S, SILENT_S = 5, 60
+# one worker has one core
+THREADS = {"TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
 
 
 def main(argv: list[str]) -> None:
@@ -63,6 +69,8 @@ def main(argv: list[str]) -> None:
 
         recipe = parse_recipe(fields, Launch.from_environment())
         places, settings, backend, encoder = prepare(recipe, arguments)
+        for line in [*recipe.notes, *(f"warning: {one}" for one in settings["loss_warnings"])]:
+            print(line, flush=True)
         manifest = begin(arguments.out, settings, backend, encoder)
         del backend
         give_memory_back()
@@ -115,14 +123,16 @@ def prepare(
     Returns what `plan_shards` returns.
     """
     from sftlab.data.chat_template import set_template
-    from sftlab.models.loading import load_tokenizer
+    from sftlab.models.loading import load_config, load_tokenizer
 
     model, training = recipe.model, recipe.training
     tokenizer = load_tokenizer(model.model_name_or_path, model.model_revision, training)
     set_template(tokenizer, training.chat_template_path)
-    return plan_shards(
-        recipe.data, training, tokenizer, arguments.rows_per_shard, arguments.max_bad_rows
+    config = load_config(
+        model.model_name_or_path, model.model_revision, training, with_weights=False
     )
+    sizes = arguments.rows_per_shard, arguments.max_bad_rows
+    return plan_shards(recipe.data, training, tokenizer, *sizes, config)
 
 
 def give_memory_back() -> None:
@@ -182,7 +192,7 @@ def tokenize(places: list[bytes], rows: int, arguments: argparse.Namespace) -> l
 
 def made_by_workers(
     client: Client,
-    cluster: "LocalCluster | SLURMCluster",
+    cluster: LocalCluster | SLURMCluster,
     places: list[bytes],
     missing: list[int],
     arguments: argparse.Namespace,
@@ -218,6 +228,99 @@ def made_by_workers(
             f"{error.task} ended {error.allowed_failures + 1} workers: do they have too little "
             "memory?"
         ) from error
+
+
+def refuse_silence(
+    looked: list[tuple[float, bool]],
+    client: Client,
+    cluster: LocalCluster | SLURMCluster,
+    logs: Path,
+) -> None:
+    """Raise ValueError where no worker has been there for a minute.
+
+    `looked` keeps the time and the result of each look.
+    """
+    now = time.monotonic()
+    if looked and now - looked[-1][0] < LOOK_S:
+        return
+    looked.append((now, nobody_works(client, cluster)))
+    while len(looked) > 1 and looked[1][0] <= now - SILENT_S:
+        looked.pop(0)
+    if looked[0][0] <= now - SILENT_S and all(nobody for _, nobody in looked):
+        raise ValueError(f"the workers' jobs have ended and none of them reported: see {logs}")
+
+
+def nobody_works(client: Client, cluster: LocalCluster | SLURMCluster) -> bool:
+    """Whether no worker is there and Slurm has no job of theirs.
+
+    Dask does not replace a job that ends before its worker reports.
+    """
+    if isinstance(cluster, LocalCluster) or client.scheduler_info()["workers"]:
+        return False
+    jobs = {job.job_id for job in cluster.workers.values()}
+    listed = subprocess.run(["squeue", "-h", "-o", "%i"], capture_output=True, text=True)
+    return listed.returncode == 0 and not jobs & set(listed.stdout.split())
+
+
+@contextmanager
+def cluster_of(
+    arguments: argparse.Namespace, workers: int
+) -> Iterator[LocalCluster | SLURMCluster]:
+    """Start workers of one core each. Under Slurm each is a job, and a lost one is replaced."""
+    if arguments.cluster == "slurm":
+        with slurm_cluster(arguments, workers) as cluster:
+            yield cluster
+        return
+    with (
+        certificate() as keys,
+        LocalCluster(
+            n_workers=workers,
+            threads_per_worker=1,
+            processes=True,
+            env=THREADS,
+            security=Security(**keys),
+            dashboard_address=DASHBOARD,
+        ) as cluster,
+    ):
+        yield cluster
+
+
+@contextmanager
+def slurm_cluster(arguments: argparse.Namespace, workers: int) -> Iterator[SLURMCluster]:
+    """Start one job a worker."""
+    # Dask would wait 15 s for a lost worker before it asks for another job
+    dask.config.set({"distributed.deploy.lost-worker-timeout": "5s"})
+    logs = arguments.out / LOGS
+    logs.mkdir(exist_ok=True)
+    with (
+        certificate(logs.resolve()) as keys,
+        SLURMCluster(
+            queue=arguments.partition,
+            account=arguments.account,
+            walltime=arguments.time,
+            memory=arguments.memory,
+            cores=1,
+            processes=1,
+            interface=arguments.interface,
+            job_name="tokenize-worker",
+            log_directory=str(logs),
+            job_script_prologue=[f"export {name}={value}" for name, value in THREADS.items()],
+            security=Security(**keys),
+            scheduler_options={"dashboard_address": DASHBOARD},
+            worker_extra_args=["--dashboard-address", DASHBOARD],
+        ) as cluster,
+    ):
+        script = logs / "job.sh"
+        script.write_text(cluster.job_script())
+        checked = subprocess.run(
+            ["sbatch", "--test-only", str(script)], capture_output=True, text=True
+        )
+        if checked.returncode:
+            raise ValueError(f"Slurm refuses the workers' job: {' '.join(checked.stderr.split())}")
+        # scale(n) would not replace a lost worker's job
+        cluster.adapt(minimum_jobs=workers, maximum_jobs=workers)
+        yield cluster
+    shutil.rmtree(logs)
 
 
 def plot_lengths(lengths: np.ndarray, limit: int | None, path: Path) -> None:

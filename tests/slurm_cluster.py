@@ -6,6 +6,7 @@ outside the folder is touched. Two partitions: `batch`, whose jobs are requeued 
 their nodes, after a grace time.
 """
 
+import contextlib
 import os
 import shutil
 import socket
@@ -13,9 +14,15 @@ import subprocess
 import time
 from pathlib import Path
 
+import psutil
+
 DAEMONS = ("slurmctld", "slurmd")
 FOUND = {name: shutil.which(name, path=f"{os.environ['PATH']}:/usr/sbin:/sbin") for name in DAEMONS}
 GRACE_S = 30
+# seconds until the controller counts a node that does not answer as down
+SLURMD_TIMEOUT_S = 300
+# the variable that tells which node a daemon and its steps belong to; Slurm sets the other
+NODE, NODE_OF_TASKS = "TEST_CLUSTER_NODE", "SLURMD_NODENAME"
 CONFIG = """
 ClusterName=test
 SlurmctldHost={host}(127.0.0.1)
@@ -50,6 +57,7 @@ ReturnToService=2
 SlurmdParameters=config_overrides
 KillWait=30
 MinJobAge=600
+SlurmdTimeout={slurmd_timeout}
 MailProg=/bin/true
 """
 
@@ -71,12 +79,19 @@ class SlurmCluster:
     Commands run with `cluster.env`, or through `run` from the project.
     """
 
-    def __init__(self, folder: Path, nodes: int = 2, cpus: int = 2) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        nodes: int = 2,
+        cpus: int = 2,
+        slurmd_timeout: int = SLURMD_TIMEOUT_S,
+    ) -> None:
         self.folder, self.nodes = Path(folder), [f"n{number}" for number in range(1, nodes + 1)]
         self.folder.mkdir(parents=True, exist_ok=True)
         (self.folder / "state").mkdir()
         host, (port, *node_ports) = socket.gethostname().partition(".")[0], free_ports(1 + nodes)
-        lines = [CONFIG.format(host=host, port=port, folder=self.folder)]
+        facts = {"host": host, "port": port, "folder": self.folder}
+        lines = [CONFIG.format(**facts, slurmd_timeout=slurmd_timeout)]
         for name, node_port in zip(self.nodes, node_ports, strict=True):
             (self.folder / f"spool-{name}").mkdir()
             place = f"NodeHostname={host} NodeAddr=127.0.0.1 Port={node_port}"
@@ -101,11 +116,15 @@ class SlurmCluster:
         config = str(self.folder / "slurm.conf")
         commands = [[FOUND["slurmctld"], "-D", "-f", config]]
         commands += [[FOUND["slurmd"], "-D", "-N", name, "-f", config] for name in self.nodes]
-        for command in commands:
+        for command, node in zip(commands, ["", *self.nodes], strict=True):
             log = (self.folder / "daemons.out").open("ab")
             self._daemons.append(
                 subprocess.Popen(
-                    command, env=self.env, stdin=subprocess.DEVNULL, stdout=log, stderr=log
+                    command,
+                    env=self.env | {NODE: node},
+                    stdin=subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=log,
                 )
             )
         try:
@@ -132,6 +151,17 @@ class SlurmCluster:
             daemon.terminate()
         for daemon in self._daemons:
             daemon.wait(20)
+
+    def lose(self, node: str) -> None:
+        """End a node as a power failure does: its daemon, its steps, and all they started."""
+        found = {process for process in psutil.process_iter() if _runs_on(process, node)}
+        # a step's keeper has an environment of its own
+        keepers = {one.parent() for one in found} - {None}
+        found |= {one for one in keepers if one.name().startswith("slurmstepd")}
+        for end in (psutil.Process.suspend, psutil.Process.kill):
+            for process in found:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    end(process)
 
     def run(self, *command: str, check: bool = True, cwd: Path | None = None, **env: str) -> str:
         """What a command prints; RuntimeError where it fails."""
@@ -165,3 +195,12 @@ class SlurmCluster:
                 raise TimeoutError(f"waited {seconds} s for {wanted}, last seen: {seen}")
             time.sleep(0.2)
         return seen
+
+
+def _runs_on(process: psutil.Process, node: str) -> bool:
+    """Whether a process is a node's daemon, one of its steps, or started by one."""
+    try:
+        environment = process.environ()
+    except psutil.Error:
+        return False
+    return node in (environment.get(NODE), environment.get(NODE_OF_TASKS))

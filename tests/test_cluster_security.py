@@ -9,6 +9,7 @@ import psutil
 import pytest
 from conftest import arguments, load_script, short_fields
 from dask.distributed import Client
+from distributed.security import Security
 from slurm_cluster import FOUND, SlurmCluster
 
 from sftlab.data import tokenizing_cluster
@@ -67,8 +68,8 @@ def strangers_are_refused(address):
     assert address.startswith("tls://")
     with refused():
         Client(f"tcp://{host}", timeout=1)
-    with certificate() as another, refused():
-        Client(f"tls://{host}", timeout=1, security=another)
+    with certificate() as keys, refused():
+        Client(f"tls://{host}", timeout=1, security=Security(**keys))
 
 
 def test_on_one_machine_everything_listens_on_localhost_and_wants_the_certificate(tokenize):
@@ -94,9 +95,9 @@ def modes(file):
 
 
 def test_the_key_goes_with_the_cluster(tmp_path):
-    with certificate(tmp_path) as security:
-        assert security.require_encryption
-        assert modes(security.tls_ca_file) == (0o700, 0o600)
+    with certificate(tmp_path) as keys:
+        assert keys["require_encryption"]
+        assert modes(keys["tls_ca_file"]) == (0o700, 0o600)
     assert not list(tmp_path.iterdir())
 
 

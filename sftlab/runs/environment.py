@@ -21,7 +21,7 @@ _PACKAGES = (
 
 
 def environment() -> dict[str, Any]:
-    """Returns the versions, git commit and hardware of this process."""
+    """Returns the versions, git commit and hardware of this process, and its Slurm job's number."""
     import torch
 
     versions = {"python": platform.python_version()}
@@ -41,7 +41,8 @@ def environment() -> dict[str, Any]:
         hardware["gpu_memory_gb"] = round(
             torch.cuda.get_device_properties(0).total_memory / 2**30, 1
         )
-    return {"versions": versions, "git_commit": _git_commit(), "hardware": hardware}
+    job = {"slurm_job": os.environ["SLURM_JOB_ID"]} if "SLURM_JOB_ID" in os.environ else {}
+    return {"versions": versions, "git_commit": _git_commit(), "hardware": hardware, **job}
 
 
 def provenance() -> dict[str, str]:
