@@ -37,6 +37,7 @@ from sftlab.chat.options import parse_options
 from sftlab.chat.request_filter import Gate
 from sftlab.chat.run_list import list_runs
 from sftlab.chat.service import Lab
+from sftlab.exit_messages import mistakes_in_one_line
 
 MODEL = {
     "concurrency_id": "model",
@@ -437,4 +438,5 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    with mistakes_in_one_line():
+        main(sys.argv[1:])

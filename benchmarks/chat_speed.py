@@ -38,6 +38,7 @@ from transformers.generation.streamers import BaseStreamer
 
 import sftlab.chat.engine
 from sftlab.chat.engine import Chat, Settings
+from sftlab.exit_messages import mistakes_in_one_line
 from sftlab.paths import ROOT
 from sftlab.runs.environment import machine_name, provenance
 from sftlab.runs.run_directory import SIDES
@@ -311,4 +312,5 @@ def serve(arguments: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with mistakes_in_one_line():
+        main()

@@ -25,6 +25,7 @@ from trl import SFTTrainer
 
 from sftlab.config.parser import parse_recipe
 from sftlab.data.splits import load_splits
+from sftlab.exit_messages import mistakes_in_one_line
 from sftlab.fastpath.selection import choose
 from sftlab.training.stop_on_signal import StopOnSignal
 from sftlab.config.launch import Launch, check_devices, use_all_cpu_cores
@@ -154,4 +155,5 @@ def paired(
 
 
 if __name__ == "__main__":
-    main()
+    with mistakes_in_one_line():
+        main()

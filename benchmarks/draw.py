@@ -20,6 +20,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 
+from sftlab.exit_messages import mistakes_in_one_line
 from sftlab.tables import read_csv
 
 BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#777777"
@@ -321,4 +322,5 @@ DRAWN: dict[str, Callable[..., Any]] = {
 
 
 if __name__ == "__main__":
-    main()
+    with mistakes_in_one_line():
+        main()

@@ -17,6 +17,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from sftlab.exit_messages import mistakes_in_one_line
 from sftlab.models.random_models import train_random_llama
 from sftlab.paths import ROOT
 from sftlab.runs.run_directory import read_run
@@ -96,4 +97,5 @@ def measure(name: str, flags: list[str]) -> list[dict[str, Any]]:
 
 
 if __name__ == "__main__":
-    main()
+    with mistakes_in_one_line():
+        main()

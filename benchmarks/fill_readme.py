@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 
 from sftlab.evaluation.text_metrics import NAMES
+from sftlab.exit_messages import mistakes_in_one_line
 from sftlab.paths import ROOT
 from sftlab.runs.run_directory import read_run
 from sftlab.tables import interval
@@ -95,4 +96,5 @@ def scored(row: dict[str, str], name: str) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    with mistakes_in_one_line():
+        main()

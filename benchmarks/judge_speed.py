@@ -22,6 +22,7 @@ import torch
 from transformers import AutoTokenizer
 
 from sftlab.data.chat_template import set_template
+from sftlab.exit_messages import mistakes_in_one_line
 from sftlab.judging.judge_formats import Messages
 from sftlab.judging.judges import LocalJudge
 from sftlab.models.random_models import MODEL_SHAPES, save_random_llama
@@ -158,4 +159,5 @@ def measure(cell: Cell, folder: Path, new_tokens: int) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    main()
+    with mistakes_in_one_line():
+        main()

@@ -26,6 +26,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from sftlab.exit_messages import mistakes_in_one_line
 from sftlab.measurement.hardware_limit import synchronize
 from sftlab.measurement.memory import peak_beyond
 from sftlab.models.random_models import MODEL_SHAPES, make_random_files, random_files
@@ -199,4 +200,5 @@ def cache_bytes(model: PreTrainedModel, batch: int, tokens: int) -> int:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    with mistakes_in_one_line():
+        main(sys.argv[1:])

@@ -22,6 +22,7 @@ import torch
 from transformers import AutoTokenizer, LlamaForCausalLM
 
 from sftlab.config.launch_command import LAUNCHER, launch_command
+from sftlab.exit_messages import mistakes_in_one_line
 from sftlab.models.random_models import save_random_llama
 from sftlab.paths import ROOT
 from sftlab.runs.run_directory import read_run
@@ -230,4 +231,5 @@ def adapter_effect(base: Path, adapter: Path) -> float:
 
 
 if __name__ == "__main__":
-    main()
+    with mistakes_in_one_line():
+        main()

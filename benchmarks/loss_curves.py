@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from sftlab.config.launch_command import as_arguments, launch_command
+from sftlab.exit_messages import mistakes_in_one_line
 from sftlab.models.random_models import save_random_llama
 from sftlab.paths import ROOT
 from sftlab.runs.environment import provenance
@@ -95,4 +96,5 @@ def write(path: Path, losses: dict[str, list[float]]) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with mistakes_in_one_line():
+        main()

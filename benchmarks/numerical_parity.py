@@ -23,6 +23,7 @@ import torch
 from sftlab.config.launch_command import as_arguments, launch_command
 from sftlab.config.parser import parse_recipe
 from sftlab.data.splits import load_splits
+from sftlab.exit_messages import mistakes_in_one_line
 from sftlab.fastpath.selection import choose
 from sftlab.config.launch import Launch
 from sftlab.models.loading import load_config, load_tokenizer
@@ -147,4 +148,5 @@ def compare(step: dict, against: dict) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    main()
+    with mistakes_in_one_line():
+        main()

@@ -21,6 +21,7 @@ from transformers import LlamaConfig
 
 from sftlab.config.launch import exported, launched
 from sftlab.config.parser import parse_recipe
+from sftlab.exit_messages import mistakes_in_one_line
 from sftlab.models.random_models import MODEL_SHAPES, random_lengths
 from sftlab.paths import ROOT
 from sftlab.planning.accuracy_cells import CELL_SHAPES, CELLS, Cell
@@ -200,4 +201,5 @@ def summary(lines: Sequence[Mapping[str, Any]]) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    with mistakes_in_one_line():
+        main()

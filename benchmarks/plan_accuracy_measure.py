@@ -31,6 +31,7 @@ from typing import Any
 from sftlab.comparison.run_results import outcome
 from sftlab.config.launch import exported
 from sftlab.config.launch_command import as_arguments, launch_command
+from sftlab.exit_messages import mistakes_in_one_line
 from sftlab.models.random_models import make_random_files
 from sftlab.paths import ROOT
 from sftlab.planning.accuracy_cells import CELL_SHAPES, CELLS, Cell
@@ -213,4 +214,5 @@ def append(path: Path, line: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with mistakes_in_one_line():
+        main()

@@ -30,6 +30,7 @@ import psutil
 import torch
 
 from sftlab.config.launch_command import as_arguments, launch_command
+from sftlab.exit_messages import mistakes_in_one_line
 from sftlab.models.random_models import make_random_files, random_files
 from sftlab.paths import ROOT
 from sftlab.runs import progress
@@ -302,4 +303,5 @@ def cost(strategy: str, gpus: int) -> list[dict[str, Any]]:
 
 
 if __name__ == "__main__":
-    main()
+    with mistakes_in_one_line():
+        main()

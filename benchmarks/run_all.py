@@ -22,6 +22,7 @@ from pathlib import Path
 
 import torch
 
+from sftlab.exit_messages import mistakes_in_one_line
 from sftlab.paths import ROOT
 from sftlab.planning.gpu_specs import GPUS, MEASURED_ON
 
@@ -174,4 +175,5 @@ def shares(count: int) -> list[list[int]]:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    with mistakes_in_one_line():
+        main(sys.argv[1:])

@@ -34,6 +34,7 @@ from typing import Any, NamedTuple
 import torch
 
 from sftlab.config.launch_command import as_arguments, launch_command
+from sftlab.exit_messages import mistakes_in_one_line
 from sftlab.measurement.hardware_limit import matrix_rate
 from sftlab.models.random_models import make_random_files, random_files
 from sftlab.paths import ROOT
@@ -287,4 +288,5 @@ def write_table(path: Path, lines: list[dict[str, Any]]) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with mistakes_in_one_line():
+        main()

@@ -39,6 +39,7 @@ from dask_jobqueue import SLURMCluster
 from datasets import Dataset, load_dataset
 
 from sftlab.data.batch_encoder import Encoder
+from sftlab.exit_messages import mistakes_in_one_line
 from sftlab.paths import ROOT
 from sftlab.data.shard_folder import begin, finish
 from sftlab.data.shard_writer import place_of, tokenize_shard
@@ -383,4 +384,5 @@ def about(arguments: argparse.Namespace) -> dict[str, str]:
 
 
 if __name__ == "__main__":
-    main()
+    with mistakes_in_one_line():
+        main()

@@ -28,6 +28,7 @@ from trl import SFTTrainer, get_peft_config
 from sftlab.config.parser import parse_recipe
 from sftlab.config.recipe import Recipe
 from sftlab.data.splits import load_splits
+from sftlab.exit_messages import mistakes_in_one_line
 from sftlab.fastpath.selection import FastPath
 from sftlab.training.stop_on_signal import StopOnSignal
 from sftlab.config.launch import Launch, check_devices, use_all_cpu_cores
@@ -136,4 +137,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with mistakes_in_one_line():
+        main()

@@ -26,6 +26,7 @@ from sftlab.evaluation.answer_file import answer_facts, digest
 from sftlab.evaluation.base_and_tuned import evaluation_errors, finished_run
 from sftlab.evaluation.generation import Answer, Sampling
 from sftlab.evaluation.significance import FEW_ROWS, method
+from sftlab.exit_messages import mistakes_in_one_line
 from sftlab.judging.alpaca_annotators import Annotators
 from sftlab.judging.alpaca_files import Task, read_preferences, read_task
 from sftlab.judging.alpaca_report import rates, reference_name, table, title, unparsed_rate
@@ -271,4 +272,5 @@ def print_report(report: dict[str, Any], records: dict[str, list[dict[str, Any]]
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    with mistakes_in_one_line():
+        main(sys.argv[1:])

@@ -48,6 +48,7 @@ from sftlab.evaluation.harness_comparison import (
 from sftlab.evaluation.entries import read_entries
 from sftlab.evaluation.harness_tasks import SEED, LoadedTasks, load_units
 from sftlab.evaluation.significance import FEW_ROWS, add_holm
+from sftlab.exit_messages import mistakes_in_one_line
 from sftlab.files import write_json
 from sftlab.models.identity import base_identity, tokenizer_identity
 from sftlab.runs.environment import environment
@@ -283,4 +284,5 @@ def print_table(folder: Path, entries: list[Entry]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    with mistakes_in_one_line():
+        main(sys.argv[1:])

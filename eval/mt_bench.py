@@ -28,6 +28,7 @@ from sftlab.evaluation.answer_file import answer_facts, digest
 from sftlab.evaluation.base_and_tuned import evaluation_errors, finished_run
 from sftlab.evaluation.generation import Answer, Sampling
 from sftlab.evaluation.significance import FEW_ROWS, RESAMPLES
+from sftlab.exit_messages import mistakes_in_one_line
 from sftlab.judging.judge_options import add_evaluation_flags, judge_from
 from sftlab.judging.judgement_files import (
     entry_facts,
@@ -300,4 +301,5 @@ def print_report(report: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    with mistakes_in_one_line():
+        main(sys.argv[1:])

@@ -25,6 +25,7 @@ import torch
 from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
+from sftlab.exit_messages import mistakes_in_one_line
 from sftlab.files import write_json
 from sftlab.evaluation.answer_file import AnswerFile, answer_facts, fill
 from sftlab.evaluation.generation import (
@@ -267,4 +268,5 @@ def allocated_gb(peak: bool = False) -> float | None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    with mistakes_in_one_line():
+        main(sys.argv[1:])

@@ -27,6 +27,7 @@ from sftlab.comparison.run_comparison import (
 from sftlab.comparison.run_results import find_runs, read_results
 from sftlab.evaluation.significance import RESAMPLES
 from sftlab.evaluation.text_metrics import NAMES
+from sftlab.exit_messages import mistakes_in_one_line
 from sftlab.runs.run_directory import SIDES
 from sftlab.tables import aligned, interval, markdown, preview, without_empty_columns, write_csv
 
@@ -165,4 +166,5 @@ def table(comparison: Comparison, columns: Sequence[str], scores: Sequence[str] 
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    with mistakes_in_one_line():
+        main(sys.argv[1:])

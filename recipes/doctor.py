@@ -19,6 +19,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+from sftlab.exit_messages import mistakes_in_one_line
 from sftlab.paths import ROOT
 from sftlab.script_options import Options
 
@@ -117,4 +118,5 @@ def explain_failure(log: str, status: int) -> Finding:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    with mistakes_in_one_line():
+        main(sys.argv[1:])

@@ -30,6 +30,7 @@ from transformers import LlamaConfig, PreTrainedConfig
 from sftlab.config.launch import exported, launched
 from sftlab.config.recipe import Recipe
 from sftlab.config.validation import is_bitsandbytes
+from sftlab.exit_messages import mistakes_in_one_line
 from sftlab.models.loading import load_config, load_tokenizer
 from sftlab.models.random_models import MODEL_SHAPES
 from sftlab.paths import ROOT
@@ -308,4 +309,5 @@ def clock(hours: float) -> str:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    with mistakes_in_one_line():
+        main(sys.argv[1:])

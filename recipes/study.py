@@ -48,6 +48,7 @@ from sftlab.comparison.study_tasks import (
     result,
 )
 from sftlab.comparison.timed_turns import Command, in_turn
+from sftlab.exit_messages import mistakes_in_one_line
 from sftlab.field_words import field_name, field_words
 from sftlab.paths import ROOT
 from sftlab.runs.run_directory import read_run
@@ -281,4 +282,5 @@ def result_lines(
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    with mistakes_in_one_line():
+        main(sys.argv[1:])

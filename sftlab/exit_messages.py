@@ -1,17 +1,95 @@
-"""How a script ends after a user's mistake: one line on stderr and an exit status, no traceback."""
+"""How a script ends when it cannot go on: one sentence on stderr and an exit status.
 
+| what happened                                     | last line             | status |
+| ------------------------------------------------- | --------------------- | ------ |
+| a mistake of the user, a file, a missing package  | `error: ...`          | 1      |
+| the GPU's memory is full                          | `error: ...`          | 1      |
+| Ctrl-C                                            | `stopped by Ctrl-C`   | 130    |
+| anything else, which is a fault of this program   | `internal error: ...` | 1      |
+
+The traceback of an internal error is kept in a file. SFTLAB_TRACEBACK=1 prints every traceback.
+"""
+
+import os
 import sys
+import tempfile
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
+
+from sftlab.paths import ROOT
+
+CTRL_C = 130
+# what the libraries raise where this machine or installation cannot do what was asked for
+_CANNOT = (OSError, ImportError, NotImplementedError)
 
 
 @contextmanager
 def mistakes_in_one_line(*others: type[Exception]) -> Iterator[None]:
-    """End the script with `error: ...` and exit status 1 after a ValueError, or one of `others`.
+    """End the script in one sentence; `others` are mistakes of the user besides ValueError.
 
     Raises SystemExit, whose message Python prints on stderr.
     """
     try:
         yield
+    except KeyboardInterrupt:
+        print("stopped by Ctrl-C", file=sys.stderr, flush=True)
+        sys.exit(CTRL_C)
     except (ValueError, *others) as error:
+        _print_if_asked(error)
         sys.exit(f"error: {error}")
+    except Exception as error:
+        sys.exit(last_line(error))
+
+
+def last_line(error: Exception, keep: Path | None = None) -> str:
+    """Returns the sentence that a script ends with after an error that it did not expect.
+
+    The traceback of an internal error is written to `keep`, or to a temporary file.
+    """
+    _print_if_asked(error)
+    said = " ".join(f"{error}".split()) or type(error).__name__
+    if type(error).__name__ == "OutOfMemoryError" or "CUDA out of memory" in said:
+        first = said.split(". ")[0]
+        return (
+            f"error: the GPU's memory is full ({first}): `python recipes/plan.py` with your recipe "
+            "and `--gpu here` names what helps"
+        )
+    if isinstance(error, OSError) and error.filename and error.strerror:
+        return f"error: {error.filename}: {error.strerror}"
+    if isinstance(error, _CANNOT) or _is_ours(error):
+        return f"error: {said}"
+    path = _kept(error, keep)
+    return (
+        f"internal error: {type(error).__name__}: {said[:300]} (a fault of this program; the "
+        f"traceback is in {path}: report it as docs/troubleshooting.md says)"
+    )
+
+
+def _is_ours(error: Exception) -> bool:
+    """Returns whether the project's own code raised a RuntimeError, whose message is a sentence."""
+    if type(error) is not RuntimeError or error.__traceback__ is None:
+        return False
+    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+    raised = Path(frame.f_code.co_filename)
+    return raised.is_relative_to(ROOT / "sftlab") or raised.is_relative_to(ROOT / "recipes")
+
+
+def _kept(error: Exception, path: Path | None) -> str:
+    text = "".join(traceback.format_exception(error))
+    try:
+        if path is None:
+            number, name = tempfile.mkstemp(prefix="sftlab-traceback-", suffix=".txt")
+            os.close(number)
+            path = Path(name)
+        path.write_text(text, encoding="utf-8")
+    except OSError:  # nowhere to write: it must not be lost
+        print(text, file=sys.stderr)
+        return "the lines above"
+    return str(path)
+
+
+def _print_if_asked(error: Exception) -> None:
+    if os.environ.get("SFTLAB_TRACEBACK") == "1":
+        traceback.print_exception(error)

@@ -317,4 +317,5 @@ def _written(run: Path) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    with mistakes_in_one_line():
+        sys.exit(main(sys.argv[1:]))

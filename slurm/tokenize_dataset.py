@@ -342,4 +342,5 @@ def plot_lengths(lengths: np.ndarray, limit: int | None, path: Path) -> None:
 if __name__ == "__main__":
     # an exit in Python ends the workers and their jobs
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
-    main(sys.argv[1:])
+    with mistakes_in_one_line():
+        main(sys.argv[1:])
