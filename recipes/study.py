@@ -1,7 +1,7 @@
 """What does one setting change? Train every cell of a study, and write medians, ranges and plots.
 
 python recipes/study.py recipes/studies/lora_rank.yaml [--recipe RECIPE.yaml] [--launch LAUNCH]
-    [--out results/lora_rank] [--dry-run] [--at_once n] [--task i] [--any_field value]
+    [--out FOLDER] [--dry-run] [--at_once n] [--task i] [--any_field value]
 python recipes/study.py recipes/studies/precision.yaml --random llama3.2-1b
     (speed and memory need no real weights)
 
@@ -13,6 +13,9 @@ A study file has these keys:
 - `reference`: the cell that the others are compared with (the first)
 - `quality: true` runs eval/quality.py on every run
 - `published`: figures to show beside the measured ones
+
+Tables and plots go beside the runs, into runs/study-NAME, unless `--out` names another folder.
+Tables of other runs are not replaced.
 
 Start the same command again after an interruption: it skips what is done and trains the rest.
 Memory that ran out counts as a result. `--at_once n` starts n trainings together and times them one
@@ -34,6 +37,7 @@ from typing import Any
 from sftlab.comparison.plots import draw_study
 from sftlab.comparison.run_results import about, read_results
 from sftlab.comparison.study_file import GIVEN, Study, check_comparable, load
+from sftlab.comparison.study_output import RUNS_LINE, check_not_emptied, check_output
 from sftlab.comparison.study_summary import COUNTS, claims, collect, effects, summarise
 from sftlab.comparison.study_tables import claims_table, effects_table, summary_table
 from sftlab.comparison.study_tasks import (
@@ -66,19 +70,22 @@ def main(argv: list[str]) -> None:
         given = recipe_fields(fields) | {key: getattr(arguments, key) for key in GIVEN}
         runs = arguments.runs or Path("runs") / f"study-{arguments.study.stem}"
         study = load(arguments.study, runs, given)
+        out = arguments.out or runs
         if not arguments.allow_confounded:
             check_comparable(study)
         if arguments.dry_run:
             return print("\n".join(shlex.join(task.command()) for task in study.tasks))
         tasks = chosen(study, arguments)
+        if arguments.task is None:
+            check_output(out, runs)
+        check_fields(study)
         if arguments.no_train:
             not_run = not_begun(tasks)
         else:
             not_run = train(tasks, arguments.at_once, study.random)
         unscored = [task for task in tasks if study.quality and not score(task)]
         if arguments.task is None:
-            out = arguments.out or Path("results") / study.name
-            write(study, not_run, out, arguments.allow_confounded, argv)
+            write(study, not_run, out, arguments.allow_confounded, argv, runs)
     except (ValueError, FileNotFoundError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
@@ -96,7 +103,7 @@ def parsed(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     add("--processes", type=int, help="processes of every cell that names none itself")
     add("--random", metavar="SHAPE", help="random weights of this shape, and random rows")
     add("--runs", type=Path, help="where the runs are kept (default: runs/study-NAME)")
-    add("--out", type=Path, help="where tables and plots go (default: results/NAME)")
+    add("--out", type=Path, help="where tables and plots go (default: beside the runs)")
     add("--dry-run", action="store_true", help="print the commands")
     add("--at_once", type=int, default=1, help="trainings that start together, timed in turn")
     add("--task", type=int, help="train this one alone")
@@ -117,6 +124,14 @@ def recipe_fields(words: list[str]) -> dict[str, Any]:
         name: values[0] if len(values) == 1 else values or "true"
         for name, values in field_words(words).items()
     }
+
+
+def check_fields(study: Study) -> None:
+    """Raise ValueError for a field that no recipe has, before anything is trained."""
+    from sftlab.config.parser import check_names  # imports trl, which takes time
+
+    for task in study.tasks:
+        check_names(task.fields, f"{study.name}, {task.cell}: ")
 
 
 def chosen(study: Study, arguments: argparse.Namespace) -> list[Task]:
@@ -216,17 +231,26 @@ def exit_unless_complete(
 
 
 def write(
-    study: Study, not_run: dict[str, str], out: Path, allow_confounded: bool, argv: list[str]
+    study: Study,
+    not_run: dict[str, str],
+    out: Path,
+    allow_confounded: bool,
+    argv: list[str],
+    runs: Path,
 ) -> None:
-    """Write tables and plots, and print the tables."""
+    """Write tables and plots of the runs in `runs`, and print the tables.
+
+    Raises ValueError where tables with results would be replaced by tables without any.
+    """
     rows, unexplained = collect(study, not_run, allow_confounded)
+    check_not_emptied(out, rows)
     summary, found = summarise(study, rows), claims(study, rows)
     changed = effects(study, summary)
     out.mkdir(parents=True, exist_ok=True)
     write_csv(out / "runs.csv", rows)
     write_csv(out / "summary.csv", summary)
     plots = draw_study(study, summary, out)
-    lines = heading(study, unexplained, argv)
+    lines = heading(study, unexplained, argv, runs)
     lines += result_lines(study, summary, changed, found)
     lines += [line for plot in plots for line in (f"![{plot}]({plot}.svg)", "")]
     (out / "study.md").write_text("\n".join(lines), encoding="utf-8")
@@ -239,8 +263,8 @@ def write(
     print(f"\nwritten to {out}: {', '.join(written)}")
 
 
-def heading(study: Study, unexplained: list[str], argv: list[str]) -> list[str]:
-    """Returns the first lines of study.md: command, hardware, versions, data and axis."""
+def heading(study: Study, unexplained: list[str], argv: list[str], runs: Path) -> list[str]:
+    """Returns the first lines of study.md: command, hardware, versions, data, axis and runs."""
     command = shlex.join(word for word in argv if word != "--no_train")
     ran = next((task for task in study.tasks if task.has_run()), None)
     facts = about(read_run(ran.folder)) if ran else {}
@@ -250,7 +274,7 @@ def heading(study: Study, unexplained: list[str], argv: list[str]) -> list[str]:
         lines += ["", *(f"- {line}" for line in unexplained), ""]
     lines += ["```", f"python recipes/study.py {command}", "```", ""]
     lines += [f"- {key}: {value}" for key, value in facts.items()]
-    return [*lines, f"- axis: {', '.join(study.axis)}", ""]
+    return [*lines, f"- axis: {', '.join(study.axis)}", f"{RUNS_LINE}{runs}", ""]
 
 
 def result_lines(

@@ -202,6 +202,14 @@ def _take_config(argv: list[str]) -> str | None:
     return None
 
 
+def check_names(names: Iterable[str], place: str = "") -> None:
+    """Raise ValueError for a name that is no field, or a field without effect."""
+    groups = (DataArguments, TrainingArguments, ModelArguments)
+    known = {one.name: one for group in groups for one in dataclasses.fields(group)}
+    _refuse_unknown(names, known, place)
+    _refuse_unused(list(names))
+
+
 def _refuse_unknown(names: Iterable[str], known: Mapping[str, object], place: str) -> None:
     for name in names:
         if name not in known and name not in REFUSED:
