@@ -22,6 +22,7 @@ import os
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -41,6 +42,7 @@ from sftlab.data.samplers import refuse_few_rows
 from sftlab.data.splits import Splits, load_splits
 from sftlab.data.template_facts import template_facts
 from sftlab.data.tokenized_dataset import refuse_other_encoding
+from sftlab.exit_messages import last_line
 from sftlab.fastpath.kernel_warmup import start_compilers
 from sftlab.fastpath.selection import choose
 from sftlab.measurement.hardware_limit import measure_mfu
@@ -153,11 +155,20 @@ def recorded_end(run: Run, rank: int) -> Iterator[None]:
             sys.exit(f"error: {error}")
         if not isinstance(error, SystemExit):
             run.fail(f"{type(error).__name__}: {error}", rank)
-        if run.is_main and run.began and not isinstance(error, SystemExit):
-            say_how_to_go_on(run)
-        raise
+        if not isinstance(error, Exception):
+            raise
+        say_how_to_go_on(run)
+        sys.exit(last_line(error, traceback_file(run, rank)))
     finally:
         run.release()
+
+
+def traceback_file(run: Run, rank: int) -> Path | None:
+    """Returns where a rank keeps the traceback of an internal error; None if no run began."""
+    if not run.began:
+        return None
+    run.made.note(["traceback-*.txt"])
+    return run.folder / f"traceback-{rank}.txt"
 
 
 def say_how_to_go_on(run: Run) -> None:

@@ -3,6 +3,8 @@
 import pytest
 from conftest import arguments
 
+from sftlab.training.trainer import LabTrainer
+
 # what is on the command line, and what the message says
 REFUSED = [
     ({"report_to": "wandb"}, "report_to wandb cannot be used here"),
@@ -14,6 +16,7 @@ REFUSED = [
     ({"optim": "schedule_free_adamw"}, "optim schedule_free_adamw cannot be used here"),
     ({"optim": "lomo"}, "lomo_optim"),
     ({"optim_args": "beta"}, "optim_args beta:"),
+    ({"accelerator_config": """{"nosuch": 1}"""}, "unexpected keyword argument 'nosuch'"),
     (
         {"lr_scheduler_type": "cosine_with_restarts", "lr_scheduler_kwargs": '{"cycles": 2}'},
         "cycles",
@@ -49,3 +52,20 @@ def test_a_setting_that_no_training_can_use_is_one_sentence(
     assert message in str(ended.value)
     assert "\n" not in str(ended.value)
     assert not (tmp_path / "run").exists()
+
+
+def test_what_fails_in_the_training_ends_in_a_sentence(fields, tmp_path, monkeypatch, train_here):
+    def broken(*args, **kwargs):
+        raise KeyError("no such layer")
+
+    short = fields | {"max_steps": "1"}
+    with monkeypatch.context() as patch:
+        patch.setattr(LabTrainer, "compute_loss", broken)
+        done = train_here(short)
+    assert done.returncode and "Traceback" not in done.stderr
+    *_, last = done.stderr.strip().splitlines()
+    kept = tmp_path / "run" / "traceback-0.txt"
+    assert last.startswith("internal error: KeyError: 'no such layer'") and str(kept) in last
+    assert "in broken" in kept.read_text()
+    assert train_here(short | {"overwrite": "true"}).returncode == 0
+    assert not kept.exists()

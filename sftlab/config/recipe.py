@@ -187,7 +187,10 @@ class TrainingArguments(SFTConfig):
         # transformers takes the launch config's precision from the environment only where both
         # are off
         self.bf16, self.fp16 = (False, False) if launched else (bool(self.bf16), bool(self.fp16))
-        super().__post_init__()
+        try:
+            super().__post_init__()
+        except TypeError as error:  # of the classes that transformers makes from a field's JSON
+            raise ValueError(f"a field holds a wrong name or type: {error}") from error
 
 
 class Recipe(NamedTuple):
