@@ -53,7 +53,7 @@ class Cell(NamedTuple):
 CELLS = {
     "fp32": Cell("fp32"),
     "fp16": Cell("fp16"),
-    "bf16": Cell("bf16"),
+    "bf16": Cell("single"),
     "single": Cell("single"),
     "fp8": Cell("fp8"),
     "qlora_single": Cell("single", overrides=QLORA),
@@ -67,7 +67,7 @@ CELLS = {
     ),
     "ddp": Cell("ddp", 2),
     "fsdp": Cell("fsdp", 2),
-    "bf16_two_processes": Cell("bf16", 2, ("--num_processes", "2")),
+    "bf16_two_processes": Cell("single", 2, ("--num_processes", "2")),
     "ddp_fp16": Cell("ddp", 2, ("--mixed_precision", "fp16")),
     "ddp_qlora": Cell("ddp", 2, overrides=QLORA),
     "fsdp_qlora": Cell("fsdp", 2, overrides={**QLORA, "optim": "adamw_torch_fused"}),

@@ -41,9 +41,9 @@ ALL_GPUS = {
 ONE_GPU = {
     "techniques": f"{STUDY}/techniques.yaml --random llama3.2-1b --max_steps 10 --at_once 4",
     "ddp_vs_fsdp_1gpu": f"{STUDY}/ddp_vs_fsdp.yaml --random llama3.2-1b --processes 1"
-    " --max_steps 24 --at_once 9 --runs runs/study-ddp_vs_fsdp_1gpu --out results/ddp_vs_fsdp_1gpu",
+    " --max_steps 24 --at_once 9 --runs runs/study-ddp_vs_fsdp_1gpu",
     "strategy_7b_1gpu": f"{STUDY}/strategy_7b.yaml --random llama2-7b --processes 1"
-    " --at_once 3 --runs runs/study-strategy_7b_1gpu --out results/strategy_7b_1gpu",
+    " --at_once 3 --runs runs/study-strategy_7b_1gpu",
     "precision": f"{STUDY}/precision.yaml --random llama3.2-1b --at_once 5",
     "kv_cache": "benchmarks/kv_cache.py --model llama3.2-1b --dtype bfloat16",
     "kv_cache_float32": "benchmarks/kv_cache.py --model llama3.2-1b --batches 1 8 --prompts 256"

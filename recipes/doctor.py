@@ -20,8 +20,10 @@ import tempfile
 from pathlib import Path
 
 from sftlab.exit_messages import mistakes_in_one_line
+from sftlab.config.launch_file import read_launch_config
 from sftlab.paths import ROOT
 from sftlab.script_options import Options
+from sftlab.yaml_files import read_yaml
 
 try:
     from sftlab.planning.machine_checks import FAILS, FINE, Finding, examine
@@ -50,6 +52,12 @@ def main(argv: list[str]) -> None:
             f"error: {fields[0]} is a recipe's field, and no recipe was given: pass --config "
             "RECIPE.yaml"
         )
+    if arguments.config:
+        try:
+            read_yaml(arguments.config)
+            read_launch_config(arguments.config_file)
+        except ValueError as error:
+            sys.exit(f"error: {error}")
     failed = []
     for finding in examine(arguments.runs):
         failed += say(finding)

@@ -182,7 +182,7 @@ def test_fp8_refuses_weights_that_it_cannot_round(fields, monkeypatch, asked, wh
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "-1")
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp8")
     with pytest.raises(
-        ValueError, match=f"fp8 rounds the frozen weights, and .*{why}.*: launch with bf16.yaml"
+        ValueError, match=f"fp8 rounds the frozen weights, and .*{why}.*: launch with single.yaml"
     ):
         parsed(fields, asked)
 
@@ -265,7 +265,7 @@ def test_the_launch_configs_hold_what_their_names_say():
     from accelerate.commands.config.config_args import load_config_from_file
 
     folder = ROOT / "accelerate_configs"
-    names = {"cpu", "cpu_ddp", "single", "ddp", "fsdp", "fp32", "fp16", "bf16", "fp8"}
+    names = {"cpu", "cpu_ddp", "single", "ddp", "fsdp", "fp32", "fp16", "fp8"}
     assert {p.stem for p in folder.glob("*.yaml")} == names
     for name in names:
         path = folder / f"{name}.yaml"
@@ -273,7 +273,7 @@ def test_the_launch_configs_hold_what_their_names_say():
         config = load_config_from_file(str(path))
         assert config.num_processes == (2 if name in ("cpu_ddp", "ddp", "fsdp") else 1)
     precisions = {n: yaml.safe_load((folder / f"{n}.yaml").read_text()) for n in names}
-    for name, mixed in (("fp32", "no"), ("fp16", "fp16"), ("bf16", "bf16"), ("fp8", "fp8")):
+    for name, mixed in (("fp32", "no"), ("fp16", "fp16"), ("single", "bf16"), ("fp8", "fp8")):
         assert precisions[name].pop("mixed_precision") == mixed
         precisions[name].pop("fp8_config", None)
         assert precisions[name] == precisions["fp32"]

@@ -15,6 +15,7 @@ from sftlab.comparison import comparability
 from sftlab.comparison.run_settings import settings
 from sftlab.comparison.study_tasks import LAUNCH_CONFIG_HINT, Task
 from sftlab.config.launch import PRECISIONS
+from sftlab.config.launch_file import read_launch_config
 from sftlab.paths import ROOT
 from sftlab.yaml_files import read_yaml
 
@@ -221,7 +222,7 @@ def _cell_task(
         )
     launch = {**launch, **{k: v for k, v in settings.items() if k in LAUNCH_KEYS}}
     config = _launch_config(launch["launch"] or "single")
-    processes = launch["processes"] or read_yaml(config, folder=ROOT)["num_processes"]
+    processes = launch["processes"] or read_launch_config(config, ROOT).get("num_processes", 1)
     flags = _flags(launch["flags"])
     return Task(cell, cell, 0, Path(cell), config, processes, flags, own, recipe)
 

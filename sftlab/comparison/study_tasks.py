@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from sftlab.comparison.run_results import outcome
+from sftlab.config.launch_file import read_launch_config
 from sftlab.files import write_json
 from sftlab.paths import ROOT
 from sftlab.runs.run_directory import read_run
@@ -49,7 +50,7 @@ class Task(NamedTuple):
 
     def launch_config(self) -> dict[str, Any]:
         """Returns the fields of the launch config file."""
-        return read_yaml(self.launch, "launch config", LAUNCH_CONFIG_HINT, ROOT)
+        return read_launch_config(self.launch, ROOT)
 
     def has_run(self) -> bool:
         """Returns whether its folder holds a run."""

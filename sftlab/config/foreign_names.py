@@ -83,7 +83,7 @@ ANSWERS = {
     ),
     "group_by_length": "packing leaves no padding to save; the order of the rows stays random",
     "logging_dir": "the curves go to output_dir/tensorboard",
-    "pure_bf16": "launch with accelerate_configs/bf16.yaml",
+    "pure_bf16": "launch with accelerate_configs/single.yaml",
     "special_tokens": "eos_token and pad_token name tokens of the vocabulary",
     "evals_per_epoch": "give eval_strategy: steps, with eval_steps as a share such as 0.1",
     "saves_per_epoch": "give save_strategy: steps, with save_steps as a share such as 0.1",
@@ -142,7 +142,11 @@ def unknown_field(name: str, known: Collection[str]) -> str:
         return f"unknown field {name!r}: that is {SAME[lower]} here"
     if lower in ANSWERS:
         return f"unknown field {name!r}: {ANSWERS[lower]}"
-    near = difflib.get_close_matches(lower, known, n=1, cutoff=_NEAR)
-    if near:
-        return f"unknown field {name!r}; did you mean {near[0]!r}?"
+    if near := near_name(lower, known):
+        return f"unknown field {name!r}; did you mean {near!r}?"
     return f"unknown field {name!r}: docs/reference.md lists every field"
+
+
+def near_name(name: str, known: Collection[str]) -> str | None:
+    """Returns the known name that a misspelt one is near to; None where none is."""
+    return next(iter(difflib.get_close_matches(name.lower(), known, n=1, cutoff=_NEAR)), None)

@@ -8,7 +8,8 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from pathlib import Path
+
+from sftlab.config.launch_file import read_launch_config
 
 PRECISIONS = {"no": "fp32", "fp16": "fp16", "bf16": "bf16", "fp8": "fp8"}
 COMPUTE_DTYPE = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16", "fp8": "bfloat16"}
@@ -68,16 +69,13 @@ def exported(
 ) -> dict[str, str]:
     """Returns the variables that `accelerate launch` would export, without launching.
 
-    accelerate itself reads `config_file` and `flags`. Raises ValueError for a missing file.
+    accelerate itself reads `config_file` and `flags`. Raises ValueError for a file that is missing
+    or malformed.
     """
     from accelerate.commands.launch import _validate_launch_command, launch_command_parser
     from accelerate.utils.launch import prepare_multi_gpu_env
 
-    if not Path(config_file).is_file():
-        raise ValueError(
-            f"launch config {config_file} not found: give one of accelerate_configs/, for example "
-            "accelerate_configs/single.yaml"
-        )
+    read_launch_config(config_file)
     words = [word for name, value in (flags or {}).items() for word in (f"--{name}", str(value))]
     arguments = launch_command_parser().parse_args(
         ["--config_file", str(config_file), *words, "sft.py"]

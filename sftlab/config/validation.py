@@ -111,13 +111,13 @@ def _resolve_precision(recipe: Recipe) -> None:
     precision = PRECISIONS[recipe.training.mixed_precision]
     compute = COMPUTE_DTYPE[precision]
     if model.dtype not in (None, compute, "float32"):
-        fitting = "bf16" if model.dtype == "bfloat16" else "fp16"
+        fitting = "single" if model.dtype == "bfloat16" else "fp16"
         raise ValueError(
             f"the recipe's dtype is {model.dtype}, which contradicts the launch config's precision "
             f"{precision}: launch with {fitting}.yaml or leave dtype out"
         )
     if precision == "fp8" and (why := _fp8_conflict(model)):
-        raise ValueError(f"fp8 rounds the frozen weights, and {why}: launch with bf16.yaml")
+        raise ValueError(f"fp8 rounds the frozen weights, and {why}: launch with single.yaml")
     # trained weights keep float32 copies; autocast computes in the launch config's precision
     model.dtype = model.dtype or (compute if model.use_peft else "float32")
 

@@ -94,7 +94,7 @@ def freeze_in_float8(model: nn.Module, device: torch.device | None = None) -> in
     if not names:
         raise ValueError(
             "fp8: the model has no frozen linear whose sizes are multiples of 16: launch with "
-            "bf16.yaml"
+            "single.yaml"
         )
     for name in names:
         parent, _, child = name.rpartition(".")

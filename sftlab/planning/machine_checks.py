@@ -179,7 +179,7 @@ def check_float8(capability: tuple[int, int], name: str) -> Finding:
             "fp8",
             WARNING,
             f"{name} does not have it (needs compute capability 8.9)",
-            "launch with bf16.yaml",
+            "launch with single.yaml",
         )
     return Finding("fp8", FINE, f"{name}, compute capability {capability[0]}.{capability[1]}")
 
