@@ -137,16 +137,19 @@ def recorded_end(run: Run, rank: int) -> Iterator[None]:
             run.finish("interrupted", reason=f"signal {stopped.number}: stopped at once")
         say_how_to_go_on(run)
         sys.exit(128 + stopped.number)
-    except (NotFinite, AfterTraining) as error:
-        if is_full(error):
-            run.finish("interrupted", reason=f"{error}")
+    except NotFinite as error:
         run.fail(f"{error}", rank)
         if not run.is_main:
             sys.exit(2)
         print(file=sys.stderr)  # the progress bar's line ends here
-        if isinstance(error, NotFinite):
-            sys.exit(f"error: the training {error}. {run.way_on()} {REMEDY}")
-        sys.exit(f"error: {error}. {run.way_on()}")
+        sys.exit(f"error: the training {error}. {run.way_on()} {REMEDY}")
+    except AfterTraining as error:
+        cause = error.__cause__ or error
+        if is_full(cause):
+            run.finish("interrupted", reason=f"{error} ({cause})")
+        run.fail(f"{error} ({type(cause).__name__}: {cause})", rank)
+        why = last_line(cause, traceback_file(run, rank)).removeprefix("error: ")
+        sys.exit(f"error: {error} ({why}). {run.way_on()}" if run.is_main else 2)
     except BaseException as error:
         if is_full(error):
             if run.began:
@@ -225,6 +228,7 @@ def prepare(
         if isinstance(rows, Dataset):
             refuse_beyond_model(rows, name, config, training.max_length)
     if start.at_stake:
+        trainer.checkpointer.refuse_full_disk(run.made_bytes)
         begin(run, start, recipe, launch, facts | {"loss": looked.facts})
     trainer.checkpointer.must_match, trainer.checkpointer.hardware = must, now["hardware"]
     if error := compilers.exception():

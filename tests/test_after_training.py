@@ -38,7 +38,7 @@ def test_an_adapter_that_cannot_be_saved_is_kept_in_a_checkpoint(
     assert done.returncode
     assert "Traceback" not in done.stderr
     *_, last = done.stderr.strip().splitlines()
-    assert last.startswith("error: saving the adapter failed after the last step (PermissionError")
+    assert last.startswith("error: saving the adapter failed after the last step (")
     assert "start the same command again: it continues from checkpoint-3" in last
     assert read(tmp_path / "run")["status"] == "failed"
     again = trained_here(own)

@@ -190,7 +190,8 @@ DAMAGED = {
     "a finish that is no time": (with_(finished=5), "finished is 5, expected a text or null"),
     "a host alone": (with_(host_pid=["here"]), "host_pid is .*, expected a host and a process id"),
     "losses": (with_(losses=[[1, "low"]]), "losses is .*, expected a list, each a step and a loss"),
-    "a folder": (lambda path: (path.unlink(), path.mkdir()), "cannot be read: Is a directory"),
+    "a folder": (lambda path: (path.unlink(), path.mkdir()), "cannot be read: it is a folder"),
+    "a pipe": (lambda path: (path.unlink(), os.mkfifo(path)), "cannot be read: it is no file"),
     "a link to nothing": (lambda path: (path.unlink(), path.symlink_to("x")), "No such file"),
 }
 
@@ -227,7 +228,7 @@ def test_an_adapter_without_record_and_checkpoint_is_replaced_only_with_overwrit
     shutil.rmtree(folder / "checkpoint-3")
     (folder / "run.json").unlink()
     before = snapshot(folder)
-    with pytest.raises(ValueError, match=r"trained by a run whose run\.json is gone.*--overwrite"):
+    with pytest.raises(ValueError, match=r"trained by a run without run\.json.*--overwrite"):
         started(folder)
     assert snapshot(folder) == before
     started(folder, overwrite=True)
@@ -258,11 +259,61 @@ def test_a_run_that_began_meanwhile_is_not_written_over(tmp_path):
     assert snapshot(folder) == before
 
 
+NO_FILES = {
+    "a folder": lambda path: path.mkdir(),
+    "a pipe": os.mkfifo,
+    "a link": lambda path: path.symlink_to("elsewhere"),
+    "a link to itself": lambda path: path.symlink_to(path.name),
+}
+
+
+@pytest.mark.parametrize("make", NO_FILES.values(), ids=NO_FILES)
+@pytest.mark.parametrize("name", ["progress.json", LOCK, "made.txt", "checkpoint-9/manifest.json"])
+def test_what_is_no_file_is_never_waited_for_or_written_through(tmp_path, name, make):
+    folder = tmp_path / "r"
+    started(folder)[0].release()
+    checkpoint(folder, 3)
+    (folder / name).parent.mkdir(exist_ok=True)
+    (folder / name).unlink(missing_ok=True)
+    make(folder / name)
+    try:
+        _, start = started(folder)
+    except ValueError as error:
+        assert name in f"{error}"
+    else:
+        assert start.checkpoint.endswith("checkpoint-3")
+    assert not (folder / "elsewhere").exists()
+
+
+@pytest.mark.parametrize("name", ["adapter", "tensorboard"])
+def test_a_file_in_place_of_a_folder_is_named(tmp_path, name):
+    started(tmp_path)
+    put(tmp_path, name)
+    with pytest.raises(ValueError, match=f"{name} is no folder, and the run needs one"):
+        started(tmp_path)
+    assert (tmp_path / name).read_text() == f"mine: {name}"
+
+
+def test_what_a_kill_left_in_a_new_folder_is_no_obstacle(tmp_path):
+    names = [f".{name}.host.9.part" for name in ("run.json", "made.txt")]
+    put(tmp_path, *names)
+    started(tmp_path)
+    assert not set(names) & set(snapshot(tmp_path))
+
+
+@pytest.mark.parametrize("name", ["x" * 300, "file/below"])
+def test_a_folder_that_cannot_be_made_is_one_sentence(tmp_path, name):
+    put(tmp_path, "file")
+    with pytest.raises(ValueError, match="cannot be made: "):
+        started(tmp_path / name)
+
+
 HOLDER = """
 import sys, time
 from pathlib import Path
 from sftlab.runs import run_lock
 run_lock.socket.gethostname = lambda: "node7"
+run_lock.os.environ["SLURM_JOB_ID"] = "7"
 run_lock.acquire(Path(sys.argv[1]))
 print("held", flush=True)
 time.sleep(60)
@@ -281,7 +332,9 @@ def holder(tmp_path):
         process.kill()
 
 
-def test_a_second_launch_into_a_folder_is_refused_until_the_first_has_died(tmp_path, holder):
+def test_a_second_launch_into_a_folder_is_refused_until_the_first_has_died(
+    tmp_path, monkeypatch, holder
+):
     before = snapshot(tmp_path)
     for overwrite in (False, True):
         with pytest.raises(
@@ -292,6 +345,12 @@ def test_a_second_launch_into_a_folder_is_refused_until_the_first_has_died(tmp_p
     with pytest.raises(ValueError, match="is being written by a running process"):
         run.begin(run_start(tmp_path / "r"), RECIPE, LAUNCH)
     assert snapshot(tmp_path) == before
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    monkeypatch.setenv("SLURM_JOB_ID", "8")
+    with pytest.raises(ValueError, match="is being written by"):
+        started(tmp_path / "r")
+    monkeypatch.setenv("SLURM_JOB_ID", "7")  # Slurm restarted the job of a node that is gone
+    Run(tmp_path / "r", is_main=True).look(RECIPE, LAUNCH, overwrite=False)
     holder.kill()
     holder.wait()
     assert b"node7" in (tmp_path / "r" / LOCK).read_bytes(), "the dead process's entry"

@@ -237,6 +237,8 @@ def _synced_entry(path: Path) -> list[Any]:
 
 def _read_manifest(folder: Path) -> dict[str, Any]:
     path = folder / MANIFEST
+    if path.exists() and not path.is_file():
+        raise ValueError(f"{folder.name}/{MANIFEST} is no file")
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
         content, stated = manifest["content"], manifest["sha256"]

@@ -40,6 +40,8 @@ class MadeFiles:
     def lines(self) -> list[str]:
         """Returns the names. Raises ValueError for a file that is no such list."""
         if not self.exists():
+            if os.path.lexists(self.path):
+                raise ValueError(f"{self.path} is no file that a run made: move it away")
             return []
         try:
             heading, *names = self.path.read_text(encoding="utf-8").splitlines()

@@ -1,6 +1,7 @@
 """Whose is a folder? Only a run's own, or an empty one, is ever written into."""
 
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ from sftlab.runs.run_lock import LOCK
 # what recipes/study.py writes into a task's folder before the training begins
 _LAUNCHERS = ("task.json", "log")
 _SHOWN = 5
+# files that a kill left while they were written: see sftlab/files.py
+PARTS = re.compile(r"\.(run\.json|made\.txt)\..+\.\d+\.part")
 
 
 def existing_record(folder: Path) -> dict[str, Any] | None:
@@ -20,6 +23,12 @@ def existing_record(folder: Path) -> dict[str, Any] | None:
 
     Raises ValueError for a folder that is not a run's, and for a run.json that is damaged.
     """
+    try:
+        os.stat(folder)
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except OSError as error:  # a name that is too long, a link to itself
+        raise ValueError(f"--output_dir {folder} cannot be made: {error.strerror}") from error
     if os.path.lexists(folder) and not folder.is_dir():
         what = "a link to nothing" if folder.is_symlink() else "no folder"
         raise ValueError(
@@ -32,12 +41,20 @@ def existing_record(folder: Path) -> dict[str, Any] | None:
             made.lines()
         except ValueError as error:
             raise ValueError(f"{error}. {_untouched(folder)}") from error
+        _refuse_no_folders(folder)
         return record
+    _refuse_no_folders(folder)
     if made.exists():
         made.lines()
     elif not in_order(folder):
         _refuse_foreign(folder)
     return None
+
+
+def _refuse_no_folders(folder: Path) -> None:
+    for name in ("adapter", "tensorboard"):
+        if os.path.lexists(folder / name) and not (folder / name).is_dir():
+            raise ValueError(f"{folder / name} is no folder, and the run needs one: move it away")
 
 
 def _untouched(folder: Path) -> str:
@@ -53,7 +70,9 @@ def _untouched(folder: Path) -> str:
 def _refuse_foreign(folder: Path) -> None:
     """Raise ValueError for a folder with files that are not a run's."""
     own = (*_LAUNCHERS, LOCK)
-    found = sorted(path for path in folder.glob("*") if path.name not in own)
+    found = sorted(
+        path for path in folder.glob("*") if path.name not in own and not PARTS.fullmatch(path.name)
+    )
     if found:
         names = [f"{path.name}/" if path.is_dir() else path.name for path in found]
         more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""

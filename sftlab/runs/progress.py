@@ -41,7 +41,7 @@ def read(folder: Path) -> Progress | None:
     Raises ValueError for a file that cannot be read, as after a power loss or an edit by hand.
     """
     path = folder / NAME
-    if not path.exists():
+    if not os.path.lexists(path):
         return None
     noted = read_object(path)
     check(noted, str(path), {"step": COUNT, "train_seconds": DURATION, "noted": NUMBER})

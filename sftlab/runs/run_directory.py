@@ -4,10 +4,7 @@ import hashlib
 import json
 import os
 import socket
-import time
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
-from datetime import UTC, datetime
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,33 +13,21 @@ from sftlab.runs import progress, run_lock
 from sftlab.runs.checkpoint_manifest import foreign, in_order, newest_valid, set_aside
 from sftlab.runs.clearing import clear, own_curves
 from sftlab.runs.environment import environment
-from sftlab.runs.made_files import EVALUATIONS, MadeFiles
-from sftlab.runs.ownership import existing_record, refuse_unlisted
+from sftlab.runs.made_files import EVALUATIONS, MadeFiles, free_name, walk
+from sftlab.runs.matching import comparable, differences, must_match
+from sftlab.runs.ownership import PARTS, existing_record, refuse_unlisted
 from sftlab.runs.record import RECORD, STATUSES, read_run
+from sftlab.runs.start import Start, interruption, max_steps, now_utc
 from sftlab.runs.tensorboard_curves import restore
 
 # the two models of a run, as evaluations name them
 SIDES = ("base", "tuned")
+ENDED = {"running": "did not end", "failed": "failed", "interrupted": "was interrupted"}
 # what to change where a training diverged
 REMEDY = (
     "Change something first: a lower --learning_rate, more --warmup_steps, --max_grad_norm 1, or "
     "bf16 instead of fp16; --resume_anyway true continues with the change"
 )
-# recipe fields that may differ between an interrupted run and its continuation
-_FREE_FIELDS = {
-    "overwrite",
-    "resume_anyway",
-    "disable_tqdm",
-    "log_level",
-    "logging_first_step",
-    "report_to",
-    "dataset_num_proc",
-    "output_dir",
-    "logging_dir",
-    "run_name",
-    "save_total_limit",
-    "save_adapter",
-}
 
 
 def adapter_hash(folder: str | os.PathLike) -> str | None:
@@ -63,27 +48,6 @@ def adapter_hash(folder: str | os.PathLike) -> str | None:
     except (ValueError, AttributeError, RecursionError):
         pass  # no JSON object: the bytes are what it is
     return hashlib.sha256(file_hash(weights).encode() + settings).hexdigest()[:16]
-
-
-@dataclass
-class Start:
-    """How a run starts, as found before anything is written.
-
-    `checkpoint` is the one that it continues from, `must_match` what must be the same, `says` what
-    the user should know. `at_stake` says that it replaces what an earlier run trained.
-    """
-
-    checkpoint: str | None = None
-    must_match: dict[str, Any] = field(default_factory=dict)
-    warnings: list[str] = field(default_factory=list)
-    says: list[str] = field(default_factory=list)
-    changed: list[str] = field(default_factory=list)
-    at_stake: bool = False
-    overwrite: bool = False
-    record: dict[str, Any] | None = None
-    seen: bytes | None = None
-    manifest: dict[str, Any] | None = None
-    invalid: list[tuple[Path, str]] = field(default_factory=list)
 
 
 class Run:
@@ -160,7 +124,7 @@ class Run:
                 "uninterrupted run"
             )
         start.checkpoint, start.must_match, start.manifest = str(checkpoint), must, manifest
-        steps = _max_steps(checkpoint)
+        steps = max_steps(checkpoint)
         left = f" of {steps:,}, {max(0, steps - manifest['step']):,} left" if steps else ""
         start.says.append(
             f"{self.folder} continues from {checkpoint.name}: {manifest['step']:,} steps done{left}"
@@ -185,7 +149,12 @@ class Run:
 
         Returns warnings. Raises ValueError if another process began one meanwhile.
         """
-        self.folder.mkdir(parents=True, exist_ok=True)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ValueError(
+                f"--output_dir {self.folder} cannot be made: {error.strerror}"
+            ) from error
         run_lock.acquire(self.folder)
         if self._seen() != start.seen:
             run_lock.release(self.folder)
@@ -196,6 +165,9 @@ class Run:
         self.began = True
         record, now, entries = start.record, environment(), []
         aside = [] if start.overwrite else set_aside(self.folder, start.invalid)
+        for left in self.folder.iterdir():
+            if PARTS.fullmatch(left.name):
+                left.unlink()
         reached, unknown = self._reached()
         warnings = aside + unknown
         curves = own_curves(self.folder)
@@ -206,7 +178,7 @@ class Run:
             if "tensorboard" in (recipe.get("report_to") or []):
                 warnings += self._restore_curves(Path(start.checkpoint), start.manifest, curves)
             at = (start.manifest["step"], start.manifest["train_seconds"])
-            entry = _interruption(record, start.checkpoint, reached, *at, aside)
+            entry = interruption(record, start.checkpoint, reached, *at, aside)
             entries = [entry | {"changed": start.changed}]
         else:
             for path in [*curves, self.folder / progress.NAME]:
@@ -214,9 +186,14 @@ class Run:
             if start.overwrite or not record or list(differences(record["recipe"], recipe)):
                 record = None
             else:
-                entries = [_interruption(record, None, reached, 0, 0.0, aside)]
+                entries = [interruption(record, None, reached, 0, 0.0, aside)]
         self._write(record, recipe, launch, now | facts, entries)
         return warnings
+
+    def made_bytes(self) -> int:
+        """Returns the size of what the run made."""
+        folders = [*in_order(self.folder), self.adapter]
+        return sum(path.lstat().st_size for folder in folders for path in walk(folder))
 
     def release(self) -> None:
         """Let other processes train in this folder."""
@@ -246,7 +223,7 @@ class Run:
 
     def _refuse_lone_adapter(self, record: dict[str, Any] | None) -> None:
         if self._trained():
-            how = f"a run that {record['status']}" if record else "a run whose run.json is gone"
+            how = f"a run that {ENDED[record['status']]}" if record else "a run without run.json"
             raise ValueError(
                 f"{self.adapter} was trained by {how}, and there is no checkpoint to continue "
                 "from: pass --overwrite to train it again, or another --output_dir"
@@ -274,7 +251,11 @@ class Run:
         try:
             return progress.read(self.folder), []
         except ValueError as error:
-            return None, [f"{error}: what the interruption cost is not known"]
+            path, said = self.folder / progress.NAME, f"{error}"
+            if path.is_symlink() or not path.is_file():
+                place = free_name(path.with_name(f"{path.name}-not-of-this-run"))
+                said += f", and was moved to {path.rename(place)}"
+            return None, [f"{said}: what the interruption cost is not known"]
 
     def _restore_curves(
         self, checkpoint: Path, manifest: dict[str, Any], files: list[Path]
@@ -299,7 +280,7 @@ class Run:
         entries: list[dict[str, Any]],
     ) -> None:
         old = old or {}
-        record = {"status": "running", "reason": None, "started": old.get("started", _now())}
+        record = {"status": "running", "reason": None, "started": old.get("started", now_utc())}
         record["interruptions"] = [*old.get("interruptions", []), *entries]
         record |= {
             "host_pid": [socket.gethostname(), os.getpid()],
@@ -326,7 +307,7 @@ class Run:
     def finish(self, status: str, **facts: Any) -> None:
         """Write the final status (rank 0)."""
         assert status in STATUSES
-        self.update(status=status, finished=_now(), **facts)
+        self.update(status=status, finished=now_utc(), **facts)
 
     def fail(self, reason: str, rank: int | None) -> None:
         """Record a failure of a rank (None: from outside). The first recorded one stays.
@@ -340,36 +321,9 @@ class Run:
                     "status": "failed",
                     "reason": reason,
                     "failed_rank": rank,
-                    "finished": _now(),
+                    "finished": now_utc(),
                 }
                 write_json(self.path, record)
-
-
-def _interruption(
-    record: dict[str, Any] | None,
-    checkpoint: str | None,
-    reached: progress.Progress | None,
-    step: int,
-    seconds: float,
-    aside: list[str],
-) -> dict[str, Any]:
-    """Returns an entry of `interruptions`: how the last start ended, and what that cost."""
-    old = record or {}
-    entry = {
-        "status": old.get("status", "unknown"),
-        "reason": old.get("reason"),
-        "continued": _now(),
-    }
-    cost = progress.cost(reached, step, seconds, time.time())
-    return entry | {"from": checkpoint, "step": step, **cost, "set_aside": aside}
-
-
-def _max_steps(checkpoint: Path) -> int | None:
-    try:
-        state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
-        return int(state["max_steps"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
 
 
 def _requeued(record: Mapping[str, Any] | None) -> bool:
@@ -381,45 +335,3 @@ def _requeued(record: Mapping[str, Any] | None) -> bool:
     return bool(
         again and record and record["status"] != "succeeded" and record["recipe"].get("overwrite")
     )
-
-
-def must_match(
-    recipe: Mapping[str, Any], launch: Mapping[str, Any], now: Mapping[str, Any]
-) -> dict[str, Any]:
-    """Returns what must be the same for an exact continuation, as a manifest holds it.
-
-    `now` is `environment()`.
-    """
-    asked = {name: launch.get(name) for name in ("precision", "strategy", "world_size")}
-    found = {"recipe": dict(recipe), "launch": asked, "versions": now["versions"]}
-    return json.loads(json.dumps(found, default=str))
-
-
-def comparable(hardware: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the hardware that decides the order of sums, and so the last digits.
-
-    That is the GPU, or without one the machine and its number of CPU cores.
-    """
-    return {
-        name: hardware.get(name)
-        for name in (("gpu",) if hardware.get("gpu") else ("cpu_cores", "machine"))
-    }
-
-
-def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
-    """Yield each difference in a few words. Settings that may differ are left out."""
-    old, new = (json.loads(json.dumps(dict(one), default=str)) for one in (old, new))
-    for name in sorted(set(old) | set(new)):
-        was, is_ = old.get(name), new.get(name)
-        if was == is_ or name in _FREE_FIELDS:
-            continue
-        if isinstance(was, dict) and isinstance(is_, dict):
-            yield from differences(was, is_, "" if name == "recipe" else f"{prefix}{name} ")
-        else:
-            yield f"{prefix}{name} ({was!r} was, {is_!r} is)".replace(
-                "launch world_size", "world size"
-            )
-
-
-def _now() -> str:
-    return datetime.now(UTC).isoformat(timespec="seconds")

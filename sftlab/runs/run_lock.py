@@ -23,9 +23,9 @@ _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 def refuse_held(folder: Path) -> None:
     """Raise ValueError if another process trains in the folder. Changes nothing."""
     path = folder / LOCK
-    if _key(path) in _held or not path.is_file():
+    if _key(path) in _held or not os.path.lexists(path):
         return
-    descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+    descriptor = _opened(path)
     try:
         _lock(descriptor, folder)
     finally:
@@ -37,13 +37,14 @@ def acquire(folder: Path) -> None:
     path = folder / LOCK
     if _key(path) in _held:
         return
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
+    descriptor = _opened(path, os.O_CREAT)
     try:
         _lock(descriptor, folder)
     except ValueError:
         os.close(descriptor)
         raise
     about = {"host": socket.gethostname(), "pid": os.getpid(), "process_started": _started()}
+    about |= {"job": os.environ.get("SLURM_JOB_ID")}
     about["since"] = datetime.now(UTC).isoformat(timespec="seconds")
     os.ftruncate(descriptor, 0)
     os.pwrite(descriptor, json.dumps(about).encode() + b"\n", 0)
@@ -58,16 +59,41 @@ def release(folder: Path) -> None:
         os.close(descriptor)
 
 
+def _opened(path: Path, more: int = 0) -> int:
+    if os.path.lexists(path) and (path.is_symlink() or not path.is_file()):
+        raise ValueError(f"{path} is no file that a run made: move it away")
+    try:
+        return os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | more, 0o644)
+    except OSError as error:
+        raise ValueError(f"{path} cannot be opened: {error.strerror}") from error
+
+
 def _lock(descriptor: int, folder: Path) -> None:
     try:
         fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         if error.errno in _NO_LOCKS:
             return _refuse_living(descriptor, folder)
+        if _is_earlier_start(descriptor):
+            return
         raise ValueError(
             f"{folder} is being written by a running process ({_holder(descriptor)}): wait for it, "
             "stop it, or train with another --output_dir"
         ) from error
+
+
+def _is_earlier_start(descriptor: int) -> bool:
+    """Whether an earlier start of this Slurm job holds the lock.
+
+    Slurm ends it before it restarts the job. A file server may keep the lock of a node that is gone
+    for longer.
+    """
+    job, again = os.environ.get("SLURM_JOB_ID"), int(os.environ.get("SLURM_RESTART_COUNT", 0))
+    try:
+        found = json.loads(os.pread(descriptor, 4096, 0))
+        return bool(job and again and found["job"] == job)
+    except (ValueError, KeyError, TypeError):
+        return False
 
 
 def _refuse_living(descriptor: int, folder: Path) -> None:

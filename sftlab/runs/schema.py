@@ -56,6 +56,9 @@ def list_of(kind: Kind) -> Kind:
 
 def read_object(path: Path) -> dict[str, Any]:
     """Returns the JSON object in a file. Raises ValueError with the file for anything else."""
+    if path.exists() and not path.is_file():  # a pipe would be waited for
+        what = "a folder" if path.is_dir() else "no file"
+        raise ValueError(f"{path} cannot be read: it is {what}, expected a JSON object in a file")
     try:
         content = path.read_bytes()
     except OSError as error:

@@ -67,7 +67,10 @@ class Checkpointer(TrainerCallback):
         Raises ValueError for a checkpoint of others whose name this training needs.
         """
         steps = range(state.global_step + 1, state.max_steps + 1)
-        if taken := [path.name for path in foreign(self.folder) if step_of(path) in steps]:
+        others = [
+            path for path in foreign(self.folder) if path.name == f"checkpoint-{step_of(path)}"
+        ]
+        if taken := [path.name for path in others if step_of(path) in steps]:
             raise ValueError(
                 f"{self.folder} has {', '.join(taken)}, which this run did not make and would have "
                 "to write: move it, or pass another --output_dir"
@@ -133,6 +136,15 @@ class Checkpointer(TrainerCallback):
         Every rank calls it, before the first step.
         """
         if why := self._ask_rank_0(lambda: self.room.make(None)):
+            raise NoRoom(f"{why}; free some, or train with --output_dir on another disk")
+
+    def refuse_full_disk(self, freed: Callable[[], int]) -> None:
+        """Raise NoRoom if the disk cannot take one checkpoint once an earlier run is replaced.
+
+        `freed` returns the bytes of that run. Nothing is removed. Every rank calls it.
+        """
+        room = self.room
+        if why := self._ask_rank_0(lambda: room.describe() if room.is_short(freed()) else None):
             raise NoRoom(f"{why}; free some, or train with --output_dir on another disk")
 
     def facts(self) -> dict[str, Any]:

@@ -50,9 +50,9 @@ class DiskRoom:
         """Returns the size of the last checkpoint, or an estimate before the first one."""
         return self.sizes[-1] if self.sizes else estimate_checkpoint_bytes(self._trainer)
 
-    def is_short(self) -> bool:
-        """Returns whether the disk cannot take one more checkpoint."""
-        return self._free() < self.checkpoint_bytes()
+    def is_short(self, freed: int = 0) -> bool:
+        """Returns whether the disk cannot take one more checkpoint, once `freed` bytes are free."""
+        return self._free() + freed < self.checkpoint_bytes()
 
     def make(self, best: str | None) -> str | None:
         """Delete old checkpoints if one more does not fit and `save_total_limit` allows it.

@@ -1,6 +1,5 @@
 """Saves what was trained into the run directory."""
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -16,7 +15,7 @@ from sftlab.runs.run_directory import Run
 
 
 class AfterTraining(RuntimeError):
-    """What follows the last step failed; the message says what, and why."""
+    """What follows the last step failed; the message says what, and its cause why."""
 
 
 @contextmanager
@@ -35,9 +34,7 @@ def after_training(trainer: SFTTrainer, what: str) -> Iterator[None]:
         if alone and f"checkpoint-{step}" not in saved and not adapter.is_file():
             with suppress(OSError, RuntimeError, ValueError, SafetensorError):
                 trainer._save_checkpoint(trainer.model, None)
-        raise AfterTraining(
-            f"{what} failed after the last step ({type(error).__name__}: {error})"
-        ) from error
+        raise AfterTraining(f"{what} failed after the last step") from error
 
 
 def save_adapter(trainer: SFTTrainer, run: Run) -> None:
@@ -71,8 +68,6 @@ def _take_place(temporary: Path, run: Run) -> None:
         if path not in old and path.relative_to(run.adapter) in new:
             path.rename(free_name(path.with_name(f"{path.name}-not-of-this-run")))
     run.made.note_files(run.adapter / name for name in sorted(new))
-    if os.path.lexists(run.adapter) and not run.adapter.is_dir():
-        run.adapter.rename(free_name(run.folder / "adapter-not-of-this-run"))
     if not run.adapter.is_dir():
         temporary.rename(run.adapter)
     else:
