@@ -46,7 +46,8 @@ from sftlab.exit_messages import last_line
 from sftlab.fastpath.kernel_warmup import start_compilers
 from sftlab.fastpath.selection import choose
 from sftlab.measurement.hardware_limit import measure_mfu
-from sftlab.models.loading import check_target_modules, load_config, load_tokenizer
+from sftlab.models.adapter_names import check_adapter_names
+from sftlab.models.loading import load_config, load_tokenizer
 from sftlab.planning.plan import planned_memory
 from sftlab.runs.environment import environment
 from sftlab.runs.run_directory import REMEDY, Run, Start, must_match, read_run
@@ -191,7 +192,7 @@ def prepare(
     tokenizer = load_tokenizer(model.model_name_or_path, model.model_revision, training)
     config = load_config(model.model_name_or_path, model.model_revision, training)
     if model.use_peft:
-        check_target_modules(config, model.lora_target_modules, training.trust_remote_code)
+        check_adapter_names(model, config, launch, training.trust_remote_code)
     template = set_template(tokenizer, training.chat_template_path)
 
     fast = choose(recipe, config, launch)

@@ -52,6 +52,10 @@ def test_where_packing_cannot_be_had_rows_are_padded_and_the_run_says_why(finish
             {"packing": "true", "attn_implementation": "sdpa"},
             "attention sdpa would need a dense mask",
         ),
+        (
+            {"packing": "true", "neftune_noise_alpha": "5"},
+            "NEFTune scales its noise by the length of a row",
+        ),
         ({"padding_free": "true"}, "padding_free is not used here: packing decides"),
         ({"packing_strategy": "bfd"}, "packing_strategy is not used here"),
         (

@@ -1,6 +1,7 @@
 """Which fields can a recipe set, what do they mean and what are their defaults?"""
 
 import dataclasses
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -96,7 +97,7 @@ class ModelArguments(ModelConfig):
         super().__post_init__()
         targets = self.lora_target_modules
         # trl takes a single name out of its list, and peft reads a string as a pattern
-        if isinstance(targets, str) and targets.isidentifier():
+        if isinstance(targets, str) and re.fullmatch(r"\w+(\.\w+)*", targets):
             self.lora_target_modules = [targets]
 
 

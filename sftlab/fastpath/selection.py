@@ -78,6 +78,8 @@ def _no_packing(
     attention, model = recipe.model.attn_implementation, model_class(config)
     if recipe.data.dataset_streaming:
         return "rows of a stream come without their lengths"
+    if recipe.training.neftune_noise_alpha:
+        return "NEFTune scales its noise by the length of a row, and packed rows are one row"
     if attention not in (None, varlen_attention.NAME):
         return f"attention {attention} would need a dense mask over the packed rows"
     if elsewhere is None:

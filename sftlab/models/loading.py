@@ -122,30 +122,6 @@ def model_class(config: PreTrainedConfig) -> type | None:
     return mapping.get(type(config), None)
 
 
-def check_target_modules(
-    config: PreTrainedConfig, targets: str | list[str], trust_remote_code: bool
-) -> None:
-    """Raise ValueError where a LoRA target is not among the model's linear layers."""
-    if targets == "all-linear":
-        return
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
-    has = sorted(
-        {n.rpartition(".")[2] for n, m in model.named_modules() if isinstance(m, LINEAR_LAYERS)}
-        - {"lm_head"}
-    )
-    missing = [
-        t
-        for t in ([targets] if isinstance(targets, str) else targets)
-        if t.rpartition(".")[2] not in has
-    ]
-    if missing:
-        raise ValueError(
-            f"lora_target_modules {', '.join(missing)}: {type(model).__name__} has no such linear "
-            f"layer; it has {', '.join(has)}"
-        )
-
-
 def model_init_kwargs(
     model: ModelArguments, trust_remote_code: bool, overrides: dict[str, Any] | None
 ) -> dict[str, Any]:

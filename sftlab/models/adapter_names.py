@@ -1,0 +1,108 @@
+"""Do the names in a recipe's LoRA fields match modules of the model?
+
+peft adapts what matches and ignores the rest. Here every name must match something. Names match as
+in peft: a whole module name, or its end after a dot; a string that is no list is a pattern.
+"""
+
+import re
+from collections.abc import Collection
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, PreTrainedConfig
+from transformers.pytorch_utils import Conv1D
+
+from sftlab.config.launch import Launch
+from sftlab.config.recipe import ModelArguments
+
+_ADAPTED = (nn.Linear, Conv1D)
+_TIED = ("embed_tokens", "lm_head", "wte", "embed_in", "embed_out")
+
+
+def check_adapter_names(
+    model: ModelArguments, config: PreTrainedConfig, launch: Launch, trust_remote_code: bool
+) -> None:
+    """Raise ValueError for a name of a LoRA field that the model lacks or that cannot be trained.
+
+    Only the model's config is used; no weights are loaded.
+    """
+    with torch.device("meta"):
+        built = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    linear = [name for name, one in built.named_modules() if isinstance(one, _ADAPTED)]
+    adapted = [name for name in linear if name != "lm_head"]
+    _check_targets(model.lora_target_modules, adapted, type(built).__name__)
+    every = [name for name, _ in built.named_modules() if name]
+    _check_each("lora_modules_to_save", model.lora_modules_to_save, every, built)
+    parameters = [name for name, _ in built.named_parameters()]
+    _check_each("lora_target_parameters", model.lora_target_parameters, parameters, built)
+    if model.lora_modules_to_save:
+        _check_saved(model, model.lora_modules_to_save, config, launch)
+
+
+def _check_targets(targets: str | list[str] | None, names: Collection[str], kind: str) -> None:
+    if targets is None or targets == "all-linear":
+        return
+    if isinstance(targets, str) and not re.fullmatch(r"[\w.]+", targets):
+        try:
+            matches = any(re.fullmatch(targets, name) for name in names)
+        except re.error as error:
+            raise ValueError(
+                f"lora_target_modules {targets!r} is no pattern ({error}): give names or a regular "
+                "expression"
+            ) from error
+        if not matches:
+            raise ValueError(
+                f"lora_target_modules {targets!r} is a pattern that no module of {kind} matches; "
+                f"one is called {next(iter(names))}"
+            )
+        return
+    listed = [targets] if isinstance(targets, str) else targets
+    missing = [target for target in listed if not _found(target, names)]
+    if missing:
+        raise ValueError(
+            f"lora_target_modules {', '.join(missing)}: {kind} has no such linear layer; it has "
+            f"{', '.join(_ends(names))}"
+        )
+
+
+def _check_each(
+    field: str, asked: Collection[str] | None, names: Collection[str], built: nn.Module
+) -> None:
+    missing = [one for one in asked or [] if not _found(one, names)]
+    if missing:
+        raise ValueError(
+            f"{field} {', '.join(missing)}: {type(built).__name__} has no such name; it has "
+            f"{', '.join(_ends(names))}"
+        )
+
+
+def _check_saved(
+    model: ModelArguments, saved: Collection[str], config: PreTrainedConfig, launch: Launch
+) -> None:
+    """Raise ValueError where whole modules cannot be trained correctly."""
+    tied = [name for name in saved if name.rpartition(".")[2] in _TIED]
+    if launch.strategy == "fsdp" and tied and getattr(config, "tie_word_embeddings", False):
+        raise ValueError(
+            f"lora_modules_to_save {', '.join(tied)} shares its weights with the other end of the "
+            "model, which FSDP2 cannot shard apart: launch with ddp.yaml, or leave it out"
+        )
+    if model.load_in_4bit or model.load_in_8bit:
+        raise ValueError(
+            "lora_modules_to_save would train without float32 copies beside quantized weights: "
+            "leave out load_in_4bit and load_in_8bit, or lora_modules_to_save"
+        )
+    if model.dtype not in (None, "float32"):
+        raise ValueError(
+            f"lora_modules_to_save would train in {model.dtype} without float32 copies: pass "
+            "--dtype float32; the products are in the launch config's precision all the same"
+        )
+
+
+def _found(asked: str, names: Collection[str]) -> bool:
+    return any(name == asked or name.endswith(f".{asked}") for name in names)
+
+
+def _ends(names: Collection[str]) -> list[str]:
+    """Returns the last parts of names, without the numbers of layers and the head."""
+    ends = {name.rpartition(".")[2] for name in names}
+    return sorted(one for one in ends if not one.isdigit() and one != "lm_head")

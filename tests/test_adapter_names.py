@@ -1,0 +1,71 @@
+"""Every name in a LoRA field matches a module of the model, or is refused before it is loaded."""
+
+import pytest
+from transformers import LlamaConfig
+
+from sftlab.config.launch import Launch
+from sftlab.config.recipe import ModelArguments
+from sftlab.models.adapter_names import check_adapter_names
+
+CONFIG = {
+    "vocab_size": 64,
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+}
+ALONE = Launch("bf16", "single", 1, 1, False, {})
+SHARDED = Launch("bf16", "fsdp", 2, 2, False, {})
+
+
+def check(launch=ALONE, tied=False, **fields):
+    config = LlamaConfig(**CONFIG, tie_word_embeddings=tied)
+    given = {"lora_target_modules": ["q_proj"]} | fields
+    check_adapter_names(ModelArguments(use_peft=True, **given), config, launch, False)
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"lora_target_modules": ["q_projj", "v_proj"]}, "no such linear layer; it has down_proj"),
+        ({"lora_target_modules": ["self_attention.q_proj"]}, "has no such linear layer"),
+        ({"lora_target_modules": ["layers.7.q_proj", "v_proj"]}, "modules layers.7.q_proj: Llama"),
+        ({"lora_target_modules": ["layers.1.q_proj"]}, "has no such linear layer"),
+        ({"lora_target_modules": ["embed_tokens", "q_proj"]}, "no such linear layer"),
+        ({"lora_target_modules": ["proj"]}, "has no such linear layer"),
+        ({"lora_target_modules": ["self_attn"]}, "has no such linear layer"),
+        ({"lora_target_modules": r".*layers\.7\..*"}, "is a pattern that no module of Llama"),
+        ({"lora_target_modules": "(q_proj"}, "is no pattern"),
+        ({"lora_modules_to_save": ["embed_token"]}, "has no such name; it has .*embed_tokens"),
+        ({"lora_modules_to_save": ["tokens"]}, "has no such name"),
+        ({"lora_target_parameters": ["experts.gate_up_proj"]}, "lora_target_parameters experts.g"),
+        ({"lora_modules_to_save": ["norm"], "load_in_4bit": True}, "without float32 copies"),
+        ({"lora_modules_to_save": ["norm"], "dtype": "bfloat16"}, "pass --dtype float32"),
+    ],
+)
+def test_a_name_that_matches_nothing_is_refused(fields, said):
+    with pytest.raises(ValueError, match=said) as caught:
+        check(**fields)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"lora_target_modules": "all-linear"},
+        {"lora_target_modules": r".*layers\.0\..*q_proj"},
+        {"lora_target_modules": ["self_attn.q_proj", "layers.1.mlp.up_proj"]},
+        {"lora_target_modules": ["model.layers.0.self_attn.q_proj"]},
+        {"lora_modules_to_save": ["embed_tokens", "lm_head"]},
+        {"lora_target_parameters": ["q_proj.weight"]},
+    ],
+)
+def test_names_as_peft_matches_them_are_taken(fields):
+    check(**fields)
+
+
+def test_tied_weights_are_not_trained_apart_under_fsdp2():
+    with pytest.raises(ValueError, match="FSDP2 cannot shard apart"):
+        check(SHARDED, tied=True, lora_modules_to_save=["embed_tokens"])
+    check(SHARDED, tied=False, lora_modules_to_save=["embed_tokens"])
+    check(SHARDED, tied=True, lora_modules_to_save=["norm"])
