@@ -3,6 +3,7 @@ undisturbed runs.
 
 python tests/faults/campaign.py --out results/faults          (all of it)
 python tests/faults/campaign.py --cases "one process" DDP --trials 3 --faults 6
+python tests/faults/campaign.py --cases "GPU bf16" "GPU DDP bf16" --faults 0 --no_controls --out X
 
 What runs is recipes/sft.py (forked.py says how a start becomes cheap); a kill is SIGKILL to one
 rank of several, upon which the others are killed as well. A trial is exact if the adapter's
@@ -24,7 +25,7 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 os.environ.update({"CUDA_VISIBLE_DEVICES": "-1", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"})
 TESTS = Path(__file__).parent.parent
@@ -32,81 +33,19 @@ sys.path[:0] = [str(TESTS.parent), str(TESTS), str(TESTS / "faults")]
 
 import torch  # noqa: E402
 import transformers  # noqa: E402
+from cases import CASES, CPU_CASES, FIELDS, environment  # noqa: E402
 from conftest import arguments, byte_tokenizer, instruction_rows, load_script, read, write_jsonl  # noqa: E402
 from forked import Moment, Training  # noqa: E402
-from packed_training import reference_attention  # noqa: E402
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # noqa: E402
 from test_checkpoint import FAULTS  # noqa: E402
 from transformers import LlamaConfig, LlamaForCausalLM  # noqa: E402
 
 import sftlab.runs.checkpoint_manifest  # noqa: E402
-from sftlab.fastpath import varlen_attention  # noqa: E402
 from sftlab.files import file_hash  # noqa: E402
 from sftlab.runs.environment import provenance  # noqa: E402
 from sftlab.tables import aligned, write_csv  # noqa: E402
 
-FIELDS = {
-    "max_steps": 24,
-    "save_steps": 5,
-    "logging_steps": 4,
-    "global_batch_size": 16,
-    "per_device_train_batch_size": 16,
-    "max_length": 128,
-    "warmup_steps": 2,
-    "lora_r": 4,
-    "lora_alpha": 8,
-    "learning_rate": 0.003,
-    "disable_tqdm": "true",
-}
-QLORA = {
-    "load_in_4bit": "true",
-    "use_bnb_nested_quant": "true",
-    "bnb_4bit_quant_type": "nf4",
-    "dtype": "bfloat16",
-    "bnb_4bit_quant_storage": "bfloat16",
-    "optim": "paged_adamw_8bit",
-}
-BEST = {
-    "load_best_model_at_end": "true",
-    "eval_strategy": "steps",
-    "eval_steps": 5,
-    "save_total_limit": 1,
-    "metric_for_best_model": "eval_loss",
-}
 KINDS = ("start-up", "steps", "saving", "sealing", "rotating", "final save", "signal")
-
-
-class Case(NamedTuple):
-    """A way to train."""
-
-    fields: dict[str, Any] = {}
-    processes: int = 1
-    prepare: Callable[[], None] | None = None
-    precision: str = "no"
-
-
-def packed_on_a_cpu() -> None:
-    """Sampler, collator and loss of packed rows, with the tests' attention in place of the GPU's
-    kernels.
-    """
-    varlen_attention.why_not = lambda config, model_class: None
-    varlen_attention.varlen_attention = reference_attention
-
-
-DROPPED = {"lora_dropout": 0.1}
-CASES = {
-    "one process": Case(),
-    "dropout 0.1": Case(DROPPED),
-    "DDP": Case(DROPPED, processes=2),
-    # gradients of more than a megabyte, which is where DDP divides them among buckets
-    "DDP of 3": Case(DROPPED | {"lora_r": 512, "global_batch_size": 12}, processes=3),
-    "accumulation 4": Case(DROPPED | {"per_device_train_batch_size": 4}),
-    "packed": Case(
-        DROPPED | {"packing": "true", "per_device_train_batch_size": 8}, prepare=packed_on_a_cpu
-    ),
-    "QLoRA": Case(DROPPED | QLORA, precision="bf16"),
-    "best model": Case(DROPPED | BEST),
-}
 
 
 class Campaign:
@@ -166,7 +105,8 @@ class Campaign:
             moment,
             victim,
             prepare,
-            case.precision,
+            environment(case),
+            case.config is not None,
         )
 
     def begin(self, name: str) -> None:
@@ -256,6 +196,8 @@ class Campaign:
         number = self.random.choice((signal.SIGTERM, signal.SIGUSR1, signal.SIGINT))
         training.signal(number, self.random.randrange(CASES[name].processes))
         training.wait(together=False)
+        if not (run / "run.json").is_file():
+            return  # it came before the run began
         status = read(run)["status"]
         if status not in ("interrupted", "succeeded"):
             raise RuntimeError(f"signal {number} ended with the status {status}: {run}.log")
@@ -416,12 +358,13 @@ def summary(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def main(argv: list[str]) -> int:
     """Run it, print the table, write it."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.add_argument("--cases", nargs="+", default=list(CASES), choices=list(CASES))
+    parser.add_argument("--cases", nargs="+", default=list(CPU_CASES), choices=list(CASES))
     parser.add_argument("--kinds", nargs="+", default=list(KINDS), choices=KINDS)
     parser.add_argument("--trials", type=int, default=3, help="of every kind in every case")
     parser.add_argument(
         "--faults", type=int, help="how many broken files to try at most; all unless said"
     )
+    parser.add_argument("--no_controls", action="store_true", help="leave sabotaged runs out")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--seconds", type=float, default=1e9, help="no trial begins after these")
     parser.add_argument("--out", type=Path, help="folder for faults.csv")
@@ -435,7 +378,8 @@ def main(argv: list[str]) -> int:
         for name in given.cases
         for kind in given.kinds
     ]
-    planned += [partial(campaign.control, what, *how) for what, how in CONTROLS.items()]
+    if not given.no_controls:
+        planned += [partial(campaign.control, what, *how) for what, how in CONTROLS.items()]
     broken = [name for name in ("one process", "DDP") if name in given.cases]
     planned += [one for name in broken for one in campaign.broken_files(name, given.faults)]
     for done, one in enumerate(planned):

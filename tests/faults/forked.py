@@ -6,27 +6,20 @@ would give it, in a process of its own with its own process group; it dies by a 
 is not tested so is the launcher, and the imports.
 """
 
+import json
 import os
 import signal
 import socket
+import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import ModuleType
 
 from tqdm import tqdm
-
-_LAUNCHED = {
-    "CUDA_VISIBLE_DEVICES": "-1,-1",
-    "ACCELERATE_DYNAMO_BACKEND": "NO",
-    "OMP_NUM_THREADS": "1",
-    "OMP_WAIT_POLICY": "PASSIVE",
-    "HF_HUB_OFFLINE": "1",
-    "MASTER_ADDR": "127.0.0.1",
-}
 
 
 @dataclass
@@ -59,29 +52,21 @@ class Training:
         moment: Moment | None = None,
         victim: int = 0,
         prepare: Callable[[], None] | None = None,
-        precision: str = "no",
+        environment: Mapping[str, str] | None = None,
+        fresh: bool = False,
     ) -> None:
+        """`environment` is what a launcher exports; `fresh` starts import their libraries anew."""
         self.log, self.codes = log, {}
         port = _free_port()
         sys.stdout.flush()
         sys.stderr.flush()
         self._ranks = {}
         for rank in range(processes):
-            if (pid := os.fork()) == 0:
-                _become(
-                    sft,
-                    argv,
-                    log,
-                    rank,
-                    processes,
-                    port,
-                    moment if rank == victim else None,
-                    prepare,
-                    precision,
-                )
-            self._ranks[pid] = rank
+            its = moment if rank == victim else None
+            said = (list(argv), str(log), rank, processes, port, its, dict(environment or {}))
+            self._ranks[_start_anew(said) if fresh else _fork(sft, said, prepare)] = rank
 
-    def wait(self, seconds: float = 120.0, together: bool = True) -> bool:
+    def wait(self, seconds: float = 240.0, together: bool = True) -> bool:
         """Wait for the end of all.
 
         `together`: when one fails the others are killed, as a launcher would.
@@ -117,16 +102,33 @@ class Training:
                 os.kill(pid, number)
 
 
+# Python would wait for a process itself once nothing refers to it.
+_started: list[subprocess.Popen] = []
+
+
+def _fork(sft: ModuleType, said: tuple, prepare: Callable[[], None] | None) -> int:
+    if (pid := os.fork()) == 0:
+        _become(sft, *said, prepare)
+    return pid
+
+
+def _start_anew(said: tuple) -> int:
+    *plain, moment, environment = said
+    words = json.dumps([*plain, moment and asdict(moment), environment])
+    _started.append(subprocess.Popen([sys.executable, __file__, words]))
+    return _started[-1].pid
+
+
 def _become(
     sft: ModuleType,
     argv: Sequence[str],
-    log: Path,
+    log: str,
     rank: int,
     processes: int,
     port: int,
     moment: Moment | None,
+    environment: Mapping[str, str],
     prepare: Callable[[], None] | None,
-    precision: str,
 ) -> None:
     code = 1
     try:
@@ -134,7 +136,7 @@ def _become(
         output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(output, 1)
         os.dup2(output, 2)
-        os.environ |= _LAUNCHED | {"ACCELERATE_MIXED_PRECISION": precision}
+        os.environ |= environment
         if processes > 1:
             os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "MASTER_PORT": str(port)}
             os.environ |= {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes)}
@@ -217,3 +219,13 @@ def _free_port() -> int:
     with socket.socket() as one:
         one.bind(("127.0.0.1", 0))
         return one.getsockname()[1]
+
+
+if __name__ == "__main__":
+    *_plain, _moment, _environment = json.loads(sys.argv[1])
+    os.environ |= _environment
+    sys.path.insert(0, str(Path(__file__).parent.parent))
+    from conftest import load_script
+
+    _moment = Moment(**_moment) if _moment else None
+    _become(load_script("recipes/sft.py"), *_plain, _moment, _environment, None)
