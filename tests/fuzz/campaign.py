@@ -47,7 +47,7 @@ class Campaign:
         self.counts: Counter[tuple[str, str]] = Counter()
         self.findings: list[tuple[cases.Case, str, str]] = []
         self.running: dict[trials.Running, tuple[cases.Case, Path, dict, dict]] = {}
-        self.seconds = 0.0
+        self.seconds: Counter[str] = Counter()
         trials.load_mains()
         world.build(folder / "world", self._build_with)
         _write_commands(folder / "world" / "bin")
@@ -91,9 +91,9 @@ class Campaign:
                 continue
             case, place, before, hashes = self.running.pop(process)
             damaged = trials.damage(case.script, ended.code, place, before, hashes)
-            kind, what = trials.outcome(ended, damaged)
+            kind, what = trials.outcome(ended, damaged, place / "work")
             self.counts[case.border, kind] += 1
-            self.seconds += ended.seconds
+            self.seconds[case.script] += ended.seconds
             if kind in BAD:
                 self.findings.append((case, kind, what))
                 print(f"{case.number} {case.border}, {case.script}: {kind}: {what}", flush=True)
@@ -152,6 +152,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--cases", type=int, default=2400)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--quick", action="store_true", help="few of the cases take a second")
     parser.add_argument("--seconds", type=float, default=1e9, help="no case begins after these")
     parser.add_argument("--only", type=int, nargs="+", help="these cases alone")
     parser.add_argument("--keep", type=Path, help="the folder to work in, which is kept")
@@ -164,14 +165,16 @@ def main(argv: list[str]) -> int:
     (folder / "world").mkdir(parents=True)
     try:
         campaign = Campaign(folder, given.seed, given.keep)
-        campaign.run(given.only or list(range(given.cases)), given.jobs, given.seconds)
+        chosen = given.only or cases.numbers(given.seed, given.cases, given.quick)
+        campaign.run(chosen, given.jobs, given.seconds)
     finally:
         if not given.keep:
             trials.clean(folder)
     rows = campaign.rows()
     print()
     print(aligned([list(rows[0]), *([str(cell) for cell in row.values()] for row in rows)]))
-    print(f"\n{campaign.seconds:.0f} s of computing; commit {tested}, seed {given.seed}")
+    used = ", ".join(f"{script} {s:.0f}" for script, s in campaign.seconds.most_common())
+    print(f"\ncommit {tested}, seed {given.seed}; seconds of computing: {used}")
     if given.findings:
         given.findings.write_text(f"commit {tested}, seed {given.seed}\n\n{campaign.said()}\n")
     if given.out:

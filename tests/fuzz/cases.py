@@ -1,6 +1,7 @@
 """Which input does a case break, how, and which script reads it?"""
 
 import dataclasses
+import itertools
 import json
 import random
 import shutil
@@ -91,7 +92,8 @@ INPUTS = [
     ("answer file", "references.jsonl", "jsonl", [MT_BENCH]),
     ("judge reply", "reply.json", "reply", [ALPACA, MT_BENCH]),
 ]
-# every input counts once a border, but a border with many inputs comes oftener
+SLOW = ("sft", "quality", "tokenize", "alpaca", "mt_bench", "report")
+# fields whose values are right and take minutes
 _LONG = {"torch_compile", "torch_compile_backend", "torch_compile_mode", "compile_layers"}
 FIELDS = tuple(
     field.name
@@ -143,8 +145,30 @@ class Case:
     done: str
 
 
+def numbers(seed: int, count: int, quick: bool) -> list[int]:
+    """Returns the numbers of `count` cases. Of quick ones few take a second."""
+    if not quick:
+        return list(range(count))
+    found, slow = [], 0
+    for number in itertools.count():
+        is_slow = script_of(seed, number) in SLOW
+        # one in ten
+        if not is_slow or slow < len(found) // 10:
+            found.append(number)
+            slow += is_slow
+        if len(found) == count:
+            return found
+    return found
+
+
+def script_of(seed: int, number: int) -> str:
+    """Returns the script that reads a case's input."""
+    rng = random.Random(f"{seed}-{number}")
+    return rng.choice(INPUTS[number % len(INPUTS)][3])[0]
+
+
 def prepare(seed: int, number: int, folder: Path) -> Case:
-    """Copy the world to `folder`, break one input of it, and return the case."""
+    """Break one input in a copy of the world, and return the case."""
     rng = random.Random(f"{seed}-{number}")
     border, name, kind, commands = INPUTS[number % len(INPUTS)]
     script, argv = rng.choice(commands)
@@ -177,5 +201,5 @@ def _broken(rng: random.Random, kind: str, data: bytes) -> bytes:
 
 
 def copy_world(world_folder: Path, folder: Path) -> None:
-    """Copy the world with its times, as hard links would not keep a broken copy apart."""
+    """Copy the world; hard links would not keep a broken copy apart."""
     shutil.copytree(world_folder, folder, symlinks=True)

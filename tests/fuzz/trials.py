@@ -255,14 +255,22 @@ def digest(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def outcome(ended: Ended, damaged: list[str]) -> tuple[str, str]:
-    """Returns the kind of an ending, and in a few words what is wrong with it ("": nothing)."""
+def outcome(ended: Ended, damaged: list[str], work: Path) -> tuple[str, str]:
+    """Returns the kind of an ending, and in a few words what is wrong with it ("": nothing).
+
+    An internal error counts as a traceback; the script ran in `work`.
+    """
     lines = [line for line in ended.said.splitlines() if line.strip()]
     last = lines[-1] if lines else ""
     if damaged:
         return "damage", "; ".join(damaged[:3])
     if ended.code is None:
-        return "hang", f"over {LIMIT_S} s; last said: {last[:160]}"
+        return "hang", f"killed after {ended.seconds:.0f} s of computing; last said: {last[:160]}"
+    if kept := re.search(r"internal error: .* the traceback is in (\S+?):? ", f"{last} "):
+        path = work / kept[1]
+        where = _where(path.read_text("utf-8", "replace").splitlines()) if path.is_file() else "?"
+        path.unlink(missing_ok=True)
+        return "traceback", f"{where}: {last[:160]}"
     if "Traceback (most recent call last)" in ended.said:
         return "traceback", f"{_where(lines)}: {last[:200]}"
     if ended.code not in ENDS:
