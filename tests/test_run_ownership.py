@@ -11,6 +11,7 @@ from conftest import ROOT, read
 from test_run import LAUNCH, RECIPE, checkpoint, started
 
 from sftlab.files import write_json
+from sftlab.runs import progress
 from sftlab.runs.run_directory import Run, read_run
 from sftlab.runs.run_lock import LOCK
 
@@ -257,6 +258,18 @@ def test_a_run_that_began_meanwhile_is_not_written_over(tmp_path):
     with pytest.raises(ValueError, match="written by another process meanwhile"):
         run.begin(start, RECIPE, LAUNCH)
     assert snapshot(folder) == before
+
+
+def test_progress_is_not_written_through_a_link(tmp_path):
+    folder = tmp_path / "r"
+    started(folder)[0].release()
+    checkpoint(folder, 3)
+    (tmp_path / "mine.json").write_text('{"step": 9, "train_seconds": 1.0, "noted": 1.0}')
+    (folder / "progress.json").symlink_to(tmp_path / "mine.json")
+    _, start = started(folder)
+    assert "progress.json is no file of this run and was moved to" in start.warnings[0]
+    progress.Notes(folder).write(4, 1.0)
+    assert "9" in (tmp_path / "mine.json").read_text()
 
 
 NO_FILES = {

@@ -248,14 +248,14 @@ class Run:
         self.made.note([RECORD, progress.NAME, curves, *EVALUATIONS])
 
     def _reached(self) -> tuple[progress.Progress | None, list[str]]:
+        path, unknown = self.folder / progress.NAME, "what the interruption cost is not known"
+        if os.path.lexists(path) and (path.is_symlink() or not path.is_file()):
+            place = path.rename(free_name(path.with_name(f"{path.name}-not-of-this-run")))
+            return None, [f"{path} is no file of this run and was moved to {place}: {unknown}"]
         try:
             return progress.read(self.folder), []
         except ValueError as error:
-            path, said = self.folder / progress.NAME, f"{error}"
-            if path.is_symlink() or not path.is_file():
-                place = free_name(path.with_name(f"{path.name}-not-of-this-run"))
-                said += f", and was moved to {path.rename(place)}"
-            return None, [f"{said}: what the interruption cost is not known"]
+            return None, [f"{error}: {unknown}"]
 
     def _restore_curves(
         self, checkpoint: Path, manifest: dict[str, Any], files: list[Path]
