@@ -12,13 +12,12 @@ Space.
 import html
 import json
 import os
-import random
 import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
-from functools import partial, wraps
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Literal
@@ -29,42 +28,29 @@ import sftlab.startup.preload  # noqa: F401
 import gradio as gr
 from starlette.middleware import Middleware
 
-from sftlab.chat.conversation import Turn, column, history, saved, sides
+from sftlab.chat.conversation import Turn, column, edited_message, history, new_turn, saved
 from sftlab.chat.engine import Settings
 from sftlab.chat.fair_queue import share_of, share_queue
-from sftlab.chat.limits import text
+from sftlab.chat.limits import in_a_sentence, text
 from sftlab.chat.options import parse_options
 from sftlab.chat.request_filter import Gate
-from sftlab.chat.run_list import list_runs
-from sftlab.chat.service import Lab
+from sftlab.chat.service import Lab, lab_of
 from sftlab.exit_messages import mistakes_in_one_line
 
-MODEL = {
-    "concurrency_id": "model",
-    "concurrency_limit": 1,
-    "show_progress": "minimal",
-    "api_visibility": "private",
-}
-QUICK = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
+PRIVATE = {"api_visibility": "private"}
+MODEL = PRIVATE | {"concurrency_id": "model", "concurrency_limit": 1, "show_progress": "minimal"}
+OFF = dict.fromkeys(
+    ("share", "run_history", "enable_monitoring", "ssr_mode", "pwa", "mcp_server"), False
+)
+# a call that is refused is answered with the sentence of the ValueError
+SAID = in_a_sentence(partial(gr.Error, print_exception=False))
+QUICK = PRIVATE | {"queue": False, "show_progress": "hidden"}
 FAILED = (
     "**Not answered:** too many messages are waiting, or the server failed. Try again in a moment."
 )
 BETTER = {"left": "Left is better", "tie": "Tie", "right": "Right is better"}
 CSS = Path(__file__).with_name("page.css")
 DOWNLOAD = Path(__file__).with_name("download.js")
-
-
-def in_a_sentence(handler: Callable[..., Any]) -> Callable[..., Any]:
-    """Let a handler answer a call that it refuses with the sentence of its ValueError."""
-
-    @wraps(handler)
-    def answer(*args: Any, **kwargs: Any) -> Any:
-        try:
-            return handler(*args, **kwargs)
-        except ValueError as error:
-            raise gr.Error(str(error), print_exception=False) from error
-
-    return answer
 
 
 class Page:
@@ -95,7 +81,7 @@ class Page:
         """Whether the session's last message is still being answered. Only Stop works then."""
         return request.session_hash in self.stops and not self.stops[request.session_hash].is_set()
 
-    @in_a_sentence
+    @SAID
     def send(self, request: gr.Request, box: str) -> tuple[Any, ...]:
         """Take the message out of the box.
 
@@ -105,7 +91,7 @@ class Page:
             return gr.skip(), gr.skip()
         return f"{time.time()} {box}", ""
 
-    @in_a_sentence
+    @SAID
     def begin(
         self,
         request: gr.Request,
@@ -117,13 +103,9 @@ class Page:
         *settings: Any,
     ) -> tuple[Any, ...]:
         """Add a message as a new turn, and show it."""
-        order, message = list(sides(side)), text(asked, "message").partition(" ")[2]
-        if not message.strip():
-            raise ValueError("the message is empty: type something to answer")
-        if blind:
-            random.shuffle(order)
         chosen = dict(zip(Settings.__dataclass_fields__, settings, strict=True))
-        turns = [*turns, Turn(message, tuple(order), bool(blind), run, chosen)]
+        message = text(asked, "message").partition(" ")[2]
+        turns = [*turns, new_turn(message, side, bool(blind), run, chosen)]
         self.stop(request)
         self.stops[request.session_hash] = threading.Event()
         shown = (gr.update(visible=False), gr.update(visible=True), gr.update(visible=False))
@@ -181,13 +163,10 @@ class Page:
             return gr.skip(), gr.skip(), gr.skip()
         return f"{time.time()} {turns[-1].message}", turns[:-1], int(seed or 0) + 1
 
-    @in_a_sentence
+    @SAID
     def edit(self, request: gr.Request, turns: list[Turn], edited: gr.EditData) -> tuple[Any, ...]:
         """Ask a message that was edited. The conversation continues from there."""
-        place, value = getattr(edited, "index", None), getattr(edited, "value", None)
-        place = place[0] if isinstance(place, list | tuple) and place else place
-        if type(place) is not int or not isinstance(value, str):
-            raise ValueError("an edit needs the place of a message and its new text")
+        place, value = edited_message(edited)
         asked = f"{time.time()} {html.unescape(value)}"
         return (gr.skip(), gr.skip()) if self.busy(request) else (asked, turns[: place // 2])
 
@@ -207,7 +186,7 @@ class Page:
         turns = turns if self.busy(request) else []
         return turns, *self.columns(turns), gr.update(visible=False), ""
 
-    @in_a_sentence
+    @SAID
     def vote(self, turns: list[Turn], system: str, choice: str) -> tuple[Any, ...]:
         """Record which answer is better, and say whose it was."""
         said = self.lab.vote(turns, text(system, "system"), choice)
@@ -383,50 +362,28 @@ def connect_votes(
 def main(argv: list[str]) -> None:
     """Read the options, load the model, serve until Ctrl-C or SIGTERM."""
     options = parse_options(argv, __doc__.splitlines()[0])
-    lab = Lab(
-        options.runs,
-        options.run,
-        options.report,
-        options.votes,
-        options.load_in_4bit,
-        options.trust_remote_code,
-    )
-    if options.trust_remote_code:
-        print("warning: code that a base model brings is run (--trust_remote_code)")
-    if listen := options.listen or "SPACE_ID" in os.environ:
-        password = "with a password" if options.auth else "without a password"
-        print(f"warning: anyone who reaches this machine can chat, {password}")
-    for first in list(lab.runs())[:1]:
-        try:
-            lab.model(first)
-        except ValueError as error:
-            print(f"warning: {error}", file=sys.stderr)
-    for name, why in list_runs(lab.folder, lab.first).unreadable.items():
-        print(f"warning: {name} is not offered: {why}", file=sys.stderr)
+    lab = lab_of(options)
+    listen = options.listen or "SPACE_ID" in os.environ
+    for warning in lab.warnings(listen, bool(options.auth)):
+        print(f"warning: {warning}", file=sys.stderr)
     print(f"chat on http://localhost:{options.port}", flush=True)
-    theme = gr.themes.Default(
-        font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]
-    )
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     blocks = build(Page(lab)).queue(max_size=options.queue, api_open=False)
     share_queue(blocks._queue, MODEL["concurrency_id"], share_of(options.queue))
     blocks.launch(
         server_name="0.0.0.0" if listen else "127.0.0.1",
         server_port=options.port,
-        share=False,
         auth=options.auth,
-        theme=theme,
+        theme=gr.themes.Default(
+            font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]
+        ),
         css=CSS.read_text(),
         footer_links=["api", "settings"],
-        run_history=False,
-        enable_monitoring=False,
         quiet=True,
         show_error=True,
-        ssr_mode=False,
-        pwa=False,
-        mcp_server=False,
         prevent_thread_lock=True,
         app_kwargs={"middleware": [Middleware(Gate, local_only=not listen)]},
+        **OFF,
     )
     try:
         threading.Event().wait()

@@ -36,6 +36,7 @@ from sftlab.evaluation.base_and_tuned import (
     evaluation_errors,
     finished_run,
     load_pair,
+    refuse_unknown_ids,
     run_tokenizer,
 )
 from sftlab.evaluation.harness_comparison import (
@@ -78,6 +79,7 @@ def main(argv: list[str]) -> None:
         units = load_units(names, arguments.num_fewshot, arguments.files, LOCAL_TASKS)
         tokenizer = run_tokenizer(arguments.run, run)
         model = load_pair(arguments.run, run, arguments.trust_remote_code)
+        refuse_unknown_ids(model, tokenizer)
         facts = describe(arguments.run, run, model.device.type)
         lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=arguments.batch_size)
         entries = [evaluate(name, loaded, lm, arguments, facts) for name, loaded in units.items()]

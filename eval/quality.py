@@ -42,6 +42,7 @@ from sftlab.evaluation.base_and_tuned import (
     finished_run,
     load_pair,
     model_settings,
+    refuse_unknown_ids,
     run_tokenizer,
     evaluation_errors,
 )
@@ -109,6 +110,7 @@ def evaluate(arguments: argparse.Namespace) -> None:
     )
     tokenizer = run_tokenizer(arguments.run, run)
     model = load_pair(arguments.run, run, arguments.trust_remote_code)
+    refuse_unknown_ids(model, tokenizer)
     longest = longest_prompt(model.config, sampling)
     recipe = run["recipe"]
     cut = recipe.get("truncation_mode", "keep_start")

@@ -169,8 +169,8 @@ def test_bad_input(make, report, tmp_path):
     assert "--reference runs/elsewhere: not among the runs" in error
     for name, content, said in (
         ("eval/quality.jsonl", "{", "quality.jsonl is not what"),
-        ("eval/quality.json", "[]", "quality.json is no record"),
-        ("eval/quality.json", "{", "quality.json is not JSON"),
+        ("eval/quality.json", "[]", "expected a JSON object"),
+        ("eval/quality.json", "{", "quality.json cannot be read: it is not JSON"),
         ("run.json", '{"status": "succeeded"}', "run.json has no recipe, expected an object"),
         ("run.json", "{", "run.json cannot be read: it is not JSON"),
     ):

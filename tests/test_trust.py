@@ -1,5 +1,6 @@
 """A run, a base model and an adapter are data: what they say runs no code and loads no pickle."""
 
+import hashlib
 import json
 import shutil
 from collections.abc import Callable
@@ -250,3 +251,35 @@ def test_a_run_json_without_what_an_evaluation_needs_is_named(own, change, named
     changed(own / "run.json", **change)
     with pytest.raises(ValueError, match=rf"run\.json.*{named}"):
         finished_run(own)
+
+
+@pytest.mark.parametrize(
+    "file, change",
+    [
+        ("tokenizer_config.json", {"eos_token": 5.0}),
+        ("tokenizer_config.json", {"tokenizer_class": 5}),
+        ("tokenizer.json", {"model": []}),
+        ("tokenizer.json", {"added_tokens": {"id": {}}}),
+        ("chat_template.jinja", "{{ messages[0].content.nothing.more }}"),
+        ("chat_template.jinja", "{% if %}"),
+    ],
+)
+def test_a_spoilt_tokenizer_is_a_sentence(own, file, change):
+    path = own / "adapter" / file
+    if isinstance(change, dict):
+        changed(path, **change)
+    else:
+        path.write_text(change)
+        run = read(own)
+        mark = hashlib.sha256(change.encode()).hexdigest()[:16]
+        changed(own / "run.json", template=run["template"] | {"hash": mark})
+    with pytest.raises(ValueError, match=r"adapter") as caught:
+        run_tokenizer(own, finished_run(own))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_base_models_end_tokens_are_ids(own):
+    model = Path(read(own)["recipe"]["model_name_or_path"])
+    changed(model / "generation_config.json", eos_token_id=["x"])
+    with pytest.raises(ValueError, match="eos_token_id"):
+        load_pair(own, finished_run(own))

@@ -1,5 +1,6 @@
 """A conversation with base, tuned or both: its prompt, what a page shows, what is saved."""
 
+import random
 import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -93,6 +94,28 @@ class Turn:
             ended,
         ]
         return " · ".join(part for part in parts if part)
+
+
+def new_turn(message: str, side: str, blind: bool, run: str, settings: dict[str, Any]) -> Turn:
+    """Returns a turn without answers. A blind one has its sides in random order.
+
+    Raises ValueError for an empty message and an unknown side.
+    """
+    order = list(sides(side))
+    if not message.strip():
+        raise ValueError("the message is empty: type something to answer")
+    if blind:
+        random.shuffle(order)
+    return Turn(message, tuple(order), blind, run, settings)
+
+
+def edited_message(edited: Any) -> tuple[int, str]:
+    """Returns the place and the new text of gradio's EditData. Raises ValueError without them."""
+    place, value = getattr(edited, "index", None), getattr(edited, "value", None)
+    place = place[0] if isinstance(place, list | tuple) and place else place
+    if type(place) is not int or not isinstance(value, str):
+        raise ValueError("an edit needs the place of a message and its new text")
+    return place, value
 
 
 def history(turns: Sequence[Turn], system: str) -> list[dict[str, str]]:

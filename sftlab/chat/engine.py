@@ -13,14 +13,20 @@ from typing import Any, NamedTuple
 
 import torch
 import transformers as hf
-from jinja2 import TemplateError
 from peft import PeftModel
 
-from sftlab.chat.limits import check_size
+from sftlab.chat.fitting import fit
 from sftlab.config.lora_variants import allows_mixed_batches
 from sftlab.data.chat_template import TurnEnd, end_of_turn, prompt_ids
 from sftlab.data.time_limit import time_limit
-from sftlab.evaluation.base_and_tuned import answering, finished_run, load_pair, run_tokenizer
+from sftlab.evaluation.base_and_tuned import (
+    TEMPLATE_ERRORS,
+    answering,
+    finished_run,
+    load_pair,
+    refuse_unknown_ids,
+    run_tokenizer,
+)
 from sftlab.runs.run_directory import SIDES
 
 History = list[dict[str, str]]
@@ -230,8 +236,8 @@ class Chat:
         )
         self.context: int = self._model.config.get_text_config().max_position_embeddings
         inner, adapter = self._model.get_base_model(), self._model.peft_config["default"]
-        with time_limit(TEMPLATE_S, f"the chat template of {folder}"):
-            turn = end_of_turn(self._tokenizer, inner.generation_config.eos_token_id)
+        refuse_unknown_ids(self._model, self._tokenizer)
+        turn = end_of_turn(self._tokenizer, inner.generation_config.eos_token_id)
         pad = self._tokenizer.pad_token_id
         pad = self._tokenizer.eos_token_id if pad is None else pad
         self._turn = TurnEnd(sorted({*turn.end_tokens, pad}), turn.stop_strings)
@@ -255,58 +261,11 @@ class Chat:
     def fit(
         self, history: History, max_new_tokens: int, stop: Event | None = None
     ) -> tuple[History, int]:
-        """Drop the oldest turns until history and reply fit the context.
+        """Drop the oldest turns until history and reply fit the context: see `fitting.fit`.
 
-        Returns the history and the number of dropped turns. A leading system message stays. Every
-        text is tokenized once; what their tokens rule out is never put into a template, and the
-        rest is halved. Raises ValueError where the conversation is too long to be looked at, where
-        the newest message does not fit alone or is not a user's, and once `stop` is set.
+        Returns the history and the number of dropped turns.
         """
-        if not history or history[-1]["role"] != "user":
-            raise ValueError("the conversation must end with a message of the user")
-        check_size(history, self.context)
-        system = history[:1] if history[0]["role"] == "system" else []
-        starts = [i for i, message in enumerate(history) if message["role"] == "user"]
-        room = self.context - max_new_tokens
-
-        def prompt(dropped: int) -> tuple[History, int]:
-            if stop is not None and stop.is_set():
-                raise ValueError("stopped before the answer began")
-            kept = system + history[starts[dropped] :] if dropped else history
-            return kept, len(self._prompt(kept))
-
-        low, high = self._first_possible(history, starts, room), len(starts) - 1
-        kept, tokens = prompt(low)
-        if tokens <= room:
-            return kept, low
-        newest, tokens = prompt(high)
-        if tokens > room:
-            raise ValueError(
-                f"the newest message takes {tokens} tokens and the reply up to {max_new_tokens}, "
-                f"but the model has {self.context} positions: shorten it or lower max_new_tokens"
-            )
-        kept = newest
-        while high - low > 1:  # low does not fit, high does
-            middle = (low + high) // 2
-            tried, tokens = prompt(middle)
-            low, high, kept = (low, middle, tried) if tokens <= room else (middle, high, kept)
-        return kept, high
-
-    def _first_possible(self, history: History, starts: list[int], room: int) -> int:
-        """Returns how many of the oldest turns cannot be kept: their texts alone exceed `room`.
-
-        A template may trim texts, and a token may span two, so a tenth more is let through.
-        """
-        texts = [message["content"] for message in history]
-        sizes = [len(ids) for ids in self._tokenizer(texts, add_special_tokens=False)["input_ids"]]
-        allowed, total, first = room + room // 10 + len(texts), 0, len(starts) - 1
-        ends = [*starts[1:], len(history)]
-        for turn in range(len(starts) - 1, -1, -1):
-            total += sum(sizes[starts[turn] : ends[turn]])
-            if total > allowed:
-                break
-            first = turn
-        return first
+        return fit(history, self.context, max_new_tokens, self._prompt, self._sizes, stop)
 
     def reply(
         self, history: History, sides: Sequence[str], settings: Settings, stop: Event
@@ -336,11 +295,14 @@ class Chat:
         gc.collect()
         torch.cuda.empty_cache()
 
+    def _sizes(self, texts: list[str]) -> list[int]:
+        return [len(ids) for ids in self._tokenizer(texts, add_special_tokens=False)["input_ids"]]
+
     def _prompt(self, history: History) -> list[int]:
         try:
             with time_limit(TEMPLATE_S, "the run's chat template"):
                 return prompt_ids(self._tokenizer, history)
-        except (TemplateError, TypeError, ArithmeticError, LookupError, RecursionError) as error:
+        except TEMPLATE_ERRORS as error:
             said = (str(error).splitlines() or [type(error).__name__])[0]
             raise ValueError(
                 f"the run's chat template refuses this conversation: {said}"

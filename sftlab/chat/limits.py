@@ -1,6 +1,7 @@
 """What a call of the app may hold: checked before a model, a template or a tokenizer sees it."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import wraps
 from typing import Any
 
 MESSAGES = 1000
@@ -70,6 +71,22 @@ def text(value: Any, name: str) -> str:
             f"{name} holds half a character (a lone surrogate, character {error.start})"
         ) from error
     return value
+
+
+def in_a_sentence(error_class: Callable[[str], Exception]) -> Callable[..., Any]:
+    """Returns a decorator: what a handler refuses with a ValueError becomes an `error_class`."""
+
+    def decorate(handler: Callable[..., Any]) -> Callable[..., Any]:
+        @wraps(handler)
+        def answer(*args: Any, **kwargs: Any) -> Any:
+            try:
+                return handler(*args, **kwargs)
+            except ValueError as error:
+                raise error_class(str(error)) from error
+
+        return answer
+
+    return decorate
 
 
 def _kind(value: object) -> str:

@@ -3,6 +3,7 @@
 import base64
 import re
 import threading
+from argparse import Namespace
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -88,6 +89,20 @@ class Lab:
             self._loaded, self.adapter = state, adapter_hash(folder)
             self.models = digest(model_settings(folder, listed.runs[name]))
         return self._chat
+
+    def warnings(self, listen: bool, accounts: bool) -> list[str]:
+        """Load the first run; returns what a user should know before the first message."""
+        password = "with a password" if accounts else "without a password"
+        found = [f"anyone who reaches this machine can chat, {password}"] if listen else []
+        if self.trusted:
+            found.append("code that a base model brings is run (--trust_remote_code)")
+        for first in list(self.runs())[:1]:
+            try:
+                self.model(first)
+            except ValueError as error:
+                found.append(str(error))
+        unreadable = list_runs(self.folder, self.first).unreadable
+        return found + [f"{name} is not offered: {why}" for name, why in unreadable.items()]
 
     def close(self) -> None:
         """Stop the running answer, and free the model."""
@@ -246,6 +261,18 @@ class Lab:
             plot,
             (folder / "report.md").read_text(encoding="utf-8"),
         )
+
+
+def lab_of(options: Namespace) -> Lab:
+    """Returns the runs that the app's options name."""
+    return Lab(
+        options.runs,
+        options.run,
+        options.report,
+        options.votes,
+        options.load_in_4bit,
+        options.trust_remote_code,
+    )
 
 
 def table(headings: tuple[str, ...], rows: list[list[str]]) -> str:

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from sftlab.comparison.result_files import read_judged, read_quality, read_records, read_tasks
 from sftlab.evaluation.significance import compare
 from sftlab.evaluation.text_metrics import NAMES, paired_scores
 from sftlab.runs.run_directory import SIDES, adapter_hash, read_run
@@ -79,28 +80,21 @@ def find_runs(paths: Sequence[Path]) -> dict[str, Path]:
 
 def read_results(folder: Path) -> RunResults:
     """Returns what a run directory holds; ValueError names a file that cannot be read."""
-    run, evaluated = _read(folder / "run.json"), folder / "eval"
+    run, evaluated = read_run(folder), folder / "eval"
     adapter, stale = adapter_hash(folder), []
-    quality = _read(evaluated / "quality.json")
+    quality = read_quality(evaluated / "quality.json")
     if quality and quality["adapter_hash"] != adapter:
         quality, stale = {}, ["stale scores"]
     entries: dict[str, list[dict[str, Any]]] = {}
     for name in ("harness", "alpaca", "mt_bench"):
-        found = _read(evaluated / f"{name}.json").get("entries", [])
+        read = read_tasks if name == "harness" else read_judged
+        found = read(evaluated / f"{name}.json")
         entries[name] = [one for one in found if one["adapter_hash"] == adapter]
         stale += [f"stale {name} scores"] if len(entries[name]) < len(found) else []
     judged = entries["alpaca"] + entries["mt_bench"]
-    records = _records(evaluated / "quality.jsonl") if quality else []
+    records = read_records(evaluated / "quality.jsonl") if quality else []
     held = _hashes(evaluated, adapter, records, judged)
     return RunResults(folder, run, quality, entries["harness"], judged, records, stale, held)
-
-
-def _records(path: Path) -> list[dict[str, Any]]:
-    try:
-        lines = path.read_text(encoding="utf-8").split("\n")
-        return [json.loads(line) for line in lines if line]
-    except (FileNotFoundError, ValueError) as error:
-        raise ValueError(f"{path} is not what quality.json was made from: {error}") from error
 
 
 def _hashes(
@@ -258,24 +252,6 @@ def compare_tuned(
 
 def _held_out(records: Sequence[Mapping[str, Any]]) -> list[tuple[Any, str]]:
     return [(record["row"], record["reference"]) for record in records]
-
-
-def _read(path: Path) -> dict[str, Any]:
-    """Returns run.json, or the JSON object that an evaluation wrote ({} where there is none).
-
-    Raises ValueError for a broken file.
-    """
-    if path.name == "run.json":
-        return read_run(path.parent)
-    try:
-        content = json.loads(path.read_bytes() or "{}")
-    except FileNotFoundError:
-        return {}
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} is no record of an evaluation: expected a JSON object")
-    return content
 
 
 def _hash(content: bytes) -> str:

@@ -7,13 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from jinja2 import TemplateError
 from peft import PeftModel, get_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedTokenizerBase
 
 from sftlab.config.model_overrides import check_overrides
 from sftlab.config.recipe import ModelArguments
-from sftlab.data.chat_template import template_hash
+from sftlab.data.chat_template import end_of_turn, template_hash
+from sftlab.data.time_limit import time_limit
 from sftlab.exit_messages import mistakes_in_one_line
 from sftlab.fastpath import varlen_attention
 from sftlab.models.identity import base_identity, tokenizer_identity
@@ -24,6 +26,17 @@ from sftlab.runs.record import read_run
 from sftlab.runs.run_directory import SIDES, adapter_hash
 from sftlab.runs.schema import BOOLEAN, OBJECT, TEXT, check, one_of
 
+_TEMPLATE_S = 20
+# what a chat template can raise beside a time limit
+TEMPLATE_ERRORS = (
+    TemplateError,
+    TypeError,
+    AttributeError,
+    ArithmeticError,
+    LookupError,
+    RecursionError,
+    MemoryError,
+)
 # what loading the models of a run reads from run.json
 _NEEDED = {
     "recipe.model_name_or_path": TEXT,
@@ -92,7 +105,28 @@ def run_tokenizer(folder: Path, run: dict[str, Any]) -> PreTrainedTokenizerBase:
         raise ValueError(
             f"the template in {folder / 'adapter'} is not the one that the run trained with"
         )
+    try:
+        with time_limit(_TEMPLATE_S, f"the chat template in {folder / 'adapter'}"):
+            end_of_turn(tokenizer)
+    except TEMPLATE_ERRORS as error:
+        said = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(
+            f"the chat template in {folder / 'adapter'} does not render a question: {said}"
+        ) from error
     return tokenizer
+
+
+def refuse_unknown_ids(model: PeftModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raise ValueError where the tokenizer has ids beyond the model's embedding."""
+    size = model.get_input_embeddings().weight.shape[0]
+    special = (tokenizer.pad_token_id, tokenizer.eos_token_id, tokenizer.bos_token_id)
+    largest = max((i for i in special if i is not None), default=0)
+    if largest >= size:
+        raise ValueError(
+            f"the run's tokenizer has the id {largest} for "
+            f"{tokenizer.convert_ids_to_tokens(largest)!r}, and the model has {size} embeddings: "
+            "the tokenizer in adapter/ is not the one that the run trained with"
+        )
 
 
 def load_pair(folder: Path, run: dict[str, Any], trusted: bool = False) -> PeftModel:

@@ -1,5 +1,6 @@
 """Generated answers: prompts in left-padded batches, ended where the template ends a turn."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
@@ -37,11 +38,13 @@ class Sampling:
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
             raise ValueError(f"max_new_tokens must be at least 1, got {self.max_new_tokens}")
-        if self.temperature < 0 or not 0 < self.top_p <= 1:
+        if not 0 <= self.temperature < math.inf or not 0 < self.top_p <= 1:
             raise ValueError(
                 "temperature must be 0 (greedy) or more and top_p in (0, 1], got "
                 f"{self.temperature} and {self.top_p}"
             )
+        if not 0 <= self.seed < 2**62:
+            raise ValueError(f"seed must be a whole number from 0 to 2^62, got {self.seed}")
 
 
 class Answer(NamedTuple):

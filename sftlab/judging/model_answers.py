@@ -16,6 +16,7 @@ from sftlab.evaluation.base_and_tuned import (
     answering,
     load_pair,
     model_settings,
+    refuse_unknown_ids,
     refuse_untrusted,
     run_tokenizer,
 )
@@ -51,7 +52,9 @@ class Contestants:
     @cached_property
     def model(self) -> PeftModel:
         """Returns both models, loaded at the first answer that is not kept."""
-        return load_pair(self.folder, self.run, self.trusted)
+        model = load_pair(self.folder, self.run, self.trusted)
+        refuse_unknown_ids(model, self.tokenizer)
+        return model
 
     def free(self) -> None:
         """Free the models' memory for the judge."""

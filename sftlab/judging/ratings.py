@@ -51,15 +51,21 @@ def read_questions(questions: Path, references: Path) -> list[Question]:
 
     Raises ValueError where a file has another form.
     """
-    right = {
-        row["question_id"]: row["choices"][0]["turns"] for row in _lines(references, "choices")
-    }
-    found = [
-        Question(row["question_id"], row["category"], row["turns"], right.get(row["question_id"]))
-        for row in _lines(questions, "turns", "category")
-    ]
-    if not all(len(question.turns) == 2 for question in found):
-        raise ValueError(f"{questions} has questions of other than two turns")
+    right = {}
+    for number, row in enumerate(_lines(references, "choices"), 1):
+        choices = row["choices"]
+        turns = choices[0].get("turns") if _is_list(choices, dict) and choices else None
+        if not _is_list(turns, str) or len(turns) < 2:
+            raise ValueError(
+                f"{references}, line {number}: expected choices[0].turns with two answers"
+            )
+        right[row["question_id"]] = turns
+    found = []
+    for row in _lines(questions, "turns", "category"):
+        turns, category = row["turns"], row["category"]
+        if not _is_list(turns, str) or len(turns) != 2 or not isinstance(category, str):
+            raise ValueError(f"{questions} has questions of other than two turns and a category")
+        found.append(Question(row["question_id"], category, turns, right.get(row["question_id"])))
     if not any(question.references for question in found):
         raise ValueError(
             f"{references} has no answer to any question of {questions}: the judge needs some for "
@@ -210,6 +216,10 @@ def mean_ratings(records: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str
     return found
 
 
+def _is_list(value: object, kind: type) -> bool:
+    return isinstance(value, list) and all(isinstance(one, kind) for one in value)
+
+
 def _lines(path: Path, *keys: str) -> list[dict[str, Any]]:
     try:
         rows = [
@@ -221,7 +231,7 @@ def _lines(path: Path, *keys: str) -> list[dict[str, Any]]:
         raise ValueError(
             f"{path} not found: MT-Bench's question.jsonl and reference_answer are at {_SOURCE}"
         ) from error
-    except ValueError as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not JSON lines: {error}") from error
     needed = {"question_id", *keys}
     if not rows or not all(isinstance(row, dict) and needed <= row.keys() for row in rows):
@@ -229,4 +239,6 @@ def _lines(path: Path, *keys: str) -> list[dict[str, Any]]:
             f"{path} has lines without question_id or {' or '.join(keys)}: expected MT-Bench's own "
             "form"
         )
+    if not all(type(row["question_id"]) in (int, str) for row in rows):
+        raise ValueError(f"{path} has a question_id that is neither a number nor a text")
     return rows

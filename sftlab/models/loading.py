@@ -71,7 +71,9 @@ def read_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
     """
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except _UNREADABLE as error:
+    except Exception as error:
+        if not _unreadable(error):
+            raise
         raise ValueError(
             f"{folder} holds no tokenizer that can be loaded: {_said(error, str(folder))}"
         ) from error
@@ -179,6 +181,11 @@ def load_weights(
     if getattr(loaded, "_hf_peft_config_loaded", False):
         raise ValueError(f"base model {name} holds an adapter: give the base model alone")
     _refuse_other_tensors(loaded, found, name, kwargs.get("num_hidden_layers"))
+    ends = loaded.generation_config.eos_token_id
+    if not all(type(one) is int for one in (ends if isinstance(ends, list) else [ends or 0])):
+        raise ValueError(
+            f"generation_config.json of {name}: eos_token_id is {ends!r}, expected token ids"
+        )
     return loaded
 
 
@@ -220,6 +227,11 @@ def _no_report(record: logging.LogRecord) -> bool:
     return "LOAD REPORT" not in record.getMessage()
 
 
+def _unreadable(error: Exception) -> bool:
+    """Whether an error says that files cannot be read. tokenizers raises a bare Exception."""
+    return isinstance(error, _UNREADABLE) or type(error) is Exception
+
+
 def _said(error: BaseException, name: str) -> str:
     """Returns an error in one line."""
     text = " ".join(str(error).split()) or type(error).__name__
@@ -258,5 +270,7 @@ def _from_hub(auto_class: Any, name: str, **kwargs: Any) -> Any:
                 "be reached; a gated model also needs `hf auth login`"
             ) from error
         raise ValueError(f"base model {name} cannot be read: {_said(error, name)}") from error
-    except _UNREADABLE as error:
+    except Exception as error:
+        if not _unreadable(error):
+            raise
         raise ValueError(f"base model {name} cannot be read: {_said(error, name)}") from error
