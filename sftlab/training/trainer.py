@@ -40,8 +40,8 @@ from sftlab.measurement.flops import flops_per_token
 from sftlab.measurement.memory import MemorySplit, PeakMemory
 from sftlab.measurement.throughput import Meter
 from sftlab.models.likelihood import nats_per_token
-from sftlab.models.loading import load_model, model_init_kwargs
 from sftlab.models.own_logits import changed_logits, own_log_probs_if_needed
+from sftlab.training.base_model import base_model
 from sftlab.training.checkpointing import Checkpointer
 from sftlab.training.clock import TrainingClock
 from sftlab.training.finiteness import Finiteness
@@ -371,7 +371,7 @@ def build_trainer(
     args.packing = False  # trl's own would change which rows a step has
     set_seed(args.seed)
     return LabTrainer(
-        model=_loaded_model(recipe, fast),
+        model=base_model(recipe, fast),
         args=args,
         train_dataset=train,
         eval_dataset=validation if len(validation) else None,
@@ -383,16 +383,3 @@ def build_trainer(
         launch=launch,
         fast=fast,
     )
-
-
-def _loaded_model(recipe: Recipe, fast: FastPath) -> PreTrainedModel:
-    """Returns the base model where trl would have put it, with every tensor from its files."""
-    args = recipe.training
-    kwargs = model_init_kwargs(recipe.model, args.trust_remote_code, args.model_init_kwargs)
-    args.model_init_kwargs = None  # trl takes them only with a model's name
-    if fast.attn_implementation:
-        kwargs["attn_implementation"] = fast.attn_implementation
-    varlen_attention.register()
-    state = args.distributed_state
-    whole = state.distributed_type in ("MULTI_GPU", "DEEPSPEED") or state.device.type != "cuda"
-    return load_model(recipe.model, kwargs, None if whole else "auto")
