@@ -1,9 +1,12 @@
 """Fine-tune a causal language model with LoRA on trl's SFTTrainer; writes a run directory.
 
-accelerate launch --config_file accelerate_configs/cpu.yaml recipes/sft.py \
+python recipes/sft.py --config_file accelerate_configs/cpu.yaml \
     --config recipes/demo/attn_r16.yaml
-accelerate launch --config_file accelerate_configs/ddp.yaml recipes/sft.py \
+python recipes/sft.py --config_file accelerate_configs/ddp.yaml --num_processes 4 \
     --config recipes/llama3.2-1b/attn_r16.yaml [--any_field value]
+
+`accelerate launch --config_file LAUNCH.yaml recipes/sft.py ...` starts the same training. It adds
+a traceback of its own to every training that does not succeed.
 
 The fields are those of trl's ModelConfig and SFTConfig and of sftlab/config/recipe.py. The command
 line beats the YAML. After an interruption the same command resumes the run. A finished run is
@@ -11,6 +14,7 @@ replaced only with --overwrite.
 """
 
 import sftlab.startup.filter_warnings  # noqa: I001  (before the libraries that warn)
+import sftlab.startup.launcher  # it may replace this process
 import sftlab.startup.single_process  # before they see the devices
 import sftlab.startup.preload  # noqa: F401
 

@@ -1,0 +1,104 @@
+"""`python recipes/sft.py --config_file LAUNCH.yaml ...` launches itself, when this is imported.
+
+accelerate reads the launch config and starts the processes, as `accelerate launch` does. That
+command adds a traceback of its own wherever a training exits with another status than 0. Here the
+training's sentence is the last line, and its status is the command's.
+
+Ctrl-C before the training listens to signals ends the process in one line too.
+"""
+
+import logging
+import os
+import signal
+import sys
+from pathlib import Path
+from types import FrameType
+from typing import NoReturn
+
+from sftlab.config.launch import exported
+
+CONFIG = "config_file"
+# flags of `accelerate launch` that may stand beside it
+FLAGS = (
+    *("num_processes", "num_machines", "machine_rank", "mixed_precision", "gpu_ids"),
+    *("main_process_ip", "main_process_port", "rdzv_backend"),
+)
+_NOISY = ("torch.distributed.run", "torch.distributed.elastic")
+
+
+def launch_as_asked(script: str, arguments: list[str]) -> None:
+    """Start the script under the launch config that its arguments name; return if they name none.
+
+    One process takes the place of this one. Several are started by accelerate, and this process
+    ends as they end.
+    """
+    rest, flags = take_flags(arguments)
+    config = flags.pop(CONFIG, None)
+    if config is None or "ACCELERATE_MIXED_PRECISION" in os.environ:
+        return
+    try:
+        variables = exported(config, flags)
+    except ValueError as error:
+        sys.exit(f"error: {error}")
+    if variables["WORLD_SIZE"] == "1":
+        kept = {k: v for k, v in variables.items() if not k.endswith("WORLD_SIZE")}
+        os.execve(sys.executable, [sys.executable, script, *rest], os.environ | kept)
+    words = [word for name, value in flags.items() for word in (f"--{name}", value)]
+    sys.exit(_run(["--config_file", config, *words, script, *rest]))
+
+
+def take_flags(arguments: list[str]) -> tuple[list[str], dict[str, str]]:
+    """Returns the script's own arguments, and the launcher's flags by name.
+
+    Raises SystemExit for a flag without a value.
+    """
+    rest, flags, words = [], {}, iter(arguments)
+    for word in words:
+        name, equals, value = word.removeprefix("--").partition("=")
+        if not word.startswith("--") or name not in (CONFIG, *FLAGS):
+            rest.append(word)
+            continue
+        flags[name] = value if equals else next(words, "")
+        if not flags[name]:
+            sys.exit(f"error: --{name} needs a value")
+    return rest, flags
+
+
+def _run(words: list[str]) -> int:
+    """Launch several processes and wait for them; returns the exit status."""
+    from accelerate.commands.launch import launch_command, launch_command_parser
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+    for name in _NOISY:
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    try:
+        launch_command(launch_command_parser().parse_args(words))
+    except SignalException as stopped:
+        return 128 + stopped.sigval
+    except ChildFailedError as failed:
+        return status_of([failure.exitcode for failure in failed.failures.values()])
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {' '.join(str(error).split())}")
+    return 0
+
+
+def status_of(codes: list[int]) -> int:
+    """Returns one status for those of several ranks: a signal's first, else 1.
+
+    A rank that a signal killed has a negative code, one that stopped for it 128 + its number.
+    """
+    numbers = [128 - code if code < 0 else code for code in codes]
+    return next((code for code in numbers if code > 128), 1)
+
+
+def _stop(number: int, frame: FrameType | None) -> NoReturn:
+    if os.environ.get("RANK", "0") == "0":
+        os.write(2, b"\nstopped by Ctrl-C before the training: nothing was written\n")
+    os._exit(128 + number)
+
+
+if Path(sys.argv[0]).name == "sft.py":
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, _stop)
+    launch_as_asked(sys.argv[0], sys.argv[1:])

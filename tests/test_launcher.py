@@ -1,0 +1,66 @@
+"""sft.py launches itself: the training's sentence is the last line and its status the command's."""
+
+import subprocess
+import sys
+
+import fork_server
+import pytest
+from conftest import ROOT, arguments
+
+from sftlab.startup.launcher import launch_as_asked, status_of, take_flags
+
+
+def start(config, fields):
+    command = [fork_server.python(), str(ROOT / "recipes" / "sft.py")]
+    command += ["--config_file", str(ROOT / "accelerate_configs" / f"{config}.yaml")]
+    return subprocess.Popen(
+        [*command, *arguments(fields)],
+        cwd=ROOT,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+
+
+def test_the_launchers_flags_are_taken_out_of_the_scripts_arguments():
+    words = ["--config", "a.yaml", "--num_processes", "4", "--config_file=b.yaml", "--lora_r", "8"]
+    rest, flags = take_flags(words)
+    assert rest == ["--config", "a.yaml", "--lora_r", "8"]
+    assert flags == {"num_processes": "4", "config_file": "b.yaml"}
+    with pytest.raises(SystemExit, match="--config_file needs a value"):
+        take_flags(["--config_file"])
+
+
+def test_without_a_launch_config_or_under_a_launcher_nothing_is_launched(monkeypatch):
+    monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
+    launch_as_asked("sft.py", ["--config", "a.yaml"])
+    with pytest.raises(SystemExit, match=r"error: .*nowhere\.yaml"):
+        launch_as_asked("sft.py", ["--config_file", "nowhere.yaml"])
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+    launch_as_asked("sft.py", ["--config_file", "nowhere.yaml"])
+
+
+@pytest.mark.parametrize(
+    ("codes", "status"), [([1], 1), ([2, 1], 1), ([2, 143], 143), ([-9], 137), ([1, -15], 143)]
+)
+def test_the_statuses_of_the_ranks_are_one(codes, status):
+    assert status_of(codes) == status
+
+
+@pytest.mark.parametrize("config", ["cpu", "cpu_ddp"])
+def test_a_refusal_is_the_only_line(config, fields):
+    launched = start(config, {**fields, "lora_r": "0"})
+    _, said = launched.communicate(timeout=200)
+    assert launched.returncode == 1
+    assert said == "error: lora_r is 0: the rank must be 1 or more\n"
+
+
+def test_ctrl_c_before_the_training_is_one_line_and_130():
+    press = "import os, signal, sys, time; sys.argv = ['sft.py']\n"
+    press += (
+        "signal.signal(2, signal.default_int_handler)\n"  # a test run in the background is deaf
+    )
+    press += "import sftlab.startup.launcher; os.kill(os.getpid(), 2); time.sleep(9)"
+    done = subprocess.run([sys.executable, "-c", press], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 130
+    assert done.stderr == "\nstopped by Ctrl-C before the training: nothing was written\n"
