@@ -34,20 +34,20 @@ $(STAMP): requirements.txt pyproject.toml
 demo: $(STAMP)
 	$(BIN)/python recipes/demo/build.py
 	@if grep -qs '"status": "succeeded"' $(DEMO)/run.json; then echo "$(DEMO) is there already"; \
-	else $(BIN)/accelerate launch --config_file accelerate_configs/cpu.yaml recipes/sft.py --config recipes/demo/attn_r16.yaml; fi
+	else $(BIN)/python recipes/sft.py --config_file accelerate_configs/cpu.yaml --config recipes/demo/attn_r16.yaml; fi
 	$(BIN)/python eval/quality.py --run $(DEMO)
 	@echo
 	@echo "Next: runs side by side       .venv/bin/python eval/report.py --runs runs"
 	@echo "      chat with it            .venv/bin/python app/app.py"
 	@echo "      look at the curves      .venv/bin/tensorboard --logdir runs"
-	@echo "      another recipe          .venv/bin/accelerate launch --config_file accelerate_configs/cpu.yaml recipes/sft.py --config recipes/demo/all_r16.yaml"
+	@echo "      another recipe          .venv/bin/python recipes/sft.py --config_file accelerate_configs/cpu.yaml --config recipes/demo/all_r16.yaml"
 	@echo "      your own data           ... --dataset_name FILE.jsonl --output_dir runs/NAME"
 
 results: $(STAMP)
 	$(BIN)/python recipes/demo/build.py
 	@set -e; for recipe in $(RECIPES); do \
 	  grep -qs '"status": "succeeded"' runs/demo-$$recipe/run.json \
-	  || $(BIN)/accelerate launch --config_file accelerate_configs/cpu.yaml recipes/sft.py --config recipes/demo/$$recipe.yaml; \
+	  || $(BIN)/python recipes/sft.py --config_file accelerate_configs/cpu.yaml --config recipes/demo/$$recipe.yaml; \
 	  $(BIN)/python eval/quality.py --run runs/demo-$$recipe; done
 	$(BIN)/python eval/report.py --runs $(RECIPES:%=runs/demo-%) --axis lora_target_modules lora_r --out results/demo
 	$(BIN)/python benchmarks/fill_readme.py

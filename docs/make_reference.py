@@ -28,7 +28,7 @@ HEAD = """\
 # Every field of a recipe
 
 ```
-accelerate launch --config_file accelerate_configs/cpu.yaml recipes/sft.py \\
+python recipes/sft.py --config_file accelerate_configs/cpu.yaml \\
     --config recipes/demo/attn_r16.yaml --learning_rate 1e-3 --lora_r 8
 ```
 

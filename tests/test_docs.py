@@ -182,6 +182,10 @@ def options(script: Path) -> frozenset[str]:
             found |= declared(module) if module.is_file() else set()
     if "parse_known_args" in text or "parse_recipe" in text:
         found |= fields()
+    if "import sftlab.startup.launcher" in text:
+        from sftlab.startup.launcher import CONFIG, FLAGS
+
+        found |= {f"--{flag}" for flag in (CONFIG, *FLAGS)}
     return frozenset(found)
 
 
