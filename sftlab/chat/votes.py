@@ -46,6 +46,9 @@ def cast(path: Path, vote: str, **facts: Any) -> None:
 def read(path: Path) -> Votes:
     """Returns all votes in the file. A line that is no vote is left out, and named."""
     try:
+        if path.exists() and not path.is_file():
+            # reading a pipe would wait for ever
+            return Votes([], [f"{path} is no file: move it aside, or give another --votes"])
         lines = path.read_bytes().split(b"\n") if path.exists() else []
     except OSError as error:
         return Votes([], [f"{path} cannot be read: {error.strerror}"])
