@@ -55,9 +55,11 @@ from sftlab.models.loading import load_config, load_tokenizer
 from sftlab.planning.plan import planned_memory
 from sftlab.runs.environment import environment
 from sftlab.runs.run_directory import REMEDY, Run, Start, must_match, read_run
+from sftlab.startup.waiting import says_if_long
 from sftlab.training.determinism import compute_deterministically
 from sftlab.training.disk_room import is_full
 from sftlab.training.finiteness import NotFinite
+from sftlab.training.first_step_wait import FirstStepWait
 from sftlab.training.save_adapter import AfterTraining, after_training, save_adapter
 from sftlab.training.stop_on_signal import Stopped, StopOnSignal
 from sftlab.training.summary import summary_rows
@@ -202,7 +204,10 @@ def prepare(
     fast = choose(recipe, config, launch)
     compilers = start_compilers(recipe, config, fast)
 
-    with training.main_process_first(desc="reading the data set"):
+    with (
+        training.main_process_first(desc="reading the data set"),
+        says_if_long(f"reading the data set {recipe.data.dataset_name}"),
+    ):
         splits = load_splits(recipe.data, training.dataset_num_proc)
     rows = None if recipe.data.dataset_streaming else len(splits.train)
     if splits.tokens:
@@ -226,8 +231,10 @@ def prepare(
 
     now = environment()
     must = must_match(recipe.facts(), launch.facts(), now) | facts
-    with template_refusals(tokenizer, splits):
-        trainer = build_trainer(recipe, launch, fast, tokenizer, splits, callbacks=[stop])
+    loading = f"loading the weights of {model.model_name_or_path} and encoding the rows"
+    with template_refusals(tokenizer, splits), says_if_long(loading):
+        callbacks = [stop, FirstStepWait(fast.compile_layers)]
+        trainer = build_trainer(recipe, launch, fast, tokenizer, splits, callbacks)
     refuse_lost_rows(trainer, splits)
     for name, rows in (("training", trainer.train_dataset), ("validation", trainer.eval_dataset)):
         if isinstance(rows, Dataset):
@@ -236,7 +243,9 @@ def prepare(
         trainer.checkpointer.refuse_full_disk(run.made_bytes)
         begin(run, start, recipe, launch, facts | {"loss": looked.facts})
     trainer.checkpointer.must_match, trainer.checkpointer.hardware = must, now["hardware"]
-    if error := compilers.exception():
+    with says_if_long("compiling the kernels"):
+        error = compilers.exception()
+    if error:
         warn(f"kernels are compiled in the first step, not before it: {error}")
     if run.is_main:
         for part, why in fast.reasons.items():

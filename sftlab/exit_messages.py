@@ -34,7 +34,7 @@ def mistakes_in_one_line(*others: type[Exception]) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        print("stopped by Ctrl-C", file=sys.stderr, flush=True)
+        sys.stderr.write("stopped by Ctrl-C\n")
         sys.exit(CTRL_C)
     except (ValueError, *others) as error:
         _print_if_asked(error)
@@ -85,7 +85,7 @@ def _kept(error: Exception, path: Path | None) -> str:
             path = Path(name)
         path.write_text(text, encoding="utf-8")
     except OSError:  # nowhere to write: it must not be lost
-        print(text, file=sys.stderr)
+        sys.stderr.write(text)
         return "the lines above"
     return str(path)
 

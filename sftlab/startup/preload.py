@@ -5,10 +5,13 @@ That saves a sixth of the time. Modules stay loaded, so later collections skip t
 
 import gc
 
+from sftlab.startup.waiting import says_if_long
+
 gc.disable()
 try:
-    from peft import PeftModel  # noqa: F401
-    from trl import SFTConfig  # noqa: F401
+    with says_if_long("importing torch, transformers, peft and trl"):
+        from peft import PeftModel  # noqa: F401
+        from trl import SFTConfig  # noqa: F401
 finally:
     gc.enable()
     gc.freeze()
