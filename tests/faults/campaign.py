@@ -43,6 +43,7 @@ from transformers import LlamaConfig, LlamaForCausalLM  # noqa: E402
 import sftlab.runs.checkpoint_manifest  # noqa: E402
 from sftlab.files import file_hash  # noqa: E402
 from sftlab.runs.environment import provenance  # noqa: E402
+from sftlab.runs.record import read_run  # noqa: E402
 from sftlab.tables import aligned, write_csv  # noqa: E402
 
 KINDS = ("start-up", "steps", "saving", "sealing", "rotating", "final save", "signal")
@@ -230,7 +231,7 @@ class Campaign:
         fault(run / path)
         self.start(name, run).wait()
         line = {"case": name, "kind": f"a file {fault.__name__}", "file": str(path)}
-        line |= self.compared(name, run) if read(run)["status"] == "succeeded" else refusal(run)
+        line |= self.compared(name, run) if succeeded(run) else refusal(run)
         self.add(line, run)
 
     def control(
@@ -278,6 +279,14 @@ class Campaign:
             Path(f"{run}.log").unlink(missing_ok=True)
         else:
             print(f"  see {run} and {run}.log", flush=True)
+
+
+def succeeded(run: Path) -> bool:
+    """Whether a run says so; a damaged run.json is refused and stays as it is."""
+    try:
+        return read_run(run)["status"] == "succeeded"
+    except ValueError:
+        return False
 
 
 def outcome(run: Path) -> dict[str, Any]:
