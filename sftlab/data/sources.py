@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+import pyarrow as pa
 from datasets import Dataset, IterableDataset, load_dataset, load_dataset_builder
 from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, OfflineModeIsEnabled
@@ -49,6 +50,8 @@ def read_source(args: "DataArguments") -> Source:
         raise ValueError(
             f"{name} cannot be read: {_first_line(error.__cause__ or error)}"
         ) from error
+    except pa.ArrowInvalid as error:
+        raise ValueError(f"{name} cannot be read: {_first_line(error)}") from error
     except json.JSONDecodeError as error:
         raise ValueError(f"{name} cannot be read: its first row is not JSON: {error}") from error
     data_format = args.dataset_shape or recognise_format(columns)
@@ -63,6 +66,8 @@ def read_source(args: "DataArguments") -> Source:
 
 def _load(args: "DataArguments", name: str) -> Dataset | IterableDataset:
     path = Path(name)
+    if not name.strip():
+        raise ValueError("dataset_name is blank: give a data set of the hub, a file or a folder")
     if path.is_dir():
         return _load_folder(args, path)
     if path.suffix in _READERS or path.exists():

@@ -31,6 +31,8 @@ def read_text_rows(paths: list[Path], streaming: bool) -> Dataset | IterableData
     files = [(str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in paths]
     kind = IterableDataset if streaming else Dataset
     features = Features({name: Value("string") for name in columns})
+    if next(read(files), None) is None:
+        raise ValueError(f"{paths[0]} is empty: it has no row")
     return kind.from_generator(read, features=features, gen_kwargs={"files": files})
 
 
@@ -53,6 +55,8 @@ def _elements(text: str) -> Iterator[str]:
     while True:
         place = _behind_blanks(text, place)
         if text[place : place + 1] == "]":
+            if rest := text[place + 1 :].strip():
+                raise ValueError(f"behind the list of rows stands {rest!r:.40}")
             return
         _, end = decoder.raw_decode(text, place)
         yield text[place:end]
