@@ -27,6 +27,7 @@ import sftlab.startup.filter_warnings  # noqa: F401, I001  (before the libraries
 
 import argparse
 import shlex
+import signal
 import subprocess
 import sys
 import time
@@ -88,8 +89,9 @@ def main(argv: list[str]) -> None:
             write(study, not_run, out, arguments.allow_confounded, argv, runs)
     except (ValueError, FileNotFoundError) as error:
         sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        sys.exit("stopped: start the same command again to go on")
+    except KeyboardInterrupt as stopped:
+        print("stopped: start the same command again to go on", file=sys.stderr)
+        sys.exit(128 + (stopped.args[0] if stopped.args else signal.SIGINT))
     exit_unless_complete(tasks, not_run, unscored, alone=arguments.task is not None)
 
 

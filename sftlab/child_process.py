@@ -8,7 +8,7 @@ from typing import Any
 
 
 class Child:
-    """Runs a command. `asked_to_stop` is true once this process got a signal to stop.
+    """Runs a command. `asked_to_stop` is true once this process got a signal to stop, `signal` it.
 
     The child ends in its own way; a training saves a checkpoint. A signal is passed on only where
     it came to this process alone: USR1, and TERM outside Slurm, which sends TERM to every process
@@ -19,7 +19,7 @@ class Child:
     def __init__(
         self, command: Sequence[str], pass_on: Callable[[], Any] | None = None, **options: Any
     ) -> None:
-        self.asked_to_stop = False
+        self.asked_to_stop, self.signal = False, 0
         self.processes: list[subprocess.Popen] = []
         self._pass_on = pass_on or (lambda: [process.terminate() for process in self.processes])
         self._alone = {signal.SIGUSR1} | (
@@ -37,7 +37,7 @@ class Child:
             self.processes.append(subprocess.Popen(command, **options))
 
     def _hear(self, number: int, frame: object) -> None:
-        self.asked_to_stop = True
+        self.asked_to_stop, self.signal = True, self.signal or number
         if number in self._alone and self.processes:
             self._pass_on()
 

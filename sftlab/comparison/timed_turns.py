@@ -30,7 +30,7 @@ def in_turn(commands: Sequence[Command], **options: Any) -> Iterator[int]:
     """Start all commands, let them through one by one, and give the place of each as it ends.
 
     `options` are Popen's. When this process is told to stop, all commands are, and each may save.
-    KeyboardInterrupt follows when they have ended.
+    KeyboardInterrupt with the signal's number follows when they have ended.
     """
     together = len(commands) > 1
     # a compiler process for every core and command would make hundreds
@@ -61,7 +61,7 @@ def in_turn(commands: Sequence[Command], **options: Any) -> Iterator[int]:
                     (each / "go").touch()
                 for each in child.processes:
                     each.wait()
-                raise KeyboardInterrupt
+                raise KeyboardInterrupt(child.signal)
             yield place
 
 
