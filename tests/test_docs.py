@@ -218,7 +218,9 @@ def refused_options(line: str) -> list[str]:
 def every_option() -> frozenset[str]:
     scripts = [p for folder in FOLDERS.split("|") for p in (ROOT / folder).rglob("*.py")]
     ours = [option for script in scripts for option in declared(script)]
-    return frozenset({*ours, *fields(), *accelerate_options(), *FOREIGN})
+    known = {*ours, *fields(), *accelerate_options(), *FOREIGN}
+    # both spellings of an option are accepted
+    return frozenset(known | {f"--{option[2:].replace('_', '-')}" for option in known})
 
 
 @pytest.mark.parametrize("path", PAGES, ids=name)
