@@ -19,6 +19,7 @@ import sftlab.startup.filter_warnings  # noqa: I001  (before the libraries that 
 import sftlab.startup.preload  # noqa: F401
 
 import argparse
+import math
 import contextlib
 import sys
 from collections.abc import Mapping, Sequence
@@ -130,13 +131,13 @@ def parsed(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
         )
     if given.random and given.random not in MODEL_SHAPES:
         raise ValueError(f"no shape {given.random!r}: there are {', '.join(MODEL_SHAPES)}")
-    if given.host_us is not None and given.host_us <= 0:
+    if given.host_us is not None and not 0 < given.host_us < math.inf:
         raise ValueError(
             f"--host_us {given.host_us}: give the microseconds that recipes/doctor.py says"
         )
     for name in ("num_processes", "gpus", "rows", "row_tokens"):
         value = getattr(given, name)
-        if value is not None and value <= 0:
+        if value is not None and not 0 < value < math.inf:
             raise ValueError(f"--{name} {value:g}: give a number above 0")
     return given, fields
 

@@ -50,6 +50,8 @@ KINDS = {
 ITS_OWN = ("output_dir", "overwrite", "config", "resume_from_checkpoint")
 # Random weights are not saved, and all rows train.
 RANDOM_FIELDS = {"save_adapter": False, "split_fractions": [1.0, 0.0, 0.0]}
+# of a cell: each is a training of its own
+MOST_REPEATS = 1000
 
 
 @dataclass
@@ -104,7 +106,9 @@ def load(path: Path, runs: Path, given: Mapping[str, Any]) -> Study:
         _cell_task(path, cell, settings or {}, launch, fields, recipe)
         for cell, settings in content["cells"].items()
     ]
-    seeds = content.get("seeds") or [None] * content.get("repeats", 1)
+    seeds = content.get("seeds") or [None] * _repeats(path, content.get("repeats", 1))
+    if odd := [seed for seed in seeds if seed is not None and type(seed) is not int]:
+        raise ValueError(f"{path}: seeds holds {odd[0]!r}: expected whole numbers")
     tasks = [
         _repeated(cell, repeat, seed, runs)
         for repeat, seed in enumerate(seeds, start=1)
@@ -300,3 +304,11 @@ def _asked(task: Task) -> dict[str, Any]:
             "strategy": strategy,
         },
     }
+
+
+def _repeats(path: Path, repeats: object) -> int:
+    if type(repeats) is not int or not 1 <= repeats <= MOST_REPEATS:
+        raise ValueError(
+            f"{path}: repeats is {repeats!r}: expected a whole number from 1 to {MOST_REPEATS}"
+        )
+    return repeats

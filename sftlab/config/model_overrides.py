@@ -47,6 +47,8 @@ _ELSEWHERE = {
     "use_safetensors": "only safetensors are loaded",
     "device_map": "the launch config decides where the model is",
 }
+# More than any model has; a plan builds every layer.
+MOST_LAYERS = 1000
 
 
 def check_overrides(overrides: object) -> dict[str, Any]:
@@ -66,9 +68,9 @@ def check_overrides(overrides: object) -> dict[str, Any]:
             instead = _ELSEWHERE.get(name, f"it may hold {', '.join(sorted(ALLOWED))}")
             raise ValueError(f"model_init_kwargs may not hold {name!r}: {instead}")
     layers = overrides.get("num_hidden_layers", 1)
-    if type(layers) is not int or layers < 1:
+    if type(layers) is not int or not 1 <= layers <= MOST_LAYERS:
         raise ValueError(
-            f"model_init_kwargs.num_hidden_layers is {layers!r}: expected a whole number of at "
-            "least 1"
+            f"model_init_kwargs.num_hidden_layers is {layers!r}: expected a whole number from 1 "
+            f"to {MOST_LAYERS}"
         )
     return dict(overrides)

@@ -156,7 +156,15 @@ def load_pair(folder: Path, run: dict[str, Any], trusted: bool = False) -> PeftM
         model = PeftModel.from_pretrained(with_fused_head(base), folder / "adapter")
     except torch.OutOfMemoryError:
         raise
-    except (OSError, ValueError, TypeError, KeyError, RuntimeError, SafetensorError) as error:
+    except (
+        OSError,
+        ValueError,
+        TypeError,
+        KeyError,
+        AttributeError,
+        RuntimeError,
+        SafetensorError,
+    ) as error:
         raise ValueError(
             f"{folder / 'adapter'} does not load on {name}: "
             f"{(str(error).splitlines() or [type(error).__name__])[0]}"
