@@ -37,7 +37,7 @@ needs_shared = pytest.mark.skipif(
 # Files that take the longest come first, so that the workers end together.
 SLOWEST_FIRST = (
     *("demo", "app", "browser", "sft", "continuation", "fsdp", "study", "harness", "faults"),
-    *("tokens", "pace", "quality", "fastpath", "chat", "plan", "kernels", "mt_bench", "report"),
+    *("tokenizing", "pace", "quality", "compiled", "fastpath", "chat", "plan", "kernels"),
 )
 
 
