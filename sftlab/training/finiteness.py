@@ -128,4 +128,7 @@ def _tensors(state: Any) -> Iterable[torch.Tensor]:
 
 def _least_of_all_ranks(accelerator: Accelerator, numbers: torch.Tensor) -> list[int]:
     """Returns the smallest of each number over all ranks, [n]. Waits for the device."""
-    return accelerator.gather(numbers[None].to(accelerator.device)).amin(dim=0).tolist()
+    numbers = numbers.to(accelerator.device)
+    if accelerator.num_processes > 1:
+        torch.distributed.all_reduce(numbers, torch.distributed.ReduceOp.MIN)
+    return numbers.tolist()
