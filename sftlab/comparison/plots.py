@@ -145,10 +145,14 @@ def _losses(comparison: Comparison, canvas: "Figure") -> bool:
 def _base_and_tuned(comparison: Comparison, canvas: "Figure") -> bool:
     """Draw a panel a score: base and tuned with their 95 % intervals."""
     rows = comparison.rows
-    scored = [name for name in rows if comparison.runs[name].quality]
-    canvas.set_figheight(1.2 + 2 * canvas.get_figheight())
-    panels = canvas.subplots(2, 3, sharey=True)
-    for (score, title), axes in zip(NAMES.items(), panels.flat, strict=True):
+    lines = -(-len(NAMES) // 3)
+    canvas.set_figheight(1.2 + lines * canvas.get_figheight())
+    panels = canvas.subplots(lines, 3, squeeze=False, sharey=True)
+    for axes in panels.flat[len(NAMES) :]:
+        axes.axis("off")
+    for (score, title), axes in zip(NAMES.items(), panels.flat, strict=False):
+        # a run may have been scored before the score was added
+        scored = [name for name in rows if rows[name][f"tuned {score}"] is not None]
         values = [rows[name][f"{side} {score}"] for name in scored for side in SIDES]
         for side, colour, shift in (("base", "0.6", -0.13), ("tuned", "tab:blue", 0.13)):
             places = [list(rows).index(name) + shift for name in scored]
@@ -163,7 +167,7 @@ def _base_and_tuned(comparison: Comparison, canvas: "Figure") -> bool:
         axes.set_yticks(range(len(rows)), rows)
     handles = axes.get_legend_handles_labels()
     canvas.legend(*handles, loc="outside lower right", ncols=2, frameon=False)
-    return bool(scored)
+    return any(one.quality for one in comparison.runs.values())
 
 
 PLOTS: dict[str, tuple[str, Callable[[Comparison, "Figure"], bool]]] = {

@@ -244,8 +244,17 @@ def compare_tuned(
         likelihoods = pairs["response_perplexity"]
         alike = np.array_equal(likelihoods.base[:, 1], likelihoods.tuned[:, 1])
         left_out += [] if alike else [f"perplexity of {name} (its tokens are others)"]
+        left_out += [
+            f"{NAMES[score]} of {name} (scored without it: evaluate both runs again)"
+            for score in scores
+            if score not in pairs
+        ]
         compared[name] = compare(
-            {score: pairs[score] for score in scores if alike or "perplexity" not in score}
+            {
+                score: pairs[score]
+                for score in scores
+                if score in pairs and (alike or "perplexity" not in score)
+            }
         )
     return compared, left_out
 

@@ -4,7 +4,7 @@ They are kept as per-row parts, which a paired bootstrap sums (sftlab/evaluation
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from typing import Any
 
@@ -103,6 +103,15 @@ def rouge(answers: Sequence[str], references: Sequence[str]) -> np.ndarray:
     )
 
 
+# how a score is made of summed parts, and the field of a record that holds a row's parts
+PARTS: dict[str, tuple[Callable[[np.ndarray], np.ndarray], str]] = {
+    "response_perplexity": (perplexity, "response_nll"),
+    "text_perplexity": (perplexity, "text_nll"),
+    "bleu": (Bleu.score, "bleu_counts"),
+    **{name: (mean, name) for name in ROUGE_TYPES},
+}
+
+
 def score_texts(
     answers: Sequence[str], references: Sequence[str], bleu: Bleu
 ) -> list[dict[str, Any]]:
@@ -122,15 +131,12 @@ def paired_scores(
 ) -> dict[str, Paired]:
     """Returns two models' records of the same rows, ready to be compared.
 
-    A record is one side of a line of quality.jsonl.
+    A record is one side of a line of quality.jsonl. A score is left out where a record lacks its
+    parts, since rows may have been scored before the score was added.
     """
-
-    def both(field: str) -> list[np.ndarray]:
-        return [np.array([record[field] for record in side], float) for side in (base, tuned)]
-
-    scores = {
-        "response_perplexity": Paired(perplexity, *both("response_nll")),
-        "text_perplexity": Paired(perplexity, *both("text_nll")),
-        "bleu": Paired(Bleu.score, *both("bleu_counts")),
-    }
-    return scores | {name: Paired(mean, *map(with_counts, both(name))) for name in ROUGE_TYPES}
+    scores = {}
+    for name, (score, field) in PARTS.items():
+        if all(field in record for record in (*base, *tuned)):
+            sides = [np.array([record[field] for record in side], float) for side in (base, tuned)]
+            scores[name] = Paired(score, *(map(with_counts, sides) if score is mean else sides))
+    return scores
