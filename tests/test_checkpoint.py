@@ -13,6 +13,7 @@ from torch.utils.tensorboard import SummaryWriter
 from sftlab.files import write_json
 from sftlab.runs import progress, tensorboard_curves
 from sftlab.runs.checkpoint_manifest import (
+    FORMAT,
     MANIFEST,
     in_order,
     newest_valid,
@@ -169,8 +170,8 @@ def test_a_deletion_that_was_cut_short_leaves_nothing_that_counts(tmp_path, monk
 
 def test_a_manifest_of_another_format_is_not_read(tmp_path, monkeypatch):
     folder = saved(tmp_path, 3)
-    monkeypatch.setattr("sftlab.runs.checkpoint_manifest.FORMAT", 3)
-    with pytest.raises(ValueError, match="has format 2, this version reads 3"):
+    monkeypatch.setattr("sftlab.runs.checkpoint_manifest.FORMAT", FORMAT + 1)
+    with pytest.raises(ValueError, match=f"has format {FORMAT}, this version reads {FORMAT + 1}"):
         verify(folder)
 
 
