@@ -72,9 +72,9 @@ def parse_recipe(argv: list[str], launch: Launch) -> Recipe:
     unset = [name for name, values in words.items() if _unsets(name, values)]
     argv, settings = _without(unset, argv), settings | dict.fromkeys(unset)
     named = [name for name in words if name not in unset]
+    _refuse_unused([*(key for key, value in settings.items() if value), *named])
     for name in named:
         _check_words(name, words[name], known[name])
-    _refuse_unused([*(key for key, value in settings.items() if value), *named])
     settings, note = without_replaced_data(settings, argv, named)
     unlimited = settings.get("max_length", 0) is None and "max_length" not in named
     settings = {key: value for key, value in settings.items() if value is not None}
