@@ -164,7 +164,7 @@ def test_a_place_in_the_queue_is_shown_and_a_full_one_says_so(slow, visit):
             second.get_by_text("queue: 1/1").first.wait_for()
             shot(second, "waiting")
         say(page, text)
-    third.locator("#note").get_by_text("too many messages wait").wait_for()
+    third.locator("#note").get_by_text("too many messages are waiting").wait_for()
     third.get_by_role("button", name="Send").wait_for()
     assert third.locator("#message textarea").input_value() == "three"
     shot(third, "full")
@@ -243,7 +243,7 @@ def test_a_blind_vote_is_revealed_written_and_summed(server, visit):
     shot(page, "blind")
     page.get_by_role("button", name="Right is better").click()
     page.locator("#note").get_by_text("Voted").wait_for()
-    vote = votes.read(server.ballot)[-1]
+    vote = votes.read(server.ballot).votes[-1]
     assert (vote["blind"], vote["vote"], vote["message"]) == (
         True,
         vote["order"][1],
