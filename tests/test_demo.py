@@ -101,7 +101,7 @@ def test_a_model_tuned_on_unshifted_labels_is_detected(tuned, tmp_path):
     assert report["answers"]["tuned"]["repetitive"] > report["rows"] / 2
     assert len(report["warnings"]) == 3
     assert "warning:" in text
-    assert "labels not shifted by one" in text
+    assert "labels that were not shifted by one" in text
 
 
 def test_a_second_build_keeps_what_is_there(built):
