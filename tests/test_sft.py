@@ -256,6 +256,7 @@ def test_a_diverged_run_fails(finished, tmp_path, train_here):
 def test_gpt2s_layers_are_adapted_and_checked(fields, base, tmp_path, trained_here):
     ids = {"bos_token_id": 256, "eos_token_id": 257, "pad_token_id": 258}
     gpt2 = shutil.copytree(base, tmp_path / "gpt2", ignore=shutil.ignore_patterns("*.safetensors"))
+    torch.manual_seed(0)
     GPT2LMHeadModel(
         GPT2Config(vocab_size=259, n_embd=32, n_layer=2, n_head=2, n_positions=512, **ids)
     ).save_pretrained(gpt2)
