@@ -262,7 +262,8 @@ def test_memory_that_ran_out_beside_others_says_nothing_of_the_cell(
     def fake(task):
         ends = {"r2": "'SFTLAB_TURN' in os.environ", "r4": "True", "r8": "False"}[task.cell]
         failed = "{'status': 'failed', 'reason': 'OutOfMemoryError: CUDA'}"
-        record = f"{failed} if {ends} else {{'status': 'succeeded'}}"
+        ended = f"{failed} if {ends} else {{'status': 'succeeded', 'reason': None}}"
+        record = f"{{'recipe': {{}}, 'launch': {{}}, **({ended})}}"
         path = f"{task.folder}/run.json"
         script = f"import json, os; open({path!r}, 'w').write(json.dumps({record}))"
         return [sys.executable, "-c", script]
