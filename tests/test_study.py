@@ -12,7 +12,7 @@ import time
 import fork_server
 import pytest
 import yaml
-from conftest import ROOT, short_fields
+from conftest import ROOT, read, short_fields
 from small_studies import SCRIPT, TWO, ended
 
 from sftlab.comparison.study_file import check_comparable, load
@@ -269,6 +269,8 @@ def test_memory_that_ran_out_beside_others_says_nothing_of_the_cell(
         return [sys.executable, "-c", script]
 
     monkeypatch.setattr(SCRIPT, "python_command", fake)
+    # what the stand-in writes is no whole record
+    monkeypatch.setattr("sftlab.comparison.study_tasks.read_run", read)
     tasks = load(write({**TWO, "r8": {"lora_r": 8, "lora_alpha": 16}}), tmp_path / "runs", {}).tasks
     assert SCRIPT.train(tasks, at_once=3) == {}
     assert [SCRIPT.result(task).split(" ")[0] for task in tasks] == [
