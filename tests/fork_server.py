@@ -194,7 +194,8 @@ def _run(words: list[str]) -> int:
     sys.stdout.reconfigure(write_through=unbuffered)
     if words[0] == "-m":
         sys.path[0], sys.argv = os.getcwd(), words[1:]
-        sys.modules.pop(words[1], None)
+        if not hasattr(sys.modules.get(words[1]), "__path__"):  # a package keeps its parts
+            sys.modules.pop(words[1], None)
         runpy.run_module(words[1], run_name="__main__", alter_sys=True)
     elif words[0] == "-c":
         sys.path[0], sys.argv = "", ["-c", *words[2:]]

@@ -11,7 +11,7 @@ import time
 
 import pytest
 from conftest import ROOT, launch_command, read
-from test_run_ownership import put, snapshot
+from run_folders import put, snapshot
 
 from sftlab.runs import progress
 from sftlab.runs.checkpoint_manifest import in_order

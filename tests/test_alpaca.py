@@ -79,7 +79,7 @@ def test_every_prompt_answer_verdict_and_judgement_is_on_disk(evaluate, run):
 
 def test_a_killed_evaluation_goes_on_and_scoring_again_asks_nothing(evaluate, run):
     judge = ScriptedJudge(perfect, fails_after=100)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(SystemExit, match="130"):
         evaluate(None, judge=judge, style="fastchat")
     again = ScriptedJudge(perfect)
     report = evaluate(None, judge=again, style="fastchat")

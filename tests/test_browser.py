@@ -157,7 +157,7 @@ def test_a_place_in_the_queue_is_shown_and_a_full_one_says_so(slow, visit):
     """
     first, second, third = (visit(slow.url) for _ in range(3))
     for page, text in ((first, "one"), (second, "two"), (third, "three")):
-        slide(page, "Max new tokens", "2000" if page is first else "3")
+        slide(page, "Max new tokens", "500" if page is first else "3")
         if page is second:
             first.locator("#left").get_by_text("heard one").wait_for()
         if page is third:

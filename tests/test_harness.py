@@ -7,19 +7,20 @@ import subprocess
 import time
 
 import fork_server
-import lm_eval
 import pytest
 from conftest import ROOT, SHARED, copy_of, load_script, needs_shared, write_jsonl
 from harness_files import (
     TASKS,
     arc_rows,
+    assert_same,
+    by_hand,
     entries,
     gsm8k_rows,
+    harness_records,
     mmlu_rows,
     named,
     truthful_rows,
 )
-from lm_eval.tasks import TaskManager
 from safetensors.torch import load_file, save_file
 
 
@@ -50,47 +51,6 @@ def harness():
 @pytest.fixture
 def run(finished, tmp_path):
     return copy_of(finished[0], tmp_path / "run")
-
-
-def harness_records(run, entry):
-    return [
-        json.loads(line)
-        for line in (run / "eval" / "harness" / entry["records"]).read_text().splitlines()
-    ]
-
-
-def by_hand(base, run, side, files, task, settings):
-    """What lm-eval gives when it loads the models itself, in this process."""
-    model = f"pretrained={base},tokenizer={run / 'adapter'},dtype=float32"
-    model += f",peft={run / 'adapter'}" if side == "tuned" else ""
-    manager = TaskManager(include_path=str(TASKS), include_defaults=False, metadata=files)
-    return lm_eval.simple_evaluate(
-        model="hf",
-        model_args=model,
-        tasks=[task],
-        task_manager=manager,
-        batch_size=8,
-        device="cpu",
-        **settings,
-    )
-
-
-def assert_same(entry, side, records, results, samples):
-    """An entry and its records against lm-eval's results and samples of one model."""
-    for key, metric in entry["metrics"].items():
-        assert metric[side]["value"] == results[key]
-    theirs = {(sample["doc_id"], sample["filter"]): sample for sample in samples}
-    assert len(theirs) == len(records) == len(samples)
-    for record in records:
-        sample = theirs[record["doc_id"], record["filter"]]
-        assert record["prompt_hash"] == sample["prompt_hash"]
-        if "answer" in record[side]:
-            assert record[side]["answer"] == sample["resps"][0][0]
-        else:
-            ours = record[side]["log_likelihoods"]
-            assert ours == pytest.approx(
-                [float(response[0][0]) for response in sample["resps"]], abs=1e-4
-            )
 
 
 def test_the_figures_are_those_of_the_lm_eval_command(harness, run, base, files, tmp_path):

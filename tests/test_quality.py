@@ -16,11 +16,10 @@ from judged_runs import SHORT, change_adapter, report
 from rouge_score.rouge_scorer import RougeScorer
 from sacrebleu.metrics import BLEU
 
-from sftlab.comparison.run_results import read_results
+from sftlab.comparison.result_files import read_records
 from sftlab.data.chat_template import prompt_ids
 from sftlab.evaluation.base_and_tuned import load_pair
 from sftlab.evaluation.generation import Answer, Generator
-from sftlab.runs.run_directory import adapter_hash
 
 SCORES = ["response_perplexity", "text_perplexity", "bleu", "rouge1", "rouge2", "rougeL"]
 
@@ -161,15 +160,14 @@ def test_a_killed_evaluation_goes_on_where_it_stopped(quality, finished, tmp_pat
     ).read_bytes().count(b"\n")
 
 
-def test_lines_are_ended_by_line_feeds_alone(run):
+def test_lines_are_ended_by_line_feeds_alone(tmp_path):
     """Text from the web has other line separators in it."""
-    (run / "eval").mkdir(exist_ok=True)
-    (run / "eval" / "quality.json").write_text(json.dumps({"adapter_hash": adapter_hash(run)}))
-    record = {"row": 0, "reference": "one\u2028two\u0085three", "tuned": {"text": "four"}}
-    (run / "eval" / "quality.jsonl").write_text(
-        json.dumps(record, ensure_ascii=False) + "\n", encoding="utf-8"
-    )
-    assert read_results(run).records == [record]
+    figures = {"response_nll": [1.0], "text_nll": [1.0], "bleu_counts": [1]}
+    record = {"row": 0, "reference": "one\u2028two\u0085three"}
+    record["tuned"] = {"text": "four\x0bfive", **figures}
+    lines = tmp_path / "quality.jsonl"
+    lines.write_text(json.dumps(record, ensure_ascii=False) + "\n", encoding="utf-8")
+    assert read_records(lines) == [record]
 
 
 def test_a_run_with_the_attention_of_packed_rows_is_evaluated_without_it(finished, tmp_path):

@@ -6,49 +6,12 @@ import json
 
 import pytest
 import torch
+from run_folders import DATA, RECIPE, checkpoint, started
 
 from sftlab.runs import progress
-from sftlab.runs.checkpoint_manifest import seal
 from sftlab.runs.environment import environment
-from sftlab.runs.made_files import MadeFiles
-from sftlab.runs.run_directory import Run, must_match, read_run
+from sftlab.runs.run_directory import Run, read_run
 from sftlab.training.verification import tf32_products
-
-RECIPE = {
-    "model_name_or_path": "base",
-    "learning_rate": 0.1,
-    "overwrite": False,
-    "output_dir": "here",
-}
-LAUNCH = {"world_size": 1}
-DATA = {"data": {"train": {"rows": 10, "fingerprint": "abc"}}, "template": {"hash": "xyz"}}
-
-
-def started(folder, recipe=None, overwrite=False, world_size=1, anyway=False):
-    run, recipe, launch = Run(folder, is_main=True), recipe or RECIPE, {"world_size": world_size}
-    start = run.look(recipe, launch, overwrite, anyway)
-    start.warnings += run.begin(start, recipe, launch, **DATA)
-    return run, start
-
-
-def checkpoint(folder, step, sealed=True):
-    path = folder / f"checkpoint-{step}"
-    path.mkdir(parents=True)
-    (path / "optimizer.pt").write_text("state")
-    if sealed:
-        now = environment()
-        must = must_match(RECIPE, {"world_size": 1}, now) | DATA
-        facts = {
-            "step": step,
-            "saved": 0.0,
-            "train_seconds": 2.0,
-            "must_match": must,
-            "hardware": now["hardware"],
-        }
-        seal(path, facts)
-    else:
-        MadeFiles(folder).note([f"{path.name}/"])
-    return str(path)
 
 
 def test_a_job_that_slurm_starts_again_goes_on_though_it_overwrites(tmp_path, monkeypatch):

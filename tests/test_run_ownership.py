@@ -1,35 +1,15 @@
 """No folder but a run's own is written into, and nothing that a run did not make is removed."""
 
-import json
 import os
 import shutil
-import subprocess
-import sys
 
 import pytest
-from conftest import ROOT, read
-from test_run import LAUNCH, RECIPE, checkpoint, started
+from conftest import read
+from run_folders import LAUNCH, RECIPE, checkpoint, finished_run, put, snapshot, started
 
-from sftlab.files import write_json
 from sftlab.runs import progress
 from sftlab.runs.run_directory import Run, read_run
 from sftlab.runs.run_lock import LOCK
-
-
-def snapshot(folder):
-    """Every file below a folder and its bytes."""
-    return {
-        str(path.relative_to(folder)): path.read_bytes()
-        for path in sorted(folder.rglob("*"))
-        if path.is_file()
-    }
-
-
-def put(folder, *names):
-    for name in names:
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_text(f"mine: {name}")
-
 
 FOREIGN_FOLDERS = {
     "checkpoints of trl": [f"checkpoint-{n}/model.safetensors" for n in (500, 1000, 1500)],
@@ -70,21 +50,6 @@ def test_what_is_no_folder_is_refused(tmp_path):
         with pytest.raises(ValueError, match=f"{name} is {what}"):
             started(tmp_path / name)
     assert (tmp_path / "file").read_text() == "mine"
-
-
-def finished_run(folder):
-    """A finished run with an adapter, a checkpoint, curves and an evaluation."""
-    run, _ = started(folder)
-    put(folder, "adapter/adapter_model.safetensors", "adapter/README.md", "progress.json")
-    run.made.note_files(
-        [folder / "adapter" / n for n in ("adapter_model.safetensors", "README.md")]
-    )
-    curve = f"tensorboard/events.out.tfevents.1.{os.uname().nodename}.{os.getpid()}.0"
-    put(folder, curve, "eval/quality.json", "eval/quality.jsonl", "eval/answers-0123456789ab.jsonl")
-    put(folder, "eval/alpaca-judgements-0123abcd.jsonl", "eval/harness/mmlu-chat-0shot.jsonl")
-    checkpoint(folder, 3)
-    run.finish("succeeded")
-    return set(snapshot(folder))
 
 
 MINE = (
@@ -152,75 +117,6 @@ def test_without_its_list_a_run_is_not_replaced(tmp_path, content):
     with pytest.raises(ValueError, match=r"made\.txt"):
         started(folder, overwrite=True)
     assert snapshot(folder) == before
-
-
-def without(*keys):
-    def change(path):
-        record = json.loads(path.read_text())
-        for key in keys:
-            del record[key]
-        path.write_text(json.dumps(record))
-
-    return change
-
-
-def with_(**values):
-    return lambda path: path.write_text(json.dumps(json.loads(path.read_text()) | values))
-
-
-def as_bytes(content):
-    return lambda path: path.write_bytes(content)
-
-
-DAMAGED = {
-    "cut": (lambda path: path.write_bytes(path.read_bytes()[:200]), "is not JSON"),
-    "empty": (as_bytes(b""), "it is empty"),
-    "blank": (as_bytes(b" \n\n"), "it is empty"),
-    "zeros": (as_bytes(bytes(300)), "it is empty"),
-    "binary": (as_bytes(b"\x89PNG\r\n\xff\xfe"), "it is not text"),
-    "a list": (as_bytes(b"[]"), r"holds \[\], expected a JSON object"),
-    "null": (as_bytes(b"null"), "holds null, expected a JSON object"),
-    "nested": (as_bytes(b"[" * 100_000), "is not JSON"),
-    "no keys": (as_bytes(b"{}"), "has no status, expected one of running"),
-    "no recipe": (without("recipe"), "has no recipe, expected an object"),
-    "no launch": (without("launch"), "has no launch, expected an object"),
-    "an unknown status": (with_(status="done"), 'status is "done", expected one of running'),
-    "a status that is no text": (with_(status=["succeeded"]), "status is .*, expected one of"),
-    "a null recipe": (with_(recipe=None), "recipe is null, expected an object"),
-    "interruptions that are none": (with_(interruptions=5), "interruptions is 5, expected a list"),
-    "a finish that is no time": (with_(finished=5), "finished is 5, expected a text or null"),
-    "a host alone": (with_(host_pid=["here"]), "host_pid is .*, expected a host and a process id"),
-    "losses": (with_(losses=[[1, "low"]]), "losses is .*, expected a list, each a step and a loss"),
-    "a folder": (lambda path: (path.unlink(), path.mkdir()), "cannot be read: it is a folder"),
-    "a pipe": (lambda path: (path.unlink(), os.mkfifo(path)), "cannot be read: it is no file"),
-    "a link to nothing": (lambda path: (path.unlink(), path.symlink_to("x")), "No such file"),
-}
-
-
-@pytest.mark.parametrize("overwrite", [False, True])
-@pytest.mark.parametrize(("damage", "said"), DAMAGED.values(), ids=DAMAGED)
-def test_a_damaged_record_is_no_licence_to_write(tmp_path, damage, said, overwrite):
-    folder = tmp_path / "r"
-    finished_run(folder)
-    damage(folder / "run.json")
-    before = snapshot(folder)
-    with pytest.raises(ValueError, match=rf"run\.json.*{said}.*Nothing in .* was changed"):
-        started(folder, overwrite=overwrite)
-    with pytest.raises(ValueError, match=said):
-        read_run(folder)
-    assert snapshot(folder) == before
-
-
-def test_once_a_damaged_record_is_moved_away_the_run_continues_and_loses_nothing(tmp_path):
-    folder = tmp_path / "r"
-    started(folder)
-    good = checkpoint(folder, 3)
-    (folder / "run.json").write_text("{")
-    with pytest.raises(ValueError, match=r"move run\.json out of it, and .* from checkpoint-3"):
-        started(folder)
-    (folder / "run.json").rename(folder / "mine.json")
-    assert started(folder)[1].checkpoint == good
-    assert (folder / "mine.json").read_text() == "{"
 
 
 def test_an_adapter_without_record_and_checkpoint_is_replaced_only_with_overwrite(tmp_path):
@@ -319,99 +215,6 @@ def test_a_folder_that_cannot_be_made_is_one_sentence(tmp_path, name):
     put(tmp_path, "file")
     with pytest.raises(ValueError, match="cannot be made: "):
         started(tmp_path / name)
-
-
-HOLDER = """
-import sys, time
-from pathlib import Path
-from sftlab.runs import run_lock
-run_lock.socket.gethostname = lambda: "node7"
-run_lock.os.environ["SLURM_JOB_ID"] = "7"
-run_lock.acquire(Path(sys.argv[1]))
-print("held", flush=True)
-time.sleep(60)
-"""
-
-
-@pytest.fixture
-def holder(tmp_path):
-    """A process, as if on node7, that trains in tmp_path/r."""
-    started(tmp_path / "r")[0].release()
-    with subprocess.Popen(
-        [sys.executable, "-c", HOLDER, str(tmp_path / "r")], stdout=subprocess.PIPE, cwd=ROOT
-    ) as process:
-        assert process.stdout.readline() == b"held\n"
-        yield process
-        process.kill()
-
-
-def test_a_second_launch_into_a_folder_is_refused_until_the_first_has_died(
-    tmp_path, monkeypatch, holder
-):
-    before = snapshot(tmp_path)
-    for overwrite in (False, True):
-        with pytest.raises(
-            ValueError, match=rf"is being written by .*process {holder.pid} on node7, since 20"
-        ):
-            started(tmp_path / "r", overwrite=overwrite)
-    run = Run(tmp_path / "r", is_main=True)
-    with pytest.raises(ValueError, match="is being written by a running process"):
-        run.begin(run_start(tmp_path / "r"), RECIPE, LAUNCH)
-    assert snapshot(tmp_path) == before
-    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
-    monkeypatch.setenv("SLURM_JOB_ID", "8")
-    with pytest.raises(ValueError, match="is being written by"):
-        started(tmp_path / "r")
-    monkeypatch.setenv("SLURM_JOB_ID", "7")  # Slurm restarted the job of a node that is gone
-    Run(tmp_path / "r", is_main=True).look(RECIPE, LAUNCH, overwrite=False)
-    holder.kill()
-    holder.wait()
-    assert b"node7" in (tmp_path / "r" / LOCK).read_bytes(), "the dead process's entry"
-    started(tmp_path / "r")[0].release()
-
-
-def run_start(folder):
-    """How a run would start, if nobody held its lock."""
-    from sftlab.runs.run_directory import Start
-
-    return Start(seen=(folder / "run.json").read_bytes())
-
-
-@pytest.mark.parametrize(
-    ("content", "refused"),
-    [
-        ({"host": "node7", "pid": 1, "process_started": 1}, True),
-        ({"host": os.uname().nodename, "pid": os.getppid(), "process_started": None}, False),
-        ({"host": os.uname().nodename, "pid": 2**22 + 1, "process_started": 5}, False),
-        ({"host": os.uname().nodename}, False),
-    ],
-)
-def test_without_locks_on_the_file_system_the_entry_decides(
-    tmp_path, monkeypatch, content, refused
-):
-    started(tmp_path / "r")[0].release()
-    write_json(tmp_path / "r" / LOCK, content)
-
-    def no_locks(*args):
-        raise OSError(37, "No locks available")
-
-    monkeypatch.setattr("fcntl.lockf", no_locks)
-    if not refused:
-        return started(tmp_path / "r")[0].release()
-    with pytest.raises(ValueError, match="process 1 on node7, and its file system has no locks"):
-        started(tmp_path / "r")
-
-
-def test_two_launches_a_damaged_record_and_foreign_folders_end_in_one_sentence(
-    fields, tmp_path, train_here, holder
-):
-    done = train_here({**fields, "output_dir": str(tmp_path / "r")})
-    assert "error: " in done.stderr and "on node7" in done.stderr
-    put(tmp_path / "mine", "checkpoint-500/model.safetensors")
-    for more in ({}, {"overwrite": "true"}, {"dataset_name": "nowhere.jsonl"}):
-        done = train_here({**fields, **more, "output_dir": str(tmp_path / "mine")})
-        assert done.returncode and "Traceback" not in done.stderr
-        assert list(snapshot(tmp_path / "mine")) == ["checkpoint-500/model.safetensors"]
 
 
 def test_a_finished_run_outlives_every_launch_that_cannot_begin(finished, tmp_path, train_here):

@@ -278,7 +278,7 @@ class Chat:
         """
         if not sides or len(set(sides)) < len(sides) or set(sides) - set(SIDES):
             raise ValueError(f"sides must be base, tuned or both, got {list(sides)}")
-        if self.fit(history, settings.max_new_tokens, stop)[1]:
+        if self.fit(history, settings.max_new_tokens)[1]:
             raise ValueError(
                 f"conversation and reply exceed the model's {self.context} positions: drop the "
                 "oldest turns"
