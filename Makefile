@@ -1,15 +1,19 @@
 # make demo    the main job on a CPU, from nothing to base against tuned
 # make results the demo's recipes, trained and evaluated, their report, and the README's figures (7 minutes)
 # make test    the tests (no hub, no GPU, no network)
+# make test-long   the demo from nothing, real data, kills: tests of a minute and more each (5 minutes)
 # make test-cluster   every ending of a job on a real Slurm, started here (Debian's slurm-wlm; 4 minutes)
 # make test-faults    trainings killed at random moments and every file of a checkpoint broken (half an hour)
 # make test-fuzz      2,400 broken inputs, read by the real scripts (half an hour)
 # make lint    ruff: lint and format
 # make setup   the virtual environment alone
-.PHONY: demo results test test-cluster test-faults test-fuzz lint setup clean
+.PHONY: demo results test test-long test-cluster test-faults test-fuzz lint setup clean
 
 # Spinning OpenMP threads stall one another where the cores are shared.
 export OMP_WAIT_POLICY ?= PASSIVE
+
+# Tests wait for processes a fifth of their time: two workers a core, where there are two cores.
+WORKERS ?= 4
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -53,7 +57,10 @@ results: $(STAMP)
 	$(BIN)/python benchmarks/fill_readme.py
 
 test: $(STAMP)
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
+
+test-long: $(STAMP)
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m long -n $(WORKERS) --dist load
 
 test-cluster: $(STAMP)
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m cluster

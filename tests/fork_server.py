@@ -43,6 +43,7 @@ _LIBRARIES = (
     "matplotlib.pyplot",
     "rouge_score.rouge_scorer",
     "sacrebleu",
+    "gradio",
     "pytest",
 )
 _CLIENT = """#!{python} -IS

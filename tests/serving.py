@@ -6,13 +6,14 @@ with the tiny model, or with a slow stand-in.
 import contextlib
 import json
 import os
-import re
 import signal
 import socket
 import subprocess
-import sys
 import time
 from pathlib import Path
+
+import fork_server
+import psutil
 
 ROOT = Path(__file__).parent.parent
 
@@ -29,7 +30,7 @@ def log(**what):
         file.write(json.dumps(what) + chr(10))
 
 class Slow:
-    context, closed, mixed = 512, False, True
+    context, closed, mixed = 4096, False, True
     def __init__(self, folder, load_in_4bit=False, trusted=False):
         self.run = read_run(folder)
     def fit(self, history, most, stop=None):
@@ -74,10 +75,14 @@ class Server:
         return (self.folder / "said.txt").read_text()
 
     def memory(self) -> int:
-        """Resident kilobytes."""
-        return int(
-            re.search(r"VmRSS:\s+(\d+)", Path(f"/proc/{self.process.pid}/status").read_text())[1]
-        )
+        """Resident bytes of the process that listens."""
+        port = int(self.url.rpartition(":")[2])
+        [pid] = {
+            c.pid
+            for c in psutil.net_connections("tcp4")
+            if c.status == "LISTEN" and c.laddr.port == port
+        }
+        return psutil.Process(pid).memory_info().rss
 
     def log(self) -> list[dict]:
         """What reached the slow model."""
@@ -116,7 +121,7 @@ def serve(folder: Path, *arguments: str, slow: bool = False):
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
     environment["SLOW_LOG"] = str(folder / "slow.jsonl")
     command = [
-        sys.executable,
+        fork_server.python(),
         *script,
         "--port",
         str(port),

@@ -161,8 +161,8 @@ def test_eight_clients_at_once_get_their_own_answers(server, offered):
     after = server.memory()
     assert {number: text for part in parts for number, text in part.items()} == expected
     print(
-        f"40 messages in {seconds:.1f} s; memory {before / 1024:.1f} MB before, {after / 1024:.1f} "
-        "MB after"
+        f"40 messages in {seconds:.1f} s; memory {before / 2**20:.1f} MB before, "
+        f"{after / 2**20:.1f} MB after"
     )
     assert abs(after / before - 1) < 0.05
 

@@ -6,6 +6,7 @@ Screenshots go to the folder that SCREENSHOTS names, if it does.
 import json
 import os
 import shutil
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -30,8 +31,26 @@ def browser():
         yield driver.chromium.launch(executable_path=CHROMIUM, args=ARGUMENTS)
 
 
+@pytest.fixture(scope="module")
+def context_of(browser):
+    """A browser of a width and a colour scheme.
+
+    Its pages share what it keeps of a server's files, which take seconds to read.
+    """
+
+    @cache
+    def context_of(width: str, scheme: str):
+        context = browser.new_context(
+            viewport=WIDTHS[width], color_scheme=scheme, accept_downloads=True
+        )
+        context.grant_permissions(["clipboard-read", "clipboard-write"])
+        return context
+
+    return context_of
+
+
 @pytest.fixture
-def visit(browser):
+def visit(context_of):
     """Opens the page of a server.
 
     What it asked of other hosts and what broke in it fail the test.
@@ -39,16 +58,12 @@ def visit(browser):
     pages = []
 
     def open_page(url: str, width: str = "desktop", scheme: str = "light", loaded: str = "rank 16"):
-        context = browser.new_context(
-            viewport=WIDTHS[width], color_scheme=scheme, accept_downloads=True
-        )
-        context.grant_permissions(["clipboard-read", "clipboard-write"])
-        page = context.new_page()
+        page = context_of(width, scheme).new_page()
         page.asked, page.broke = [], []
         page.on("request", lambda request: page.asked.append(request.url))
         page.on("pageerror", lambda error: page.broke.append(str(error)))
         page.on("dialog", lambda dialog: page.broke.append(f"dialog {dialog.message}"))
-        page.set_default_timeout(15_000)
+        page.set_default_timeout(30_000)
         page.goto(url)
         pages.append((page, url))
         page.get_by_text(loaded).first.wait_for()
@@ -59,7 +74,7 @@ def visit(browser):
         outside = [asked for asked in page.asked if not asked.startswith((url, "data:", "blob:"))]
         assert not outside
         assert not page.broke
-        page.context.close()
+        page.close()
 
 
 def shot(page, name: str) -> None:
@@ -157,7 +172,7 @@ def test_a_place_in_the_queue_is_shown_and_a_full_one_says_so(slow, visit):
     """
     first, second, third = (visit(slow.url) for _ in range(3))
     for page, text in ((first, "one"), (second, "two"), (third, "three")):
-        slide(page, "Max new tokens", "500" if page is first else "3")
+        slide(page, "Max new tokens", "2000" if page is first else "3")
         if page is second:
             first.locator("#left").get_by_text("heard one").wait_for()
         if page is third:
@@ -202,14 +217,14 @@ def test_the_settings_of_the_page_reach_the_model(slow, visit):
     assert sorted(asked["sides"]) == ["base", "tuned"]
 
 
-def test_a_closed_tab_ends_its_generation_within_a_token(slow, visit, browser):
-    page = browser.new_context().new_page()
+def test_a_closed_tab_ends_its_generation_within_a_token(slow, context_of):
+    page = context_of("desktop", "light").new_page()
     page.goto(slow.url)
     page.locator("#facts").get_by_text("rank 16").wait_for()
     slide(page, "Max new tokens", "2000")
     say(page, "closing")
     page.locator("#left").get_by_text("heard closing").wait_for()
-    page.context.close()
+    page.close()
     assert waits_for(lambda: "ended" in slow.last_answer())
     last = slow.last_answer()
     assert last["history"][-1]["content"] == "closing"

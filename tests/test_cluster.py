@@ -13,9 +13,12 @@ import yaml
 from conftest import ROOT, read, short_fields
 from slurm_cluster import FOUND, SlurmCluster
 
-pytestmark = pytest.mark.skipif(
-    None in FOUND.values(), reason="slurmctld and slurmd are not installed (slurm-wlm)"
-)
+pytestmark = [
+    pytest.mark.cluster,
+    pytest.mark.skipif(
+        None in FOUND.values(), reason="slurmctld and slurmd are not installed (slurm-wlm)"
+    ),
+]
 
 
 @pytest.fixture(scope="module")
@@ -91,7 +94,6 @@ def test_train_then_evaluate(cluster, train, tmp_path):
     assert (run / "eval" / "quality.json").is_file()
 
 
-@pytest.mark.cluster
 def test_before_its_time_limit_a_job_saves_and_goes_on_by_itself(cluster, train):
     job, run = train(max_steps="900", save_strategy="steps", save_steps="100")
     begun(run)
@@ -117,14 +119,12 @@ def test_a_cancelled_job_ends_interrupted_and_stays_so(cluster, train):
     )
 
 
-@pytest.mark.cluster
 def test_two_nodes_train_as_one(cluster, train):
     job, run = train("--nodes=2", lora_dropout="0")
     ended(cluster, job, run, "succeeded", "COMPLETED")
     assert read(run)["ran"]["world_size"] == 2
 
 
-@pytest.mark.cluster
 def test_a_job_that_was_preempted_goes_on(cluster, train):
     job, run = train("--nodes=2", max_steps="900", save_strategy="steps", save_steps="100")
     begun(run)
@@ -135,7 +135,6 @@ def test_a_job_that_was_preempted_goes_on(cluster, train):
     assert len(read(run)["interruptions"]) == 1
 
 
-@pytest.mark.cluster
 def test_a_job_that_was_requeued_by_hand_goes_on(cluster, train):
     job, run = train(max_steps="900", save_strategy="steps", save_steps="100")
     begun(run)
@@ -144,7 +143,6 @@ def test_a_job_that_was_requeued_by_hand_goes_on(cluster, train):
     assert len(read(run)["interruptions"]) == 1
 
 
-@pytest.mark.cluster
 def test_restarts_have_an_end(cluster, train, monkeypatch):
     monkeypatch.setitem(cluster.env, "SFTLAB_MAX_RESTARTS", "0")
     job, run = train(max_steps="100000", save_strategy="steps", save_steps="100")
@@ -154,7 +152,6 @@ def test_restarts_have_an_end(cluster, train, monkeypatch):
     assert "0 restarts are used up" in (run.parent / f"log-{job}").read_text()
 
 
-@pytest.mark.cluster
 @pytest.mark.parametrize("the_other", ["works", "hangs"])
 def test_a_killed_rank_fails_the_job_at_once(cluster, train, the_other):
     job, run = train("--nodes=2", max_steps="100000", save_strategy="steps", save_steps="100")
@@ -169,7 +166,6 @@ def test_a_killed_rank_fails_the_job_at_once(cluster, train, the_other):
     assert time.monotonic() - started < 60
 
 
-@pytest.mark.cluster
 def test_a_killed_launcher_leaves_no_worker_behind(cluster, train):
     job, run = train(max_steps="100000", save_strategy="steps", save_steps="100")
     begun(run)
@@ -180,7 +176,6 @@ def test_a_killed_launcher_leaves_no_worker_behind(cluster, train):
     assert time.monotonic() - started < 40
 
 
-@pytest.mark.cluster
 def test_a_full_disk_fails_the_job(cluster, train, tmp_path):
     run = tmp_path / "run"
     run.mkdir()
@@ -202,7 +197,6 @@ def test_a_full_disk_fails_the_job(cluster, train, tmp_path):
         subprocess.run(["umount", "-l", str(run)], check=True)
 
 
-@pytest.mark.cluster
 def test_a_study_is_an_array_with_tables_at_its_end(cluster, base, rows, tmp_path):
     fields = {k: v for k, v in short_fields(base, rows, tmp_path).items() if k != "output_dir"}
     content = {

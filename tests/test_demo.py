@@ -22,6 +22,9 @@ from sftlab.data.chat_template import encode
 from sftlab.data.splits import load_splits
 from sftlab.models import demo
 
+# the base model is pre-trained here, on one core in three minutes
+pytestmark = pytest.mark.long
+
 
 def build(out: Path, *flags: str) -> subprocess.CompletedProcess:
     command = [

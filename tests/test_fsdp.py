@@ -19,8 +19,8 @@ from sftlab.fastpath import fsdp
 IN_BF16 = ("--mixed_precision", "bf16")
 
 
-def command(fields, config="fsdp", flags=IN_BF16, cold=False):
-    typed = launch_command(config, fields, flags, cold)
+def command(fields, config="fsdp", flags=IN_BF16):
+    typed = launch_command(config, fields, flags)
     return [word.replace("recipes/sft.py", "tests/fsdp_on_cpu.py") for word in typed]
 
 
@@ -46,7 +46,7 @@ def sharded(base, rows, tmp_path_factory):
         "eval_strategy": "no",
     }
     fields |= {"per_device_train_batch_size": "2", "lora_dropout": "0.1"}
-    launch_fsdp(fields, cold=True)
+    launch_fsdp(fields)
     return folder, fields
 
 

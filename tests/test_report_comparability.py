@@ -31,7 +31,19 @@ def make(recipe, tmp_path):
     return run_writer(recipe, tmp_path)
 
 
-def test_ranks_alone_are_compared_and_the_axis_is_inferred(make, report, capsys, tmp_path):
+@pytest.fixture
+def plots():
+    """For tests that look at a plot."""
+
+
+@pytest.fixture(autouse=True)
+def no_other_plots(request, report, monkeypatch):
+    """Drawing takes nine tenths of a report's time."""
+    if "plots" not in request.fixturenames:
+        monkeypatch.setattr(report, "draw_comparison", lambda *_: [])
+
+
+def test_ranks_alone_are_compared_and_the_axis_is_inferred(plots, make, report, capsys, tmp_path):
     for rank in (16, 8, 32):
         make(f"r{rank}", lora_r=rank, lora_alpha=2 * rank)
     out = tmp_path / "out"
@@ -273,7 +285,9 @@ def test_learning_rate_that_came_with_the_rank_is_refused(confounded, report, tm
     assert not (tmp_path / "out").exists()
 
 
-def test_confounded_runs_are_marked_everywhere(confounded, report, capsys, tmp_path, monkeypatch):
+def test_confounded_runs_are_marked_everywhere(
+    plots, confounded, report, capsys, tmp_path, monkeypatch
+):
     titles = []
     monkeypatch.setattr(Figure, "suptitle", lambda self, text, **kwargs: titles.append(text))
     flags = ("--axis", "lora_r", "--allow-confounded")

@@ -32,6 +32,18 @@ def make(recipe, tmp_path):
     return run_writer(recipe, tmp_path)
 
 
+@pytest.fixture
+def plots():
+    """For tests that look at a plot."""
+
+
+@pytest.fixture(autouse=True)
+def no_other_plots(request, report, monkeypatch):
+    """Drawing takes nine tenths of a report's time."""
+    if "plots" not in request.fixturenames:
+        monkeypatch.setattr(report, "draw_comparison", lambda *_: [])
+
+
 def test_a_run_judged_twice_is_named(make, report, capsys, tmp_path):
     for rank in (4, 8, 16, 32):
         folder = make(
@@ -115,7 +127,7 @@ def test_scores_on_other_rows_are_not_compared(make, report, capsys, tmp_path):
     assert "not compared: b (other held-out rows)" in printed
 
 
-def test_scores_of_another_adapter_are_not_the_runs(make, report, capsys, tmp_path):
+def test_scores_of_another_adapter_are_not_the_runs(plots, make, report, capsys, tmp_path):
     folder = make("a")
     (folder / "adapter" / "adapter_model.safetensors").write_bytes(b"trained again")
     printed = run_report(report, capsys, "--runs", folder, "--out", tmp_path / "out")

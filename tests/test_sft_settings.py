@@ -3,6 +3,7 @@
 import shutil
 import time
 
+import pytest
 import torch
 from conftest import (
     SHARED,
@@ -68,6 +69,7 @@ def test_a_one_layer_cut_trains_from_a_stream(finished, tmp_path, trained_here):
     assert record["data"]["streaming"] is True
 
 
+@pytest.mark.long
 @needs_shared
 def test_real_data_train_alike_on_one_and_two_processes(finished, tmp_path):
     _, fields, _ = finished

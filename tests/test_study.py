@@ -62,7 +62,7 @@ def finish(process):
 
 def test_a_study_that_is_told_to_stop_lets_the_training_save(write, tmp_path):
     path = write({"r2": {"lora_r": 2, "lora_alpha": 4, "max_steps": 100000}})
-    process = start(path, tmp_path, python=sys.executable)
+    process = start(path, tmp_path)
     run = tmp_path / "runs" / "r2-1" / "run.json"
     while not list(run.parent.glob("checkpoint-*/trainer_state.json")):
         time.sleep(0.1)

@@ -1,5 +1,8 @@
 """A study's summary claims a difference only if at least three seeds agree on it."""
 
+import sys
+
+import fork_server
 import numpy as np
 import pytest
 import yaml
@@ -168,6 +171,7 @@ def test_an_evaluation_that_fails_is_said(write, tmp_path, monkeypatch, capsys):
         ended(task.folder, "succeeded")
         (task.folder / "adapter").mkdir()
     monkeypatch.setattr(SCRIPT, "write", lambda *args: None)
+    monkeypatch.setattr(sys, "executable", fork_server.python())
     with pytest.raises(SystemExit) as stopped:
         SCRIPT.main([str(path), "--runs", str(tmp_path / "runs")])
     assert "eval/quality.py failed" in str(stopped.value) and "r4-1/log" in str(stopped.value)

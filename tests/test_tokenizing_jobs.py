@@ -113,6 +113,7 @@ def shards_there(out):
     return len(list(out.glob("shard-*.json")))
 
 
+@pytest.mark.cluster
 def test_two_workers_one_of_them_killed_make_the_bytes_of_one(script, base, tmp_path):
     (fields, some), out = forty_shards(script, base, tmp_path), tmp_path / "tokens"
     log = tmp_path / "log"

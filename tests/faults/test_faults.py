@@ -21,6 +21,7 @@ def campaign(*words, seconds):
     return done.stdout
 
 
+@pytest.mark.long
 def test_a_sample_of_kills_and_broken_files_is_exact_and_controls_are_caught():
     said = campaign(
         *(
