@@ -44,6 +44,7 @@ from sftlab.runs.environment import machine_name, provenance
 from sftlab.runs.run_directory import SIDES
 from sftlab.models.random_models import train_random_llama
 from sftlab.data.chat_template import end_of_turn, prompt_ids
+from sftlab.script_options import Options
 from sftlab.tables import read_csv, write_csv
 
 MESSAGE = (
@@ -273,7 +274,7 @@ def compare(rounds: list[dict[str, Speed]], way: str) -> dict[str, Any]:
 
 def main() -> None:
     """Make the run where it is missing, measure, write the table."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Options(description=__doc__.splitlines()[0])
     parser.add_argument("--run", type=Path, required=True, help="finished run directory")
     parser.add_argument("--out", type=Path, default=ROOT / "results" / "chat_speed")
     parser.add_argument(

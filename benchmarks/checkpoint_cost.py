@@ -11,7 +11,6 @@ turn. The first pairs warm up and are left out. Writes a row a pair, and one of 
 import sftlab.startup.filter_warnings  # noqa: I001  (before the libraries that it quiets)
 import sftlab.startup.single_process  # noqa: F401  (before they see the devices)
 
-import argparse
 import os
 import shutil
 import statistics
@@ -27,6 +26,7 @@ from sftlab.config.parser import parse_recipe
 from sftlab.data.splits import load_splits
 from sftlab.exit_messages import mistakes_in_one_line
 from sftlab.fastpath.selection import choose
+from sftlab.script_options import Options
 from sftlab.training.stop_on_signal import StopOnSignal
 from sftlab.config.launch import Launch, check_devices, use_all_cpu_cores
 from sftlab.paths import ROOT
@@ -97,7 +97,7 @@ class Cost(TrainerCallback):
 
 def main() -> None:
     """Train with the stopwatch, and write."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser = Options(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=ROOT / "results" / "checkpoint_cost")
     given, rest = parser.parse_known_args()
     launch = Launch.from_environment()

@@ -9,7 +9,6 @@ loss_curves.csv or tokenize_speed.csv. The plot stands beside that table. Throug
 groups, a group a question; a group comes whole from the one folder that has most of its variants.
 """
 
-import argparse
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from sftlab.exit_messages import mistakes_in_one_line
+from sftlab.script_options import Options
 from sftlab.tables import read_csv
 
 BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#777777"
@@ -95,7 +95,7 @@ Row = Mapping[str, str]
 
 def main() -> None:
     """Draw the table of the first folder."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Options(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path, help="a folder of results/ with a table")
     parser.add_argument("more", type=Path, nargs="*", help="more folders with a throughput.csv")
     arguments = parser.parse_args()

@@ -9,7 +9,6 @@ and 64 rows of 512 tokens in batches of 32 for the memory. Such a model never en
 every answer has all 256 tokens.
 """
 
-import argparse
 import json
 import subprocess
 import sys
@@ -21,6 +20,7 @@ from sftlab.exit_messages import mistakes_in_one_line
 from sftlab.models.random_models import train_random_llama
 from sftlab.paths import ROOT
 from sftlab.runs.run_directory import read_run
+from sftlab.script_options import Options
 from sftlab.tables import write_csv
 
 RUN = "runs/evaluation-1b"
@@ -34,7 +34,7 @@ CELLS = {
 
 def main() -> None:
     """Make the model and the run, evaluate it once a cell, write rows as each ends."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Options(description=__doc__.splitlines()[0])
     parser.add_argument(
         "--tokenizer", required=True, help="folder of a tokenizer of at most 128,256 tokens"
     )

@@ -11,7 +11,6 @@ of what is not measured now stay in the table. `--rehearse` takes a tiny shape a
 try the script on a CPU.
 """
 
-import argparse
 import gc
 import time
 from pathlib import Path
@@ -28,6 +27,7 @@ from sftlab.judging.judges import LocalJudge
 from sftlab.models.random_models import MODEL_SHAPES, save_random_llama
 from sftlab.paths import ROOT
 from sftlab.runs.environment import provenance
+from sftlab.script_options import Options
 from sftlab.tables import read_csv, write_csv
 
 TINY = {
@@ -69,7 +69,7 @@ CELLS = [
 
 def main() -> None:
     """Make the model, measure a cell at a time, write a row as each ends."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Options(description=__doc__.splitlines()[0])
     kinds = ["answers", "judgements"]
     parser.add_argument("--what", nargs="+", choices=kinds, default=kinds, help="what is measured")
     parser.add_argument("--out", type=Path, default=ROOT / "results" / "judge_speed")

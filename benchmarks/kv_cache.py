@@ -13,7 +13,6 @@ The table is written after every cell. The same command, started again, continue
 one.
 """
 
-import argparse
 import contextlib
 import statistics
 import subprocess
@@ -32,6 +31,7 @@ from sftlab.measurement.memory import peak_beyond
 from sftlab.models.random_models import MODEL_SHAPES, make_random_files, random_files
 from sftlab.paths import ROOT
 from sftlab.runs.environment import provenance
+from sftlab.script_options import Options
 from sftlab.tables import aligned, read_csv, write_csv
 
 CACHES = {"with": True, "without": False}
@@ -49,7 +49,7 @@ PUBLISHED = {
 
 def main(argv: list[str]) -> None:
     """Measure every cell, write table and plot, print the table."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Options(description=__doc__.splitlines()[0])
     parser.add_argument(
         "--model", required=True, help=f"a model's folder or name, or {' or '.join(MODEL_SHAPES)}"
     )

@@ -9,7 +9,6 @@ GPUs. Where there are two, two cells of one process run at a time. A cell that s
 not run again.
 """
 
-import argparse
 import os
 import subprocess
 import time
@@ -26,6 +25,7 @@ from sftlab.exit_messages import mistakes_in_one_line
 from sftlab.models.random_models import save_random_llama
 from sftlab.paths import ROOT
 from sftlab.runs.run_directory import read_run
+from sftlab.script_options import Options
 from sftlab.tables import write_csv
 
 QLORA = {
@@ -78,7 +78,7 @@ CELLS = {
 
 def main() -> None:
     """Make the base model, run the cells, compare them, write the table."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Options(description=__doc__.splitlines()[0])
     parser.add_argument(
         "--tokenizer", required=True, help="folder of a tokenizer of at most 128,256 tokens"
     )

@@ -9,7 +9,6 @@ the default settings; `fp8` is `fast` under fp8.yaml. Writes the loss of every s
 prints how far the means of 20 steps are from those of `plain`.
 """
 
-import argparse
 import subprocess
 import sys
 from pathlib import Path
@@ -23,6 +22,7 @@ from sftlab.models.random_models import save_random_llama
 from sftlab.paths import ROOT
 from sftlab.runs.environment import provenance
 from sftlab.runs.run_directory import read_run
+from sftlab.script_options import Options
 from sftlab.tables import write_csv
 
 BASE = "data/llama3.2-1b-random"
@@ -33,7 +33,7 @@ WINDOW = 20
 
 def main() -> None:
     """Train the curves, write them, compare them."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Options(description=__doc__.splitlines()[0])
     parser.add_argument(
         "--tokenizer", required=True, help="folder of a tokenizer of at most 128,256 tokens"
     )

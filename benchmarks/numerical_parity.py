@@ -30,6 +30,7 @@ from sftlab.models.loading import load_config, load_tokenizer
 from sftlab.runs.environment import provenance
 from sftlab.paths import ROOT
 from sftlab.models.random_models import save_random_llama
+from sftlab.script_options import Options
 from sftlab.tables import write_csv
 from sftlab.data.chat_template import set_template
 from sftlab.training.trainer import build_trainer
@@ -54,7 +55,7 @@ PAIRS = [
 
 def main() -> None:
     """Take the steps, compare them, write the table; with --step take one."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser = Options(description=__doc__.splitlines()[0])
     parser.add_argument("--tokenizer", help="folder of a tokenizer of at most 128,256 tokens")
     parser.add_argument("--dataset", help="local data file")
     parser.add_argument("--rows", type=int, default=32)

@@ -10,7 +10,6 @@ than the H200 all are (`extrapolated`). A speed counts only where the host's was
 (`host_us`), since a plan depends on it.
 """
 
-import argparse
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -30,12 +29,13 @@ from sftlab.planning.known_accuracy import LIMITS
 from sftlab.planning.plan import make_plan
 from sftlab.planning.row_lengths import RowLengths, of_lengths
 from sftlab.planning.step_memory import FRAGMENTATION, memory
+from sftlab.script_options import Options
 from sftlab.tables import read_csv, write_csv
 
 
 def main() -> None:
     """Plan the measured cells, write the table, print how near the plans are."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Options(description=__doc__.splitlines()[0])
     parser.add_argument(
         "--measured",
         type=Path,

@@ -15,7 +15,6 @@ result. `--part i/n` takes every n-th cell, for n GPUs at once (CUDA_VISIBLE_DEV
 trains a tiny shape on a CPU.
 """
 
-import argparse
 import csv
 import json
 import os
@@ -37,6 +36,7 @@ from sftlab.paths import ROOT
 from sftlab.planning.accuracy_cells import CELL_SHAPES, CELLS, Cell
 from sftlab.runs.environment import provenance
 from sftlab.runs.run_directory import read_run
+from sftlab.script_options import Options
 from sftlab.tables import read_csv
 
 # Seconds without a new cell after which a process has hung.
@@ -52,7 +52,7 @@ REHEARSED = ["--compile_layers=false", "--load_in_4bit=false", "--optim=adamw_to
 
 def main() -> None:
     """List the cells, or measure those that the table lacks."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Options(description=__doc__.splitlines()[0])
     parser.add_argument("--list", action="store_true", help="list the cells, measure nothing")
     parser.add_argument(
         "--gpus", type=int, choices=(1, 2), default=1, help="measure the cells of so many GPUs"

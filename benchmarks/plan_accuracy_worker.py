@@ -14,7 +14,6 @@ memory behind.
 import sftlab.startup.filter_warnings  # noqa: I001  (before the libraries that it quiets)
 import sftlab.startup.single_process  # noqa: F401  (before they see the devices)
 
-import argparse
 import gc
 import importlib.util
 import json
@@ -31,6 +30,7 @@ from accelerate import PartialState
 from sftlab.planning.gpu_specs import measure_host
 from sftlab.measurement.throughput import Meter
 from sftlab.paths import ROOT
+from sftlab.script_options import Options
 from sftlab.training.trainer import LabTrainer
 
 # GB that may stay allocated between cells (compiled kernels' constants and the like)
@@ -60,7 +60,7 @@ class Watch:
 
 def main() -> None:
     """Train the cells."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Options(description=__doc__.splitlines()[0])
     parser.add_argument("--cells", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_args()

@@ -13,7 +13,6 @@ within `--seconds` has a row that says so; `--only NAME ...` runs it later. With
 model is trained, and what a CPU cannot do is refused.
 """
 
-import argparse
 import os
 import shutil
 import signal
@@ -36,6 +35,7 @@ from sftlab.paths import ROOT
 from sftlab.runs import progress
 from sftlab.runs.environment import provenance
 from sftlab.runs.run_directory import adapter_hash, read_run
+from sftlab.script_options import Options
 from sftlab.tables import read_csv, write_csv
 
 RUNS = ROOT / "runs" / "continuation"
@@ -74,7 +74,7 @@ CASES += [Case(strategy, "bf16", True, False) for strategy in ("single", "ddp", 
 
 def main() -> None:
     """Measure the costs, then run the cases, and write a row for each."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser = Options(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=ROOT / "results" / "resume_on_gpus")
     parser.add_argument("--seconds", type=float, default=230.0, help="no case begins after these")
     parser.add_argument("--at_once", type=int, default=5, help="cases that run beside each other")

@@ -9,7 +9,6 @@ output is in OUT/NAME.log, the names of what ended well in OUT/done. The exit st
 job failed.
 """
 
-import argparse
 import os
 import queue
 import re
@@ -25,6 +24,7 @@ import torch
 from sftlab.exit_messages import mistakes_in_one_line
 from sftlab.paths import ROOT
 from sftlab.planning.gpu_specs import GPUS, MEASURED_ON
+from sftlab.script_options import Options
 
 STUDY = "recipes/study.py recipes/studies"
 FLOAT32 = "'sft.py fp32, 20 rows' 'published loop, fp32'"
@@ -58,7 +58,7 @@ ONE_GPU = {
 
 def main(argv: list[str]) -> None:
     """Run the jobs that are not done."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Options(description=__doc__.splitlines()[0])
     jobs = {**ALL_GPUS, **ONE_GPU}
     parser.add_argument(
         "--only",

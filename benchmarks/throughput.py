@@ -39,6 +39,7 @@ from sftlab.measurement.hardware_limit import matrix_rate
 from sftlab.models.random_models import make_random_files, random_files
 from sftlab.paths import ROOT
 from sftlab.runs.environment import provenance
+from sftlab.script_options import Options
 from sftlab.tables import write_csv
 
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
@@ -157,7 +158,7 @@ def parse_arguments() -> argparse.Namespace:
     if count > 1:
         default = ["sft.py bf16", "sft.py fp8", "sft.py bf16, 64 rows", *several]
         folder = f"throughput_{count}gpus"
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Options(description=__doc__.splitlines()[0])
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=default, metavar="NAME")
     parser.add_argument("--repeats", type=int, default=3, help="timed turns of each variant")
     parser.add_argument(

@@ -11,7 +11,6 @@ when it ends.
 import sftlab.startup.filter_warnings  # noqa: I001  (before the libraries that it quiets)
 import sftlab.startup.single_process  # noqa: F401  (before they see the devices)
 
-import argparse
 import importlib.util
 import json
 import os
@@ -32,6 +31,7 @@ from sftlab.measurement.hardware_limit import synchronize
 from sftlab.measurement.throughput import Meter
 from sftlab.paths import ROOT
 from sftlab.data.chat_template import encode, set_template
+from sftlab.script_options import Options
 from sftlab.training.trainer import LabTrainer
 
 # Steps before the first turn and in a turn; the slower the variant, the fewer.
@@ -284,7 +284,7 @@ def token_rows(base: str, path: str, max_length: int, count: int) -> list[list[i
 
 def main() -> None:
     """Train one variant; it stops after its last turn."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Options(description=__doc__.splitlines()[0])
     kinds = {"sft": train_sft, "trl": train_trl, "loop": train_loop}
     parser.add_argument("--kind", choices=kinds, required=True)
     parser.add_argument("--fields", type=json.loads, required=True)

@@ -43,6 +43,7 @@ from sftlab.exit_messages import mistakes_in_one_line
 from sftlab.paths import ROOT
 from sftlab.data.shard_folder import begin, finish
 from sftlab.data.shard_writer import place_of, tokenize_shard
+from sftlab.script_options import Options
 from sftlab.tables import aligned, write_csv
 
 WORKERS = 2
@@ -100,7 +101,7 @@ def main() -> None:
 
 def parse_arguments() -> argparse.Namespace:
     """Returns the command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Options(description=__doc__.splitlines()[0])
     parser.add_argument("--tokenizer", required=True, help="a model on the hub, or a folder")
     parser.add_argument(
         "--files", required=True, nargs="+", help="rows in Alpaca's or GSM8K's columns"

@@ -12,7 +12,6 @@ cpu.csv, or the name of the GPU such as h200.csv, into results/trainer_overhead 
 import sftlab.startup.filter_warnings  # noqa: I001  (before the libraries that it quiets)
 import sftlab.startup.single_process  # noqa: F401  (before they see the devices)
 
-import argparse
 import os
 import statistics
 import sys
@@ -30,6 +29,7 @@ from sftlab.config.recipe import Recipe
 from sftlab.data.splits import load_splits
 from sftlab.exit_messages import mistakes_in_one_line
 from sftlab.fastpath.selection import FastPath
+from sftlab.script_options import Options
 from sftlab.training.stop_on_signal import StopOnSignal
 from sftlab.config.launch import Launch, check_devices, use_all_cpu_cores
 from sftlab.paths import ROOT
@@ -93,7 +93,7 @@ def build(argv: list[str], launch: Launch, lab: bool) -> tuple[SFTTrainer, Stopw
 
 def main() -> None:
     """Run the pairs, in changing order, and write a row a pair."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser = Options(description=__doc__.splitlines()[0])
     parser.add_argument("--pairs", type=int, default=15)
     parser.add_argument("--out", type=Path, default=ROOT / "results" / "trainer_overhead")
     arguments, rest = parser.parse_known_args()

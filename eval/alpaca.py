@@ -45,6 +45,7 @@ from sftlab.judging.model_answers import Contestants, refuse_twins
 from sftlab.judging.pairwise import Pair, judge_pairs, tally
 from sftlab.judging.sanity_checks import UNPARSED_REFUSED, UNPARSED_SAID, SanityChecks, spread
 from sftlab.runs.run_directory import SIDES
+from sftlab.script_options import Options
 from sftlab.tables import aligned, figure, percent
 
 Judged = Callable[..., list[dict[str, Any]]]
@@ -64,7 +65,7 @@ def main(argv: list[str]) -> None:
 
 def parse_arguments(argv: list[str]) -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Options(description=__doc__.splitlines()[0])
     add_evaluation_flags(
         parser, 100, "the first n instructions (default: all)", "longest answer in tokens"
     )

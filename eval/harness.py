@@ -54,6 +54,7 @@ from sftlab.files import write_json
 from sftlab.models.identity import base_identity, tokenizer_identity
 from sftlab.runs.environment import environment
 from sftlab.runs.run_directory import SIDES, adapter_hash
+from sftlab.script_options import Options
 from sftlab.tables import aligned, interval, p_value
 
 LOCAL_TASKS = str(Path(__file__).parent / "tasks")
@@ -94,7 +95,7 @@ def main(argv: list[str]) -> None:
 
 def parse_arguments(argv: list[str]) -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Options(description=__doc__.splitlines()[0])
     parser.add_argument("--run", required=True, type=Path, help="a finished run's directory")
     add_trust_flag(parser)
     parser.add_argument(

@@ -56,6 +56,7 @@ from sftlab.judging.ratings import (
 from sftlab.judging.sanity_checks import UNPARSED_REFUSED, UNPARSED_SAID, spread
 from sftlab.judging.two_turns import both_turns, draw_twice
 from sftlab.runs.run_directory import SIDES
+from sftlab.script_options import Options
 from sftlab.tables import aligned, interval, p_value, percent
 
 COLOURS = {"base": "0.6", "tuned": "tab:blue"}
@@ -76,7 +77,7 @@ def main(argv: list[str]) -> None:
 
 def parse_arguments(argv: list[str]) -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Options(description=__doc__.splitlines()[0])
     add_evaluation_flags(
         parser,
         30,

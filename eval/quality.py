@@ -51,6 +51,7 @@ from sftlab.runs.run_directory import SIDES, adapter_hash
 from sftlab.evaluation.row_scores import likelihoods, score_rows
 from sftlab.evaluation.text_metrics import NAMES, ROUGE_SIGNATURE, Bleu, paired_scores
 from sftlab.evaluation.significance import FEW_ROWS, add_holm, compare, method
+from sftlab.script_options import Options
 from sftlab.tables import aligned, interval, p_value, preview
 
 SHOWN_PROMPTS = 3
@@ -67,7 +68,7 @@ def main(argv: list[str]) -> None:
 
 def parse_arguments(argv: list[str]) -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Options(description=__doc__.splitlines()[0])
     parser.add_argument("--run", required=True, type=Path, help="a finished run's directory")
     add_trust_flag(parser)
     parser.add_argument(

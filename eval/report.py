@@ -29,6 +29,7 @@ from sftlab.evaluation.significance import RESAMPLES
 from sftlab.evaluation.text_metrics import NAMES
 from sftlab.exit_messages import mistakes_in_one_line
 from sftlab.runs.run_directory import SIDES
+from sftlab.script_options import Options
 from sftlab.tables import aligned, interval, markdown, preview, without_empty_columns, write_csv
 
 # What the terminal has room for.
@@ -59,7 +60,7 @@ def main(argv: list[str]) -> None:
 
 def parsed(argv: list[str]) -> argparse.Namespace:
     """Returns the command line's options."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Options(description=__doc__.splitlines()[0])
     add = parser.add_argument
     add("--runs", nargs="+", type=Path, required=True, help="run directories, or folders of them")
     add("--out", type=Path, default=Path("results/report"), help="where the report is written")

@@ -1,6 +1,15 @@
 """Which fields do the words of a command line set? One reading for all scripts."""
 
-from collections.abc import Iterable
+import difflib
+from collections.abc import Collection, Iterable
+
+# How close a name must be to count as a misspelling of another.
+_NEAR = 0.8
+
+
+def near_name(name: str, known: Collection[str]) -> str | None:
+    """Returns the known name that a misspelt one is near to; None where none is."""
+    return next(iter(difflib.get_close_matches(name.lower(), known, n=1, cutoff=_NEAR)), None)
 
 
 def field_name(word: str) -> str | None:

@@ -5,6 +5,8 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+from sftlab.field_words import near_name
+
 
 class Options(argparse.ArgumentParser):
     """argparse that reads `--at-once` and `--at_once` as one option, and abbreviates none.
@@ -14,6 +16,15 @@ class Options(argparse.ArgumentParser):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **({"allow_abbrev": False} | kwargs))
+
+    def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:
+        """Returns the options. Exits with status 2 for a word that is none; says a near one."""
+        found, rest = self.parse_known_args(args, namespace)
+        if rest:
+            name = rest[0].partition("=")[0]
+            near = near_name(name, list(self._option_string_actions))
+            self.error(f"unknown option {name}" + (f"; did you mean {near}?" if near else ""))
+        return found
 
     def parse_known_args(
         self, args: Sequence[str] | None = None, namespace: Any = None

@@ -1,13 +1,9 @@
 """Options are spelt with hyphens or underscores, in every script."""
 
-import re
-
 import pytest
 from conftest import ROOT
 
 from sftlab.script_options import Options
-
-SCRIPTS = ("recipes/study.py", "recipes/plan.py", "recipes/doctor.py")
 
 
 @pytest.fixture
@@ -34,7 +30,16 @@ def test_an_abbreviation_is_not_guessed(parser):
     assert parser.parse_known_args(["a", "--at=3"])[1] == ["--at=3"]
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_a_script_reads_its_options_so(script):
-    text = (ROOT / script).read_text(encoding="utf-8")
-    assert "Options(" in text and not re.search(r"argparse\.ArgumentParser\(", text)
+def test_a_misspelt_option_is_told_the_near_one(parser, capsys):
+    with pytest.raises(SystemExit) as refused:
+        parser.parse_args(["a", "--at-onec", "3"])
+    assert refused.value.code == 2
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said.endswith("error: unknown option --at_onec; did you mean --at_once?")
+
+
+def test_every_script_reads_its_options_so():
+    folders = ("recipes", "eval", "app", "slurm", "benchmarks", "sftlab")
+    files = [path for folder in folders for path in (ROOT / folder).rglob("*.py")]
+    own = [path.name for path in files if "= argparse.ArgumentParser(" in path.read_text()]
+    assert not own, "these scripts parse their options themselves"

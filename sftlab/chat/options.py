@@ -7,6 +7,7 @@ from pathlib import Path
 from transformers.hf_argparser import string_to_bool
 
 from sftlab.chat.request_filter import accounts
+from sftlab.script_options import Options
 
 # folders that may hold a report, the preferred one first
 REPORTS = (Path("results/report"), Path("results/demo"))
@@ -17,7 +18,7 @@ def parse_options(argv: list[str], description: str) -> argparse.Namespace:
 
     Exits with a message for a bad option and for a --run without run.json.
     """
-    parser = argparse.ArgumentParser(description=description)
+    parser = Options(description=description)
     switch = {
         "nargs": "?",
         "type": string_to_bool,
@@ -38,11 +39,10 @@ def parse_options(argv: list[str], description: str) -> argparse.Namespace:
     )
     parser.add_argument("--listen", **switch, help="serve other machines too")
     parser.add_argument("--auth", type=accounts, metavar="USER:PASSWORD|FILE")
-    parser.add_argument("--load-in-4bit", "--load_in_4bit", **switch)
+    parser.add_argument("--load-in-4bit", **switch)
     given = {name: os.environ.get(f"SFTLAB_{name.upper()}") for name in vars(parser.parse_args([]))}
     parser.add_argument(  # no variable stands for it: trust is given on the command line, each time
         "--trust_remote_code",
-        "--trust-remote-code",
         action="store_true",
         help="run code that a base model brings (default: never)",
     )

@@ -4,8 +4,9 @@ A name that another program uses is answered with its name here, never with one 
 like it.
 """
 
-import difflib
 from collections.abc import Collection
+
+from sftlab.field_words import near_name
 
 # Names whose field here means the same.
 SAME = {
@@ -124,15 +125,13 @@ ANSWERS = {
     "wandb_project": "give report_to: wandb, and WANDB_PROJECT in the environment",
     "wandb_entity": "give report_to: wandb, and WANDB_ENTITY in the environment",
     "wandb_name": "give report_to: wandb, and run_name",
-    "num_processes": "the launch config decides: accelerate launch --num_processes n",
-    "mixed_precision": "the launch config decides: accelerate launch --mixed_precision bf16",
+    "num_processes": "the launch config decides: pass --num_processes beside --config_file",
+    "mixed_precision": "the launch config decides: pass --mixed_precision beside --config_file",
     "use_unsloth": "compile_layers and fused_loss are this project's fast path",
     "resume": "start the same command again, and an interrupted run continues",
     "auto_resume_from_checkpoints": "start the same command again",
     "save_safetensors": "safetensors is the only format",
 }
-# How close a name must be to count as a misspelling of a field.
-_NEAR = 0.8
 
 
 def unknown_field(name: str, known: Collection[str]) -> str:
@@ -145,8 +144,3 @@ def unknown_field(name: str, known: Collection[str]) -> str:
     if near := near_name(lower, known):
         return f"unknown field {name!r}; did you mean {near!r}?"
     return f"unknown field {name!r}: docs/reference.md lists every field"
-
-
-def near_name(name: str, known: Collection[str]) -> str | None:
-    """Returns the known name that a misspelt one is near to; None where none is."""
-    return next(iter(difflib.get_close_matches(name.lower(), known, n=1, cutoff=_NEAR)), None)
