@@ -71,7 +71,7 @@ def main(argv: list[str]) -> int:
 
 
 def train(words: list[str]) -> int:
-    """RECIPE LAUNCH [--field value ...]: run the launcher on every node, one process per GPU."""
+    """RECIPE LAUNCH [--field value ...]: start sft.py on every node, one process per GPU."""
     if len(words) < 2 or words[1].startswith("-"):
         raise ValueError(
             "usage: sbatch slurm/train.sbatch RECIPE.yaml LAUNCH.yaml [--field value ...]"
@@ -80,20 +80,20 @@ def train(words: list[str]) -> int:
     run = output_dir(read_yaml(recipe, hint=PATHS), fields) / "run.json"
     nodes = int(os.environ["SLURM_JOB_NUM_NODES"])
     processes = nodes * processes_a_node(read_yaml(launch, "launch config", PATHS))
-    launcher = launcher_command(launch, nodes, processes)
+    launched = launch_options(launch, nodes, processes)
     if restart_count() and succeeded_here(run):
         print(f"{run.parent}: succeeded before the restart", flush=True)
         return 0
     started = time.time()
     step = ["--nodes", str(nodes), "--ntasks-per-node=1", sys.executable, "slurm/job.py", "node"]
-    work = under_srun([*step, *launcher, "recipes/sft.py", "--config", recipe, *fields])
+    work = under_srun([*step, "recipes/sft.py", *launched, "--config", recipe, *fields])
     code = work.wait()
     changed = run.is_file() and run.stat().st_mtime >= started
     return end_of_training(run, code, changed, work.asked_to_stop)
 
 
-def launcher_command(launch: str, nodes: int, processes: int) -> list[str]:
-    """Returns accelerate's command for this job, without the script."""
+def launch_options(launch: str, nodes: int, processes: int) -> list[str]:
+    """Returns the launch config and accelerate's options for this job."""
     # another port after a requeue, because the last one may still be closing
     port = 20000 + (7 * int(os.environ["SLURM_JOB_ID"]) + restart_count()) % 10000
     options = {
@@ -103,10 +103,7 @@ def launcher_command(launch: str, nodes: int, processes: int) -> list[str]:
         "main_process_ip": first_address(),
         "main_process_port": port,
     }
-    command = ["accelerate", "launch"]
-    for name, value in options.items():
-        command += [f"--{name}", str(value)]
-    return command
+    return [word for name, value in options.items() for word in (f"--{name}", str(value))]
 
 
 def end_of_training(run: Path, code: int, changed: bool, asked_to_stop: bool) -> int:
@@ -197,14 +194,13 @@ def tokenize(words: list[str]) -> int:
 
 
 def node(words: list[str]) -> int:
-    """Run the launcher on this node, and end all its processes after it."""
+    """Run the script that launches itself on this node, and end all its processes after it."""
     # the processes of a killed launcher become children of this one, which can end them
     ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
     stop_seconds = os.environ.get("SFTLAB_STOP_SECONDS", "600")
     position = words.index("--num_machines")
     words = [*words[:position], "--machine_rank", os.environ["SLURM_NODEID"], *words[position:]]
-    launcher = [sys.executable, "-m", "accelerate.commands.accelerate_cli", *words[1:]]
-    work = Child(launcher, env=os.environ | {"PET_SHUTDOWN_TIMEOUT": stop_seconds})
+    work = Child([sys.executable, *words], env=os.environ | {"PET_SHUTDOWN_TIMEOUT": stop_seconds})
     code = work.wait()
     for left in psutil.Process().children(recursive=True):
         left.kill()

@@ -242,9 +242,8 @@ def test_a_recipe_says_what_its_name_says(path, monkeypatch):
     assert settings["lora_r"] == int(rank)
     assert settings["lora_target_modules"] == TARGETS[targets]
     assert settings["output_dir"] == f"runs/{path.parent.name}-{path.stem}"
-    assert re.search(
-        rf"# +accelerate launch .*--config recipes/{path.parent.name}/{path.stem}.yaml", text
-    )
+    command = rf"--config recipes/{path.parent.name}/{path.stem}.yaml"
+    assert re.search(rf"# +python recipes/sft.py --config_file .*{command}", text)
     assert len(text.splitlines()) < 60
     launch = Launch("bf16", "ddp", 2, 2, True, {})
     own = ["--model_name_or_path", "a/b", "--dataset_name", "my.jsonl"]

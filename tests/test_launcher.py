@@ -5,9 +5,15 @@ import sys
 
 import fork_server
 import pytest
-from conftest import ROOT, arguments
+from conftest import ROOT, arguments, launch
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
-from sftlab.startup.launcher import launch_as_asked, status_of, take_flags
+from sftlab.startup.launcher import (
+    launch_as_asked,
+    reported_to_launcher,
+    status_of,
+    take_flags,
+)
 
 
 def start(config, fields):
@@ -53,6 +59,20 @@ def test_a_refusal_is_the_only_line(config, fields):
     _, said = launched.communicate(timeout=200)
     assert launched.returncode == 1
     assert said == "error: lora_r is 0: the rank must be 1 or more\n"
+
+
+def test_torchs_launcher_reports_the_trainings_sentence(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "error.json"))
+    with pytest.raises(SystemExit), reported_to_launcher():
+        sys.exit("error: lora_r is 0")
+    failure = ProcessFailure(0, 1, 1, str(tmp_path / "error.json"))
+    assert "traceback : error: lora_r is 0\n" in str(ChildFailedError("sft.py", {0: failure}))
+
+
+def test_accelerate_launch_ends_with_the_sentence(fields):
+    said = launch("cpu", {**fields, "lora_r": "0"}).stderr.splitlines()
+    assert said[0] == "error: lora_r is 0: the rank must be 1 or more"
+    assert said[-2] == "  traceback : error: lora_r is 0: the rank must be 1 or more"
 
 
 def test_ctrl_c_before_the_training_is_one_line_and_130():

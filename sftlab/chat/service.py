@@ -32,7 +32,7 @@ make demo    # base model, data, a run and its evaluation, on a CPU in minutes
 or, with your own rows,
 
 ```
-accelerate launch --config_file accelerate_configs/cpu.yaml recipes/sft.py \\
+python recipes/sft.py --config_file accelerate_configs/cpu.yaml \\
     --config recipes/demo/attn_r16.yaml --dataset_name my_rows.jsonl --output_dir runs/mine
 ```
 

@@ -2,15 +2,20 @@
 
 accelerate reads the launch config and starts the processes, as `accelerate launch` does. That
 command adds a traceback of its own wherever a training exits with another status than 0. Here the
-training's sentence is the last line, and its status is the command's.
+training's sentence is the last line, and its status is the command's. Under `accelerate launch`
+the launcher's report ends with that sentence.
 
 Ctrl-C before the training listens to signals ends the process in one line too.
 """
 
+import json
 import logging
 import os
 import signal
 import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 from typing import NoReturn
@@ -81,6 +86,24 @@ def _run(words: list[str]) -> int:
     except (ValueError, OSError) as error:
         sys.exit(f"error: {' '.join(str(error).split())}")
     return 0
+
+
+@contextmanager
+def reported_to_launcher() -> Iterator[None]:
+    """Hand the sentence that the script exits with to torch's launcher, which ends with it.
+
+    The launcher names a file for it in TORCHELASTIC_ERROR_FILE and reads `message` and `timestamp`
+    (`ProcessFailure`, torch.distributed.elastic.multiprocessing.errors).
+    """
+    try:
+        yield
+    except SystemExit as ended:
+        file = os.environ.get("TORCHELASTIC_ERROR_FILE")
+        if file and isinstance(ended.code, str):
+            said = json.dumps({"message": ended.code, "timestamp": int(time.time())})
+            with suppress(OSError):  # the sentence is printed all the same
+                Path(file).write_text(said, encoding="utf-8")
+        raise
 
 
 def status_of(codes: list[int]) -> int:
