@@ -4,10 +4,17 @@ import dataclasses
 
 import pytest
 from accelerate.commands.config.config_args import ClusterConfig
+from accelerate.commands.launch import launch_command_parser
 from conftest import ROOT
 
 from sftlab.config.launch import exported
-from sftlab.config.launch_file import KEYS, read_launch_config
+from sftlab.config.launch_file import (
+    FSDP_CHOICES,
+    FSDP_OTHERS,
+    FSDP_SWITCHES,
+    KEYS,
+    read_launch_config,
+)
 from sftlab.yaml_files import read_yaml
 
 FOLDER = ROOT / "accelerate_configs"
@@ -27,6 +34,11 @@ WRONG = [
     ("fsdp_config: full", "fsdp_config is 'full': expected lines of name: value"),
     ("deepspeed_config: {zero_stage: 3}", "deepspeed_config is set, and DeepSpeed is not"),
     ("main_process_port: 99999", "main_process_port is 99999: expected a port"),
+    ("fsdp_config: {fsdp_version: '3'}", "fsdp_config.fsdp_version is '3': expected 1 or 2"),
+    ("fsdp_config: {fsdp_reshard: true}", "fsdp_config has the unknown key 'fsdp_reshard': expec"),
+    ("fsdp_config: {offload_params: 1}", ".*'offload_params'; did you mean 'fsdp_offload_params'"),
+    ("fsdp_config: {fsdp_offload_params: 1}", ".*params is 1: expected true or false"),
+    ("fsdp_config: {fsdp_min_num_params: [1]}", ".*params is .1.: expected a whole number"),
     ("use_cpu: perhaps", "use_cpu is 'perhaps': expected true or false"),
 ]
 
@@ -43,6 +55,12 @@ def test_a_malformed_launch_config_names_file_and_key(tmp_path, line, said):
 
 def test_every_key_of_accelerate_is_known():
     assert {field.name for field in dataclasses.fields(ClusterConfig)} == set(KEYS)
+
+
+def test_every_line_of_fsdp_config_that_accelerate_takes_is_known():
+    known = vars(launch_command_parser().parse_args(["x.py"]))
+    ours = {*FSDP_SWITCHES, *FSDP_CHOICES, *FSDP_OTHERS}
+    assert {name for name in known if name.startswith("fsdp_")} == ours
 
 
 def test_no_two_launch_configs_are_the_same():
