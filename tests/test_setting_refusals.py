@@ -23,7 +23,7 @@ REFUSED = [
     ),
     ({"lr_scheduler_type": "polynomial", "lr_scheduler_kwargs": '{"lr_end": 9}'}, "polynomial"),
     ({"lr_scheduler_type": "warmup_stable_decay"}, "warmup_stable_decay"),
-    ({"learning_rate": "-1"}, "learning_rate is -1.0: it must be at least 0"),
+    ({"learning_rate": "-1"}, "learning_rate is -1.0: it must be a finite number above 0"),
     ({"learning_rate": "nan"}, "learning_rate is nan"),
     ({"per_device_train_batch_size": "0"}, "per_device_train_batch_size is 0"),
     ({"per_device_eval_batch_size": "0"}, "per_device_eval_batch_size is 0"),

@@ -1,9 +1,10 @@
 """Which fields of a recipe belong to its data set, and fall where another one is named?"""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from sftlab.schema import read_object
 
 _OF_THE_DATA_SET = (
     "dataset_config",
@@ -44,7 +45,6 @@ def _dataset_name(argv: Sequence[str]) -> str | None:
 def _made_from(name: str) -> str | None:
     """Returns the data set that a folder of tokens was made from, or None."""
     try:
-        manifest = json.loads((Path(name) / "manifest.json").read_text(encoding="utf-8"))
-        return manifest["settings"]["dataset_name"]
-    except (OSError, ValueError, KeyError, TypeError):
+        return read_object(Path(name) / "manifest.json")["settings"]["dataset_name"]
+    except (ValueError, KeyError, TypeError):
         return None

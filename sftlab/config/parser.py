@@ -20,8 +20,8 @@ from sftlab.config.launch import Launch
 from sftlab.config.model_overrides import check_overrides
 from sftlab.config.own_data import without_replaced_data
 from sftlab.config.recipe import DataArguments, ModelArguments, Recipe, TrainingArguments
+from sftlab.config.schedule import late_warmup
 from sftlab.config.validation import resolve
-from sftlab.config.value_checks import check_values, late_warmup
 from sftlab.field_words import field_name, field_words
 from sftlab.yaml_files import read_yaml
 
@@ -91,7 +91,6 @@ def parse_recipe(argv: list[str], launch: Launch) -> Recipe:
     if late and ("warmup_steps" in named) == ("max_steps" in named):
         raise ValueError(late)
     resolve(recipe, launch)
-    check_values(recipe)
     return recipe._replace(notes=[*recipe.notes, late]) if late else recipe
 
 

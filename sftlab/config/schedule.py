@@ -1,4 +1,4 @@
-"""Is every number of a recipe one that training can use, and does the schedule take its arguments?
+"""Does the learning rate follow a schedule that exists, and is the best checkpoint one by the loss?
 
 Nothing here depends on the machine.
 """
@@ -7,66 +7,7 @@ import torch
 from torch import nn, optim
 from transformers import get_scheduler
 
-from sftlab.config.recipe import Recipe, TrainingArguments
-
-_ANY = float("inf")
-_BELOW_1 = 1 - 1e-9
-# field: least and most; a field that is None is left to its default
-RANGES = {
-    "learning_rate": (0, _ANY),
-    "weight_decay": (0, _ANY),
-    "max_grad_norm": (0, _ANY),
-    "adam_beta1": (0, _BELOW_1),
-    "adam_beta2": (0, _BELOW_1),
-    "adam_epsilon": (0, _ANY),
-    "label_smoothing_factor": (0, 1),
-    "neftune_noise_alpha": (0, _ANY),
-    "lora_dropout": (0, _BELOW_1),
-    "per_device_train_batch_size": (1, _ANY),
-    "per_device_eval_batch_size": (1, _ANY),
-    "gradient_accumulation_steps": (1, _ANY),
-    "global_batch_size": (0, _ANY),
-    "eval_accumulation_steps": (1, _ANY),
-    "logging_steps": (1e-9, _ANY),
-    "save_steps": (1e-9, _ANY),
-    "eval_steps": (1e-9, _ANY),
-    "eval_delay": (0, _ANY),
-    "save_total_limit": (1, _ANY),
-    "streaming_eval_rows": (0, _ANY),
-    "pad_to_multiple_of": (1, _ANY),
-    "dataset_num_proc": (1, _ANY),
-    "dataloader_num_workers": (0, _ANY),
-    "dataloader_prefetch_factor": (1, _ANY),
-    "seed": (0, 2**32 - 1),
-    "data_seed": (0, 2**32 - 1),
-}
-# intervals that another field can switch off
-_UNUSED = {
-    "eval_steps": ("eval_strategy", "steps"),
-    "save_steps": ("save_strategy", "steps"),
-    "logging_steps": ("logging_strategy", "steps"),
-}
-_WORDS = {_BELOW_1: "below 1", 1e-9: "above 0"}
-
-
-def refuse_out_of_range(recipe: Recipe) -> None:
-    """Raise ValueError for a number that training cannot use."""
-    groups = (recipe.data, recipe.training, recipe.model)
-    for name, (least, most) in RANGES.items():
-        value = next((getattr(group, name) for group in groups if hasattr(group, name)), None)
-        by, used = _UNUSED.get(name, (None, None))
-        if value is None or (by and getattr(recipe.training, by) != used):
-            continue
-        if not least <= value <= most:  # NaN is refused too
-            words = [_WORDS.get(least, f"at least {least}")]
-            words += [_WORDS.get(most, f"at most {most}")] if most != _ANY else []
-            raise ValueError(f"{name} is {value}: it must be {' and '.join(words)}")
-    training = recipe.training
-    if training.max_steps <= 0 and not training.num_train_epochs > 0:
-        raise ValueError(
-            f"num_train_epochs is {training.num_train_epochs} and max_steps is "
-            f"{training.max_steps}: one of them must be above 0"
-        )
+from sftlab.config.recipe import TrainingArguments
 
 
 def refuse_wrong_schedule(training: TrainingArguments) -> None:
@@ -106,3 +47,14 @@ def refuse_unknown_metric(training: TrainingArguments) -> None:
         raise ValueError(
             "greater_is_better is true, and a smaller eval_loss is better: leave it out"
         )
+
+
+def late_warmup(training: TrainingArguments) -> str | None:
+    """Returns a sentence where the warmup outlasts `max_steps`; None where it does not."""
+    steps, warmup = training.max_steps, training.warmup_steps
+    if not 0 < steps < warmup:
+        return None
+    return (
+        f"warmup_steps is {warmup:g} and max_steps {steps}, so the learning rate never reaches "
+        f"{training.learning_rate:g}: give fewer warmup_steps, or a share such as 0.05"
+    )

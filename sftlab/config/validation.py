@@ -5,12 +5,9 @@
 
 from sftlab.config.launch import COMPUTE_DTYPE, PRECISIONS, Launch
 from sftlab.config.lora_variants import float8_conflict
-from sftlab.config.ranges import (
-    refuse_out_of_range,
-    refuse_unknown_metric,
-    refuse_wrong_schedule,
-)
 from sftlab.config.recipe import DataArguments, ModelArguments, Recipe, TrainingArguments
+from sftlab.config.schedule import refuse_unknown_metric, refuse_wrong_schedule
+from sftlab.config.value_checks import check_values
 
 
 def is_bitsandbytes(optim: str) -> bool:
@@ -26,7 +23,7 @@ def resolve(recipe: Recipe, launch: Launch) -> None:
     """
     _check_required(recipe)
     _check_lora(recipe.model)
-    refuse_out_of_range(recipe)
+    check_values(recipe)
     refuse_wrong_schedule(recipe.training)
     refuse_unknown_metric(recipe.training)
     _check_rows(recipe.data, recipe.training)

@@ -1,22 +1,49 @@
-"""Do the words of a recipe, its length and its trackers mean something?
+"""Is every number of a recipe one that training can use, and every word one that its field knows?
 
-config/ranges.py has the range of every number. Here are those that must be finite or above 0, and
-the fields whose words are a short list.
+Nothing here depends on the machine.
 """
 
 import math
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 from sftlab.config.recipe import Recipe, TrainingArguments
 
-_ABOVE_0 = ("learning_rate", "adam_epsilon", "neftune_noise_alpha")
-_FINITE = (
-    *("weight_decay", "max_grad_norm", "label_smoothing_factor", "router_aux_loss_coef"),
-    *("warmup_steps", "eval_delay", "logging_steps", "save_steps", "eval_steps"),
-)
+
+class Range(NamedTuple):
+    """The numbers that a field may have, and their name in a message. NaN is in none."""
+
+    words: str
+    holds: Callable[[float], bool]
+
+
+_ABOVE_0 = Range("a finite number above 0", lambda value: 0 < value < math.inf)
+_AT_LEAST_0 = Range("a finite number of at least 0", lambda value: 0 <= value < math.inf)
+_AT_LEAST_1 = Range("at least 1", lambda value: 1 <= value < math.inf)
+_BELOW_1 = Range("at least 0 and below 1", lambda value: 0 <= value < 1)
+_SHARE = Range("from 0 to 1", lambda value: 0 <= value <= 1)
+_SEED = Range(f"from 0 to {2**32 - 1}", lambda value: 0 <= value < 2**32)
 # Far above every scale that trains.
-_MOST_ALPHA = 1_000_000
-_AT_LEAST_1 = ("ddp_timeout", "ddp_bucket_cap_mb", "torch_empty_cache_steps", "streaming_eval_rows")
+_ALPHA = Range("at most 1,000,000 (twice lora_r is usual)", lambda value: value <= 1_000_000)
+_FIELDS = {
+    _ABOVE_0: "learning_rate adam_epsilon neftune_noise_alpha logging_steps save_steps eval_steps",
+    _AT_LEAST_0: """weight_decay max_grad_norm router_aux_loss_coef warmup_steps eval_delay
+        global_batch_size dataloader_num_workers""",
+    _AT_LEAST_1: """per_device_train_batch_size per_device_eval_batch_size save_total_limit
+        gradient_accumulation_steps streaming_eval_rows pad_to_multiple_of dataset_num_proc
+        dataloader_prefetch_factor ddp_timeout ddp_bucket_cap_mb torch_empty_cache_steps""",
+    _BELOW_1: "adam_beta1 adam_beta2 lora_dropout",
+    _SHARE: "label_smoothing_factor",
+    _SEED: "seed data_seed",
+    _ALPHA: "lora_alpha",
+}
+RANGES = {name: numbers for numbers, names in _FIELDS.items() for name in names.split()}
+# intervals that another field can switch off
+_UNUSED = {
+    "eval_steps": "eval_strategy",
+    "save_steps": "save_strategy",
+    "logging_steps": "logging_strategy",
+}
 WORDS = {
     "truncation_mode": ("keep_start", "keep_end"),
     "loss_type": ("nll", "dft"),
@@ -31,21 +58,12 @@ _TRACKIO_FIELDS = ("trackio_space_id", "trackio_bucket_id", "trackio_static_spac
 
 def check_values(recipe: Recipe) -> None:
     """Raise ValueError for a number or a word that its field cannot mean."""
-    for name in (*_ABOVE_0, *_FINITE, *_AT_LEAST_1):
-        value = _value(name, recipe)
-        if not isinstance(value, int | float):
+    for name, numbers in RANGES.items():
+        value, by = _value(name, recipe), _UNUSED.get(name)
+        if not isinstance(value, int | float) or (by and getattr(recipe.training, by) != "steps"):
             continue
-        if not math.isfinite(value) or value < 0:
-            raise ValueError(f"{name} is {value}: expected a finite number of at least 0")
-        if name in _ABOVE_0 and value == 0:
-            raise ValueError(f"{name} is {value}: expected a number above 0")
-        if name in _AT_LEAST_1 and value < 1:
-            raise ValueError(f"{name} is {value}: expected a whole number of at least 1")
-    if recipe.model.lora_alpha > _MOST_ALPHA:
-        raise ValueError(
-            f"lora_alpha is {recipe.model.lora_alpha}: expected at most {_MOST_ALPHA:,} (twice "
-            "lora_r is usual)"
-        )
+        if not numbers.holds(value):
+            raise ValueError(f"{name} is {value}: it must be {numbers.words}")
     for name, words in WORDS.items():
         value = _value(name, recipe)
         if value is not None and value not in words:
@@ -72,17 +90,6 @@ def _check_length(training: TrainingArguments) -> None:
         raise ValueError(
             f"warmup_steps is {warmup}: expected a whole number, or a share of all steps below 1"
         )
-
-
-def late_warmup(training: TrainingArguments) -> str | None:
-    """Returns a sentence where the warmup outlasts `max_steps`; None where it does not."""
-    steps, warmup = training.max_steps, training.warmup_steps
-    if not 0 < steps < warmup:
-        return None
-    return (
-        f"warmup_steps is {warmup:g} and max_steps {steps}, so the learning rate never reaches "
-        f"{training.learning_rate:g}: give fewer warmup_steps, or a share such as 0.05"
-    )
 
 
 def _check_padding(training: TrainingArguments) -> None:
