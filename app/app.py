@@ -30,7 +30,7 @@ from starlette.middleware import Middleware
 
 from sftlab.chat.conversation import Turn, column, edited_message, history, new_turn, saved
 from sftlab.chat.engine import Settings
-from sftlab.chat.fair_queue import share_of, share_queue
+from sftlab.chat.fair_queue import share_queue, shares_of
 from sftlab.chat.limits import in_a_sentence, text
 from sftlab.chat.options import parse_options
 from sftlab.chat.request_filter import Gate
@@ -369,7 +369,7 @@ def main(argv: list[str]) -> None:
     print(f"chat on http://localhost:{options.port}", flush=True)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     blocks = build(Page(lab)).queue(max_size=options.queue, api_open=False)
-    share_queue(blocks._queue, MODEL["concurrency_id"], share_of(options.queue))
+    share_queue(blocks._queue, MODEL["concurrency_id"], shares_of(options.queue))
     blocks.launch(
         server_name="0.0.0.0" if listen else "127.0.0.1",
         server_port=options.port,

@@ -11,7 +11,7 @@ from conftest import copy_of, read
 from judging import untrained_run
 
 from sftlab.chat.engine import Chat, Settings
-from sftlab.chat.fair_queue import share_of, share_queue
+from sftlab.chat.fair_queue import Shares, share_queue, shares_of
 from sftlab.chat.limits import MESSAGES, check_size, conversation
 from sftlab.chat.options import parse_options
 from sftlab.chat.service import Lab
@@ -177,31 +177,37 @@ class Queue:
         self.active_jobs: list = [None]
 
     async def push(self, body, request, username):
-        self.waiting.queue.append(SimpleNamespace(request=request, username=username))
+        event = {"request": request, "username": username, "session_hash": body.session_hash}
+        self.waiting.queue.append(SimpleNamespace(**event))
         return True, "id", "success"
 
 
-def test_a_client_has_its_share_of_the_queue():
+def test_a_page_and_a_client_have_their_shares_of_the_queue():
     queue = Queue()
-    share_queue(queue, "model", 3)
+    share_queue(queue, "model", Shares(page=3, client=4))
 
-    def call(host: str, username: str | None = None, fn: int = 0, data: tuple = (1, 2)) -> tuple:
+    def call(
+        host: str,
+        username: str | None = None,
+        fn: int = 0,
+        data: tuple = (1, 2),
+        page: str | None = None,
+    ) -> tuple:
         request = SimpleNamespace(client=SimpleNamespace(host=host))
-        body = SimpleNamespace(fn_index=fn, data=list(data))
+        body = SimpleNamespace(fn_index=fn, data=list(data), session_hash=page or host)
         return asyncio.run(queue.push(body=body, request=request, username=username))
 
     assert [call("a")[0] for _ in range(5)] == [True, True, True, False, False]
-    assert call("a")[1:] == (
-        "Queue is full for you: 3 of your messages wait already, and a client may have 3. "
-        "Try again later.",
-        "queue_full",
-    )
+    full = "Queue is full for you: {0} of your messages wait already, and a {1} may have {0}. "
+    assert call("a")[1:] == (full.format(3, "page") + "Try again later.", "queue_full")
+    assert call("a", page="a neighbour's")[0]
+    assert call("a", page="a third")[1] == full.format(4, "client") + "Try again later."
     assert call("b")[0]
     assert call("a", "ann")[0]
     assert call("a", fn=1, data=())[0]
     assert call("b", data=(1,))[1] == "chat takes 2 values in data, got 1"
     assert "names no function" in call("b", fn=99)[1]
-    assert (share_of(16), share_of(1)) == (8, 2)
+    assert (shares_of(16), shares_of(1)) == ((4, 12), (2, 2))
 
 
 def test_settings_of_any_kind_are_refused_in_a_sentence():

@@ -18,9 +18,9 @@ from peft import PeftModel
 from sftlab.chat.fitting import fit
 from sftlab.config.lora_variants import allows_mixed_batches
 from sftlab.data.chat_template import TurnEnd, end_of_turn, prompt_ids
+from sftlab.data.template_errors import TEMPLATE_ERRORS, reason
 from sftlab.data.time_limit import time_limit
 from sftlab.evaluation.base_and_tuned import (
-    TEMPLATE_ERRORS,
     answering,
     finished_run,
     load_pair,
@@ -303,9 +303,8 @@ class Chat:
             with time_limit(TEMPLATE_S, "the run's chat template"):
                 return prompt_ids(self._tokenizer, history)
         except TEMPLATE_ERRORS as error:
-            said = (str(error).splitlines() or [type(error).__name__])[0]
             raise ValueError(
-                f"the run's chat template refuses this conversation: {said}"
+                f"the run's chat template refuses this conversation: {reason(error)}"
             ) from error
 
     def _pieces(

@@ -1,22 +1,31 @@
 """Gradio's queue, shared fairly: a client has its share, and a wrong call a clear answer."""
 
 from collections.abc import Awaitable, Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 Answer = tuple[bool, Any, str]
 Push = Callable[..., Awaitable[Answer]]
 
 
-def share_of(queue_size: int) -> int:
-    """Returns how many messages of one client may wait or be answered: half of the queue."""
-    return max(2, queue_size // 2)
+class Shares(NamedTuple):
+    """How many messages of one page, and of one client, may wait or be answered."""
+
+    page: int
+    client: int
 
 
-def share_queue(queue: Any, concurrency_id: str, share: int) -> None:
-    """Let `queue` (gradio's) refuse a client's call beyond `share`, and calls of another form.
+def shares_of(queue_size: int) -> Shares:
+    """Returns a quarter of the queue for a page, and three quarters for a client."""
+    return Shares(max(2, queue_size // 4), max(2, 3 * queue_size // 4))
 
-    A client is an account, or without accounts an address. `concurrency_id` names the calls that
-    wait for the model; others are not counted.
+
+def share_queue(queue: Any, concurrency_id: str, shares: Shares) -> None:
+    """Let `queue` (gradio's) refuse calls beyond `shares`, and calls of another form.
+
+    A client is an account, or without accounts an address. Several people may be behind one
+    address, so an open page has a share of its own. A client can pretend to be many pages, so all
+    of a client's pages have one too. `concurrency_id` names the calls that wait for the model;
+    others are not counted.
     """
     push: Push = queue.push
 
@@ -36,13 +45,13 @@ def share_queue(queue: Any, concurrency_id: str, share: int) -> None:
                 for event in _events(queue, concurrency_id)
                 if _client(event.request, event.username) == mine
             ]
-            if len(waiting) >= share:
-                said = f"Queue is full for you: {len(waiting)} of your messages wait already"
-                return (
-                    False,
-                    f"{said}, and a client may have {share}. Try again later.",
-                    "queue_full",
-                )
+            of_page = [event for event in waiting if event.session_hash == body.session_hash]
+            counted = (("page", of_page, shares.page), ("client", waiting, shares.client))
+            for name, events, share in counted:
+                if len(events) >= share:
+                    said = f"Queue is full for you: {len(events)} of your messages wait already"
+                    said += f", and a {name} may have {share}. Try again later."
+                    return False, said, "queue_full"
         return await push(body=body, request=request, username=username)
 
     queue.push = checked

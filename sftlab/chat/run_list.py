@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 from sftlab.evaluation.base_and_tuned import finished_run
 from sftlab.runs.record import read_run
 from sftlab.runs.run_directory import SIDES, adapter_hash
-from sftlab.runs.schema import NUMBER, OBJECT, TEXT, Kind, check, list_of, read_object
+from sftlab.schema import NUMBER, OBJECT, TEXT, Kind, check, list_of, read_object
 from sftlab.tables import interval
 
 HEADINGS = (
