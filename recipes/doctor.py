@@ -26,7 +26,7 @@ from sftlab.script_options import Options
 from sftlab.yaml_files import read_yaml
 
 try:
-    from sftlab.planning.machine_checks import FAILS, FINE, Finding, examine
+    from sftlab.planning.machine_checks import FAILS, FINE, WARNING, Finding, examine
 except ModuleNotFoundError as error:
     sys.exit(
         f"fails    packages       missing: {error.name}\n{'':<24}-> `make setup`, or pip install "
@@ -61,8 +61,8 @@ def main(argv: list[str]) -> None:
     failed = []
     for finding in examine(arguments.runs):
         failed += say(finding)
-    if arguments.config:
-        failed += say(rehearse(arguments, fields))
+    for finding in rehearse(arguments, fields) if arguments.config else []:
+        failed += say(finding)
     if failed:
         print(f"\n{len(failed)} of the checks failed: {', '.join(failed)}")
         sys.exit(1)
@@ -78,8 +78,8 @@ def say(finding: Finding) -> list[str]:
     return [finding.what] if finding.level == FAILS else []
 
 
-def rehearse(arguments: argparse.Namespace, fields: list[str]) -> Finding:
-    """Train two steps of the recipe under the launch config."""
+def rehearse(arguments: argparse.Namespace, fields: list[str]) -> list[Finding]:
+    """Train two steps of the recipe under the launch config; what they say of it is a finding."""
     with tempfile.TemporaryDirectory() as folder:
         command = rehearsal_command(arguments, fields, Path(folder))
         # a session of its own, so that the launcher's processes can be ended with it
@@ -89,14 +89,17 @@ def rehearse(arguments: argparse.Namespace, fields: list[str]) -> Finding:
             log, _ = process.communicate(timeout=PATIENCE)
         except subprocess.TimeoutExpired:
             todo = "launch it by hand and watch where it waits"
-            return Finding(REHEARSAL, FAILS, f"not done after {PATIENCE} s", todo)
+            return [Finding(REHEARSAL, FAILS, f"not done after {PATIENCE} s", todo)]
         finally:
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGKILL)
+    said = (re.match(r"(note|warning): (.+)", line) for line in log.splitlines())
+    found = [Finding("recipe", WARNING, one[2]) for one in said if one]
     if process.returncode:
-        return explain_failure(log, process.returncode)
+        return [*found, explain_failure(log, process.returncode)]
     line = next((line for line in log.splitlines() if "peak memory" in line), "")
-    return Finding(REHEARSAL, FINE, f"trained; peak memory {' '.join(line.split()[-1:])} GB")
+    trained = f"trained; peak memory {' '.join(line.split()[-1:])} GB"
+    return [*found, Finding(REHEARSAL, FINE, trained)]
 
 
 def rehearsal_command(arguments: argparse.Namespace, fields: list[str], folder: Path) -> list[str]:

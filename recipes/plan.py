@@ -159,7 +159,7 @@ def main(argv: list[str]) -> None:
         if request.given.compare:
             return print(compared(request))
         recipe, plan = request.plan(request.given.config_file, request.flags())
-        print(described(request, recipe, plan))
+        print("\n".join([*notes_of(recipe), described(request, recipe, plan)]))
     except (ValueError, FileNotFoundError) as error:
         sys.exit(f"error: {error}")
 
@@ -296,7 +296,12 @@ def compared(request: Request) -> str:
         raise ValueError(next(iter(refused.values())))
     cannot = [f"  {name} cannot run: {why}" for name, why in refused.items()]
     heading = f"{request.gpu.name}, {request.gpu.memory_gb:g} GB"
-    return "\n".join([heading, aligned(table), *cannot])
+    return "\n".join([*notes_of(recipe), heading, aligned(table), *cannot])
+
+
+def notes_of(recipe: Recipe) -> list[str]:
+    """Returns what was made of the recipe, a line each."""
+    return [f"note: {one}" for one in recipe.notes]
 
 
 def gb(size: float) -> str:

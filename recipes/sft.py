@@ -6,7 +6,7 @@ python recipes/sft.py --config_file accelerate_configs/ddp.yaml --num_processes 
     --config recipes/llama3.2-1b/attn_r16.yaml [--any_field value]
 
 `accelerate launch --config_file LAUNCH.yaml recipes/sft.py ...` starts the same training. It adds
-a traceback of its own to every training that does not succeed.
+a traceback of its own to every training that does not succeed, and the sentence again at its end.
 
 The fields are those of trl's ModelConfig and SFTConfig and of sftlab/config/recipe.py. The command
 line beats the YAML. After an interruption the same command resumes the run. A finished run is
@@ -24,15 +24,14 @@ import gc
 import math
 import os
 import sys
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from accelerate.utils import broadcast_object_list
 from datasets import Dataset
 from torch.utils.data import IterableDataset
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase, TrainerCallback
 from transformers.trainer_utils import TrainOutput
 
 from sftlab.config.launch import COMPUTE_DTYPE, PRECISIONS, Launch, check_devices, use_all_cpu_cores
@@ -46,21 +45,20 @@ from sftlab.data.samplers import refuse_few_rows
 from sftlab.data.splits import Splits, load_splits
 from sftlab.data.template_facts import template_facts
 from sftlab.data.tokenized_dataset import refuse_other_encoding
-from sftlab.exit_messages import last_line
 from sftlab.fastpath.kernel_warmup import start_compilers
-from sftlab.fastpath.selection import choose
+from sftlab.fastpath.selection import FastPath, choose
 from sftlab.measurement.hardware_limit import measure_mfu
 from sftlab.models.adapter_names import check_adapter_names
 from sftlab.models.loading import load_config, load_tokenizer
 from sftlab.planning.plan import planned_memory
 from sftlab.runs.environment import environment
-from sftlab.runs.run_directory import REMEDY, Run, Start, must_match, read_run
+from sftlab.runs.run_directory import Run, Start, must_match, read_run
+from sftlab.startup.launcher import reported_to_launcher
 from sftlab.startup.waiting import says_if_long
 from sftlab.training.determinism import compute_deterministically
-from sftlab.training.disk_room import is_full
-from sftlab.training.finiteness import NotFinite
 from sftlab.training.first_step_wait import FirstStepWait
-from sftlab.training.save_adapter import AfterTraining, after_training, save_adapter
+from sftlab.training.recorded_end import recorded_end, say_how_to_go_on
+from sftlab.training.save_adapter import after_training, save_adapter
 from sftlab.training.stop_on_signal import Stopped, StopOnSignal
 from sftlab.training.summary import summary_rows
 from sftlab.training.trainer import LabTrainer, build_trainer
@@ -134,63 +132,10 @@ def begin(
             print(line, flush=True)
 
 
-@contextmanager
-def recorded_end(run: Run, rank: int) -> Iterator[None]:
-    """Write to run.json how the run was stopped or why it failed, and say how it goes on."""
-    try:
-        yield
-    except Stopped as stopped:
-        if run.began:
-            run.finish("interrupted", reason=f"signal {stopped.number}: stopped at once")
-        say_how_to_go_on(run)
-        sys.exit(128 + stopped.number)
-    except NotFinite as error:
-        run.fail(f"{error}", rank)
-        if not run.is_main:
-            sys.exit(2)
-        print(file=sys.stderr)  # the progress bar's line ends here
-        sys.exit(f"error: the training {error}. {run.way_on()} {REMEDY}")
-    except AfterTraining as error:
-        cause = error.__cause__ or error
-        if is_full(cause):
-            run.finish("interrupted", reason=f"{error} ({cause})")
-        run.fail(f"{error} ({type(cause).__name__}: {cause})", rank)
-        why = last_line(cause, traceback_file(run, rank)).removeprefix("error: ")
-        sys.exit(f"error: {error} ({why}). {run.way_on()}" if run.is_main else 2)
-    except BaseException as error:
-        if is_full(error):
-            if run.began:
-                run.finish("interrupted", reason=f"{error}")
-            say_how_to_go_on(run)
-            sys.exit(f"error: {error}")
-        if not isinstance(error, SystemExit):
-            run.fail(f"{type(error).__name__}: {error}", rank)
-        if not isinstance(error, Exception):
-            raise
-        say_how_to_go_on(run)
-        sys.exit(last_line(error, traceback_file(run, rank)))
-    finally:
-        run.release()
-
-
-def traceback_file(run: Run, rank: int) -> Path | None:
-    """Returns where a rank keeps the traceback of an internal error; None if no run began."""
-    if not run.began:
-        return None
-    run.made.note(["traceback-*.txt"])
-    return run.folder / f"traceback-{rank}.txt"
-
-
-def say_how_to_go_on(run: Run) -> None:
-    """Print how an unfinished run goes on."""
-    if run.is_main and run.began:
-        print(run.way_on(), file=sys.stderr, flush=True)
-
-
 def prepare(
     recipe: Recipe, launch: Launch, run: Run, start: Start, stop: StopOnSignal
 ) -> tuple[LabTrainer, Splits]:
-    """Read tokenizer, data and model; returns the trainer and the splits.
+    """Read tokenizer, data and model, and begin the run; returns the trainer and the splits.
 
     Raises ValueError for a mistake in the recipe, and for a resumed run whose data have changed.
     """
@@ -200,48 +145,26 @@ def prepare(
     if model.use_peft:
         check_adapter_names(model, config, launch, training.trust_remote_code)
     template = set_template(tokenizer, training.chat_template_path)
-
     fast = choose(recipe, config, launch)
     compilers = start_compilers(recipe, config, fast)
 
-    with (
-        training.main_process_first(desc="reading the data set"),
-        says_if_long(f"reading the data set {recipe.data.dataset_name}"),
-    ):
-        splits = load_splits(recipe.data, training.dataset_num_proc)
-    rows = None if recipe.data.dataset_streaming else len(splits.train)
-    if splits.tokens:
-        refuse_other_encoding(splits.tokens, tokenizer, training)
-        rows = splits.tokens["tokenized"]["train"]["kept"]
-    if rows is not None:
-        refuse_few_rows(rows, recipe.data.global_batch_size)
-    facts = {
-        "data": splits.facts,
-        "template": template_facts(tokenizer, template),
-    }
-    if "day" in facts["template"]:
-        splits = keyed_by(splits, facts["template"]["rendered"])
+    splits, facts = read_data(recipe, tokenizer, template)
     looked = look_at_rows(tokenizer, config, splits, training, facts["template"])
-    for line in [*recipe.notes, *looked.lines] if run.is_main else []:
-        print(line, flush=True)
+    if run.is_main:
+        print(*(f"note: {one}" for one in recipe.notes), *looked.lines, sep="\n", flush=True)
     run.check(start, facts, recipe.data.resume_anyway)
+    recorded = facts | {"loss": looked.facts}
     # what an earlier run trained is replaced only once this one is ready
     if not start.at_stake:
-        begin(run, start, recipe, launch, facts | {"loss": looked.facts})
+        begin(run, start, recipe, launch, recorded)
 
-    now = environment()
+    now = environment()  # the trainer fills in fields of the recipe
     must = must_match(recipe.facts(), launch.facts(), now) | facts
-    loading = f"loading the weights of {model.model_name_or_path} and encoding the rows"
-    with template_refusals(tokenizer, splits), says_if_long(loading):
-        callbacks = [stop, FirstStepWait(fast.compile_layers)]
-        trainer = build_trainer(recipe, launch, fast, tokenizer, splits, callbacks)
-    refuse_lost_rows(trainer, splits)
-    for name, rows in (("training", trainer.train_dataset), ("validation", trainer.eval_dataset)):
-        if isinstance(rows, Dataset):
-            refuse_beyond_model(rows, name, config, training.max_length)
+    callbacks = [stop, FirstStepWait(fast.compile_layers)]
+    trainer = trainer_of(recipe, launch, fast, tokenizer, config, splits, callbacks)
     if start.at_stake:
         trainer.checkpointer.refuse_full_disk(run.made_bytes)
-        begin(run, start, recipe, launch, facts | {"loss": looked.facts})
+        begin(run, start, recipe, launch, recorded)
     trainer.checkpointer.must_match, trainer.checkpointer.hardware = must, now["hardware"]
     with says_if_long("compiling the kernels"):
         error = compilers.exception()
@@ -251,6 +174,57 @@ def prepare(
         for part, why in fast.reasons.items():
             print(f"{part} is off: {why}")
     return trainer, splits
+
+
+def read_data(
+    recipe: Recipe, tokenizer: PreTrainedTokenizerBase, template: str
+) -> tuple[Splits, dict[str, Any]]:
+    """Read and split the rows; returns the splits, and the facts `data` and `template`.
+
+    `template` says where the tokenizer's chat template comes from. Raises ValueError for too few
+    rows, and for tokens that were made otherwise.
+    """
+    data, training = recipe.data, recipe.training
+    with (
+        training.main_process_first(desc="reading the data set"),
+        says_if_long(f"reading the data set {data.dataset_name}"),
+    ):
+        splits = load_splits(data, training.dataset_num_proc)
+    rows = None if data.dataset_streaming else len(splits.train)
+    if splits.tokens:
+        refuse_other_encoding(splits.tokens, tokenizer, training)
+        rows = splits.tokens["tokenized"]["train"]["kept"]
+    if rows is not None:
+        refuse_few_rows(rows, data.global_batch_size)
+    facts = {"data": splits.facts, "template": template_facts(tokenizer, template)}
+    if "day" in facts["template"]:
+        splits = keyed_by(splits, facts["template"]["rendered"])
+    return splits, facts
+
+
+def trainer_of(
+    recipe: Recipe,
+    launch: Launch,
+    fast: FastPath,
+    tokenizer: PreTrainedTokenizerBase,
+    config: PreTrainedConfig,
+    splits: Splits,
+    callbacks: list[TrainerCallback],
+) -> LabTrainer:
+    """Load the weights and encode the rows; returns the trainer.
+
+    Raises ValueError for rows that the template refuses, that `max_length` leaves nothing of, or
+    that the model cannot take.
+    """
+    training = recipe.training
+    loading = f"loading the weights of {recipe.model.model_name_or_path} and encoding the rows"
+    with template_refusals(tokenizer, splits), says_if_long(loading):
+        trainer = build_trainer(recipe, launch, fast, tokenizer, splits, callbacks)
+    refuse_lost_rows(trainer, splits)
+    for name, rows in (("training", trainer.train_dataset), ("validation", trainer.eval_dataset)):
+        if isinstance(rows, Dataset):
+            refuse_beyond_model(rows, name, config, training.max_length)
+    return trainer
 
 
 def train(
@@ -352,4 +326,5 @@ if __name__ == "__main__":
     faulthandler.enable()
     # the interpreter's last collection would walk over every module for seconds
     atexit.register(gc.freeze)
-    main(sys.argv[1:])
+    with reported_to_launcher():
+        main(sys.argv[1:])

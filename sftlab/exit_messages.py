@@ -68,8 +68,8 @@ def last_line(error: Exception, keep: Path | None = None) -> str:
 
 
 def _is_ours(error: Exception) -> bool:
-    """Returns whether the project's own code raised a RuntimeError, whose message is a sentence."""
-    if type(error) is not RuntimeError or error.__traceback__ is None:
+    """Returns whether the project's own code raised an error whose message is a sentence."""
+    if type(error) not in (RuntimeError, ValueError) or error.__traceback__ is None:
         return False
     *_, (frame, _) = traceback.walk_tb(error.__traceback__)
     raised = Path(frame.f_code.co_filename)

@@ -54,15 +54,24 @@ def list_of(kind: Kind) -> Kind:
     )
 
 
-def read_object(path: Path) -> dict[str, Any]:
-    """Returns the JSON object in a file. Raises ValueError with the file for anything else."""
-    if path.exists() and not path.is_file():  # a pipe would be waited for
-        what = "a folder" if path.is_dir() else "no file"
-        raise ValueError(f"{path} cannot be read: it is {what}, expected a JSON object in a file")
+def read_content(path: Path) -> bytes:
+    """Returns the bytes of a file.
+
+    Raises ValueError with the path for a folder, for a pipe or a device, which would be waited for,
+    and for a file that cannot be read.
+    """
+    if path.exists() and not path.is_file():
+        what = "a folder" if path.is_dir() else "a pipe or a device"
+        raise ValueError(f"{path} cannot be read: it is {what}, expected a file")
     try:
-        content = path.read_bytes()
+        return path.read_bytes()
     except OSError as error:
         raise ValueError(f"{path} cannot be read: {error.strerror or error}") from error
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """Returns the JSON object in a file. Raises ValueError with the file for anything else."""
+    content = read_content(path)
     if not content.strip(b" \t\r\n\0"):
         raise ValueError(f"{path} cannot be read: it is empty, expected a JSON object")
     try:

@@ -47,6 +47,7 @@ from sftlab.data.tokenizing_cluster import (
     how_to_see,
 )
 from sftlab.exit_messages import mistakes_in_one_line
+from sftlab.script_options import Options
 
 if TYPE_CHECKING:
     from sftlab.config.recipe import Recipe
@@ -69,7 +70,8 @@ def main(argv: list[str]) -> None:
 
         recipe = parse_recipe(fields, Launch.from_environment())
         places, settings, backend, encoder = prepare(recipe, arguments)
-        for line in [*recipe.notes, *(f"warning: {one}" for one in settings["loss_warnings"])]:
+        said = [f"note: {one}" for one in recipe.notes]
+        for line in [*said, *(f"warning: {one}" for one in settings["loss_warnings"])]:
             print(line, flush=True)
         manifest = begin(arguments.out, settings, backend, encoder)
         del backend
@@ -85,7 +87,7 @@ def main(argv: list[str]) -> None:
 
 def parse_arguments(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     """Read the command line. Returns this script's options and the fields of the recipe."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser = Options(description=__doc__.splitlines()[0])
     parser.add_argument("--out", required=True, type=Path, help="the tokenized data set's folder")
     parser.add_argument(
         "--workers",

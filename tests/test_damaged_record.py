@@ -47,7 +47,7 @@ DAMAGED = {
     "a host alone": (with_(host_pid=["here"]), "host_pid is .*, expected a host and a process id"),
     "losses": (with_(losses=[[1, "low"]]), "losses is .*, expected a list, each a step and a loss"),
     "a folder": (lambda path: (path.unlink(), path.mkdir()), "cannot be read: it is a folder"),
-    "a pipe": (lambda path: (path.unlink(), os.mkfifo(path)), "cannot be read: it is no file"),
+    "a pipe": (lambda path: (path.unlink(), os.mkfifo(path)), "cannot be read: it is a pipe"),
     "a link to nothing": (lambda path: (path.unlink(), path.symlink_to("x")), "No such file"),
 }
 

@@ -44,7 +44,8 @@ def test_a_rehearsal_that_takes_too_long_leaves_nothing_running(doctor, monkeypa
     monkeypatch.setattr(doctor.sys, "executable", str(launcher))
     monkeypatch.setattr(doctor, "PATIENCE", 1)
     given = SimpleNamespace(config="r.yaml", config_file="l.yaml", num_processes=None)
-    assert doctor.rehearse(given, []).seen == "not done after 1 s"
+    (timed_out,) = doctor.rehearse(given, [])
+    assert timed_out.seen == "not done after 1 s"
     child = psutil.Process(int((tmp_path / "child").read_text()))
     assert child.status() == psutil.STATUS_ZOMBIE or not child.is_running()
 
@@ -122,6 +123,21 @@ def test_a_rehearsal_that_fails_says_why(doctor, monkeypatch, capsys, log, said)
     assert stopped.value.code == 1
     assert said in text
     assert "nothing" not in text
+
+
+def test_what_a_rehearsal_says_of_the_recipe_is_a_warning(doctor, monkeypatch, capsys):
+    monkeypatch.setattr(doctor, "examine", lambda _: [])
+    log = (
+        "note: warmup_steps is 30\nwarning: not used in training: tools\n  peak memory (GB)  1.5\n"
+    )
+    done = SimpleNamespace(returncode=0, communicate=lambda timeout: (log, None), poll=lambda: 0)
+    monkeypatch.setattr(doctor.subprocess, "Popen", lambda *_, **__: done)
+    with pytest.raises(SystemExit) as ended:
+        doctor.main([*RECIPE, "--config_file", "accelerate_configs/cpu.yaml"])
+    lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
+    assert ended.value.code == 0
+    assert lines[0] == "warning recipe warmup_steps is 30"
+    assert lines[1] == "warning recipe not used in training: tools"
 
 
 def test_fields_need_a_recipe(doctor):

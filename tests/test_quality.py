@@ -131,10 +131,22 @@ def test_answers_are_scored_as_they_are_and_empty_ones_counted(quality, run, mon
     assert found["scores"]["rougeL"]["base"]["value"] == 0
 
 
-def test_a_killed_evaluation_goes_on_where_it_stopped(quality, finished, tmp_path):
-    flags = ("--max_new_tokens", "100", "--batch_size", "2")
-    whole, killed = (copy_of(finished[0], tmp_path / name) for name in ("whole", "killed"))
-    quality.main(["--run", str(whole), *flags])
+SLOW = ("--max_new_tokens", "100", "--batch_size", "2")
+
+
+@pytest.fixture(scope="module")
+def undisturbed(quality, finished, tmp_path_factory):
+    """A run with its evaluation."""
+    whole = copy_of(finished[0], tmp_path_factory.mktemp("undisturbed") / "run")
+    quality.main(["--run", str(whole), *SLOW])
+    return whole
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_an_evaluation_that_is_ended_goes_on_where_it_stopped(
+    quality, finished, undisturbed, tmp_path, number
+):
+    flags, whole, killed = SLOW, undisturbed, copy_of(finished[0], tmp_path / "killed")
     process = subprocess.Popen(
         command(killed, *flags, python=fork_server.python()),
         cwd=ROOT,
@@ -147,8 +159,19 @@ def test_a_killed_evaluation_goes_on_where_it_stopped(quality, finished, tmp_pat
         if files and files[0].read_bytes().count(b"\n") >= 4:
             break
         time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
+    process.send_signal(signal.SIGSTOP)
+    time.sleep(0.1)
+    size = files[0].stat().st_size
+    time.sleep(0.3)
+    assert files[0].stat().st_size == size
+    process.send_signal(signal.SIGCONT)
+    process.send_signal(number)
+    said = process.communicate()[1].decode()
+    assert process.returncode in (-number, 128 + number)
+    if number == signal.SIGTERM:
+        assert said.endswith(
+            "stopped: the same command goes on, since answers are kept as they come\n"
+        )
     kept = files[0].read_bytes()
     kept = kept[: kept.rfind(b"\n") + 1]
     assert not (killed / "eval" / "quality.json").exists()

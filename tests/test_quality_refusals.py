@@ -56,7 +56,19 @@ def spoil_template(run, tmp_path):
     path.write_text(path.read_text() + " ")
 
 
+def without_data(run, tmp_path):
+    record = read(run)
+    del record["data"]
+    (run / "run.json").write_text(json.dumps(record))
+
+
 BAD_RUNS = [
+    (without_data, (), "run.json has no data.train.fingerprint, expected a text"),
+    (
+        lambda run, _: change_run(run, dataset_fraction="all"),
+        (),
+        'recipe.dataset_fraction is "all", expected a number',
+    ),
     (spoil_status, (), "did not succeed (status interrupted: signal 15 at step 3 of 6)"),
     (spoil_data, (), "has changed since the run"),
     (spoil_splits, (), "the train split of"),

@@ -1,6 +1,7 @@
 """Tokens of other rows, another template or an unfinished job are refused."""
 
 import json
+import os
 import shutil
 
 import pytest
@@ -16,9 +17,11 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from sftlab.config.launch import Launch
 from sftlab.data.chat_template import INSTRUCTION_TEMPLATE
 from sftlab.data.splits import SPLITS, load_splits
-from sftlab.data.tokenized_dataset import MANIFEST
+from sftlab.data.tokenized_dataset import MANIFEST, read_record, record_path
 from sftlab.fastpath.selection import FastPath
 from sftlab.training.trainer import build_trainer
+
+ROWS = instruction_rows(60)
 
 
 @pytest.fixture(scope="module")
@@ -203,5 +206,68 @@ def test_tokens_that_are_not_finished_or_not_whole_are_refused(made, tmp_path):
     with pytest.raises(ValueError, match="is not finished"):
         load_splits(data)
     (folder / MANIFEST).write_text("{")
-    with pytest.raises(ValueError, match="is not the manifest"):
+    with pytest.raises(ValueError, match="it is not JSON"):
         load_splits(data)
+
+
+BAD_VALUES = {
+    "format": (lambda m: m.update(format=7), "not the manifest of a tokenized data set of format"),
+    "settings": (lambda m: m.update(settings=[]), "settings is [], expected an object"),
+    "rows": (lambda m: m["facts"].update(rows_read="many"), 'facts.rows_read is "many", expected'),
+    "split": (lambda m: m["facts"].update(train=None), "has no facts.train.rows"),
+    "not used": (lambda m: m["facts"].update(not_used={"x": 1}), "facts.not_used is"),
+    "kept": (lambda m: m["tokenized"].update(train={"kept": -1}), "tokenized.train.kept is -1"),
+    "shards": (lambda m: m["shards"].append(3), "shards is [{"),
+    "shard": (lambda m: m["shards"][0].update(files={"a": 1}), "shards[0]: files is {"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_VALUES)
+def test_a_manifest_that_was_edited_is_named_with_its_key(made, tmp_path, name):
+    fields, whole = made
+    folder = shutil.copytree(whole, tmp_path / "tokens")
+    change, said = BAD_VALUES[name]
+    manifest = json.loads((folder / MANIFEST).read_text())
+    change(manifest)
+    (folder / MANIFEST).write_text(json.dumps(manifest))
+    with pytest.raises(ValueError) as refused:
+        load_splits(recipe_of(fields | {"dataset_name": str(folder)}).data)
+    assert said in str(refused.value) and str(folder / MANIFEST) in str(refused.value)
+
+
+def test_a_manifest_that_is_a_pipe_is_not_waited_for(made, tmp_path):
+    fields, whole = made
+    folder = shutil.copytree(whole, tmp_path / "tokens")
+    (folder / MANIFEST).unlink()
+    os.mkfifo(folder / MANIFEST)
+    with pytest.raises(ValueError, match=r"manifest.json cannot be read: it is a pipe"):
+        load_splits(recipe_of(fields | {"dataset_name": str(folder)}).data)
+
+
+@pytest.mark.parametrize(
+    "change", [{"bad": "none"}, {"notes": 3}, {"files": []}, {"source_rows": None}, {"number": 1}]
+)
+def test_a_shard_whose_record_was_edited_is_made_again(made, tmp_path, change):
+    folder = shutil.copytree(made[1], tmp_path / "tokens")
+    whole = record_path(folder, 0)
+    whole.write_text(json.dumps(json.loads(whole.read_text()) | change))
+    assert read_record(folder, 0) is None
+    assert read_record(folder, 1)["number"] == 1
+
+
+def test_an_encoder_that_was_edited_is_refused(script, made, tmp_path):
+    fields, whole = made
+    folder = shutil.copytree(whole, tmp_path / "tokens")
+    manifest = json.loads((folder / MANIFEST).read_text())
+    manifest["encoder"]["template"] = "x"
+    (folder / MANIFEST).write_text(json.dumps(manifest))
+    said = refused(script, fields, folder, "--rows_per_shard", "16")
+    assert "manifest.json: encoder is not what its settings are a hash of" in said
+
+
+def test_rows_beyond_the_models_positions_are_refused(script, base, tmp_path):
+    rows = [row | {"response": "word " * (120 if i == 7 else 1)} for i, row in enumerate(ROWS)]
+    fields = fields_of(base, write_jsonl(tmp_path / "rows.jsonl", rows), tmp_path)
+    with pytest.raises(ValueError, match=r"has 6\d\d tokens, and the model has 512 positions"):
+        tokenized(script, fields | {"max_length": "700"}, tmp_path / "out")
+    assert tokenized(script, fields | {"max_length": "512"}, tmp_path / "cut")["facts"]

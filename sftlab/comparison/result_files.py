@@ -8,7 +8,7 @@ from typing import Any
 from sftlab.evaluation.entries import read_entries
 from sftlab.evaluation.text_metrics import NAMES
 from sftlab.runs.run_directory import SIDES
-from sftlab.runs.schema import (
+from sftlab.schema import (
     BOOLEAN,
     COUNT,
     NUMBER,
@@ -17,6 +17,7 @@ from sftlab.runs.schema import (
     Kind,
     check,
     list_of,
+    read_content,
     read_object,
 )
 
@@ -74,8 +75,8 @@ def read_records(path: Path) -> list[dict[str, Any]]:
     """Returns the lines of quality.jsonl. Raises ValueError for the first of another form."""
     records = []
     try:
-        lines = path.read_text(encoding="utf-8").split("\n")
-    except (OSError, ValueError) as error:
+        lines = read_content(path).decode("utf-8").split("\n")
+    except ValueError as error:
         raise ValueError(f"{path} is not what quality.json was made from: {error}") from error
     for number, line in enumerate(lines, 1):
         if not line:

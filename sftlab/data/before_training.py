@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 import pyarrow.compute as pc
 from datasets import Dataset, IterableDataset
 from datasets.fingerprint import Hasher
-from jinja2 import TemplateError
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from sftlab.config.recipe import TrainingArguments
@@ -18,6 +17,13 @@ from sftlab.data.loss_check import ROWS_LOOKED_AT, look_at_loss, refuse_unrender
 from sftlab.data.model_limits import refuse_long_stream, refuse_unknown_tokens
 from sftlab.data.row_notes import unused_lines
 from sftlab.data.splits import Splits
+from sftlab.data.template_errors import (
+    TEMPLATE_ERRORS,
+    is_of_template,
+    reason,
+    rendering_limit,
+)
+from sftlab.data.time_limit import TooSlow
 from sftlab.data.tokenized_dataset import SPLITS
 
 _ROWS_AT_ONCE = 10_000
@@ -121,10 +127,17 @@ def keyed_by(splits: Splits, key: str) -> Splits:
 
 @contextmanager
 def template_refusals(tokenizer: PreTrainedTokenizerBase, splits: Splits) -> Iterator[None]:
-    """Turn a template's refusal within into a ValueError with the number of the row."""
+    """Turn a template's refusal within into a ValueError with the number of the row.
+
+    A template that never ends over a row is stopped.
+    """
     try:
-        yield
-    except TemplateError as error:
+        with rendering_limit("a row"):
+            yield
+    except TEMPLATE_ERRORS as error:
+        if not (isinstance(error, TooSlow) or is_of_template(error)):
+            raise
         for name, rows in zip(SPLITS, splits[:3], strict=True):
-            refuse_unrendered(tokenizer, rows, "training" if name == "train" else name)
-        raise ValueError(f"the chat template refuses a row: {error.message}") from error
+            if "prompt" in (rows.column_names or ()):
+                refuse_unrendered(tokenizer, rows, "training" if name == "train" else name)
+        raise ValueError(f"the chat template refuses a row: {reason(error)}") from error

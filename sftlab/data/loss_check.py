@@ -3,20 +3,26 @@
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any, NamedTuple
 
-from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from sftlab.data.batch_encoder import common_prefix
 from sftlab.data.chat_template import encode, end_of_turn
 from sftlab.data.row_notes import THOUGHTS, THOUGHTS_END
-from sftlab.data.template_facts import ANSWER, LIMIT_S, PROBES, THOUGHTFUL
-from sftlab.data.time_limit import time_limit
+from sftlab.data.template_errors import (
+    LIMIT_S,
+    TEMPLATE_ERRORS,
+    reason,
+    rendering_limit,
+)
+from sftlab.data.template_facts import ANSWER, PROBES, THOUGHTFUL
+from sftlab.data.time_limit import TooSlow, time_limit
 
 # real rows that are looked at
 ROWS_LOOKED_AT = 32
 # shorter questions may stand in a header by chance
 SHORT = 7
 WHAT_TO_DO = "give another template with --chat_template_path"
+_LEAVE_OUT = f"leave the row out or {WHAT_TO_DO}"
 
 
 class Finding(NamedTuple):
@@ -50,7 +56,9 @@ def look_at_loss(
         try:
             answer = row["completion"][0]["content"]
             _look(tokenizer, row["prompt"], answer, end_tokens, found, real=True)
-        except TemplateError as error:
+        except TooSlow as error:
+            raise ValueError(f"training row {number}: {error}; {_LEAVE_OUT}") from error
+        except TEMPLATE_ERRORS as error:
             raise ValueError(_refusal(f"training row {number}", error)) from error
     for finding in found.values():
         if finding.unsound:
@@ -61,7 +69,7 @@ def look_at_loss(
 def _end_tokens(tokenizer: PreTrainedTokenizerBase, ends: int | list[int] | None) -> set[int]:
     try:
         return set(end_of_turn(tokenizer, ends).end_tokens)
-    except TemplateError:
+    except TEMPLATE_ERRORS:
         given = [ends] if isinstance(ends, int) else ends or []
         return {tokenizer.eos_token_id, *given}
 
@@ -81,7 +89,7 @@ def _look(
                 prompt, add_generation_prompt=True, tokenize=False
             )
             whole = tokenizer.apply_chat_template(prompt + row["completion"], tokenize=False)
-    except TemplateError:
+    except TEMPLATE_ERRORS:
         if real:
             raise
         return  # whether a real row is refused is found out row by row
@@ -173,16 +181,23 @@ def _end_findings(
 def refuse_unrendered(
     tokenizer: PreTrainedTokenizerBase, rows: Iterable[Mapping[str, Any]], split: str
 ) -> None:
-    """Raise ValueError, with the row's number, where the template refuses a row of the split."""
-    for number, row in enumerate(rows):
-        try:
-            tokenizer.apply_chat_template(row["prompt"], add_generation_prompt=True, tokenize=False)
-            tokenizer.apply_chat_template(row["prompt"] + row["completion"], tokenize=False)
-        except TemplateError as error:
-            raise ValueError(_refusal(f"{split} row {number}", error)) from error
+    """Raise ValueError, with its number, for a row that the template refuses or never ends."""
+    number = 0
+    try:
+        with rendering_limit("it"):
+            for number, row in enumerate(rows):
+                _render(tokenizer, row, f"{split} row {number}")
+    except TooSlow as error:
+        raise ValueError(f"{split} row {number}: {error}; {_LEAVE_OUT}") from error
 
 
-def _refusal(row: str, error: TemplateError) -> str:
-    return (
-        f"{row}: the chat template refuses it: {error.message}; leave the row out or {WHAT_TO_DO}"
-    )
+def _render(tokenizer: PreTrainedTokenizerBase, row: Mapping[str, Any], name: str) -> None:
+    try:
+        tokenizer.apply_chat_template(row["prompt"], add_generation_prompt=True, tokenize=False)
+        tokenizer.apply_chat_template(row["prompt"] + row["completion"], tokenize=False)
+    except TEMPLATE_ERRORS as error:
+        raise ValueError(_refusal(name, error)) from error
+
+
+def _refusal(row: str, error: Exception) -> str:
+    return f"{row}: the chat template refuses it: {reason(error)}; {_LEAVE_OUT}"

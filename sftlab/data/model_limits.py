@@ -41,7 +41,7 @@ def refuse_beyond_model(
 
     `rows` have the column input_ids, cut to `max_length` already.
     """
-    size, positions = _embeddings(config), _positions(config)
+    size, positions = _embeddings(config), positions_of(config)
     first, long = 0, 0
     for ids in _batches(rows):
         if (
@@ -67,7 +67,7 @@ def refuse_beyond_model(
 
 def refuse_long_stream(config: PreTrainedConfig, max_length: int | None) -> None:
     """Raise ValueError where rows of a stream could be longer than the model's positions."""
-    positions = _positions(config)
+    positions = positions_of(config)
     if positions is not None and (max_length is None or max_length > positions):
         raise ValueError(
             f"max_length is {max_length} and the model has {positions} positions: pass "
@@ -84,6 +84,7 @@ def _embeddings(config: PreTrainedConfig) -> int | None:
     return getattr(config.get_text_config(), "vocab_size", None)
 
 
-def _positions(config: PreTrainedConfig) -> int | None:
+def positions_of(config: PreTrainedConfig) -> int | None:
+    """Returns the most tokens that a model takes; None where its config does not say."""
     found = getattr(config.get_text_config(), "max_position_embeddings", None)
     return found if isinstance(found, int) and found > 0 else None

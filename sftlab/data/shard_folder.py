@@ -34,12 +34,20 @@ def begin(
     as it is.
     """
     settings = json.loads(json.dumps(dict(settings)))
-    if (folder / MANIFEST).is_file():
+    if (folder / MANIFEST).exists():
         manifest = read_manifest(folder)
         if found := difference(manifest["settings"], settings):
             raise ValueError(
                 f"{folder} holds shards made with {found}: give another --out, or remove it"
             )
+        if manifest["encoder"] != json.loads(json.dumps(dict(encoder))):
+            raise ValueError(
+                f"{folder / MANIFEST}: encoder is not what its settings are a hash of: remove the "
+                "folder, or give another --out"
+            )
+        copy = folder / "tokenizer.json"
+        if not copy.is_file() or copy.read_text(encoding="utf-8", errors="replace") != backend:
+            write_text(copy, backend)
         return manifest
     ours = ("tokenizer.json", ".part")  # left where making the folder was interrupted
     if folder.exists() and not (

@@ -5,15 +5,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from datasets import Dataset
-from jinja2 import TemplateError
 
 from sftlab.data.batch_encoder import Encoder
 from sftlab.data.loss_check import ROWS_LOOKED_AT, look_at_loss
-from sftlab.data.model_limits import refuse_unknown_tokens
+from sftlab.data.model_limits import positions_of, refuse_unknown_tokens
 from sftlab.data.row_notes import count_notes, unused_columns
 from sftlab.data.shard_writer import convert_counting, place_of, refuse_rendering
 from sftlab.data.sources import read_source
 from sftlab.data.splits import Converter, is_typed
+from sftlab.data.template_errors import TEMPLATE_ERRORS, rendering_limit
 from sftlab.data.tokenized_dataset import backend_text, encoding_settings
 
 if TYPE_CHECKING:
@@ -76,6 +76,9 @@ def plan_shards(
     first = _probe(rows, convert, tokenizer, encoder, max_bad_rows)
     settings["loss_warnings"] = _look(tokenizer, first, settings["completion_only_loss"], config)
     settings["embeddings"] = config and config.get_text_config().vocab_size
+    most = config and positions_of(config)
+    if most and (training.max_length is None or training.max_length > most):
+        settings["positions"] = most
     places = [
         place_of(rows, start, min(start + rows_per_shard, len(rows)))
         for start in range(0, len(rows), rows_per_shard)
@@ -109,8 +112,9 @@ def _probe(
     rendered = [i for i, split in enumerate(first["split"]) if split >= 0]
     texts = [[first[name][i] for i in rendered] for name in ("prompt", "completion")]
     try:
-        Encoder(tokenizer.backend_tokenizer, **encoder).refuse(*texts)
-    except TemplateError:
+        with rendering_limit("some rows"):
+            Encoder(tokenizer.backend_tokenizer, **encoder).refuse(*texts)
+    except TEMPLATE_ERRORS:
         refuse_rendering(
             rows[:PROBED_ROWS], 0, convert, Encoder(tokenizer.backend_tokenizer, **encoder)
         )

@@ -14,11 +14,17 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 from datasets import Dataset
-from jinja2 import TemplateError
 from tokenizers import Tokenizer
 
 from sftlab.data.batch_encoder import Encoder
 from sftlab.data.splits import COLUMNS, NO_TURN, Converter, opening_key
+from sftlab.data.template_errors import (
+    TEMPLATE_ERRORS,
+    is_of_template,
+    reason,
+    rendering_limit,
+)
+from sftlab.data.time_limit import TooSlow
 from sftlab.data.tokenized_dataset import (
     MANIFEST,
     SCHEMAS,
@@ -77,9 +83,11 @@ def tokenize_shard(folder: str, number: int, place: bytes, first: int) -> dict[s
         converted = convert_counting(convert, batch, first + start, record)
         _note(converted, record, encoder.marks)
         try:
-            _encode(converted, encoder, settings, writers)
-        except TemplateError:
-            refuse_rendering(batch, first + start, convert, encoder)
+            with rendering_limit("some rows"):
+                _encode(converted, encoder, settings, writers)
+        except TEMPLATE_ERRORS as error:
+            if isinstance(error, TooSlow) or is_of_template(error):
+                refuse_rendering(batch, first + start, convert, encoder)
             raise
     record["files"] = {
         writer.path.name: facts for writer in writers.values() if (facts := writer.close())
@@ -124,11 +132,12 @@ def refuse_rendering(
         one = convert_counting(convert, row, first + offset, {"bad": 0, "first_bad": None})
         used = [i for i, split in enumerate(one["split"]) if split >= 0]
         try:
-            encoder.refuse(*([one[name][i] for i in used] for name in ("prompt", "completion")))
-        except TemplateError as error:
+            with rendering_limit("it"):
+                encoder.refuse(*([one[name][i] for i in used] for name in ("prompt", "completion")))
+        except TEMPLATE_ERRORS as error:
             raise ValueError(
                 f"row {first + offset} of {convert.name}: the chat template refuses it: "
-                f"{error.message}; leave the row out or give another template with "
+                f"{reason(error)}; leave the row out or give another template with "
                 "--chat_template_path"
             ) from error
 
@@ -182,6 +191,12 @@ def _encode(
                 ids = ids[-limit:] if at_end else ids[:limit]
             # trl drops rows without a token in the loss after it has truncated them
             row["kept"] = limit is None or masked < len(ids)
+            if row["kept"] and len(ids) > settings.get("positions", len(ids)):
+                raise ValueError(
+                    f"a row has {len(ids):,} tokens, and the model has {settings['positions']:,} "
+                    f"positions: pass --max_length {settings['positions']} or less "
+                    f"({row['completion'][0]['content']!r:.60})"
+                )
             row |= {
                 "input_ids": ids,
                 "prompt_length": masked,

@@ -7,15 +7,13 @@ from datetime import datetime
 from types import SimpleNamespace
 from typing import Any
 
-from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import chat_template_utils
 
 from sftlab.data.chat_template import template_hash
+from sftlab.data.template_errors import LIMIT_S, TEMPLATE_ERRORS, reason
 from sftlab.data.time_limit import time_limit
 
-# seconds that one conversation may take
-LIMIT_S = 10
 # two times of one day, and another day
 _TIMES = (
     datetime(2001, 2, 3, 4, 5, 6),
@@ -77,6 +75,16 @@ def rendered_facts(tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
     return day | {"rendered": hashlib.sha256(json.dumps(now).encode()).hexdigest()[:16]}
 
 
+def write_day(day: str | None) -> None:
+    """Let chat templates write this day (ISO 8601) instead of today's; None: today's again.
+
+    Raises ValueError for a text that is no day.
+    """
+    # transformers' strftime_now asks this name, and takes no function in its place
+    now = None if day is None else datetime.fromisoformat(day)
+    chat_template_utils.datetime = SimpleNamespace(now=lambda: now) if now else datetime
+
+
 def _rendered_at(tokenizer: PreTrainedTokenizerBase, when: datetime) -> list[str]:
     """Returns the rendered probes as they would be at another time."""
     # transformers' strftime_now asks this name, and takes no function in its place
@@ -101,8 +109,8 @@ def _render(tokenizer: PreTrainedTokenizerBase, messages: list[Any], **kwargs: A
     """Returns the text of a conversation, or the template's reason for refusing it."""
     try:
         return tokenizer.apply_chat_template(messages, tokenize=False, **kwargs)
-    except TemplateError as error:
-        return f"refused: {error.message}"
+    except TEMPLATE_ERRORS as error:
+        return f"refused: {reason(error)}"
 
 
 def _writes(tokenizer: PreTrainedTokenizerBase) -> list[str]:

@@ -23,8 +23,10 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 from datasets import Dataset, concatenate_datasets
 
+from sftlab.data.shard_schema import check_manifest, check_record
 from sftlab.data.template_facts import rendered_facts
 from sftlab.files import file_hash
+from sftlab.schema import read_object
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -65,21 +67,22 @@ _WORDS = {
 
 
 def is_tokenized(name: str | os.PathLike | None) -> bool:
-    """Whether `name` is the folder of a tokenized data set, finished or not."""
-    return name is not None and (Path(name) / MANIFEST).is_file()
+    """Whether `name` is the folder of a tokenized data set, finished or not.
+
+    A manifest that is no file counts, so that `read_manifest` says so.
+    """
+    return name is not None and (Path(name) / MANIFEST).exists()
 
 
 def read_manifest(folder: str | os.PathLike) -> dict[str, Any]:
     """Read the manifest of a folder. Raises ValueError where it cannot be read."""
     path = Path(folder) / MANIFEST
-    try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not the manifest of a tokenized data set: {error}") from error
-    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+    manifest = read_object(path)
+    if manifest.get("format") != FORMAT:
         raise ValueError(
             f"{path} is not the manifest of a tokenized data set of format {FORMAT}: tokenize again"
         )
+    check_manifest(manifest, str(path))
     return manifest
 
 
@@ -234,14 +237,18 @@ def read_record(folder: str | os.PathLike, number: int) -> dict[str, Any] | None
     """
     path = record_path(folder, number)
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-        whole = all(
-            file_hash(path.with_name(name)) == file["sha256"]
-            for name, file in record["files"].items()
+        record = read_object(path)
+        check_record(record, str(path))
+        whole = record["number"] == number and all(
+            _same(path.with_name(name), file) for name, file in record["files"].items()
         )
-    except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError):
+    except ValueError:
         return None
     return record if whole else None
+
+
+def _same(path: Path, file: Mapping[str, Any]) -> bool:
+    return path.is_file() and file_hash(path) == file["sha256"]
 
 
 def _hash(*texts: str) -> str:

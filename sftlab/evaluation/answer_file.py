@@ -10,6 +10,7 @@ from typing import Any
 from tqdm import tqdm
 
 from sftlab.evaluation.generation import Answer, NotANumber, Unfinished
+from sftlab.schema import read_content
 
 
 class AnswerFile:
@@ -25,7 +26,7 @@ class AnswerFile:
         self.path = folder / f"{kind}-{hashlib.sha256(text.encode()).hexdigest()[:12]}.jsonl"
         self.found: dict[tuple[str, int | str], Answer] = {}
         self.seconds: dict[str, float] = {}
-        lines = self.path.read_bytes().splitlines(keepends=True) if self.path.exists() else []
+        lines = read_content(self.path).splitlines(keepends=True) if self.path.exists() else []
         whole = [line for line in lines if line.endswith(b"\n")] or [text.encode() + b"\n"]
         if whole[0].strip() != text.encode():
             raise ValueError(

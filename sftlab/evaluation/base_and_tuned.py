@@ -1,13 +1,16 @@
 """The base and the tuned model of a finished run, under one load of the weights."""
 
 import argparse
+import os
+import re
+import signal
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from types import FrameType
+from typing import Any, NoReturn
 
 import torch
-from jinja2 import TemplateError
 from peft import PeftModel, get_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedTokenizerBase
@@ -15,6 +18,8 @@ from transformers import PreTrainedTokenizerBase
 from sftlab.config.model_overrides import check_overrides
 from sftlab.config.recipe import ModelArguments
 from sftlab.data.chat_template import end_of_turn, template_hash
+from sftlab.data.template_errors import TEMPLATE_ERRORS, reason
+from sftlab.data.template_facts import write_day
 from sftlab.data.time_limit import time_limit
 from sftlab.exit_messages import mistakes_in_one_line
 from sftlab.fastpath import varlen_attention
@@ -24,19 +29,9 @@ from sftlab.models.loading import load_model, model_init_kwargs, read_tokenizer
 from sftlab.models.trust import FLAG, check_adapter
 from sftlab.runs.record import read_run
 from sftlab.runs.run_directory import SIDES, adapter_hash
-from sftlab.runs.schema import BOOLEAN, OBJECT, TEXT, check, one_of
+from sftlab.schema import BOOLEAN, OBJECT, TEXT, Kind, check, one_of
 
 _TEMPLATE_S = 20
-# what a chat template can raise beside a time limit
-TEMPLATE_ERRORS = (
-    TemplateError,
-    TypeError,
-    AttributeError,
-    ArithmeticError,
-    LookupError,
-    RecursionError,
-    MemoryError,
-)
 # what loading the models of a run reads from run.json
 _NEEDED = {
     "recipe.model_name_or_path": TEXT,
@@ -49,6 +44,10 @@ _NEEDED = {
     "recipe.model_init_kwargs": OBJECT.or_null(),
     "template.hash": TEXT,
 }
+DAY = Kind(
+    "a day such as 2026-01-31",
+    lambda value: isinstance(value, str) and re.fullmatch(r"\d{4}-\d\d-\d\d", value) is not None,
+)
 
 
 def add_trust_flag(parser: argparse.ArgumentParser) -> None:
@@ -60,10 +59,11 @@ def add_trust_flag(parser: argparse.ArgumentParser) -> None:
 
 @contextmanager
 def evaluation_errors(advice: str) -> Iterator[None]:
-    """End an evaluation with one line after a user's mistake, a file that fails, or full memory.
+    """End an evaluation with one line after a mistake, a file that fails, full memory, or TERM.
 
     `advice` says what to do about the memory. Raises SystemExit.
     """
+    before = signal.signal(signal.SIGTERM, _stop)
     with mistakes_in_one_line():
         try:
             yield
@@ -72,6 +72,13 @@ def evaluation_errors(advice: str) -> Iterator[None]:
         except OSError as error:
             where = f"{error.filename}: " if error.filename else ""
             raise ValueError(f"{where}{error.strerror or error}") from error
+        finally:
+            signal.signal(signal.SIGTERM, before)
+
+
+def _stop(number: int, frame: FrameType | None) -> NoReturn:
+    os.write(2, b"\nstopped: the same command goes on, since answers are kept as they come\n")
+    os._exit(128 + number)
 
 
 def finished_run(folder: Path) -> dict[str, Any]:
@@ -87,14 +94,15 @@ def finished_run(folder: Path) -> dict[str, Any]:
             f"{folder} did not succeed (status {run['status']}: {run.get('reason')}): train it "
             "first"
         )
-    check(run, str(folder / "run.json"), _NEEDED)
+    check(run, str(folder / "run.json"), _NEEDED, {"template.day": DAY})
     return run
 
 
 def run_tokenizer(folder: Path, run: dict[str, Any]) -> PreTrainedTokenizerBase:
     """Load the tokenizer that was saved with the adapter. No code of its own is run.
 
-    Raises ValueError where it has another template than the run trained with.
+    A template that writes the day writes that of the training from now on. Raises ValueError where
+    the tokenizer has another template than the run trained with.
     """
     if not (folder / "adapter" / "tokenizer_config.json").is_file():
         raise ValueError(
@@ -105,13 +113,13 @@ def run_tokenizer(folder: Path, run: dict[str, Any]) -> PreTrainedTokenizerBase:
         raise ValueError(
             f"the template in {folder / 'adapter'} is not the one that the run trained with"
         )
+    write_day(run["template"].get("day"))
     try:
         with time_limit(_TEMPLATE_S, f"the chat template in {folder / 'adapter'}"):
             end_of_turn(tokenizer)
     except TEMPLATE_ERRORS as error:
-        said = (str(error).splitlines() or [type(error).__name__])[0]
         raise ValueError(
-            f"the chat template in {folder / 'adapter'} does not render a question: {said}"
+            f"the chat template in {folder / 'adapter'} does not render a question: {reason(error)}"
         ) from error
     return tokenizer
 
@@ -237,9 +245,14 @@ def model_settings(folder: Path, run: dict[str, Any]) -> dict[str, Any]:
         "model_init_kwargs",
     )
     recipe = run["recipe"]
-    return {name: recipe[name] for name in names} | {
-        "base": base_identity(recipe["model_name_or_path"], recipe["model_revision"]),
-        "adapter_hash": adapter_hash(folder),
-        "tokenizer": tokenizer_identity(folder / "adapter"),
-        "template": run["template"]["hash"],
-    }
+    day = {"day": run["template"]["day"]} if "day" in run["template"] else {}
+    return (
+        {name: recipe[name] for name in names}
+        | day
+        | {
+            "base": base_identity(recipe["model_name_or_path"], recipe["model_revision"]),
+            "adapter_hash": adapter_hash(folder),
+            "tokenizer": tokenizer_identity(folder / "adapter"),
+            "template": run["template"]["hash"],
+        }
+    )

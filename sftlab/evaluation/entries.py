@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from sftlab.runs.schema import read_object
+from sftlab.schema import read_object
 
 
 def read_entries(path: Path, keys: Sequence[str]) -> list[dict[str, Any]]:

@@ -4,12 +4,28 @@ from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 from datasets import Dataset
-from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from sftlab.config.recipe import DataArguments
 from sftlab.data.chat_template import encode, prompt_ids
 from sftlab.data.splits import Splits, load_splits, opening_key
+from sftlab.data.template_errors import TEMPLATE_ERRORS, reason, rendering_limit
+from sftlab.schema import BOOLEAN, COUNT, NUMBER, TEXT, check, list_of
+
+# what reading the run's data again takes from run.json
+_NEEDED = {
+    "recipe.dataset_name": TEXT,
+    "recipe.dataset_config": TEXT.or_null(),
+    "recipe.dataset_train_split": TEXT,
+    "recipe.dataset_streaming": BOOLEAN,
+    "recipe.dataset_shape": TEXT.or_null(),
+    "recipe.dataset_fraction": NUMBER,
+    "recipe.split_fractions": list_of(NUMBER),
+    "recipe.streaming_eval_rows": COUNT,
+    "recipe.max_length": COUNT.or_null(),
+    "data.train.fingerprint": TEXT,
+    "data.test.fingerprint": TEXT,
+}
 
 
 class HeldOut(NamedTuple):
@@ -48,6 +64,7 @@ def held_out(
     The run's data are read and split again. Raises ValueError where they have changed since, where
     there is no test split, and where a question was among the training or validation rows.
     """
+    check(run, "run.json", _NEEDED)
     recipe = run["recipe"]
     splits = _load(recipe)
     for name in ("test", "train"):
@@ -103,12 +120,13 @@ def select(
     chosen, cut, no_room, no_response = [], 0, 0, 0
     for number, row in enumerate(test):
         try:
-            kept = encode(tokenizer, row, max_length, truncation_mode)
-            whole, prompt = encode(tokenizer, row, None), prompt_ids(tokenizer, row["prompt"])
-        except TemplateError as error:
+            with rendering_limit("it"):
+                kept = encode(tokenizer, row, max_length, truncation_mode)
+                whole, prompt = encode(tokenizer, row, None), prompt_ids(tokenizer, row["prompt"])
+        except TEMPLATE_ERRORS as error:
             raise ValueError(
                 f"row {number} of {dataset.facts['dataset']}: the chat template refuses it: "
-                f"{error.message}"
+                f"{reason(error)}"
             ) from error
         if all(label == -100 for label in kept["labels"]):
             no_response += 1
@@ -134,7 +152,9 @@ def select(
 
 def _load(fields: dict[str, Any]) -> Splits:
     return load_splits(
-        DataArguments(**{name: fields[name] for name in DataArguments.__dataclass_fields__})
+        DataArguments(
+            **{name: fields[name] for name in DataArguments.__dataclass_fields__ if name in fields}
+        )
     )
 
 

@@ -9,6 +9,7 @@ from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, Offl
 
 from sftlab.evaluation.answer_file import digest
 from sftlab.judging.pairwise import Pair
+from sftlab.schema import read_content
 
 # the hash of the 805 instructions in their published order
 _ALPACA_EVAL = "e4356cd997a280afd66c7dd3"
@@ -138,9 +139,10 @@ def read_preferences(path: Path) -> tuple[list[Pair], list[bool], str]:
 
 
 def _json_list(path: Path, texts: tuple[str, ...]) -> list[dict[str, Any]]:
+    content = read_content(path)
     try:
-        rows = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        rows = json.loads(content.decode("utf-8"))
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} cannot be read as JSON: {error}") from error
     whole = isinstance(rows, list) and rows and all(isinstance(row, dict) for row in rows)
     if not whole or not all(isinstance(row.get(key), str) for row in rows for key in texts):

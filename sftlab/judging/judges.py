@@ -10,10 +10,10 @@ from functools import cached_property
 from typing import Any, Protocol
 
 import torch
-from jinja2 import TemplateError
 from transformers import BitsAndBytesConfig, PreTrainedModel
 
 from sftlab.data.chat_template import prompt_ids
+from sftlab.data.template_errors import TEMPLATE_ERRORS
 from sftlab.evaluation.generation import (
     Answer,
     Generator,
@@ -116,7 +116,7 @@ class LocalJudge:
         ]
         try:
             return "Judge fairly." in self.tokenizer.apply_chat_template(probe, tokenize=False)
-        except TemplateError:
+        except TEMPLATE_ERRORS:
             return False
 
     @cached_property

@@ -15,6 +15,7 @@ from sftlab.judging.judges import Judge
 from sftlab.judging.pairwise import mean_of_parsed, parts, rate
 from sftlab.judging.sanity_checks import CHANCE, OVER_SHUFFLED, UNPARSED_REFUSED
 from sftlab.runs.run_directory import SIDES
+from sftlab.schema import read_content
 from sftlab.tables import percent
 
 # published sampling temperatures by category (FastChat, llm_judge); the other categories have 0
@@ -221,17 +222,14 @@ def _is_list(value: object, kind: type) -> bool:
 
 
 def _lines(path: Path, *keys: str) -> list[dict[str, Any]]:
-    try:
-        rows = [
-            json.loads(line)
-            for line in path.read_text(encoding="utf-8").split("\n")
-            if line.strip()
-        ]
-    except FileNotFoundError as error:
+    if not path.exists():
         raise ValueError(
             f"{path} not found: MT-Bench's question.jsonl and reference_answer are at {_SOURCE}"
-        ) from error
-    except (OSError, ValueError, RecursionError) as error:
+        )
+    lines = read_content(path)
+    try:
+        rows = [json.loads(line) for line in lines.decode("utf-8").split("\n") if line.strip()]
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not JSON lines: {error}") from error
     needed = {"question_id", *keys}
     if not rows or not all(isinstance(row, dict) and needed <= row.keys() for row in rows):

@@ -5,12 +5,13 @@ come before anything is handed to transformers or peft, and name file and key.
 """
 
 import dataclasses
-import json
 import math
 from pathlib import Path
 from typing import Any
 
 from peft import LoraConfig
+
+from sftlab.schema import read_object
 
 FLAG = "--trust_remote_code"
 # Keys of adapter_config.json that may hold values. Every other key of peft's LoraConfig must be
@@ -46,17 +47,6 @@ _ADAPTER_KEYS = frozenset(
         "ensure_weight_tying",
     }
 )
-
-
-def read_object(path: Path) -> dict[str, Any]:
-    """Read a JSON object. Raises ValueError that names the file where it holds anything else."""
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"{path} cannot be read as JSON: {_first_line(error)}") from error
-    if not isinstance(found, dict):
-        raise ValueError(f"{path} holds {type(found).__name__}: expected a JSON object")
-    return found
 
 
 def check_base_folder(folder: Path, trusted: bool, with_weights: bool = True) -> None:

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 from sftlab.files import file_hash, sync, write_json
 from sftlab.runs.made_files import MadeFiles, free_name, remove_empty, walk
-from sftlab.runs.schema import COUNT, DURATION, NUMBER, OBJECT, TEXT, Kind, check, list_of
+from sftlab.schema import COUNT, DURATION, NUMBER, OBJECT, TEXT, Kind, check, list_of
 
 MANIFEST = "manifest.json"
 FORMAT = 2

@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from sftlab.runs.schema import COUNT, DURATION, NUMBER, check, read_object
+from sftlab.schema import COUNT, DURATION, NUMBER, check, read_object
 
 NAME = "progress.json"
 # Each line overwrites the last one with a single write, so the file never grows.

@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from sftlab.runs.schema import (
+from sftlab.schema import (
     BOOLEAN,
     COUNT,
     NUMBER,

@@ -42,7 +42,8 @@ def summary_rows(record: Mapping[str, Any]) -> dict[str, str]:
 def _mfu(measured: Mapping[str, Any]) -> str:
     if not measured["share_of_limit"]:
         return "not measured: too few steps"
-    return f"{measured['share_of_limit']:.1%} of the {measured['limit']}"
+    rate = f"{measured['limit_tflops_per_s']} TFLOP/s ({measured['limit']})"
+    return f"{measured['share_of_limit']:.1%} of {rate}"
 
 
 def planned_row(measured: Mapping[str, Any]) -> dict[str, str]:

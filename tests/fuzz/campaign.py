@@ -104,12 +104,13 @@ class Campaign:
                 process.log.unlink()
 
     def rows(self) -> list[dict[str, object]]:
-        """Returns a row a border, with a count of each outcome."""
+        """Returns a row a border, with a count of each outcome, and a row for all."""
         borders = sorted({border for border, _ in self.counts})
+        counts = [{kind: self.counts[border, kind] for kind in GOOD + BAD} for border in borders]
+        counts.append({kind: sum(one[kind] for one in counts) for kind in GOOD + BAD})
         return [
-            {"border": border, "cases": sum(self.counts[border, kind] for kind in GOOD + BAD)}
-            | {kind: self.counts[border, kind] for kind in GOOD + BAD}
-            for border in borders
+            {"border": border, "cases": sum(one.values())} | one
+            for border, one in zip([*borders, "all"], counts, strict=True)
         ]
 
     def said(self) -> str:
@@ -180,7 +181,9 @@ def main(argv: list[str]) -> int:
     if given.out:
         given.out.mkdir(parents=True, exist_ok=True)
         about = {"seed": given.seed, "commit": tested, "day": date.today().isoformat()}
-        about["versions"] = " ".join(f"{k} {v}" for k, v in environment()["versions"].items())
+        found = environment()
+        about["hardware"] = "{cpu_cores} CPU cores, {machine}".format(**found["hardware"])
+        about["versions"] = " ".join(f"{k} {v}" for k, v in found["versions"].items())
         write_csv(given.out / "fuzz.csv", [row | about for row in rows])
     return int(bool(campaign.findings))
 
