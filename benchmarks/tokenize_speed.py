@@ -38,7 +38,6 @@ from dask.distributed import Client, LocalCluster, as_completed
 from dask_jobqueue import SLURMCluster
 from datasets import Dataset, load_dataset
 
-from sftlab.data.batch_encoder import Encoder
 from sftlab.exit_messages import mistakes_in_one_line
 from sftlab.paths import ROOT
 from sftlab.data.shard_folder import begin, finish
@@ -153,12 +152,9 @@ def load_tokenizer(name: str) -> Any:
 def encode_only(corpus: Dataset, work: Path) -> dict[str, float]:
     """Encode whole texts with the tokenizer's backend in one thread, and drop the ids."""
     tokenizer = load_tokenizer(str(work / "tokenizer"))
-    render = Encoder(
-        tokenizer.backend_tokenizer, tokenizer.chat_template, tokenizer.special_tokens_map
-    )._texts
     seconds = 0.0
     for part in parts(corpus):
-        texts = render([messages(row) for row in part])
+        texts = tokenizer.apply_chat_template([messages(row) for row in part], tokenize=False)
         began = time.perf_counter()
         tokenizer.backend_tokenizer.encode_batch_fast(texts, add_special_tokens=False)
         seconds += time.perf_counter() - began
@@ -245,6 +241,7 @@ def begin_folder(folder: Path, corpus: Dataset, work: Path) -> dict[str, Any]:
         "dataset_name": "corpus",
         "dataset_shape": "dolly",
         "split_fractions": [0.9, 0.1, 0.0],
+        "loss_on": "all",
     }
     settings |= {"rows": len(corpus), "max_length": MAX_LENGTH, "truncation_mode": "keep_start"}
     encoder = {"template": tokenizer.chat_template, "special_tokens": tokenizer.special_tokens_map}

@@ -26,6 +26,7 @@ from trl import SFTTrainer, get_peft_config
 
 from sftlab.config.parser import parse_recipe
 from sftlab.config.recipe import Recipe
+from sftlab.data.converter import turn_of
 from sftlab.data.splits import load_splits
 from sftlab.exit_messages import mistakes_in_one_line
 from sftlab.fastpath.selection import FastPath
@@ -83,7 +84,7 @@ def build(argv: list[str], launch: Launch, lab: bool) -> tuple[SFTTrainer, Stopw
     trainer = SFTTrainer(
         model=recipe.model.model_name_or_path,
         args=args,
-        train_dataset=splits.train,
+        train_dataset=splits.train.map(turn_of, remove_columns=splits.train.column_names),
         processing_class=tokenizer,
         peft_config=get_peft_config(recipe.model),
         callbacks=[watch],

@@ -172,19 +172,24 @@ def facts_of(
     answers: AnswerFile,
 ) -> dict[str, Any]:
     """Returns the scores of both models, and what they were measured on."""
-    scores = compare(paired_scores(*([record[side] for record in records] for side in SIDES)))
+    conversations = [record["conversation"] for record in records]
+    pairs = paired_scores(*([record[side] for record in records] for side in SIDES))
+    scores = compare(pairs, clusters=conversations)
     add_holm(scores)
+    drawn = len(set(conversations))
+    what = "rows" if drawn == len(records) else "conversations"
     found = {side: [answers.found[side, number] for number in rows.numbers] for side in SIDES}
     return {
         "run": str(arguments.run),
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "adapter_hash": adapter_hash(arguments.run),
         "rows": len(records),
+        "conversations": drawn,
         "held_out": dataset.facts | rows.left_out,
         "scores": scores,
         "answers": {side: answer_facts(found[side]) | answers.pace(side) for side in SIDES},
         "rouge": ROUGE_SIGNATURE,
-        "statistics": f"{method(len(records))}; p_holm: Holm over {len(scores)} scores",
+        "statistics": f"{method(drawn, what)}; p_holm: Holm over {len(scores)} scores",
         **environment(),
     }
 
@@ -214,8 +219,9 @@ def warnings(report: dict[str, Any], unchecked: str | None) -> list[str]:
     """Returns what a reader must know before believing the table."""
     found = [unchecked] if unchecked else []
     rows, likelihoods = report["rows"], report["scores"]["response_perplexity"]
-    if rows < FEW_ROWS:
-        found.append(f"fewer than {FEW_ROWS} rows: the intervals are rough")
+    if report["conversations"] < FEW_ROWS:
+        what = "rows" if report["conversations"] == rows else "conversations"
+        found.append(f"fewer than {FEW_ROWS} {what}: the intervals are rough")
     if likelihoods["difference"]["interval_95"][0] > 0:
         found.append("the tuned model's response perplexity is higher than the base model's")
     repeating = report["answers"]["tuned"]["repetitive"]

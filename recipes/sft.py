@@ -38,9 +38,10 @@ from sftlab.config.launch import COMPUTE_DTYPE, PRECISIONS, Launch, check_device
 from sftlab.config.machine_parts import check_machine_parts
 from sftlab.config.parser import parse_recipe
 from sftlab.config.recipe import Recipe
-from sftlab.data.before_training import keyed_by, look_at_rows, template_refusals
+from sftlab.data.before_training import look_at_rows, template_refusals
 from sftlab.data.chat_template import set_template
 from sftlab.data.model_limits import refuse_beyond_model
+from sftlab.data.row_notes import TURNS, fields_of
 from sftlab.data.samplers import refuse_few_rows
 from sftlab.data.splits import Splits, load_splits
 from sftlab.data.template_facts import template_facts
@@ -62,7 +63,7 @@ from sftlab.training.save_adapter import after_training, save_adapter
 from sftlab.training.stop_on_signal import Stopped, StopOnSignal
 from sftlab.training.summary import summary_rows
 from sftlab.training.trainer import LabTrainer, build_trainer
-from sftlab.training.truncation import length_facts, length_line, refuse_lost_rows
+from sftlab.training.truncation import length_facts, length_lines
 from sftlab.training.verification import global_batch
 
 # nats a token beyond which exp() has no value
@@ -190,16 +191,19 @@ def read_data(
         says_if_long(f"reading the data set {data.dataset_name}"),
     ):
         splits = load_splits(data, training.dataset_num_proc)
-    rows = None if data.dataset_streaming else len(splits.train)
+    # how many sequences a conversation of several answers is, its template decides
+    known = not data.dataset_streaming and TURNS not in splits.facts["rows_with"]
+    rows = len(splits.train) if known else None
     if splits.tokens:
         refuse_other_encoding(splits.tokens, tokenizer, training)
         rows = splits.tokens["tokenized"]["train"]["kept"]
     if rows is not None:
         refuse_few_rows(rows, data.global_batch_size)
-    facts = {"data": splits.facts, "template": template_facts(tokenizer, template)}
-    if "day" in facts["template"]:
-        splits = keyed_by(splits, facts["template"]["rendered"])
-    return splits, facts
+    fields = fields_of(splits.facts["rows_with"])
+    return splits, {
+        "data": splits.facts,
+        "template": template_facts(tokenizer, template, fields),
+    }
 
 
 def trainer_of(
@@ -220,7 +224,6 @@ def trainer_of(
     loading = f"loading the weights of {recipe.model.model_name_or_path} and encoding the rows"
     with template_refusals(tokenizer, splits), says_if_long(loading):
         trainer = build_trainer(recipe, launch, fast, tokenizer, splits, callbacks)
-    refuse_lost_rows(trainer, splits)
     for name, rows in (("training", trainer.train_dataset), ("validation", trainer.eval_dataset)):
         if isinstance(rows, Dataset):
             refuse_beyond_model(rows, name, config, training.max_length)
@@ -241,10 +244,10 @@ def train(
     early or diverged.
     """
     streaming = isinstance(trainer.train_dataset, IterableDataset)
-    lengths = None if streaming else length_facts(trainer, len(splits.train))
+    lengths = None if streaming else length_facts(trainer.row_facts["train"], trainer.args)
     run.update(data=splits.facts | {"tokenized": lengths})
-    if lengths and run.is_main:
-        print(length_line(lengths, trainer.args), flush=True)
+    for line in length_lines(lengths, trainer.args) if lengths and run.is_main else []:
+        print(line, flush=True)
     trainer.checkpointer.check_room()
     try:
         result = trainer.train(resume_from_checkpoint=start.checkpoint)

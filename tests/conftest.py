@@ -13,7 +13,7 @@ import signal
 import subprocess
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import fork_server
@@ -24,6 +24,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from sftlab.config.launch import exported
+from sftlab.data.converter import turn_of
 from sftlab.files import write_json
 from sftlab.training import stop_on_signal
 
@@ -159,6 +160,11 @@ def instruction_rows(count: int) -> list[dict[str, str]]:
 def write_jsonl(path: Path, rows: list[dict]) -> Path:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return path
+
+
+def answered(rows: Iterable[dict]) -> list[dict]:
+    """Converted rows of one answer, each as prompt and completion."""
+    return [{name: turn_of(row)[name] for name in ("prompt", "completion")} for row in rows]
 
 
 @pytest.fixture(scope="session")

@@ -7,10 +7,11 @@ import json
 
 import pandas as pd
 import pytest
-from conftest import SHARED, instruction_rows, needs_shared, write_jsonl
+from conftest import SHARED, answered, instruction_rows, needs_shared, write_jsonl
 
 from sftlab.config.recipe import DataArguments
-from sftlab.data.splits import SPLITS, load_splits, split_index
+from sftlab.data.converter import split_index
+from sftlab.data.splits import SPLITS, load_splits
 
 QUESTION, ANSWER = "What is two and two?", "Four."
 SHAPED = {
@@ -46,7 +47,7 @@ def test_every_shape_is_recognised_and_gives_the_same_turn(shape, tmp_path):
     splits = load(write_jsonl(tmp_path / "rows.jsonl", [SHAPED[shape]] * 3))
     assert splits.facts["shape"] == shape
     system = [{"role": "system", "content": "Be brief."}] if shape == "openorca" else []
-    assert splits.train[0] == {
+    assert answered(splits.train)[0] == {
         "prompt": [*system, {"role": "user", "content": QUESTION}],
         "completion": [{"role": "assistant", "content": ANSWER}],
     }
@@ -86,21 +87,21 @@ def test_words_that_pandas_reads_as_nothing_are_text_in_a_csv_file(streaming, tm
         path, index=False
     )
     rows = load(path, dataset_streaming=streaming).train
-    assert [row["completion"][0]["content"] for row in rows] == words[:-1]
+    assert [row["completion"][0]["content"] for row in answered(rows)] == words[:-1]
 
 
 def test_context_and_input_become_part_of_the_prompt(tmp_path):
     rows = [{"instruction": "Sum up.", "context": "A long text.", "response": "Short."}]
-    prompt = load(write_jsonl(tmp_path / "rows.jsonl", rows)).train[0]["prompt"]
+    prompt = answered(load(write_jsonl(tmp_path / "rows.jsonl", rows)).train)[0]["prompt"]
     assert prompt == [{"role": "user", "content": "Sum up.\n\n### Context:\nA long text."}]
 
 
-def test_a_conversation_gives_one_row_for_each_answer(tmp_path):
+def test_a_conversation_may_give_one_row_for_each_answer(tmp_path):
     turns = [("system", "s"), ("human", "q1"), ("gpt", "a1"), ("human", "q2"), ("gpt", "a2")]
     rows = [{"conversations": [{"from": a, "value": b} for a, b in turns]}]
-    splits = load(write_jsonl(tmp_path / "rows.jsonl", rows))
-    assert [r["completion"][0]["content"] for r in splits.train] == ["a1", "a2"]
-    assert [m["content"] for m in splits.train[1]["prompt"]] == ["s", "q1", "a1", "q2"]
+    train = answered(load(write_jsonl(tmp_path / "rows.jsonl", rows), loss_on="completion").train)
+    assert [r["completion"][0]["content"] for r in train] == ["a1", "a2"]
+    assert [m["content"] for m in train[1]["prompt"]] == ["s", "q1", "a1", "q2"]
 
 
 @pytest.mark.parametrize(
@@ -110,7 +111,7 @@ def test_a_conversation_gives_one_row_for_each_answer(tmp_path):
 def test_every_answer_of_a_completion_is_a_row(prompt, tmp_path):
     turns = [("assistant", "a1"), ("user", "q2"), ("assistant", "a2")]
     rows = [{"prompt": prompt, "completion": [{"role": a, "content": b} for a, b in turns]}]
-    train = load(write_jsonl(tmp_path / "rows.jsonl", rows)).train
+    train = answered(load(write_jsonl(tmp_path / "rows.jsonl", rows), loss_on="completion").train)
     before = [QUESTION] if isinstance(prompt, str) else [QUESTION, "?"]
     assert [r["completion"] for r in train] == [
         [{"role": "assistant", "content": a}] for a in ("a1", "a2")
@@ -129,7 +130,7 @@ def test_splits_are_disjoint_by_prompt_and_the_same_for_every_subset_and_order(t
     where = {}
     for splits in (whole, part, first):
         for name, rows_of in zip(SPLITS, splits[:3], strict=True):
-            for row in rows_of:
+            for row in answered(rows_of):
                 key = " ".join(row["prompt"][0]["content"].split())
                 assert where.setdefault(key, name) == name
     assert first.facts["rows_read"] == 270
@@ -251,6 +252,6 @@ def test_real_data_sets_are_recognised():
     gsm8k = load(SHARED / "gsm8k_train.jsonl", split_fractions=[0.8, 0.1, 0.1])
     assert gsm8k.facts["shape"] == "gsm8k"
     assert sum(gsm8k.facts[n]["rows"] for n in SPLITS) == 7473
-    prompts = [{json.dumps(r["prompt"]) for r in part} for part in alpaca[:3]]
+    prompts = [{json.dumps(r["prompt"]) for r in answered(part)} for part in alpaca[:3]]
     assert not prompts[0] & prompts[2]
     assert not prompts[0] & prompts[1]

@@ -12,7 +12,7 @@ from pathlib import Path
 import fork_server
 import pytest
 import torch
-from conftest import ROOT, copy_of, launch, load_script, read
+from conftest import ROOT, answered, copy_of, launch, load_script, read
 from peft import PeftConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
@@ -87,7 +87,7 @@ def test_a_model_tuned_on_unshifted_labels_is_detected(tuned, tmp_path):
     }
     rows = [
         encode(tokenizer, row, 256)
-        for row in load_splits(DataArguments(**arguments)).train.select(range(1600))
+        for row in answered(load_splits(DataArguments(**arguments)).train.select(range(1600)))
     ]
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.01)
     for row in (rows[i : i + 16] for i in range(0, len(rows), 16)):

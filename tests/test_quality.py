@@ -11,7 +11,7 @@ import fork_server
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, copy_of, load_script, read, records
+from conftest import ROOT, answered, copy_of, load_script, read, records
 from judged_runs import SHORT, change_adapter, report
 from rouge_score.rouge_scorer import RougeScorer
 from sacrebleu.metrics import BLEU
@@ -109,7 +109,7 @@ def test_answers_are_scored_as_they_are_and_empty_ones_counted(quality, run, mon
     model = load_pair(run, read(run))
     tokenizer = quality.run_tokenizer(run, read(run))
     asked = {}
-    for row in quality.held_out(read(run)).rows:
+    for row in answered(quality.held_out(read(run)).rows):
         asked[tuple(prompt_ids(tokenizer, row["prompt"]))] = row["completion"][0]["content"]
 
     def canned(self, prompts, seed=0):

@@ -8,6 +8,7 @@ import pytest
 import torch
 from conftest import (
     ROOT,
+    answered,
     launch_command,
     launched,
     read,
@@ -18,7 +19,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sftlab.config.recipe import DataArguments
-from sftlab.data.splits import SPLITS, load_splits, split_index
+from sftlab.data.converter import split_index
+from sftlab.data.splits import SPLITS, load_splits
 from sftlab.evaluation.base_and_tuned import finished_run
 from sftlab.runs.run_directory import adapter_hash
 
@@ -225,7 +227,7 @@ def test_what_max_length_cuts_and_drops_is_counted(finished, tmp_path, trained_h
     train = load_splits(DataArguments(dataset_name=str(rows))).train
     lengths = [
         (frame + len(r["prompt"][0]["content"]), len(r["completion"][0]["content"]) + 1)
-        for r in train
+        for r in answered(train)
     ]
     kept = [prompt + response for prompt, response in lengths if prompt < 100]
     assert facts["dropped"] == len(lengths) - len(kept) > 0

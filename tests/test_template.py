@@ -4,7 +4,7 @@ The loss is on the response and its end token alone.
 """
 
 import pytest
-from conftest import SHARED, needs_shared
+from conftest import SHARED, answered, needs_shared
 from datasets import Dataset
 from transformers import AutoTokenizer
 from trl import SFTConfig, SFTTrainer
@@ -148,6 +148,6 @@ def test_no_prompt_of_the_real_data_merges_with_its_response(base):
         rows = load_splits(
             DataArguments(dataset_name=str(SHARED / name), split_fractions=[1.0, 0.0, 0.0])
         ).train
-        for given in rows.select(range(300)):
+        for given in answered(rows.select(range(300))):
             encoded = encode(tokenizer, given, None)
             assert encoded["labels"].count(-100) == len(prompt_ids(tokenizer, given["prompt"]))

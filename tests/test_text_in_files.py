@@ -5,7 +5,7 @@ import json
 
 import pandas as pd
 import pytest
-from conftest import write_jsonl
+from conftest import answered, write_jsonl
 
 from sftlab.config.recipe import DataArguments
 from sftlab.data.splits import load_splits
@@ -28,7 +28,7 @@ LOOKS_LIKE_SOMETHING = [
 
 def answers(path, **fields):
     data = DataArguments(dataset_name=str(path), split_fractions=[1.0, 0.0, 0.0], **fields)
-    return [row["completion"][0]["content"] for row in load_splits(data).train]
+    return [row["completion"][0]["content"] for row in answered(load_splits(data).train)]
 
 
 def written(path, words, before=0):
@@ -122,7 +122,7 @@ def test_what_is_not_used_of_rows_is_counted(suffix, tmp_path):
     rows = [
         {
             "id": f"x{i}",
-            "tools": "[clock]" if i else None,
+            "loss_mask": "[1]" if i else None,
             "messages": [
                 ask,
                 {"role": "assistant", "content": "a", "weight": i, "reasoning_content": "r"},
@@ -130,19 +130,18 @@ def test_what_is_not_used_of_rows_is_counted(suffix, tmp_path):
         }
         for i in range(2)
     ]
-    rows.append({"id": "z", "tools": None, "messages": [ask]})
+    rows.append({"id": "z", "loss_mask": None, "messages": [ask]})
     path = tmp_path / f"rows.{suffix}"
     pd.DataFrame(rows).to_parquet(path) if suffix == "parquet" else write_jsonl(path, rows)
     data = DataArguments(dataset_name=str(path), split_fractions=[1.0, 0.0, 0.0])
     facts = load_splits(data).facts
     assert facts["not_used"] == {
         "column id": 3,
-        "column tools": 1,
-        "field reasoning_content": 2,
-        "field weight": 1,
+        "column loss_mask": 1,
     }
-    assert facts["rows_without_an_answer"] == 1
-    assert facts["first_without_an_answer"] == 2
+    assert facts["rows_with"] == {"field reasoning_content": 1, "turns of weight 0": 1}
+    assert facts["rows_without_an_answer"] == 2
+    assert facts["first_without_an_answer"] == 0
 
 
 @pytest.mark.parametrize(

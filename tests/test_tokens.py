@@ -6,6 +6,7 @@ from datetime import date
 
 import pytest
 from conftest import (
+    answered,
     byte_tokenizer,
     instruction_rows,
     load_script,
@@ -26,6 +27,7 @@ from trl import SFTConfig, SFTTrainer
 
 from sftlab.data.batch_encoder import Encoder
 from sftlab.data.chat_template import INSTRUCTION_TEMPLATE
+from sftlab.data.messages import Conversation
 from sftlab.data.shard_writer import place_of, tokenize_shard
 from sftlab.data.splits import load_splits
 from sftlab.data.tokenized_dataset import MANIFEST, training_rows
@@ -135,6 +137,7 @@ def trl_rows(model_of, tmp_path_factory):
             )
         trainer = trainers[name]
         trainer.completion_only_loss = args.completion_only_loss is not False
+        rows = Dataset.from_list(answered(rows))
         made = trainer._prepare_dataset(rows, tokenizer, args, False, None, "train")
         return [(row["input_ids"], row["labels"]) for row in made]
 
@@ -162,7 +165,7 @@ def test_rows_are_those_that_trl_makes_of_every_shape_and_template(
     shape, model, script, trl_rows, model_of, tmp_path
 ):
     rows = write_jsonl(tmp_path / "rows.jsonl", odd_rows(shape))
-    fields = fields_of(model_of[model], rows, tmp_path)
+    fields = fields_of(model_of[model], rows, tmp_path, loss_on="completion")
     manifest = assert_same_as_trl(script, trl_rows, fields, tmp_path / "out")
     assert manifest["tokenized"]["train"]["dropped"] > 0
     assert manifest["tokenized"]["train"]["cut"] > 0
@@ -181,7 +184,7 @@ def test_rows_are_those_that_trl_makes_under_every_setting(
     how, script, trl_rows, model_of, tmp_path
 ):
     rows = write_jsonl(tmp_path / "rows.jsonl", odd_rows("messages"))
-    fields = fields_of(model_of["llama"], rows, tmp_path, **how)
+    fields = fields_of(model_of["llama"], rows, tmp_path, loss_on="completion", **how)
     assert_same_as_trl(script, trl_rows, fields, tmp_path / "out")
 
 
@@ -205,15 +208,13 @@ def test_a_prompt_encoded_once_gives_the_ids_of_one_encoded_alone(which, templat
     texts = [
         ["".join(draw.choices(pieces, k=draw.randint(1, 12))) for _ in "qa"] for _ in range(1500)
     ]
-    prompts = [[{"role": "user", "content": q}] for q, _ in texts]
-    completions = [[{"role": "assistant", "content": a}] for _, a in texts]
+    asked = [
+        Conversation([{"role": "user", "content": q}, {"role": "assistant", "content": a}], [1], [])
+        for q, a in texts
+    ]
     special = {"bos_token": "<bos>", "eos_token": "<eos>"}
     joined, plain = (
-        list(
-            Encoder(Tokenizer.from_str(backend.to_str()), template, special, shortcut)(
-                prompts, completions
-            )
-        )
+        list(Encoder(Tokenizer.from_str(backend.to_str()), template, special, shortcut)(asked))
         for shortcut in (True, False)
     )
     assert joined == plain

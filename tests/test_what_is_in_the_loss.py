@@ -10,12 +10,14 @@ import pytest
 from conftest import byte_tokenizer, copy_of, read, write_jsonl
 from transformers import AutoTokenizer, LlamaConfig
 
-from sftlab.config.recipe import DataArguments
-from sftlab.data.before_training import data_lines, keyed_by, rows_with_marks
+from sftlab.config.recipe import DataArguments, TrainingArguments
+from sftlab.data.before_training import data_lines, rows_with_marks
 from sftlab.data.chat_template import encode, template_hash
+from sftlab.data.converter import split_index
+from sftlab.data.encoded_rows import encode_rows
 from sftlab.data.loss_check import look_at_loss, refuse_unrendered
 from sftlab.data.model_limits import refuse_unknown_tokens
-from sftlab.data.splits import load_splits, split_index
+from sftlab.data.splits import load_splits
 from sftlab.data.template_facts import rendered_facts, template_facts
 from sftlab.data.time_limit import TooSlow, time_limit
 from sftlab.evaluation.base_and_tuned import model_settings, run_tokenizer
@@ -305,10 +307,15 @@ def test_a_run_of_another_day_is_not_continued(
     trained_here(given | {"resume_anyway": "true"})
 
 
-def test_the_rows_of_another_day_are_rendered_anew(base, tmp_path):
-    splits = load_splits(DataArguments(dataset_name=str(chats(tmp_path / "rows.jsonl"))))
-    one, two, again = (keyed_by(splits, key).train._fingerprint for key in ("a", "b", "a"))
-    assert one == again != two
+def test_the_rows_of_another_day_are_rendered_anew(tmp_path, monkeypatch):
+    train = load_splits(DataArguments(dataset_name=str(chats(tmp_path / "rows.jsonl")))).train
+    tokenizer, made = with_template("{{ strftime_now('%d %b %Y') }}" + HEADER), []
+    for day in (1, 2, 1):
+        other = SimpleNamespace(now=lambda day=day: datetime(2031, 1, day))
+        monkeypatch.setattr("transformers.utils.chat_template_utils.datetime", other)
+        args = TrainingArguments(output_dir=str(tmp_path), use_cpu=True)
+        made.append(encode_rows(train, tokenizer, args, "train").rows[0]["input_ids"])
+    assert made[0] == made[2] != made[1]
 
 
 def test_marks_are_counted_by_row(base, tmp_path):

@@ -254,7 +254,9 @@ def compare_tuned(
                 score: pairs[score]
                 for score in scores
                 if score in pairs and (alike or "perplexity" not in score)
-            }
+            },
+            # records of earlier versions do not name their conversations
+            clusters=[record.get("conversation", record["row"]) for record in first],
         )
     return compared, left_out
 

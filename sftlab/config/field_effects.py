@@ -33,6 +33,7 @@ DECIDED = {
     "restore_callback_states_from_checkpoint": "a continued run is exact without it",
     "enable_jit_checkpoint": "TERM, USR1 and Ctrl-C already end in a checkpoint",
     "auto_find_batch_size": "runs whose batch size was found by trial cannot be compared",
+    "assistant_only_loss": "loss_on says which of the assistant's turns are in the loss",
     "dataset_kwargs": "rows are always tokenized with the chat template",
     "dataset_text_field": "rows are conversations: dataset_shape says how their columns are read",
     "remove_unused_columns": "the collator takes the columns that the model needs",
@@ -69,7 +70,7 @@ average_tokens_across_devices label_smoothing_factor neftune_noise_alpha loss_ty
 data_seed train_sampling_strategy shuffle_dataset router_aux_loss_coef
 
 max_length truncation_mode packing pad_to_multiple_of completion_only_loss
-assistant_only_loss chat_template_path eos_token pad_token dataset_num_proc
+chat_template_path eos_token pad_token dataset_num_proc
 
 bf16 fp16 tf32 gradient_checkpointing gradient_checkpointing_kwargs activation_checkpointing
 activation_checkpointing_kwargs activation_offloading torch_compile torch_compile_backend

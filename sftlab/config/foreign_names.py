@@ -111,6 +111,8 @@ ANSWERS = {
     "chat_template": "chat_template_path names a .jinja file; unset is the tokenizer's own",
     "train_on_inputs": "the loss is on the response alone; completion_only_loss: false changes it",
     "train_on_prompt": "the loss is on the response alone; completion_only_loss: false changes it",
+    "mask_history": "give loss_on: last, which leaves earlier answers out of the loss",
+    "roles_to_train": "the loss is on the assistant's turns; loss_on says on which",
     "stage": "sft.py does supervised fine-tuning alone",
     "pad_to_sequence_len": "rows are packed; packing: false pads to the longest of a batch",
     "response_template": "the chat template says where the response begins",

@@ -57,6 +57,14 @@ class DataArguments:
         default_factory=lambda: [0.8, 0.1, 0.1],
         metadata={"help": "Shares of train, validation and test."},
     )
+    loss_on: str = field(
+        default="all",
+        metadata={
+            "help": "Answers of a conversation that are in the loss: all of them, in one sequence; "
+            "the last one; or each in a row of its own (completion).",
+            "choices": ["all", "last", "completion"],
+        },
+    )
     streaming_eval_rows: int = field(
         default=1000,
         metadata={"help": "Rows of validation and of test that are kept when streaming."},

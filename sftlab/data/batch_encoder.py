@@ -1,39 +1,78 @@
-"""Encode prompt/completion rows in batches, to the same ids and masks as trl.
+"""Encode conversations in batches: token ids, and which of them are in the loss.
 
-trl encodes the prompt alone and then prompt and completion, row by row. Here the tokenizer's
-backend encodes a batch in one call, and each prompt only once: `_cut` finds where the ids of two
-parts may be joined.
+A conversation is one sequence where its template allows it: what is rendered up to an answer must
+be the beginning of the whole, in text and in ids. Then loss and gradients are those of a row for
+each answer. Where a template rewrites earlier turns, a conversation is a sequence for each answer.
+
+An answer begins where the whole leaves the prompt with its generation prompt, as in trl. A template
+with `{% generation %}` says within that what is in the loss. The tokenizer's backend encodes a
+batch in one call, and `token_cuts` finds where texts may be cut, so that no part is encoded twice.
 """
 
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
-from typing import Any
+from itertools import chain, groupby, islice
+from typing import Any, NamedTuple
 
-from tokenizers import Tokenizer, models, normalizers
+from tokenizers import Encoding, Tokenizer
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from sftlab.data.formats import Message
+from sftlab.data.messages import Conversation, Message
+from sftlab.data.token_cuts import TurnEnds, common_prefix, cut_in
+from sftlab.data.token_sequence import TokenSequence
 
 # Characters per call of the backend, which needs about 100 bytes per token while it encodes.
 CHARACTERS_AT_ONCE = 1_000_000
+_GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
-# The pre-tokenizers of Llama 3 and Qwen 2. GPT-2's is built into the backend. In all three a match
-# never goes on over a space behind a visible character, and never looks beyond that space.
-_CONTRACTIONS = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
-_SPLITS = {
-    rf"{_CONTRACTIONS}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|{digits}"
-    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-    for digits in (r"\p{N}{1,3}", r"\p{N}")
-}
+
+def marks_answers(template: str) -> bool:
+    """Whether a template marks with `{% generation %}` what the model writes."""
+    return bool(_GENERATION.search(template))
+
+
+def marks_pattern(special: Sequence[str]) -> str:
+    """Returns a pattern that finds the text of special tokens in JSON; '' for none."""
+    written = (json.dumps(token, ensure_ascii=False)[1:-1] for token in special)
+    return "|".join(map(re.escape, written))
+
+
+class _Rendered(NamedTuple):
+    """A sequence as text: for each answer the prompt before it, and the text up to its end.
+
+    `generated` are the places in each of these texts that the template marks as generated; None
+    where it marks none.
+    """
+
+    prompts: list[str]
+    wholes: list[str]
+    generated: list[list[tuple[int, int]]] | None
+
+    def answers(self) -> list["_Rendered"]:
+        """Returns a sequence for each answer."""
+        marks = self.generated
+        return [
+            _Rendered([prompt], [whole], marks and [marks[number]])
+            for number, (prompt, whole) in enumerate(zip(self.prompts, self.wholes, strict=True))
+        ]
+
+    def is_one(self) -> bool:
+        """Whether the text up to each answer is the beginning of the whole."""
+        return all(map(self.wholes[-1].startswith, self.wholes[:-1]))
+
+
+# texts to encode, and what makes a sequence of them: None where they are no beginnings of the whole
+_Plan = tuple[list[str], Callable[[list[Encoding]], TokenSequence | None]]
 
 
 class Encoder:
-    """Encodes rows with one template.
+    """Encodes conversations with one template.
 
     `template` and `special_tokens` are those of the Hugging Face tokenizer. `shortcut=False`
-    encodes every prompt on its own, as trl does. The ids are the same.
+    encodes every prompt on its own, as trl does. The ids are the same. `offsets=False` says that
+    the backend does not know where its tokens stand in the text.
     """
 
     def __init__(
@@ -42,131 +81,172 @@ class Encoder:
         template: str,
         special_tokens: Mapping[str, Any],
         shortcut: bool = True,
+        offsets: bool = True,
     ) -> None:
         backend.no_truncation()
         backend.no_padding()
         self._backend = backend
         special = [t.content for t in backend.get_added_tokens_decoder().values() if t.special]
-        # what the backend reads as a control token wherever it stands
-        self.marks = re.compile("|".join(map(re.escape, special))) if special else None
+        pattern = marks_pattern(special)
+        # what the backend reads as a control token wherever it stands, in messages as JSON
+        self.marks = re.compile(pattern) if pattern else None
+        self._marks_answers = offsets and marks_answers(template)
         self._render = partial(render_jinja_template, chat_template=template, **special_tokens)
         ending = self._constant_ending() if shortcut else ""
-        cut = _cut(backend, ending)
+        cut = cut_in(backend, ending) if ending else None
         self._ending, self._tail = (ending, ending[cut:]) if cut is not None else (None, "")
         self._tail_ids = self._encode([self._tail])[0] if self._tail else []
+        self._may_cut = TurnEnds(backend) if shortcut else lambda text, place: False
 
-    def __call__(
-        self, prompts: Sequence[list[Message]], completions: Sequence[list[Message]]
-    ) -> Iterator[tuple[list[int], int]]:
-        """Yield for each row its token ids, not truncated, and how many belong to the prompt."""
-        wholes = self._texts([p + c for p, c in zip(prompts, completions, strict=True)])
-        alone = self._texts(prompts, add_generation_prompt=True)
+    def __call__(self, conversations: Sequence[Conversation]) -> Iterator[list[TokenSequence]]:
+        """Yield for each conversation its sequences, not truncated: one, or one for each answer."""
+        rendered = self._rendered(conversations)
         start = size = 0
-        for end, text in enumerate(wholes, start=1):
-            size += len(text)
-            if size >= CHARACTERS_AT_ONCE or end == len(wholes):
-                yield from self._joined(alone[start:end], wholes[start:end])
+        for end, one in enumerate(rendered, start=1):
+            size += len(one.wholes[-1])
+            if size >= CHARACTERS_AT_ONCE or end == len(rendered):
+                yield from self._sequences(rendered[start:end])
                 start, size = end, 0
 
-    def refuse(
-        self, prompts: Sequence[list[Message]], completions: Sequence[list[Message]]
-    ) -> None:
-        """Render rows without encoding them. Raises what the template raises."""
-        self._texts([p + c for p, c in zip(prompts, completions, strict=True)])
-        self._texts(prompts, add_generation_prompt=True)
+    def refuse(self, conversations: Sequence[Conversation]) -> None:
+        """Render conversations without encoding them. Raises what the template raises."""
+        self._rendered(conversations)
 
-    def _texts(self, conversations: Sequence[list[Message]], **how: bool) -> list[str]:
-        return self._render(conversations=conversations, **how)[0]
+    def _rendered(self, conversations: Sequence[Conversation]) -> list[_Rendered]:
+        found = []
+        for tools, alike in groupby(conversations, key=lambda one: one.tools):
+            group = list(alike)
+            ends = [(one.messages, number) for one in group for number in one.answers]
+            asked, whole = [m[:n] for m, n in ends], [m[: n + 1] for m, n in ends]
+            prompts = iter(self._texts(asked, tools, add_generation_prompt=True)[0])
+            texts, marks = self._texts(
+                whole, tools, return_assistant_tokens_mask=self._marks_answers
+            )
+            pairs = zip(texts, marks if self._marks_answers else texts, strict=True)
+            for one in group:
+                count = len(one.answers)
+                wholes, generated = zip(*islice(pairs, count), strict=True)
+                found.append(
+                    _Rendered(
+                        list(islice(prompts, count)),
+                        list(wholes),
+                        list(generated) if self._marks_answers else None,
+                    )
+                )
+        return found
+
+    def _texts(
+        self, chats: list[list[Message]], tools: list[dict[str, Any]], **how: bool
+    ) -> tuple[list[str], list[list[tuple[int, int]]]]:
+        return self._render(conversations=chats, tools=tools or None, **how)
 
     def _encode(self, texts: list[str]) -> list[list[int]]:
         return [one.ids for one in self._backend.encode_batch_fast(texts, add_special_tokens=False)]
 
-    def _joined(self, prompts: list[str], wholes: list[str]) -> Iterator[tuple[list[int], int]]:
-        """Encode one slice of rows as pairs of texts.
+    def _sequences(self, rendered: list[_Rendered]) -> Iterator[list[TokenSequence]]:
+        parts = [[one] if one.is_one() else one.answers() for one in rendered]
+        made = iter(self._planned(list(chain.from_iterable(parts))))
+        found = [list(islice(made, len(part))) for part in parts]
+        again = [n for n, sequences in enumerate(found) if None in sequences]
+        retried = [rendered[number].answers() for number in again]
+        made = iter(self._planned(list(chain.from_iterable(retried))))
+        for number, part in zip(again, retried, strict=True):
+            found[number] = list(islice(made, len(part)))
+        yield from found
 
-        A pair is the text before and after the cut, or the prompt and the whole text.
+    def _planned(self, rendered: list[_Rendered]) -> Iterator[TokenSequence | None]:
+        """Yield the sequence of each, None where its answers are no beginnings of the whole."""
+        plans = [self._plan(one) for one in rendered]
+        texts = [text for these, _ in plans for text in these]
+        # offsets of tokens, which take time, say where generated text is
+        encode = (
+            self._backend.encode_batch if self._marks_answers else self._backend.encode_batch_fast
+        )
+        encoded = iter(encode(texts, add_special_tokens=False))
+        for these, make in plans:
+            yield make(list(islice(encoded, len(these))))
+
+    def _plan(self, one: _Rendered) -> _Plan:
+        whole = one.wholes[-1]
+        if one.generated is not None:
+            unsure = [w for w in one.wholes[:-1] if not self._may_cut(whole, len(w))]
+            return [*unsure, whole], partial(_generated, one)
+        cuts = [len(prompt) - len(self._tail) for prompt in one.prompts]
+        ends = [len(whole) for whole in one.wholes]
+        joined = self._ending is not None and all(
+            prompt.endswith(self._ending) and whole.startswith(prompt)
+            for prompt, whole in zip(one.prompts, one.wholes, strict=True)
+        )
+        if not joined or any(cut < end for cut, end in zip(cuts[1:], ends, strict=False)):
+            return [*one.prompts, *one.wholes], _compared
+        return self._cut_plan(whole, cuts, ends)
+
+    def _cut_plan(self, whole: str, cuts: list[int], ends: list[int]) -> _Plan:
+        """Cut a text before and behind its answers.
+
+        Where it may not be cut behind one, the answer is encoded alone and with what follows it.
         """
-        pairs, at_cut = [], []
-        for prompt, whole in zip(prompts, wholes, strict=True):
-            joined = (
-                self._ending is not None
-                and prompt.endswith(self._ending)
-                and whole.startswith(prompt)
-            )
-            cut = len(prompt) - len(self._tail)
-            pairs += [whole[:cut], whole[cut:]] if joined else [prompt, whole]
-            at_cut.append(joined)
-        encoded = self._encode(pairs)
-        for joined, first, second in zip(at_cut, encoded[::2], encoded[1::2], strict=True):
-            if joined:
-                yield first + second, len(first) + common_prefix(self._tail_ids, second)
-            else:
-                yield second, common_prefix(first, second)
+        texts, safe = [whole[: cuts[0]]], []
+        for cut, end, following in zip(cuts, ends[:-1], cuts[1:], strict=False):
+            safe.append(self._may_cut(whole, end))
+            texts += [whole[cut:end], whole[end if safe[-1] else cut : following]]
+        return [*texts, whole[cuts[-1] :]], partial(_joined, self._tail_ids, safe)
 
     def _constant_ending(self) -> str:
         """Returns the text that every prompt ends with under this template, perhaps none."""
         asked = [[{"role": "user", "content": text}] for text in ("One", "Z")]
-        one, two = self._texts(asked, add_generation_prompt=True)
+        one, two = self._texts(asked, [], add_generation_prompt=True)[0]
         common = common_prefix(one[::-1], two[::-1])
         return one[len(one) - common :]
 
 
-def common_prefix(ids: Sequence[Any], others: Sequence[Any]) -> int:
-    """Returns the number of leading ids (or characters) that are equal."""
-    return next(
-        (i for i, (a, b) in enumerate(zip(ids, others, strict=False)) if a != b),
-        min(len(ids), len(others)),
-    )
+def _joined(tail: list[int], safe: list[bool], encoded: list[Encoding]) -> TokenSequence | None:
+    """Join a text that was cut. `tail` are the ids of the prompts' end, behind each cut."""
+    ids, spans = list(encoded[0].ids), []
+    for number, answer in enumerate(encoded[1::2]):
+        head = common_prefix(tail, answer.ids)
+        _add(spans, len(ids) + head, len(answer.ids) - head)
+        if number == len(safe):
+            ids += answer.ids
+            continue
+        following = encoded[2 + 2 * number].ids
+        if safe[number]:
+            ids += answer.ids
+        elif following[: len(answer.ids)] != answer.ids:
+            return None
+        ids += following
+    return TokenSequence(ids, spans)
 
 
-def _cut(backend: Tokenizer, ending: str) -> int | None:
-    """Returns where in `ending` a text may be cut so that the parts' ids join to the whole's.
+def _compared(encoded: list[Encoding]) -> TokenSequence | None:
+    """Compare prompts and texts up to each answer, all encoded on their own."""
+    half = len(encoded) // 2
+    ids, spans = encoded[-1].ids, []
+    for prompt, whole in zip(encoded[:half], encoded[half:], strict=True):
+        start = common_prefix(prompt.ids, whole.ids)
+        behind = sum(spans[-2:])
+        if start < behind or ids[: len(whole.ids)] != whole.ids:
+            return None
+        _add(spans, start, len(whole.ids) - start)
+    return TokenSequence(ids, spans)
 
-    One such place is before a special token, because the backend splits the text there first. For
-    the pre-tokenizers named above another one is a space between two visible ASCII characters,
-    because a word always ends there. Returns None where no place is known.
-    """
-    if backend.encode_special_tokens or not isinstance(backend.normalizer, normalizers.NFC | None):
+
+def _generated(one: _Rendered, encoded: list[Encoding]) -> TokenSequence | None:
+    """Take the tokens that the template marks as generated, behind each answer's prompt."""
+    whole, spans = encoded[-1], []
+    if any(whole.ids[: len(part.ids)] != part.ids for part in encoded[:-1]):
         return None
-    added = list(backend.get_added_tokens_decoder().values())
-    if any(token.single_word or token.lstrip or token.rstrip for token in added):
-        return None
-    raw = [token.content for token in added if not token.normalized]
-    places = [
-        ending.rfind(text)
-        for text in raw
-        if text in ending and not any(_overlaps(text, o) for o in raw)
-    ]
-    if _splits_at_blanks(backend) and not any(
-        re.search(r"\S \S", token.content) for token in added
-    ):
-        places += [found.start() + 1 for found in re.finditer("(?=[!-~] [!-~])", ending)]
-    return max(places, default=None)
+    for prompt, text in zip(one.prompts, one.wholes, strict=True):
+        first = len(prompt) if text.startswith(prompt) else common_prefix(prompt, text)
+        for start, end in one.generated[-1]:
+            begin, end = max(start, first), min(end, len(text))
+            token = whole.char_to_token(begin) if begin < end else None
+            if token is not None:
+                last = whole.char_to_token(end - 1)
+                _add(spans, token, (len(whole.ids) if last is None else last + 1) - token)
+    return TokenSequence(whole.ids, spans)
 
 
-def _overlaps(text: str, other: str) -> bool:
-    """Whether `other` may be found at a place that overlaps an occurrence of `text`."""
-    around = text in other and text != other
-    return around or any(other.endswith(text[:size]) for size in range(1, len(text)))
-
-
-def _splits_at_blanks(backend: Tokenizer) -> bool:
-    if (
-        not isinstance(backend.model, models.BPE)
-        or backend.model.dropout
-        or backend.pre_tokenizer is None
-    ):
-        return False
-    state = json.loads(backend.pre_tokenizer.__getstate__())
-    parts = state["pretokenizers"] if state["type"] == "Sequence" else [state]
-    if [part["type"] for part in parts] == ["ByteLevel"]:
-        return parts[0]["use_regex"] and not parts[0]["add_prefix_space"]
-    if [part["type"] for part in parts] != ["Split", "ByteLevel"]:
-        return False
-    split, byte_level = parts
-    known = (
-        split["pattern"].get("Regex") in _SPLITS
-        and split["behavior"] == "Isolated"
-        and not split["invert"]
-    )
-    return known and not byte_level["use_regex"] and not byte_level["add_prefix_space"]
+def _add(spans: list[int], start: int, length: int) -> None:
+    if length > 0:
+        spans += [start, length]

@@ -1,21 +1,20 @@
 """What a run says and refuses about its rows before it loads a model."""
 
-import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from copy import copy
 from itertools import islice
 from typing import Any, NamedTuple
 
 import pyarrow.compute as pc
 from datasets import Dataset, IterableDataset
-from datasets.fingerprint import Hasher
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from sftlab.config.recipe import TrainingArguments
+from sftlab.data.batch_encoder import marks_pattern
 from sftlab.data.loss_check import ROWS_LOOKED_AT, look_at_loss, refuse_unrendered
+from sftlab.data.messages import Conversation
 from sftlab.data.model_limits import refuse_long_stream, refuse_unknown_tokens
-from sftlab.data.row_notes import unused_lines
+from sftlab.data.row_notes import unused_lines, unwritten
 from sftlab.data.splits import Splits
 from sftlab.data.template_errors import (
     TEMPLATE_ERRORS,
@@ -51,13 +50,13 @@ def look_at_rows(
     refuse_unknown_tokens(tokenizer, config)
     if isinstance(splits.train, IterableDataset):
         refuse_long_stream(config, training.max_length)
-    warnings = []
-    if training.completion_only_loss is not False and not training.assistant_only_loss:
+    with_ = splits.facts.get("rows_with", {})
+    warnings, remarks = unwritten(with_, template["writes"])
+    if training.completion_only_loss is not False:
         ends = config.get_text_config().eos_token_id
         rows = splits.test if splits.tokens else splits.train
-        first = list(islice(rows, ROWS_LOOKED_AT))
-        with_ = splits.facts.get("rows_with", {})
-        warnings = look_at_loss(tokenizer, first, with_, ends)
+        first = [Conversation.from_row(row) for row in islice(rows, ROWS_LOOKED_AT)]
+        warnings += look_at_loss(tokenizer, first, with_, ends)
     refuse_unrendered(tokenizer, splits.test, "test")
     marks = (splits.tokens or {}).get("control_marks")
     if marks is None:
@@ -69,11 +68,11 @@ def look_at_rows(
     facts = {"warnings": warnings, "rows_with_control_marks": marks}
     said = [f"warning: {one}" for one in warnings]
     unused = unused_lines(splits.facts.get("not_used", {}), template["writes"])
-    return Looked(facts, [*said, *unused, *data_lines(splits.facts)])
+    return Looked(facts, [*said, *unused, *remarks, *data_lines(splits.facts)])
 
 
 def _is_text(rows: Dataset | IterableDataset) -> bool:
-    return isinstance(rows, Dataset) and "prompt" in rows.column_names
+    return isinstance(rows, Dataset) and "messages" in rows.column_names
 
 
 def rows_with_marks(tokenizer: PreTrainedTokenizerBase, rows: Dataset) -> int:
@@ -81,16 +80,12 @@ def rows_with_marks(tokenizer: PreTrainedTokenizerBase, rows: Dataset) -> int:
     special = [t.content for t in tokenizer.added_tokens_decoder.values() if t.special]
     if not special:
         return 0
-    pattern, found = "|".join(map(re.escape, special)), 0
-    for batch in rows.with_format("arrow").iter(_ROWS_AT_ONCE):
-        hit: set[int] = set()
-        for name in ("prompt", "completion"):
-            messages = batch[name].combine_chunks()
-            content = pc.struct_field(pc.list_flatten(messages), "content")
-            marked = pc.match_substring_regex(content, pattern)
-            hit |= set(pc.list_parent_indices(messages).filter(marked).to_pylist())
-        found += len(hit)
-    return found
+    messages = rows.with_format("arrow")
+    marked = (
+        pc.match_substring_regex(batch["messages"], marks_pattern(special))
+        for batch in messages.iter(_ROWS_AT_ONCE)
+    )
+    return sum(pc.sum(one).as_py() or 0 for one in marked)
 
 
 def data_lines(facts: Mapping[str, Any]) -> list[str]:
@@ -114,17 +109,6 @@ def data_lines(facts: Mapping[str, Any]) -> list[str]:
     return lines
 
 
-def keyed_by(splits: Splits, key: str) -> Splits:
-    """Returns the splits with fingerprints of their own, so that no cache of other days is read."""
-    parts = []
-    for part in splits[:3]:
-        if isinstance(part, Dataset):
-            part = copy(part)
-            part._fingerprint = Hasher.hash([part._fingerprint, key])
-        parts.append(part)
-    return Splits(*parts, splits.facts, splits.tokens)
-
-
 @contextmanager
 def template_refusals(tokenizer: PreTrainedTokenizerBase, splits: Splits) -> Iterator[None]:
     """Turn a template's refusal within into a ValueError with the number of the row.
@@ -138,6 +122,6 @@ def template_refusals(tokenizer: PreTrainedTokenizerBase, splits: Splits) -> Ite
         if not (isinstance(error, TooSlow) or is_of_template(error)):
             raise
         for name, rows in zip(SPLITS, splits[:3], strict=True):
-            if "prompt" in (rows.column_names or ()):
+            if "messages" in (rows.column_names or ()):
                 refuse_unrendered(tokenizer, rows, "training" if name == "train" else name)
         raise ValueError(f"the chat template refuses a row: {reason(error)}") from error

@@ -2,11 +2,14 @@
 
 import hashlib
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
-from sftlab.data.batch_encoder import common_prefix
+from sftlab.data.batch_encoder import Encoder
+from sftlab.data.messages import Conversation, Message
+from sftlab.data.token_sequence import labels_of
 from sftlab.paths import ROOT
 
 INSTRUCTION_TEMPLATE = ROOT / "recipes" / "templates" / "instruction.jinja"
@@ -42,19 +45,51 @@ def template_hash(tokenizer: PreTrainedTokenizerBase) -> str:
     return hashlib.sha256(str(tokenizer.chat_template).encode()).hexdigest()[:16]
 
 
-def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: list[dict[str, str]]) -> list[int]:
+def prompt_ids(
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: list[Message],
+    tools: list[dict[str, Any]] | None = None,
+) -> list[int]:
     """Returns the token ids of a conversation up to where the response begins."""
     return tokenizer.apply_chat_template(
-        prompt, add_generation_prompt=True, tokenize=True, return_dict=True
+        prompt, tools=tools or None, add_generation_prompt=True, tokenize=True, return_dict=True
     )["input_ids"]
 
 
-def first_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Returns the token ids that every rendered question begins with, at least one."""
-    one, other = (
-        prompt_ids(tokenizer, [{"role": "user", "content": text}]) for text in ("Who?", "A b")
+class _PythonBackend:
+    """A tokenizer without a fast backend, with the methods of one that `Encoder` calls."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self._tokenizer = tokenizer
+
+    def no_truncation(self) -> None:
+        """Do nothing: every call says it."""
+
+    no_padding = no_truncation
+
+    def get_added_tokens_decoder(self) -> dict[int, Any]:
+        """Returns the added tokens by their ids."""
+        return self._tokenizer.added_tokens_decoder
+
+    def encode_batch_fast(self, texts: list[str], add_special_tokens: bool) -> list[Any]:
+        """Returns an object with `ids` for each text."""
+        ids = self._tokenizer(texts, add_special_tokens=add_special_tokens)["input_ids"]
+        return [SimpleNamespace(ids=one) for one in ids]
+
+
+def encoder_of(tokenizer: PreTrainedTokenizerBase, shortcut: bool = True) -> Encoder:
+    """Returns the encoder of a tokenizer and its template.
+
+    Without a fast backend nothing says where generated text is, so `{% generation %}` is not read.
+    """
+    fast = tokenizer.is_fast
+    return Encoder(
+        tokenizer.backend_tokenizer if fast else _PythonBackend(tokenizer),
+        tokenizer.get_chat_template(),
+        tokenizer.special_tokens_map,
+        shortcut=shortcut and fast,
+        offsets=fast,
     )
-    return one[: max(1, common_prefix(one, other))]
 
 
 def encode(
@@ -65,19 +100,16 @@ def encode(
 ) -> dict[str, list[int]]:
     """Returns `input_ids` and `labels` of a prompt/completion row, cut to `max_length` tokens.
 
+    The row has the messages of `prompt`, one message of `completion`, and perhaps `tools`.
     `truncation_mode` is keep_start or keep_end, as in the recipe. Labels are -100 on the prompt.
-    Both equal those of trl's SFTTrainer (`SFTTrainer._prepare_dataset`, trl 1.16).
+    Both equal those of trl's SFTTrainer (`SFTTrainer._prepare_dataset`, trl 1.16), unless the
+    template has `{% generation %}`.
     """
-    start = prompt_ids(tokenizer, row["prompt"])
-    ids = tokenizer.apply_chat_template(
-        row["prompt"] + row["completion"], tokenize=True, return_dict=True
-    )["input_ids"]
-    prompt_length = common_prefix(start, ids)
-    labels = [-100] * prompt_length + ids[prompt_length:]
-    kept = slice(max_length)
-    if truncation_mode == "keep_end" and max_length is not None:
-        kept = slice(-max_length, None)
-    return {"input_ids": ids[kept], "labels": labels[kept]}
+    messages = row["prompt"] + row["completion"]
+    conversation = Conversation(messages, [len(row["prompt"])], row.get("tools") or [])
+    (found,) = next(encoder_of(tokenizer, shortcut=False)([conversation]))
+    kept = found.cut(max_length, truncation_mode)
+    return {"input_ids": kept.ids, "labels": labels_of(kept.ids, kept.spans)}
 
 
 class TurnEnd(NamedTuple):

@@ -1,18 +1,10 @@
 """The data formats that rows come in, and the conversations they are read as."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
-_ROLES = {
-    "human": "user",
-    "user": "user",
-    "gpt": "assistant",
-    "assistant": "assistant",
-    "system": "system",
-}
-Message = dict[str, str]  # role and content
-# the messages before an answer, and the answer
-PromptResponse = tuple[list[Message], str]
+from sftlab.data.messages import Conversation, Message, read_conversation, text
+from sftlab.data.tool_calls import parsed, read_tools
 
 
 def recognise_format(columns: list[str]) -> str:
@@ -34,23 +26,13 @@ def recognise_format(columns: list[str]) -> str:
     raise ValueError(f"the columns {', '.join(columns)} match no data format; known are {known}")
 
 
-def _text(row: dict[str, Any], column: str) -> str:
-    value = row.get(column)
-    if value is None:
-        return ""
-    if not isinstance(value, str):
-        raise TypeError(
-            f"{column} is not text but {type(value).__name__} ({value!r:.60}): write it as "
-            "text, in quotes"
-        )
-    return value
-
-
-def _single(user: str, response: str, system: str = "") -> Iterator[PromptResponse]:
+def _single(
+    user: str, response: str, system: str = "", history: list[Message] | None = None
+) -> Conversation:
     if not user.strip():
         raise ValueError("the prompt is empty")
-    messages = [{"role": "system", "content": system}] if system.strip() else []
-    yield [*messages, {"role": "user", "content": user}], response
+    asked = [*(history or []), {"role": "user", "content": user}]
+    return read_conversation([*asked, {"role": "assistant", "content": response}], system=system)
 
 
 def _with_context(instruction: str, context: str) -> str:
@@ -58,77 +40,73 @@ def _with_context(instruction: str, context: str) -> str:
     return f"{instruction}\n\n### Context:\n{context}" if context.strip() else instruction
 
 
-def _conversation(messages: Any, first: int = 0) -> Iterator[PromptResponse]:
-    """Yield each of the assistant's messages that follow a user's, with the messages before it.
-
-    Messages before number `first` are not yielded.
-    """
-    if not isinstance(messages, list):
-        raise TypeError(f"a conversation must be a list of messages, got {type(messages).__name__}")
-    history: list[Message] = []
-    for number, message in enumerate(messages):
-        if not isinstance(message, dict):
-            raise TypeError(f"message {number} has no role and content but is {message!r:.60}")
-        name = _text(message, "from") or _text(message, "role")
-        content = _text(message, "value") or _text(message, "content")
-        if name not in _ROLES:
-            raise ValueError(f"unknown role {name!r}: known are {', '.join(_ROLES)}")
-        role = _ROLES[name]
-        if number >= first and role == "assistant" and any(m["role"] == "user" for m in history):
-            yield list(history), content
-        if role != "assistant" or history:
-            history.append({"role": role, "content": content})
+def _history(row: dict[str, Any]) -> list[Message]:
+    """Returns the earlier turns of a row: pairs of a question and an answer."""
+    messages: list[Message] = []
+    for pair in parsed(row.get("history"), "history") or []:
+        if not isinstance(pair, list | tuple) or len(pair) != 2:
+            raise ValueError(f"history has {pair!r:.60}: expected pairs of question and answer")
+        turn = dict(zip(("user", "assistant"), pair, strict=True))
+        messages += [{"role": role, "content": text(turn, role)} for role in turn]
+    return messages
 
 
-def _prompt_completion(row: dict[str, Any]) -> Iterator[PromptResponse]:
+def _alpaca(row: dict[str, Any]) -> Conversation:
+    instruction = _with_context(text(row, "instruction"), text(row, "input"))
+    return _single(instruction, text(row, "output"), text(row, "system"), _history(row))
+
+
+def _messages(row: dict[str, Any]) -> Conversation:
+    tools = row.get("tools") or row.get("functions")
+    return read_conversation(row["messages"], tools)
+
+
+def _prompt_completion(row: dict[str, Any]) -> Conversation:
     prompt, completion = row["prompt"], row["completion"]
     if not isinstance(prompt, list) and not isinstance(completion, list):
-        yield from _single(_text(row, "prompt"), _text(row, "completion"))
-        return
+        turn = _single(text(row, "prompt"), text(row, "completion"))
+        return turn._replace(tools=read_tools(row.get("tools")))
     before = (
-        prompt if isinstance(prompt, list) else [{"role": "user", "content": _text(row, "prompt")}]
+        prompt if isinstance(prompt, list) else [{"role": "user", "content": text(row, "prompt")}]
     )
     after = (
         completion
         if isinstance(completion, list)
         else [{"role": "assistant", "content": completion}]
     )
-    turns = list(_conversation([*before, *after], first=len(before)))
-    if not turns:
+    found = read_conversation([*before, *after], row.get("tools"), first=len(before))
+    if not found.answers:
         raise ValueError("the completion has no assistant's message that follows a user's")
-    yield from turns
+    return found
 
 
-# name: (columns it needs, columns it may have, row -> (prompt, response) pairs)
+# name: (columns it needs, columns it may have, row -> conversation)
 DATA_FORMATS: dict[
-    str,
-    tuple[tuple[str, ...], tuple[str, ...], Callable[[dict[str, Any]], Iterator[PromptResponse]]],
+    str, tuple[tuple[str, ...], tuple[str, ...], Callable[[dict[str, Any]], Conversation]]
 ] = {
     "openorca": (
         ("question", "response"),
         ("system_prompt",),
-        lambda r: _single(_text(r, "question"), _text(r, "response"), _text(r, "system_prompt")),
+        lambda r: _single(text(r, "question"), text(r, "response"), text(r, "system_prompt")),
     ),
     "dolly": (
         ("instruction", "response"),
         ("context",),
         lambda r: _single(
-            _with_context(_text(r, "instruction"), _text(r, "context")), _text(r, "response")
+            _with_context(text(r, "instruction"), text(r, "context")), text(r, "response")
         ),
     ),
-    "alpaca": (
-        ("instruction", "output"),
-        ("input",),
-        lambda r: _single(
-            _with_context(_text(r, "instruction"), _text(r, "input")), _text(r, "output")
-        ),
-    ),
+    "alpaca": (("instruction", "output"), ("input", "system", "history"), _alpaca),
     "gsm8k": (
         ("question", "answer"),
         (),
-        lambda r: _single(_text(r, "question"), _text(r, "answer")),
+        lambda r: _single(text(r, "question"), text(r, "answer")),
     ),
-    "sharegpt": (("conversations",), (), lambda r: _conversation(r["conversations"])),
-    "messages": (("messages",), (), lambda r: _conversation(r["messages"])),
-    "prompt_completion": (("prompt", "completion"), (), _prompt_completion),
+    "sharegpt": (
+        ("conversations",),
+        ("system", "tools"),
+        lambda r: read_conversation(r["conversations"], r.get("tools"), text(r, "system")),
+    ),
+    "messages": (("messages",), ("tools", "functions"), _messages),
+    "prompt_completion": (("prompt", "completion"), ("tools",), _prompt_completion),
 }

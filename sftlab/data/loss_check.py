@@ -1,12 +1,13 @@
 """Is the answer with its end in the loss, and nothing else? Probes and real rows are looked at."""
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
-from sftlab.data.batch_encoder import common_prefix
-from sftlab.data.chat_template import encode, end_of_turn
+from sftlab.data.batch_encoder import Encoder, marks_answers
+from sftlab.data.chat_template import encode, encoder_of, end_of_turn
+from sftlab.data.messages import Conversation, Message
 from sftlab.data.row_notes import THOUGHTS, THOUGHTS_END
 from sftlab.data.template_errors import (
     LIMIT_S,
@@ -16,11 +17,15 @@ from sftlab.data.template_errors import (
 )
 from sftlab.data.template_facts import ANSWER, PROBES, THOUGHTFUL
 from sftlab.data.time_limit import TooSlow, time_limit
+from sftlab.data.token_cuts import common_prefix
 
-# real rows that are looked at
+# real conversations that are looked at, and answers of each
 ROWS_LOOKED_AT = 32
+ANSWERS_LOOKED_AT = 4
 # shorter questions may stand in a header by chance
 SHORT = 7
+# fields of an answer that hold its thoughts
+REASONING = ("reasoning_content", "reasoning", "thinking")
 WHAT_TO_DO = "give another template with --chat_template_path"
 _LEAVE_OUT = f"leave the row out or {WHAT_TO_DO}"
 
@@ -35,7 +40,7 @@ class Finding(NamedTuple):
 
 def look_at_loss(
     tokenizer: PreTrainedTokenizerBase,
-    rows: Iterable[Mapping[str, Any]],
+    rows: Iterable[Conversation],
     rows_with: Collection[str],
     ends: int | list[int] | None = None,
 ) -> list[str]:
@@ -47,15 +52,20 @@ def look_at_loss(
     """
     found: dict[str, Finding] = {}
     end_tokens = _end_tokens(tokenizer, ends)
-    for name, before in PROBES.items():
-        if name in rows_with or name == "a question":
-            _look(tokenizer, before, ANSWER, end_tokens, found)
+    probes = [before for n, before in PROBES.items() if n in rows_with or n == "a question"]
+    answered = [(before, ANSWER) for before in probes]
     if THOUGHTS in rows_with:
-        _look(tokenizer, PROBES["a question"], THOUGHTFUL, end_tokens, found)
+        answered.append((PROBES["a question"], THOUGHTFUL))
+    for before, answer in answered:
+        probe = [*before, {"role": "assistant", "content": answer}]
+        try:
+            _look(tokenizer, Conversation(probe, [len(before)], []), end_tokens, found)
+        except TEMPLATE_ERRORS:
+            continue  # whether a real row is refused is found out row by row
     for number, row in enumerate(rows):
         try:
-            answer = row["completion"][0]["content"]
-            _look(tokenizer, row["prompt"], answer, end_tokens, found, real=True)
+            for answer in row.answers[:ANSWERS_LOOKED_AT]:
+                _look(tokenizer, row.turn(answer), end_tokens, found)
         except TooSlow as error:
             raise ValueError(f"training row {number}: {error}; {_LEAVE_OUT}") from error
         except TEMPLATE_ERRORS as error:
@@ -76,40 +86,68 @@ def _end_tokens(tokenizer: PreTrainedTokenizerBase, ends: int | list[int] | None
 
 def _look(
     tokenizer: PreTrainedTokenizerBase,
-    prompt: list[dict[str, str]],
-    answer: str,
+    turn: Conversation,
     ends: set[int],
     found: dict[str, Finding],
-    real: bool = False,
 ) -> None:
-    row = {"prompt": prompt, "completion": [{"role": "assistant", "content": answer}]}
-    try:
-        with time_limit(LIMIT_S, "rendering a row with the chat template"):
-            asked = tokenizer.apply_chat_template(
-                prompt, add_generation_prompt=True, tokenize=False
-            )
-            whole = tokenizer.apply_chat_template(prompt + row["completion"], tokenize=False)
-    except TEMPLATE_ERRORS:
-        if real:
-            raise
-        return  # whether a real row is refused is found out row by row
-    encoded = encode(tokenizer, row, None)
-    ids = [i for i in encoded["labels"] if i != -100]
-    for finding in _findings(tokenizer, prompt, answer, asked, whole, ids, ends):
+    prompt, tools = turn.messages[:-1], turn.tools or None
+    with time_limit(LIMIT_S, "rendering a row with the chat template"):
+        asked = tokenizer.apply_chat_template(
+            prompt, tools=tools, add_generation_prompt=True, tokenize=False
+        )
+        whole = tokenizer.apply_chat_template(turn.messages, tools=tools, tokenize=False)
+    row = {"prompt": prompt, "completion": turn.messages[-1:], "tools": turn.tools}
+    ids = [i for i in encode(tokenizer, row, None)["labels"] if i != -100]
+    for finding in _findings(tokenizer, turn, asked, whole, ids, ends):
         found.setdefault(finding.kind, finding)
 
 
 def _findings(
     tokenizer: PreTrainedTokenizerBase,
-    prompt: list[dict[str, str]],
-    answer: str,
+    turn: Conversation,
     asked: str,
     whole: str,
     ids: list[int],
     ends: set[int],
-) -> Iterable[Finding]:
+) -> Iterator[Finding]:
+    prompt, message = turn.messages[:-1], turn.messages[-1]
     same = common_prefix(asked, whole)
-    loss, said = whole[same:], answer.strip()
+    # a template that marks what is generated leaves the rest out of the loss
+    loss = tokenizer.decode(ids) if marks_answers(tokenizer.get_chat_template()) else whole[same:]
+    if message.get("tool_calls"):
+        yield from _call_findings(tokenizer, message, loss, ids, ends)
+    else:
+        yield from _answer_findings(tokenizer, prompt, message, loss, ids, ends)
+    yield from _prompt_findings(prompt, asked, whole, same)
+
+
+def _call_findings(
+    tokenizer: PreTrainedTokenizerBase,
+    message: Message,
+    loss: str,
+    ids: list[int],
+    ends: set[int],
+) -> Iterator[Finding]:
+    names = [call["function"]["name"] for call in message["tool_calls"]]
+    if not all(name in loss for name in names):
+        yield Finding("calls", "the chat template does not write tool calls", False)
+    said = message["content"].strip()
+    if said and said not in loss:
+        yield Finding("said", "the chat template leaves out what answers say beside calls", False)
+    marks = [mark for end in ends if (mark := tokenizer.decode([end])) in loss]
+    last = max((loss.rindex(mark) for mark in marks), default=0)
+    yield from _end_findings(tokenizer, loss[last:], ids, ends)
+
+
+def _answer_findings(
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: list[Message],
+    message: Message,
+    loss: str,
+    ids: list[int],
+    ends: set[int],
+) -> Iterator[Finding]:
+    said = message["content"].strip()
     visible = said.rpartition(THOUGHTS_END)[2].strip()
     before, there, after = loss.rpartition(said)
     if not there and THOUGHTS_END in said:
@@ -129,6 +167,9 @@ def _findings(
             "answer", f"the chat template does not write the answer {said!r:.60} as it is", True
         )
         return
+    reasoning = [message[name].strip() for name in REASONING if message.get(name)]
+    if any(text in before for text in reasoning):
+        before = ""
     words = [m["content"].strip() for m in prompt if m["role"] in ("user", "system")]
     if any(len(word) > SHORT and word in before for word in words):
         yield Finding(
@@ -139,6 +180,10 @@ def _findings(
         )
     elif before.strip():
         yield Finding("before", f"the chat template puts {before!r:.60} into the loss", False)
+    yield from _end_findings(tokenizer, after, ids, ends)
+
+
+def _prompt_findings(prompt: list[Message], asked: str, whole: str, same: int) -> Iterator[Finding]:
     if not asked.startswith(whole[:same]) or same < len(asked.rstrip()):
         yield Finding(
             "prompt",
@@ -152,12 +197,11 @@ def _findings(
     earlier = [m["content"].rpartition(THOUGHTS_END)[2] for m in prompt if m["role"] == "assistant"]
     if any(text.strip() not in whole for text in earlier):
         yield Finding("turns", "the chat template leaves earlier answers out", False)
-    yield from _end_findings(tokenizer, after, ids, ends)
 
 
 def _end_findings(
     tokenizer: PreTrainedTokenizerBase, after: str, ids: list[int], ends: set[int]
-) -> Iterable[Finding]:
+) -> Iterator[Finding]:
     if not ends & set(ids):
         mark = f" ({after.strip()!r:.40} is no token of this tokenizer)" if after.strip() else ""
         yield Finding(
@@ -182,19 +226,18 @@ def refuse_unrendered(
     tokenizer: PreTrainedTokenizerBase, rows: Iterable[Mapping[str, Any]], split: str
 ) -> None:
     """Raise ValueError, with its number, for a row that the template refuses or never ends."""
-    number = 0
+    encoder, number = encoder_of(tokenizer, shortcut=False), 0
     try:
         with rendering_limit("it"):
             for number, row in enumerate(rows):
-                _render(tokenizer, row, f"{split} row {number}")
+                _render(encoder, row, f"{split} row {number}")
     except TooSlow as error:
         raise ValueError(f"{split} row {number}: {error}; {_LEAVE_OUT}") from error
 
 
-def _render(tokenizer: PreTrainedTokenizerBase, row: Mapping[str, Any], name: str) -> None:
+def _render(encoder: Encoder, row: Mapping[str, Any], name: str) -> None:
     try:
-        tokenizer.apply_chat_template(row["prompt"], add_generation_prompt=True, tokenize=False)
-        tokenizer.apply_chat_template(row["prompt"] + row["completion"], tokenize=False)
+        encoder.refuse([Conversation.from_row(row)])
     except TEMPLATE_ERRORS as error:
         raise ValueError(_refusal(name, error)) from error
 

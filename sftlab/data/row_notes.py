@@ -6,57 +6,48 @@ from typing import Any
 
 from datasets import Dataset
 
-from sftlab.data.formats import DATA_FORMATS, Message
+from sftlab.data.formats import DATA_FORMATS
+from sftlab.data.messages import EARLY, Conversation
 
 SYSTEM, TURNS, THOUGHTS = "system prompts", "earlier turns", "thoughts"
+TOOLS, ONLY_CALLS = "tools", "answers that are tool calls alone"
 THOUGHTS_END = "</think>"
-_USED_FIELDS = {"from", "value", "role", "content"}
-# fields that say whether a turn is trained on; at these values it is, as it is here
-_TRAINED = dict.fromkeys(("weight", "train", "trainable", "loss"), (1, None, ""))
+FIELD = "field "
 _WITH = "with "
-# columns and fields whose absence changes what is learned
+# fields of messages that are text to learn from
+_LEARNED = ("tools", "tool_calls", "reasoning_content", "reasoning", "thinking")
+# columns and messages whose absence changes what is learned
 _MATTER = {
+    EARLY.split(" ", 1)[1],
     *("tools", "functions", "system", "system_prompt", "instruction", "input", "context"),
     *("history", "loss_mask", "images", "image", "audio", "documents", "chat_template_kwargs"),
-    *("tool_calls", "function_call", "tool_call_id", "name", "weight", "train", "trainable"),
-    *("loss", "reasoning_content", "reasoning", "thinking", "thought"),
 }
 
 
 def unused_parts(row: Mapping[str, Any], data_format: str) -> list[str]:
-    """Returns the columns of a row, and the fields of its messages, that are not trained on.
-
-    Empty ones do not count.
-    """
+    """Returns the columns of a row that are not trained on. Empty ones do not count."""
     needed, optional, _ = DATA_FORMATS[data_format]
-    columns = [c for c in row if c not in (*needed, *optional) and not _empty(c, row[c])]
-    fields: dict[str, None] = {}
-    for column in needed:
-        messages = row.get(column)
-        for message in messages if isinstance(messages, list) else []:
-            if isinstance(message, dict):
-                fields |= {
-                    name: None
-                    for name in message
-                    if name not in _USED_FIELDS and not _empty(name, message[name])
-                }
-    return [f"column {name}" for name in columns] + [f"field {name}" for name in fields]
+    unused = [c for c in row if c not in (*needed, *optional) and not _empty(row[c])]
+    return [f"column {name}" for name in unused]
 
 
-def _empty(name: str, value: Any) -> bool:
-    if isinstance(value, list | dict | str):
-        return not value
-    return value in _TRAINED.get(name, (None,))
+def _empty(value: Any) -> bool:
+    return not value if isinstance(value, list | dict | str) else value is None
 
 
-def parts_of(prompt: list[Message], response: str) -> list[str]:
-    """Returns which of the parts that templates treat in their own ways a row has."""
-    roles = [message["role"] for message in prompt]
+def parts_of(part: Conversation) -> list[str]:
+    """Returns which of the parts that templates treat in their own ways a conversation has."""
+    messages, answers = part.messages, [part.messages[number] for number in part.answers]
+    roles = [message["role"] for message in messages]
     found = {
         SYSTEM: "system" in roles,
-        TURNS: "assistant" in roles,
-        THOUGHTS: THOUGHTS_END in response,
+        TURNS: "assistant" in roles[: part.answers[-1]],
+        THOUGHTS: any(THOUGHTS_END in one["content"] for one in answers),
+        TOOLS: bool(part.tools),
+        ONLY_CALLS: any(not one["content"].strip() for one in answers),
     }
+    fields = dict.fromkeys(FIELD + name for one in messages for name in one)
+    found |= {name: name not in (FIELD + "role", FIELD + "content") for name in fields}
     return [_WITH + name for name, there in found.items() if there]
 
 
@@ -85,7 +76,7 @@ def unused_lines(not_used: Mapping[str, int], written: Iterable[str] = ()) -> li
 
     `written` are the names that the chat template would write if they were used.
     """
-    matters = [n for n in not_used if n.split(" ", 1)[1] in _MATTER or n.startswith("field")]
+    matters = [name for name in not_used if name.split(" ", 1)[1] in _MATTER]
     others = [name for name in not_used if name not in matters]
     lines = []
     if matters:
@@ -97,3 +88,28 @@ def unused_lines(not_used: Mapping[str, int], written: Iterable[str] = ()) -> li
         listed = ", ".join(f"{name} ({not_used[name]:,} rows)" for name in others)
         lines.append(f"columns that no training uses: {listed}")
     return lines
+
+
+def fields_of(rows_with: Mapping[str, int]) -> dict[str, int]:
+    """Returns the fields of messages and `tools` that rows have, with their numbers of rows."""
+    found = {n.removeprefix(FIELD): c for n, c in rows_with.items() if n.startswith(FIELD)}
+    return found | ({"tools": rows_with[TOOLS]} if TOOLS in rows_with else {})
+
+
+def unwritten(rows_with: Mapping[str, int], written: Iterable[str]) -> tuple[list[str], list[str]]:
+    """Returns warnings and remarks about fields of messages that the chat template leaves out.
+
+    `written` are the names that it writes. Raises ValueError where it leaves out tool calls that
+    are whole answers.
+    """
+    missing = {n: c for n, c in fields_of(rows_with).items() if n not in set(written)}
+    if "tool_calls" in missing and (rows := rows_with.get(ONLY_CALLS)):
+        raise ValueError(
+            f"the answers of {rows:,} rows are tool calls alone, and the chat template writes none "
+            "of them: give a template for tools with --chat_template_path, or leave the rows out"
+        )
+    learned = [f"{n} ({c:,} rows)" for n, c in missing.items() if n in _LEARNED]
+    others = [f"{n} ({c:,} rows)" for n, c in missing.items() if n not in _LEARNED]
+    warnings = [f"the chat template does not write {', '.join(learned)}"] if learned else []
+    remarks = [f"fields that the chat template does not write: {', '.join(others)}"]
+    return warnings, remarks if others else []

@@ -9,8 +9,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from sftlab.data.row_notes import count_notes
+from sftlab.data.sequence_facts import joined
 from sftlab.data.splits import dropped_facts, refuse_empty
 from sftlab.data.tokenized_dataset import (
     FORMAT,
@@ -108,15 +110,9 @@ def finish(
     }
     if bad := sum(record["bad"] for record in records):
         facts["bad_rows_left_out"] = bad
-    limit = settings["max_length"] or np.iinfo(np.int32).max
-    tokenized: dict[str, dict[str, int]] = {}
-    for name, tokens in counted.lengths.items():
-        tokenized[name] = {
-            "kept": len(tokens),
-            "dropped": rows[name] - len(tokens),
-            "cut": int((tokens > limit).sum()),
-            "tokens": int(np.minimum(tokens, limit).sum()),
-        }
+    tokenized: dict[str, dict[str, int]] = {
+        name: joined(record["tokenized"][name] for record in records) for name in SPLITS[:2]
+    }
     tokenized["test"] = {"kept": rows["test"]}
     manifest["control_marks"] = sum(record["control_marks"] for record in records)
     manifest |= {"facts": facts, "tokenized": tokenized, "shards": records}
@@ -146,8 +142,9 @@ def _count(folder: Path, records: list[dict[str, Any]]) -> _Counted:
             rows[name] += int((split == index).sum())
             digests[name].update("".join(hashes[split == index]).encode())
         for index, name in enumerate(SPLITS[:2]):
-            used = table.filter((split == index) & table["kept"].to_numpy())
-            lengths[name].append(used["tokens"].to_numpy())
+            used = table.filter(split == index)
+            tokens, kept = (pc.list_flatten(used[column]) for column in ("tokens", "kept"))
+            lengths[name].append(tokens.filter(kept).to_numpy())
     return _Counted(
         rows,
         {name: digest.hexdigest()[:16] for name, digest in digests.items()},

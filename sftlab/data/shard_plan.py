@@ -7,13 +7,15 @@ from typing import TYPE_CHECKING, Any
 from datasets import Dataset
 
 from sftlab.data.batch_encoder import Encoder
+from sftlab.data.converter import Converter
 from sftlab.data.loss_check import ROWS_LOOKED_AT, look_at_loss
 from sftlab.data.model_limits import positions_of, refuse_unknown_tokens
-from sftlab.data.row_notes import count_notes, unused_columns
-from sftlab.data.shard_writer import convert_counting, place_of, refuse_rendering
+from sftlab.data.row_notes import count_notes, fields_of, unused_columns, unwritten
+from sftlab.data.shard_writer import conversations, convert_counting, place_of, refuse_rendering
 from sftlab.data.sources import read_source
-from sftlab.data.splits import Converter, is_typed
+from sftlab.data.splits import is_typed
 from sftlab.data.template_errors import TEMPLATE_ERRORS, rendering_limit
+from sftlab.data.template_facts import fields_written
 from sftlab.data.tokenized_dataset import backend_text, encoding_settings
 
 if TYPE_CHECKING:
@@ -30,6 +32,7 @@ _DATA_FIELDS = (
     "dataset_train_split",
     "dataset_fraction",
     "split_fractions",
+    "loss_on",
 )
 
 
@@ -53,6 +56,11 @@ def plan_shards(
         raise ValueError(
             "a stream cannot be cut into shards: leave dataset_streaming out of the recipe"
         )
+    if not tokenizer.is_fast:
+        raise ValueError(
+            f"{type(tokenizer).__name__} is not a fast tokenizer: give sft.py the data set itself, "
+            "which it tokenizes before it trains"
+        )
     settings = encoding_settings(tokenizer, training)
     rows, data_format, rows_there = read_source(data)
     if not rows.cache_files:
@@ -72,7 +80,7 @@ def plan_shards(
         "template": tokenizer.get_chat_template(),
         "special_tokens": tokenizer.special_tokens_map,
     }
-    convert = Converter(data_format, tuple(data.split_fractions), data.dataset_name)
+    convert = Converter(data_format, tuple(data.split_fractions), data.dataset_name, data.loss_on)
     first = _probe(rows, convert, tokenizer, encoder, max_bad_rows)
     settings["loss_warnings"] = _look(tokenizer, first, settings["completion_only_loss"], config)
     settings["embeddings"] = config and config.get_text_config().vocab_size
@@ -109,17 +117,17 @@ def _probe(
     counted = {"bad": 0, "first_bad": None}
     first = convert_counting(convert, rows[:PROBED_ROWS], 0, counted)
     refuse_bad_rows(counted, len(rows), max_bad_rows)
-    rendered = [i for i, split in enumerate(first["split"]) if split >= 0]
-    texts = [[first[name][i] for i in rendered] for name in ("prompt", "completion")]
+    texts = [one for _, one in conversations(first)]
     try:
         with rendering_limit("some rows"):
-            Encoder(tokenizer.backend_tokenizer, **encoder).refuse(*texts)
+            Encoder(tokenizer.backend_tokenizer, **encoder).refuse(texts)
     except TEMPLATE_ERRORS:
         refuse_rendering(
             rows[:PROBED_ROWS], 0, convert, Encoder(tokenizer.backend_tokenizer, **encoder)
         )
+        raise
     joined, plain = (
-        list(Encoder(tokenizer.backend_tokenizer, **encoder, shortcut=shortcut)(*texts))
+        list(Encoder(tokenizer.backend_tokenizer, **encoder, shortcut=shortcut)(texts))
         for shortcut in (True, False)
     )
     assert joined == plain, "the encoder's shortcut does not hold for this tokenizer"
@@ -137,11 +145,11 @@ def _look(
         refuse_unknown_tokens(tokenizer, config)
     if not masked:
         return []
-    train = [i for i, split in enumerate(first["split"]) if split == 0][:ROWS_LOOKED_AT]
-    rows = [{name: first[name][i] for name in ("prompt", "completion")} for i in train]
+    train = [one for split, one in conversations(first) if split == 0][:ROWS_LOOKED_AT]
     ends = None if config is None else config.get_text_config().eos_token_id
     with_ = count_notes((notes, 1) for notes in first["notes"])["rows_with"]
-    return look_at_loss(tokenizer, rows, with_, ends)
+    missing, _ = unwritten(with_, fields_written(tokenizer, fields_of(with_)))
+    return look_at_loss(tokenizer, train, with_, ends) + missing
 
 
 def _source_hash(name: str, rows: Dataset) -> str:

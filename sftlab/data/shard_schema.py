@@ -58,8 +58,10 @@ _RECORD = {
     "bad": COUNT,
     "first_bad": TEXT.or_null(),
     "notes": _COUNTS,
-    "without_turn": list_of(TEXT),
+    "without_turn": list_of(COUNT),
     "control_marks": COUNT,
+    "tokenized.train": _COUNTS,
+    "tokenized.validation": _COUNTS,
     "files": _FILES,
 }
 

@@ -4,7 +4,7 @@ import json
 import os
 import pickle
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from datetime import date
 from functools import lru_cache
 from itertools import chain
@@ -17,7 +17,9 @@ from datasets import Dataset
 from tokenizers import Tokenizer
 
 from sftlab.data.batch_encoder import Encoder
-from sftlab.data.splits import COLUMNS, NO_TURN, Converter, opening_key
+from sftlab.data.converter import COLUMNS, NO_TURN, TEST, TEXT_COLUMNS, Converter
+from sftlab.data.messages import Conversation
+from sftlab.data.sequence_facts import Cut, count, cut_sequences
 from sftlab.data.template_errors import (
     TEMPLATE_ERRORS,
     is_of_template,
@@ -66,7 +68,10 @@ def tokenize_shard(folder: str, number: int, place: bytes, first: int) -> dict[s
             "folder"
         )
     convert = Converter(
-        settings["dataset_shape"], tuple(settings["split_fractions"]), settings["dataset_name"]
+        settings["dataset_shape"],
+        tuple(settings["split_fractions"]),
+        settings["dataset_name"],
+        settings["loss_on"],
     )
     record: dict[str, Any] = {
         "number": number,
@@ -77,6 +82,7 @@ def tokenize_shard(folder: str, number: int, place: bytes, first: int) -> dict[s
         "without_turn": [],
         "control_marks": 0,
     }
+    made: dict[str, list[Cut]] = {name: [] for name in SPLITS[:TEST]}
     writers = {kind: _Writer(Path(folder) / file_name(kind, number), kind) for kind in SCHEMAS}
     for start in range(0, len(rows), ROWS_AT_ONCE):
         batch = rows[start : start + ROWS_AT_ONCE]
@@ -84,11 +90,15 @@ def tokenize_shard(folder: str, number: int, place: bytes, first: int) -> dict[s
         _note(converted, record, encoder.marks)
         try:
             with rendering_limit("some rows"):
-                _encode(converted, encoder, settings, writers)
+                for name, cut in _encode(converted, encoder, settings, writers):
+                    made[name].append(cut._replace(ids=[], spans=[]))
         except TEMPLATE_ERRORS as error:
             if isinstance(error, TooSlow) or is_of_template(error):
                 refuse_rendering(batch, first + start, convert, encoder)
             raise
+    record["tokenized"] = {
+        name: count(*_columns(cut), settings["max_length"]) for name, cut in made.items()
+    }
     record["files"] = {
         writer.path.name: facts for writer in writers.values() if (facts := writer.close())
     }
@@ -130,10 +140,9 @@ def refuse_rendering(
     for offset in range(len(next(iter(batch.values())))):
         row = {name: values[offset : offset + 1] for name, values in batch.items()}
         one = convert_counting(convert, row, first + offset, {"bad": 0, "first_bad": None})
-        used = [i for i, split in enumerate(one["split"]) if split >= 0]
         try:
             with rendering_limit("it"):
-                encoder.refuse(*([one[name][i] for i in used] for name in ("prompt", "completion")))
+                encoder.refuse([read for _, read in conversations(one)])
         except TEMPLATE_ERRORS as error:
             raise ValueError(
                 f"row {first + offset} of {convert.name}: the chat template refuses it: "
@@ -142,21 +151,28 @@ def refuse_rendering(
             ) from error
 
 
+def conversations(converted: dict[str, list]) -> list[tuple[int, Conversation]]:
+    """Returns the converted rows that are in a split: the split's number, and the conversation."""
+    rows = [
+        dict(zip(converted, values, strict=True))
+        for values in zip(*converted.values(), strict=True)
+    ]
+    return [(row["split"], Conversation.from_row(row)) for row in rows if row["split"] >= 0]
+
+
 def _note(
     converted: dict[str, list], record: dict[str, Any], marks: re.Pattern[str] | None
 ) -> None:
     """Count the rows' notes and control marks, and keep the numbers of rows without an answer."""
-    for notes, split, row_hash in zip(
-        converted["notes"], converted["split"], converted["row_hash"], strict=True
+    for notes, split, number in zip(
+        converted["notes"], converted["split"], converted["conversation"], strict=True
     ):
         if notes:
             record["notes"][notes] = record["notes"].get(notes, 0) + 1
         if split == NO_TURN:
-            record["without_turn"].append(row_hash)
+            record["without_turn"].append(number)
     if marks is not None:
-        for prompt, completion in zip(converted["prompt"], converted["completion"], strict=True):
-            texts = (message["content"] for message in (*prompt, *completion))
-            record["control_marks"] += any(map(marks.search, texts))
+        record["control_marks"] += sum(map(bool, map(marks.search, converted["messages"])))
 
 
 def _encode(
@@ -164,47 +180,46 @@ def _encode(
     encoder: Encoder,
     settings: Mapping[str, Any],
     writers: Mapping[str, "_Writer"],
-) -> None:
-    limit, at_end = settings["max_length"], settings["truncation_mode"] == "keep_end"
-    tested = [i for i, split in enumerate(rows["split"]) if split == SPLITS.index("test")]
-    encoder.refuse(*([rows[name][i] for i in tested] for name in ("prompt", "completion")))
-    trained = [i for i, split in enumerate(rows["split"]) if split in (0, 1)]
-    encoded = encoder(
-        [rows["prompt"][i] for i in trained], [rows["completion"][i] for i in trained]
-    )
+) -> Iterator[tuple[str, Cut]]:
+    """Encode and write a batch of converted rows. Yields the sequences of train and validation."""
+    read = conversations(rows)
+    encoder.refuse([one for split, one in read if split == TEST])
+    encoded = encoder([one for split, one in read if split != TEST])
     for index, split in enumerate(rows["split"]):
-        row = {name: rows[name][index] for name in ("prompt", "completion", "row_hash")}
-        row |= {"split": split, "tokens": None, "kept": split == 2}
-        if split in (0, 1):
-            ids, masked = next(encoded)
-            if settings.get("embeddings") and max(ids, default=0) >= settings["embeddings"]:
-                raise ValueError(
-                    f"a row has the token id {max(ids)}, and the model has "
-                    f"{settings['embeddings']} embeddings: its tokenizer belongs to another model, "
-                    f"or tokens were added without resizing the embedding "
-                    f"({row['completion'][0]['content']!r:.60})"
-                )
-            masked = masked if settings["completion_only_loss"] else 0
-            row["tokens"] = len(ids)
-            if limit is not None and len(ids) > limit:
-                masked = max(0, masked - (len(ids) - limit)) if at_end else min(masked, limit)
-                ids = ids[-limit:] if at_end else ids[:limit]
-            # trl drops rows without a token in the loss after it has truncated them
-            row["kept"] = limit is None or masked < len(ids)
-            if row["kept"] and len(ids) > settings.get("positions", len(ids)):
-                raise ValueError(
-                    f"a row has {len(ids):,} tokens, and the model has {settings['positions']:,} "
-                    f"positions: pass --max_length {settings['positions']} or less "
-                    f"({row['completion'][0]['content']!r:.60})"
-                )
-            row |= {
-                "input_ids": ids,
-                "prompt_length": masked,
-                "opening": opening_key(row["prompt"]),
-            }
-        writers["rows"].add(row)
-        if split >= 0:
-            writers[SPLITS[split]].add(row)
+        row = {name: rows[name][index] for name in (*TEXT_COLUMNS, "row_hash", "split")}
+        cut = cut_sequences(next(encoded), settings) if split in (0, 1) else []
+        _refuse_beyond_model(cut, settings, row["messages"])
+        kept = [one.loss_kept > 0 for one in cut]
+        writers["rows"].add(row | {"tokens": [one.tokens for one in cut], "kept": kept}, True)
+        if split == TEST:
+            writers["test"].add(row, True)
+        for one in cut:
+            sequence = {"input_ids": one.ids, "spans": one.spans, "opening": row["opening"]}
+            writers[SPLITS[split]].add(sequence, one.loss_kept > 0)
+            yield SPLITS[split], one
+
+
+def _columns(cut: list[Cut]) -> tuple[np.ndarray, ...]:
+    columns = ("tokens", "loss_tokens", "loss_kept", "part")
+    return tuple(np.array([getattr(one, name) for one in cut], np.int64) for name in columns)
+
+
+def _refuse_beyond_model(cut: list[Cut], settings: Mapping[str, Any], messages: str) -> None:
+    """Raise ValueError for sequences that the model cannot take."""
+    embeddings, positions = settings.get("embeddings"), settings.get("positions")
+    largest = max((max(one.ids, default=0) for one in cut), default=0)
+    if embeddings and largest >= embeddings:
+        raise ValueError(
+            f"a row has the token id {largest}, and the model has {embeddings} embeddings: its "
+            "tokenizer belongs to another model, or tokens were added without resizing the "
+            f"embedding ({messages:.80})"
+        )
+    longest = max((len(one.ids) for one in cut if one.loss_kept), default=0)
+    if positions and longest > positions:
+        raise ValueError(
+            f"a row has {longest:,} tokens, and the model has {positions:,} positions: pass "
+            f"--max_length {positions} or less ({messages:.80})"
+        )
 
 
 @lru_cache(maxsize=1)
@@ -224,15 +239,17 @@ class _Writer:
 
     def __init__(self, path: Path, kind: str) -> None:
         self.path, self._part, self._schema = path, part_of(path), SCHEMAS[kind]
-        self._in_order = "kept" in self._schema.names
         self._waiting: list[dict[str, Any]] = []
         self._dropped: list[dict[str, Any]] = []
         self._items = self._rows = self._kept = 0
         self._stream: pa.RecordBatchStreamWriter | None = None
 
-    def add(self, row: dict[str, Any]) -> None:
-        """Add a row, and write the gathered rows when there are enough."""
-        if not row["kept"] and not self._in_order:
+    def add(self, row: dict[str, Any], kept: bool) -> None:
+        """Add a row, and write the gathered rows when there are enough.
+
+        Those that are not kept come last.
+        """
+        if not kept:
             self._dropped.append(row)
             return
         self._kept += 1
@@ -256,8 +273,7 @@ class _Writer:
 
     def _gather(self, row: dict[str, Any]) -> None:
         self._waiting.append(row)
-        text = row["completion"][0]["content"] if row["completion"] else ""
-        self._items += row["tokens"] or len(text)
+        self._items += len(row["input_ids"] if "input_ids" in row else row["messages"])
         if len(self._waiting) >= ROWS_A_BATCH or self._items >= ITEMS_A_BATCH:
             self._write()
 

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import re
+from collections.abc import Iterable
 from datetime import datetime
 from types import SimpleNamespace
 from typing import Any
@@ -43,16 +44,21 @@ _FIELDS: dict[str, Any] = {
     "thinking": REASONING,
     "tool_calls": [{"type": "function", "function": {"name": "clock_of", "arguments": {}}}],
 }
+# a field that no list here names
+_ANY = "Zebu."
 
 
-def template_facts(tokenizer: PreTrainedTokenizerBase, source: str) -> dict[str, Any]:
+def template_facts(
+    tokenizer: PreTrainedTokenizerBase, source: str, fields: Iterable[str] = ()
+) -> dict[str, Any]:
     """Returns what must not change between starts of a run: template, rendered probes, day.
 
-    `writes` names the fields and columns that the template would write. Raises ValueError for a
-    template that is not valid, reads the time of day, draws at random, or takes too long.
+    `writes` names the fields of messages, among the known ones and `fields`, that the template
+    writes, and whether it writes tools. Raises ValueError for a template that is not valid, reads
+    the time of day, draws at random, or takes too long.
     """
     facts = {"source": source, "hash": template_hash(tokenizer)} | rendered_facts(tokenizer)
-    return facts | {"writes": _writes(tokenizer)}
+    return facts | {"writes": fields_written(tokenizer, fields)}
 
 
 def rendered_facts(tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
@@ -113,15 +119,21 @@ def _render(tokenizer: PreTrainedTokenizerBase, messages: list[Any], **kwargs: A
         return f"refused: {reason(error)}"
 
 
-def _writes(tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    question, answer = _QUESTION, {"role": "assistant", "content": ANSWER}
-    plain = _render(tokenizer, [question, answer])
-    found = [
-        name
-        for name, value in _FIELDS.items()
-        if _differs(plain, _render(tokenizer, [question, answer | {name: value}]))
-    ]
-    if _differs(plain, _render(tokenizer, [question, answer], tools=[CLOCK])):
+def fields_written(tokenizer: PreTrainedTokenizerBase, fields: Iterable[str]) -> list[str]:
+    """Returns which of the known fields and `fields` the template writes, and `tools`."""
+    answer = {"role": "assistant", "content": ANSWER}
+    call = answer | {"tool_calls": _FIELDS["tool_calls"]}
+    result = {"role": "tool", "content": "Nine."}
+    # a field may be the answer's or the result's of a tool
+    chats = [[_QUESTION, answer], [_QUESTION, call, result]]
+    plain = [_render(tokenizer, chat) for chat in chats]
+    found = []
+    for name in dict.fromkeys([*_FIELDS, *fields]):
+        value = _FIELDS.get(name, _ANY)
+        with_it = [[*chat[:-1], chat[-1] | {name: value}] for chat in chats]
+        if any(map(_differs, plain, (_render(tokenizer, chat) for chat in with_it))):
+            found.append(name)
+    if "tools" not in found and _differs(plain[0], _render(tokenizer, chats[0], tools=[CLOCK])):
         found.append("tools")
     return found
 

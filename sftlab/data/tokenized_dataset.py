@@ -4,13 +4,15 @@ NAME/
   manifest.json           settings that decide the ids, facts, and each shard's rows, sizes, SHA-256
   tokenizer.json          the tokenizer's backend, for workers
   shard-00000.json        a shard's record, written last; without it the shard does not count
-  train-00000.arrow       input_ids, prompt_length (tokens out of the loss), opening
-  validation-00000.arrow  the same, with prompt and completion as text
-  test-00000.arrow        prompt and completion as text, which the evaluations encode
-  rows-00000.arrow        for each row, in order: split, row_hash, tokens before truncation, kept
+  train-00000.arrow       input_ids, spans (start and length of each run of tokens in the loss),
+                          opening
+  validation-00000.arrow  the same
+  test-00000.arrow        conversations as text, which the evaluations encode
+  rows-00000.arrow        for each row, in order: split, row_hash, and of each of its sequences the
+                          tokens before truncation and whether it is kept
 
-A shard is a range of the source's rows. In its files the rows that training uses come first, in
-order. Rows without a response token within max_length, which trl drops, come after them.
+A shard is a range of the source's rows. In its files the sequences that training uses come first,
+in order. Those without a token in the loss within max_length, which trl drops, come after them.
 """
 
 import hashlib
@@ -22,9 +24,11 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 from datasets import Dataset, concatenate_datasets
+from datasets.fingerprint import Hasher
 
 from sftlab.data.shard_schema import check_manifest, check_record
 from sftlab.data.template_facts import rendered_facts
+from sftlab.data.token_sequence import labels_of
 from sftlab.files import file_hash
 from sftlab.schema import read_object
 
@@ -34,29 +38,37 @@ if TYPE_CHECKING:
     from sftlab.config.recipe import DataArguments, TrainingArguments
 
 SPLITS = ("train", "validation", "test")
-FORMAT = 1
+FORMAT = 2
 MANIFEST = "manifest.json"
-_IDS = [
-    ("input_ids", pa.list_(pa.int32())),
-    ("prompt_length", pa.int32()),
-    ("opening", pa.uint64()),
+_LIST = pa.list_(pa.int32())
+_IDS = [("input_ids", _LIST), ("spans", _LIST), ("opening", pa.int64())]
+_TEXT = [
+    ("messages", pa.string()),
+    ("tools", pa.string()),
+    ("answers", _LIST),
+    ("opening", pa.int64()),
+    ("conversation", pa.int64()),
 ]
-_MESSAGES = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
-_TEXT = [("prompt", _MESSAGES), ("completion", _MESSAGES)]
 _ROWS = [
     ("split", pa.int8()),
     ("row_hash", pa.string()),
-    ("tokens", pa.int32()),
-    ("kept", pa.bool_()),
+    ("tokens", _LIST),
+    ("kept", pa.list_(pa.bool_())),
 ]
 SCHEMAS = {
     "train": pa.schema(_IDS),
-    "validation": pa.schema(_IDS + _TEXT),
+    "validation": pa.schema(_IDS),
     "test": pa.schema(_TEXT),
     "rows": pa.schema(_ROWS),
 }
 # settings that `open_tokens` compares, and words for the other settings
-_OF_THE_DATA = ("dataset_config", "dataset_train_split", "dataset_fraction", "split_fractions")
+_OF_THE_DATA = (
+    "dataset_config",
+    "dataset_train_split",
+    "dataset_fraction",
+    "split_fractions",
+    "loss_on",
+)
 _WORDS = {
     "template": "another chat template (hash {})",
     "tokenizer": "another tokenizer (hash {})",
@@ -80,7 +92,8 @@ def read_manifest(folder: str | os.PathLike) -> dict[str, Any]:
     manifest = read_object(path)
     if manifest.get("format") != FORMAT:
         raise ValueError(
-            f"{path} is not the manifest of a tokenized data set of format {FORMAT}: tokenize again"
+            f"{path} is not the manifest of a tokenized data set of format {FORMAT} (its format is "
+            f"{manifest.get('format')}): tokenize again into another folder"
         )
     check_manifest(manifest, str(path))
     return manifest
@@ -89,24 +102,13 @@ def read_manifest(folder: str | os.PathLike) -> dict[str, Any]:
 def encoding_settings(
     tokenizer: "PreTrainedTokenizerBase", training: "TrainingArguments"
 ) -> dict[str, Any]:
-    """Returns the settings that decide a row's ids and mask.
-
-    Raises ValueError for a tokenizer without a fast backend, and for a mask other than the
-    completion's.
-    """
-    if not tokenizer.is_fast:
-        raise ValueError(
-            f"{type(tokenizer).__name__} is not a fast tokenizer: give sft.py the data set itself, "
-            "which it tokenizes while it trains"
-        )
-    if training.assistant_only_loss:
-        raise ValueError("assistant_only_loss needs the text: give sft.py the data set itself")
+    """Returns the settings that decide a row's ids and mask."""
     template = tokenizer.get_chat_template()
     settings = {
         "template": _hash(template),
         "tokenizer": _hash(
             json.dumps(tokenizer.special_tokens_map, sort_keys=True, default=str),
-            backend_text(tokenizer),
+            backend_text(tokenizer) if tokenizer.is_fast else Hasher.hash(tokenizer),
         ),
         "max_length": training.max_length,
         "truncation_mode": training.truncation_mode,
@@ -198,26 +200,17 @@ def _open_split(folder: Path, manifest: Mapping[str, Any], split: str) -> Datase
 
 
 class WithLabels:
-    """Turns tokenized rows into `input_ids` and `labels`, which are -100 on the prompt."""
+    """Turns tokenized rows into `input_ids` and `labels`, which are -100 out of the loss."""
 
     def __call__(self, batch: dict[str, list]) -> dict[str, list]:
-        labels = [
-            [-100] * n + ids[n:]
-            for ids, n in zip(batch["input_ids"], batch["prompt_length"], strict=True)
-        ]
-        return {"input_ids": batch["input_ids"], "labels": labels}
+        labels = map(labels_of, batch["input_ids"], batch["spans"])
+        return {"input_ids": batch["input_ids"], "labels": list(labels)}
 
 
-def training_rows(
-    rows: Dataset, manifest: Mapping[str, Any], split: str, seed: int | None = None
-) -> Dataset:
-    """Returns the rows of a split that trl would train on.
-
-    With a `seed` they are shuffled as `shuffle_dataset` does it.
-    """
+def training_rows(rows: Dataset, manifest: Mapping[str, Any], split: str) -> Dataset:
+    """Returns the rows of a split that trl would train on."""
     kept = rows.select(range(manifest["tokenized"][split]["kept"]))
-    kept = kept if seed is None else kept.shuffle(seed=seed)
-    return kept.select_columns(["input_ids", "prompt_length"]).with_transform(WithLabels())
+    return kept.select_columns(["input_ids", "spans"]).with_transform(WithLabels())
 
 
 def file_name(kind: str, number: int) -> str:

@@ -1,15 +1,18 @@
 """The rows that a run is judged on: its test split, or another data set."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from sftlab.config.recipe import DataArguments
-from sftlab.data.chat_template import encode, prompt_ids
-from sftlab.data.splits import Splits, load_splits, opening_key
+from sftlab.data.chat_template import encoder_of, prompt_ids
+from sftlab.data.converter import turn_of
+from sftlab.data.messages import Conversation, Message
+from sftlab.data.splits import Splits, load_splits
 from sftlab.data.template_errors import TEMPLATE_ERRORS, reason, rendering_limit
+from sftlab.data.token_sequence import TokenSequence, labels_of
 from sftlab.schema import BOOLEAN, COUNT, NUMBER, TEXT, check, list_of
 
 # what reading the run's data again takes from run.json
@@ -29,7 +32,7 @@ _NEEDED = {
 
 
 class HeldOut(NamedTuple):
-    """Held-out rows (columns prompt and completion) and their facts for the records.
+    """Held-out rows, converted, of one answer each, and their facts for the records.
 
     `unchecked` says what could not be checked, if anything.
     """
@@ -42,7 +45,8 @@ class HeldOut(NamedTuple):
 class ScoredRows(NamedTuple):
     """The rows that are scored, longest prompt first.
 
-    Each has its number in the held-out set, its text, its token ids and its prompt's token ids.
+    Each has its number in the held-out set, its text (prompt, completion, reference, tools, and the
+    number of its conversation), its token ids and its prompt's token ids.
     """
 
     numbers: list[int]
@@ -117,24 +121,29 @@ def select(
     Raises ValueError where there is none.
     """
     test = dataset.rows.select(range(min(samples or len(dataset.rows), len(dataset.rows))))
+    encoder = encoder_of(tokenizer, shortcut=False)
     chosen, cut, no_room, no_response = [], 0, 0, 0
-    for number, row in enumerate(test):
+    for number, converted in enumerate(test):
+        row = turn_of(converted)
         try:
             with rendering_limit("it"):
-                kept = encode(tokenizer, row, max_length, truncation_mode)
-                whole, prompt = encode(tokenizer, row, None), prompt_ids(tokenizer, row["prompt"])
+                ((whole,),) = encoder([Conversation.from_row(converted)])
+                prompt = prompt_ids(tokenizer, row["prompt"], row["tools"])
         except TEMPLATE_ERRORS as error:
             raise ValueError(
                 f"row {number} of {dataset.facts['dataset']}: the chat template refuses it: "
                 f"{reason(error)}"
             ) from error
-        if all(label == -100 for label in kept["labels"]):
+        kept = whole.cut(max_length, truncation_mode)
+        if not kept.spans:
             no_response += 1
         elif len(prompt) > longest_prompt:
             no_room += 1
         else:
-            cut += len(kept["labels"]) < len(whole["labels"])
-            chosen.append((number, row, kept, prompt))
+            cut += len(kept.ids) < len(whole.ids)
+            encoded = {"input_ids": kept.ids, "labels": labels_of(kept.ids, kept.spans)}
+            row["reference"] = _reference(tokenizer, row["completion"][0], whole)
+            chosen.append((number, row, encoded, prompt))
     if not chosen:
         raise ValueError(
             f"none of {len(test)} rows can be scored: {no_response} have no response token within "
@@ -150,7 +159,17 @@ def select(
     return ScoredRows(*map(list, zip(*chosen, strict=True)), counts)
 
 
+def _reference(tokenizer: PreTrainedTokenizerBase, answer: Message, whole: TokenSequence) -> str:
+    """Returns the text that a model should write: of calls and thoughts, what the template does."""
+    if answer.keys() <= {"role", "content"}:
+        return answer["content"].strip()
+    (start, length) = whole.spans[:2]
+    return tokenizer.decode(whole.ids[start : start + length], skip_special_tokens=True).strip()
+
+
 def _load(fields: dict[str, Any]) -> Splits:
+    # earlier versions trained on a row for each answer
+    fields = {"loss_on": "completion"} | fields
     return load_splits(
         DataArguments(
             **{name: fields[name] for name in DataArguments.__dataclass_fields__ if name in fields}
@@ -159,15 +178,10 @@ def _load(fields: dict[str, Any]) -> Splits:
 
 
 def _refuse_overlap(rows: Dataset, splits: Splits, origin: str) -> None:
-    seen = {key for part in (splits.train, splits.validation) for key in _opening_keys(part)}
-    known = [index for index, prompt in enumerate(rows["prompt"]) if opening_key(prompt) in seen]
+    seen = {key for part in (splits.train, splits.validation) for key in part["opening"]}
+    known = [index for index, key in enumerate(rows["opening"]) if key in seen]
     if known:
         raise ValueError(
             f"{len(known)} of {len(rows)} rows of {origin} ask what the run was trained or "
             f"validated on (the first is row {known[0]}): a score on them would mean nothing"
         )
-
-
-def _opening_keys(rows: Dataset) -> Iterable[int]:
-    # tokenized rows have the key in a column
-    return rows["opening"] if "opening" in rows.column_names else map(opening_key, rows["prompt"])

@@ -43,7 +43,7 @@ def score_rows(
     rows: ScoredRows, nll: dict[str, Likelihood], answers: AnswerFile, bleu: Bleu
 ) -> list[dict[str, Any]]:
     """Returns one record per row, in the order of the held-out set."""
-    references = [row["completion"][0]["content"].strip() for row in rows.rows]
+    references = [row["reference"] for row in rows.rows]
     scored = {}
     for side in SIDES:
         found = [answers.found[side, number] for number in rows.numbers]
@@ -57,6 +57,7 @@ def score_rows(
     records = [
         {
             "row": number,
+            "conversation": row["conversation"],
             "prompt": row["prompt"],
             "reference": reference,
             "base": base,

@@ -6,7 +6,7 @@ resampled as a corpus score.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -44,15 +44,19 @@ def with_counts(values: np.ndarray) -> np.ndarray:
 
 
 def compare(
-    scores: dict[str, Paired], resamples: int = RESAMPLES, seed: int = 0
+    scores: dict[str, Paired],
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+    clusters: Sequence[int] | None = None,
 ) -> dict[str, dict[str, Any]]:
     """Returns each score's values, difference (tuned - base), 95 % intervals and p-value.
 
     Rows are drawn with replacement, the same ones for both models and for every score (paired
-    percentile bootstrap; Efron and Tibshirani 1993, chapter 13). The p-value of 'no difference' is
-    two-sided and counts the observed sample (Davison and Hinkley 1997, equation 4.11). Below
-    FEW_ROWS rows a bootstrap is too sure; p then comes from exchanging the two models row by row
-    (Noreen 1989). Raises ValueError where scores differ in their number of rows, or have none.
+    percentile bootstrap; Efron and Tibshirani 1993, chapter 13). `clusters` says which rows are
+    drawn together, such as the turns of a conversation (Davison and Hinkley 1997, section 3.8). The
+    p-value of 'no difference' is two-sided and counts the observed sample (equation 4.11 there).
+    Below FEW_ROWS rows a bootstrap is too sure; p then comes from exchanging the two models row by
+    row (Noreen 1989). Raises ValueError where scores differ in their number of rows, or have none.
     """
     parts = {
         name: (np.asarray(s.base, float), np.asarray(s.tuned, float)) for name, s in scores.items()
@@ -63,6 +67,9 @@ def compare(
     count = rows.pop()
     if count == 0:
         raise ValueError("nothing to compare: no rows")
+    if clusters is not None:
+        parts = {name: tuple(_summed(p, clusters) for p in pair) for name, pair in parts.items()}
+        count = len(np.unique(clusters))
     # equal rows are drawn together: right and wrong answers make four kinds of rows at most
     everything = np.hstack([part for pair in parts.values() for part in pair])
     _, first, sizes = np.unique(everything, axis=0, return_index=True, return_counts=True)
@@ -83,6 +90,14 @@ def compare(
         for name, pair in parts.items():
             found[name]["p_value"] = _exchanged(scores[name].score, *pair, swaps)
     return found
+
+
+def _summed(part: np.ndarray, clusters: Sequence[int]) -> np.ndarray:
+    """Returns the sums [clusters, k] of a score's parts [rows, k]."""
+    names, place = np.unique(clusters, return_inverse=True)
+    sums = np.zeros((len(names), part.shape[1]))
+    np.add.at(sums, place, part)
+    return sums
 
 
 def _swaps(rows: int, resamples: int, rng: np.random.Generator) -> np.ndarray:

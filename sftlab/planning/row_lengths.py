@@ -9,11 +9,12 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from sftlab.config.recipe import Recipe
-from sftlab.data.chat_template import encode, set_template
+from sftlab.data.chat_template import encoder_of, set_template
 from sftlab.data.collator import TOKENS_MULTIPLE
+from sftlab.data.converter import Converter
+from sftlab.data.messages import Conversation
 from sftlab.data.samplers import row_lengths
 from sftlab.data.sources import read_source
-from sftlab.data.splits import Converter
 from sftlab.data.tokenized_dataset import SPLITS, is_tokenized, open_tokens
 
 # Rows of a data set that are read for their lengths.
@@ -88,18 +89,19 @@ def _sampled(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> RowLengths:
     data, training = recipe.data, recipe.training
     source, shape, _ = read_source(data)
     picked = np.unique(np.linspace(0, len(source) - 1, SAMPLE).astype(int))
-    convert = Converter(shape, tuple(data.split_fractions), str(data.dataset_name))
-    rows = convert(source[picked], picked.tolist())
+    name = str(data.dataset_name)
+    convert = Converter(shape, tuple(data.split_fractions), name, data.loss_on)
+    made = convert(source[picked], picked.tolist())
     set_template(tokenizer, training.chat_template_path)
-    train = [i for i, split in enumerate(rows["split"]) if split == SPLITS.index("train")]
-    pairs = ({"prompt": rows["prompt"][i], "completion": rows["completion"][i]} for i in train)
-    lengths = np.array(
-        [len(encode(tokenizer, pair, training.max_length)["input_ids"]) for pair in pairs]
-    )
+    rows = [dict(zip(made, values, strict=True)) for values in zip(*made.values(), strict=True)]
+    train = [row for row in rows if row["split"] == SPLITS.index("train")]
+    encoded = encoder_of(tokenizer)([Conversation.from_row(row) for row in train])
+    limit = training.max_length or np.iinfo(np.int64).max
+    lengths = np.array([min(len(one.ids), limit) for made in encoded for one in made])
     if not len(lengths):
         raise ValueError(
             f"none of {len(picked)} rows of {data.dataset_name} is a training row: see "
             "split_fractions"
         )
-    count = round(len(source) * len(train) / len(picked))
-    return of_lengths(lengths, count, f"{len(train)} of its rows")
+    count = round(len(source) * len(lengths) / len(picked))
+    return of_lengths(lengths, count, f"{len(lengths)} of its rows")

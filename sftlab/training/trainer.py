@@ -6,6 +6,7 @@ Batches, order and loss are SFTTrainer's.
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
+from copy import copy
 from functools import partial
 from typing import Any
 
@@ -22,9 +23,9 @@ from trl import get_peft_config
 from sftlab.config.launch import PRECISIONS, Launch
 from sftlab.config.recipe import Recipe
 from sftlab.data.collator import Collator, for_the_model
+from sftlab.data.encoded_rows import encode_splits
 from sftlab.data.samplers import BalancedSampler, WholeBatches, row_lengths, whole_batches
 from sftlab.data.splits import Splits
-from sftlab.data.tokenized_dataset import refuse_other_encoding, training_rows
 from sftlab.fastpath import fused_loss, varlen_attention
 from sftlab.fastpath.compile_layers import compile_layers
 from sftlab.fastpath.float8 import freeze_in_float8
@@ -47,6 +48,7 @@ from sftlab.training.clock import TrainingClock
 from sftlab.training.finiteness import Finiteness
 from sftlab.training.log_sums import TokenSums, TrainerSums
 from sftlab.training.packing_check import verify_packing
+from sftlab.training.truncation import refuse_lost_rows
 from sftlab.training.upstream_fixes import SaveAfterEvaluation, UpstreamFixes
 from sftlab.training.verification import FirstStepCheck, global_batch, what_ran
 
@@ -65,8 +67,11 @@ class LabTrainer(UpstreamFixes):
         launch: Launch,
         fast: FastPath,
         memory: MemorySplit | None,
+        row_facts: dict[str, dict[str, int] | None],
         **kwargs: Any,
     ) -> None:
+        # what max_length left of each split's rows; None of a stream
+        self.row_facts = row_facts
         self.meter, self.launch, self.fast, self.memory = meter, launch, fast, memory
         self._held_out: list[torch.Tensor] = []
         varlen_attention.register()
@@ -356,19 +361,19 @@ def build_trainer(
     than the recipe's.
     """
     args, meter = recipe.training, Meter()
-    train, validation = splits.train, splits.validation
-    if splits.tokens:
-        refuse_other_encoding(splits.tokens, tokenizer, args)
-        train, validation = (
-            training_rows(rows, splits.tokens, name, args.seed if args.shuffle_dataset else None)
-            for name, rows in (("train", train), ("validation", validation))
-        )
-        args.dataset_kwargs = (args.dataset_kwargs or {}) | {"skip_prepare_dataset": True}
-        # the rows become input_ids and labels when read, from columns that no model takes
-        args.remove_unused_columns = False
+    encoded = encode_splits(splits, tokenizer, args)
+    facts = {name: one.facts for name, one in encoded.items()}
+    refuse_lost_rows(facts, args, splits)
+    train, validation = encoded["train"].rows, encoded["validation"].rows
+    if args.shuffle_dataset:
+        train = train.shuffle(seed=args.seed)
     measured = torch.cuda.is_available() if args.measure_memory is None else args.measure_memory
     memory = MemorySplit() if measured else None
     args.packing = False  # trl's own would change which rows a step has
+    args = copy(args)  # what follows is no setting of the recipe
+    args.dataset_kwargs = (args.dataset_kwargs or {}) | {"skip_prepare_dataset": True}
+    # the rows become input_ids and labels when read, from columns that no model takes
+    args.remove_unused_columns = False
     set_seed(args.seed)
     return LabTrainer(
         model=base_model(recipe, fast),
@@ -380,6 +385,7 @@ def build_trainer(
         callbacks=[*callbacks, meter, *([memory] if memory else [])],
         meter=meter,
         memory=memory,
+        row_facts=facts,
         launch=launch,
         fast=fast,
     )

@@ -1,58 +1,67 @@
 """What `max_length` leaves of the rows."""
 
-import numpy as np
-from datasets import Dataset
-from trl import SFTConfig, SFTTrainer
+from collections.abc import Mapping
 
-from sftlab.data.chat_template import first_ids
-from sftlab.data.samplers import refuse_few_rows, row_lengths
+from trl import SFTConfig
+
+from sftlab.data.samplers import refuse_few_rows
 from sftlab.data.splits import Splits
 from sftlab.training.verification import global_batch
 
+# share of the tokens in the loss that may be cut without a warning
+CUT_SHARE = 0.05
 
-def length_facts(trainer: SFTTrainer, rows: int) -> dict[str, int]:
-    """Returns the sequences and tokens of one epoch, and what `max_length` did to `rows` rows.
 
-    `cut` rows lost the end of their response, and with it their end token. Under `keep_end` they
-    lost their beginning. `dropped` rows had no response token left.
+def length_facts(train: Mapping[str, int], args: SFTConfig) -> dict[str, int]:
+    """Returns the sequences and tokens of one epoch, and what `max_length` did to the rows.
+
+    `train` is what `encode_rows` counted.
+    `cut` sequences lost their end, under `keep_end` their beginning. `dropped` ones had no token in
+    the loss left. `conversations_split` are a sequence for each answer.
     """
-    lengths = row_lengths(trainer.train_dataset)
-    at_limit = np.flatnonzero(lengths == trainer.args.max_length)
-    eos = trainer.processing_class.eos_token_id
-    at_limit_ids = (trainer.train_dataset[int(i)]["input_ids"] for i in at_limit)
-    if trainer.args.truncation_mode == "keep_end":
-        beginning = first_ids(trainer.processing_class)
-        cut = sum(ids[: len(beginning)] != beginning for ids in at_limit_ids)
-    else:
-        cut = sum(ids[-1] != eos for ids in at_limit_ids)
-    return {
-        "sequences": len(lengths),
-        "tokens": int(lengths.sum()),
-        "longest": int(lengths.max()),
-        "cut": cut,
-        "dropped": rows - len(lengths),
-        "left_over_an_epoch": len(lengths) % global_batch(trainer.args),
-    }
+    facts = dict(train)
+    sequences = facts.pop("kept")
+    left_over = sequences % global_batch(args)
+    return {"sequences": sequences, **facts, "left_over_an_epoch": left_over}
 
 
-def length_line(lengths: dict[str, int], args: SFTConfig) -> str:
-    """Returns the line that says what `max_length` does to the training rows."""
+def length_lines(lengths: dict[str, int], args: SFTConfig) -> list[str]:
+    """Returns the lines that say what `max_length` and the chat template do to the rows."""
     cut = "beginning" if args.truncation_mode == "keep_end" else "end"
-    return (
+    lines = [
         f"training rows: {lengths['sequences']:,} of {lengths['tokens']:,} tokens, the longest "
         f"{lengths['longest']:,}; max_length {args.max_length} cuts the {cut} of "
         f"{lengths['cut']:,} and drops {lengths['dropped']:,}"
-    )
+    ]
+    if split := lengths["conversations_split"]:
+        lines.append(
+            f"{split:,} conversations are a row for each answer, because the chat template writes "
+            "earlier turns in another way once later ones follow"
+        )
+    lost = lengths["loss_tokens_cut"]
+    share = lost / max(1, lost + lengths["loss_tokens"])
+    if share > CUT_SHARE:
+        lines.append(
+            f"warning: max_length {args.max_length} leaves out {share:.0%} of the tokens in the "
+            f"loss ({lost:,}): --max_length {lengths['longest_before_cut']} would keep them all"
+        )
+    return lines
 
 
-def refuse_lost_rows(trainer: SFTTrainer, splits: Splits) -> None:
-    """Raise ValueError if `max_length` leaves too few training rows, or no validation row."""
-    lost = f"have no response token within max_length {trainer.args.max_length}"
-    if isinstance(trainer.train_dataset, Dataset):
-        rows, kept = len(splits.train), len(trainer.train_dataset)
-        dropped = f" ({rows - kept} of {rows} {lost})" if kept < rows else ""
-        refuse_few_rows(kept, global_batch(trainer.args), dropped)
-    if trainer.eval_dataset is not None and not len(trainer.eval_dataset):
+def refuse_lost_rows(
+    facts: Mapping[str, Mapping[str, int] | None], args: SFTConfig, splits: Splits
+) -> None:
+    """Raise ValueError if `max_length` leaves too few training rows, or no validation row.
+
+    `facts` are what `encode_rows` counted of train and validation; None of a stream.
+    """
+    lost = f"have no response token within max_length {args.max_length}"
+    if train := facts["train"]:
+        kept, gone = train["kept"], train["dropped"]
+        dropped = f" ({gone} of {kept + gone} {lost})" if gone else ""
+        refuse_few_rows(kept, global_batch(args), dropped)
+    validation = facts["validation"]
+    if validation and validation["dropped"] and not validation["kept"]:
         raise ValueError(
             f"all {len(splits.validation)} validation rows {lost}: raise it, or leave validation "
             "out (split_fractions)"

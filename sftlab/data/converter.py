@@ -1,0 +1,161 @@
+"""Rows of one data format become conversations, each in a split, with notes of what they hold."""
+
+import hashlib
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+from datasets import Features, List, Value
+
+from sftlab.data.formats import DATA_FORMATS
+from sftlab.data.messages import Conversation, Message, is_empty
+from sftlab.data.row_notes import parts_of, unused_parts
+from sftlab.data.text_rows import JSON_ROW, parse_row
+
+# Messages are JSON: a column of structs would give every message the fields of all others.
+FEATURES = Features(
+    {
+        "messages": Value("string"),
+        "tools": Value("string"),
+        "answers": List(Value("int32")),
+        "opening": Value("int64"),
+        "conversation": Value("int64"),
+        "split": Value("int8"),
+        "row_hash": Value("string"),
+        "notes": Value("string"),
+    }
+)
+COLUMNS = tuple(FEATURES)
+# what a split keeps
+TEXT_COLUMNS = ("messages", "tools", "answers", "opening", "conversation")
+# `split` of rows that are in none: without a response, or without any answer to a user
+NO_RESPONSE, NO_TURN = -1, -2
+TEST = 2
+
+
+class Converter:
+    """Turns a batch of rows in one data format into conversations.
+
+    `loss_on` is the recipe's: under `all` a conversation is one row, under `last` too, with its
+    last answer in the loss, and under `completion` it is a row for each answer. Test rows hold one
+    answer each, whatever `loss_on` is. An answer without text gives a row with split `NO_RESPONSE`,
+    a row without any answer one with `NO_TURN`. `conversation` is the number of the source's row.
+    It can be pickled, and `datasets` hashes it for its cache.
+    """
+
+    def __init__(
+        self, shape: str, fractions: tuple[float, ...], name: str | None, loss_on: str
+    ) -> None:
+        self.shape, self.fractions, self.name, self.loss_on = shape, fractions, name, loss_on
+        self.version = 3  # of what it makes: caches of other versions are not read
+
+    def __call__(self, batch: dict[str, list], indices: list[int]) -> dict[str, list]:
+        out: dict[str, list] = {name: [] for name in COLUMNS}
+        for offset, index in enumerate(indices):
+            try:
+                row, notes = self._row(batch, offset)
+                row = row if JSON_ROW in batch else without_nulls(row)
+                conversation = DATA_FORMATS[self.shape][2](row)
+                notes += conversation.notes
+                for values in self._rows(conversation):
+                    notes += values.pop("parts", [])
+                    values |= {"conversation": index, "notes": "\n".join(notes)}
+                    for name in COLUMNS:
+                        out[name].append(values.get(name))
+                    notes = []
+            except (TypeError, ValueError, KeyError) as error:
+                raise ValueError(f"row {index} of {self.name} ({self.shape}): {error}") from error
+        return out
+
+    def _row(self, batch: dict[str, list], offset: int) -> tuple[dict[str, Any], list[str]]:
+        """Returns the columns of a row, and the names of what is not used of it."""
+        needed, optional, _ = DATA_FORMATS[self.shape]
+        if JSON_ROW not in batch:
+            columns = [c for c in (*needed, *optional) if c in batch]
+            row = {column: batch[column][offset] for column in columns}
+            return row, unused_parts(row, self.shape)
+        try:
+            row = parse_row(batch[JSON_ROW][offset])
+        except json.JSONDecodeError as error:
+            raise ValueError(f"it is not JSON: {error}") from error
+        if missing := [column for column in needed if column not in row]:
+            raise ValueError(f"it has no {' and no '.join(missing)}, only {', '.join(row)}")
+        return row, unused_parts(row, self.shape)
+
+    def _rows(self, conversation: Conversation) -> Iterator[dict[str, Any]]:
+        """Yield what becomes of a conversation: rows in a split, and rows in none."""
+        messages, answers = conversation.messages, conversation.answers
+        nothing = {"messages": "[]", "tools": "", "answers": [], "opening": 0, "row_hash": ""}
+        if not answers:
+            yield nothing | {"split": NO_TURN}
+            return
+        spoken = [number for number in answers if not is_empty(messages[number])]
+        for _ in range(len(answers) - len(spoken)):
+            yield nothing | {"split": NO_RESPONSE}
+        split = split_index(messages, self.fractions)
+        if split != TEST and self.loss_on == "last":
+            spoken = spoken[-1:]
+        one_row = split != TEST and self.loss_on != "completion"
+        for numbers in [spoken] if one_row and spoken else [[number] for number in spoken]:
+            part = conversation._replace(messages=messages[: numbers[-1] + 1], answers=numbers)
+            tools = json.dumps(part.tools, ensure_ascii=False) if part.tools else ""
+            yield {
+                "messages": json.dumps(part.messages, ensure_ascii=False),
+                "tools": tools,
+                "answers": numbers,
+                "opening": opening_key(part.messages),
+                "split": split,
+                "row_hash": _hash_of(part),
+                "parts": parts_of(part),
+            }
+
+
+def _hash_of(part: Conversation) -> str:
+    messages = [json.dumps(one, ensure_ascii=False, sort_keys=True) for one in part.messages]
+    # of one answer it is that of a prompt and its completion
+    text = f"[[{', '.join(messages[:-1])}], [{messages[-1]}]]"
+    if len(part.answers) > 1:
+        text += json.dumps(part.answers)
+    if part.tools:
+        text += json.dumps(part.tools, ensure_ascii=False, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def without_nulls(value: Any) -> Any:
+    """Returns a value without the None that typed columns fill missing fields with."""
+    if isinstance(value, dict):
+        return {name: without_nulls(one) for name, one in value.items() if one is not None}
+    return [without_nulls(one) for one in value] if isinstance(value, list) else value
+
+
+def turn_of(row: dict[str, Any]) -> dict[str, Any]:
+    """Returns a converted row of one answer: prompt, completion (messages), tools, conversation."""
+    messages, _, tools, _ = Conversation.from_row(row)
+    turn = {"prompt": messages[:-1], "completion": messages[-1:], "tools": tools}
+    return turn | {"conversation": row["conversation"]}
+
+
+def opening(messages: list[Message]) -> str:
+    """Returns the first user message of a conversation, with single spaces."""
+    return " ".join(
+        next(
+            (m["content"] for m in messages if m["role"] == "user"), messages[0]["content"]
+        ).split()
+    )
+
+
+def opening_key(messages: list[Message]) -> int:
+    """Returns 64 bits of the opening's SHA-256, with a sign, as Arrow and `datasets` take them."""
+    digest = hashlib.sha256(opening(messages).encode()).digest()
+    return int.from_bytes(digest[:8], "big", signed=True)
+
+
+def split_index(messages: list[Message], fractions: tuple[float, ...]) -> int:
+    """Returns the split of a conversation: 0 train, 1 validation, 2 test.
+
+    It depends on the opening alone, so it is the same on every machine and for every subset.
+    Duplicates, the turns of a conversation and a question under several system prompts share it.
+    """
+    position = opening_key(messages) % 2**64 / 2**64
+    return int(np.searchsorted(np.cumsum(fractions)[:2], position, side="right"))

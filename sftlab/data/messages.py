@@ -1,0 +1,175 @@
+"""Messages as chat templates take them, read from the shapes that data have."""
+
+import json
+from typing import Any, NamedTuple
+
+from sftlab.data.tool_calls import read_calls, read_tools
+
+Message = dict[str, Any]  # role, content, and what else a template may write
+ROLES = {
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "assistant": "assistant",
+    "function_call": "assistant",
+    "system": "system",
+    # a system message of OpenAI's newer models
+    "developer": "system",
+    "tool": "tool",
+    "observation": "tool",
+    "function": "tool",
+}
+# fields that say whether an answer is trained on
+WEIGHTS = ("weight", "train", "trainable", "loss")
+_OWN = {"from", "role", "value", "content", "tool_calls", "function_call", *WEIGHTS}
+# what is left out, and what a row has (row_notes counts both)
+EARLY = "message of the assistant before the first user's"
+UNTRAINED = "with turns of weight 0"
+
+
+class Conversation(NamedTuple):
+    """Messages, the numbers of those in the loss, and the tools that they may call.
+
+    `notes` name what was left out of them.
+    """
+
+    messages: list[Message]
+    answers: list[int]
+    tools: list[dict[str, Any]]
+    notes: tuple[str, ...] = ()
+
+    @classmethod
+    def from_row(cls, row: dict[str, Any]) -> "Conversation":
+        """Returns the conversation of a converted row, whose messages and tools are JSON."""
+        tools = json.loads(row["tools"]) if row["tools"] else []
+        return cls(json.loads(row["messages"]), list(row["answers"]), tools)
+
+    def turn(self, answer: int) -> "Conversation":
+        """Returns the part that ends with message number `answer`, which alone is in the loss."""
+        return Conversation(self.messages[: answer + 1], [answer], self.tools)
+
+
+def text(row: dict[str, Any], column: str) -> str:
+    """Returns a column's text, '' for None. Raises TypeError for anything else."""
+    value = row.get(column)
+    if value is None:
+        return ""
+    if not isinstance(value, str):
+        raise TypeError(
+            f"{column} is not text but {type(value).__name__} ({value!r:.60}): write it as "
+            "text, in quotes"
+        )
+    return value
+
+
+def read_conversation(
+    given: Any, tools: Any = None, system: str = "", first: int = 0
+) -> Conversation:
+    """Returns the conversation of a list of messages.
+
+    Its answers are the assistant's messages that follow a user's and have no weight 0; those before
+    number `first` are not among them. A blank system message is no message. The assistant's
+    messages before the first user's are left out: many templates refuse them. Raises TypeError and
+    ValueError for what is no message.
+    """
+    if not isinstance(given, list):
+        raise TypeError(f"a conversation must be a list of messages, got {type(given).__name__}")
+    messages: list[Message] = [{"role": "system", "content": system}] if system.strip() else []
+    answers: list[int] = []
+    notes: dict[str, None] = {}
+    asked = False
+    for number, one in enumerate(given):
+        message = read_message(one, number)
+        role = message["role"]
+        asked = asked or role == "user"
+        if role == "system" and _is_said(message, messages, system):
+            continue
+        if role == "assistant" and not asked:
+            notes[EARLY] = None
+            continue
+        if role == "assistant" and not _is_trained(one):
+            notes[UNTRAINED] = None
+        elif role == "assistant" and number >= first:
+            answers.append(len(messages))
+        messages.append(message)
+    return Conversation(messages, answers, read_tools(tools), tuple(notes))
+
+
+def _is_said(message: Message, before: list[Message], system: str) -> bool:
+    """Whether a system message says nothing, or what the system column says already."""
+    content = message["content"]
+    if content.strip() and system.strip() and content != system and len(before) == 1:
+        raise ValueError(
+            "the row has a system column and a system message that differ: leave one of them out"
+        )
+    return not content.strip() or (len(before) == 1 and content == system)
+
+
+def read_message(given: Any, number: int) -> Message:
+    """Returns a message with role, content and all its other fields that hold something.
+
+    Raises TypeError and ValueError for what is no message, an unknown role, and a part that is not
+    text.
+    """
+    if not isinstance(given, dict):
+        raise TypeError(f"message {number} has no role and content but is {given!r:.60}")
+    name = text(given, "from") or text(given, "role")
+    if name not in ROLES:
+        raise ValueError(f"unknown role {name!r}: known are {', '.join(ROLES)}")
+    column = "value" if given.get("value") is not None else "content"
+    calls = given.get("tool_calls") or given.get("function_call")
+    content = _content(given, column, ROLES[name], number)
+    if name == "function_call":
+        content, calls = "", content
+    message: Message = {"role": ROLES[name], "content": content}
+    if calls := read_calls(calls):
+        message["tool_calls"] = calls
+    # a field without a value would be one to a template that asks whether it is there
+    return message | {
+        field: value
+        for field, value in given.items()
+        if field not in _OWN and value not in (None, "", [], {})
+    }
+
+
+def _content(given: dict[str, Any], column: str, role: str, number: int) -> str:
+    value = given.get(column)
+    if isinstance(value, list) and _are_parts(value):
+        return "\n".join(_part(part, number) for part in value)
+    if role == "tool" and value is not None and not isinstance(value, str):
+        return json.dumps(value, ensure_ascii=False)
+    return text(given, column)
+
+
+def _are_parts(value: list[Any]) -> bool:
+    return bool(value) and all(
+        isinstance(part, str) or (isinstance(part, dict) and "type" in part) for part in value
+    )
+
+
+def _part(part: Any, number: int) -> str:
+    if isinstance(part, str):
+        return part
+    if part["type"] not in ("text", "input_text", "output_text"):
+        raise ValueError(
+            f"message {number} has a part of type {part['type']!r}: only text is trained on, so "
+            "leave the row or the part out"
+        )
+    return text(part, "text")
+
+
+def _is_trained(given: dict[str, Any]) -> bool:
+    for field in WEIGHTS:
+        value = given.get(field)
+        if value in (None, ""):
+            continue
+        if value not in (0, 1):
+            raise ValueError(f"{field} is {value!r}: expected 0 or 1, or false or true")
+        if not value:
+            return False
+    return True
+
+
+def is_empty(answer: Message) -> bool:
+    """Whether an answer has neither text nor a tool call."""
+    return not answer["content"].strip() and not answer.get("tool_calls")

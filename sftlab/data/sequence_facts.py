@@ -1,0 +1,75 @@
+"""What `max_length` leaves of the sequences of conversations, counted."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from sftlab.data.token_sequence import TokenSequence
+
+
+class Cut(NamedTuple):
+    """A sequence within `max_length`, and its tokens before it was cut.
+
+    `part` is its number among the sequences of its conversation.
+    """
+
+    ids: list[int]
+    spans: list[int]
+    tokens: int
+    loss_tokens: int
+    loss_kept: int
+    part: int
+
+
+def cut_sequences(made: Iterable[TokenSequence], settings: Mapping[str, Any]) -> list[Cut]:
+    """Returns the sequences of a conversation, cut as `settings` say.
+
+    Settings are `max_length`, `truncation_mode` and `completion_only_loss`, as in the recipe; where
+    the last is false, every token is in the loss.
+    """
+    limit, found = settings["max_length"], []
+    for part, one in enumerate(made):
+        if not settings["completion_only_loss"]:
+            one = TokenSequence(one.ids, [0, len(one.ids)] if one.ids else [])
+        kept = one.cut(limit, settings["truncation_mode"])
+        found.append(Cut(kept.ids, kept.spans, len(one.ids), one.in_loss(), kept.in_loss(), part))
+    return found
+
+
+def count(
+    tokens: np.ndarray,
+    loss_tokens: np.ndarray,
+    loss_kept: np.ndarray,
+    part: np.ndarray,
+    limit: int | None,
+) -> dict[str, int]:
+    """Returns what became of sequences, whose tokens were counted before they were cut.
+
+    `loss_kept` are the tokens in the loss that the cut left. `cut` and `tokens` are of the
+    sequences that are kept, `split` is the number of conversations with several sequences.
+    """
+    kept = loss_kept > 0
+    within = np.minimum(tokens, limit or np.iinfo(np.int32).max)[kept]
+    return {
+        "kept": int(kept.sum()),
+        "dropped": int((~kept).sum()),
+        "cut": int((tokens[kept] > within).sum()),
+        "tokens": int(within.sum()),
+        "longest": int(within.max(initial=0)),
+        "longest_before_cut": int(tokens.max(initial=0)),
+        "loss_tokens": int(loss_kept.sum()),
+        "loss_tokens_cut": int(loss_tokens.sum() - loss_kept.sum()),
+        "conversations_split": int((part == 1).sum()),
+    }
+
+
+def joined(counts: Iterable[Mapping[str, int]]) -> dict[str, int]:
+    """Returns the counts of several groups of sequences as those of all."""
+    total: dict[str, int] = {}
+    for one in counts:
+        for name, value in one.items():
+            longest = name.startswith("longest")
+            before = total.get(name, 0)
+            total[name] = max(before, value) if longest else before + value
+    return total

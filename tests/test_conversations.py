@@ -1,0 +1,304 @@
+"""A conversation is one sequence with every answer in the loss, where its template allows it."""
+
+import random
+
+import pytest
+import torch
+from chat_templates import TEMPLATES, shown, tokenizer_with
+from conftest import load_script, read, write_jsonl
+from tokenizing import ODD, tokenized
+from transformers import AutoModelForCausalLM
+
+from sftlab.config.recipe import DataArguments
+from sftlab.data.chat_template import encode, encoder_of
+from sftlab.data.messages import Conversation
+from sftlab.data.splits import load_splits
+from sftlab.data.token_sequence import labels_of
+
+ASKED = [
+    {"role": "user", "content": "q1"},
+    {"role": "assistant", "content": "a1"},
+    {"role": "user", "content": "q2"},
+    {"role": "assistant", "content": "a2"},
+]
+
+
+def sequences(tokenizer, messages, answers=None, tools=(), shortcut=True):
+    answers = answers or [n for n, one in enumerate(messages) if one["role"] == "assistant"]
+    (made,) = encoder_of(tokenizer, shortcut)([Conversation(messages, answers, list(tools))])
+    return made
+
+
+def texts(name, messages, **how):
+    tokenizer = tokenizer_with(name)
+    made = sequences(tokenizer, messages, **how)
+    return [shown(tokenizer, one.ids, labels_of(one.ids, one.spans)) for one in made]
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        (
+            "chatml",
+            "<|im_start|>system\nYou help.<|im_end|>\n<|im_start|>user\nq1<|im_end|>\n"
+            "<|im_start|>assistant\n[[a1<|im_end|>\n]]<|im_start|>user\nq2<|im_end|>\n"
+            "<|im_start|>assistant\n[[a2<|im_end|>\n]]",
+        ),
+        (
+            "gemma",
+            "<bos><turn>user\nq1<end>\n<turn>model\n[[a1<end>\n]]<turn>user\nq2<end>\n"
+            "<turn>model\n[[a2<end>\n]]",
+        ),
+        (
+            "marked",
+            "<|im_start|>user\nq1<|im_end|>\n<|im_start|>assistant\n[[a1<|im_end|>]]\n"
+            "<|im_start|>user\nq2<|im_end|>\n<|im_start|>assistant\n[[a2<|im_end|>]]\n",
+        ),
+        ("plain", "user: q1\nassistant:[[ a1\n]]user: q2\nassistant:[[ a2\n]]"),
+    ],
+)
+def test_a_conversation_is_one_sequence_with_every_answer_and_its_end_in_the_loss(name, text):
+    assert texts(name, ASKED) == [text]
+
+
+def test_a_template_with_a_date_allows_one_sequence():
+    (text,) = texts("llama", ASKED)
+    assert text.startswith("<bos><|h|>system<|/h|>\n\nToday Date: ")
+    assert text.endswith(
+        "<|h|>user<|/h|>\n\nq1<|eot|><|h|>assistant<|/h|>\n\n[[a1<|eot|>]]"
+        "<|h|>user<|/h|>\n\nq2<|eot|><|h|>assistant<|/h|>\n\n[[a2<|eot|>]]"
+    )
+
+
+def test_reasoning_that_later_turns_drop_is_trained_in_a_row_for_each_answer():
+    thought = [
+        one | ({"reasoning_content": f"t{n}"} if one["role"] == "assistant" else {})
+        for n, one in enumerate(ASKED)
+    ]
+    first = "<|im_start|>user\nq1<|im_end|>\n<|im_start|>assistant\n"
+    assert texts("qwen3", thought) == [
+        f"{first}[[<think>\nt1\n</think>\n\na1<|im_end|>\n]]",
+        f"{first}a1<|im_end|>\n<|im_start|>user\nq2<|im_end|>\n<|im_start|>assistant\n"
+        "[[<think>\nt3\n</think>\n\na2<|im_end|>\n]]",
+    ]
+    assert len(texts("qwen3", ASKED)) == 1
+
+
+def test_only_the_answers_asked_for_are_in_the_loss():
+    (text,) = texts("plain", ASKED, answers=[3])
+    assert text == "user: q1\nassistant: a1\nuser: q2\nassistant:[[ a2\n]]"
+    (text,) = texts("marked", ASKED, answers=[3])
+    assert text.count("[[") == 1
+    assert "[[a2<|im_end|>]]" in text
+    assert texts("plain", ASKED[:3], answers=[1]) == ["user: q1\nassistant:[[ a1\n]]"]
+
+
+def test_calls_and_results_of_tools_are_written_and_the_call_is_trained():
+    tools = [{"type": "function", "function": {"name": "clock", "parameters": {}}}]
+    call = {"type": "function", "function": {"name": "clock", "arguments": {"city": "Rome"}}}
+    messages = [
+        {"role": "user", "content": "Time?"},
+        {"role": "assistant", "content": "", "tool_calls": [call]},
+        {"role": "tool", "content": "12:00"},
+        {"role": "assistant", "content": "Noon."},
+    ]
+    (text,) = texts("chatml", messages, tools=tools)
+    assert '# Tools\n{"type": "function", "function": {"name": "clock", "parameters": {}}}' in text
+    assert (
+        '[[<tool_call>\n{"name": "clock", "arguments": {"city": "Rome"}}\n</tool_call><|im_end|>\n'
+        "]]<|im_start|>user\n<tool_response>\n12:00\n</tool_response><|im_end|>\n"
+        "<|im_start|>assistant\n[[Noon.<|im_end|>\n]]" in text
+    )
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_the_mask_of_a_conversation_is_that_of_a_row_for_each_answer(name):
+    tokenizer, draw = tokenizer_with(name), random.Random(3)
+    for _ in range(40):
+        messages = [
+            {"role": role, "content": "".join(draw.choices([*ODD, "<|im_end|>"], k=9)) + "."}
+            for role in ("user", "assistant") * draw.choice([1, 2, 4])
+        ]
+        (made,) = sequences(tokenizer, messages)
+        assert [made] == sequences(tokenizer, messages, shortcut=False)
+        labels = [-100] * len(made.ids)
+        for number in range(1, len(messages), 2):
+            row = {"prompt": messages[:number], "completion": messages[number : number + 1]}
+            alone = encode(tokenizer, row, None)
+            length = len(alone["input_ids"])
+            assert made.ids[:length] == alone["input_ids"]
+            labels[:length] = [
+                max(pair) for pair in zip(labels[:length], alone["labels"], strict=True)
+            ]
+        assert labels_of(made.ids, made.spans) == labels
+
+
+@pytest.mark.parametrize("name", ["chatml", "llama", "gemma", "plain"])
+def test_loss_and_gradients_are_those_of_a_row_for_each_answer(name, base):
+    tokenizer = tokenizer_with(name)
+    model = AutoModelForCausalLM.from_pretrained(base).double()
+    model.resize_token_embeddings(len(tokenizer))
+
+    def loss_and_gradient(rows):
+        model.zero_grad()
+        total = torch.zeros((), dtype=torch.float64)
+        for ids, labels in rows:
+            logits = model(torch.tensor([ids])).logits[0, :-1]
+            total = total + torch.nn.functional.cross_entropy(
+                logits, torch.tensor(labels[1:]), ignore_index=-100, reduction="sum"
+            )
+        total.backward()
+        return total.item(), torch.cat([p.grad.flatten() for p in model.parameters()])
+
+    (made,) = sequences(tokenizer, ASKED)
+    rows = [
+        encode(tokenizer, {"prompt": ASKED[:n], "completion": ASKED[n : n + 1]}, None)
+        for n in (1, 3)
+    ]
+    whole, gradient = loss_and_gradient([(made.ids, labels_of(made.ids, made.spans))])
+    parts, gradients = loss_and_gradient([(row["input_ids"], row["labels"]) for row in rows])
+    assert whole == pytest.approx(parts, abs=1e-5)
+    assert torch.allclose(gradient, gradients, atol=1e-5)
+
+
+COUNTS = (
+    "{{ messages | selectattr('role', 'equalto', 'user') | list | length }} asked\n"
+    "{% for m in messages %}{{ m.role }}: {{ m.content }}"
+    "{{ eos_token }}{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}"
+)
+SYSTEM_LAST = (
+    "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}Q {% if loop.revindex0 < 2 %}"
+    "Be brief. {% endif %}{{ m.content }} A{% else %} {{ m.content }}{{ eos_token }}{% endif %}"
+    "{% endfor %}"
+)
+
+
+@pytest.mark.parametrize("template", [COUNTS, SYSTEM_LAST])
+def test_templates_that_rewrite_earlier_turns_get_a_row_for_each_answer(template):
+    tokenizer = tokenizer_with("plain")
+    tokenizer.chat_template = template
+    made = sequences(tokenizer, ASKED)
+    rows = [
+        encode(tokenizer, {"prompt": ASKED[:n], "completion": ASKED[n : n + 1]}, None)
+        for n in (1, 3)
+    ]
+    assert [one.ids for one in made] == [row["input_ids"] for row in rows]
+    assert [labels_of(*one) for one in made] == [row["labels"] for row in rows]
+
+
+def test_turns_whose_tokens_merge_with_the_next_ones_get_a_row_for_each_answer():
+    tokenizer = tokenizer_with("plain")
+    tokenizer.add_tokens(["\nuser"])
+    assert len(sequences(tokenizer, ASKED)) == 2
+    assert len(sequences(tokenizer, ASKED[:2])) == 1
+
+
+def conversations(count=40):
+    """ShareGPT's rows of one to three questions."""
+    return [
+        {
+            "conversations": [
+                turn
+                for n in range(1 + i % 3)
+                for turn in (
+                    {"from": "human", "value": f"Question {n} of {i}?"},
+                    {"from": "gpt", "value": f"Answer {n} of {i}."},
+                )
+            ]
+        }
+        for i in range(count)
+    ]
+
+
+def splits_of(path, **fields):
+    return load_splits(DataArguments(dataset_name=str(path), **fields))
+
+
+@pytest.mark.parametrize(
+    ("loss_on", "answers"),
+    [
+        ("all", [[1, 3, 5], [1], [1, 3]]),
+        ("last", [[5], [1], [3]]),
+        ("completion", [[1], [3], [5], [1], [1], [3]]),
+    ],
+)
+def test_loss_on_says_which_answers_of_a_row_are_in_the_loss(loss_on, answers, tmp_path):
+    path = write_jsonl(tmp_path / "rows.jsonl", conversations()[2:5])
+    train = splits_of(path, loss_on=loss_on, split_fractions=[1.0, 0.0, 0.0]).train
+    assert train["answers"] == answers
+    for row in train:
+        assert len(Conversation.from_row(row).messages) == row["answers"][-1] + 1
+
+
+@pytest.mark.parametrize("loss_on", ["all", "last", "completion"])
+def test_test_rows_hold_one_answer_each_and_name_their_conversation(loss_on, tmp_path):
+    path = write_jsonl(tmp_path / "rows.jsonl", conversations())
+    test = splits_of(path, loss_on=loss_on, split_fractions=[0.5, 0.0, 0.5]).test
+    assert all(len(answers) == 1 for answers in test["answers"])
+    turns = {number: test["conversation"].count(number) for number in test["conversation"]}
+    assert turns == {number: 1 + number % 3 for number in turns}
+
+
+def test_an_empty_answer_is_context_and_is_counted(tmp_path):
+    (row,) = conversations(3)[2:]
+    row["conversations"][3]["value"] = " "
+    splits = splits_of(write_jsonl(tmp_path / "rows.jsonl", [row]), split_fractions=[1.0, 0.0, 0.0])
+    assert splits.train["answers"] == [[1, 5]]
+    assert splits.facts["empty_responses_dropped"] == 1
+
+
+@pytest.fixture(scope="module")
+def script():
+    return load_script("slurm/tokenize_dataset.py")
+
+
+@pytest.fixture
+def talk(tmp_path, fields):
+    """Fields of a run on conversations."""
+    path = write_jsonl(tmp_path / "talk.jsonl", conversations(90))
+    return fields | {"dataset_name": str(path), "max_length": "200", "save_strategy": "no"}
+
+
+def test_a_run_trains_conversations_whole_and_says_it(talk, trained_here):
+    done = trained_here(talk)
+    found = read(talk["output_dir"])["data"]
+    assert found["tokenized"]["sequences"] == found["train"]["rows"]
+    assert found["tokenized"]["conversations_split"] == 0
+    assert f"training rows: {found['train']['rows']} of " in done.stdout
+
+
+def test_a_run_says_which_conversations_are_a_row_for_each_answer(talk, trained_here, tmp_path):
+    (tmp_path / "it.jinja").write_text(COUNTS)
+    done = trained_here(talk | {"chat_template_path": str(tmp_path / "it.jinja")})
+    found = read(talk["output_dir"])["data"]
+    split = found["tokenized"]["conversations_split"]
+    assert 0 < split < found["train"]["rows"] < found["tokenized"]["sequences"]
+    assert f"{split} conversations are a row for each answer, because the chat" in done.stdout
+
+
+def test_what_max_length_takes_from_the_loss_is_a_warning(talk, trained_here):
+    done = trained_here(talk | {"max_length": "80"})
+    found = read(talk["output_dir"])["data"]["tokenized"]
+    lost = found["loss_tokens_cut"] / (found["loss_tokens_cut"] + found["loss_tokens"])
+    longest = found["longest_before_cut"]
+    assert f"max_length 80 leaves out {lost:.0%} of the tokens in the loss" in done.stdout
+    assert f"--max_length {longest} would keep them all" in done.stdout
+
+
+@pytest.mark.parametrize("how", [{}, {"loss_on": "last"}, {"template": COUNTS, "cut": "60"}])
+def test_tokenized_shards_hold_what_training_on_the_text_makes(
+    how, script, base, tmp_path, trained_here, talk
+):
+    if "template" in how:
+        (tmp_path / "it.jinja").write_text(how["template"])
+        talk |= {"chat_template_path": str(tmp_path / "it.jinja"), "max_length": how["cut"]}
+    talk |= {"loss_on": how.get("loss_on", "all"), "max_steps": "2"}
+    tokenized(script, talk, tmp_path / "tokens", size=16)
+    trained_here(talk)
+    text = read(talk["output_dir"])
+    trained_here(
+        talk | {"dataset_name": str(tmp_path / "tokens"), "output_dir": str(tmp_path / "on")}
+    )
+    tokens = read(tmp_path / "on")
+    assert tokens["losses"] == text["losses"]
+    assert tokens["data"] == text["data"]
