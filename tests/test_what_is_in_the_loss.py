@@ -1,5 +1,6 @@
 """What a template puts into the loss is looked at before anything is trained."""
 
+import json
 import re
 import shutil
 from datetime import date, datetime
@@ -160,8 +161,14 @@ def test_what_a_template_does_to_a_late_row_names_the_row(name, monkeypatch):
     code, said = LATE[name]
     rows = [
         {
-            "prompt": [{"role": "user", "content": f"Name {i}."}],
-            "completion": [{"role": "assistant", "content": f"{i}"}],
+            "messages": json.dumps(
+                [
+                    {"role": "user", "content": f"Name {i}."},
+                    {"role": "assistant", "content": f"{i}"},
+                ]
+            ),
+            "tools": "",
+            "answers": [1],
         }
         for i in range(90)
     ]
