@@ -273,7 +273,7 @@ def test_a_run_says_which_conversations_are_a_row_for_each_answer(talk, trained_
     found = read(talk["output_dir"])["data"]
     split = found["tokenized"]["conversations_split"]
     assert 0 < split < found["train"]["rows"] < found["tokenized"]["sequences"]
-    assert f"{split} conversations are a row for each answer, because the chat" in done.stdout
+    assert f"{split} conversations are a row for each answer: the chat template" in done.stdout
 
 
 def test_what_max_length_takes_from_the_loss_is_a_warning(talk, trained_here):

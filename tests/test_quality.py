@@ -11,7 +11,7 @@ import fork_server
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, answered, copy_of, load_script, read, records
+from conftest import ROOT, answered, copy_of, load_script, read, records, write_jsonl
 from judged_runs import SHORT, change_adapter, report
 from rouge_score.rouge_scorer import RougeScorer
 from sacrebleu.metrics import BLEU
@@ -234,3 +234,25 @@ def test_out_of_memory_keeps_the_answers_and_says_what_to_do(quality, run, monke
     monkeypatch.setattr(Generator, "answers", answers)
     quality.main(["--run", str(run), "--batch_size", "2", *SHORT])
     assert len(list((run / "eval").glob("answers-*.jsonl"))) == 1
+
+
+def test_intervals_of_conversations_are_over_conversations(quality, run, tmp_path):
+    def turns(number):
+        asked = [f"What comes after {number}?", "And then?", "And then?"]
+        answers = [f"It is {number + i}." for i in (1, 2, 3)]
+        pairs = zip(asked, answers, strict=True)
+        return [
+            {"role": role, "content": content}
+            for pair in pairs
+            for role, content in zip(("user", "assistant"), pair, strict=True)
+        ]
+
+    path = write_jsonl(tmp_path / "talk.jsonl", [{"messages": turns(10 * i)} for i in range(4)])
+    quality.main(["--run", str(run), "--dataset_name", str(path), "--max_new_tokens", "4"])
+    found = json.loads((run / "eval" / "quality-talk.json").read_text())
+    assert (found["rows"], found["conversations"]) == (12, 4)
+    assert "bootstrap over conversations" in found["statistics"]
+    assert "fewer than 30 conversations: the intervals are rough" in found["warnings"]
+    lines = (run / "eval" / "quality-talk.jsonl").read_text().splitlines()
+    conversations = [json.loads(line)["conversation"] for line in lines]
+    assert conversations == sorted([0, 1, 2, 3] * 3)

@@ -236,3 +236,20 @@ def test_bleu_of_the_parts_is_sacrebleus_corpus_score():
         assert f"tok:{tokenize}" in mine.signature()
     with pytest.raises(ValueError, match="unknown to sacrebleu"):
         Bleu("13b")
+
+
+def test_rows_of_a_cluster_are_drawn_together():
+    rng = np.random.default_rng(0)
+    base, tuned = rng.random(40), rng.random(40) + 0.1
+    clusters = np.repeat(np.arange(40), 5)
+    once, five = (
+        {"score": Paired(mean, with_counts(np.repeat(base, n)), with_counts(np.repeat(tuned, n)))}
+        for n in (1, 5)
+    )
+    alone = compare(once)["score"]
+    together = compare(five, clusters=clusters)["score"]
+    for part in ("value", "interval_95"):
+        assert together["difference"][part] == pytest.approx(alone["difference"][part])
+    assert together["p_value"] == alone["p_value"]
+    low, high = compare(five)["score"]["difference"]["interval_95"]
+    assert high - low < 0.6 * np.ptp(together["difference"]["interval_95"])

@@ -2,10 +2,11 @@
 
 import hashlib
 import json
+from bisect import bisect_right
 from collections.abc import Iterator
+from itertools import accumulate
 from typing import Any
 
-import numpy as np
 from datasets import Features, List, Value
 
 from sftlab.data.formats import DATA_FORMATS
@@ -32,6 +33,9 @@ TEXT_COLUMNS = ("messages", "tools", "answers", "opening", "conversation")
 # `split` of rows that are in none: without a response, or without any answer to a user
 NO_RESPONSE, NO_TURN = -1, -2
 TEST = 2
+# json.dumps would make an encoder for every call
+_WRITTEN = json.JSONEncoder(ensure_ascii=False).encode
+_SORTED = json.JSONEncoder(ensure_ascii=False, sort_keys=True).encode
 
 
 class Converter:
@@ -93,32 +97,37 @@ class Converter:
         spoken = [number for number in answers if not is_empty(messages[number])]
         for _ in range(len(answers) - len(spoken)):
             yield nothing | {"split": NO_RESPONSE}
-        split = split_index(messages, self.fractions)
+        key = opening_key(messages)
+        split = _split_of(key, self.fractions)
         if split != TEST and self.loss_on == "last":
             spoken = spoken[-1:]
         one_row = split != TEST and self.loss_on != "completion"
         for numbers in [spoken] if one_row and spoken else [[number] for number in spoken]:
             part = conversation._replace(messages=messages[: numbers[-1] + 1], answers=numbers)
-            tools = json.dumps(part.tools, ensure_ascii=False) if part.tools else ""
+            written = [_WRITTEN(one) for one in part.messages]
             yield {
-                "messages": json.dumps(part.messages, ensure_ascii=False),
-                "tools": tools,
+                "messages": f"[{', '.join(written)}]",
+                "tools": _WRITTEN(part.tools) if part.tools else "",
                 "answers": numbers,
-                "opening": opening_key(part.messages),
+                "opening": key,
                 "split": split,
-                "row_hash": _hash_of(part),
+                "row_hash": _hash_of(part, written),
                 "parts": parts_of(part),
             }
 
 
-def _hash_of(part: Conversation) -> str:
-    messages = [json.dumps(one, ensure_ascii=False, sort_keys=True) for one in part.messages]
+def _hash_of(part: Conversation, written: list[str]) -> str:
+    """Returns the hash of a conversation, whose messages are `written` as JSON."""
+    messages = [
+        text if len(one) == 2 else _SORTED(one)
+        for one, text in zip(part.messages, written, strict=True)
+    ]
     # of one answer it is that of a prompt and its completion
     text = f"[[{', '.join(messages[:-1])}], [{messages[-1]}]]"
     if len(part.answers) > 1:
         text += json.dumps(part.answers)
     if part.tools:
-        text += json.dumps(part.tools, ensure_ascii=False, sort_keys=True)
+        text += _SORTED(part.tools)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
@@ -157,5 +166,9 @@ def split_index(messages: list[Message], fractions: tuple[float, ...]) -> int:
     It depends on the opening alone, so it is the same on every machine and for every subset.
     Duplicates, the turns of a conversation and a question under several system prompts share it.
     """
-    position = opening_key(messages) % 2**64 / 2**64
-    return int(np.searchsorted(np.cumsum(fractions)[:2], position, side="right"))
+    return _split_of(opening_key(messages), fractions)
+
+
+def _split_of(key: int, fractions: tuple[float, ...]) -> int:
+    position = key % 2**64 / 2**64
+    return bisect_right(list(accumulate(fractions))[:2], position)

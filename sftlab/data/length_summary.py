@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 
 from sftlab.data.row_notes import unused_lines
+from sftlab.data.sequence_facts import split_line
 from sftlab.data.tokenized_dataset import SPLITS
 from sftlab.tables import aligned
 
@@ -49,6 +50,7 @@ def summary(
         f"\n{folder}: {facts['rows_read']:,} rows of {facts['dataset']} ({facts['shape']})",
         aligned(table),
         f"  left out: {left_out}",
+        *(f"  {line}" for line in split_line(tokenized["train"])),
         *(f"  {line}" for line in unused_lines(facts["not_used"])),
     ]
     if marks := manifest["control_marks"]:

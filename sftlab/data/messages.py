@@ -74,7 +74,7 @@ def read_conversation(
     """
     if not isinstance(given, list):
         raise TypeError(f"a conversation must be a list of messages, got {type(given).__name__}")
-    messages: list[Message] = [{"role": "system", "content": system}] if system.strip() else []
+    messages: list[Message] = [{"content": system, "role": "system"}] if system.strip() else []
     answers: list[int] = []
     notes: dict[str, None] = {}
     asked = False
@@ -121,7 +121,8 @@ def read_message(given: Any, number: int) -> Message:
     content = _content(given, column, ROLES[name], number)
     if name == "function_call":
         content, calls = "", content
-    message: Message = {"role": ROLES[name], "content": content}
+    # in the order of their names, in which they are hashed
+    message: Message = {"content": content, "role": ROLES[name]}
     if calls := read_calls(calls):
         message["tool_calls"] = calls
     # a field without a value would be one to a template that asks whether it is there

@@ -64,6 +64,13 @@ def count(
     }
 
 
+def split_line(facts: Mapping[str, int]) -> list[str]:
+    """Returns the line that says how many conversations are a row for each answer, if any."""
+    split = facts["conversations_split"]
+    why = "the chat template writes earlier turns in another way once later ones follow"
+    return [f"{split:,} conversations are a row for each answer: {why}"] if split else []
+
+
 def joined(counts: Iterable[Mapping[str, int]]) -> dict[str, int]:
     """Returns the counts of several groups of sequences as those of all."""
     total: dict[str, int] = {}

@@ -153,11 +153,13 @@ def refuse_rendering(
 
 def conversations(converted: dict[str, list]) -> list[tuple[int, Conversation]]:
     """Returns the converted rows that are in a split: the split's number, and the conversation."""
-    rows = [
-        dict(zip(converted, values, strict=True))
-        for values in zip(*converted.values(), strict=True)
+    columns = ("messages", "tools", "answers")
+    rows = zip(converted["split"], *(converted[name] for name in columns), strict=True)
+    return [
+        (split, Conversation.from_row(dict(zip(columns, values, strict=True))))
+        for split, *values in rows
+        if split >= 0
     ]
-    return [(row["split"], Conversation.from_row(row)) for row in rows if row["split"] >= 0]
 
 
 def _note(

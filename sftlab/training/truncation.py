@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from trl import SFTConfig
 
 from sftlab.data.samplers import refuse_few_rows
+from sftlab.data.sequence_facts import split_line
 from sftlab.data.splits import Splits
 from sftlab.training.verification import global_batch
 
@@ -33,11 +34,7 @@ def length_lines(lengths: dict[str, int], args: SFTConfig) -> list[str]:
         f"{lengths['longest']:,}; max_length {args.max_length} cuts the {cut} of "
         f"{lengths['cut']:,} and drops {lengths['dropped']:,}"
     ]
-    if split := lengths["conversations_split"]:
-        lines.append(
-            f"{split:,} conversations are a row for each answer, because the chat template writes "
-            "earlier turns in another way once later ones follow"
-        )
+    lines += split_line(lengths)
     lost = lengths["loss_tokens_cut"]
     share = lost / max(1, lost + lengths["loss_tokens"])
     if share > CUT_SHARE:
