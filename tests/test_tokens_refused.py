@@ -255,6 +255,13 @@ def test_a_shard_whose_record_was_edited_is_made_again(made, tmp_path, change):
     assert read_record(folder, 1)["number"] == 1
 
 
+def test_a_template_that_refuses_every_question_is_one_sentence(script, base, rows, tmp_path):
+    (tmp_path / "none.jinja").write_text("{{ raise_exception('no questions') }}")
+    fields = fields_of(base, rows, tmp_path, chat_template_path=str(tmp_path / "none.jinja"))
+    said = refused(script, fields, tmp_path / "out")
+    assert "row 0 of " in said and "the chat template refuses it: no questions" in said
+
+
 def test_an_encoder_that_was_edited_is_refused(script, made, tmp_path):
     fields, whole = made
     folder = shutil.copytree(whole, tmp_path / "tokens")

@@ -26,7 +26,9 @@ def refuse_unknown_tokens(tokenizer: PreTrainedTokenizerBase, config: PreTrained
     used |= set(tokenizer(text, add_special_tokens=False)["input_ids"])
     beyond = sorted(i for i in used if i is not None and i >= size)
     if beyond:
-        names = ", ".join(f"{tokenizer.convert_ids_to_tokens(i)!r} (id {i})" for i in beyond[:3])
+        names = ", ".join(
+            f"{tokenizer.convert_ids_to_tokens(i)!r:.60} (id {i})" for i in beyond[:3]
+        )
         raise ValueError(
             f"the tokenizer's {names} is beyond the model's {size} embeddings: take pad_token and "
             "eos_token among the tokens that the model knows, or a model whose embedding was "

@@ -14,7 +14,7 @@ from sftlab.data.row_notes import count_notes, fields_of, unused_columns, unwrit
 from sftlab.data.shard_writer import conversations, convert_counting, place_of, refuse_rendering
 from sftlab.data.sources import read_source
 from sftlab.data.splits import is_typed
-from sftlab.data.template_errors import TEMPLATE_ERRORS, rendering_limit
+from sftlab.data.template_errors import TEMPLATE_ERRORS, reason, rendering_limit
 from sftlab.data.template_facts import fields_written
 from sftlab.data.tokenized_dataset import backend_text, encoding_settings
 
@@ -121,11 +121,11 @@ def _probe(
     try:
         with rendering_limit("some rows"):
             Encoder(tokenizer.backend_tokenizer, **encoder).refuse(texts)
-    except TEMPLATE_ERRORS:
-        refuse_rendering(
-            rows[:PROBED_ROWS], 0, convert, Encoder(tokenizer.backend_tokenizer, **encoder)
-        )
-        raise
+    except TEMPLATE_ERRORS as error:
+        # the shortcut is found by rendering a question
+        plain = Encoder(tokenizer.backend_tokenizer, **encoder, shortcut=False)
+        refuse_rendering(rows[:PROBED_ROWS], 0, convert, plain)
+        raise ValueError(f"the chat template refuses a question: {reason(error)}") from error
     joined, plain = (
         list(Encoder(tokenizer.backend_tokenizer, **encoder, shortcut=shortcut)(texts))
         for shortcut in (True, False)
