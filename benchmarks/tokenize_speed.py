@@ -210,7 +210,7 @@ def shards(cluster: Any, corpus: Dataset, work: Path, began: float) -> dict[str,
         started = time.perf_counter()
         tasks = [
             client.submit(
-                tokenize_shard, str(folder), number, place_of(part, 0, len(part)), 0, pure=False
+                tokenize_shard, str(folder), number, place_of(part, 0, len(part)), pure=False
             )
             for number, part in enumerate(parts(corpus))
         ]
@@ -252,7 +252,7 @@ def begin_folder(folder: Path, corpus: Dataset, work: Path) -> dict[str, Any]:
 def warm_up(folder: str, place: bytes) -> None:
     """Let this worker load its tokenizer with a shard that is removed again."""
     number = 90_000 + os.getpid() % 9_000
-    tokenize_shard(folder, number, place, 0)
+    tokenize_shard(folder, number, place)
     for path in Path(folder).glob(f"*-{number}.*"):
         path.unlink()
 

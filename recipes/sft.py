@@ -40,7 +40,9 @@ from sftlab.config.parser import parse_recipe
 from sftlab.config.recipe import Recipe
 from sftlab.data.before_training import look_at_rows, template_refusals
 from sftlab.data.chat_template import set_template
+from sftlab.data.loss_check import end_tokens_of
 from sftlab.data.model_limits import refuse_beyond_model
+from sftlab.data.row_checks import trained_row_lines
 from sftlab.data.row_notes import TURNS, fields_of
 from sftlab.data.samplers import refuse_few_rows
 from sftlab.data.splits import Splits, load_splits
@@ -163,6 +165,10 @@ def prepare(
     must = must_match(recipe.facts(), launch.facts(), now) | facts
     callbacks = [stop, FirstStepWait(fast.compile_layers)]
     trainer = trainer_of(recipe, launch, fast, tokenizer, config, splits, callbacks)
+    if run.is_main and isinstance(trainer.train_dataset, Dataset):
+        ends = end_tokens_of(tokenizer, config.get_text_config().eos_token_id)
+        for line in trained_row_lines(trainer.train_dataset, tokenizer, ends, training.max_length):
+            print(line, flush=True)
     if start.at_stake:
         trainer.checkpointer.refuse_full_disk(run.made_bytes)
         begin(run, start, recipe, launch, recorded)
@@ -244,7 +250,8 @@ def train(
     early or diverged.
     """
     streaming = isinstance(trainer.train_dataset, IterableDataset)
-    lengths = None if streaming else length_facts(trainer.row_facts["train"], trainer.args)
+    names, found = [one["dataset"] for one in splits.facts.get("sources", [])], trainer.row_facts
+    lengths = None if streaming else length_facts(found["train"], trainer.args, names)
     run.update(data=splits.facts | {"tokenized": lengths})
     for line in length_lines(lengths, trainer.args) if lengths and run.is_main else []:
         print(line, flush=True)

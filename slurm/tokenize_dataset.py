@@ -203,14 +203,13 @@ def made_by_workers(
 
     Raises ValueError where workers die over a shard, or none works any more.
     """
-    out, size = str(arguments.out.resolve()), arguments.rows_per_shard
+    out = str(arguments.out.resolve())
     tasks = [
         client.submit(
             tokenize_shard,
             out,
             number,
             places[number],
-            number * size,
             key=f"shard-{number}",
             pure=False,
         )

@@ -196,8 +196,12 @@ def fields(base, rows, tmp_path) -> dict[str, str]:
     return short_fields(base, rows, tmp_path / "run")
 
 
-def arguments(fields: dict[str, str], recipe: str = "recipes/demo/attn_r16.yaml") -> list[str]:
-    return ["--config", str(ROOT / recipe), *(f"--{k}={v}" for k, v in fields.items())]
+def arguments(
+    fields: dict[str, str | list[str]], recipe: str = "recipes/demo/attn_r16.yaml"
+) -> list[str]:
+    several = [word for k, v in fields.items() if isinstance(v, list) for word in (f"--{k}", *v)]
+    one = [f"--{k}={v}" for k, v in fields.items() if not isinstance(v, list)]
+    return ["--config", str(ROOT / recipe), *one, *several]
 
 
 def launch_command(

@@ -150,13 +150,13 @@ def test_what_is_not_used_of_rows_is_counted(suffix, tmp_path):
         ("./nowhere", "no such file or folder"),
         ("data/nowhere", "no such file or folder"),
         ("a/b/c", "no such file or folder"),
-        ("rows[1]", "neither a local file or folder nor a name of the hub"),
+        ("rows[1]", "no file matches"),
         ("zip://a.jsonl::b.zip", "neither a local|not found"),
         ("https://example.org/a/b.txt", "neither a local"),
     ],
 )
 def test_names_that_are_no_data_set_are_refused_before_the_hub_is_asked(name, message, monkeypatch):
-    monkeypatch.setattr("sftlab.data.sources.load_dataset", lambda *a, **k: pytest.fail("asked"))
+    monkeypatch.setattr("sftlab.data.read_rows.load_dataset", lambda *a, **k: pytest.fail("asked"))
     with pytest.raises(ValueError, match=message):
         answers(name)
 

@@ -103,7 +103,7 @@ def forty_shards(script, base, folder, size=20):
     places, *made = script.prepare(parse_recipe(rest, Launch.from_environment()), given)
     begin(folder / "some", *made)
     for number in range(0, 40, 10):
-        tokenize_shard(str(folder / "some"), number, places[number], number * size)
+        tokenize_shard(str(folder / "some"), number, places[number])
     return fields, {
         name: digest for name, digest in contents(folder / "some").items() if name != MANIFEST
     }

@@ -239,7 +239,7 @@ def test_a_template_that_writes_the_date_is_held_to_its_day(script, base, rows, 
     path.write_text(path.read_text().replace(manifest["settings"]["day"], "2020-02-02"))
     part = load_dataset("json", data_files=str(rows), split="train")
     with pytest.raises(ValueError, match="2020-02-02 is over"):
-        tokenize_shard(str(tmp_path / "out"), 0, place_of(part, 0, 9), 0)
+        tokenize_shard(str(tmp_path / "out"), 0, place_of(part, 0, 9))
 
 
 def test_training_and_judging_on_tokens_is_that_on_the_text(

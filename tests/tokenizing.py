@@ -42,11 +42,16 @@ def tokenized(script, fields, out, size=64, share=0.0):
         ]
     )
     places, *made = script.prepare(parse_recipe(rest, Launch.from_environment()), given)
+    return tokenized_of(places, made, out)
+
+
+def tokenized_of(places, made, out):
+    """The planned shards written in this process; the manifest."""
     manifest = begin(out, *made)
     records = finished_records(out, len(places))
     for number, place in enumerate(places):
         if number not in records:
-            records[number] = tokenize_shard(str(out), number, place, number * size)
+            records[number] = tokenize_shard(str(out), number, place)
     finish(out, manifest, [records[number] for number in sorted(records)])
     return manifest
 

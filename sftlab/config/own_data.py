@@ -4,6 +4,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from sftlab.config.data_words import single_names
+from sftlab.field_words import field_words
 from sftlab.schema import read_object
 
 _OF_THE_DATA_SET = (
@@ -11,7 +13,16 @@ _OF_THE_DATA_SET = (
     "dataset_train_split",
     "dataset_shape",
     "dataset_fraction",
+    "datasets_stopping_strategy",
+    "columns",
+    "dataset_text_from_numbers",
+    "validation_file",
+    "test_file",
+    "dataset_validation_split",
+    "dataset_test_split",
 )
+# fields that say which data set it is: one of them at a time
+_NAMES = ("dataset_name", "datasets")
 
 
 def without_replaced_data(
@@ -22,29 +33,39 @@ def without_replaced_data(
     Also returns a line that says so, or None. `named` are the fields on the command line. Tokens of
     the recipe's own data set keep its settings.
     """
-    old, new = settings.get("dataset_name"), _dataset_name(argv)
-    if not old or not new or old == new or _made_from(new) == old:
+    old, words = _settings_name(settings), field_words(argv)
+    new = next((words[name] for name in _NAMES if words.get(name)), None)
+    if not old or not new or old == new:
         return settings, None
+    if _made_from(new[0]) == old:
+        mixture = (*_NAMES, "datasets_stopping_strategy")
+        return {name: value for name, value in settings.items() if name not in mixture}, None
     fall = [n for n in _OF_THE_DATA_SET if settings.get(n) is not None and n not in named]
+    kept = {name: value for name, value in settings.items() if name not in (*fall, *_NAMES)}
     if not fall:
-        return settings, None
-    said = ", ".join(f"{name} {settings[name]}" for name in fall)
-    line = f"{said} of the recipe belongs to {old} and does not hold for {new}"
-    return {name: value for name, value in settings.items() if name not in fall}, line
+        return kept, None
+    said = ", ".join(f"{name} {_shown(settings[name])}" for name in fall)
+    line = f"{said} of the recipe belongs to {' '.join(old)} and does not hold for {' '.join(new)}"
+    return kept, line
 
 
-def _dataset_name(argv: Sequence[str]) -> str | None:
-    found = None
-    for index, argument in enumerate(argv):
-        name, _, value = argument.partition("=")
-        if name.replace("-", "_") == "__dataset_name":
-            found = value or next(iter(argv[index + 1 : index + 2]), None)
-    return found
+def _settings_name(settings: dict[str, Any]) -> list[str]:
+    """Returns the names of the recipe's data sets, as words of a command line."""
+    found = next((settings[name] for name in _NAMES if settings.get(name)), [])
+    words = found if isinstance(found, list) else [found]
+    return [str(one.get("name")) if isinstance(one, dict) else str(one) for one in words]
 
 
-def _made_from(name: str) -> str | None:
-    """Returns the data set that a folder of tokens was made from, or None."""
+def _shown(value: Any) -> str:
+    if isinstance(value, dict):
+        return " ".join(f"{name}={one}" for name, one in value.items())
+    return " ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def _made_from(name: str) -> list[str] | None:
+    """Returns the names of the data sets that a folder of tokens was made from, or None."""
     try:
-        return read_object(Path(name) / "manifest.json")["settings"]["dataset_name"]
+        manifest = read_object(Path(name) / "manifest.json")
+        return single_names(manifest["settings"]["dataset_name"])
     except (ValueError, KeyError, TypeError):
         return None

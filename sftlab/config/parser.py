@@ -39,6 +39,8 @@ _MAPPINGS = (
     "fsdp_config",
     "deepspeed",
 )
+# Fields that hold a mapping, or a list of mappings, as words.
+_PAIRS, _PARTS = "columns", "datasets"
 _KINDS = {"int": "a whole number", "float": "a number", "string_to_bool": "true or false"}
 
 
@@ -128,14 +130,15 @@ def _check_type(place: str, value: Any, action: argparse.Action) -> None:
     if isinstance(value, list):
         if action.nargs not in ("+", "*"):
             raise ValueError(f"{place} is {value!r}: expected one value, not a list")
-        if nested := next((one for one in value if isinstance(one, list | dict)), None):
+        wrong = list if action.dest == _PARTS else list | dict
+        if nested := next((one for one in value if isinstance(one, wrong)), None):
             raise ValueError(f"{place} holds {nested!r}: expected a list of words or numbers")
         if not value:
             raise ValueError(f"{place} is an empty list: leave it out, or name what it holds")
     elif action.dest in _MAPPINGS and not isinstance(value, dict):
         raise ValueError(f"{place} is {value!r}: expected a mapping such as {{key: 1}}")
     elif isinstance(value, dict):
-        if action.dest not in _MAPPINGS:
+        if action.dest not in (*_MAPPINGS, _PAIRS):
             raise ValueError(f"{place} is {value!r}: expected one value, not a mapping")
         if action.dest == "accelerator_config":
             _check_accelerator_config(place, value)
@@ -222,10 +225,13 @@ def _refuse_unused(names: list[str]) -> None:
 
 
 def _as_arguments(key: str, value: Any) -> list[str]:
+    if isinstance(value, dict) and key == _PAIRS:
+        return [f"--{key}", *(f"{ours}={theirs}" for ours, theirs in value.items())]
     if isinstance(value, dict):
         return [f"--{key}", json.dumps(value)]
     if isinstance(value, list):
-        return [f"--{key}", *map(str, value)]
+        words = (json.dumps(one) if isinstance(one, dict) else str(one) for one in value)
+        return [f"--{key}", *words]
     return [f"--{key}={value}"]
 
 

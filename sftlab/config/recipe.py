@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from trl import ModelConfig, SFTConfig
 
+from sftlab.config.data_words import columns_of_words, joined_names, parts_of_words
 from sftlab.config.launch import Launch
 
 DATA_FORMAT_NAMES = [
@@ -28,7 +29,28 @@ _SECRET_FIELDS = ("hub_token", "local_rank", "parallelism_config")
 class DataArguments:
     """Fields for the data set, its splits, the global batch, and replacing or resuming a run."""
 
-    dataset_name: str | None = field(default=None, metadata={"help": "Hub data set or local file."})
+    dataset_name: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Hub data set, folder, or local files: one, several, or a pattern such as "
+            "'data/*.jsonl'."
+        },
+    )
+    datasets: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "A mixture instead of dataset_name: NAME=WEIGHT for each data set, or a list "
+            "of mappings with the keys name, weight, shape, columns, config and split."
+        },
+    )
+    datasets_stopping_strategy: str = field(
+        default="first_exhausted",
+        metadata={
+            "help": "An epoch of a mixture with weights ends with the first data set that has no "
+            "row left, or with the last one; then rows of the others are repeated.",
+            "choices": ["first_exhausted", "all_exhausted"],
+        },
+    )
     dataset_config: str | None = field(
         default=None, metadata={"help": "Configuration of a hub data set."}
     )
@@ -46,6 +68,35 @@ class DataArguments:
             "help": "Shape of the rows. Unset: recognised by the columns.",
             "choices": DATA_FORMAT_NAMES,
         },
+    )
+    columns: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Which column is which: FORMAT'S=FILE'S, for example question=input "
+            "answer=output. Unset: recognised by the names."
+        },
+    )
+    dataset_text_from_numbers: bool = field(
+        default=False,
+        metadata={"help": "Read a number in a column of text as the text that stands in the file."},
+    )
+    validation_file: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Local files with the validation rows; split_fractions divides the rest."
+        },
+    )
+    test_file: list[str] | None = field(
+        default=None,
+        metadata={"help": "Local files with the test rows; split_fractions divides the rest."},
+    )
+    dataset_validation_split: str | None = field(
+        default=None,
+        metadata={"help": "Split of a hub data set or a folder that has the validation rows."},
+    )
+    dataset_test_split: str | None = field(
+        default=None,
+        metadata={"help": "Split of a hub data set or a folder that has the test rows."},
     )
     dataset_fraction: float = field(
         default=1.0,
@@ -86,6 +137,15 @@ class DataArguments:
             "says which changed."
         },
     )
+
+    def __post_init__(self) -> None:
+        self.columns = columns_of_words(self.columns)
+        self.datasets = parts_of_words(self.datasets)
+        # names are one text from here on: so they stand in run.json
+        for name in ("dataset_name", "validation_file", "test_file"):
+            setattr(self, name, joined_names(getattr(self, name)))
+        if self.datasets:
+            self.dataset_name = joined_names([part["name"] for part in self.datasets])
 
 
 @dataclass

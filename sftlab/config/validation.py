@@ -26,6 +26,7 @@ def resolve(recipe: Recipe, launch: Launch) -> None:
     check_values(recipe)
     refuse_wrong_schedule(recipe.training)
     refuse_unknown_metric(recipe.training)
+    _check_data(recipe)
     _check_rows(recipe.data, recipe.training)
     _check_fsdp(recipe.training, launch)
     _resolve_precision(recipe)
@@ -60,6 +61,41 @@ def _check_lora(model: ModelArguments) -> None:
         )
 
 
+def _check_data(recipe: Recipe) -> None:
+    """Raise ValueError for fields of the data set that contradict one another."""
+    data, given = recipe.data, recipe.given
+    if data.datasets:
+        for name in ("dataset_name", "dataset_config", "dataset_train_split"):
+            if name in given:
+                raise ValueError(
+                    f"{name} and datasets are both given: say in datasets what is mixed, with the "
+                    "keys name, config and split of each"
+                )
+    weighted = data.datasets and "weight" in data.datasets[0]
+    if "datasets_stopping_strategy" in given and not weighted:
+        raise ValueError(
+            "datasets_stopping_strategy has no effect without weights: give datasets as "
+            "NAME=WEIGHT, or leave it out"
+        )
+    for index, split in ((1, "validation"), (2, "test")):
+        file, of_hub = getattr(data, f"{split}_file"), getattr(data, f"dataset_{split}_split")
+        if file and of_hub:
+            raise ValueError(
+                f"{split}_file and dataset_{split}_split both give the {split} rows: give one"
+            )
+        if of_hub and data.datasets:
+            raise ValueError(
+                f"dataset_{split}_split belongs to dataset_name, and datasets is given: give "
+                f"{split}_file"
+            )
+        if (file or of_hub) and "split_fractions" in given and data.split_fractions[index]:
+            field = f"{split}_file" if file else f"dataset_{split}_split"
+            raise ValueError(
+                f"split_fractions gives {split} a share of {data.split_fractions[index]}, and "
+                f"{field} gives its rows: make the share 0"
+            )
+
+
 def _check_rows(data: DataArguments, training: TrainingArguments) -> None:
     if training.max_length is not None and training.max_length < 1:
         raise ValueError(
@@ -76,7 +112,8 @@ def _check_rows(data: DataArguments, training: TrainingArguments) -> None:
             f"split_fractions is {shares}: give three shares (train, validation, test) that sum "
             "to 1"
         )
-    if shares[1] == 0 and (training.eval_strategy != "no" or training.eval_on_start):
+    own = data.validation_file or data.dataset_validation_split
+    if shares[1] == 0 and not own and (training.eval_strategy != "no" or training.eval_on_start):
         raise ValueError(
             f"split_fractions is {shares}, without validation rows, and evaluation is asked for: "
             "give validation a share or pass --eval_strategy no"

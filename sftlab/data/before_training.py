@@ -1,6 +1,6 @@
 """What a run says and refuses about its rows before it loads a model."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import islice
 from typing import Any, NamedTuple
@@ -11,6 +11,7 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from sftlab.config.recipe import TrainingArguments
 from sftlab.data.batch_encoder import marks_pattern
+from sftlab.data.column_names import as_words
 from sftlab.data.loss_check import ROWS_LOOKED_AT, look_at_loss, refuse_unrendered
 from sftlab.data.messages import Conversation
 from sftlab.data.model_limits import refuse_long_stream, refuse_unknown_tokens
@@ -91,7 +92,7 @@ def rows_with_marks(tokenizer: PreTrainedTokenizerBase, rows: Dataset) -> int:
 def data_lines(facts: Mapping[str, Any]) -> list[str]:
     """Returns the lines that say what became of the rows of the file."""
     if facts.get("streaming"):
-        return [f"rows: streamed from {facts['dataset']} ({facts['shape']})"]
+        return [f"rows: streamed from {facts['dataset']} ({facts['shape']})", *column_lines(facts)]
     sizes = ", ".join(f"{name} {facts[name]['rows']:,}" for name in SPLITS)
     used = f"{facts['rows_read']:,} used"
     if "rows_there" in facts:
@@ -106,6 +107,36 @@ def data_lines(facts: Mapping[str, Any]) -> list[str]:
         row = facts.get("first_without_an_answer")
         which = f" (the first is row {row})" if row is not None else ""
         lines.append(f"rows dropped: {', '.join(listed)}{which}")
+    for split, known in facts.get("left_out_as_known", {}).items():
+        lines.append(
+            f"warning: {known['rows']:,} {split} rows ask what rows of another split ask (the "
+            f"first is row {known['first']}): they are left out of {split}"
+        )
+    return [*lines, *column_lines(facts), *source_lines(facts.get("sources", []))]
+
+
+def column_lines(facts: Mapping[str, Any]) -> list[str]:
+    """Returns the line that says which columns stand under other names, if any."""
+    named = facts.get("sources", [facts])
+    return [
+        f"columns of {one['dataset']} are read as {as_words(one['columns'])}"
+        for one in named
+        if one.get("columns")
+    ]
+
+
+def source_lines(sources: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Returns a line for each of several data sets: its format, its weight, and its rows."""
+    lines = []
+    for one in sources:
+        sizes = {name: f"{name} {one[name]:,}" for name in SPLITS if one[name]}
+        there = one["train_there"]
+        if one["train"] != there:
+            link = "of" if one["train"] < there else "by repeating"
+            sizes["train"] += f" {link} {there:,}"
+        weight = f", weight {one['weight']:g}" if one["weight"] else ""
+        rows = ", ".join(sizes.values()) or "no row"
+        lines.append(f"  {one['dataset']} ({one['shape']}{weight}): {rows}")
     return lines
 
 

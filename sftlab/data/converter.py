@@ -11,8 +11,9 @@ from datasets import Features, List, Value
 
 from sftlab.data.formats import DATA_FORMATS
 from sftlab.data.messages import Conversation, Message, is_empty
-from sftlab.data.row_notes import parts_of, unused_parts
-from sftlab.data.text_rows import JSON_ROW, parse_row
+from sftlab.data.row_notes import parts_of
+from sftlab.data.row_reading import RowReader
+from sftlab.data.text_rows import JSON_ROW
 
 # Messages are JSON: a column of structs would give every message the fields of all others.
 FEATURES = Features(
@@ -36,6 +37,8 @@ TEST = 2
 # json.dumps would make an encoder for every call
 _WRITTEN = json.JSONEncoder(ensure_ascii=False).encode
 _SORTED = json.JSONEncoder(ensure_ascii=False, sort_keys=True).encode
+# `conversation` counts the rows of each of several data sets from a multiple of it
+MOST_ROWS = 1 << 40
 
 
 class Converter:
@@ -44,48 +47,36 @@ class Converter:
     `loss_on` is the recipe's: under `all` a conversation is one row, under `last` too, with its
     last answer in the loss, and under `completion` it is a row for each answer. Test rows hold one
     answer each, whatever `loss_on` is. An answer without text gives a row with split `NO_RESPONSE`,
-    a row without any answer one with `NO_TURN`. `conversation` is the number of the source's row.
-    It can be pickled, and `datasets` hashes it for its cache.
+    a row without any answer one with `NO_TURN`. `conversation` is the number of the source's row;
+    those of data set number `source` begin at `source` times `MOST_ROWS`. It can be pickled, and
+    `datasets` hashes it for its cache.
     """
 
     def __init__(
-        self, shape: str, fractions: tuple[float, ...], name: str | None, loss_on: str
+        self, reader: RowReader, fractions: tuple[float, ...], loss_on: str, source: int = 0
     ) -> None:
-        self.shape, self.fractions, self.name, self.loss_on = shape, fractions, name, loss_on
+        self.reader, self.fractions, self.loss_on, self.source = reader, fractions, loss_on, source
         self.version = 3  # of what it makes: caches of other versions are not read
 
     def __call__(self, batch: dict[str, list], indices: list[int]) -> dict[str, list]:
         out: dict[str, list] = {name: [] for name in COLUMNS}
         for offset, index in enumerate(indices):
             try:
-                row, notes = self._row(batch, offset)
+                row, notes = self.reader.read(batch, offset)
                 row = row if JSON_ROW in batch else without_nulls(row)
-                conversation = DATA_FORMATS[self.shape][2](row)
+                conversation = DATA_FORMATS[self.reader.data_format][2](row)
                 notes += conversation.notes
                 for values in self._rows(conversation):
                     notes += values.pop("parts", [])
-                    values |= {"conversation": index, "notes": "\n".join(notes)}
+                    number = self.source * MOST_ROWS + index
+                    values |= {"conversation": number, "notes": "\n".join(notes)}
                     for name in COLUMNS:
                         out[name].append(values.get(name))
                     notes = []
             except (TypeError, ValueError, KeyError) as error:
-                raise ValueError(f"row {index} of {self.name} ({self.shape}): {error}") from error
+                place = f"{self.reader.place(index)} ({self.reader.data_format})"
+                raise ValueError(f"{place}: {error}") from error
         return out
-
-    def _row(self, batch: dict[str, list], offset: int) -> tuple[dict[str, Any], list[str]]:
-        """Returns the columns of a row, and the names of what is not used of it."""
-        needed, optional, _ = DATA_FORMATS[self.shape]
-        if JSON_ROW not in batch:
-            columns = [c for c in (*needed, *optional) if c in batch]
-            row = {column: batch[column][offset] for column in columns}
-            return row, unused_parts(row, self.shape)
-        try:
-            row = parse_row(batch[JSON_ROW][offset])
-        except json.JSONDecodeError as error:
-            raise ValueError(f"it is not JSON: {error}") from error
-        if missing := [column for column in needed if column not in row]:
-            raise ValueError(f"it has no {' and no '.join(missing)}, only {', '.join(row)}")
-        return row, unused_parts(row, self.shape)
 
     def _rows(self, conversation: Conversation) -> Iterator[dict[str, Any]]:
         """Yield what becomes of a conversation: rows in a split, and rows in none."""

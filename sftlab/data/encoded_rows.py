@@ -13,7 +13,7 @@ from sftlab.config.recipe import TrainingArguments
 from sftlab.data.batch_encoder import Encoder
 from sftlab.data.chat_template import encoder_of
 from sftlab.data.messages import Conversation
-from sftlab.data.sequence_facts import count, cut_sequences
+from sftlab.data.sequence_facts import count, count_sources, cut_sequences
 from sftlab.data.splits import Splits
 from sftlab.data.token_sequence import labels_of
 from sftlab.data.tokenized_dataset import (
@@ -51,13 +51,16 @@ class _Encode:
         rows = [
             dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)
         ]
-        made = self._encoder([Conversation.from_row(row) for row in rows])
+        made = list(self._encoder([Conversation.from_row(row) for row in rows]))
         cut = [one for sequences in made for one in cut_sequences(sequences, self._settings)]
         if self._streamed:
             kept = [one for one in cut if one.loss_kept]
             labels = [labels_of(one.ids, one.spans) for one in kept]
             return {"input_ids": [one.ids for one in kept], "labels": labels}
         found = {"input_ids": [one.ids for one in cut], "spans": [one.spans for one in cut]}
+        if "source" in batch:
+            pairs = zip(batch["source"], made, strict=True)
+            found["source"] = [number for number, sequences in pairs for _ in sequences]
         return found | {name: [getattr(one, name) for one in cut] for name in _COUNTED}
 
 
@@ -95,20 +98,27 @@ def encode_rows(
         encode = _Encode(encoder_of(tokenizer), settings, streamed=True)
         how = {"batch_size": ROWS_AT_ONCE, "remove_columns": rows.column_names}
         return Encoded(rows.map(encode, batched=True, features=STREAMED, **how), None)
+    if not len(rows):  # `map` would give it no columns
+        none = Dataset.from_dict({"input_ids": [], "spans": []}).with_transform(WithLabels())
+        return Encoded(none, count(*[np.zeros(0, np.int64)] * len(_COUNTED), training.max_length))
     key = Hasher.hash([rows._fingerprint, json.dumps(settings), FORMAT])
+    numbered = {"source": Value("int8")} if "source" in rows.column_names else {}
     with global_then_local_main_first():
         made = rows.map(
             _Encode(encoder_of(tokenizer), settings, streamed=False),
             batched=True,
             batch_size=ROWS_AT_ONCE,
             remove_columns=rows.column_names,
-            features=FEATURES,
+            features=Features({**FEATURES, **numbered}),
             num_proc=training.dataset_num_proc,
             new_fingerprint=key,
             desc=f"Encoding {name} rows",
         )
-    counted = made.select_columns(list(_COUNTED)).with_format("numpy")[:]
+    counted = made.select_columns([*_COUNTED, *numbered]).with_format("numpy")[:]
     facts = count(*(counted[column] for column in _COUNTED), training.max_length)
+    if numbered:
+        source, columns = counted["source"], (counted["tokens"], counted["loss_kept"])
+        facts |= count_sources(source, *columns, int(source.max()) + 1, training.max_length)
     if facts["dropped"]:
         made = made.select(np.flatnonzero(counted["loss_kept"] > 0))
     return Encoded(made.select_columns(["input_ids", "spans"]).with_transform(WithLabels()), facts)

@@ -7,25 +7,6 @@ from sftlab.data.messages import Conversation, Message, read_conversation, text
 from sftlab.data.tool_calls import parsed, read_tools
 
 
-def recognise_format(columns: list[str]) -> str:
-    """Returns the one data format whose columns are all there.
-
-    Raises ValueError for none and for several.
-    """
-    found = [name for name, (needed, _, _) in DATA_FORMATS.items() if set(needed) <= set(columns)]
-    if len(found) == 1:
-        return found[0]
-    if found:
-        raise ValueError(
-            f"the columns {', '.join(columns)} match the data formats {' and '.join(found)}: say "
-            f"which is meant with dataset_shape, for example --dataset_shape {found[-1]}"
-        )
-    known = "; ".join(
-        f"{shape} ({', '.join(needed)})" for shape, (needed, _, _) in DATA_FORMATS.items()
-    )
-    raise ValueError(f"the columns {', '.join(columns)} match no data format; known are {known}")
-
-
 def _single(
     user: str, response: str, system: str = "", history: list[Message] | None = None
 ) -> Conversation:

@@ -51,7 +51,7 @@ def look_at_loss(
     refuses.
     """
     found: dict[str, Finding] = {}
-    end_tokens = _end_tokens(tokenizer, ends)
+    end_tokens = end_tokens_of(tokenizer, ends)
     probes = [before for n, before in PROBES.items() if n in rows_with or n == "a question"]
     answered = [(before, ANSWER) for before in probes]
     if THOUGHTS in rows_with:
@@ -76,7 +76,8 @@ def look_at_loss(
     return [finding.sentence for finding in found.values()]
 
 
-def _end_tokens(tokenizer: PreTrainedTokenizerBase, ends: int | list[int] | None) -> set[int]:
+def end_tokens_of(tokenizer: PreTrainedTokenizerBase, ends: int | list[int] | None) -> set[int]:
+    """Returns the tokens that may end an answer. `ends` are the model's own."""
     try:
         return set(end_of_turn(tokenizer, ends).end_tokens)
     except TEMPLATE_ERRORS:

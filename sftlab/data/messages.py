@@ -55,9 +55,10 @@ def text(row: dict[str, Any], column: str) -> str:
     if value is None:
         return ""
     if not isinstance(value, str):
+        number = isinstance(value, int | float) and not isinstance(value, bool)
         raise TypeError(
             f"{column} is not text but {type(value).__name__} ({value!r:.60}): write it as "
-            "text, in quotes"
+            f"text, in quotes{', or pass --dataset_text_from_numbers true' * number}"
         )
     return value
 

@@ -71,12 +71,15 @@ def split_line(facts: Mapping[str, int]) -> list[str]:
     return [f"{split:,} conversations are a row for each answer: {why}"] if split else []
 
 
-def joined(counts: Iterable[Mapping[str, int]]) -> dict[str, int]:
-    """Returns the counts of several groups of sequences as those of all."""
-    total: dict[str, int] = {}
-    for one in counts:
-        for name, value in one.items():
-            longest = name.startswith("longest")
-            before = total.get(name, 0)
-            total[name] = max(before, value) if longest else before + value
-    return total
+def count_sources(
+    source: np.ndarray, tokens: np.ndarray, loss_kept: np.ndarray, sources: int, limit: int | None
+) -> dict[str, list[dict[str, int]]]:
+    """Returns the kept sequences of each of several data sets, and their tokens, as `sources`.
+
+    `source` is the number of a sequence's data set.
+    """
+    kept = loss_kept > 0
+    within = np.minimum(tokens, limit or np.iinfo(np.int32).max)[kept]
+    rows = np.bincount(source[kept], minlength=sources).tolist()
+    total = np.bincount(source[kept], weights=within, minlength=sources).astype(int).tolist()
+    return {"sources": [{"kept": r, "tokens": t} for r, t in zip(rows, total, strict=True)]}

@@ -2,24 +2,24 @@
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from itertools import chain
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from sftlab.data.row_notes import count_notes
-from sftlab.data.sequence_facts import joined
-from sftlab.data.splits import dropped_facts, refuse_empty
+from sftlab.data.sequence_facts import count, count_sources
+from sftlab.data.shard_order import flat, ordered_rows, row_lists
+from sftlab.data.source_facts import dropped_facts, refuse_empty, source_facts
 from sftlab.data.tokenized_dataset import (
     FORMAT,
     MANIFEST,
     SPLITS,
     difference,
-    file_name,
     read_manifest,
     read_record,
 )
@@ -89,81 +89,65 @@ def finish(
     """
     _remove_parts(folder)
     settings = manifest["settings"]
-    counted = _count(folder, records)
-    rows = counted.rows
-    for name in SPLITS:
-        total = sum(rows.values())
-        refuse_empty(rows[name], name, settings["dataset_name"], settings["split_fractions"], total)
+    tables, before, left_out = ordered_rows(folder, settings, records)
+    split_of = _splits_of(folder, records)
     facts = {
         "dataset": settings["dataset_name"],
         "shape": settings["dataset_shape"],
-        "rows_there": settings["rows_there"],
+        "rows_there": sum(source["rows_there"] for source in settings["sources"]),
         "rows_read": settings["rows"],
-        **dropped_facts(
-            counted.unused, list(chain.from_iterable(r["without_turn"] for r in records))
-        ),
+        **dropped_facts(split_of, list(chain.from_iterable(r["without_turn"] for r in records))),
         **count_notes(chain.from_iterable(record["notes"].items() for record in records)),
+        **left_out,
     }
+    facts |= {"columns": settings["columns_read"]} if settings["columns_read"] else {}
     facts["not_used"] |= settings["columns_not_used"]
-    facts |= {
-        name: {"rows": rows[name], "fingerprint": counted.fingerprints[name]} for name in SPLITS
-    }
+    for name, table in tables.items():
+        own = next((s["reader"]["name"] for s in settings["sources"] if s["split"] == name), None)
+        shares, total = settings["split_fractions"], sum(map(len, tables.values()))
+        refuse_empty(len(table), name, settings["dataset_name"], shares, total, own)
+        facts[name] = {"rows": len(table), "fingerprint": _fingerprint(table)}
+    if len(settings["sources"]) > 1:
+        numbers = [table["source"].to_numpy() for table in tables.values()]
+        facts["sources"] = source_facts(settings["sources"], numbers, before)
     if bad := sum(record["bad"] for record in records):
         facts["bad_rows_left_out"] = bad
-    tokenized: dict[str, dict[str, int]] = {
-        name: joined(record["tokenized"][name] for record in records) for name in SPLITS[:2]
-    }
-    tokenized["test"] = {"kept": rows["test"]}
+    lengths = {name: flat(tables[name], "tokens") for name in SPLITS[:2]}
+    tokenized = {name: _counted(tables[name], settings) for name in SPLITS[:2]}
+    tokenized["test"] = {"kept": len(tables["test"])}
     manifest["control_marks"] = sum(record["control_marks"] for record in records)
     manifest |= {"facts": facts, "tokenized": tokenized, "shards": records}
     write_text(folder / MANIFEST, json.dumps(manifest, indent=2, ensure_ascii=False) + "\n")
-    return counted.lengths
+    return {name: lengths[name][flat(tables[name], "loss_kept") > 0] for name in SPLITS[:2]}
 
 
-class _Counted(NamedTuple):
-    """Rows and their fingerprint by split, lengths of kept rows, and `split` of rows in none."""
-
-    rows: dict[str, int]
-    fingerprints: dict[str, str]
-    lengths: dict[str, np.ndarray]
-    unused: np.ndarray
-
-
-def _count(folder: Path, records: list[dict[str, Any]]) -> _Counted:
-    digests = {name: hashlib.sha256() for name in SPLITS}
-    rows = dict.fromkeys(SPLITS, 0)
-    lengths: dict[str, list[np.ndarray]] = {name: [] for name in SPLITS[:2]}
-    unused = [np.zeros(0, np.int8)]
-    for table in _row_lists(folder, records):
-        split = table["split"].to_numpy()
-        hashes = table["row_hash"].to_numpy(zero_copy_only=False)
-        unused.append(split[split < 0])
-        for index, name in enumerate(SPLITS):
-            rows[name] += int((split == index).sum())
-            digests[name].update("".join(hashes[split == index]).encode())
-        for index, name in enumerate(SPLITS[:2]):
-            used = table.filter(split == index)
-            tokens, kept = (pc.list_flatten(used[column]) for column in ("tokens", "kept"))
-            lengths[name].append(tokens.filter(kept).to_numpy())
-    return _Counted(
-        rows,
-        {name: digest.hexdigest()[:16] for name, digest in digests.items()},
-        {
-            name: np.concatenate(parts) if parts else np.zeros(0, np.int32)
-            for name, parts in lengths.items()
-        },
-        np.concatenate(unused),
+def _counted(table: pa.Table, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns what became of the sequences of a split, in all and of each of several sources."""
+    tokens, loss_tokens, loss_kept = (
+        flat(table, name) for name in ("tokens", "loss_tokens", "loss_kept")
     )
+    sequences = pc.list_value_length(table["tokens"]).to_numpy()
+    part = np.arange(len(tokens)) - np.repeat(np.cumsum(sequences) - sequences, sequences)
+    counted = count(tokens, loss_tokens, loss_kept, part, settings["max_length"])
+    divided = sum(source["split"] is None for source in settings["sources"])
+    if divided == 1:
+        return counted
+    source = np.repeat(table["source"].to_numpy(), sequences)
+    return counted | count_sources(source, tokens, loss_kept, divided, settings["max_length"])
+
+
+def _splits_of(folder: Path, records: list[dict[str, Any]]) -> np.ndarray:
+    tables = row_lists(folder, records)
+    return np.concatenate([np.zeros(0, np.int8), *(table["split"].to_numpy() for table in tables)])
+
+
+def _fingerprint(table: pa.Table) -> str:
+    digest = hashlib.sha256()
+    for batch in table.select(["row_hash"]).to_batches():
+        digest.update("".join(batch["row_hash"].to_pylist()).encode())
+    return digest.hexdigest()[:16]
 
 
 def _remove_parts(folder: Path) -> None:
     for left in folder.glob(".*.part"):
         left.unlink()
-
-
-def _row_lists(folder: Path, records: list[dict[str, Any]]) -> Iterator[pa.Table]:
-    for record in records:
-        name = file_name("rows", record["number"])
-        if name in record["files"]:
-            with pa.OSFile(str(folder / name)) as file:
-                yield pa.ipc.open_stream(file).read_all()

@@ -1,19 +1,19 @@
 """What tokenizing a data set needs to know before any worker starts: shards, settings, encoder."""
 
 import hashlib
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-from datasets import Dataset
 
 from sftlab.data.batch_encoder import Encoder
 from sftlab.data.converter import Converter
 from sftlab.data.loss_check import ROWS_LOOKED_AT, look_at_loss
 from sftlab.data.model_limits import positions_of, refuse_unknown_tokens
-from sftlab.data.row_notes import count_notes, fields_of, unused_columns, unwritten
+from sftlab.data.open_tokens import ALWAYS, WHERE_SET
+from sftlab.data.row_notes import count_notes, fields_of, unwritten
 from sftlab.data.shard_writer import conversations, convert_counting, place_of, refuse_rendering
-from sftlab.data.sources import read_source
-from sftlab.data.splits import is_typed
+from sftlab.data.source_facts import not_used_of, shape_facts
+from sftlab.data.sources import Source, read_sources, settings_of
 from sftlab.data.template_errors import TEMPLATE_ERRORS, reason, rendering_limit
 from sftlab.data.template_facts import fields_written
 from sftlab.data.tokenized_dataset import backend_text, encoding_settings
@@ -25,15 +25,6 @@ if TYPE_CHECKING:
 
 # rows that are converted and encoded beforehand, so that a mistake is found before workers start
 PROBED_ROWS = 256
-# fields of the recipe that decide which rows there are
-_DATA_FIELDS = (
-    "dataset_name",
-    "dataset_config",
-    "dataset_train_split",
-    "dataset_fraction",
-    "split_fractions",
-    "loss_on",
-)
 
 
 def plan_shards(
@@ -62,34 +53,41 @@ def plan_shards(
             "which it tokenizes before it trains"
         )
     settings = encoding_settings(tokenizer, training)
-    rows, data_format, rows_there = read_source(data)
-    if not rows.cache_files:
+    sources = read_sources(data)
+    if not all(source.rows.cache_files for source in sources):
         raise ValueError(
             f"{data.dataset_name} was read into memory: unset HF_DATASETS_IN_MEMORY_MAX_SIZE"
         )
-    settings |= {name: getattr(data, name) for name in _DATA_FIELDS}
+    settings |= {name: getattr(data, name) for name in (*ALWAYS, *WHERE_SET)}
+    shapes = shape_facts(sources)
     settings |= {
-        "dataset_shape": data_format,
-        "rows": len(rows),
-        "rows_there": rows_there,
+        "dataset_name": data.dataset_name,
+        "dataset_shape": shapes["shape"],
+        "datasets_stopping_strategy": data.datasets_stopping_strategy,
+        "rows": sum(len(source.rows) for source in sources),
         "rows_per_shard": rows_per_shard,
-        "source": _source_hash(data.dataset_name, rows),
-        "columns_not_used": unused_columns(rows, data_format) if is_typed(rows) else {},
+        "source": ", ".join(map(_source_hash, sources)),
+        "sources": [settings_of(source) for source in sources],
+        "columns_not_used": not_used_of(sources),
+        "columns_read": shapes.get("columns", {}),
     }
     encoder = {
         "template": tokenizer.get_chat_template(),
         "special_tokens": tokenizer.special_tokens_map,
     }
-    convert = Converter(data_format, tuple(data.split_fractions), data.dataset_name, data.loss_on)
-    first = _probe(rows, convert, tokenizer, encoder, max_bad_rows)
+    first = [
+        _probe(source, number, data.loss_on, tokenizer, encoder, max_bad_rows)
+        for number, source in enumerate(sources)
+    ]
     settings["loss_warnings"] = _look(tokenizer, first, settings["completion_only_loss"], config)
     settings["embeddings"] = config and config.get_text_config().vocab_size
     most = config and positions_of(config)
     if most and (training.max_length is None or training.max_length > most):
         settings["positions"] = most
     places = [
-        place_of(rows, start, min(start + rows_per_shard, len(rows)))
-        for start in range(0, len(rows), rows_per_shard)
+        place_of(source.rows, start, min(start + rows_per_shard, len(source.rows)), number)
+        for number, source in enumerate(sources)
+        for start in range(0, len(source.rows), rows_per_shard)
     ]
     return places, settings, backend_text(tokenizer), encoder
 
@@ -104,8 +102,9 @@ def refuse_bad_rows(counted: dict[str, Any], rows: int, share: float) -> None:
 
 
 def _probe(
-    rows: Dataset,
-    convert: Converter,
+    source: Source,
+    number: int,
+    loss_on: str,
     tokenizer: "PreTrainedTokenizerBase",
     encoder: dict[str, Any],
     max_bad_rows: float,
@@ -114,6 +113,7 @@ def _probe(
 
     Returns them converted.
     """
+    rows, convert = source.rows, Converter(source.reader, source.fractions, loss_on, number)
     counted = {"bad": 0, "first_bad": None}
     first = convert_counting(convert, rows[:PROBED_ROWS], 0, counted)
     refuse_bad_rows(counted, len(rows), max_bad_rows)
@@ -136,7 +136,7 @@ def _probe(
 
 def _look(
     tokenizer: "PreTrainedTokenizerBase",
-    first: dict[str, list],
+    converted: list[dict[str, list]],
     masked: bool,
     config: "PreTrainedConfig | None",
 ) -> list[str]:
@@ -145,16 +145,23 @@ def _look(
         refuse_unknown_tokens(tokenizer, config)
     if not masked:
         return []
-    train = [one for split, one in conversations(first) if split == 0][:ROWS_LOOKED_AT]
+    train = []
+    for first in converted:
+        train += [one for split, one in conversations(first) if split == 0][:ROWS_LOOKED_AT]
     ends = None if config is None else config.get_text_config().eos_token_id
-    with_ = count_notes((notes, 1) for notes in first["notes"])["rows_with"]
+    noted = chain.from_iterable(first["notes"] for first in converted)
+    with_ = count_notes((notes, 1) for notes in noted)["rows_with"]
     missing, _ = unwritten(with_, fields_written(tokenizer, fields_of(with_)))
     return look_at_loss(tokenizer, train, with_, ends) + missing
 
 
-def _source_hash(name: str, rows: Dataset) -> str:
-    """Returns the SHA-256 of a local file, or the fingerprint that `datasets` gives to hub rows."""
-    if not Path(name).is_file():
-        return rows._fingerprint
-    with Path(name).open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
+def _source_hash(source: Source) -> str:
+    """Returns the SHA-256 of local files, or the fingerprint that `datasets` gives to hub rows."""
+    files = source.reader.files or (source.reader.name,)
+    if not all(Path(file).is_file() for file in files):
+        return source.rows._fingerprint
+    digests = []
+    for path in files:
+        with Path(path).open("rb") as file:
+            digests.append(hashlib.file_digest(file, "sha256").hexdigest()[:16])
+    return " ".join(digests)

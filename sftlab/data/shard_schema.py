@@ -30,6 +30,7 @@ _UNUSED = Kind(
 _MANIFEST = {
     "settings": OBJECT,
     "settings.dataset_name": TEXT,
+    "settings.sources": OBJECTS,
     "encoder": OBJECT,
     "facts": OBJECT.or_null(),
     "shards": OBJECTS,
@@ -50,6 +51,9 @@ _COUNTED = {
     "facts.rows_with": _COUNTS,
     "facts.rows_without_an_answer": COUNT,
     "facts.bad_rows_left_out": COUNT,
+    "facts.sources": OBJECTS,
+    "facts.columns": OBJECT,
+    "facts.left_out_as_known": OBJECT,
 }
 # a shard's record, as slurm/tokenize_dataset.py counts it together with the others
 _RECORD = {
@@ -60,8 +64,7 @@ _RECORD = {
     "notes": _COUNTS,
     "without_turn": list_of(COUNT),
     "control_marks": COUNT,
-    "tokenized.train": _COUNTS,
-    "tokenized.validation": _COUNTS,
+    "source": COUNT,
     "files": _FILES,
 }
 
@@ -72,7 +75,9 @@ def check_manifest(manifest: Mapping[str, Any], where: str) -> None:
     if manifest["facts"] is not None:
         check(manifest, where, _OF_FINISHED, _COUNTED)
     for place, shard in enumerate(manifest["shards"]):
-        check(shard, f"{where}, shards[{place}]", {"number": COUNT, "files": _FILES})
+        check(
+            shard, f"{where}, shards[{place}]", {"number": COUNT, "source": COUNT, "files": _FILES}
+        )
 
 
 def check_record(record: Mapping[str, Any], where: str) -> None:

@@ -4,7 +4,7 @@ import json
 import os
 import pickle
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from datetime import date
 from functools import lru_cache
 from itertools import chain
@@ -19,7 +19,8 @@ from tokenizers import Tokenizer
 from sftlab.data.batch_encoder import Encoder
 from sftlab.data.converter import COLUMNS, NO_TURN, TEST, TEXT_COLUMNS, Converter
 from sftlab.data.messages import Conversation
-from sftlab.data.sequence_facts import Cut, count, cut_sequences
+from sftlab.data.sequence_facts import Cut, cut_sequences
+from sftlab.data.sources import reading_of
 from sftlab.data.template_errors import (
     TEMPLATE_ERRORS,
     is_of_template,
@@ -44,22 +45,21 @@ ROWS_A_BATCH = 1000
 ITEMS_A_BATCH = 1_000_000
 
 
-def place_of(rows: Dataset, start: int, stop: int) -> bytes:
-    """Returns the files and the range of some memory-mapped rows, to be sent to a worker.
+def place_of(rows: Dataset, start: int, stop: int, source: int = 0) -> bytes:
+    """Returns the files and the range of memory-mapped rows of a source, to be sent to a worker.
 
     They are pickled, because the scheduler would otherwise map the files anew for every task.
     """
-    return pickle.dumps(rows.select(range(start, stop)))
+    return pickle.dumps((rows.select(range(start, stop)), start, source))
 
 
-def tokenize_shard(folder: str, number: int, place: bytes, first: int) -> dict[str, Any]:
+def tokenize_shard(folder: str, number: int, place: bytes) -> dict[str, Any]:
     """Convert, encode and write the rows at `place` as one shard. Returns its record.
 
-    `first` is the first row's number in the data set. The bytes depend on the rows and the manifest
-    alone. Rows that are not text are left out and counted. Raises ValueError where the template
-    writes the date and the day is over.
+    The bytes depend on the rows and the manifest alone. Rows that are not text are left out and
+    counted. Raises ValueError where the template writes the date and the day is over.
     """
-    rows = pickle.loads(place)
+    rows, first, source = pickle.loads(place)
     manifest, encoder = _loaded(folder, (Path(folder) / MANIFEST).stat().st_mtime_ns)
     settings = manifest["settings"]
     if settings.get("day", date.today().isoformat()) != date.today().isoformat():
@@ -67,14 +67,11 @@ def tokenize_shard(folder: str, number: int, place: bytes, first: int) -> dict[s
             f"the template writes the date, and {settings['day']} is over: tokenize into another "
             "folder"
         )
-    convert = Converter(
-        settings["dataset_shape"],
-        tuple(settings["split_fractions"]),
-        settings["dataset_name"],
-        settings["loss_on"],
-    )
+    reading = reading_of(settings["sources"][source])
+    convert = Converter(*reading, settings["loss_on"], source)
     record: dict[str, Any] = {
         "number": number,
+        "source": source,
         "source_rows": len(rows),
         "bad": 0,
         "first_bad": None,
@@ -82,7 +79,6 @@ def tokenize_shard(folder: str, number: int, place: bytes, first: int) -> dict[s
         "without_turn": [],
         "control_marks": 0,
     }
-    made: dict[str, list[Cut]] = {name: [] for name in SPLITS[:TEST]}
     writers = {kind: _Writer(Path(folder) / file_name(kind, number), kind) for kind in SCHEMAS}
     for start in range(0, len(rows), ROWS_AT_ONCE):
         batch = rows[start : start + ROWS_AT_ONCE]
@@ -90,15 +86,11 @@ def tokenize_shard(folder: str, number: int, place: bytes, first: int) -> dict[s
         _note(converted, record, encoder.marks)
         try:
             with rendering_limit("some rows"):
-                for name, cut in _encode(converted, encoder, settings, writers):
-                    made[name].append(cut._replace(ids=[], spans=[]))
+                _encode(converted, encoder, settings, writers)
         except TEMPLATE_ERRORS as error:
             if isinstance(error, TooSlow) or is_of_template(error):
                 refuse_rendering(batch, first + start, convert, encoder)
             raise
-    record["tokenized"] = {
-        name: count(*_columns(cut), settings["max_length"]) for name, cut in made.items()
-    }
     record["files"] = {
         writer.path.name: facts for writer in writers.values() if (facts := writer.close())
     }
@@ -145,7 +137,7 @@ def refuse_rendering(
                 encoder.refuse([read for _, read in conversations(one)])
         except TEMPLATE_ERRORS as error:
             raise ValueError(
-                f"row {first + offset} of {convert.name}: the chat template refuses it: "
+                f"{convert.reader.place(first + offset)}: the chat template refuses it: "
                 f"{reason(error)}; leave the row out or give another template with "
                 "--chat_template_path"
             ) from error
@@ -182,8 +174,8 @@ def _encode(
     encoder: Encoder,
     settings: Mapping[str, Any],
     writers: Mapping[str, "_Writer"],
-) -> Iterator[tuple[str, Cut]]:
-    """Encode and write a batch of converted rows. Yields the sequences of train and validation."""
+) -> None:
+    """Encode and write a batch of converted rows."""
     read = conversations(rows)
     encoder.refuse([one for split, one in read if split == TEST])
     encoded = encoder([one for split, one in read if split != TEST])
@@ -191,19 +183,14 @@ def _encode(
         row = {name: rows[name][index] for name in (*TEXT_COLUMNS, "row_hash", "split")}
         cut = cut_sequences(next(encoded), settings) if split in (0, 1) else []
         _refuse_beyond_model(cut, settings, row["messages"])
-        kept = [one.loss_kept > 0 for one in cut]
-        writers["rows"].add(row | {"tokens": [one.tokens for one in cut], "kept": kept}, True)
+        counts = ("tokens", "loss_tokens", "loss_kept")
+        counted = {name: [getattr(one, name) for one in cut] for name in counts}
+        writers["rows"].add(row | counted, True)
         if split == TEST:
             writers["test"].add(row, True)
         for one in cut:
             sequence = {"input_ids": one.ids, "spans": one.spans, "opening": row["opening"]}
             writers[SPLITS[split]].add(sequence, one.loss_kept > 0)
-            yield SPLITS[split], one
-
-
-def _columns(cut: list[Cut]) -> tuple[np.ndarray, ...]:
-    columns = ("tokens", "loss_tokens", "loss_kept", "part")
-    return tuple(np.array([getattr(one, name) for one in cut], np.int64) for name in columns)
 
 
 def _refuse_beyond_model(cut: list[Cut], settings: Mapping[str, Any], messages: str) -> None:

@@ -1,196 +1,115 @@
-"""Rows read from the hub, a local file or a folder of files."""
+"""Which data sets does a recipe ask for, and which split are their rows for?"""
 
-import json
-import re
-from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import pyarrow as pa
-from datasets import Dataset, IterableDataset, load_dataset, load_dataset_builder
-from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
-from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, OfflineModeIsEnabled
+from datasets import Dataset, IterableDataset
 
 if TYPE_CHECKING:
     # workers that tokenize need no torch
     from sftlab.config.recipe import DataArguments
-from sftlab.data.formats import DATA_FORMATS, recognise_format
-from sftlab.data.text_rows import columns_of, read_text_rows
-
-_READERS = {
-    ".json": "json",
-    ".jsonl": "json",
-    ".csv": "csv",
-    ".parquet": "parquet",
-    ".arrow": "arrow",
-}
-_HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
+from sftlab.data.read_rows import Wanted, read_rows
+from sftlab.data.row_reading import RowReader
+from sftlab.data.tokenized_dataset import SPLITS
 
 
 class Source(NamedTuple):
-    """Rows that are not converted yet, their data format, and how many rows there are in all.
+    """Rows that are not converted yet, how they are read, and how many rows there are in all.
 
-    The number of a stream is None.
+    `split` names the split that all rows belong to; None where their hash divides them by
+    `fractions`. `weight` is that in a mixture. The number of rows of a stream is None.
     """
 
     rows: Dataset | IterableDataset
-    data_format: str
+    reader: RowReader
     rows_there: int | None
+    split: str | None
+    fractions: tuple[float, ...]
+    weight: float | None = None
 
 
-def read_source(args: "DataArguments") -> Source:
-    """Returns the rows that `args` asks for.
+def settings_of(source: Source) -> dict[str, Any]:
+    """Returns how a source is read and divided, as JSON that `reading_of` takes."""
+    return {
+        "reader": source.reader._asdict(),
+        "fractions": list(source.fractions),
+        "split": source.split,
+        "weight": source.weight,
+        "rows": len(source.rows),
+        "rows_there": source.rows_there,
+    }
 
-    A stream is not cut to `dataset_fraction`. Raises ValueError where the rows cannot be read.
+
+def reading_of(settings: Mapping[str, Any]) -> tuple[RowReader, tuple[float, ...]]:
+    """Returns a source's reader and its fractions from `settings_of`."""
+    reader = RowReader(**settings["reader"])
+    return reader._replace(files=tuple(reader.files)), tuple(settings["fractions"])
+
+
+def read_sources(args: "DataArguments") -> list[Source]:
+    """Returns the data sets of `args`: first those that are divided, then those of one split.
+
+    A stream is not cut to `dataset_fraction`. Raises ValueError where rows cannot be read.
     """
-    name = str(args.dataset_name)
-    try:
-        dataset = _load(args, name)
-        columns = column_names(dataset)
-    except (DatasetGenerationError, NotImplementedError, FileNotFoundError) as error:
-        raise ValueError(
-            f"{name} cannot be read: {_first_line(error.__cause__ or error)}"
-        ) from error
-    except pa.ArrowInvalid as error:
-        raise ValueError(f"{name} cannot be read: {_first_line(error)}") from error
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{name} cannot be read: its first row is not JSON: {error}") from error
-    data_format = args.dataset_shape or recognise_format(columns)
-    _require_columns(columns, data_format)
-    if isinstance(dataset, IterableDataset):
-        return Source(dataset, data_format, None)
-    if len(dataset) == 0:
-        raise ValueError(f"{name} is empty")
-    rows = dataset.select(range(max(1, int(len(dataset) * args.dataset_fraction))))
-    return Source(rows, data_format, len(dataset))
+    whole = Wanted(
+        str(args.dataset_name),
+        args.dataset_config,
+        args.dataset_train_split,
+        args.dataset_shape,
+        args.columns or {},
+        args.dataset_streaming,
+        args.dataset_text_from_numbers,
+    )
+    shares = divided_fractions(args)
+    parts = [(whole, None)]
+    if args.datasets:
+        parts = [(_part(whole, part), part.get("weight")) for part in args.datasets]
+    sources = []
+    for wanted, weight in parts:
+        rows, reader = read_rows(wanted)
+        there = len(rows) if isinstance(rows, Dataset) else None
+        if there is not None:
+            rows = rows.select(range(max(1, int(there * args.dataset_fraction))))
+        sources.append(Source(rows, reader, there, None, shares, weight))
+    for split, file, hub_split in own_splits(args):
+        own = {"name": file, "hub_split": "train", "config": None} if file else {}
+        rows, reader = read_rows(whole._replace(**(own or {"hub_split": hub_split})))
+        there = len(rows) if isinstance(rows, Dataset) else None
+        fractions = tuple(float(one == split) for one in SPLITS)
+        sources.append(Source(rows, reader, there, split, fractions))
+    return sources
 
 
-def _load(args: "DataArguments", name: str) -> Dataset | IterableDataset:
-    path = Path(name)
-    if not name.strip():
-        raise ValueError("dataset_name is blank: give a data set of the hub, a file or a folder")
-    if path.is_dir():
-        return _load_folder(args, path)
-    if path.suffix in _READERS or path.exists():
-        return _load_file(args, path)
-    _refuse_no_hub_name(name)
-    return _load_from_hub(args, name)
+def _part(whole: Wanted, part: Mapping[str, Any]) -> Wanted:
+    """Returns one data set of a mixture. Shape and columns are the recipe's where it has none."""
+    return whole._replace(
+        name=part["name"],
+        config=part.get("config"),
+        hub_split=part.get("split", "train"),
+        shape=part.get("shape", whole.shape),
+        columns=part.get("columns", whole.columns),
+    )
 
 
-def _load_file(args: "DataArguments", path: Path) -> Dataset | IterableDataset:
-    if not path.is_file():
-        raise ValueError(f"data file {path} not found (looked in {Path.cwd()})")
-    if path.suffix not in _READERS:
-        raise ValueError(
-            f"{path}: unknown file type {path.suffix!r}; known are {', '.join(_READERS)}"
-        )
-    if path.stat().st_size == 0:
-        raise ValueError(f"{path} is empty")
-    for field, unset in (("dataset_config", None), ("dataset_train_split", "train")):
-        if getattr(args, field) != unset:
-            raise ValueError(
-                f"{field} is {getattr(args, field)!r}, and {path} is a local file: leave it out, "
-                "it is for data sets of the hub"
-            )
-    return _read([path], _READERS[path.suffix], args.dataset_streaming)
+def own_splits(args: "DataArguments") -> list[tuple[str, str | None, str | None]]:
+    """Returns the splits with rows of their own: name, files, and split of the hub's data set."""
+    asked = (
+        ("validation", args.validation_file, args.dataset_validation_split),
+        ("test", args.test_file, args.dataset_test_split),
+    )
+    return [one for one in asked if one[1] or one[2]]
 
 
-def _read(paths: list[Path], reader: str, streaming: bool) -> Dataset | IterableDataset:
-    if reader in ("json", "csv"):
-        return read_text_rows(paths, streaming)
-    _refuse_pattern(paths[0])
-    files = [str(path) for path in paths]
-    return load_dataset(reader, data_files=files, split="train", streaming=streaming)
+def divided_fractions(args: "DataArguments") -> tuple[float, ...]:
+    """Returns the shares into which a hash divides rows: none for a split with rows of its own.
 
-
-def _load_folder(args: "DataArguments", folder: Path) -> Dataset | IterableDataset:
-    """Read the files that `datasets` finds for the split, each exactly as a single file is read."""
-    _refuse_pattern(folder)
-    split = args.dataset_train_split
-    try:
-        builder = load_dataset_builder(str(folder), args.dataset_config)
-    except FileNotFoundError as error:
-        raise ValueError(
-            f"the folder {folder} holds no data files ({', '.join(_READERS)})"
-        ) from error
-    found = builder.config.data_files or {}
-    if split not in found:
-        raise ValueError(
-            f"the folder {folder} has no split {split!r}: dataset_train_split can be "
-            f"{', '.join(map(str, found)) or 'nothing'}"
-        )
-    paths = [Path(file) for file in found[split]]
-    suffixes = {path.suffix for path in paths}
-    if len({_READERS.get(suffix) for suffix in suffixes}) > 1 or not suffixes <= set(_READERS):
-        raise ValueError(
-            f"the folder {folder} holds files of the types {', '.join(sorted(suffixes))} for the "
-            f"split {split!r}: give files of one type among {', '.join(_READERS)}"
-        )
-    return _read(paths, _READERS[paths[0].suffix], args.dataset_streaming)
-
-
-def _refuse_pattern(path: Path) -> None:
-    """Refuse a name that `datasets` would read as a pattern or a chain of file systems."""
-    if found := re.search(r"[\[\]*?]|::", str(path.resolve())):
-        raise ValueError(f"{path.resolve()} has {found[0]!r} in its name: rename it")
-
-
-def _refuse_no_hub_name(name: str) -> None:
-    """Refuse at once what is meant as a path, or is no name that the hub could have."""
-    is_path = name.startswith((".", "/", "~", "data/", "runs/"))
-    if is_path or (name.count("/") > 1 and ":" not in name):
-        raise ValueError(f"data set {name} not found: no such file or folder in {Path.cwd()}")
-    if not _HUB_NAME.fullmatch(name):
-        raise ValueError(
-            f"dataset_name {name!r} is neither a local file or folder nor a name of the hub "
-            "(OWNER/NAME)"
-        )
-
-
-def _load_from_hub(args: "DataArguments", name: str) -> Dataset | IterableDataset:
-    try:
-        return load_dataset(
-            name,
-            args.dataset_config,
-            split=args.dataset_train_split,
-            streaming=args.dataset_streaming,
-        )
-    except GatedRepoError as error:
-        raise ValueError(
-            f"{name} is gated: ask for access on its page, then log in with `hf auth login`"
-        ) from error
-    except DatasetNotFoundError as error:
-        raise ValueError(
-            f"data set {name} is neither a local file ({', '.join(_READERS)}) nor on the hub under "
-            "that name; a private or gated one needs `hf auth login`"
-        ) from error
-    except (OfflineModeIsEnabled, ConnectionError, HfHubHTTPError) as error:
-        raise ValueError(
-            f"data set {name} is not in the cache, and the hub cannot be reached: "
-            f"{_first_line(error)}"
-        ) from error
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-
-
-def column_names(dataset: Dataset | IterableDataset) -> list[str]:
-    """Returns the columns; of JSON and of streams those of the first rows.
-
-    Raises ValueError for a data set without rows.
+    The shares of the other splits keep their ratio.
     """
-    if dataset.column_names is not None:
-        return columns_of(dataset) or dataset.column_names
-    first = next(iter(dataset), None)
-    if first is None:
-        raise ValueError("the data set is empty")
-    return list(first)
-
-
-def _require_columns(found: list[str], data_format: str) -> None:
-    needed = DATA_FORMATS[data_format][0]
-    if set(needed) - set(found):
-        raise ValueError(
-            f"dataset_shape {data_format} needs the columns {', '.join(needed)}; found "
-            f"{', '.join(found)}"
-        )
+    own = [split for split, *_ in own_splits(args)]
+    if not own:
+        return tuple(args.split_fractions)
+    shares = [
+        0.0 if split in own else share
+        for split, share in zip(SPLITS, args.split_fractions, strict=True)
+    ]
+    return tuple(share / sum(shares) for share in shares)

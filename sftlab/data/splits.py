@@ -9,20 +9,17 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-import pyarrow.compute as pc
 from datasets import Dataset, Features, IterableDataset
 
-from sftlab.data.converter import (
-    FEATURES,
-    NO_RESPONSE,
-    NO_TURN,
-    TEXT_COLUMNS,
-    Converter,
-)
-from sftlab.data.row_notes import count_notes, unused_columns
-from sftlab.data.sources import column_names, read_source
-from sftlab.data.text_rows import JSON_ROW
-from sftlab.data.tokenized_dataset import SPLITS, is_tokenized, open_tokens
+from sftlab.data.converter import FEATURES, TEXT_COLUMNS, Converter
+from sftlab.data.leaks import known_rows
+from sftlab.data.mixtures import joined, mixed, mixed_stream, weights_of
+from sftlab.data.open_tokens import open_tokens
+from sftlab.data.read_rows import column_names
+from sftlab.data.row_notes import count_notes
+from sftlab.data.source_facts import refuse_empty, row_facts, shape_facts, source_facts
+from sftlab.data.sources import Source, own_splits, read_sources, settings_of
+from sftlab.data.tokenized_dataset import SPLITS, is_tokenized
 
 if TYPE_CHECKING:
     # workers that tokenize need no torch
@@ -56,53 +53,66 @@ def load_splits(args: "DataArguments", num_proc: int | None = None) -> Splits:
     """
     if is_tokenized(args.dataset_name):
         return Splits(*open_tokens(args))
-    dataset, shape, rows_there = read_source(args)
-    convert = Converter(shape, tuple(args.split_fractions), args.dataset_name, args.loss_on)
-    facts = {"dataset": args.dataset_name, "shape": shape}
-    if isinstance(dataset, IterableDataset):
-        return _split_stream(dataset, convert, args, facts)
-    rows = dataset.map(
-        convert,
+    sources = read_sources(args)
+    facts = {"dataset": args.dataset_name} | shape_facts(sources)
+    if args.dataset_streaming:
+        return _split_streams(sources, args, facts)
+    converted = [
+        _convert(source, number, args.loss_on, num_proc) for number, source in enumerate(sources)
+    ]
+    facts |= row_facts(sources, converted)
+    divided = [source for source in sources if source.split is None]
+    pieces = [[_of_split(rows, index) for rows in converted] for index in range(len(SPLITS))]
+    weights = weights_of([source.weight for source in divided])
+    train = mixed(pieces[0][: len(divided)], weights, args.datasets_stopping_strategy)
+    parts, left_out = _without_known([train, joined(pieces[1]), joined(pieces[2])], args)
+    facts |= left_out
+    for name, part in zip(SPLITS, parts, strict=True):
+        own = next((source.reader.name for source in sources if source.split == name), None)
+        total = sum(map(len, parts))
+        refuse_empty(len(part), name, args.dataset_name, args.split_fractions, total, own)
+        facts[name] = {"rows": len(part), "fingerprint": fingerprint(part["row_hash"])}
+    if len(sources) > 1:
+        numbers = [part.with_format("numpy")["source"][:] for part in parts]
+        before = [len(piece) for piece in pieces[0]]
+        facts["sources"] = source_facts([settings_of(one) for one in sources], numbers, before)
+    columns = list(TEXT_COLUMNS)
+    train = parts[0].select_columns([*columns, *(["source"] if len(divided) > 1 else [])])
+    return Splits(train, *(part.select_columns(columns) for part in parts[1:]), facts)
+
+
+def _convert(source: Source, number: int, loss_on: str, num_proc: int | None) -> Dataset:
+    """Returns the converted rows of a source. The column `source` has its number."""
+    rows = source.rows.map(
+        Converter(source.reader, source.fractions, loss_on, number),
         batched=True,
         with_indices=True,
-        remove_columns=dataset.column_names,
+        remove_columns=source.rows.column_names,
         features=FEATURES,
         num_proc=num_proc,
         desc="Reading rows",
     )
-    table = rows.with_format("arrow")[:]
-    split_of = table["split"].to_numpy()
-    noted = pc.value_counts(table["notes"]).to_pylist()
-    facts |= {"rows_there": rows_there, "rows_read": len(dataset)} | dropped_facts(
-        split_of, table["conversation"].filter(pc.equal(table["split"], NO_TURN)).to_pylist()
-    )
-    facts |= count_notes((one["values"], one["counts"]) for one in noted)
-    facts["not_used"] |= unused_columns(dataset, shape) if is_typed(dataset) else {}
-    parts = []
-    for index, name in enumerate(SPLITS):
-        part = rows.select(np.flatnonzero(split_of == index))
-        usable = int((split_of >= 0).sum())
-        refuse_empty(len(part), name, args.dataset_name, args.split_fractions, usable)
-        facts[name] = {"rows": len(part), "fingerprint": fingerprint(part["row_hash"])}
-        parts.append(part.select_columns(list(TEXT_COLUMNS)))
-    return Splits(*parts, facts)
+    return rows.add_column("source", np.full(len(rows), number, np.int8))
 
 
-def dropped_facts(split_of: np.ndarray, without_turn: list[int]) -> dict[str, Any]:
-    """Returns how many answers and rows are in no split and why, for run.json.
+def _without_known(
+    parts: list[Dataset], args: "DataArguments"
+) -> tuple[list[Dataset], dict[str, Any]]:
+    """Returns train, validation and test without rows of own files that are known from another."""
+    own = [split for split, *_ in own_splits(args)]
+    if not own:
+        return parts, {}
+    openings = [part.with_format("numpy")["opening"][:] for part in parts]
+    known, facts = known_rows(openings, own)
+    kept = [
+        part.select(np.flatnonzero(~known[name])) if name in known else part
+        for name, part in zip(SPLITS, parts, strict=True)
+    ]
+    return kept, facts
 
-    `without_turn` are the numbers of the rows without any answer to a user.
-    """
-    return {
-        "empty_responses_dropped": int((split_of == NO_RESPONSE).sum()),
-        "rows_without_an_answer": len(without_turn),
-        "first_without_an_answer": without_turn[0] if without_turn else None,
-    }
 
-
-def is_typed(rows: Dataset) -> bool:
-    """Whether the columns have types, unlike rows that are still JSON."""
-    return rows.column_names != [JSON_ROW]
+def _of_split(rows: Dataset, index: int) -> Dataset:
+    return rows.select(np.flatnonzero(rows.with_format("arrow")[:]["split"].to_numpy() == index))
 
 
 def fingerprint(row_hashes: Any) -> str:
@@ -113,64 +123,69 @@ def fingerprint(row_hashes: Any) -> str:
     return digest.hexdigest()[:16]
 
 
-def refuse_empty(
-    rows: int, split: str, dataset: str | None, fractions: list[float], total: int
-) -> None:
-    """Raise ValueError for a split that should have rows and has none."""
-    if rows == 0 and fractions[SPLITS.index(split)] > 0:
-        raise ValueError(
-            f"the {split} split of {dataset} is empty: {total} usable rows with split_fractions "
-            f"{fractions}; give more rows or other fractions (0 for a split that is not wanted)"
-        )
-
-
-def _split_stream(
-    dataset: IterableDataset, convert: Converter, args: "DataArguments", facts: dict[str, Any]
-) -> Splits:
-    """Split a stream. Train stays one.
+def _split_streams(sources: list[Source], args: "DataArguments", facts: dict[str, Any]) -> Splits:
+    """Split streams. Train stays one.
 
     Validation and test are their first `streaming_eval_rows` rows each, held in memory. Facts that
     are known only at the stream's end (rows, dropped responses) are None.
     """
-    if args.dataset_fraction < 1:
-        splits = dataset.info.splits or {}
-        if args.dataset_train_split not in splits:
-            raise ValueError(
-                "dataset_fraction needs a data set whose number of rows is known; this stream's is "
-                "not"
-            )
-        dataset = dataset.take(
-            int(splits[args.dataset_train_split].num_examples * args.dataset_fraction)
-        )
-    first = convert_first(dataset, convert)
-    rows = dataset.map(
-        convert,
-        batched=True,
-        with_indices=True,
-        remove_columns=dataset.column_names or column_names(dataset),
-        features=FEATURES,
-    )
+    notes: list[str] = []
+    streams = []
+    for number, source in enumerate(sources):
+        rows = source.rows if source.split else first_share(source.rows, args)
+        convert = Converter(source.reader, source.fractions, args.loss_on, number)
+        notes += convert_first(rows, convert)["notes"]
+        columns = rows.column_names or column_names(rows)
+        mapped = {"batched": True, "with_indices": True, "remove_columns": columns}
+        streams.append(rows.map(convert, features=FEATURES, **mapped))
     parts = []
     for index, name in enumerate(SPLITS[1:], start=1):
-        wanted = args.split_fractions[index] > 0
-        kept = (
-            list(rows.filter(partial(_in_split, index)).take(args.streaming_eval_rows))
-            if wanted
-            else []
-        )
-        refuse_empty(len(kept), name, args.dataset_name, args.split_fractions, 0)
+        kept = _first_of_split(sources, streams, index, args.streaming_eval_rows)
+        own = next((source.reader.name for source in sources if source.split == name), None)
+        refuse_empty(len(kept), name, args.dataset_name, args.split_fractions, 0, own)
         facts[name] = {"rows": len(kept), "fingerprint": fingerprint(r["row_hash"] for r in kept)}
         columns = {c: [r[c] for r in kept] for c in TEXT_COLUMNS}
         parts.append(Dataset.from_dict(columns, Features({c: FEATURES[c] for c in columns})))
-    train = rows.filter(partial(_in_split, 0)).select_columns(list(TEXT_COLUMNS))
+    divided = [source for source in sources if source.split is None]
+    train = mixed_stream(
+        [rows.filter(partial(_in_split, 0)) for rows in streams[: len(divided)]],
+        weights_of([source.weight for source in divided]),
+        args.datasets_stopping_strategy,
+    ).select_columns(list(TEXT_COLUMNS))
     if next(iter(train), None) is None:
         refuse_empty(0, "train", args.dataset_name, args.split_fractions, 0)
     facts |= {
         "streaming": True,
         "empty_responses_dropped": None,
         "train": {"rows": None, "fingerprint": None},
-    } | count_notes((notes, 1) for notes in first["notes"])
+    } | count_notes((one, 1) for one in notes)
     return Splits(train, *parts, facts)
+
+
+def first_share(rows: IterableDataset, args: "DataArguments") -> IterableDataset:
+    """Returns the first `dataset_fraction` of a stream. Raises ValueError for an unknown length."""
+    if args.dataset_fraction == 1:
+        return rows
+    splits = rows.info.splits or {}
+    if args.dataset_train_split not in splits:
+        raise ValueError(
+            "dataset_fraction needs a data set whose number of rows is known; this stream's is not"
+        )
+    return rows.take(int(splits[args.dataset_train_split].num_examples * args.dataset_fraction))
+
+
+def _first_of_split(
+    sources: list[Source], streams: list[IterableDataset], index: int, most: int
+) -> list[dict[str, Any]]:
+    """Returns the first `most` rows of a split, as many of every source that has such rows."""
+    having = [
+        rows for source, rows in zip(sources, streams, strict=True) if source.fractions[index] > 0
+    ]
+    kept: list[dict[str, Any]] = []
+    for number, rows in enumerate(having):
+        of_one = (most - len(kept)) // (len(having) - number)
+        kept += rows.filter(partial(_in_split, index)).take(of_one)
+    return kept
 
 
 def convert_first(dataset: IterableDataset, convert: Converter) -> dict[str, list]:

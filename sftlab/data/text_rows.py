@@ -1,4 +1,4 @@
-"""Rows of local JSON, JSON lines and CSV files, whose text stays as it stands in the file.
+"""Rows of local JSON, JSON lines, CSV and TSV files, whose text stays as it stands in the file.
 
 Readers that type a column by its first block turn 00199 into 199 and a date into a time. Here a row
 of JSON stays one text until it is converted, and every field of a CSV file is text.
@@ -11,7 +11,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 from datasets import Dataset, Features, IterableDataset, Value
+
+from sftlab.data.data_files import data_suffix, file_kind, open_text
 
 # the column of a row that is still JSON
 JSON_ROW = "row as JSON"
@@ -25,7 +28,7 @@ def read_text_rows(paths: list[Path], streaming: bool) -> Dataset | IterableData
     Raises ValueError for a heading that is empty or names a column twice.
     """
     columns, read = [JSON_ROW], json_rows
-    if paths[0].suffix == ".csv":
+    if file_kind(paths[0]) == "csv":
         columns, read = csv_heading(paths[0]), csv_rows
     # size and time of change make the cache of a changed file another one
     files = [(str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in paths]
@@ -39,15 +42,21 @@ def read_text_rows(paths: list[Path], streaming: bool) -> Dataset | IterableData
 def json_rows(files: list[tuple[str, int, int]]) -> Iterator[dict[str, str]]:
     """Yield each object as its own text, from JSON lines or from one list of objects."""
     for path, *_ in files:
-        with open(path, encoding="utf-8-sig") as file:
+        with open_text(path) as file:
             try:
                 is_list = file.read(4096).lstrip().startswith("[")
                 file.seek(0)
                 for text in _elements(file.read()) if is_list else file:
                     if text.strip():
                         yield {JSON_ROW: text.strip()}
-            except UnicodeDecodeError as error:
-                raise ValueError(f"{path} is not UTF-8 text: {error.reason}") from error
+            except (UnicodeDecodeError, EOFError, OSError) as error:
+                raise ValueError(_unreadable(path, error)) from error
+
+
+def _unreadable(path: str, error: Exception) -> str:
+    if isinstance(error, UnicodeDecodeError):
+        return f"{path} is not UTF-8 text: {error.reason}"
+    return f"{path} cannot be read: {error}"
 
 
 def _elements(text: str) -> Iterator[str]:
@@ -75,7 +84,7 @@ def _behind_blanks(text: str, place: int) -> int:
 
 def csv_heading(path: Path) -> list[str]:
     """Returns the columns that the first line names."""
-    with path.open(encoding="utf-8-sig", newline="") as file:
+    with open_text(path, newline="") as file:
         columns = next(_csv_lines(str(path), file), [])
     twice = {name for name in columns if columns.count(name) > 1}
     if not columns or twice:
@@ -88,7 +97,7 @@ def csv_rows(files: list[tuple[str, int, int]]) -> Iterator[dict[str, str]]:
     """Yield each row with its fields as text. Raises ValueError with the number of a bad line."""
     heading = csv_heading(Path(files[0][0]))
     for path, *_ in files:
-        with open(path, encoding="utf-8-sig", newline="") as file:
+        with open_text(path, newline="") as file:
             lines = _csv_lines(path, file)
             if next(lines, []) != heading:
                 raise ValueError(f"{path} has another heading than {files[0][0]}")
@@ -103,23 +112,36 @@ def csv_rows(files: list[tuple[str, int, int]]) -> Iterator[dict[str, str]]:
 
 def _csv_lines(path: str, file: Any) -> Iterator[list[str]]:
     csv.field_size_limit(sys.maxsize)
-    reader = csv.reader(file, strict=True)
+    reader = csv.reader(
+        file, delimiter="\t" if data_suffix(Path(path)) == ".tsv" else ",", strict=True
+    )
     try:
         yield from filter(None, reader)
     except csv.Error as error:
         raise ValueError(f"{path}, line {reader.line_num}: {error}") from error
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text: {error.reason}") from error
+    except (UnicodeDecodeError, EOFError, OSError) as error:
+        raise ValueError(_unreadable(path, error)) from error
 
 
-def parse_row(text: str) -> dict[str, Any]:
-    """Returns a row of JSON.
+def rows_in(path: Path) -> int:
+    """Returns the number of rows of a local file."""
+    kind, files = file_kind(path), [(str(path), 0, 0)]
+    if kind == "parquet":
+        return pq.read_metadata(path).num_rows
+    if kind == "arrow":
+        return len(Dataset.from_file(str(path)))
+    return sum(1 for _ in (csv_rows if kind == "csv" else json_rows)(files))
+
+
+def parse_row(text: str, numbers_as_text: bool = False) -> dict[str, Any]:
+    """Returns a row of JSON, with numbers as numbers or as they are written.
 
     Raises JSONDecodeError where it is not JSON, and ValueError where it is no object or names a key
     twice.
     """
     try:
-        row = json.loads(text, object_pairs_hook=_once)
+        number = str if numbers_as_text else None
+        row = json.loads(text, object_pairs_hook=_once, parse_int=number, parse_float=number)
     except RecursionError as error:
         raise ValueError("its JSON is nested too deeply") from error
     if not isinstance(row, dict):

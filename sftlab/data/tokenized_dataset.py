@@ -8,11 +8,12 @@ NAME/
                           opening
   validation-00000.arrow  the same
   test-00000.arrow        conversations as text, which the evaluations encode
-  rows-00000.arrow        for each row, in order: split, row_hash, and of each of its sequences the
-                          tokens before truncation and whether it is kept
+  rows-00000.arrow        for each row, in order: split, row_hash, opening, and of each of its
+                          sequences the tokens, those in the loss, and those that are left of these
 
-A shard is a range of the source's rows. In its files the sequences that training uses come first,
-in order. Those without a token in the loss within max_length, which trl drops, come after them.
+A shard is a range of the rows of one source. In its files the sequences that training uses come
+first, in order. Those without a token in the loss within max_length, which trl drops, come after
+them.
 """
 
 import hashlib
@@ -23,7 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
-from datasets import Dataset, concatenate_datasets
+from datasets import Dataset
 from datasets.fingerprint import Hasher
 
 from sftlab.data.shard_schema import check_manifest, check_record
@@ -35,7 +36,7 @@ from sftlab.schema import read_object
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from sftlab.config.recipe import DataArguments, TrainingArguments
+    from sftlab.config.recipe import TrainingArguments
 
 SPLITS = ("train", "validation", "test")
 FORMAT = 2
@@ -52,8 +53,10 @@ _TEXT = [
 _ROWS = [
     ("split", pa.int8()),
     ("row_hash", pa.string()),
+    ("opening", pa.int64()),
     ("tokens", _LIST),
-    ("kept", pa.list_(pa.bool_())),
+    ("loss_tokens", _LIST),
+    ("loss_kept", _LIST),
 ]
 SCHEMAS = {
     "train": pa.schema(_IDS),
@@ -61,14 +64,7 @@ SCHEMAS = {
     "test": pa.schema(_TEXT),
     "rows": pa.schema(_ROWS),
 }
-# settings that `open_tokens` compares, and words for the other settings
-_OF_THE_DATA = (
-    "dataset_config",
-    "dataset_train_split",
-    "dataset_fraction",
-    "split_fractions",
-    "loss_on",
-)
+# words for settings
 _WORDS = {
     "template": "another chat template (hash {})",
     "tokenizer": "another tokenizer (hash {})",
@@ -143,60 +139,6 @@ def refuse_other_encoding(
             f"{manifest['folder']} was tokenized with {found}: tokenize again into another folder, "
             f"or train on {manifest['settings']['dataset_name']} itself"
         )
-
-
-def open_tokens(
-    args: "DataArguments",
-) -> tuple[Dataset, Dataset, Dataset, dict[str, Any], dict[str, Any]]:
-    """Open train, validation and test, memory-mapped from their shards.
-
-    Returns them with the facts of their text and the manifest. Raises ValueError for an unfinished
-    or damaged data set, and for other rows or splits than `args` says.
-    """
-    folder = Path(str(args.dataset_name))
-    manifest = read_manifest(folder) | {"folder": str(folder)}
-    wanted = {name: getattr(args, name) for name in _OF_THE_DATA}
-    wanted |= {"dataset_shape": args.dataset_shape} if args.dataset_shape else {}
-    if args.dataset_streaming:
-        raise ValueError(f"{folder} is tokenized: leave dataset_streaming out of the recipe")
-    if manifest["facts"] is None:
-        raise ValueError(
-            f"{folder} is not finished: start slurm/tokenize_dataset.py again with the same options"
-        )
-    if found := difference(manifest["settings"], wanted):
-        raise ValueError(
-            f"{folder} was made with {found}: tokenize again into another folder, or train on "
-            f"{manifest['settings']['dataset_name']} itself"
-        )
-    for shard in manifest["shards"]:
-        for name, file in shard["files"].items():
-            path = folder / name
-            if not path.is_file() or path.stat().st_size != file["bytes"]:
-                raise ValueError(
-                    f"{path} is missing or damaged: start slurm/tokenize_dataset.py again with the "
-                    "same options"
-                )
-    parts = [_open_split(folder, manifest, name) for name in SPLITS]
-    return *parts, manifest["facts"], manifest
-
-
-def _open_split(folder: Path, manifest: Mapping[str, Any], split: str) -> Dataset:
-    kept, dropped = [], []
-    for shard in manifest["shards"]:
-        name = file_name(split, shard["number"])
-        if name in shard["files"]:
-            rows, whole = shard["files"][name], Dataset.from_file(str(folder / name))
-            for parts, part in (
-                (kept, range(rows["kept"])),
-                (dropped, range(rows["kept"], rows["rows"])),
-            ):
-                parts += [whole.select(part)] if part else []
-    parts = kept + dropped
-    return (
-        concatenate_datasets(parts)
-        if parts
-        else Dataset.from_dict({n: [] for n in SCHEMAS[split].names})
-    )
 
 
 class WithLabels:

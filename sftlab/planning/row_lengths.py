@@ -8,14 +8,18 @@ from typing import NamedTuple
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from sftlab.config.data_words import single_names
 from sftlab.config.recipe import Recipe
 from sftlab.data.chat_template import encoder_of, set_template
 from sftlab.data.collator import TOKENS_MULTIPLE
 from sftlab.data.converter import Converter
+from sftlab.data.data_files import expanded
 from sftlab.data.messages import Conversation
+from sftlab.data.mixtures import rows_of_an_epoch, weights_of
+from sftlab.data.open_tokens import open_tokens
 from sftlab.data.samplers import row_lengths
-from sftlab.data.sources import read_source
-from sftlab.data.tokenized_dataset import SPLITS, is_tokenized, open_tokens
+from sftlab.data.sources import Source, read_sources
+from sftlab.data.tokenized_dataset import SPLITS, is_tokenized
 
 # Rows of a data set that are read for their lengths.
 SAMPLE = 400
@@ -71,7 +75,7 @@ def measure_rows(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> RowLengt
     if is_tokenized(name):
         lengths = np.minimum(row_lengths(open_tokens(data)[0]), limit)
         return of_lengths(lengths, len(lengths), "its tokens")
-    if not Path(name).exists():
+    if not all(Path(one).exists() for one in expanded(single_names(name))):
         raise ValueError(
             f"data set {name} is not a file on this machine: pass --rows COUNT and --row_tokens "
             "MEAN, the tokens of an average row"
@@ -85,23 +89,37 @@ def measure_rows(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> RowLengt
 
 
 def _sampled(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> RowLengths:
-    """Returns the lengths of the training rows among rows spread over a local file."""
+    """Returns the lengths of the training rows among rows spread over local files."""
     data, training = recipe.data, recipe.training
-    source, shape, _ = read_source(data)
-    picked = np.unique(np.linspace(0, len(source) - 1, SAMPLE).astype(int))
-    name = str(data.dataset_name)
-    convert = Converter(shape, tuple(data.split_fractions), name, data.loss_on)
-    made = convert(source[picked], picked.tolist())
     set_template(tokenizer, training.chat_template_path)
+    divided = [source for source in read_sources(data) if source.split is None]
+    lengths = [_lengths_of(source, recipe, tokenizer) for source in divided]
+    found = sum(map(len, lengths))
+    if not all(map(len, lengths)):
+        raise ValueError(
+            f"none of {SAMPLE} rows of {data.dataset_name} is a training row: see split_fractions"
+        )
+    there = [
+        round(len(source.rows) * len(of_one) / min(SAMPLE, len(source.rows)))
+        for source, of_one in zip(divided, lengths, strict=True)
+    ]
+    weights = weights_of([source.weight for source in divided])
+    counts = rows_of_an_epoch(there, weights, data.datasets_stopping_strategy)
+    # as many lengths of each data set as its rows in an epoch, which they stand for
+    parts = [
+        np.resize(of_one, max(1, round(found * count / sum(counts))))
+        for of_one, count in zip(lengths, counts, strict=True)
+    ]
+    return of_lengths(np.concatenate(parts), sum(counts), f"{found} of its rows")
+
+
+def _lengths_of(source: Source, recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> np.ndarray:
+    """Returns the tokens of the training sequences among `SAMPLE` rows of a data set."""
+    picked = np.unique(np.linspace(0, len(source.rows) - 1, SAMPLE).astype(int))
+    convert = Converter(source.reader, source.fractions, recipe.data.loss_on)
+    made = convert(source.rows[picked], picked.tolist())
     rows = [dict(zip(made, values, strict=True)) for values in zip(*made.values(), strict=True)]
     train = [row for row in rows if row["split"] == SPLITS.index("train")]
     encoded = encoder_of(tokenizer)([Conversation.from_row(row) for row in train])
-    limit = training.max_length or np.iinfo(np.int64).max
-    lengths = np.array([min(len(one.ids), limit) for made in encoded for one in made])
-    if not len(lengths):
-        raise ValueError(
-            f"none of {len(picked)} rows of {data.dataset_name} is a training row: see "
-            "split_fractions"
-        )
-    count = round(len(source) * len(lengths) / len(picked))
-    return of_lengths(lengths, count, f"{len(lengths)} of its rows")
+    limit = recipe.training.max_length or np.iinfo(np.int64).max
+    return np.array([min(len(one.ids), limit) for made in encoded for one in made])

@@ -1,6 +1,7 @@
 """What `max_length` leaves of the rows."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from trl import SFTConfig
 
@@ -13,26 +14,36 @@ from sftlab.training.verification import global_batch
 CUT_SHARE = 0.05
 
 
-def length_facts(train: Mapping[str, int], args: SFTConfig) -> dict[str, int]:
+def length_facts(
+    train: Mapping[str, Any], args: SFTConfig, sources: Sequence[str]
+) -> dict[str, Any]:
     """Returns the sequences and tokens of one epoch, and what `max_length` did to the rows.
 
     `train` is what `encode_rows` counted.
     `cut` sequences lost their end, under `keep_end` their beginning. `dropped` ones had no token in
-    the loss left. `conversations_split` are a sequence for each answer.
+    the loss left. `conversations_split` are a sequence for each answer. `sources` are the names of
+    several data sets.
     """
     facts = dict(train)
+    if "sources" in facts:
+        pairs = zip(sources, facts["sources"], strict=False)
+        facts["sources"] = [{"dataset": name, **counts} for name, counts in pairs]
     sequences = facts.pop("kept")
     left_over = sequences % global_batch(args)
     return {"sequences": sequences, **facts, "left_over_an_epoch": left_over}
 
 
-def length_lines(lengths: dict[str, int], args: SFTConfig) -> list[str]:
+def length_lines(lengths: dict[str, Any], args: SFTConfig) -> list[str]:
     """Returns the lines that say what `max_length` and the chat template do to the rows."""
     cut = "beginning" if args.truncation_mode == "keep_end" else "end"
     lines = [
         f"training rows: {lengths['sequences']:,} of {lengths['tokens']:,} tokens, the longest "
         f"{lengths['longest']:,}; max_length {args.max_length} cuts the {cut} of "
         f"{lengths['cut']:,} and drops {lengths['dropped']:,}"
+    ]
+    lines += [
+        f"  {one['dataset']}: {one['kept']:,} sequences of {one['tokens']:,} tokens"
+        for one in lengths.get("sources", [])
     ]
     lines += split_line(lengths)
     lost = lengths["loss_tokens_cut"]

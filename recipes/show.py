@@ -1,0 +1,122 @@
+"""What is trained? Print rows of a recipe as the model gets them. No weights are loaded.
+
+python recipes/show.py --config recipes/demo/attn_r16.yaml [--rows 3] [--look 1000] [--tokens]
+    [--any_field value]
+
+The part in the loss is green, or stands in [[ ]] where there is no colour. `--tokens` prints a
+line a token. `--look` says how many training rows are encoded for the lengths and the checks.
+"""
+
+import sftlab.startup.filter_warnings  # noqa: I001  (before the libraries that it quiets)
+import sftlab.startup.preload  # noqa: F401
+
+import argparse
+import os
+import sys
+from itertools import islice
+
+from transformers import PreTrainedTokenizerBase
+
+from sftlab.config.launch import Launch
+from sftlab.config.parser import parse_recipe
+from sftlab.config.recipe import Recipe
+from sftlab.data.before_training import look_at_rows
+from sftlab.data.chat_template import set_template
+from sftlab.data.loss_check import end_tokens_of
+from sftlab.data.row_checks import check_lines, check_rows
+from sftlab.data.row_notes import fields_of
+from sftlab.data.row_pictures import (
+    COLOUR,
+    PLAIN,
+    histogram,
+    marked_text,
+    template_frame,
+    token_table,
+)
+from sftlab.data.shown_rows import ShownRow, shown_rows
+from sftlab.data.splits import load_splits
+from sftlab.data.template_facts import template_facts
+from sftlab.exit_messages import mistakes_in_one_line
+from sftlab.models.loading import load_config, load_tokenizer
+from sftlab.script_options import Options
+
+# where rows are shown, a run directory is not needed
+NOWHERE = "--output_dir=runs/show"
+
+
+def main(argv: list[str]) -> None:
+    """Read tokenizer and data, check the rows, and print some of them."""
+    options, fields = parsed(argv)
+    if not any(word.startswith("--output_dir") for word in fields):
+        fields.append(NOWHERE)
+    recipe = parse_recipe(fields, Launch.from_environment())
+    model, training = recipe.model, recipe.training
+    tokenizer = load_tokenizer(model.model_name_or_path, model.model_revision, training)
+    config = load_config(
+        model.model_name_or_path, model.model_revision, training, with_weights=False
+    )
+    template = set_template(tokenizer, training.chat_template_path)
+    splits = load_splits(recipe.data, training.dataset_num_proc)
+    facts = template_facts(tokenizer, template, fields_of(splits.facts["rows_with"]))
+    looked = look_at_rows(tokenizer, config, splits, training, facts)
+    rows = list(islice(shown_rows(splits, tokenizer, training), max(options.look, options.rows)))
+
+    print(f"chat template: {template}; it adds to a question and its answer:")
+    print(template_frame(tokenizer))
+    ends = end_tokens_of(tokenizer, config.get_text_config().eos_token_id)
+    for number, row in enumerate(rows[: options.rows]):
+        print_row(number, row, tokenizer, ends, options.tokens)
+    print_lengths(rows, recipe)
+    print()
+    for line in [*recipe.notes, *looked.lines]:
+        print(line)
+    kept, limit = ((row.ids, row.labels) for row in rows), training.max_length
+    for line in check_lines(check_rows(kept, ends, tokenizer.bos_token_id, limit), limit):
+        print(line)
+    print("\nNext: train it with recipes/sft.py and the same options")
+
+
+def parsed(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
+    """Returns this script's options and the fields of the recipe."""
+    parser = Options(description=__doc__.splitlines()[0])
+    parser.add_argument("--rows", type=int, default=3, help="rows that are printed (default: 3)")
+    parser.add_argument(
+        "--look", type=int, default=1000, help="training rows that are checked (default: 1000)"
+    )
+    parser.add_argument("--tokens", action="store_true", help="print a line a token")
+    options, fields = parser.parse_known_args(argv)
+    if options.rows < 0 or options.look < 1:
+        raise ValueError("--rows must be at least 0, and --look at least 1")
+    return options, fields
+
+
+def print_row(
+    number: int, row: ShownRow, tokenizer: PreTrainedTokenizerBase, ends: set[int], tokens: bool
+) -> None:
+    """Print one row: its size, what was cut, how it ends, and its text or its tokens."""
+    in_loss = [label for label in row.labels if label != -100]
+    last = tokenizer.decode(in_loss[-1:]) if in_loss else ""
+    end = f"ends with {last!r}" if in_loss and in_loss[-1] in ends else "NO END TOKEN in the loss"
+    cut = f", cut from {row.whole:,}" if row.whole > len(row.ids) else ""
+    size = f"{len(row.ids):,} tokens{cut}, {len(in_loss):,} in the loss"
+    print(f"\n--- training row {number}: {size}, {end}")
+    if tokens:
+        print(token_table(tokenizer, row.ids, row.labels))
+    else:
+        colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
+        print(marked_text(tokenizer, row.ids, row.labels, COLOUR if colour else PLAIN))
+
+
+def print_lengths(rows: list[ShownRow], recipe: Recipe) -> None:
+    """Print how long the rows are before they are cut."""
+    limit = recipe.training.max_length
+    cut = sum(row.whole > len(row.ids) for row in rows)
+    print(
+        f"\ntokens of the first {len(rows):,} training rows before max_length {limit} cuts {cut:,}:"
+    )
+    print(histogram([row.whole for row in rows], limit))
+
+
+if __name__ == "__main__":
+    with mistakes_in_one_line():
+        main(sys.argv[1:])
