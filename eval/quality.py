@@ -27,6 +27,7 @@ from transformers import PreTrainedTokenizerBase
 
 from sftlab.exit_messages import mistakes_in_one_line
 from sftlab.files import write_json
+from sftlab.evaluation.documents import document_records, holds_documents, select_documents
 from sftlab.evaluation.answer_file import AnswerFile, answer_facts, fill
 from sftlab.evaluation.generation import (
     BATCHES_WORTH_COMPILING,
@@ -112,6 +113,9 @@ def evaluate(arguments: argparse.Namespace) -> None:
     tokenizer = run_tokenizer(arguments.run, run)
     model = load_pair(arguments.run, run, arguments.trust_remote_code)
     refuse_unknown_ids(model, tokenizer)
+    if holds_documents(dataset):
+        evaluate_documents(arguments, run, dataset, model, tokenizer)
+        return
     longest = longest_prompt(model.config, sampling)
     recipe = run["recipe"]
     cut = recipe.get("truncation_mode", "keep_start")
@@ -148,6 +152,43 @@ def evaluate(arguments: argparse.Namespace) -> None:
     report["warnings"] = warnings(report, dataset.unchecked)
     write(arguments, report, records)
     print_report(report, records[:SHOWN_PROMPTS])
+
+
+def evaluate_documents(
+    arguments: argparse.Namespace,
+    run: dict[str, Any],
+    dataset: HeldOut,
+    model: PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+) -> None:
+    """Compare the models' perplexity of plain text. Nothing is generated: it has no answers."""
+    rows = select_documents(dataset, arguments.samples, tokenizer, run["recipe"]["max_length"])
+    nll, _ = likelihoods(model, rows, tokenizer, arguments.batch_size)
+    records = document_records(rows, nll)
+    documents = [record["conversation"] for record in records]
+    pairs = paired_scores(*([record[side] for record in records] for side in SIDES))
+    scores = compare(pairs, clusters=documents)
+    add_holm(scores)
+    report = {
+        "run": str(arguments.run),
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "adapter_hash": adapter_hash(arguments.run),
+        "documents": len(set(documents)),
+        "pieces": len(records),
+        "held_out": dataset.facts,
+        "scores": scores,
+        "statistics": method(len(set(documents)), "documents"),
+        "warnings": [dataset.unchecked] if dataset.unchecked else [],
+        **environment(),
+    }
+    write(arguments, report, records, "perplexity")
+    print(
+        f"\n{arguments.run}: base against tuned on {report['documents']} held-out documents "
+        f"({dataset.facts['dataset']}); no answers are generated, as text has none"
+    )
+    print_scores(report)
+    for warning in report["warnings"]:
+        print(f"  warning: {warning}")
 
 
 def generator_for(
@@ -195,11 +236,15 @@ def facts_of(
 
 
 def write(
-    arguments: argparse.Namespace, report: dict[str, Any], records: list[dict[str, Any]]
+    arguments: argparse.Namespace,
+    report: dict[str, Any],
+    records: list[dict[str, Any]],
+    name: str = "quality",
 ) -> None:
-    """Write quality.json and quality.jsonl. Another data set's name becomes part of the names."""
+    """Write NAME.json and NAME.jsonl. Another data set's name becomes part of the names."""
     other = arguments.dataset_name and re.sub(r"\W+", "-", Path(arguments.dataset_name).stem)
-    name = f"quality-{other}" if other else "quality"
+    name = f"{name}-{other}" if other else name
+    (arguments.run / "eval").mkdir(exist_ok=True)
     text = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
     (arguments.run / "eval" / f"{name}.jsonl").write_text(text, encoding="utf-8")
     write_json(arguments.run / "eval" / f"{name}.json", report)
@@ -244,12 +289,7 @@ def print_report(report: dict[str, Any], shown: list[dict[str, Any]]) -> None:
         f"\n{report['run']}: base against tuned on {report['rows']} held-out rows "
         f"({report['held_out']['dataset']})"
     )
-    lines = [["", "base", "tuned", "tuned - base", "p"]]
-    for name, one in report["scores"].items():
-        values = [interval(one[what]) for what in ("base", "tuned", "difference")]
-        lines.append([NAMES[name], *values, p_value(one["p_holm"])])
-    print(aligned(lines))
-    print(f"  in brackets 95 % intervals; {report['statistics'].replace('p_holm', 'p')}")
+    print_scores(report)
     limit = report["generation"]["max_new_tokens"]
     for side in SIDES:
         facts = report["answers"][side]
@@ -265,6 +305,16 @@ def print_report(report: dict[str, Any], shown: list[dict[str, Any]]) -> None:
         print(f"    reference  {preview(record['reference'])}")
         for side in SIDES:
             print(f"    {side:<11}{preview(record[side]['text']) or '(empty)'}")
+
+
+def print_scores(report: dict[str, Any]) -> None:
+    """Print the scores of both models as a table."""
+    lines = [["", "base", "tuned", "tuned - base", "p"]]
+    for name, one in report["scores"].items():
+        values = [interval(one[what]) for what in ("base", "tuned", "difference")]
+        lines.append([NAMES[name], *values, p_value(one["p_holm"])])
+    print(aligned(lines))
+    print(f"  in brackets 95 % intervals; {report['statistics'].replace('p_holm', 'p')}")
 
 
 def allocated_gb(peak: bool = False) -> float | None:

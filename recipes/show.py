@@ -61,8 +61,13 @@ def main(argv: list[str]) -> None:
     looked = look_at_rows(tokenizer, config, splits, training, facts)
     rows = list(islice(shown_rows(splits, tokenizer, training), max(options.look, options.rows)))
 
-    print(f"chat template: {template}; it adds to a question and its answer:")
-    print(template_frame(tokenizer))
+    if splits.facts["shape"] == "text":
+        print(
+            "plain text: no chat template; every token is in the loss, with an end token behind it"
+        )
+    else:
+        print(f"chat template: {template}; it adds to a question and its answer:")
+        print(template_frame(tokenizer))
     ends = end_tokens_of(tokenizer, config.get_text_config().eos_token_id)
     for number, row in enumerate(rows[: options.rows]):
         print_row(number, row, tokenizer, ends, options.tokens)
@@ -97,6 +102,8 @@ def print_row(
     in_loss = [label for label in row.labels if label != -100]
     last = tokenizer.decode(in_loss[-1:]) if in_loss else ""
     end = f"ends with {last!r}" if in_loss and in_loss[-1] in ends else "NO END TOKEN in the loss"
+    if len(in_loss) == len(row.ids) and in_loss[-1] not in ends:
+        end = "a piece of a longer text"
     cut = f", cut from {row.whole:,}" if row.whole > len(row.ids) else ""
     size = f"{len(row.ids):,} tokens{cut}, {len(in_loss):,} in the loss"
     print(f"\n--- training row {number}: {size}, {end}")

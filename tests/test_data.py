@@ -188,8 +188,8 @@ def test_a_stream_gives_the_rows_of_the_loaded_data_set(tmp_path):
     [
         ("", "is empty"),
         (
-            '{"text": "a"}\n',
-            r"columns text match no data format; known are openorca \(question, response\)",
+            '{"story": "a"}\n',
+            r"columns story match no data format; known are openorca \(question, response\)",
         ),
         ('{"instruction": "a", "response": 5}\n', "row 0 .*response is not text but int"),
         ('{"instruction": "", "response": "b"}\n', "row 0 .*the prompt is empty"),
@@ -227,9 +227,9 @@ def test_missing_files_and_unreachable_data_sets_are_one_sentence(tmp_path):
         load(tmp_path / "nowhere.jsonl")
     with pytest.raises(ValueError, match=r"hub cannot be reached|neither a local file"):
         load("nobody/nothing")
-    (tmp_path / "rows.txt").write_text("a")
-    with pytest.raises(ValueError, match=r"unknown file type '.txt'"):
-        load(tmp_path / "rows.txt")
+    (tmp_path / "rows.doc").write_text("a")
+    with pytest.raises(ValueError, match=r"unknown file type '.doc'"):
+        load(tmp_path / "rows.doc")
 
 
 def test_a_shape_named_wrongly_says_which_columns_it_needs(tmp_path):

@@ -204,7 +204,7 @@ def test_a_tokenized_mixture_is_the_mixture(strategy, mixture, files, base, tmp_
     assert of_text["train"].facts["dropped"] > 0
 
 
-def test_a_run_of_a_mixture_says_rows_and_tokens_of_each(mixture, fields, trained_here):
+def test_a_run_of_a_mixture_says_rows_and_tokens_of_each(mixture, fields, trained_here, tmp_path):
     del fields["dataset_name"]
     done = trained_here(fields | {"datasets": ["a.jsonl=3", "b.jsonl=1"]})
     run = read(fields["output_dir"])
@@ -213,3 +213,5 @@ def test_a_run_of_a_mixture_says_rows_and_tokens_of_each(mixture, fields, traine
     assert sum(one["tokens"] for one in tokens) == run["data"]["tokenized"]["tokens"]
     assert "a.jsonl (gsm8k, weight 3): train " in done.stdout
     assert len(held_out(run).rows) == run["data"]["test"]["rows"]
+    other = write_jsonl(tmp_path / "other.jsonl", words("other", 3))
+    assert len(held_out(run, str(other)).rows) == 3

@@ -28,9 +28,14 @@ LAUNCH_AXES = ("precision", "strategy", "world_size", "seed")
 _COVERED_BY = {
     "chat_template_path": ("template",),
     **dict.fromkeys(
-        ("dataset_name", "dataset_config", "dataset_train_split", "dataset_shape"), DATA_FACTS
+        (
+            *("dataset_name", "dataset_config", "dataset_train_split", "dataset_shape", "datasets"),
+            *("datasets_stopping_strategy", "columns", "dataset_text_from_numbers"),
+            *("validation_file", "test_file", "dataset_validation_split", "dataset_test_split"),
+            *("dataset_fraction", "split_fractions", "streaming_eval_rows"),
+        ),
+        DATA_FACTS,
     ),
-    **dict.fromkeys(("dataset_fraction", "split_fractions", "streaming_eval_rows"), DATA_FACTS),
 }
 _BATCH = "micro_batch accumulation"
 _QUANTIZED = "quantization compute *_dtypes gradients_reduced_in bnb_4bit_* use_bnb_nested_quant"
@@ -64,8 +69,8 @@ FOLLOWS = {
     "lr_scheduler_type": "lr_scheduler_kwargs",
     "chat_template_path": _TURNS,
     "model_name_or_path": f"{_TURNS} model_revision trainable_parameters",
-    "dataset_name": "data.* dataset_config dataset_train_split dataset_shape tokens "
-    "quality.fingerprint quality.rows",
+    "dataset_name": "data.* dataset_config dataset_train_split dataset_shape datasets* columns "
+    "dataset_text_from_numbers *_file dataset_*_split tokens quality.fingerprint quality.rows",
 }
 
 

@@ -20,6 +20,7 @@ DATA_FORMAT_NAMES = [
     "sharegpt",
     "messages",
     "prompt_completion",
+    "text",
 ]
 
 _SECRET_FIELDS = ("hub_token", "local_rank", "parallelism_config")

@@ -86,6 +86,7 @@ class Encoder:
         backend.no_truncation()
         backend.no_padding()
         self._backend = backend
+        self._end = backend.token_to_id(str(special_tokens["eos_token"]))
         special = [t.content for t in backend.get_added_tokens_decoder().values() if t.special]
         pattern = marks_pattern(special)
         # what the backend reads as a control token wherever it stands, in messages as JSON
@@ -99,7 +100,21 @@ class Encoder:
         self._may_cut = TurnEnds(backend) if shortcut else lambda text, place: False
 
     def __call__(self, conversations: Sequence[Conversation]) -> Iterator[list[TokenSequence]]:
-        """Yield for each conversation its sequences, not truncated: one, or one for each answer."""
+        """Yield for each conversation its sequences, not truncated: one, or one for each answer.
+
+        A document is one sequence, which divides.
+        """
+        for plain, alike in groupby(conversations, key=lambda one: one.is_document):
+            encode = self._documents if plain else self._chats
+            yield from encode(list(alike))
+
+    def _documents(self, documents: list[Conversation]) -> Iterator[list[TokenSequence]]:
+        texts = [one.messages[0]["content"] for one in documents]
+        for one in self._backend.encode_batch_fast(texts, add_special_tokens=True):
+            ended = one.ids if one.ids[-1:] == [self._end] else [*one.ids, self._end]
+            yield [TokenSequence(ended, [0, len(ended)], divides=True)]
+
+    def _chats(self, conversations: list[Conversation]) -> Iterator[list[TokenSequence]]:
         rendered = self._rendered(conversations)
         start = size = 0
         for end, one in enumerate(rendered, start=1):
@@ -110,7 +125,7 @@ class Encoder:
 
     def refuse(self, conversations: Sequence[Conversation]) -> None:
         """Render conversations without encoding them. Raises what the template raises."""
-        self._rendered(conversations)
+        self._rendered([one for one in conversations if not one.is_document])
 
     def _rendered(self, conversations: Sequence[Conversation]) -> list[_Rendered]:
         found = []

@@ -71,6 +71,10 @@ class _PythonBackend:
         """Returns the added tokens by their ids."""
         return self._tokenizer.added_tokens_decoder
 
+    def token_to_id(self, token: str) -> int:
+        """Returns the id of a token."""
+        return self._tokenizer.convert_tokens_to_ids(token)
+
     def encode_batch_fast(self, texts: list[str], add_special_tokens: bool) -> list[Any]:
         """Returns an object with `ids` for each text."""
         ids = self._tokenizer(texts, add_special_tokens=add_special_tokens)["input_ids"]

@@ -32,6 +32,9 @@ def read_columns(
     there = [*given, *(c for c in found if c not in given and c not in given.values())]
     if data_format is None:
         fits = [one for one in DATA_FORMATS if _fits(one, there, given)]
+        # many data sets have the whole row as text in one more column
+        if len(fits) > 1 or (_named(there, _QUESTION) and _named(there, _ANSWER)):
+            fits = [one for one in fits if one != "text" or "text" in given]
         if len(fits) > 1:
             raise ValueError(
                 f"the columns {', '.join(found)} match the data formats {' and '.join(fits)}: say "

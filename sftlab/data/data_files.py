@@ -10,7 +10,7 @@ import re
 from pathlib import Path
 from typing import IO
 
-# how files are read; .gz or .zst may follow the first five
+# how files are read; .gz or .zst may follow those of text
 KINDS = {
     ".json": "json",
     ".jsonl": "json",
@@ -19,15 +19,17 @@ KINDS = {
     ".tsv": "csv",
     ".parquet": "parquet",
     ".arrow": "arrow",
+    ".txt": "text",
+    ".md": "text",
 }
 _COMPRESSED = (".gz", ".zst")
-_TEXT = ("json", "csv")
+TEXT_KINDS = ("json", "csv", "text")
 
 
 def file_kind(path: Path) -> str | None:
-    """Returns json, csv, parquet or arrow; None for a file of another type."""
+    """Returns json, csv, text, parquet or arrow; None for a file of another type."""
     kind = KINDS.get(data_suffix(path))
-    return kind if kind in _TEXT or path.suffix not in _COMPRESSED else None
+    return kind if kind in TEXT_KINDS or path.suffix not in _COMPRESSED else None
 
 
 def data_suffix(path: Path) -> str:

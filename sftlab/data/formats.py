@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
-from sftlab.data.messages import Conversation, Message, read_conversation, text
+from sftlab.data.messages import DOCUMENT, Conversation, Message, read_conversation, text
 from sftlab.data.tool_calls import parsed, read_tools
 
 
@@ -61,6 +61,10 @@ def _prompt_completion(row: dict[str, Any]) -> Conversation:
     return found
 
 
+def _document(row: dict[str, Any]) -> Conversation:
+    return Conversation([{"role": DOCUMENT, "content": text(row, "text")}], [0], [])
+
+
 # name: (columns it needs, columns it may have, row -> conversation)
 DATA_FORMATS: dict[
     str, tuple[tuple[str, ...], tuple[str, ...], Callable[[dict[str, Any]], Conversation]]
@@ -90,4 +94,5 @@ DATA_FORMATS: dict[
     ),
     "messages": (("messages",), ("tools", "functions"), _messages),
     "prompt_completion": (("prompt", "completion"), ("tools",), _prompt_completion),
+    "text": (("text",), (), _document),
 }

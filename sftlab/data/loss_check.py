@@ -48,8 +48,11 @@ def look_at_loss(
 
     `rows_with` says which probes matter (`row_notes`), `ends` are the model's end tokens. Raises
     ValueError where something else than answers is in the loss, and for a row that the template
-    refuses.
+    refuses. Documents have no template to look at.
     """
+    rows = list(rows)
+    if rows and all(row.is_document for row in rows):
+        return []
     found: dict[str, Finding] = {}
     end_tokens = end_tokens_of(tokenizer, ends)
     probes = [before for n, before in PROBES.items() if n in rows_with or n == "a question"]
@@ -63,6 +66,8 @@ def look_at_loss(
         except TEMPLATE_ERRORS:
             continue  # whether a real row is refused is found out row by row
     for number, row in enumerate(rows):
+        if row.is_document:
+            continue
         try:
             for answer in row.answers[:ANSWERS_LOOKED_AT]:
                 _look(tokenizer, row.turn(answer), end_tokens, found)

@@ -27,10 +27,14 @@ EARLY = "message of the assistant before the first user's"
 UNTRAINED = "with turns of weight 0"
 
 
+# the role of a document's only message: no template sees it
+DOCUMENT = "text"
+
+
 class Conversation(NamedTuple):
     """Messages, the numbers of those in the loss, and the tools that they may call.
 
-    `notes` name what was left out of them.
+    `notes` name what was left out of them. A document of plain text is one message.
     """
 
     messages: list[Message]
@@ -43,6 +47,11 @@ class Conversation(NamedTuple):
         """Returns the conversation of a converted row, whose messages and tools are JSON."""
         tools = json.loads(row["tools"]) if row["tools"] else []
         return cls(json.loads(row["messages"]), list(row["answers"]), tools)
+
+    @property
+    def is_document(self) -> bool:
+        """Whether it is plain text without turns."""
+        return bool(self.messages) and self.messages[0]["role"] == DOCUMENT
 
     def turn(self, answer: int) -> "Conversation":
         """Returns the part that ends with message number `answer`, which alone is in the loss."""

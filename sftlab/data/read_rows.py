@@ -13,7 +13,7 @@ from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, OfflineModeIs
 
 from sftlab.config.data_words import single_names
 from sftlab.data.column_names import read_columns
-from sftlab.data.data_files import expanded, file_kind, known_types
+from sftlab.data.data_files import TEXT_KINDS, expanded, file_kind, known_types
 from sftlab.data.row_reading import RowReader
 from sftlab.data.text_rows import columns_of, read_text_rows
 
@@ -112,7 +112,7 @@ def _refuse_several_kinds(paths: list[Path], place: str) -> None:
 
 def _read(paths: list[Path], streaming: bool) -> Dataset | IterableDataset:
     kind = file_kind(paths[0])
-    if kind in ("json", "csv"):
+    if kind in TEXT_KINDS:
         return read_text_rows(paths, streaming)
     for path in paths:
         _refuse_pattern(path)

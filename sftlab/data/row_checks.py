@@ -45,6 +45,8 @@ def check_rows(
         prompt = tuple(ids[:first])
         if first is None:
             found["without"].append(number)
+        elif first == 0 and len(ids) == limit:
+            continue  # a piece of a longer text
         elif not any(label in ends for label in labels[first:]):
             found["cut_off" if len(ids) == limit else "endless"].append(number)
         if begin is not None and list(ids[:2]) == [begin, begin]:

@@ -23,13 +23,19 @@ class Cut(NamedTuple):
 
 
 def cut_sequences(made: Iterable[TokenSequence], settings: Mapping[str, Any]) -> list[Cut]:
-    """Returns the sequences of a conversation, cut as `settings` say.
+    """Returns the sequences of a conversation, cut as `settings` say, or a document in pieces.
 
     Settings are `max_length`, `truncation_mode` and `completion_only_loss`, as in the recipe; where
     the last is false, every token is in the loss.
     """
     limit, found = settings["max_length"], []
     for part, one in enumerate(made):
+        if one.divides:
+            # pieces of one document are no sequences of a conversation: all are number 0
+            for piece in one.pieces(limit):
+                size = len(piece.ids)
+                found.append(Cut(piece.ids, piece.spans, size, size, size, 0))
+            continue
         if not settings["completion_only_loss"]:
             one = TokenSequence(one.ids, [0, len(one.ids)] if one.ids else [])
         kept = one.cut(limit, settings["truncation_mode"])

@@ -123,15 +123,14 @@ def finish(
 
 def _counted(table: pa.Table, settings: Mapping[str, Any]) -> dict[str, Any]:
     """Returns what became of the sequences of a split, in all and of each of several sources."""
-    tokens, loss_tokens, loss_kept = (
-        flat(table, name) for name in ("tokens", "loss_tokens", "loss_kept")
+    tokens, loss_tokens, loss_kept, part = (
+        flat(table, name) for name in ("tokens", "loss_tokens", "loss_kept", "part")
     )
-    sequences = pc.list_value_length(table["tokens"]).to_numpy()
-    part = np.arange(len(tokens)) - np.repeat(np.cumsum(sequences) - sequences, sequences)
     counted = count(tokens, loss_tokens, loss_kept, part, settings["max_length"])
     divided = sum(source["split"] is None for source in settings["sources"])
     if divided == 1:
         return counted
+    sequences = pc.list_value_length(table["tokens"]).to_numpy()
     source = np.repeat(table["source"].to_numpy(), sequences)
     return counted | count_sources(source, tokens, loss_kept, divided, settings["max_length"])
 

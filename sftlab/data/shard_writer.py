@@ -183,7 +183,7 @@ def _encode(
         row = {name: rows[name][index] for name in (*TEXT_COLUMNS, "row_hash", "split")}
         cut = cut_sequences(next(encoded), settings) if split in (0, 1) else []
         _refuse_beyond_model(cut, settings, row["messages"])
-        counts = ("tokens", "loss_tokens", "loss_kept")
+        counts = ("tokens", "loss_tokens", "loss_kept", "part")
         counted = {name: [getattr(one, name) for one in cut] for name in counts}
         writers["rows"].add(row | counted, True)
         if split == TEST:

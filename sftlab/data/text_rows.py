@@ -1,7 +1,8 @@
-"""Rows of local JSON, JSON lines, CSV and TSV files, whose text stays as it stands in the file.
+"""Rows of local files of text, which stays as it stands in the file.
 
 Readers that type a column by its first block turn 00199 into 199 and a date into a time. Here a row
-of JSON stays one text until it is converted, and every field of a CSV file is text.
+of JSON stays one text until it is converted, and every field of a CSV file is text. A .txt file is
+one document.
 """
 
 import csv
@@ -23,20 +24,32 @@ _LOOKED_AT = 1000
 
 
 def read_text_rows(paths: list[Path], streaming: bool) -> Dataset | IterableDataset:
-    """Returns the rows of JSON or CSV files: one column of JSON, or the columns of the heading.
+    """Returns the rows of text files: one column of JSON, the columns of a heading, or `text`.
 
     Raises ValueError for a heading that is empty or names a column twice.
     """
-    columns, read = [JSON_ROW], json_rows
-    if file_kind(paths[0]) == "csv":
+    kind, columns, read = file_kind(paths[0]), [JSON_ROW], json_rows
+    if kind == "csv":
         columns, read = csv_heading(paths[0]), csv_rows
+    elif kind == "text":
+        columns, read = ["text"], documents
     # size and time of change make the cache of a changed file another one
     files = [(str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in paths]
-    kind = IterableDataset if streaming else Dataset
+    made = IterableDataset if streaming else Dataset
     features = Features({name: Value("string") for name in columns})
     if next(read(files), None) is None:
         raise ValueError(f"{paths[0]} is empty: it has no row")
-    return kind.from_generator(read, features=features, gen_kwargs={"files": files})
+    return made.from_generator(read, features=features, gen_kwargs={"files": files})
+
+
+def documents(files: list[tuple[str, int, int]]) -> Iterator[dict[str, str]]:
+    """Yield the whole text of each file as one row."""
+    for path, *_ in files:
+        with open_text(path) as file:
+            try:
+                yield {"text": file.read()}
+            except (UnicodeDecodeError, EOFError, OSError) as error:
+                raise ValueError(_unreadable(path, error)) from error
 
 
 def json_rows(files: list[tuple[str, int, int]]) -> Iterator[dict[str, str]]:
@@ -130,7 +143,8 @@ def rows_in(path: Path) -> int:
         return pq.read_metadata(path).num_rows
     if kind == "arrow":
         return len(Dataset.from_file(str(path)))
-    return sum(1 for _ in (csv_rows if kind == "csv" else json_rows)(files))
+    read = {"csv": csv_rows, "text": documents}.get(str(kind), json_rows)
+    return sum(1 for _ in read(files))
 
 
 def parse_row(text: str, numbers_as_text: bool = False) -> dict[str, Any]:

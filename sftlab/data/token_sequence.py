@@ -7,11 +7,13 @@ from typing import NamedTuple
 class TokenSequence(NamedTuple):
     """Token ids, and the runs of them that are in the loss.
 
-    `spans` holds a start and a length for each run, one behind the other, in order.
+    `spans` holds a start and a length for each run, one behind the other, in order. A sequence that
+    `divides` is trained on in pieces where it is too long, and not cut.
     """
 
     ids: list[int]
     spans: list[int]
+    divides: bool = False
 
     def in_loss(self) -> int:
         """Returns the number of tokens in the loss."""
@@ -28,6 +30,12 @@ class TokenSequence(NamedTuple):
             if begin < end:
                 spans += [begin, end - begin]
         return TokenSequence(self.ids[first : first + limit], spans)
+
+    def pieces(self, limit: int | None) -> list["TokenSequence"]:
+        """Returns pieces of at most `limit` tokens, all in the loss, which join to the whole."""
+        size = limit or max(1, len(self.ids))
+        parts = [self.ids[start : start + size] for start in range(0, len(self.ids), size)]
+        return [TokenSequence(part, [0, len(part)]) for part in parts]
 
 
 def labels_of(ids: Sequence[int], spans: Sequence[int]) -> list[int]:

@@ -9,7 +9,8 @@ NAME/
   validation-00000.arrow  the same
   test-00000.arrow        conversations as text, which the evaluations encode
   rows-00000.arrow        for each row, in order: split, row_hash, opening, and of each of its
-                          sequences the tokens, those in the loss, and those that are left of these
+                          sequences the tokens, those in the loss, those that are left of these, and
+                          its number among the sequences of its conversation
 
 A shard is a range of the rows of one source. In its files the sequences that training uses come
 first, in order. Those without a token in the loss within max_length, which trl drops, come after
@@ -57,6 +58,7 @@ _ROWS = [
     ("tokens", _LIST),
     ("loss_tokens", _LIST),
     ("loss_kept", _LIST),
+    ("part", _LIST),
 ]
 SCHEMAS = {
     "train": pa.schema(_IDS),

@@ -87,13 +87,13 @@ def held_out(
         if len(rows) == 0:
             raise ValueError("the run's recipe has no test split (split_fractions)")
     else:
-        changes = {"dataset_name": dataset, "dataset_config": config, "dataset_train_split": split}
-        whole = {
-            "split_fractions": [0.0, 0.0, 1.0],
-            "dataset_fraction": 1.0,
-            "dataset_streaming": False,
-        }
-        other = _load(recipe | changes | whole | {"dataset_shape": None})
+        # how the run's own data are read does not hold for another data set
+        kept = ("loss_on", "dataset_text_from_numbers")
+        other = _load(
+            {name: recipe[name] for name in kept if name in recipe}
+            | {"dataset_name": dataset, "dataset_config": config, "dataset_train_split": split}
+            | {"split_fractions": [0.0, 0.0, 1.0]}
+        )
         rows, facts, origin = other.test, other.facts["test"], dataset
     facts = {"dataset": origin, "fingerprint": facts["fingerprint"]}
     if recipe["dataset_streaming"]:
@@ -122,9 +122,12 @@ def select(
     """
     test = dataset.rows.select(range(min(samples or len(dataset.rows), len(dataset.rows))))
     encoder = encoder_of(tokenizer, shortcut=False)
-    chosen, cut, no_room, no_response = [], 0, 0, 0
+    chosen, cut, no_room, no_response, documents = [], 0, 0, 0, 0
     for number, converted in enumerate(test):
         row = turn_of(converted)
+        if not row["prompt"]:  # plain text asks nothing
+            documents += 1
+            continue
         try:
             with rendering_limit("it"):
                 ((whole,),) = encoder([Conversation.from_row(converted)])
@@ -155,7 +158,7 @@ def select(
         "rows_without_a_response_token": no_response,
         "rows_without_room": no_room,
         "references_cut": cut,
-    }
+    } | ({"documents_without_a_question": documents} if documents else {})
     return ScoredRows(*map(list, zip(*chosen, strict=True)), counts)
 
 

@@ -18,6 +18,7 @@ from sftlab.data.messages import Conversation
 from sftlab.data.mixtures import rows_of_an_epoch, weights_of
 from sftlab.data.open_tokens import open_tokens
 from sftlab.data.samplers import row_lengths
+from sftlab.data.sequence_facts import cut_sequences
 from sftlab.data.sources import Source, read_sources
 from sftlab.data.tokenized_dataset import SPLITS, is_tokenized
 
@@ -121,5 +122,7 @@ def _lengths_of(source: Source, recipe: Recipe, tokenizer: PreTrainedTokenizerBa
     rows = [dict(zip(made, values, strict=True)) for values in zip(*made.values(), strict=True)]
     train = [row for row in rows if row["split"] == SPLITS.index("train")]
     encoded = encoder_of(tokenizer)([Conversation.from_row(row) for row in train])
-    limit = recipe.training.max_length or np.iinfo(np.int64).max
-    return np.array([min(len(one.ids), limit) for made in encoded for one in made])
+    training = recipe.training
+    settings = {name: getattr(training, name) for name in ("max_length", "truncation_mode")}
+    settings["completion_only_loss"] = training.completion_only_loss is not False
+    return np.array([len(one.ids) for made in encoded for one in cut_sequences(made, settings)])
