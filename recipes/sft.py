@@ -53,6 +53,7 @@ from sftlab.fastpath.selection import FastPath, choose
 from sftlab.measurement.hardware_limit import measure_mfu
 from sftlab.models.adapter_names import check_adapter_names
 from sftlab.models.loading import load_config, load_tokenizer
+from sftlab.models.started_adapter import started_from
 from sftlab.planning.plan import planned_memory
 from sftlab.runs.environment import environment
 from sftlab.runs.run_directory import Run, Start, must_match, read_run
@@ -147,11 +148,13 @@ def prepare(
     config = load_config(model.model_name_or_path, model.model_revision, training)
     if model.use_peft:
         check_adapter_names(model, config, launch, training.trust_remote_code)
+    started = started_from(model)
     template = set_template(tokenizer, training.chat_template_path)
     fast = choose(recipe, config, launch)
     compilers = start_compilers(recipe, config, fast)
 
     splits, facts = read_data(recipe, tokenizer, template)
+    facts |= started
     looked = look_at_rows(tokenizer, config, splits, training, facts["template"])
     if run.is_main:
         print(*(f"note: {one}" for one in recipe.notes), *looked.lines, sep="\n", flush=True)
@@ -197,8 +200,10 @@ def read_data(
         says_if_long(f"reading the data set {data.dataset_name}"),
     ):
         splits = load_splits(data, training.dataset_num_proc)
-    # how many sequences a conversation of several answers is, its template decides
-    known = not data.dataset_streaming and TURNS not in splits.facts["rows_with"]
+    # how many sequences a conversation of several answers is, its template decides, and long
+    # documents are several
+    one_each = TURNS not in splits.facts["rows_with"] and "text" not in splits.facts["shape"]
+    known = not data.dataset_streaming and one_each
     rows = len(splits.train) if known else None
     if splits.tokens:
         refuse_other_encoding(splits.tokens, tokenizer, training)

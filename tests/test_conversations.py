@@ -183,7 +183,7 @@ def test_templates_that_rewrite_earlier_turns_get_a_row_for_each_answer(template
         for n in (1, 3)
     ]
     assert [one.ids for one in made] == [row["input_ids"] for row in rows]
-    assert [labels_of(*one) for one in made] == [row["labels"] for row in rows]
+    assert [labels_of(one.ids, one.spans) for one in made] == [row["labels"] for row in rows]
 
 
 def test_turns_whose_tokens_merge_with_the_next_ones_get_a_row_for_each_answer():

@@ -43,6 +43,7 @@ SAME = {
     "gradient_clipping": "max_grad_norm",
     "dataset_processes": "dataset_num_proc",
     "chat_template_jinja": "chat_template_path",
+    "lora_model_dir": "adapter_name_or_path",
     # LLaMA-Factory
     "model_name": "model_name_or_path",
     "dataset": "dataset_name",

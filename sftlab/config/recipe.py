@@ -161,6 +161,13 @@ class ModelArguments(ModelConfig):
             "choices": ["bfloat16", "float16", "float32"],
         },
     )
+    adapter_name_or_path: str | None = field(
+        default=None,
+        metadata={
+            "help": "Adapter to go on from: a run's directory or an adapter's folder. Unset: a new "
+            "one."
+        },
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()

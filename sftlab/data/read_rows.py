@@ -65,7 +65,7 @@ def _load(wanted: Wanted) -> tuple[Dataset | IterableDataset, list[Path]]:
     if len(names) == len(paths) == 1:
         if paths[0].is_dir():
             return _load_folder(wanted, paths[0])
-        if file_kind(paths[0]) is None and not paths[0].exists():
+        if "://" in wanted.name or (file_kind(paths[0]) is None and not paths[0].exists()):
             _refuse_no_hub_name(wanted.name)
             return _load_from_hub(wanted), []
     return _load_files(wanted, paths), paths

@@ -42,6 +42,7 @@ from sftlab.measurement.memory import MemorySplit, PeakMemory
 from sftlab.measurement.throughput import Meter
 from sftlab.models.likelihood import nats_per_token
 from sftlab.models.own_logits import changed_logits, own_log_probs_if_needed
+from sftlab.models.started_adapter import with_adapter
 from sftlab.training.base_model import base_model
 from sftlab.training.checkpointing import Checkpointer
 from sftlab.training.clock import TrainingClock
@@ -376,12 +377,12 @@ def build_trainer(
     args.remove_unused_columns = False
     set_seed(args.seed)
     return LabTrainer(
-        model=base_model(recipe, fast),
+        model=with_adapter(base_model(recipe, fast), recipe.model),
         args=args,
         train_dataset=train,
         eval_dataset=validation if len(validation) else None,
         processing_class=tokenizer,
-        peft_config=get_peft_config(recipe.model),
+        peft_config=None if recipe.model.adapter_name_or_path else get_peft_config(recipe.model),
         callbacks=[*callbacks, meter, *([memory] if memory else [])],
         meter=meter,
         memory=memory,
