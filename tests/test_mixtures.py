@@ -177,7 +177,7 @@ def test_a_tokenized_mixture_is_the_mixture(strategy, mixture, files, base, tmp_
     write_jsonl(tmp_path / "test.jsonl", [words("a", 2)[1], *words("test", 5)])
     path = tmp_path / "it.yaml"
     path.write_text(f"datasets: {json.dumps(mixture)}\ntest_file: test.jsonl\n")
-    fields = fields_of(base, "x", tmp_path, max_length="32", datasets_stopping_strategy=strategy)
+    fields = fields_of(base, "x", tmp_path, max_length="64", datasets_stopping_strategy=strategy)
     del fields["dataset_name"]
     argv = ["--config", str(path), *arguments(fields)[2:]]
     script = load_script("slurm/tokenize_dataset.py")
@@ -202,6 +202,7 @@ def test_a_tokenized_mixture_is_the_mixture(strategy, mixture, files, base, tmp_
         assert list(of_tokens[name].rows) == list(of_text[name].rows)
     assert of_tokens["train"].facts == of_text["train"].facts
     assert of_text["train"].facts["dropped"] > 0
+    assert all(one["kept"] for one in of_text["train"].facts["sources"])
 
 
 def test_a_run_of_a_mixture_says_rows_and_tokens_of_each(mixture, fields, trained_here, tmp_path):
