@@ -1,6 +1,6 @@
 """What does a conversation cost as one sequence, and what as a row for each answer?
 
-python benchmarks/conversations.py [--model data/demo/base] [--conversations 400] [--turns 10]
+python benchmarks/conversations.py [--model data/demo/base] [--conversations 200] [--turns 10]
     [--repeats 3] [--out results/conversations]
 
 Made-up conversations are trained for one epoch under accelerate_configs/cpu.yaml, with each
@@ -34,7 +34,7 @@ def main(argv: list[str]) -> None:
     """Train with each `loss_on`, and write a row for each."""
     parser = Options(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="data/demo/base", help="folder of the base model")
-    parser.add_argument("--conversations", type=int, default=400)
+    parser.add_argument("--conversations", type=int, default=200)
     parser.add_argument("--turns", type=int, default=10, help="answers of a conversation")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--out", type=Path, default=ROOT / "results" / "conversations")

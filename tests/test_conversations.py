@@ -13,6 +13,7 @@ from sftlab.config.recipe import DataArguments
 from sftlab.data.chat_template import encode, encoder_of
 from sftlab.data.messages import Conversation
 from sftlab.data.splits import load_splits
+from sftlab.data.template_facts import fields_written
 from sftlab.data.token_sequence import labels_of
 
 ASKED = [
@@ -111,6 +112,21 @@ def test_calls_and_results_of_tools_are_written_and_the_call_is_trained():
     )
 
 
+def test_a_template_that_takes_arguments_as_text_gets_text():
+    tokenizer = tokenizer_with("plain")
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m.role + ': ' + m.content }}{% for c in m.tool_calls or [] %}"
+        "{{ c.function.name + c.function.arguments }}{% endfor %}{{ eos_token }}{% endfor %}"
+        "{% if add_generation_prompt %}assistant: {% endif %}"
+    )
+    call = {"type": "function", "function": {"name": "clock", "arguments": {"city": "Rome"}}}
+    messages = [ASKED[0], {"role": "assistant", "content": "", "tool_calls": [call]}]
+    (made,) = sequences(tokenizer, messages)
+    text = shown(tokenizer, made.ids, labels_of(*made))
+    assert text == 'user: q1<eos>assistant: [[clock{"city": "Rome"}<eos>]]'
+    assert "tool_calls" in fields_written(tokenizer, [])
+
+
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_the_mask_of_a_conversation_is_that_of_a_row_for_each_answer(name):
     tokenizer, draw = tokenizer_with(name), random.Random(3)
@@ -131,6 +147,16 @@ def test_the_mask_of_a_conversation_is_that_of_a_row_for_each_answer(name):
                 max(pair) for pair in zip(labels[:length], alone["labels"], strict=True)
             ]
         assert labels_of(made.ids, made.spans) == labels
+
+
+def test_what_a_template_marks_as_generated_is_what_transformers_finds():
+    tokenizer = tokenizer_with("marked")
+    found = tokenizer.apply_chat_template(
+        ASKED, return_dict=True, return_assistant_tokens_mask=True
+    )
+    (made,) = sequences(tokenizer, ASKED)
+    assert made.ids == found["input_ids"]
+    assert [int(one != -100) for one in labels_of(*made)] == found["assistant_masks"]
 
 
 @pytest.mark.parametrize("name", ["chatml", "llama", "gemma", "plain"])

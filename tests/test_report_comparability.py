@@ -217,6 +217,20 @@ def test_other_data_are_explained_by_nothing_but_the_data_set(make, part):
     assert set(differences(runs, ["dataset_name"])) == {f"data.{part}"}
 
 
+def test_loss_on_explains_the_rows_that_are_trained_on_and_no_others(make):
+    other = {"rows": 320, "fingerprint": "others"}
+    runs = {
+        "a": facts(make("a", wrong=None, loss_on="all")),
+        "b": facts(make("b", wrong=None, loss_on="last", data={"train": other})),
+    }
+    assert not differences(runs, ["loss_on"])
+    runs["b"] = facts(make("c", wrong=None, loss_on="last", data={"test": other}))
+    assert set(differences(runs, ["loss_on"])) == {"data.test"}
+    # of questions with one answer each it changes nothing
+    runs["b"] = facts(make("d", wrong=None, loss_on="last"))
+    assert not differences(runs)
+
+
 def test_the_same_rows_from_another_file_and_bookkeeping_are_no_difference(make):
     moved = make(
         "b",

@@ -14,53 +14,23 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import chain, groupby, islice
-from typing import Any, NamedTuple
+from typing import Any
 
 from tokenizers import Encoding, Tokenizer
-from transformers.utils.chat_template_utils import render_jinja_template
 
-from sftlab.data.messages import Conversation, Message
+from sftlab.data.messages import Conversation
+from sftlab.data.rendering import Rendered, Renderer
 from sftlab.data.token_cuts import TurnEnds, common_prefix, cut_in
 from sftlab.data.token_sequence import TokenSequence
 
 # Characters per call of the backend, which needs about 100 bytes per token while it encodes.
 CHARACTERS_AT_ONCE = 1_000_000
-_GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
-
-
-def marks_answers(template: str) -> bool:
-    """Whether a template marks with `{% generation %}` what the model writes."""
-    return bool(_GENERATION.search(template))
 
 
 def marks_pattern(special: Sequence[str]) -> str:
     """Returns a pattern that finds the text of special tokens in JSON; '' for none."""
     written = (json.dumps(token, ensure_ascii=False)[1:-1] for token in special)
     return "|".join(map(re.escape, written))
-
-
-class _Rendered(NamedTuple):
-    """A sequence as text: for each answer the prompt before it, and the text up to its end.
-
-    `generated` are the places in each of these texts that the template marks as generated; None
-    where it marks none.
-    """
-
-    prompts: list[str]
-    wholes: list[str]
-    generated: list[list[tuple[int, int]]] | None
-
-    def answers(self) -> list["_Rendered"]:
-        """Returns a sequence for each answer."""
-        marks = self.generated
-        return [
-            _Rendered([prompt], [whole], marks and [marks[number]])
-            for number, (prompt, whole) in enumerate(zip(self.prompts, self.wholes, strict=True))
-        ]
-
-    def is_one(self) -> bool:
-        """Whether the text up to each answer is the beginning of the whole."""
-        return all(map(self.wholes[-1].startswith, self.wholes[:-1]))
 
 
 # texts to encode, and what makes a sequence of them: None where they are no beginnings of the whole
@@ -91,9 +61,8 @@ class Encoder:
         pattern = marks_pattern(special)
         # what the backend reads as a control token wherever it stands, in messages as JSON
         self.marks = re.compile(pattern) if pattern else None
-        self._marks_answers = offsets and marks_answers(template)
-        self._render = partial(render_jinja_template, chat_template=template, **special_tokens)
-        ending = self._constant_ending() if shortcut else ""
+        self.render = Renderer(template, special_tokens, marked=offsets)
+        ending = self.render.constant_ending() if shortcut else ""
         cut = cut_in(backend, ending) if ending else None
         self._ending, self._tail = (ending, ending[cut:]) if cut is not None else (None, "")
         self._tail_ids = self._encode([self._tail])[0] if self._tail else []
@@ -115,7 +84,7 @@ class Encoder:
             yield [TokenSequence(ended, [0, len(ended)], divides=True)]
 
     def _chats(self, conversations: list[Conversation]) -> Iterator[list[TokenSequence]]:
-        rendered = self._rendered(conversations)
+        rendered = self.render(conversations)
         start = size = 0
         for end, one in enumerate(rendered, start=1):
             size += len(one.wholes[-1])
@@ -125,40 +94,12 @@ class Encoder:
 
     def refuse(self, conversations: Sequence[Conversation]) -> None:
         """Render conversations without encoding them. Raises what the template raises."""
-        self._rendered([one for one in conversations if not one.is_document])
-
-    def _rendered(self, conversations: Sequence[Conversation]) -> list[_Rendered]:
-        found = []
-        for tools, alike in groupby(conversations, key=lambda one: one.tools):
-            group = list(alike)
-            ends = [(one.messages, number) for one in group for number in one.answers]
-            asked, whole = [m[:n] for m, n in ends], [m[: n + 1] for m, n in ends]
-            prompts = iter(self._texts(asked, tools, add_generation_prompt=True)[0])
-            texts, marks = self._texts(
-                whole, tools, return_assistant_tokens_mask=self._marks_answers
-            )
-            pairs = zip(texts, marks if self._marks_answers else texts, strict=True)
-            for one in group:
-                count = len(one.answers)
-                wholes, generated = zip(*islice(pairs, count), strict=True)
-                found.append(
-                    _Rendered(
-                        list(islice(prompts, count)),
-                        list(wholes),
-                        list(generated) if self._marks_answers else None,
-                    )
-                )
-        return found
-
-    def _texts(
-        self, chats: list[list[Message]], tools: list[dict[str, Any]], **how: bool
-    ) -> tuple[list[str], list[list[tuple[int, int]]]]:
-        return self._render(conversations=chats, tools=tools or None, **how)
+        self.render([one for one in conversations if not one.is_document])
 
     def _encode(self, texts: list[str]) -> list[list[int]]:
         return [one.ids for one in self._backend.encode_batch_fast(texts, add_special_tokens=False)]
 
-    def _sequences(self, rendered: list[_Rendered]) -> Iterator[list[TokenSequence]]:
+    def _sequences(self, rendered: list[Rendered]) -> Iterator[list[TokenSequence]]:
         parts = [[one] if one.is_one() else one.answers() for one in rendered]
         made = iter(self._planned(list(chain.from_iterable(parts))))
         found = [list(islice(made, len(part))) for part in parts]
@@ -169,19 +110,19 @@ class Encoder:
             found[number] = list(islice(made, len(part)))
         yield from found
 
-    def _planned(self, rendered: list[_Rendered]) -> Iterator[TokenSequence | None]:
+    def _planned(self, rendered: list[Rendered]) -> Iterator[TokenSequence | None]:
         """Yield the sequence of each, None where its answers are no beginnings of the whole."""
         plans = [self._plan(one) for one in rendered]
         texts = [text for these, _ in plans for text in these]
         # offsets of tokens, which take time, say where generated text is
         encode = (
-            self._backend.encode_batch if self._marks_answers else self._backend.encode_batch_fast
+            self._backend.encode_batch if self.render.marked else self._backend.encode_batch_fast
         )
         encoded = iter(encode(texts, add_special_tokens=False))
         for these, make in plans:
             yield make(list(islice(encoded, len(these))))
 
-    def _plan(self, one: _Rendered) -> _Plan:
+    def _plan(self, one: Rendered) -> _Plan:
         whole = one.wholes[-1]
         if one.generated is not None:
             unsure = [w for w in one.wholes[:-1] if not self._may_cut(whole, len(w))]
@@ -206,13 +147,6 @@ class Encoder:
             safe.append(self._may_cut(whole, end))
             texts += [whole[cut:end], whole[end if safe[-1] else cut : following]]
         return [*texts, whole[cuts[-1] :]], partial(_joined, self._tail_ids, safe)
-
-    def _constant_ending(self) -> str:
-        """Returns the text that every prompt ends with under this template, perhaps none."""
-        asked = [[{"role": "user", "content": text}] for text in ("One", "Z")]
-        one, two = self._texts(asked, [], add_generation_prompt=True)[0]
-        common = common_prefix(one[::-1], two[::-1])
-        return one[len(one) - common :]
 
 
 def _joined(tail: list[int], safe: list[bool], encoded: list[Encoding]) -> TokenSequence | None:
@@ -246,13 +180,15 @@ def _compared(encoded: list[Encoding]) -> TokenSequence | None:
     return TokenSequence(ids, spans)
 
 
-def _generated(one: _Rendered, encoded: list[Encoding]) -> TokenSequence | None:
+def _generated(one: Rendered, encoded: list[Encoding]) -> TokenSequence | None:
     """Take the tokens that the template marks as generated, behind each answer's prompt."""
     whole, spans = encoded[-1], []
     if any(whole.ids[: len(part.ids)] != part.ids for part in encoded[:-1]):
         return None
+    behind = 0
     for prompt, text in zip(one.prompts, one.wholes, strict=True):
         first = len(prompt) if text.startswith(prompt) else common_prefix(prompt, text)
+        first, behind = max(first, behind), len(text)
         for start, end in one.generated[-1]:
             begin, end = max(start, first), min(end, len(text))
             token = whole.char_to_token(begin) if begin < end else None

@@ -45,14 +45,10 @@ def template_hash(tokenizer: PreTrainedTokenizerBase) -> str:
     return hashlib.sha256(str(tokenizer.chat_template).encode()).hexdigest()[:16]
 
 
-def prompt_ids(
-    tokenizer: PreTrainedTokenizerBase,
-    prompt: list[Message],
-    tools: list[dict[str, Any]] | None = None,
-) -> list[int]:
+def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: list[Message]) -> list[int]:
     """Returns the token ids of a conversation up to where the response begins."""
     return tokenizer.apply_chat_template(
-        prompt, tools=tools or None, add_generation_prompt=True, tokenize=True, return_dict=True
+        prompt, add_generation_prompt=True, tokenize=True, return_dict=True
     )["input_ids"]
 
 

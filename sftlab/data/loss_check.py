@@ -5,9 +5,10 @@ from typing import Any, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
-from sftlab.data.batch_encoder import Encoder, marks_answers
-from sftlab.data.chat_template import encode, encoder_of, end_of_turn
+from sftlab.data.batch_encoder import Encoder
+from sftlab.data.chat_template import encoder_of, end_of_turn
 from sftlab.data.messages import Conversation, Message
+from sftlab.data.rendering import Renderer, marks_answers
 from sftlab.data.row_notes import THOUGHTS, THOUGHTS_END
 from sftlab.data.template_errors import (
     LIMIT_S,
@@ -18,6 +19,7 @@ from sftlab.data.template_errors import (
 from sftlab.data.template_facts import ANSWER, PROBES, THOUGHTFUL
 from sftlab.data.time_limit import TooSlow, time_limit
 from sftlab.data.token_cuts import common_prefix
+from sftlab.data.token_sequence import labels_of
 
 # real conversations that are looked at, and answers of each
 ROWS_LOOKED_AT = 32
@@ -54,7 +56,7 @@ def look_at_loss(
     if rows and all(row.is_document for row in rows):
         return []
     found: dict[str, Finding] = {}
-    end_tokens = end_tokens_of(tokenizer, ends)
+    encoder, end_tokens = encoder_of(tokenizer, shortcut=False), end_tokens_of(tokenizer, ends)
     probes = [before for n, before in PROBES.items() if n in rows_with or n == "a question"]
     answered = [(before, ANSWER) for before in probes]
     if THOUGHTS in rows_with:
@@ -62,7 +64,8 @@ def look_at_loss(
     for before, answer in answered:
         probe = [*before, {"role": "assistant", "content": answer}]
         try:
-            _look(tokenizer, Conversation(probe, [len(before)], []), end_tokens, found)
+            turn = Conversation(probe, [len(before)], [])
+            _look(tokenizer, encoder, turn, end_tokens, found)
         except TEMPLATE_ERRORS:
             continue  # whether a real row is refused is found out row by row
     for number, row in enumerate(rows):
@@ -70,7 +73,7 @@ def look_at_loss(
             continue
         try:
             for answer in row.answers[:ANSWERS_LOOKED_AT]:
-                _look(tokenizer, row.turn(answer), end_tokens, found)
+                _look(tokenizer, encoder, row.turn(answer), end_tokens, found)
         except TooSlow as error:
             raise ValueError(f"training row {number}: {error}; {_LEAVE_OUT}") from error
         except TEMPLATE_ERRORS as error:
@@ -92,18 +95,15 @@ def end_tokens_of(tokenizer: PreTrainedTokenizerBase, ends: int | list[int] | No
 
 def _look(
     tokenizer: PreTrainedTokenizerBase,
+    encoder: Encoder,
     turn: Conversation,
     ends: set[int],
     found: dict[str, Finding],
 ) -> None:
-    prompt, tools = turn.messages[:-1], turn.tools or None
     with time_limit(LIMIT_S, "rendering a row with the chat template"):
-        asked = tokenizer.apply_chat_template(
-            prompt, tools=tools, add_generation_prompt=True, tokenize=False
-        )
-        whole = tokenizer.apply_chat_template(turn.messages, tools=tools, tokenize=False)
-    row = {"prompt": prompt, "completion": turn.messages[-1:], "tools": turn.tools}
-    ids = [i for i in encode(tokenizer, row, None)["labels"] if i != -100]
+        asked, whole = encoder.render.text_of(turn)
+    ((made,),) = encoder([turn])
+    ids = [i for i in labels_of(*made) if i != -100]
     for finding in _findings(tokenizer, turn, asked, whole, ids, ends):
         found.setdefault(finding.kind, finding)
 
@@ -232,18 +232,18 @@ def refuse_unrendered(
     tokenizer: PreTrainedTokenizerBase, rows: Iterable[Mapping[str, Any]], split: str
 ) -> None:
     """Raise ValueError, with its number, for a row that the template refuses or never ends."""
-    encoder, number = encoder_of(tokenizer, shortcut=False), 0
+    render, number = encoder_of(tokenizer, shortcut=False).render, 0
     try:
         with rendering_limit("it"):
             for number, row in enumerate(rows):
-                _render(encoder, row, f"{split} row {number}")
+                _render(render, row, f"{split} row {number}")
     except TooSlow as error:
         raise ValueError(f"{split} row {number}: {error}; {_LEAVE_OUT}") from error
 
 
-def _render(encoder: Encoder, row: Mapping[str, Any], name: str) -> None:
+def _render(render: Renderer, row: Mapping[str, Any], name: str) -> None:
     try:
-        encoder.refuse([Conversation.from_row(row)])
+        render([Conversation.from_row(row)])
     except TEMPLATE_ERRORS as error:
         raise ValueError(_refusal(name, error)) from error
 

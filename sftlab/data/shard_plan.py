@@ -122,7 +122,6 @@ def _probe(
         with rendering_limit("some rows"):
             Encoder(tokenizer.backend_tokenizer, **encoder).refuse(texts)
     except TEMPLATE_ERRORS as error:
-        # the shortcut is found by rendering a question
         plain = Encoder(tokenizer.backend_tokenizer, **encoder, shortcut=False)
         refuse_rendering(rows[:PROBED_ROWS], 0, convert, plain)
         raise ValueError(f"the chat template refuses a question: {reason(error)}") from error

@@ -44,6 +44,8 @@ _FIELDS: dict[str, Any] = {
     "thinking": REASONING,
     "tool_calls": [{"type": "function", "function": {"name": "clock_of", "arguments": {}}}],
 }
+# for templates that take arguments as JSON text alone
+_TEXT_CALLS = [{"type": "function", "function": {"name": "clock_of", "arguments": "{}"}}]
 # a field that no list here names
 _ANY = "Zebu."
 
@@ -129,9 +131,10 @@ def fields_written(tokenizer: PreTrainedTokenizerBase, fields: Iterable[str]) ->
     plain = [_render(tokenizer, chat) for chat in chats]
     found = []
     for name in dict.fromkeys([*_FIELDS, *fields]):
-        value = _FIELDS.get(name, _ANY)
-        with_it = [[*chat[:-1], chat[-1] | {name: value}] for chat in chats]
-        if any(map(_differs, plain, (_render(tokenizer, chat) for chat in with_it))):
+        values = [_FIELDS.get(name, _ANY), *([_TEXT_CALLS] if name == "tool_calls" else [])]
+        with_it = [[*chat[:-1], chat[-1] | {name: one}] for one in values for chat in chats]
+        found_in = (_render(tokenizer, chat) for chat in with_it)
+        if any(map(_differs, plain * len(values), found_in)):
             found.append(name)
     if "tools" not in found and _differs(plain[0], _render(tokenizer, chats[0], tools=[CLOCK])):
         found.append("tools")

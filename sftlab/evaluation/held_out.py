@@ -7,7 +7,7 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from sftlab.config.recipe import DataArguments
-from sftlab.data.chat_template import encoder_of, prompt_ids
+from sftlab.data.chat_template import encoder_of
 from sftlab.data.converter import turn_of
 from sftlab.data.messages import Conversation, Message
 from sftlab.data.splits import Splits, load_splits
@@ -130,8 +130,10 @@ def select(
             continue
         try:
             with rendering_limit("it"):
-                ((whole,),) = encoder([Conversation.from_row(converted)])
-                prompt = prompt_ids(tokenizer, row["prompt"], row["tools"])
+                turn = Conversation.from_row(converted)
+                ((whole,),) = encoder([turn])
+                asked = encoder.render.text_of(turn)[0]
+                prompt = tokenizer(asked, add_special_tokens=False)["input_ids"]
         except TEMPLATE_ERRORS as error:
             raise ValueError(
                 f"row {number} of {dataset.facts['dataset']}: the chat template refuses it: "
