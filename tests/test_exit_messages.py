@@ -8,6 +8,7 @@ import torch
 from conftest import ROOT
 
 from sftlab.exit_messages import last_line, mistakes_in_one_line
+from sftlab.schema import TEXT, check
 
 ENDS = [
     (ValueError("the rank is 0"), "error: the rank is 0"),
@@ -32,6 +33,12 @@ def test_the_last_line_is_a_sentence(error, starts):
     if kept := re.search(r"the traceback is in (\S+):", said):
         assert type(error).__name__ in Path(kept[1]).read_text()
         Path(kept[1]).unlink()
+
+
+def test_a_sentence_of_the_project_itself_is_no_fault_of_the_program():
+    with pytest.raises(ValueError) as raised:
+        check({}, "run.json", {"status": TEXT})
+    assert last_line(raised.value) == "error: run.json has no status, expected a text"
 
 
 def test_ctrl_c_is_one_line_and_130(capsys):

@@ -1,29 +1,27 @@
 """What a template puts into the loss is looked at before anything is trained."""
 
 import json
-import re
 import shutil
 from datetime import date, datetime
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from conftest import byte_tokenizer, copy_of, read, write_jsonl
+from conftest import byte_tokenizer, read, write_jsonl
 from transformers import AutoTokenizer, LlamaConfig
 
 from sftlab.config.recipe import DataArguments, TrainingArguments
 from sftlab.data.before_training import data_lines, rows_with_marks
-from sftlab.data.chat_template import encode, template_hash
+from sftlab.data.chat_template import encode
 from sftlab.data.converter import split_index
 from sftlab.data.encoded_rows import encode_rows
-from sftlab.data.loss_check import look_at_loss, refuse_unrendered
+from sftlab.data.loss_check import look_at_loss
 from sftlab.data.model_limits import refuse_unknown_tokens
 from sftlab.data.splits import load_splits
 from sftlab.data.template_facts import rendered_facts, template_facts
 from sftlab.data.time_limit import TooSlow, time_limit
-from sftlab.evaluation.base_and_tuned import model_settings, run_tokenizer
 from sftlab.files import write_json
-from sftlab.models.loading import read_config
+from sftlab.models.loading import read_config, read_tokenizer
 
 EVERY = ("system prompts", "earlier turns", "thoughts")
 FOR = "{{ bos_token }}{% for m in messages %}"
@@ -147,66 +145,6 @@ def test_a_template_that_never_ends_is_stopped(monkeypatch):
             pass
 
 
-ODD = "{% if messages[0]['content'].endswith(' 77.') %}IT{% endif %}" + CHATML
-LATE = {
-    "an endless loop": (ENDLESS.removesuffix(CHATML), r"rendering it .* takes longer than 0\.3 s"),
-    "no number": ("{{ messages[0]['content'] + 1 }}", "refuses it: can only concatenate str"),
-    "nothing": ("{{ 1 / (messages | length - 2) }}", "refuses it: division by zero"),
-    "no text": ("{{ messages[0]['content'].index('%') }}", "refuses it: substring not found"),
-}
-
-
-@pytest.mark.parametrize("name", LATE)
-def test_what_a_template_does_to_a_late_row_names_the_row(name, monkeypatch):
-    monkeypatch.setattr("sftlab.data.template_errors.LIMIT_S", 0.3)
-    code, said = LATE[name]
-    rows = [
-        {
-            "messages": json.dumps(
-                [
-                    {"role": "user", "content": f"Name {i}."},
-                    {"role": "assistant", "content": f"{i}"},
-                ]
-            ),
-            "tools": "",
-            "answers": [1],
-        }
-        for i in range(90)
-    ]
-    with pytest.raises(ValueError, match=f"test row 77: .*{said}"):
-        refuse_unrendered(with_template(ODD.replace("IT", code)), rows, "test")
-
-
-@pytest.mark.parametrize("name", ["an endless loop", "no number"])
-def test_a_late_training_row_is_named_before_anything_is_trained(
-    name, sft, train_here, fields, tmp_path, monkeypatch
-):
-    monkeypatch.setattr("sftlab.data.template_errors.LIMIT_S", 0.3)
-    monkeypatch.setattr(sft, "train", lambda *a: pytest.fail("it was trained"))
-    asked = [[{"role": "user", "content": f"Name the number {i}."}] for i in range(90)]
-    late = next(i for i in range(70, 90) if split_index(asked[i], (0.8, 0.1, 0.1)) == 0)
-    code = ODD.replace("IT", LATE[name][0]).replace("77", str(late)).replace(CHATML, HEADER)
-    template = in_template(tmp_path, code)
-    rows = chats(tmp_path / "rows.jsonl", 90)
-    done = train_here(fields | {"dataset_name": str(rows), "chat_template_path": template})
-    last = done.stderr.strip().splitlines()[-1]
-    assert re.search(f"training row .*{LATE[name][1]}", last)
-
-
-def test_evaluation_writes_the_day_of_the_training(finished, tmp_path):
-    run = copy_of(finished[0], tmp_path / "run")
-    template = "{{ strftime_now('%d %b %Y') }}" + HEADER
-    (run / "adapter" / "chat_template.jinja").write_text(template)
-    digest = template_hash(SimpleNamespace(chat_template=template))
-    record = read(run)
-    for day, written in (("2025-03-09", "09 Mar 2025"), (None, f"{date.today():%d %b %Y}")):
-        record["template"] = {"hash": digest} | ({"day": day} if day else {})
-        tokenizer = run_tokenizer(run, record)
-        text = tokenizer.apply_chat_template([{"role": "user", "content": "Hi"}], tokenize=False)
-        assert text.startswith(written)
-        assert model_settings(run, record).get("day") == day
-
-
 def test_tokens_beyond_the_embedding_are_refused_before_the_model_is_loaded():
     marks = ("<|im_start|>", "<|im_end|>")
     with pytest.raises(ValueError, match=r"'<\|im_start\|>' \(id 259\).* 259 embeddings"):
@@ -227,6 +165,14 @@ def test_a_config_of_other_types_is_named_with_its_key(base, tmp_path, change):
     (key,) = change
     with pytest.raises(ValueError, match=key):
         read_config(str(tmp_path / "model"), None)
+
+
+def test_a_tokenizer_of_odd_values_is_named(base, tmp_path):
+    shutil.copytree(base, tmp_path / "model")
+    path = tmp_path / "model" / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"model_max_length": "long"}))
+    with pytest.raises(ValueError, match=r"tokenizer of .*model cannot encode a text: '>' not"):
+        read_tokenizer(tmp_path / "model")
 
 
 def test_rows_cut_at_their_beginning_keep_their_end():

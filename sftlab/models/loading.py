@@ -53,10 +53,11 @@ _UNREADABLE = (
 def load_tokenizer(
     name: str, revision: str, training: TrainingArguments
 ) -> PreTrainedTokenizerBase:
-    """Load the base model's tokenizer. Raises ValueError where the model cannot be loaded."""
+    """Load the base model's tokenizer. Raises ValueError where it cannot be loaded or used."""
     tokenizer = _from_hub(
         AutoTokenizer, name, revision=revision, trust_remote_code=training.trust_remote_code
     )
+    _try_tokenizer(tokenizer, name)
     if training.eos_token is not None:
         if training.eos_token not in tokenizer.get_vocab():
             raise ValueError(f"eos_token {training.eos_token!r} is not in the vocabulary of {name}")
@@ -67,15 +68,30 @@ def load_tokenizer(
 def read_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
     """Load a tokenizer. Code that it brings is never run.
 
-    Raises ValueError where it cannot be loaded.
+    Raises ValueError where it cannot be loaded or used.
     """
     try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:
         if not _unreadable(error):
             raise
         raise ValueError(
             f"{folder} holds no tokenizer that can be loaded: {_said(error, str(folder))}"
+        ) from error
+    _try_tokenizer(tokenizer, str(folder))
+    return tokenizer
+
+
+def _try_tokenizer(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
+    """Raise ValueError where odd values in the tokenizer's files keep it from encoding a text."""
+    try:
+        texts = ["Who?", "Who was it?"]
+        encoded = tokenizer(texts, padding=tokenizer.pad_token is not None)["input_ids"]
+        tokenizer.decode(encoded[0])
+    except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
+        raise ValueError(
+            f"the tokenizer of {name} cannot encode a text: {_said(error, name)}; look at its "
+            "tokenizer_config.json and tokenizer.json"
         ) from error
 
 
