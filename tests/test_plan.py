@@ -51,6 +51,14 @@ def processor_seconds(*command):
     return resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - began, done.stdout
 
 
+def test_a_plan_says_what_was_made_of_the_recipe(printed):
+    words = ["--random", "llama3.2-1b", "--dataset_name", "mine.jsonl"]
+    words += ["--config", "recipes/llama3.2-1b/attn_r16.yaml"]
+    for more in ([], ["--compare"]):
+        first = printed(*words, *more).splitlines()[0]
+        assert first.startswith("note: dataset_fraction 0.01") and "mine.jsonl" in first
+
+
 def test_a_plan_as_a_user_types_it_takes_ten_seconds_where_importing_torch_takes_one_and_a_half():
     took, text = processor_seconds(
         "recipes/plan.py", *SAID, "--config_file", "accelerate_configs/ddp.yaml"
