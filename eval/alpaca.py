@@ -4,12 +4,14 @@ python eval/alpaca.py --run runs/x --judge prometheus-eval/prometheus-7b-v2.0 [-
     [--reference base|FILE|NAME] [--judge_in_4bit | --judge_url http://localhost:8000/v1]
     [--agreement annotations.json]
 python eval/alpaca.py --run runs/x --annotators weighted_alpaca_eval_gpt4_turbo
+python eval/alpaca.py --outputs model_outputs.json --annotations annotations.json
 
 Each pair is judged in both orders. Sanity checks come first: pairs whose right verdict is known.
 RUN/eval/alpaca.json keeps the newest entry of each judge and reference. Beside it,
 alpaca-judgements-*.jsonl and alpaca-canaries-*.jsonl hold every prompt, answer, judgement and
 verdict. Answers and judgements are kept as they come: after a kill the same command goes on, and a
-finished evaluation is scored again without a GPU.
+finished evaluation is scored again without a GPU. With --outputs the leaderboard's figures of
+finished outputs are printed, and no run is needed.
 """
 
 import sftlab.startup.filter_warnings  # noqa: I001  (before the libraries that it quiets)
@@ -30,6 +32,7 @@ from sftlab.exit_messages import mistakes_in_one_line
 from sftlab.judging.alpaca_annotators import Annotators
 from sftlab.judging.alpaca_files import Task, read_preferences, read_task
 from sftlab.judging.alpaca_report import rates, reference_name, table, title, unparsed_rate
+from sftlab.judging.finished_outputs import score_finished
 from sftlab.judging.judge_options import add_evaluation_flags, judge_from
 from sftlab.judging.judgement_files import (
     entry_facts,
@@ -44,6 +47,7 @@ from sftlab.judging.length_control import mean_characters
 from sftlab.judging.model_answers import Contestants, refuse_twins
 from sftlab.judging.pairwise import Pair, judge_pairs, tally
 from sftlab.judging.sanity_checks import UNPARSED_REFUSED, UNPARSED_SAID, SanityChecks, spread
+from sftlab.judging.unparsed import cut_warning, unparsed_lines
 from sftlab.runs.run_directory import SIDES
 from sftlab.script_options import Options
 from sftlab.tables import aligned, figure, percent
@@ -57,18 +61,42 @@ NOISE_TEMPERATURE = 0.7
 def main(argv: list[str]) -> None:
     """Answer, check the judge, let it compare, write, print."""
     arguments = parse_arguments(argv)
+    if arguments.outputs or arguments.annotations:
+        return score_outputs(arguments)
     with evaluation_errors(
         ": take a smaller --batch_size or --judge_batch_size; what is done is kept"
     ):
         evaluate(arguments)
 
 
+def score_outputs(arguments: argparse.Namespace) -> None:
+    """Print the leaderboard's figures of outputs and annotations that are finished."""
+    if not (arguments.outputs and arguments.annotations) or arguments.run or arguments.judge:
+        raise ValueError(
+            "expected --outputs and --annotations together, and neither --run nor --judge"
+        )
+    found = score_finished(arguments.outputs, arguments.annotations)
+    title, *about = (found.pop(name) for name in ("title", "model", "judge", "reference"))
+    print(f"{title}: {about[0]}, judge {about[1]}, reference {about[2]}")
+    if missing := found.pop("not_annotated"):
+        print(f"  warning: {missing} outputs are not annotated and are left out")
+    print(aligned([[key, x if isinstance(x, str) else figure(x)] for key, x in found.items()]))
+
+
 def parse_arguments(argv: list[str]) -> argparse.Namespace:
     """Read the command line."""
     parser = Options(description=__doc__.splitlines()[0])
     add_evaluation_flags(
-        parser, 100, "the first n instructions (default: all)", "longest answer in tokens"
+        parser,
+        100,
+        "the first n instructions (default: all)",
+        "longest answer in tokens",
+        needs_run=False,
     )
+    parser.add_argument(
+        "--outputs", type=Path, help="score finished outputs in AlpacaEval's form, without a run"
+    )
+    parser.add_argument("--annotations", type=Path, help="alpaca-eval's annotations of --outputs")
     parser.add_argument(
         "--annotators", help="judge by this config of alpaca-eval instead (most need an API key)"
     )
@@ -91,6 +119,8 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
 
 def evaluate(arguments: argparse.Namespace) -> None:
     """Run the whole evaluation. Raises ValueError where it cannot be done."""
+    if arguments.run is None:
+        raise ValueError("expected --run with a finished run, or --outputs and --annotations")
     if arguments.limit < 0 or arguments.batch_size < 1 or arguments.canaries < 1:
         raise ValueError("--limit must be 0 (all) or more, --batch_size and --canaries at least 1")
     sampling = Sampling(arguments.max_new_tokens, arguments.temperature)
@@ -150,7 +180,7 @@ def facts_of(
             "temperature": arguments.temperature,
             "max_new_tokens": arguments.max_new_tokens,
         },
-        "statistics": method(len(questions), "instructions"),
+        "statistics": method("instructions"),
     }
 
 
@@ -225,10 +255,11 @@ def warnings(arguments: argparse.Namespace, report: dict[str, Any]) -> list[str]
             "annotations"
         )
     if report["rows"] < FEW_ROWS:
-        found.append(f"fewer than {FEW_ROWS} instructions: the intervals are rough")
+        found.append(f"fewer than {FEW_ROWS} instructions: the intervals are wide")
     if cut := report["instructions_cut"]:
         found.append(f"{cut} instructions were too long for the model and were cut in the middle")
     for side, one in report["judged"].items():
+        found += cut_warning(one["cut"]["value"], side, report["judge"].get("max_new_tokens"))
         if cut := one["pairs_cut"]:
             found.append(
                 f"{cut} pairs of {side} were too long for the judge: answers were cut in the middle"
@@ -261,6 +292,9 @@ def print_report(report: dict[str, Any], records: dict[str, list[dict[str, Any]]
     if report["reference"] == "base":
         print("  base is the reference: its win rate is 50 % by construction")
     print(f"  in brackets 95 % intervals; {report['statistics']}")
+    for side, one in report["judged"].items():
+        for line in unparsed_lines(one["unparsed_kinds"]):
+            print(f"  {side}, {line}")
     against = [
         record for one in records.values() for record in one if any(record["contradictions"])
     ]

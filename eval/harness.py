@@ -272,13 +272,13 @@ def print_table(folder: Path, entries: list[Entry]) -> None:
     print(aligned(rows))
     print("  in brackets 95 % intervals")
     print("  scores of 0 or 1: intervals by Wilson and Newcombe, p by McNemar's exact test")
-    print("  other scores: intervals and p by paired bootstrap")
+    print("  other scores: intervals by bootstrap-t, p by exchange")
     print(f"  p (Holm): corrected for {len(entries)} task(s), each by its first line")
     for entry in entries:
         if entry["limit"]:
             print(f"  {entry['task']}: the first documents only (--limit), no random sample")
         if entry["documents"] < FEW_ROWS:
-            print(f"  {entry['task']}: fewer than {FEW_ROWS} documents, the intervals are rough")
+            print(f"  {entry['task']}: fewer than {FEW_ROWS} documents, the intervals are wide")
         if cut := entry["cut_prompts"]:
             print(
                 f"  {entry['task']}: {cut} prompts do not fit the model's {entry['window']} "

@@ -27,7 +27,7 @@ from matplotlib.figure import Figure
 from sftlab.evaluation.answer_file import answer_facts, digest
 from sftlab.evaluation.base_and_tuned import evaluation_errors, finished_run
 from sftlab.evaluation.generation import Answer, Sampling
-from sftlab.evaluation.significance import FEW_ROWS, RESAMPLES
+from sftlab.evaluation.significance import FEW_ROWS, method
 from sftlab.exit_messages import mistakes_in_one_line
 from sftlab.judging.judge_options import add_evaluation_flags, judge_from
 from sftlab.judging.judgement_files import (
@@ -46,6 +46,8 @@ from sftlab.judging.ratings import (
     Answered,
     Question,
     Rated,
+    contradictions,
+    ends,
     mean_ratings,
     noise_floor,
     rate_answers,
@@ -55,14 +57,15 @@ from sftlab.judging.ratings import (
 )
 from sftlab.judging.sanity_checks import UNPARSED_REFUSED, UNPARSED_SAID, spread
 from sftlab.judging.two_turns import both_turns, draw_twice
+from sftlab.judging.unparsed import cut_warning, unparsed_lines
 from sftlab.runs.run_directory import SIDES
 from sftlab.script_options import Options
 from sftlab.tables import aligned, interval, p_value, percent
 
 COLOURS = {"base": "0.6", "tuned": "tab:blue"}
 STATISTICS = (
-    f"paired bootstrap over questions, {RESAMPLES} resamples (p of fewer than {FEW_ROWS}: by "
-    "exchanging the models' answers); p after Holm over all rows"
+    f"{method('questions')}; p of turns and of categories after Holm over those, p overall is one "
+    "claim"
 )
 
 
@@ -127,14 +130,15 @@ def evaluate(arguments: argparse.Namespace) -> None:
     file, size = verdict_file(arguments.run / "eval", facts), arguments.judge_batch_size
     rated = partial(rate_answers, judge, style, file=file, size=size)
     referenced = [one for one in every if one.references][: arguments.canaries]
-    checks, tried = check_judge(rated, referenced, again)
+    checks, tried = check_judge(rated, referenced, again, style.scale)
     records = {side: rate_both(rated, questions, turns[side], f"judging {side}") for side in SIDES}
-    checks.append(unparsed([*tried, *records["base"], *records["tuned"]]))
+    every_record = [*tried, *records["base"], *records["tuned"]]
+    checks += [unparsed(every_record), contradictions(every_record)]
     report = facts_of(arguments, questions, facts, style.scale, checks, records)
     report |= {"answers": about, "prompts_cut": contestants.prompts_cut}
     most = max(one["unparsed"]["value"] for one in report["judged"].values())
     refused = most > UNPARSED_REFUSED and not arguments.allow_unparsed
-    report["scores"] = {} if refused else mean_ratings(records)
+    report["scores"] = {} if refused else mean_ratings(records, style.scale)
     report["warnings"] = warnings(report, records)
     report["files"] = write(arguments.run / "eval", report, records, tried)
     print_report(report)
@@ -162,7 +166,8 @@ def facts_of(
         "questions_hash": digest(questions),
         "scale": scale,
         "judged": {
-            side: {"hash": hashes[side], "unparsed": unparsed(records[side])} for side in SIDES
+            side: {"hash": hashes[side], "unparsed": unparsed(records[side])} | ends(records[side])
+            for side in SIDES
         },
         "generation": {
             "max_new_tokens": arguments.max_new_tokens,
@@ -174,14 +179,14 @@ def facts_of(
 
 
 def check_judge(
-    rated: Rated, right: Sequence[Question], again: list[list[Answered]]
+    rated: Rated, right: Sequence[Question], again: list[list[Answered]], scale: tuple[int, int]
 ) -> tuple[list, list]:
     """Run the sanity checks. Returns a row of each, and the records behind them."""
     row, records = right_over_shuffled(rated, right)
     checks = [row]
     if again[0]:
         drawn = [rated(one, "base against base") for one in again]
-        checks.append(noise_floor(*drawn))
+        checks.append(noise_floor(*drawn, scale))
         records += [*drawn[0], *drawn[1]]
     return checks, records
 
@@ -203,7 +208,9 @@ def warnings(report: dict[str, Any], records: dict[str, list[dict[str, Any]]]) -
     """Returns what a reader must know before believing the table."""
     found = unfit_warning(report)
     for side in SIDES:
-        share = report["judged"][side]["unparsed"]["value"]
+        judged, most = report["judged"][side], report["judge"].get("max_new_tokens")
+        found += cut_warning(judged["cut"]["value"], side, most)
+        share = judged["unparsed"]["value"]
         if share > UNPARSED_SAID:
             found.append(
                 f"{percent(share)} of the judgements of {side} hold no rating and are left out"
@@ -217,7 +224,7 @@ def warnings(report: dict[str, Any], records: dict[str, list[dict[str, Any]]]) -
                 f"{cut} answers of {side} were too long for the judge and were cut in the middle"
             )
     if len(records["base"]) // 2 < FEW_ROWS:
-        found.append(f"fewer than {FEW_ROWS} questions: the intervals are rough")
+        found.append(f"fewer than {FEW_ROWS} questions: the intervals are wide")
     if report["prompts_cut"]:
         found.append(
             f"{report['prompts_cut']} prompts were too long for the model and were cut in the "
@@ -298,6 +305,9 @@ def print_report(report: dict[str, Any]) -> None:
         lines.append([name, *cells, p_value(one["p_holm"])])
     print(aligned(lines))
     print(f"  in brackets 95 % intervals; {report['statistics']}")
+    for side in SIDES:
+        for line in unparsed_lines(report["judged"][side]["unparsed_kinds"]):
+            print(f"  {side}, {line}")
     print(f"  written: {', '.join(report['files'])}")
 
 

@@ -50,7 +50,16 @@ from sftlab.evaluation.base_and_tuned import (
 from sftlab.runs.environment import environment
 from sftlab.runs.run_directory import SIDES, adapter_hash
 from sftlab.evaluation.row_scores import likelihoods, score_rows
-from sftlab.evaluation.text_metrics import NAMES, ROUGE_SIGNATURE, Bleu, paired_scores
+from sftlab.evaluation.text_metrics import (
+    LEAST_TOKENS,
+    NAMES,
+    ROUGE_SIGNATURE,
+    Bleu,
+    paired_scores,
+    short_references,
+    tokenizer_of,
+)
+from sftlab.evaluation.intervals import FEW_EFFECTIVE
 from sftlab.evaluation.significance import FEW_ROWS, add_holm, compare, method
 from sftlab.script_options import Options
 from sftlab.tables import aligned, interval, p_value, preview
@@ -88,7 +97,8 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
         "--seed", type=int, default=0, help="of sampling; greedy decoding needs none"
     )
     parser.add_argument(
-        "--bleu_tokenize", default="13a", help="sacrebleu's tokenizer (13a, intl, zh, char, ...)"
+        "--bleu_tokenize",
+        help="sacrebleu's tokenizer: 13a, intl, zh, char, ... (default: by the references' script)",
     )
     parser.add_argument(
         "--dataset_name", help="judge on all rows of this data set instead of the run's test split"
@@ -105,11 +115,12 @@ def evaluate(arguments: argparse.Namespace) -> None:
     sampling = Sampling(
         arguments.max_new_tokens, arguments.temperature, arguments.top_p, arguments.seed
     )
-    bleu = Bleu(arguments.bleu_tokenize)
+    bleu = Bleu(arguments.bleu_tokenize) if arguments.bleu_tokenize else None
     run = finished_run(arguments.run)
     dataset = held_out(
         run, arguments.dataset_name, arguments.dataset_config, arguments.dataset_split
     )
+    bleu = bleu or Bleu(tokenizer_of([row[0]["content"] for row in dataset.rows["completion"]]))
     tokenizer = run_tokenizer(arguments.run, run)
     model = load_pair(arguments.run, run, arguments.trust_remote_code)
     refuse_unknown_ids(model, tokenizer)
@@ -149,7 +160,7 @@ def evaluate(arguments: argparse.Namespace) -> None:
         "bleu": bleu.signature(),
         "gpu_memory_gb": memory if torch.cuda.is_available() else None,
     }
-    report["warnings"] = warnings(report, dataset.unchecked)
+    report["warnings"] = warnings(report, dataset.unchecked) + short_row_warnings(records)
     write(arguments, report, records)
     print_report(report, records[:SHOWN_PROMPTS])
 
@@ -177,7 +188,7 @@ def evaluate_documents(
         "pieces": len(records),
         "held_out": dataset.facts,
         "scores": scores,
-        "statistics": method(len(set(documents)), "documents"),
+        "statistics": method("documents"),
         "warnings": [dataset.unchecked] if dataset.unchecked else [],
         **environment(),
     }
@@ -230,7 +241,7 @@ def facts_of(
         "scores": scores,
         "answers": {side: answer_facts(found[side]) | answers.pace(side) for side in SIDES},
         "rouge": ROUGE_SIGNATURE,
-        "statistics": f"{method(drawn, what)}; p_holm: Holm over {len(scores)} scores",
+        "statistics": f"{method(what)}; p_holm: Holm over {len(scores)} scores",
         **environment(),
     }
 
@@ -266,7 +277,14 @@ def warnings(report: dict[str, Any], unchecked: str | None) -> list[str]:
     rows, likelihoods = report["rows"], report["scores"]["response_perplexity"]
     if report["conversations"] < FEW_ROWS:
         what = "rows" if report["conversations"] == rows else "conversations"
-        found.append(f"fewer than {FEW_ROWS} {what}: the intervals are rough")
+        found.append(f"fewer than {FEW_ROWS} {what}: the intervals are wide")
+    for name in ("response_perplexity", "text_perplexity"):
+        if (rests := report["scores"][name]["effective_rows"]) and rests < FEW_EFFECTIVE:
+            found.append(
+                f"{NAMES[name]} rests on about {max(1, round(rests))} of {rows} rows: its interval "
+                f"may be too narrow, and about {math.ceil(rows * FEW_EFFECTIVE / rests)} rows "
+                "would do"
+            )
     if likelihoods["difference"]["interval_95"][0] > 0:
         found.append("the tuned model's response perplexity is higher than the base model's")
     repeating = report["answers"]["tuned"]["repetitive"]
@@ -280,6 +298,19 @@ def warnings(report: dict[str, Any], unchecked: str | None) -> list[str]:
             f"the next one ({following:.2f} nats): it seems to be trained on labels that were not "
             "shifted by one, so distrust every score"
         )
+    return found
+
+
+def short_row_warnings(records: list[dict[str, Any]]) -> list[str]:
+    """Returns which scores were left out, or say little, because references are short."""
+    found, base = [], [record["base"] for record in records]
+    for name, least in LEAST_TOKENS.items():
+        short = short_references(base, name)
+        said = f"{NAMES[name]} needs references of {least} tokens, and"
+        if short == len(base):
+            found.append(f"{said} none has them: it is left out, read exact match")
+        elif short > len(base) / 2:
+            found.append(f"{said} {short} of {len(base)} have fewer: it says little here")
     return found
 
 

@@ -25,7 +25,6 @@ from sftlab.comparison.run_comparison import (
     shared_facts,
 )
 from sftlab.comparison.run_results import find_runs, read_results
-from sftlab.evaluation.significance import RESAMPLES
 from sftlab.evaluation.text_metrics import NAMES
 from sftlab.exit_messages import mistakes_in_one_line
 from sftlab.runs.run_directory import SIDES
@@ -94,8 +93,8 @@ def as_markdown(
         lines += ["## Base and tuned on held-out rows", ""]
         lines += [*grid(table(comparison, [], scores(comparison))), *pictures(plots, "quality")]
         lines += [
-            f"In brackets are 95 % intervals: of a bootstrap over rows ({RESAMPLES:,} resamples), "
-            "or Wilson's for right answers and won pairs. Intervals and p-values say how far other "
+            "In brackets are 95 % intervals: bootstrap-t over rows, or the score interval of the "
+            "scale where few rows decide. Intervals and p-values say how far other "
             "rows could move a score. They do not say how far another training seed would.\n"
         ]
     said, differences = against

@@ -19,9 +19,12 @@ def percent(share: float) -> str:
 
 
 def interval(one: dict[str, Any]) -> str:
-    """Returns a `value` with its `interval_95`: 255.4 [214.0, 305.7]."""
-    low, high = one["interval_95"]
-    return f"{figure(one['value'])} [{figure(low)}, {figure(high)}]"
+    """Returns a `value` with its `interval_95`: 255.4 [214.0, 305.7].
+
+    An end that is not known is a question mark.
+    """
+    low, high = ("?" if end is None else figure(end) for end in one["interval_95"])
+    return f"{figure(one['value'])} [{low}, {high}]"
 
 
 def p_value(p: float) -> str:

@@ -182,7 +182,8 @@ def test_the_name_alpacaeval_2_stands_for_its_judge_reference_and_instructions(
 def test_a_reference_with_other_instructions_is_refused(evaluate, tmp_path):
     other = outputs(tmp_path / "other.json", {QUESTIONS[0]: "This."}, "other")
     with pytest.raises(
-        SystemExit, match="the reference other answers other instructions: 39 of 40 are not in it"
+        SystemExit,
+        match=r"the reference other answers other instructions than .*json: 39 of 40 are not in it",
     ):
         evaluate(
             perfect,

@@ -9,6 +9,8 @@ from judging import ScriptedJudge, canned, entry, lines
 
 from sftlab.judging import length_control
 from sftlab.judging.judge_formats import load_format
+from sftlab.judging.pairwise import rate
+from sftlab.judging.sanity_checks import surely_above
 
 
 @pytest.fixture(scope="module")
@@ -171,3 +173,50 @@ def test_a_judge_that_contradicts_itself_is_listed_and_unfit(evaluate, capsys):
     assert one["contradicting_rows"] == list(range(ROWS))
     assert not canary(report, "contradictions")["passed"]
     assert "contradiction, row 0" in capsys.readouterr().out
+
+
+class ThinkingJudge(ScriptedJudge):
+    """Knows the right answer, but every sixth judgement is cut off while it leans to the other."""
+
+    def answers(self, prompts, seed=0):
+        found = super().answers(prompts, seed)
+        for place in range(0, len(found), 6):
+            wrong = "<think>At first sight I would say [[A]] or rather [[B]], but let me check"
+            found[place] = found[place]._replace(text=wrong[:45], finish="length")
+        return found
+
+
+def test_a_verdict_in_thinking_that_was_cut_off_does_not_count(evaluate, run, capsys):
+    flags = ["--allow-unparsed"]
+    report = evaluate(None, judge=ThinkingJudge(perfect), style="fastchat", flags=flags)
+    tuned = report["judged"]["tuned"]
+    assert tuned["cut"]["value"] > 0.1
+    assert tuned["unparsed"]["value"] == tuned["cut"]["value"]
+    assert tuned["wins"] == 0
+    cut = [one for one in lines(run, "alpaca-judgements-*.jsonl") if "length" in one["finish"]]
+    assert all(one["score"] is None for one in cut)
+    printed = capsys.readouterr().out
+    assert "were cut off at --judge_max_new_tokens: give the judge more" in printed
+    assert re.search(
+        r"tuned, unparsed, cut off while thinking: \d+, for instance: .*\[\[A\]\]", printed
+    )
+
+
+@pytest.mark.parametrize(
+    ("right", "pairs", "passed"),
+    [(40, 40, True), (37, 40, None), (93, 100, True), (20, 40, False), (5, 5, None), (0, 0, False)],
+)
+def test_good_over_shuffled_passes_where_the_whole_interval_is_above(right, pairs, passed):
+    row = rate(right, pairs)
+    found = surely_above(row, pairs)
+    assert found["passed"] is passed
+    if (right, pairs) == (37, 40):
+        assert found["note"] == "too few of 40 pairs, it takes about 88 (--canaries)"
+
+
+def test_a_check_that_is_left_open_is_said_on_top(evaluate, capsys):
+    report = evaluate(perfect, style="fastchat", flags=["--canaries", "5"])
+    assert canary(report, "good over shuffled")["passed"] is None
+    printed = capsys.readouterr().out
+    assert "warning: the judge is not shown to be fit, too few pairs: good over" in printed
+    assert "the judge is not shown to be fit\n" in printed

@@ -2,23 +2,28 @@
 
 import json
 import threading
+import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 from judging import prompt
 
 from sftlab.evaluation.answer_file import AnswerFile
-from sftlab.judging import judges as judging
+from sftlab.judging import server_judge
 from sftlab.judging.asking import ask
-from sftlab.judging.judges import ServerJudge
+from sftlab.judging.judge_formats import load_format
+from sftlab.judging.server_judge import ServerJudge
 
 PLAIN = [{"role": "user", "content": "Which is better?"}]
 
 
 class Server:
-    """An OpenAI-compatible server on a thread; from `dies_at` requests on it answers 500."""
+    """An OpenAI-compatible server on a thread; from `dies_at` requests on it answers 500.
 
-    def __init__(self, dies_at=10**6, refuses=None, garbles=None):
+    `says(number)` is the message of a request, or (status, body) of a fault.
+    """
+
+    def __init__(self, dies_at=10**6, refuses=None, garbles=None, says=None):
         self.requests, outer = [], self
 
         class Handler(BaseHTTPRequestHandler):
@@ -26,9 +31,12 @@ class Server:
                 pass
 
             def reply(self, status, content):
-                body = json.dumps(content).encode()
+                plain = isinstance(content, str)
+                body = content.encode() if plain else json.dumps(content).encode()
                 self.send_response(status)
-                self.send_header("Content-Type", "application/json")
+                self.send_header("Content-Type", "text/html" if plain else "application/json")
+                if status == 429:
+                    self.send_header("Retry-After", "0.01")
                 self.send_header("Content-Length", str(len(body)))
                 self.end_headers()
                 self.wfile.write(body)
@@ -45,7 +53,10 @@ class Server:
             def do_POST(self):
                 asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
                 outer.requests.append(asked)
-                if refuses:
+                fault = says(len(outer.requests)) if says else None
+                if isinstance(fault, tuple):
+                    self.reply(*fault)
+                elif refuses:
                     self.reply(400, {"error": {"message": refuses}})
                 elif garbles is not None and asked["messages"][0]["content"] == "garble":
                     self.reply(200, garbles)
@@ -53,7 +64,7 @@ class Server:
                     self.reply(500, {"error": {"message": "out of order"}})
                 else:
                     text = f" judged {asked['messages'][0]['content']} [RESULT] A"
-                    message = {"role": "assistant", "content": text}
+                    message = fault or {"role": "assistant", "content": text}
                     choice = {"index": 0, "message": message, "finish_reason": "stop"}
                     usage = {"prompt_tokens": 1, "completion_tokens": 7, "total_tokens": 8}
                     top = {"id": "1", "object": "chat.completion", "created": 1, "model": "m"}
@@ -87,8 +98,8 @@ def test_a_server_is_asked_greedily_and_its_context_is_its_own(monkeypatch):
 
 
 def test_a_server_that_dies_in_the_middle_leaves_everything_kept(monkeypatch, tmp_path):
-    monkeypatch.setattr(judging, "RETRIES", 1)
-    monkeypatch.setattr("openai._base_client.INITIAL_RETRY_DELAY", 0.01)
+    monkeypatch.setattr(server_judge, "RETRIES", 1)
+    monkeypatch.setattr(server_judge, "FIRST_PAUSE_S", 0.01)
     prompts = [prompt(f"prompt {i}") for i in range(8)]
     with Server(dies_at=5) as server:
         judge = ServerJudge("m", server.url, 100)
@@ -128,6 +139,65 @@ def test_what_is_no_completion_is_said_and_the_others_are_kept(garbled, tmp_path
         file = AnswerFile(tmp_path, judge.facts, kind="verdicts")
         with pytest.raises(
             ValueError, match=f"what the judge's server at {server.url} answers is no completion"
-        ):
+        ) as error:
             ask(judge, prompts, file, 3, "judging")
+        said = garbled if isinstance(garbled, str) else json.dumps(garbled)
+        assert f"no completion: {said}; judgements are kept" in str(error.value)
         assert len(file.found) == 2
+
+
+def test_limited_requests_are_waited_for_and_not_for_ever(monkeypatch):
+    limited = (429, {"error": {"message": "slow down"}})
+    with Server(says=lambda number: limited if number == 1 else None) as server:
+        (answer,) = ServerJudge("m", server.url, 100).answers([PLAIN])
+        assert answer.text.endswith("[RESULT] A")
+    monkeypatch.setattr(server_judge, "RATE_LIMITED_S", 0.05)
+    with (
+        Server(says=lambda number: limited) as server,
+        pytest.raises(ValueError, match=r"limits requests \(status 429: .*slow down.*are kept"),
+    ):
+        ServerJudge("m", server.url, 100).answers([PLAIN])
+
+
+def test_a_server_that_hangs_is_given_up(monkeypatch):
+    def hang(number):
+        time.sleep(0.5)
+
+    with (
+        Server(says=hang) as server,
+        pytest.raises(ValueError, match=r"did not answer within 0.1 s, tried 2 times: judgements"),
+    ):
+        ServerJudge("m", server.url, 100, timeout=0.1).answers([PLAIN])
+
+
+@pytest.mark.parametrize(
+    ("message", "text"),
+    [
+        ({"content": [{"type": "text", "text": "[[A]]"}]}, "[[A]]"),
+        ({"content": None, "reasoning_content": "[[A]]"}, ""),
+        ({"content": None, "refusal": "I cannot."}, "I cannot."),
+        ({"content": None, "tool_calls": []}, ""),
+    ],
+)
+def test_a_message_is_its_content(message, text):
+    with Server(says=lambda number: {"role": "assistant"} | message) as server:
+        assert ServerJudge("m", server.url, 100).answers([PLAIN])[0].text == text
+
+
+@pytest.mark.parametrize("bad", ["", "Error: the upstream model is overloaded"])
+def test_what_is_no_judgement_is_asked_again_by_the_same_command(bad, tmp_path):
+    def sick(number):
+        return {"role": "assistant", "content": bad} if number <= 2 else None
+
+    def reads(text, finish):
+        return load_format("prometheus").read("pair", text, finish)
+
+    prompts = [prompt("one"), prompt("two")]
+    with Server(says=sick) as server:
+        judge = ServerJudge("m", server.url, 100)
+        for asked, texts in ((2, {bad}), (4, {"judged one [RESULT] A", "judged two [RESULT] A"})):
+            file = AnswerFile(tmp_path, {"judge": "m"}, kind="verdicts")
+            assert {one.text for one in ask(judge, prompts, file, 2, "judging", reads)} == texts
+            assert len(server.requests) == asked
+        ask(judge, prompts, AnswerFile(tmp_path, {"judge": "m"}, kind="verdicts"), 2, "", reads)
+        assert len(server.requests) == 4

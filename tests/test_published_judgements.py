@@ -1,14 +1,15 @@
 """Published annotations give the published win rates and length-controlled rates."""
 
 import json
+import re
 
 import numpy as np
 import pandas
 import pytest
-from conftest import SHARED, needs_shared
+from conftest import SHARED, load_script, needs_shared
 from judging import longer_output, no_hub
 
-from sftlab.judging.alpaca_annotators import Annotators, official
+from sftlab.judging.alpaca_annotators import Annotators, forget_missing, official
 from sftlab.judging.alpaca_files import read_outputs, read_preferences
 from sftlab.judging.length_control import alpaca_metrics, length_controlled
 from sftlab.judging.pairwise import Pair, tally
@@ -154,3 +155,52 @@ def test_the_rate_at_equal_length_is_the_raw_one_where_length_does_not_matter(mo
     assert found["value"] == pytest.approx(100 * scores.mean(), abs=1.5)
     low, high = found["interval_95"]
     assert 8 < high - low < 20
+
+
+@needs_shared
+def test_finished_outputs_are_scored_without_a_run(monkeypatch, capsys, tmp_path):
+    """One command gives the leaderboard's figures, and refuses the annotations of other outputs."""
+    folder = SHARED / "alpaca_eval"
+    monkeypatch.setattr(
+        alpaca_metrics(), "hf_hub_download", lambda **_: folder / "df_gamed_standin.csv"
+    )
+    alpaca = load_script("eval/alpaca.py")
+    outputs, finished = folder / "alpaca-7b" / "model_outputs.json", "--annotations"
+    alpaca.main(["--outputs", str(outputs), finished, str(ANNOTATIONS)])
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "AlpacaEval 2: alpaca-7b, judge weighted_alpaca_eval_gpt4_turbo" in printed
+    assert "win_rate 2.591 standard_error 0.4871" in printed
+    assert re.search(r"n_total 805 .* length_controlled_winrate 5\.[89]", printed)
+    assert printed.endswith("avg_length 396")
+    other = folder / "gpt4_1106_preview" / "model_outputs.json"
+    with pytest.raises(
+        ValueError, match=r"judges other answers than those in .*: output_2 differs"
+    ):
+        alpaca.main(["--outputs", str(other), finished, str(ANNOTATIONS)])
+    with pytest.raises(ValueError, match="expected --outputs and --annotations together"):
+        alpaca.main(["--outputs", str(other)])
+
+
+def test_annotations_that_failed_are_left_out_and_asked_again(tmp_path):
+    texts = {"instruction": "i", "output_1": "a", "output_2": "bb"}
+    rows = [texts | {"preference": one} for one in (1.2, None, 2.0, float("nan"))]
+    found = official([{"annotation": row} for row in rows], ("m", "r"), control=False)
+    assert (found["n_total"], found["n_wins"]) == (2, 1)
+    kept = tmp_path / "annotations.json"
+    kept.write_text(json.dumps([texts | {"preference": one} for one in (1.2, None, -1, 2.0)]))
+    forget_missing(kept)
+    assert [row["preference"] for row in json.loads(kept.read_text())] == [1.2, 2.0]
+
+
+def test_equal_length_is_withheld_where_no_answer_reaches_it(monkeypatch):
+    monkeypatch.setattr("sftlab.judging.length_control.RESAMPLES", 20)
+    rng = np.random.default_rng(0)
+    references = ["x" * 100] * 400
+    answers = ["x" * int(n) for n in rng.integers(10, 90, 400)]
+    answers[:15] = ["x" * 120] * 15
+    scores = rng.integers(0, 2, 400).astype(float).tolist()
+    found = length_controlled({"tuned": scores}, {"tuned": answers}, references)["tuned"]
+    assert found == {"rests_on": 15, "rows": 400}
+    answers[:30] = ["x" * 120] * 30
+    found = length_controlled({"tuned": scores}, {"tuned": answers}, references)["tuned"]
+    assert (found["rests_on"], 0 < found["value"] < 100) == (30, True)

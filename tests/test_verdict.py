@@ -7,15 +7,9 @@ import hashlib
 
 import pytest
 
+from sftlab.judging.contradictions import contradicts, praised, rating_contradicts
 from sftlab.judging.judge_formats import load_format
-from sftlab.judging.verdict_parsing import (
-    brackets_pair,
-    brackets_score,
-    contradicts,
-    praised,
-    result_pair,
-    result_score,
-)
+from sftlab.judging.verdict_parsing import read
 
 FEEDBACK = "Response A answers all 3 parts in 120 words, Response B only 2 of 5. "
 
@@ -69,6 +63,7 @@ ABSOLUTE = {
     "[RESULT] 1": 1,
     "[RESULT] 5.": 5,
     "[RESULT] (3)": 3,
+    "[RESULT] 4</s>": 4,
     "[RESULT] 4/5": 4,
     "[RESULT] 4 out of 5": 4,
     "[RESULT]\n2": 2,
@@ -93,6 +88,22 @@ PAIR = {
     "My verdict: [[A]].": "A",
     "Both are right. [[C]]": "C",
     "[[ A ]]": "A",
+    "[[**B**]]": "B",
+    r"\[\[B\]\]": "B",
+    "[[B]]</s>": "B",
+    'The format is "[[A]]", "[[B]]" or "[[C]]". Assistant B is right. [[B]]': "B",
+    "I choose from [[A]], [[B]] or [[C]]. Both are right. [[C]]": "C",
+    "<think>Perhaps [[A]]? No.</think>\n\nAssistant B is right. [[B]]": "B",
+    "so [[A]] at first</think>Assistant B is right. [[B]]": "B",
+    "[THINK]I lean to [[A]].[/THINK] [[B]]": "B",
+    "<|channel|>analysis<|message|>[[A]]?<|end|><|start|>assistant"
+    "<|channel|>final<|message|>[[B]]": "B",
+    "analysisPerhaps [[A]].assistantfinalAssistant B is right. [[B]]": "B",
+    "Answer A holds a stray <think> mark. [[B]]": "B",
+    "<think>\nAt first sight I would say [[A]] but let me check every": None,
+    "<think>[[A]]</think>": None,
+    "<|channel|>analysis<|message|>I would say [[A]]": None,
+    "analysisPerhaps [[A]]": None,
     "[[B]] is my final verdict, as before: [[B]]": "B",
     "Die Antworten sind gleich gut. [[C]]": "C",
     "[[A]] if I had to choose, but rather [[C]]": None,
@@ -110,6 +121,12 @@ SINGLE = {
     "Rating: **[[9]]**. It could name 3 more.": 9,
     "[[rating: 8]]": 8,
     "[[8/10]]": 8,
+    "[[8,5]]": 8.5,
+    "[[7.]]": 7,
+    r"\[\[8\]\]": 8,
+    'As asked, for example: "Rating: [[5]]". It is right. Rating: [[9]]': 9,
+    "<think>Rating: [[2]]</think> Rating: [[9]]": 9,
+    "<think>Rating: [[2]] but": None,
     "Rating: [5]": 5,
     "[[5]] ... so: [[5]]": 5,
     "Rating: 7": None,
@@ -125,10 +142,10 @@ SINGLE = {
 READINGS = [
     (reader, text, verdict)
     for reader, texts in (
-        (result_pair, RELATIVE),
-        (result_score, ABSOLUTE),
-        (brackets_pair, PAIR),
-        (brackets_score, SINGLE),
+        ("result_pair", RELATIVE),
+        ("result_score", ABSOLUTE),
+        ("brackets_pair", PAIR),
+        ("brackets_score", SINGLE),
     )
     for text, verdict in texts.items()
 ]
@@ -136,7 +153,7 @@ READINGS = [
 
 @pytest.mark.parametrize(("reader", "text", "verdict"), READINGS)
 def test_a_text_has_one_reading(reader, text, verdict):
-    assert reader(text) == verdict
+    assert read(reader, text).verdict == verdict
 
 
 def test_the_set_is_large_enough():
@@ -161,6 +178,9 @@ PRAISE = {
     "Response A is not better than Response B.": None,
     "Response A would be better with an example.": None,
     "Response A has 3 examples, Response B has 5.": None,
+    "Response B names each step of the proof, with the reason for it and an example that shows "
+    "where it would fail, making it the superior response.": "B",
+    "Response A is clearer than Response B, making it the better response.": "A",
     "the answer a better person gives": None,
     "Antwort B ist besser.": None,
 }
@@ -174,6 +194,41 @@ def test_what_the_words_praise(text, name):
     assert not contradicts(f"{text} [RESULT] {name}", name)
     assert not contradicts(text, None)
     assert not contradicts(text, "C")
+
+
+WHY = {
+    ("brackets_pair", "", "stop"): "empty",
+    ("brackets_pair", "", "length"): "cut off while thinking",
+    ("brackets_pair", "<think>Say [[A]]", "length"): "cut off while thinking",
+    ("brackets_pair", "Both are", "length"): "cut off before its verdict",
+    ("brackets_pair", "Error: overloaded", "stop"): "no verdict in the format",
+    ("brackets_pair", "[[A]] or [[B]]", "stop"): "more than one verdict",
+    ("brackets_score", "[[11]]", "stop"): "not from 1 to 10",
+    ("brackets_score", "[[9]] And furthermore", "length"): None,
+}
+
+
+@pytest.mark.parametrize(("text", "why"), WHY.items())
+def test_why_a_text_has_no_verdict(text, why):
+    assert read(*text).why == why
+
+
+@pytest.mark.parametrize(
+    ("text", "rating", "against"),
+    [
+        ("The response is completely wrong.", 9, True),
+        ("The response is completely wrong.", 2, False),
+        ("The answer is excellent and complete.", 1, True),
+        ("The answer is excellent and complete.", 10, False),
+        ("The answer is not perfect.", 3, False),
+        ("The assistant's answer is incorrect. Yet the response is perfect in form.", 8, False),
+        ("It fails to answer the question.", 8, True),
+        ("It has three steps.", 10, False),
+        ("The response is wrong.", None, False),
+    ],
+)
+def test_a_rating_is_held_to_the_judges_words(text, rating, against):
+    assert rating_contradicts(f"{text} Rating: [[{rating}]]", rating, (1, 10)) is against
 
 
 # SHA-256 of the prompts that prometheus-eval 0.1.20 and FastChat make of the same texts

@@ -26,7 +26,7 @@ def _is_estimate(value: Any) -> bool:
     ends = value.get("interval_95") if isinstance(value, dict) else None
     return (
         NUMBER.holds(value.get("value") if isinstance(value, dict) else None)
-        and list_of(NUMBER).holds(ends)
+        and list_of(NUMBER.or_null()).holds(ends)  # the rows may not tell an end
         and len(ends) == 2
     )
 

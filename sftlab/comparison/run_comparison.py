@@ -180,7 +180,7 @@ def against_reference(comparison: Comparison, asked: Path | None) -> tuple[str, 
     add_holm(every)
     said = (
         f"Tuned models against {reference}: tuned minus tuned on the same held-out rows, in "
-        f"brackets 95 % intervals; p by paired bootstrap ({RESAMPLES:,} resamples), after Holm "
+        f"brackets 95 % intervals; p by exchanging the models ({RESAMPLES:,} times), after Holm "
         f"over all {len(every)} comparisons made here"
     )
     said += f"; not compared: {', '.join(left_out)}" if left_out else ""

@@ -14,7 +14,7 @@ import numpy as np
 
 from sftlab.comparison.result_files import read_judged, read_quality, read_records, read_tasks
 from sftlab.evaluation.significance import compare
-from sftlab.evaluation.text_metrics import NAMES, paired_scores
+from sftlab.evaluation.text_metrics import NAMES, PARTS, paired_scores
 from sftlab.runs.run_directory import SIDES, adapter_hash, read_run
 
 # A run has diverged where the mean loss of its last tenth is this many times that of its first.
@@ -245,20 +245,24 @@ def compare_tuned(
         alike = np.array_equal(likelihoods.base[:, 1], likelihoods.tuned[:, 1])
         left_out += [] if alike else [f"perplexity of {name} (its tokens are others)"]
         left_out += [
-            f"{NAMES[score]} of {name} (scored without it: evaluate both runs again)"
+            f"{NAMES[score]} of {name} ({_why_not(score, records)})"
             for score in scores
             if score not in pairs
         ]
-        compared[name] = compare(
-            {
-                score: pairs[score]
-                for score in scores
-                if score in pairs and (alike or "perplexity" not in score)
-            },
-            # records of earlier versions do not name their conversations
-            clusters=[record.get("conversation", record["row"]) for record in first],
-        )
+        chosen = {
+            score: pairs[score]
+            for score in scores
+            if score in pairs and (alike or "perplexity" not in score)
+        }
+        clusters = [record.get("conversation", record["row"]) for record in records]
+        compared[name] = compare(chosen, clusters=clusters)
     return compared, left_out
+
+
+def _why_not(score: str, records: Sequence[Mapping[str, Any]]) -> str:
+    if all(PARTS[score][1] in record["tuned"] for record in records):
+        return "the references are too short for it"
+    return "scored without it: evaluate both runs again"
 
 
 def _held_out(records: Sequence[Mapping[str, Any]]) -> list[tuple[Any, str]]:

@@ -1,5 +1,6 @@
 """lm-eval's samples of two models, paired by document and compared."""
 
+import math
 from typing import Any
 
 import numpy as np
@@ -79,14 +80,21 @@ def compare_items(
                 else "lm-eval aggregates them in another way"
             )
             raise ValueError(f"{name}, {key}: {given} are not the means of the documents: {hint}")
-    compared = compare({key: Paired(mean, *map(with_counts, rows)) for key, rows in values.items()})
+    compared = compare(
+        {key: Paired(mean, *map(with_counts, rows), *_scale(rows)) for key, rows in values.items()}
+    )
     for key, rows in values.items():
         rates = np.isin(rows, (0, 1)).all()
         compared[key]["statistics"] = (
-            "Wilson, Newcombe, exact McNemar" if rates else "paired bootstrap"
+            "Wilson, Newcombe, exact McNemar" if rates else "bootstrap-t, exchange"
         )
         compared[key] |= compare_rates(*rows) if rates else {}
     return compared
+
+
+def _scale(rows: np.ndarray) -> tuple[float, float]:
+    """Returns from where to where a metric goes: shares of 1 are known by their values."""
+    return (0.0, 1.0) if rows.min() >= 0 and rows.max() <= 1 else (-math.inf, math.inf)
 
 
 def count_cut_prompts(lm: HFLM, samples: list[dict[str, Any]]) -> int:

@@ -1,18 +1,21 @@
-"""Paired comparisons: bootstrap intervals over rows, p-values, Holm's correction.
+"""Paired comparisons: 95 % intervals, p-values by exchange, Holm's correction.
 
 Every score is a function of sums over rows: a mean of (sum, count), perplexity of (nats, tokens),
 BLEU of its ten n-gram counts. A resample is therefore one matrix product, and a corpus score is
-resampled as a corpus score.
+resampled as a corpus score. sftlab/evaluation/intervals.py has the intervals.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 from scipy.stats import binomtest
 
-RESAMPLES = 10_000
+from sftlab.evaluation.intervals import Scale, effective_rows, gradient, interval
+
+# exchanges for a p-value, and resamples for an interval
+RESAMPLES, INTERVAL_RESAMPLES = 10_000, 4_000
 FEW_ROWS = 30
 _CHUNK = 500
 
@@ -20,12 +23,17 @@ _CHUNK = 500
 class Paired(NamedTuple):
     """One score of two models on the same rows.
 
-    `base` and `tuned` are per-row parts [rows, k]. `score` maps their sums [..., k] to [...].
+    `base` and `tuned` are per-row parts [rows, k]. `score` maps their sums [..., k] to [...]. The
+    score is from `low` to `high`. A `logarithmic` one is judged by its logarithm, in which a row
+    counts parts[0] / parts[1].
     """
 
     score: Callable[[np.ndarray], np.ndarray]
     base: np.ndarray
     tuned: np.ndarray
+    low: float = -math.inf
+    high: float = math.inf
+    logarithmic: bool = False
 
 
 def mean(sums: np.ndarray) -> np.ndarray:
@@ -47,108 +55,184 @@ def compare(
     scores: dict[str, Paired],
     resamples: int = RESAMPLES,
     seed: int = 0,
-    clusters: Sequence[int] | None = None,
+    clusters: Sequence[Any] | None = None,
 ) -> dict[str, dict[str, Any]]:
     """Returns each score's values, difference (tuned - base), 95 % intervals and p-value.
 
-    Rows are drawn with replacement, the same ones for both models and for every score (paired
-    percentile bootstrap; Efron and Tibshirani 1993, chapter 13). `clusters` says which rows are
-    drawn together, such as the turns of a conversation (Davison and Hinkley 1997, section 3.8). The
-    p-value of 'no difference' is two-sided and counts the observed sample (equation 4.11 there).
-    Below FEW_ROWS rows a bootstrap is too sure; p then comes from exchanging the two models row by
-    row (Noreen 1989). Raises ValueError where scores differ in their number of rows, or have none.
+    Rows are drawn with replacement, the same ones for both models and for every score. Intervals
+    are bootstrap-t; with few effective rows they are score intervals on the score's own scale. An
+    end that the rows cannot tell is None. The p-value of 'no difference' is two-sided, from
+    exchanging the two models row by row (Noreen 1989). `clusters` [rows] names what belongs
+    together, such as a conversation: its rows are drawn and exchanged together. `effective_rows`
+    is of the difference. Raises ValueError where scores differ in their number of rows, or have
+    none.
     """
-    parts = {
-        name: (np.asarray(s.base, float), np.asarray(s.tuned, float)) for name, s in scores.items()
-    }
-    rows = {len(part) for pair in parts.values() for part in pair}
+    scores = {name: _in_clusters(one, clusters) for name, one in scores.items()}
+    rows = {len(part) for one in scores.values() for part in (one.base, one.tuned)}
     if len(rows) != 1:
         raise ValueError(f"paired scores need the same rows for both models, got {sorted(rows)}")
-    count = rows.pop()
-    if count == 0:
+    if rows == {0}:
         raise ValueError("nothing to compare: no rows")
-    if clusters is not None:
-        parts = {name: tuple(_summed(p, clusters) for p in pair) for name, pair in parts.items()}
-        count = len(np.unique(clusters))
     # equal rows are drawn together: right and wrong answers make four kinds of rows at most
-    everything = np.hstack([part for pair in parts.values() for part in pair])
+    everything = np.hstack([part for one in scores.values() for part in (one.base, one.tuned)])
     _, first, sizes = np.unique(everything, axis=0, return_index=True, return_counts=True)
-    drawn = {name: np.empty((2, resamples)) for name in scores}
-    rng = np.random.default_rng(seed)
-    for start in range(0, resamples, _CHUNK):
-        chunk = slice(start, min(start + _CHUNK, resamples))
-        counts = rng.multinomial(count, sizes / count, size=chunk.stop - start).astype(float)
-        for name, pair in parts.items():
-            for side in (0, 1):
-                drawn[name][side, chunk] = scores[name].score(counts @ pair[side][first])
-    found = {
-        name: _summary([float(scores[name].score(part.sum(axis=0))) for part in pair], drawn[name])
-        for name, pair in parts.items()
+    kinds = {
+        name: one._replace(base=one.base[first], tuned=one.tuned[first])
+        for name, one in scores.items()
     }
-    if count < FEW_ROWS:
-        swaps = _swaps(count, resamples, rng)
-        for name, pair in parts.items():
-            found[name]["p_value"] = _exchanged(scores[name].score, *pair, swaps)
-    return found
+    rng = np.random.default_rng(seed)
+    apart: dict[str, list[np.ndarray]] = {name: [] for name in scores}
+    for chosen in _swaps(sizes, resamples, rng):
+        for name, one in kinds.items():
+            apart[name].append(_exchanged(one, sizes, chosen))
+    drawn: dict[str, list[np.ndarray]] = {name: [] for name in scores}
+    for counts in _draws(sizes, min(resamples, INTERVAL_RESAMPLES), rng):
+        for name, one in kinds.items():
+            drawn[name].append(_resampled(one, scores[name], counts))
+    return {
+        name: _estimates(one, np.concatenate(drawn[name], axis=-1))
+        | {"p_value": _as_far(np.concatenate(apart[name]))}
+        for name, one in scores.items()
+    }
 
 
-def _summed(part: np.ndarray, clusters: Sequence[int]) -> np.ndarray:
-    """Returns the sums [clusters, k] of a score's parts [rows, k]."""
-    names, place = np.unique(clusters, return_inverse=True)
-    sums = np.zeros((len(names), part.shape[1]))
-    np.add.at(sums, place, part)
-    return sums
+def _in_clusters(one: Paired, clusters: Sequence[Any] | None) -> Paired:
+    """Returns a score with a row for each cluster, which has the sums of its rows."""
+    base, tuned = np.asarray(one.base, float), np.asarray(one.tuned, float)
+    if clusters is not None:
+        if not len(clusters) == len(base) == len(tuned):
+            raise ValueError(
+                f"got {len(clusters)} names of clusters for {len(base)} and {len(tuned)} rows: "
+                "expected one for each row"
+            )
+        known = {name: place for place, name in enumerate(dict.fromkeys(clusters))}
+        member = np.zeros((len(known), len(base)))
+        member[[known[name] for name in clusters], np.arange(len(base))] = 1
+        base, tuned = member @ base, member @ tuned
+    return one._replace(base=base, tuned=tuned)
 
 
-def _swaps(rows: int, resamples: int, rng: np.random.Generator) -> np.ndarray:
-    """Returns which rows are exchanged [n, rows]: all choices where they are few, else random ones.
+def _swaps(sizes: np.ndarray, resamples: int, rng: np.random.Generator) -> Iterator[np.ndarray]:
+    """Returns chunks [n, kinds] of how many rows of each kind are exchanged.
 
-    The first choice exchanges none.
+    These are all choices where they are few, else random ones. The first choice exchanges none.
     """
-    if 2**rows <= resamples:
-        return (np.arange(2**rows)[:, None] >> np.arange(rows)) & 1
-    return np.vstack(
-        [np.zeros((1, rows), dtype=np.int64), rng.integers(0, 2, size=(resamples, rows))]
-    )
+    kinds = len(sizes)
+    if sizes.max() == 1 and 2**kinds <= resamples:
+        yield np.arange(2**kinds)[:, None] >> np.arange(kinds) & 1
+        return
+    for start in range(0, resamples + 1, _CHUNK):
+        shape = (min(_CHUNK, resamples + 1 - start), kinds)
+        alone = sizes.max() == 1
+        drawn = rng.integers(0, 2, shape) if alone else rng.binomial(sizes, 0.5, shape)
+        drawn[0] *= start > 0
+        yield drawn
 
 
-def _exchanged(
-    score: Callable[[np.ndarray], np.ndarray],
-    base: np.ndarray,
-    tuned: np.ndarray,
-    swaps: np.ndarray,
-) -> float:
-    """Returns the share of exchanges whose difference is at least the observed one."""
-    moved = swaps @ (tuned - base)
+def _draws(sizes: np.ndarray, resamples: int, rng: np.random.Generator) -> Iterator[np.ndarray]:
+    """Returns chunks [n, kinds] of how often each kind of row is drawn."""
+    rows, kinds = int(sizes.sum()), len(sizes)
+    kind_of_row = np.repeat(np.arange(kinds), sizes)
+    for start in range(0, resamples, _CHUNK):
+        size = min(_CHUNK, resamples - start)
+        if kinds < rows / 4:
+            yield rng.multinomial(rows, sizes / rows, size=size).astype(float)
+            continue
+        places = kind_of_row[rng.integers(0, rows, (size, rows))] + kinds * np.arange(size)[:, None]
+        found = np.bincount(places.ravel(), minlength=size * kinds)
+        yield found.reshape(size, kinds).astype(float)
+
+
+def _exchanged(one: Paired, sizes: np.ndarray, chosen: np.ndarray) -> np.ndarray:
+    """Returns the differences [n] after exchanges `chosen` [n, kinds]."""
+    moved = chosen @ (one.tuned - one.base)
+    base, tuned = sizes @ one.base, sizes @ one.tuned
     with np.errstate(divide="ignore", invalid="ignore"):
-        differences = np.abs(score(tuned.sum(axis=0) - moved) - score(base.sum(axis=0) + moved))
-    # an exchange that leaves a side without a score counts as a difference by chance
+        return np.abs(one.score(tuned - moved) - one.score(base + moved))
+
+
+def _as_far(differences: np.ndarray) -> float:
+    """Returns the share of exchanges whose difference is at least that of the first, which is none.
+
+    An exchange that leaves a side without a score counts as a difference by chance.
+    """
     return float((~(differences < differences[0] * (1 - 1e-9))).mean())
 
 
-def method(count: int, what: str = "rows") -> str:
-    """Returns in words how `compare` finds intervals and p-values for `count` rows."""
-    few = (
-        f" (p: by exchanging the models' answers, as {what} are fewer than {FEW_ROWS})"
-        if count < FEW_ROWS
-        else ""
+def _judged(one: Paired, sums: np.ndarray) -> np.ndarray:
+    """Returns the score of sums, or its logarithm."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return np.log(one.score(sums)) if one.logarithmic else one.score(sums)
+
+
+def _weights(one: Paired) -> tuple[float, float]:
+    """Returns what a difference of the judged scores counts, for base and tuned.
+
+    A small difference of logarithms is one of the scores, times the score.
+    """
+    sides = (one.base, one.tuned)
+    return tuple(float(one.score(x.sum(axis=0))) if one.logarithmic else 1.0 for x in sides)
+
+
+def _resampled(kinds: Paired, whole: Paired, counts: np.ndarray) -> np.ndarray:
+    """Returns base, tuned and difference of resamples, and their variances [2, 3, n].
+
+    `counts` [n, kinds] says how often each kind of row is drawn. A variance is the sum of the
+    squared influences of the rows, which are linear in a row's parts (infinitesimal jackknife).
+    """
+    values, influences = [], []
+    for part in (kinds.base, kinds.tuned):
+        sums = counts @ part
+        values.append(_judged(whole, sums))
+        slope = gradient(lambda moved: _judged(whole, moved), sums)
+        influences.append(part @ slope.T)  # [kinds, n]
+    base, tuned = _weights(whole)
+    values.append(tuned * values[1] - base * values[0])
+    influences.append(tuned * influences[1] - base * influences[0])
+    variances = [np.einsum("nk,kn->n", counts, one**2) for one in influences]
+    return np.array([values, variances])
+
+
+def _estimates(one: Paired, drawn: np.ndarray) -> dict[str, Any]:
+    """Returns both models' values and their difference, with intervals.
+
+    `drawn` [2, 3, resamples] are the values and variances of base, tuned and difference.
+    """
+    sides, totals = (one.base, one.tuned), (one.base.sum(axis=0), one.tuned.sum(axis=0))
+    value, weights = [float(one.score(total)) for total in totals], _weights(one)
+    judged = [float(_judged(one, total)) for total in totals]
+    influences = [
+        part @ gradient(lambda sums: _judged(one, sums), total)
+        for part, total in zip(sides, totals, strict=True)
+    ]
+    used = [(part != 0).any(axis=1) for part in sides]
+    scale, apart = Scale(one.low, one.high, None), one.high - one.low
+    if one.logarithmic:
+        worst = max(float(mean(part[rows]).max()) for part, rows in zip(sides, used, strict=True))
+        scale, apart = Scale(math.log(one.low), math.inf, worst), math.inf
+    found: dict[str, Any] = {}
+    for place, name in enumerate(("base", "tuned")):
+        moved = influences[place][used[place]]
+        ends = interval(judged[place], moved, drawn[:, place], scale)
+        if one.logarithmic:
+            ends = [None if end is None else math.exp(end) for end in ends]
+        found[name] = {"value": value[place], "interval_95": ends}
+    moved = (weights[1] * influences[1] - weights[0] * influences[0])[used[0] | used[1]]
+    center = weights[1] * judged[1] - weights[0] * judged[0]
+    difference = value[1] - value[0]
+    ends = interval(center, moved, drawn[:, 2], Scale(-apart, apart, None), difference)
+    if np.array_equal(one.base, one.tuned):
+        ends = [0.0, 0.0]
+    found["difference"] = {"value": difference, "interval_95": ends}
+    return found | {"effective_rows": round(effective_rows(moved), 1)}
+
+
+def method(what: str = "rows") -> str:
+    """Returns in words how `compare` finds intervals and p-values."""
+    return (
+        f"bootstrap-t over {what}, {RESAMPLES} resamples, with few effective {what} the score "
+        "interval of the scale; p by exchanging the models' answers"
     )
-    return f"paired bootstrap over {what}, {RESAMPLES} resamples{few}"
-
-
-def _summary(values: list[float], drawn: np.ndarray) -> dict[str, Any]:
-    differences = drawn[1] - drawn[0]
-    beyond = min((differences <= 0).sum(), (differences >= 0).sum())
-    return {
-        "base": _with_interval(values[0], drawn[0]),
-        "tuned": _with_interval(values[1], drawn[1]),
-        "difference": _with_interval(values[1] - values[0], differences),
-        "p_value": min(1.0, float(2 * (beyond + 1) / (len(differences) + 1))),
-    }
-
-
-def _with_interval(value: float, drawn: np.ndarray) -> dict[str, Any]:
-    return {"value": value, "interval_95": np.percentile(drawn, [2.5, 97.5]).tolist()}
 
 
 def compare_rates(base: np.ndarray, tuned: np.ndarray) -> dict[str, Any]:

@@ -7,6 +7,8 @@ from typing import Any
 
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
+from sftlab.files import write_json
+from sftlab.judging.alpaca_files import read_json_list
 from sftlab.judging.length_control import alpaca_metrics, quiet_alpaca
 from sftlab.judging.pairwise import Pair, score
 from sftlab.judging.verdict_parsing import Verdict
@@ -44,10 +46,10 @@ class Annotators:
             )
         self.name = name
         folder.mkdir(parents=True, exist_ok=True)
+        kept = folder / f"annotations-{name}.json"
+        forget_missing(kept)
         with quiet_alpaca():
-            self.annotator = PairwiseAnnotator(
-                annotators_config=name, caching_path=folder / f"annotations-{name}.json"
-            )
+            self.annotator = PairwiseAnnotator(annotators_config=name, caching_path=kept)
         self.facts = {"judge": name, "annotators": True}
 
     def judged(self, pairs: Sequence[Pair], title: str) -> list[dict[str, Any]]:
@@ -95,6 +97,8 @@ def official(
 
     glm = alpaca_metrics()
     table = pandas.DataFrame([record["annotation"] for record in records])
+    known = table["preference"].map(_is_preference)
+    table["preference"] = table["preference"].where(known).astype(float)
     table["generator_2"], table["generator_1"] = names
     with quiet_alpaca():
         if not control:
@@ -109,6 +113,22 @@ def official(
             return _plain(glm.get_winrate(table)) | {"note": note}
 
 
+def forget_missing(kept: Path) -> None:
+    """Remove annotations without a preference: alpaca-eval keeps those that failed for ever."""
+    if not kept.is_file():
+        return
+    rows = read_json_list(kept, ())
+    known = [row for row in rows if _is_preference(row.get("preference"))]
+    if not known:
+        kept.unlink()
+    elif len(known) < len(rows):
+        write_json(kept, known)
+
+
+def _is_preference(value: object) -> bool:
+    return isinstance(value, int | float) and (value == 0 or 1 <= value <= 2)
+
+
 def _verdict(preference: float | None) -> Verdict:
     """Returns alpaca-eval's preference as a letter that `score` reads.
 
@@ -116,7 +136,7 @@ def _verdict(preference: float | None) -> Verdict:
     The answer is the second output of the first call, so A says there that the answer won. In the
     other call it is the first output, and B says so.
     """
-    if preference is None or preference != preference:
+    if not _is_preference(preference):
         return None
     return "C" if preference in (0, 1.5) else "AB"[preference < 1.5]
 

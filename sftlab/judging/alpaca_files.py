@@ -35,25 +35,25 @@ class Outputs(NamedTuple):
         stop = limit or None
         return self._replace(instructions=self.instructions[:stop], texts=self.texts[:stop])
 
-    def answering(self, instructions: list[str]) -> "Outputs":
+    def answering(self, instructions: list[str], asker: str) -> "Outputs":
         """Returns the answers in the order of `instructions`.
 
-        Raises ValueError where one of them is not answered here.
+        `asker` names where they are from. Raises ValueError where one is not answered here.
         """
         known = dict(zip(self.instructions, self.texts, strict=True))
         missing = [one for one in instructions if one not in known]
         if missing:
             raise ValueError(
-                f"the reference {self.name} answers other instructions: {len(missing)} of "
-                f"{len(instructions)} are not in it, the first is {missing[0][:80]!r}; give a "
-                "reference that answers each"
+                f"the reference {self.name} answers other instructions than {asker}: "
+                f"{len(missing)} of {len(instructions)} are not in it, the first is "
+                f"{missing[0][:80]!r}; give a reference that answers each, or other instructions"
             )
         return self._replace(instructions=instructions, texts=[known[one] for one in instructions])
 
 
 def read_outputs(path: Path) -> Outputs:
     """Read a file in AlpacaEval's form. Raises ValueError where it has another form."""
-    rows = _json_list(path, ("instruction", "output"))
+    rows = read_json_list(path, ("instruction", "output"))
     instructions = [row["instruction"] for row in rows]
     name = rows[0].get("generator", path.stem)
     return Outputs(
@@ -109,7 +109,7 @@ def read_task(reference: str, instructions: Path | None, limit: int) -> Task:
     path = Path(reference)
     answered = read_outputs(path) if path.is_file() else published_outputs(reference)
     questions = (read_outputs(instructions) if instructions else answered).first(limit)
-    answered = answered.answering(questions.instructions)
+    answered = answered.answering(questions.instructions, str(instructions or reference))
     return Task(questions, answered, answered.texts)
 
 
@@ -120,7 +120,7 @@ def read_preferences(path: Path) -> tuple[list[Pair], list[bool], str]:
     pairs (output_2 as the answer), whether the annotator preferred the answer, and the annotator's
     name. Ties are left out.
     """
-    rows = _json_list(path, ("instruction", "output_1", "output_2"))
+    rows = read_json_list(path, ("instruction", "output_1", "output_2"))
     # alpaca-eval writes null for a pair that could not be annotated
     if not all(
         "preference" in row and isinstance(row["preference"], int | float | None) for row in rows
@@ -138,7 +138,8 @@ def read_preferences(path: Path) -> tuple[list[Pair], list[bool], str]:
     return pairs, [row["preference"] > 1.5 for row in rows], rows[0].get("annotator", path.stem)
 
 
-def _json_list(path: Path, texts: tuple[str, ...]) -> list[dict[str, Any]]:
+def read_json_list(path: Path, texts: tuple[str, ...]) -> list[dict[str, Any]]:
+    """Returns a list of objects with the texts named. Raises ValueError for another form."""
     content = read_content(path)
     try:
         rows = json.loads(content.decode("utf-8"))

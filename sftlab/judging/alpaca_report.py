@@ -62,12 +62,9 @@ def rates(
     model has no verdict at all.
     """
     scores = {side: [record["score"] for record in one] for side, one in records.items()}
-    halves = [None if one is None else 0.5 for one in scores["tuned"]]
     if any(set(one) == {None} for one in scores.values()):
         return {}
-    found: dict[str, Any] = {
-        "scores": {"win_rate": win_rates(scores.get("base", halves), scores["tuned"])}
-    }
+    found: dict[str, Any] = {"scores": {"win_rate": win_rates(scores.get("base"), scores["tuned"])}}
     texts = {side: [answer.text for answer in answers[side]] for side in SIDES}
     reference = task.reference.texts if task.reference else texts["base"]
     found["length"] = {side: lengths(one, texts[side], reference) for side, one in scores.items()}
@@ -86,6 +83,16 @@ def unparsed_rate(report: dict[str, Any]) -> float:
     return max(one["unparsed"]["value"] for one in report["judged"].values())
 
 
+def _at_equal_length(one: dict[str, Any] | None) -> str:
+    """Returns a rate at equal length, or on how few answers it would rest."""
+    if one is None:
+        return ""
+    if "value" not in one:
+        return f"withheld: {one['rests_on']} of {one['rows']} answers reach that length"
+    rests = f" (rests on {one['rests_on']} of {one['rows']})" if "rests_on" in one else ""
+    return f"{interval(one)}{rests}"
+
+
 def table(report: dict[str, Any]) -> list[list[str]]:
     """Returns the result as lines of cells, with a column for each model."""
     mark, three = unfit_mark(report), ("base", "tuned", "difference")
@@ -95,7 +102,7 @@ def table(report: dict[str, Any]) -> list[list[str]]:
         cells = [interval(one[name]) for name in three]
         lines.append([f"win rate, %{mark}", *cells, p_value(one["p_value"])])
     if controlled := report.get("length_controlled"):
-        cells = [interval(controlled[name]) if name in controlled else "" for name in three]
+        cells = [_at_equal_length(controlled.get(name)) for name in three]
         lines.append([f"at equal length, %, fitted to this judge's own verdicts{mark}", *cells, ""])
     judged, length = report["judged"], report.get("length", {})
     for name, key in JUDGED_ROWS:

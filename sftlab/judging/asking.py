@@ -6,6 +6,7 @@ from sftlab.evaluation.answer_file import AnswerFile, digest, fill
 from sftlab.evaluation.generation import BATCHES_WORTH_COMPILING, Answer
 from sftlab.judging.judge_formats import Messages
 from sftlab.judging.judges import Judge, LocalJudge
+from sftlab.judging.verdict_parsing import NO_JUDGEMENT, Reading
 
 CUT = "\n[... cut from the middle ...]\n"
 
@@ -37,15 +38,26 @@ def longest_fitting(
 
 
 def ask(
-    judge: Judge, prompts: Sequence[Messages], file: AnswerFile, size: int, title: str
+    judge: Judge,
+    prompts: Sequence[Messages],
+    file: AnswerFile,
+    size: int,
+    title: str,
+    read: Callable[[str, str], Reading] | None = None,
 ) -> list[Answer]:
     """Returns the judgements of `prompts`, in their order.
 
     The judge is asked only what `file` does not hold, the longest prompts first, `size` in a
-    batch. Equal prompts are judged once.
+    batch. Equal prompts are judged once. `read` reads a judgement's text and end. What a server
+    answered that is no judgement is asked again: an empty text or an error may be gone.
     """
     keys = [digest(messages) for messages in prompts]
     by_key = dict(zip(keys, prompts, strict=True))
+    if read and "server" in judge.facts:
+        for key in by_key:
+            kept = file.found.get(("judge", key))
+            if kept and read(kept.text, kept.finish).why in NO_JUDGEMENT:
+                del file.found["judge", key]
     missing = [key for key in by_key if ("judge", key) not in file.found]
     if isinstance(judge, LocalJudge):
         judge.many |= len(missing) > BATCHES_WORTH_COMPILING * size

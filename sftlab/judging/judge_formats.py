@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 import yaml
 
 from sftlab.data.formats import Message
-from sftlab.judging.verdict_parsing import READERS, Verdict
+from sftlab.judging.verdict_parsing import Reading, read
 from sftlab.paths import ROOT
 
 JUDGE_FORMATS = ROOT / "eval" / "judges"
@@ -36,9 +36,12 @@ class JudgeFormat(NamedTuple):
             return [{"role": "user", "content": f"{system}\n{user}"}]
         return [{"role": "system", "content": system}, {"role": "user", "content": user}]
 
-    def read(self, kind: str, text: str) -> Verdict:
-        """Returns the verdict in a judgement's text, or None where there is none."""
-        return READERS[self.content["verdicts"]["pair" if kind == "pair" else "score"]](text)
+    def read(self, kind: str, text: str, finish: str = "stop") -> Reading:
+        """Returns the verdict in a judgement's text, or why there is none.
+
+        `finish` is stop, or length for a text that was cut off.
+        """
+        return read(self.content["verdicts"]["pair" if kind == "pair" else "score"], text, finish)
 
 
 def load_format(name: str) -> JudgeFormat:

@@ -5,18 +5,23 @@ from pathlib import Path
 
 from sftlab.evaluation.base_and_tuned import add_trust_flag
 from sftlab.judging.judge_formats import JudgeFormat, load_format
-from sftlab.judging.judges import Judge, LocalJudge, ServerJudge
+from sftlab.judging.judges import Judge, LocalJudge
+from sftlab.judging.server_judge import ServerJudge
 
 
 def add_evaluation_flags(
-    parser: argparse.ArgumentParser, sanity_checks: int, limit: str, max_new_tokens: str
+    parser: argparse.ArgumentParser,
+    sanity_checks: int,
+    limit: str,
+    max_new_tokens: str,
+    needs_run: bool = True,
 ) -> None:
     """Add the options that both evaluations by a judge have.
 
     `sanity_checks` is the default number of items in each. `limit` and `max_new_tokens` are help
     texts.
     """
-    parser.add_argument("--run", required=True, type=Path, help="a finished run's directory")
+    parser.add_argument("--run", required=needs_run, type=Path, help="a finished run's directory")
     add_trust_flag(parser)
     add_judge_flags(parser)
     parser.add_argument("--limit", type=int, default=0, help=limit)
@@ -46,6 +51,9 @@ def add_judge_flags(parser: argparse.ArgumentParser) -> None:
         help="context length of a server's model in tokens (default: the server is asked)",
     )
     parser.add_argument(
+        "--judge_timeout", type=float, default=300, help="seconds for one judgement of a server"
+    )
+    parser.add_argument(
         "--judge_format",
         help="prometheus or fastchat (default: prometheus if the judge's name has that word)",
     )
@@ -72,8 +80,10 @@ def judge_from(arguments: argparse.Namespace) -> tuple[Judge, JudgeFormat]:
                 "--judge_in_4bit is for a local judge, and --judge_url names a server: leave one "
                 "of them out"
             )
-        server = ServerJudge(name, arguments.judge_url, new_tokens, arguments.judge_context)
-        return server, style
+        if arguments.judge_timeout <= 0:
+            raise ValueError(f"--judge_timeout must be above 0 s, got {arguments.judge_timeout:g}")
+        context, timeout = arguments.judge_context, arguments.judge_timeout
+        return ServerJudge(name, arguments.judge_url, new_tokens, context, timeout), style
     if arguments.judge_context:
         raise ValueError(
             "--judge_context is for a server: give --judge_url too, or leave it out (a local "

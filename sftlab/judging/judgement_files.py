@@ -38,7 +38,7 @@ def entry_facts(
         "adapter_hash": adapter_hash(run),
         "rows": rows,
         "judge": judge,
-        "judge_fit": all(row["passed"] for row in checks),
+        "judge_fit": all(row["passed"] is not False for row in checks),
         "canaries": checks,
         **environment(),
     }
@@ -90,11 +90,16 @@ def judgement_hashes(
 
 
 def unfit_warning(report: Mapping[str, Any]) -> list[str]:
-    """Returns a warning that names the sanity checks a judge failed, if it failed any."""
-    if report["judge_fit"]:
-        return []
-    failed = ", ".join(row["canary"] for row in report["canaries"] if not row["passed"])
-    return [f"the judge is UNFIT, it failed: {failed}; its verdicts on the models mean nothing"]
+    """Returns a warning that names the sanity checks a judge failed or left open, if any."""
+    failed, left_open = (
+        ", ".join(row["canary"] for row in report["canaries"] if row["passed"] is state)
+        for state in (False, None)
+    )
+    if failed:
+        return [f"the judge is UNFIT, it failed: {failed}; its verdicts on the models mean nothing"]
+    if left_open:
+        return [f"the judge is not shown to be fit, too few pairs: {left_open}"]
+    return []
 
 
 def unfit_mark(report: Mapping[str, Any]) -> str:
@@ -107,7 +112,8 @@ def report_head(report: Mapping[str, Any], questions: str) -> str:
 
     `questions` says what the rows are.
     """
-    fit = "fit" if report["judge_fit"] else "UNFIT"
+    shown = all(row["passed"] is not None for row in report["canaries"])
+    fit = ("fit" if shown else "not shown to be fit") if report["judge_fit"] else "UNFIT"
     return "\n".join(
         [
             f"\n{report['title']}: base against tuned of {report['run']} on {report['rows']} "
@@ -131,7 +137,7 @@ def sanity_check_table(rows: Sequence[Mapping[str, Any]]) -> str:
     """Returns the sanity checks as lines of text."""
     lines = [["sanity check", "expected", "found", "pairs", "", ""]]
     for row in rows:
-        passed = "passed" if row["passed"] else "FAILED"
+        passed = {True: "passed", False: "FAILED", None: "open"}[row["passed"]]
         lines.append(
             [row["canary"], row["expected"], share(row), str(row["pairs"]), passed, row["note"]]
         )

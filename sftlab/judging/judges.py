@@ -1,11 +1,7 @@
-"""Judges: a local causal model, or a model behind a server. Both are asked greedily."""
+"""Judges: what they are asked for, and a local causal model that is asked greedily."""
 
 import hashlib
-import math
-import os
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Sequence
 from functools import cached_property
 from typing import Any, Protocol
 
@@ -18,15 +14,11 @@ from sftlab.evaluation.generation import (
     Answer,
     Generator,
     Sampling,
-    Unfinished,
     longest_prompt,
 )
 from sftlab.judging.judge_formats import Messages
 from sftlab.models.identity import base_identity
 from sftlab.models.loading import load_weights, read_config, read_tokenizer
-from sftlab.tables import preview
-
-RETRIES = 6
 
 
 class Judge(Protocol):
@@ -134,79 +126,3 @@ class LocalJudge:
             return load_weights(self.name, kwargs, device, quantization).eval()
         except ValueError as error:
             raise ValueError(f"the judge {self.name} cannot be loaded: {error}") from error
-
-
-class ServerJudge:
-    """A model behind an OpenAI-compatible server, such as vLLM.
-
-    The environment's `OPENAI_API_KEY` is sent. `context` is the model's context length in tokens;
-    without it the server is asked. vLLM tells it. Where a server does not, prompts are not cut.
-    Sizes are estimated at three bytes per token, because the server's tokenizer is not known.
-    """
-
-    def __init__(
-        self, name: str, url: str, max_new_tokens: int, context: int | None = None
-    ) -> None:
-        import openai
-
-        self.openai, self.name, self.url, self.max_new_tokens = openai, name, url, max_new_tokens
-        key = os.environ.get("OPENAI_API_KEY", "none")
-        self.client = openai.OpenAI(base_url=url, api_key=key, max_retries=RETRIES, timeout=600)
-        self.facts = {"judge": name, "server": url, "max_new_tokens": max_new_tokens}
-        context = context or self._served_context()
-        self.room = context - max_new_tokens if context else None
-
-    def _served_context(self) -> int | None:
-        with self._explained():
-            served = {model.id: model for model in self.client.models.list().data or []}
-        if self.name not in served:
-            raise ValueError(
-                f"the server at {self.url} has no model {self.name!r}: it has {', '.join(served)}"
-            )
-        return getattr(served[self.name], "max_model_len", None)
-
-    def size(self, messages: Messages) -> int:
-        """Returns an estimate of a prompt's tokens."""
-        return math.ceil(sum(len(message["content"].encode()) for message in messages) / 3)
-
-    def answers(self, prompts: Sequence[Messages], seed: int = 0) -> list[Answer]:
-        """Returns one judgement per prompt, all asked at once.
-
-        Raises Unfinished with the answers that came, where one request fails.
-        """
-        with ThreadPoolExecutor(len(prompts)) as threads:
-            asked = [threads.submit(self._answer, messages) for messages in prompts]
-        done = {i: one.result() for i, one in enumerate(asked) if one.exception() is None}
-        try:
-            with self._explained():
-                return [one.result() for one in asked]
-        except ValueError as error:
-            raise Unfinished(str(error), done) from error
-
-    def _answer(self, messages: Messages) -> Answer:
-        done = self.client.chat.completions.create(
-            model=self.name, messages=messages, temperature=0, max_tokens=self.max_new_tokens
-        )
-        choice, text = done.choices[0], (done.choices[0].message.content or "").strip()
-        tokens = done.usage.completion_tokens if done.usage else len(text.split())
-        return Answer(text, tokens, "length" if choice.finish_reason == "length" else "stop", False)
-
-    @contextmanager
-    def _explained(self) -> Iterator[None]:
-        """Turn the client's errors into a ValueError of one sentence."""
-        try:
-            yield
-        except (self.openai.APIConnectionError, self.openai.InternalServerError) as error:
-            raise ValueError(
-                f"the judge's server at {self.url} does not answer, tried {RETRIES + 1} times: "
-                "judgements are kept, and the same command goes on from there"
-            ) from error
-        except self.openai.APIStatusError as error:
-            said = preview(error.message, 300)
-            raise ValueError(
-                f"the judge's server at {self.url} refuses with status {error.status_code}: {said}"
-            ) from error
-        except (AttributeError, TypeError, IndexError, ValueError) as error:
-            raise ValueError(
-                f"what the judge's server at {self.url} answers is no completion: {error}"
-            ) from error

@@ -20,6 +20,8 @@ FEW_EVENTS = 10
 # Inverse regularization strength. A cross-validated one can shrink the constant to 0 and every rate
 # to a half.
 STRENGTH = 100.0
+# Least share of answers on either side of the reference's length.
+EXTRAPOLATES = 0.05
 _MODEL = "length_controlled_minimal"
 
 
@@ -58,6 +60,10 @@ def length_controlled(
     difference of lengths (Dubois et al. 2024, arXiv:2404.04475), fitted to this judge's verdicts
     alone. Its terms for the difficulty of instructions are left out, because they were fitted to
     GPT-4. Returns None where too few rows were won or lost for a fit.
+
+    `rests_on` is the smaller number of answers: those as long as the reference's or longer, or
+    those as long or shorter. Where they are less than 5 %, equal length is outside what was seen,
+    and `value` is left out.
     """
     known = [
         i for i in range(len(references)) if all(one[i] is not None for one in scores.values())
@@ -77,14 +83,18 @@ def length_controlled(
         difference = np.array(
             [len(references[i]) - len(answers[side][i]) for i in known], dtype=float
         )
+        rests_on = int(min((difference <= 0).sum(), (difference >= 0).sum()))
+        found[side] = {"rests_on": rests_on, "rows": len(known)}
+        if rests_on < max(FEW_EVENTS, EXTRAPOLATES * len(known)):
+            continue
         table, equal = _design(np.array([values[i] for i in known]), difference)
         value = _fit(table, equal)
         drawn[side] = np.array([_fit(table.iloc[rows], equal) for rows in draws])
-        found[side] = {
+        found[side] |= {
             "value": value,
             "interval_95": np.percentile(drawn[side], [2.5, 97.5]).tolist(),
         }
-    if len(found) == 2:
+    if len(drawn) == 2:
         apart = drawn["tuned"] - drawn["base"]
         value = found["tuned"]["value"] - found["base"]["value"]
         found["difference"] = {

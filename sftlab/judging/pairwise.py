@@ -1,6 +1,7 @@
 """Answers compared in pairs: each pair is judged in both orders, and the verdicts are counted."""
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -9,9 +10,11 @@ from scipy.stats import binomtest
 from sftlab.evaluation.answer_file import AnswerFile
 from sftlab.evaluation.significance import Paired, compare, mean
 from sftlab.judging.asking import ask, longest_fitting
+from sftlab.judging.contradictions import contradicts
 from sftlab.judging.judge_formats import JudgeFormat, Messages
 from sftlab.judging.judges import Judge
-from sftlab.judging.verdict_parsing import Verdict, contradicts
+from sftlab.judging.unparsed import by_kind
+from sftlab.judging.verdict_parsing import Verdict
 
 ORDERS = ("answer first", "reference first")
 # the answer's score by the verdict, for each order
@@ -44,25 +47,28 @@ def judge_pairs(
 ) -> list[dict[str, Any]]:
     """Judge each pair in both orders.
 
-    Returns one record per pair, with the prompts, judgements, verdicts and contradictions of both
-    orders, and its `score`.
+    Returns one record per pair, with the prompts, judgements, verdicts, contradictions and ends
+    (`finish`) of both orders, and its `score`. `unparsed` says why an order has no verdict.
     """
     orders = (("answer", "reference"), ("reference", "answer"))
     fitted = [_prompt(judge, style, pair, *order) for pair in pairs for order in orders]
     prompts, cut = [prompt for prompt, _ in fitted], [lost for _, lost in fitted]
-    judged = ask(judge, prompts, file, size, title)
+    judged = ask(judge, prompts, file, size, title, partial(style.read, "pair"))
     records = []
     for place, pair in enumerate(pairs):
         both = slice(2 * place, 2 * place + 2)
         texts = [judgement.text for judgement in judged[both]]
-        verdicts = [style.read("pair", text) for text in texts]
+        readings = [style.read("pair", one.text, one.finish) for one in judged[both]]
+        verdicts = [reading.verdict for reading in readings]
         pairs_of_words = zip(texts, verdicts, strict=True)
         records.append(
             {
                 **pair._asdict(),
                 "prompts": prompts[both],
                 "judgements": texts,
+                "finish": [judgement.finish for judgement in judged[both]],
                 "verdicts": verdicts,
+                "unparsed": [reading.why for reading in readings],
                 "contradictions": [contradicts(text, verdict) for text, verdict in pairs_of_words],
                 "characters_cut": max(cut[both]),
                 "score": score(verdicts),
@@ -106,33 +112,27 @@ def mean_of_parsed(sums: np.ndarray) -> np.ndarray:
     return mean(np.where(sums[..., 1:] > 0, sums, (0.0, 1.0)))
 
 
-def win_rates(base: Sequence[float | None], tuned: Sequence[float | None]) -> dict[str, Any]:
+def win_rates(base: Sequence[float | None] | None, tuned: Sequence[float | None]) -> dict[str, Any]:
     """Returns both models' win rates in per cent, their difference, 95 % intervals and p-value.
 
-    Intervals and p come from a paired bootstrap over rows. A model that wins or loses every row
-    gets Wilson's interval instead, because a bootstrap would claim certainty there.
+    `base` is None where base is the reference: its rate is 50 by construction, and the difference
+    has tuned's interval.
     """
-    found = compare(
-        {
-            "win_rate": Paired(
-                mean_of_parsed, *(100 * parts(one) / (1, 100) for one in (base, tuned))
-            )
-        }
-    )
-    found = found["win_rate"]
-    for side, scores in (("base", base), ("tuned", tuned)):
-        parsed = [one for one in scores if one is not None]
-        if len(set(parsed)) == 1 and parsed[0] in (0, 1):
-            ends = rate(int(sum(parsed)), len(parsed))["interval_95"]
-            found[side]["interval_95"] = [100 * end for end in ends]
+    halves = [None if one is None else 0.5 for one in tuned]
+    sides = [100 * parts(one) / (1, 100) for one in (halves if base is None else base, tuned)]
+    found = compare({"win_rate": Paired(mean_of_parsed, *sides, 0.0, 100.0)})["win_rate"]
+    if base is None:
+        found["base"]["interval_95"] = [50.0, 50.0]
+        found["difference"]["interval_95"] = [end - 50 for end in found["tuned"]["interval_95"]]
     return found
 
 
 def tally(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Count what a judge did with pairs.
 
-    Returns wins, losses and ties, the share of unparsed verdicts, the agreement of the two orders,
-    the preference for the first answer, and contradictions.
+    Returns wins, losses and ties, the share of unparsed verdicts and their kinds, the share of
+    judgements that were cut off, the agreement of the two orders, the preference for the first
+    answer, and contradictions.
     """
     scores = [record["score"] for record in records]
     parsed = [record for record in records if record["score"] is not None]
@@ -140,6 +140,12 @@ def tally(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     decided = [verdict for verdict in verdicts if verdict in ("A", "B")]
     # alpaca-eval's annotators choose which answer comes first and do not tell
     first = [] if any("annotation" in record for record in records) else decided
+    ends = [end for record in records for end in record.get("finish", [])]
+    kinds = by_kind(
+        pair
+        for record in records
+        for pair in zip(record.get("unparsed", []), record.get("judgements", []), strict=False)
+    )
     agreeing = sum(says_the_same(record["verdicts"]) for record in parsed)
     contradictions = sum(sum(record["contradictions"]) for record in records)
     return {
@@ -148,6 +154,8 @@ def tally(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         "losses": scores.count(0.0),
         "ties": rate(scores.count(0.5), len(parsed)),
         "unparsed": rate(verdicts.count(None), len(verdicts)),
+        "unparsed_kinds": kinds,
+        "cut": rate(ends.count("length"), len(ends)),
         "pairs_unparsed": scores.count(None),
         "orders_agree": rate(agreeing, len(parsed)),
         "first_preferred": rate(first.count("A"), len(first)),

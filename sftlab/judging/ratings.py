@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -10,10 +11,18 @@ import numpy as np
 from sftlab.evaluation.answer_file import AnswerFile
 from sftlab.evaluation.significance import Paired, add_holm, compare
 from sftlab.judging.asking import ask, longest_fitting
+from sftlab.judging.contradictions import rating_contradicts
 from sftlab.judging.judge_formats import JudgeFormat, Messages
 from sftlab.judging.judges import Judge
 from sftlab.judging.pairwise import mean_of_parsed, parts, rate
-from sftlab.judging.sanity_checks import CHANCE, OVER_SHUFFLED, UNPARSED_REFUSED
+from sftlab.judging.sanity_checks import (
+    ABOVE,
+    CHANCE,
+    CONTRADICTIONS,
+    UNPARSED_REFUSED,
+    surely_above,
+)
+from sftlab.judging.unparsed import by_kind
 from sftlab.runs.run_directory import SIDES
 from sftlab.schema import read_content
 from sftlab.tables import percent
@@ -83,13 +92,16 @@ def rate_answers(
     file: AnswerFile,
     size: int,
 ) -> list[dict[str, Any]]:
-    """Returns one record per answer, with prompt, judgement and `rating` (None: unparsed).
+    """Returns one record per answer, with prompt, judgement and `rating`.
 
+    Where it is None, `unparsed` says why. `contradiction` says that the words are against it.
     A second turn is judged with the first in view. The judge sees reference answers where there
     are some. Answers that do not fit its context are cut in the middle.
     """
     fitted = [_prompt(judge, style, one) for one in answered]
-    judged = ask(judge, [prompt for prompt, _ in fitted], file, size, title)
+    reads = partial(style.read, "score")
+    judged = ask(judge, [prompt for prompt, _ in fitted], file, size, title, reads)
+    readings = [reads(judgement.text, judgement.finish) for judgement in judged]
     return [
         {
             "question_id": one.question.number,
@@ -98,10 +110,15 @@ def rate_answers(
             "answers": one.answers,
             "prompt": prompt,
             "judgement": judgement.text,
-            "rating": style.read("score", judgement.text),
+            "finish": judgement.finish,
+            "rating": reading.verdict,
+            "unparsed": reading.why,
+            "contradiction": rating_contradicts(judgement.text, reading.verdict, style.scale),
             "characters_cut": lost,
         }
-        for one, (prompt, lost), judgement in zip(answered, fitted, judged, strict=True)
+        for one, (prompt, lost), judgement, reading in zip(
+            answered, fitted, judged, readings, strict=True
+        )
     ]
 
 
@@ -140,21 +157,22 @@ def right_over_shuffled(
     found = rate(int(sum(scores)), len(scores))
     row = {
         "canary": "right over shuffled",
-        "expected": f"over {percent(OVER_SHUFFLED)}",
+        "expected": ABOVE,
         "pairs": len(pairs),
         **found,
     }
     if scores:
         row["value"] = float(np.mean(scores))
     note = f"{scores.count(0.5)} rated alike"
-    passed = bool(scores) and found["interval_95"][1] >= OVER_SHUFFLED
-    return row | {"passed": passed, "note": note}, [*right, *wrong]
+    above = surely_above(row, len(scores))
+    note = "; ".join(filter(None, (note, above.get("note"))))
+    return row | above | {"note": note}, [*right, *wrong]
 
 
 def noise_floor(
-    one: Sequence[Mapping[str, Any]], two: Sequence[Mapping[str, Any]]
+    one: Sequence[Mapping[str, Any]], two: Sequence[Mapping[str, Any]], scale: tuple[int, int]
 ) -> dict[str, Any]:
-    """Check that two samples of one model are rated alike.
+    """Check that two samples of one model are rated alike, on the judge's `scale`.
 
     Returns the check's row. `value` is the share of pairs whose first sample is rated higher.
     """
@@ -165,14 +183,13 @@ def noise_floor(
     row |= rate(int(higher), len(pairs))
     if not pairs:
         return row | {"passed": False, "note": ""}
-    apart = compare(
-        {"rating": Paired(mean_of_parsed, *(parts(side) for side in zip(*pairs, strict=True)))}
-    )["rating"]
+    sides = (parts(side) for side in zip(*pairs, strict=True))
+    apart = compare({"rating": Paired(mean_of_parsed, *sides, *scale)})["rating"]
     low, high = apart["difference"]["interval_95"]
     note = f"ratings differ by {apart['difference']['value']:.2f} [{low:.2f}, {high:.2f}]"
     return row | {
         "value": float(higher / len(pairs)),
-        "passed": apart["p_value"] > CHANCE,
+        "passed": bool(apart["p_value"] > CHANCE),
         "note": note,
     }
 
@@ -189,12 +206,30 @@ def unparsed(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return row | {"passed": row["value"] <= UNPARSED_REFUSED}
 
 
-def mean_ratings(records: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, dict[str, Any]]:
-    """Returns both sides' mean rating overall, by turn and by category.
+def ends(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Returns the share of judgements that were cut off, and the kinds of unparsed ones."""
+    cut = rate(sum(record["finish"] == "length" for record in records), len(records))
+    kinds = by_kind((record["unparsed"], record["judgement"]) for record in records)
+    return {"cut": cut, "unparsed_kinds": kinds}
 
-    Each comes with the difference, intervals and p-values (after Holm). The bootstrap draws a
-    question's two turns together, because they depend on each other. A group in which a side has
-    no rating is left out.
+
+def contradictions(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Returns the share of ratings that the judge's own words are against, as a row of checks."""
+    rated = [record for record in records if record["rating"] is not None]
+    found = rate(sum(record["contradiction"] for record in rated), len(rated))
+    row = {"canary": "contradictions", "expected": f"at most {percent(CONTRADICTIONS)}"}
+    passed = found["value"] is None or found["value"] <= CONTRADICTIONS
+    return row | {"pairs": len(records), "note": "", **found, "passed": passed}
+
+
+def mean_ratings(
+    records: Mapping[str, Sequence[Mapping[str, Any]]], scale: tuple[int, int]
+) -> dict[str, dict[str, Any]]:
+    """Returns both sides' mean rating overall, by turn and by category, on the judge's `scale`.
+
+    Each comes with the difference, intervals and p-values. A question's two turns are drawn
+    together, because they depend on each other. `overall` is one claim; Holm's correction is over
+    the two turns, and over the categories. A group in which a side has no rating is left out.
     """
     groups: dict[str, Callable[[Mapping[str, Any]], bool]] = {"overall": lambda _: True}
     groups |= {f"turn {turn}": lambda one, turn=turn: one["turn"] == turn for turn in (1, 2)}
@@ -212,8 +247,9 @@ def mean_ratings(records: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str
                 )
             sums.append(np.array([by_question[number] for number in sorted(by_question)]))
         if all(one[:, 1].sum() for one in sums):
-            found[name] = compare({name: Paired(mean_of_parsed, *sums)})[name]
-    add_holm(found)
+            found[name] = compare({name: Paired(mean_of_parsed, *sums, *scale)})[name]
+    for family in (["overall"], ["turn 1", "turn 2"], list(categories)):
+        add_holm({name: found[name] for name in family if name in found})
     return found
 
 

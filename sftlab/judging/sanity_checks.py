@@ -1,6 +1,7 @@
 """Sanity checks of a judge: its verdicts on pairs whose right verdict is known."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from math import ceil
 from typing import Any
 
 from scipy.stats import binomtest
@@ -8,9 +9,9 @@ from scipy.stats import binomtest
 from sftlab.judging.pairwise import Pair, rate, tally
 from sftlab.tables import percent
 
-# A good answer must beat an answer to another instruction this often. The check fails where the
-# interval ends below it.
-OVER_SHUFFLED = 0.95
+# A good answer must beat an answer to another instruction this often. The check passes where the
+# whole interval is above it, fails where it is below, and asks for more pairs between.
+OVER_SHUFFLED = 0.85
 # shares of unparsed judgements above which no score is given, and above which a warning is
 UNPARSED_REFUSED, UNPARSED_SAID = 0.05, 0.01
 CONTRADICTIONS = 0.05
@@ -31,6 +32,25 @@ def spread(items: Sequence[Any], count: int) -> list[Any]:
     """Returns at most `count` of the items, evenly spread."""
     count = min(count, len(items))
     return [items[place * len(items) // count] for place in range(count)]
+
+
+ABOVE = f"interval above {percent(OVER_SHUFFLED)}"
+
+
+def surely_above(row: Mapping[str, Any], pairs: int) -> dict[str, Any]:
+    """Returns whether the whole interval of a check's share is above OVER_SHUFFLED.
+
+    `passed` is None where `pairs` were too few to say; the note then says how many it takes.
+    """
+    value, (low, high) = row["value"], row["interval_95"]
+    if value is None or high < OVER_SHUFFLED:
+        return {"passed": False}
+    if low >= OVER_SHUFFLED:
+        return {"passed": True}
+    # Wilson's interval ends at the bound b where (value - b)^2 = z^2 b (1 - b) / n
+    spare, variance = value - OVER_SHUFFLED, OVER_SHUFFLED * (1 - OVER_SHUFFLED)
+    takes = f"it takes about {ceil(1.96**2 * variance / spare**2)}" if spare > 0.01 else "by far"
+    return {"passed": None, "note": f"too few of {pairs} pairs, {takes} (--canaries)"}
 
 
 class SanityChecks:
@@ -61,15 +81,16 @@ class SanityChecks:
     def over_shuffled(self, pairs: Sequence[Pair]) -> None:
         """Judge good answers against answers to other instructions."""
         found = tally(self._judged("good over shuffled", shuffled(pairs)))
-        row = self._add("good over shuffled", f"over {percent(OVER_SHUFFLED)}", found)
-        row["passed"] &= not row["passed"] or row["interval_95"][1] >= OVER_SHUFFLED
+        row = self._add("good over shuffled", ABOVE, found)
+        row |= surely_above(row, found["pairs"] - found["pairs_unparsed"])
 
     def noise_floor(self, pairs: Sequence[Pair]) -> None:
         """Judge two samples of one model against each other. Either wins by chance."""
         found = tally(self._judged("base against base", pairs))
         row = self._add("base against base", "50 % within chance", found)
         decided = found["wins"] + found["losses"]
-        row["passed"] &= not decided or binomtest(found["wins"], decided).pvalue > CHANCE
+        by_chance = not decided or binomtest(found["wins"], decided).pvalue > CHANCE
+        row["passed"] = bool(row["passed"] and by_chance)
         row["note"] = f"{found['wins']} won, {found['losses']} lost"
 
     def agreement(self, pairs: Sequence[Pair], preferred: Sequence[bool], whose: str) -> None:
@@ -118,8 +139,8 @@ class SanityChecks:
 
     @property
     def fit(self) -> bool:
-        """Whether the judge passed all checks."""
-        return all(row["passed"] for row in self.rows)
+        """Whether the judge failed none of the checks."""
+        return all(row["passed"] is not False for row in self.rows)
 
     def _judged(self, name: str, pairs: Sequence[Pair]) -> list[dict[str, Any]]:
         records = self.judged(pairs, name)

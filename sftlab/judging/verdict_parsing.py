@@ -1,11 +1,14 @@
-"""Read a judge's text: its verdict, and whether its words contradict the verdict.
+"""Read a judge's text: its verdict, or why there is none.
 
 A text without exactly one verdict, in the judge's format and on its scale, is unparsed (None). It
-is never read as a tie or as a middle score.
+is never read as a tie or as a middle score. Thinking is not read (sftlab/judging/final_text.py).
 """
 
 import re
 from collections.abc import Callable
+from typing import NamedTuple
+
+from sftlab.judging.final_text import final_text
 
 Verdict = str | float | None
 
@@ -19,110 +22,96 @@ _LETTER = re.compile(rf"{_MARK}{_OPEN}(?:Response\s+)?([AB]){_CLOSE}", re.IGNORE
 _INTEGER = re.compile(
     rf"{_MARK}{_OPEN}(\d+)(?:\s*/\s*5|\s+out\s+of\s+5)?{_CLOSE}", re.IGNORECASE | re.MULTILINE
 )
-_DOUBLE_LETTER = re.compile(r"\[\[\s*([ABC])\s*\]\]")
+_ONE_LETTER = r"\[\[[\s*]*([ABC])[\s*]*\]\]"
+_DOUBLE_LETTER = re.compile(_ONE_LETTER)
+_NUMBER = r"\d+(?:[.,]\d+)?"
 _DOUBLE_NUMBER = re.compile(
-    r"\[\[\s*(?:rating:?\s*)?(\d+(?:\.\d+)?)(?:\s*/\s*10)?\s*\]\]", re.IGNORECASE
+    rf"\[\[[\s*]*(?:rating:?\s*)?({_NUMBER})\.?(?:\s*/\s*10)?[\s*]*\]\]", re.IGNORECASE
 )
 # FastChat's second pattern, only behind the word "rating": "[7]" alone may be a footnote
-_RATED = re.compile(r"\brating\W{1,4}\[(\d+(?:\.\d+)?)\]", re.IGNORECASE)
+_RATED = re.compile(rf"\brating\W{{1,4}}\[({_NUMBER})\.?\]", re.IGNORECASE)
+# the same of the bracket formats: a verdict in quotes, with its condition, or in a list of three
+_QUOTED = re.compile(rf"[\"'“‘`]{_ONE_LETTER}[\"'”’`]")
+_CONDITION = re.compile(
+    rf"{_ONE_LETTER}\W{{1,3}}(?:if\s+assistant\s+[AB]\s+is|for\s+a\s+tie)", re.I
+)
+_ALL_THREE = re.compile(r"\[\[A\]\]\W+\[\[B\]\]\W+(?:or|and)?\W*\[\[C\]\]", re.IGNORECASE)
+_EXAMPLE = re.compile(
+    r"\b(?:for example|for instance|such as|e\.g\.)[\s,:]*[\"'“‘`]?(?:rating:?\s*)?"
+    rf"\[\[{_NUMBER}\]\][\"'”’`]?",
+    re.IGNORECASE,
+)
 
 
-def result_pair(text: str) -> Verdict:
-    """Returns Prometheus 2's verdict: `[RESULT] A` or `[RESULT] B` at the end of a line."""
-    return _marked(text, _LETTER, str.upper)
+# kinds of texts without a verdict: nothing, other words, thinking alone, a text that was cut off
+EMPTY, OTHER_WORDS = "empty", "no verdict in the format"
+THINKING, CUT_OFF = "cut off while thinking", "cut off before its verdict"
+# what a server that fails may say
+NO_JUDGEMENT = (EMPTY, OTHER_WORDS)
 
 
-def result_score(text: str) -> Verdict:
-    """Returns Prometheus 2's rating: `[RESULT]` and an integer from 1 to 5 at the end of a line."""
-    return _in_scale(_marked(text, _INTEGER, float), 1, 5)
+class Reading(NamedTuple):
+    """A judgement's verdict, or None and the kind of text without one (`why`)."""
+
+    verdict: Verdict
+    why: str | None
 
 
-def brackets_pair(text: str) -> Verdict:
-    """Returns LLM-as-a-judge's verdict (Zheng et al. 2023): `[[A]]`, `[[B]]`, or `[[C]]` (tie)."""
-    return _the_one(_DOUBLE_LETTER.findall(text))
+def read(reader: str, text: str, finish: str = "stop") -> Reading:
+    """Returns what a judgement says in the format `reader`, a name of READERS.
+
+    `finish` is stop, or length for a text that was cut off at the longest judgement.
+    """
+    find, scale = READERS[reader]
+    if not text.strip():
+        # a server gives thinking in another field
+        return Reading(None, THINKING if finish == "length" else EMPTY)
+    if (said := final_text(text)) is None:
+        return Reading(None, THINKING)
+    found = find(said.replace("\\[", "[").replace("\\]", "]"))
+    if len(set(found)) == 1 and found[0] is not None:
+        if scale and not scale[0] <= found[0] <= scale[1]:
+            return Reading(None, f"not from {scale[0]} to {scale[1]}")
+        return Reading(found[0], None)
+    if finish == "length":
+        return Reading(None, CUT_OFF)
+    return Reading(None, "more than one verdict" if len(found) > 1 else OTHER_WORDS)
 
 
-def brackets_score(text: str) -> Verdict:
-    """Returns LLM-as-a-judge's rating: `[[rating]]` from 1 to 10."""
-    found = _DOUBLE_NUMBER.findall(text) or _RATED.findall(text)
-    return _in_scale(_the_one([float(number) for number in found]), 1, 10)
+def _marked(pattern: re.Pattern, convert: Callable[[str], Verdict], text: str) -> list[Verdict]:
+    """Returns the verdicts behind the marks; None for a mark without one behind it."""
+    said = _ECHO.sub("", text)
+    found = [convert(verdict) for verdict in pattern.findall(said)]
+    marks = len(re.findall(_MARK, said, re.IGNORECASE))
+    return found + [None] * (marks - len(found))
 
 
-READERS: dict[str, Callable[[str], Verdict]] = {
-    "result_pair": result_pair,
-    "result_score": result_score,
-    "brackets_pair": brackets_pair,
-    "brackets_score": brackets_score,
+def _letters(text: str) -> list[Verdict]:
+    said = _CONDITION.sub("", _ALL_THREE.sub("", text))
+    if len(set(_QUOTED.findall(said))) > 1:
+        said = _QUOTED.sub("", said)
+    return _DOUBLE_LETTER.findall(said)
+
+
+def _numbers(text: str) -> list[Verdict]:
+    without = _EXAMPLE.sub("", text)
+    said = without if _DOUBLE_NUMBER.search(without) else text
+    found = _DOUBLE_NUMBER.findall(said) or _RATED.findall(said)
+    return [float(number.replace(",", ".")) for number in found]
+
+
+Find = Callable[[str], list[Verdict]]
+# Prometheus 2: `[RESULT]` at the end of a line with A or B, or an integer from 1 to 5.
+# LLM-as-a-judge (Zheng et al. 2023): `[[A]]`, `[[B]]`, `[[C]]` (tie), or `[[rating]]`, 1 to 10.
+READERS: dict[str, tuple[Find, tuple[int, int] | None]] = {
+    "result_pair": (lambda text: _marked(_LETTER, str.upper, text), None),
+    "result_score": (lambda text: _marked(_INTEGER, float, text), (1, 5)),
+    "brackets_pair": (_letters, None),
+    "brackets_score": (_numbers, (1, 10)),
 }
 
 
-def _marked(text: str, pattern: re.Pattern, convert: Callable[[str], Verdict]) -> Verdict:
-    said = _ECHO.sub("", text)
-    found = pattern.findall(said)
-    if len(found) != len(re.findall(_MARK, said, re.IGNORECASE)):
-        return None  # a mark without a verdict behind it
-    return _the_one([convert(verdict) for verdict in found])
-
-
-def _the_one(found: list) -> Verdict:
-    return found[0] if len(set(found)) == 1 else None
-
-
-def _in_scale(verdict: Verdict, low: float, high: float) -> Verdict:
-    return verdict if verdict is not None and low <= verdict <= high else None
-
-
-_KIND = r"(?:response|assistant|answer|output|model)\s+"
-_LETTERED = r"['\"“*]*(?P<name>(?-i:[AB]))\b['\"”*]*(?:'s\s+\w+)?"
-_BETTER = (
-    r"(?:better|superior|stronger|preferable|preferred|best|excels|wins|winner"
-    r"|(?:outperform|surpass)(?:s|es|ed)(?!\s+by))"
-)
-_WORSE = r"(?:worse|inferior|weaker|falls short|(?:outperformed|surpassed)\s+by)"
-_GAP = rf"(?P<gap>(?:(?!{_KIND}(?-i:[AB])\b)[^.;!?\n]){{0,60}}?\b)"
-# patterns, and whether the answer they name is the worse one
-_SAYINGS = [
-    (rf"\b{_KIND}{_LETTERED}{_GAP}{_WORSE}\b", True),
-    (rf"\b{_KIND}{_LETTERED}{_GAP}{_BETTER}\b", False),
-    (
-        rf"\b{_BETTER}\s+(?:response|answer|assistant|one|choice|option){_GAP}(?:is|:)\s+(?:{_KIND})?{_LETTERED}",
-        False,
-    ),
-    (rf"\b(?:prefer|choose|favou?r)(?P<gap>\s+){_KIND}{_LETTERED}", False),
-]
-_SAYINGS = [(re.compile(pattern, re.IGNORECASE), worse) for pattern, worse in _SAYINGS]
-_NEGATED = re.compile(r"\b(?:not|no|never|nor|hardly|cannot|if|would|could)\b|n't\b", re.IGNORECASE)
-_CLAUSE = re.compile(
-    r"[.;!?\n]+(?:\s|$)|,?\s+(?:but|however|while|whereas|although|though|yet)\b,?", re.IGNORECASE
-)
-
-
-def praised(text: str) -> str | None:
-    """Returns the answer (A or B) that a judgement's words call better, or None where unclear.
-
-    Only English is read, and the last clause that compares decides. It checks judges and is never
-    a verdict.
-    """
-    found = None
-    for clause in _CLAUSE.split(_without_verdict(text)):
-        for pattern, worse in _SAYINGS:
-            match = pattern.search(clause)
-            if (
-                match
-                and not _NEGATED.search(match["gap"])
-                and not clause.lstrip().lower().startswith(("neither", "if"))
-            ):
-                name = match["name"].upper()
-                found = {"A": "B", "B": "A"}[name] if worse else name
-                break
-    return found
-
-
-def contradicts(text: str, verdict: Verdict) -> bool:
-    """Whether a judgement's words call one answer better and its verdict names the other."""
-    words = praised(text) if verdict in ("A", "B") else None
-    return words is not None and words != verdict
-
-
-def _without_verdict(text: str) -> str:
-    return _DOUBLE_LETTER.sub("", re.split(_MARK, text, flags=re.IGNORECASE)[0])
+def without_verdict(text: str) -> str:
+    """Returns the words of a judgement, without thinking and without its verdict."""
+    said = final_text(text) or ""
+    return _DOUBLE_LETTER.sub("", re.split(_MARK, said, flags=re.IGNORECASE)[0])

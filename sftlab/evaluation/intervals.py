@@ -1,0 +1,148 @@
+"""95 % intervals of scores of few rows: bootstrap-t, and a score interval on a bounded scale.
+
+benchmarks/coverage.py measures how often they hold the truth (results/coverage).
+"""
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+from scipy.optimize import brentq
+from scipy.stats import norm
+
+Score = Callable[[np.ndarray], np.ndarray]
+Interval = list[float | None]
+
+# Below as many effective rows, a resample seldom holds the rows that matter.
+FEW_EFFECTIVE = 15
+_Z2 = float(norm.ppf(0.975)) ** 2
+_STEP = 1e-5
+# a resample whose variance is smaller than this share of the sample's has no variance
+_NOTHING = 1e-12
+
+
+def gradient(score: Score, sums: np.ndarray) -> np.ndarray:
+    """Returns the derivatives [..., k] of a score by its sums [..., k]; 0 where a sum is 0."""
+    found = np.zeros_like(sums)
+    for place in range(sums.shape[-1]):
+        ends = []
+        for factor in (1 + _STEP, 1 - _STEP):
+            moved = sums.copy()
+            moved[..., place] *= factor
+            ends.append(score(moved))
+        width = 2 * _STEP * sums[..., place]
+        known = width != 0
+        found[..., place] = np.where(known, (ends[0] - ends[1]) / np.where(known, width, 1), 0)
+    return found
+
+
+def effective_rows(influence: np.ndarray) -> float:
+    """Returns on how many rows a score's variance rests: (sum of squares)^2 / sum of 4th powers.
+
+    `influence` [rows] is what each row moves the score. Normal rows count a third; where few rows
+    of many differ from the others, it is about their number. Returns 0 where none differs.
+    """
+    squares = (influence - influence.mean()) ** 2
+    return float(squares.sum() ** 2 / (squares**2).sum()) if squares.any() else 0.0
+
+
+def bootstrap_t(
+    value: float, variance: float, drawn: np.ndarray, variances: np.ndarray
+) -> tuple[float, float]:
+    """Returns the bootstrap-t interval (Efron and Tibshirani 1993, section 12.5).
+
+    `drawn` and `variances` [resamples] are the score and its estimated variance in each resample.
+    An end is infinite where too many resamples have no variance.
+    """
+    moved = drawn - value
+    moved[np.abs(moved) <= 1e-9 * max(abs(value), _NOTHING)] = 0
+    spread = np.sqrt(np.where(variances > _NOTHING * variance, variances, 0))
+    with np.errstate(divide="ignore", invalid="ignore"):
+        ratios = np.where(moved == 0, 0.0, moved / spread)
+    ratios.sort()
+    place = max(math.floor(0.025 * (len(ratios) + 1)) - 1, 0)
+    error = math.sqrt(variance)
+    return value - ratios[-1 - place] * error, value - ratios[place] * error
+
+
+def score_interval(values: np.ndarray, low: float, high: float) -> tuple[float, float]:
+    """Returns the score interval of the mean of `values` [rows] on a scale from `low` to `high`.
+
+    A mean is in the interval where it is within 1.96 standard errors of the observed one, at the
+    row probabilities of the largest likelihood for that mean (as Miettinen and Nurminen 1985). The
+    probabilities are of the observed values and of the scale's ends (empirical likelihood, Owen
+    1988). For right and wrong answers it is Wilson's interval (1927). An infinite end of the scale
+    gives an infinite end of the interval.
+    """
+    low, high = min(low, values.min()), max(high, values.max())
+    ends = [-math.inf, math.inf]
+    if math.isfinite(low):
+        ends[0] = low + _lower_limit(values - low)
+    if math.isfinite(high):
+        ends[1] = high - _lower_limit(high - values)
+    return ends[0], ends[1]
+
+
+def _lower_limit(values: np.ndarray) -> float:
+    """Returns the least mean that the score test accepts, of values from 0 on.
+
+    The likeliest probabilities for a lower mean are proportional to 1 / (1 + t * value). Behind
+    the harmonic mean of the values they also give the value 0 a share, and the end is explicit.
+    """
+    mean, rows = values.mean(), len(values)
+    if mean <= 0:
+        return 0.0
+    harmonic = rows / (1 / values).sum() if values.min() > 0 else 0.0
+    explicit = mean / (1 + _Z2 / rows)
+    if explicit <= harmonic:
+        return float(explicit)
+
+    def tilted(exponent: float) -> tuple[float, float]:
+        weights = 1 / (1 + math.exp(exponent) / mean * values)
+        weights /= weights.sum()
+        lower = float(weights @ values)
+        variance = float(weights @ values**2) - lower**2
+        return lower, rows * (mean - lower) ** 2 - _Z2 * variance
+
+    exponent = brentq(lambda one: tilted(one)[1], -25.0, 50.0, xtol=1e-9)
+    return tilted(exponent)[0]
+
+
+class Scale(NamedTuple):
+    """From where to where a statistic goes, and the value of its worst row where it has no end."""
+
+    low: float
+    high: float
+    worst: float | None
+
+
+def interval(
+    center: float,
+    influence: np.ndarray,
+    drawn: np.ndarray,
+    scale: Scale,
+    value: float | None = None,
+) -> Interval:
+    """Returns a statistic's 95 % interval around `value`, by default `center`.
+
+    `influence` [rows] is what each row moves the statistic, whose own value is `center`. `drawn`
+    [2, resamples] are its value and variance in each resample. With few effective rows a scale
+    with two ends gives its score interval. Without an upper end the worst row's value counts as
+    one, and the wider of both upper ends. An end that remains infinite is None.
+    """
+    shift = 0.0 if value is None else value - center
+    known = np.isfinite(drawn).all(axis=0)
+    variance = float(influence @ influence)
+    low, high = bootstrap_t(center, variance, *drawn[:, known])
+    low, high = low + shift, high + shift
+    values = center + shift + len(influence) * influence
+    if effective_rows(influence) < FEW_EFFECTIVE:
+        if math.isfinite(scale.low) and math.isfinite(scale.high):
+            low, high = score_interval(values, scale.low, scale.high)
+        elif scale.worst is not None:
+            least, most = score_interval(values, scale.low, scale.worst)
+            low = low if math.isfinite(low) and variance else least
+            high = max(high, most) if math.isfinite(high) else most
+    low, high = max(low, scale.low), min(high, scale.high)
+    return [float(end) if math.isfinite(end) else None for end in (low, high)]
