@@ -45,13 +45,13 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("results/coverage"))
     arguments = parser.parse_args()
     lines = []
+    arguments.out.mkdir(parents=True, exist_ok=True)
     for case in cases(arguments.records):
         for rows in (*SIZES, *([805] if case.name.startswith("lognormal") else [])):
             trials = arguments.trials if rows < 500 else arguments.trials // 4
             lines += simulate(case, rows, trials)
+            write_csv(arguments.out / "coverage.csv", lines)
             print(aligned([list(map(str, line.values())) for line in lines[-3:]]), flush=True)
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    write_csv(arguments.out / "coverage.csv", lines)
 
 
 def cases(records: Path | None) -> Iterator[Case]:

@@ -39,8 +39,9 @@ from sftlab.comparison.plots import draw_study
 from sftlab.comparison.run_results import about, read_results
 from sftlab.comparison.study_file import GIVEN, Study, check_comparable, load
 from sftlab.comparison.study_output import RUNS_LINE, check_not_emptied, check_output
-from sftlab.comparison.study_summary import COUNTS, claims, collect, effects, summarise
-from sftlab.comparison.study_tables import claims_table, effects_table, summary_table
+from sftlab.comparison.study_claims import claims, least_found_line
+from sftlab.comparison.study_summary import COUNTS, collect, effects, summarise
+from sftlab.comparison.study_tables import TITLES, claims_table, effects_table, summary_table
 from sftlab.comparison.study_tasks import (
     Task,
     begin,
@@ -261,6 +262,8 @@ def write(
     tables += [claims_table(found)] if found else []
     tables += [effects_table(changed)] if changed else []
     print("", *map(aligned, tables), sep="\n")
+    if least := least_found_line(found, TITLES):
+        print(f"\n{least}")
     written = ["study.md", "runs.csv", "summary.csv", *(f"{plot}.png/.svg" for plot in plots)]
     print(f"\nwritten to {out}: {', '.join(written)}")
 
@@ -299,11 +302,13 @@ def result_lines(
         lines += [*markdown(effects_table(changed)), ""]
     if found:
         lines += [
-            f"Difference from {study.reference} over pairs of equal seed, 95 % intervals in "
-            "brackets, p after Holm:",
+            f"Difference from {study.reference} over pairs of equal seed. p is after Holm over the "
+            "cells of a score, and the 95 % intervals in brackets are adjusted like it:",
             "",
         ]
         lines += [*markdown(claims_table(found)), ""]
+        if least := least_found_line(found, TITLES):
+            lines += [least, ""]
     return lines
 
 

@@ -9,9 +9,10 @@ import yaml
 from conftest import ROOT, short_fields
 from small_studies import SCRIPT, TWO, ended
 
+from sftlab.comparison.study_claims import claims, least_found_line
 from sftlab.comparison.study_file import load
-from sftlab.comparison.study_summary import CHANGED, claims, effects, summarise
-from sftlab.comparison.study_tables import summary_table
+from sftlab.comparison.study_summary import CHANGED, effects, summarise
+from sftlab.comparison.study_tables import TITLES, claims_table, summary_table
 from sftlab.comparison.study_tasks import begin
 
 
@@ -54,7 +55,7 @@ def test_better_needs_three_seeds_and_a_difference_that_they_agree_on(write, tmp
     assert words(write, tmp_path, {"a": [2.0, 2.1, 2.2], "b": [3.0, 3.11, 3.19]}, "tuned bleu") == [
         "better"
     ]
-    assert words(write, tmp_path, {"a": [2.0, 2.1], "b": [1.0, 1.11]}) == ["not distinguishable"]
+    assert words(write, tmp_path, {"a": [2.0, 2.1], "b": [1.0, 1.11]}) == ["untested"]
     assert words(write, tmp_path, {"a": [2.0, 2.1, 2.2], "b": [1.0, 2.6, 2.3]}) == [
         "not distinguishable"
     ]
@@ -70,6 +71,46 @@ def test_cells_that_are_equal_are_rarely_called_better(write, tmp_path):
         scores = {name: rng.normal(size=3).tolist() for name in "abcd"}
         wrong += any(one["word"] != "not distinguishable" for one in claims(study, runs_of(scores)))
     assert 1 <= wrong <= 30
+
+
+def seven_cells(rng, seeds, shift):
+    """A study of six cells that are `shift` standard deviations of a seed from the reference."""
+    cells = {"a": rng.normal(size=seeds).tolist()}
+    return cells | {name: (shift + rng.normal(size=seeds)).tolist() for name in "bcdefg"}
+
+
+def test_five_seeds_find_five_deviations_and_intervals_say_what_p_says(write, tmp_path):
+    rng, found = np.random.default_rng(0), []
+    study = load(write({name: {} for name in "abcdefg"}), tmp_path, {})
+    for _ in range(40):
+        rows = []
+        for score in ("tuned response_perplexity", "tuned bleu", "tuned rougeL"):
+            rows += runs_of(seven_cells(rng, 5, 5.0), score)
+        found += claims(study, rows)
+    assert len(found) == 40 * 6 * 3
+    assert np.mean([one["word"] in ("better", "worse") for one in found]) > 0.9
+    for one in found:
+        assert bool(one["low"] <= 0 <= one["high"]) is (one["p_holm"] >= 0.05)
+
+
+def test_a_study_says_what_it_could_have_found(write, tmp_path):
+    rng, hits = np.random.default_rng(0), []
+    study = load(write({"a": {}, "b": {}}), tmp_path, {})
+    for _ in range(300):  # sqrt(2) * 1.682 deviations are found in 80 % with one cell of five seeds
+        scores = {"a": rng.normal(size=5), "b": 1.682 * np.sqrt(2) + rng.normal(size=5)}
+        (one,) = claims(study, runs_of(scores, "tuned bleu"))
+        hits.append(one["word"] == "better")
+    assert 0.74 < np.mean(hits) < 0.86
+    alike = claims(study, runs_of({"a": [80.0, 81, 82, 83, 84], "b": [80.2, 80.8, 82.3, 82.9, 84]}))
+    assert claims_table(alike)[1][-1].startswith("not distinguishable: at most 0.")
+    said = least_found_line(alike, TITLES)
+    assert said.startswith(
+        "A difference of this size would have been found in 80 % of such studies"
+    )
+    assert f"response perplexity {alike[0]['least_found']:.3g}." in said
+    two = claims(study, runs_of({"a": [80.0, 81], "b": [90.0, 91]}))
+    assert (least_found_line(two, TITLES), two[0]["p_holm"]) == ("", None)
+    assert claims_table(two)[1][-3:] == ["", "2", "untested"]
 
 
 def test_published_figures_are_shown_beside_their_own_model_and_cells_alone(write, tmp_path):

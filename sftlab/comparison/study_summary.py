@@ -1,4 +1,4 @@
-"""What do the runs of a study say together? Medians, ranges, and which cell is better.
+"""What do the runs of a study say together? Medians, ranges, and what a factor changes.
 
 It works on rows of figures, one a run (sftlab/comparison/run_results.py), which `collect` makes.
 """
@@ -8,14 +8,10 @@ from collections.abc import Mapping, Sequence
 from itertools import product
 from typing import Any
 
-import numpy as np
-from scipy.stats import ttest_rel
-
 from sftlab.comparison import comparability
 from sftlab.comparison.run_results import STEP_PARTS, figures, read_results
 from sftlab.comparison.run_settings import settings
 from sftlab.comparison.study_file import Study, combination, options
-from sftlab.evaluation.significance import add_holm
 
 # Figures that a summary shows of a cell, where they were measured.
 MEASURED = (
@@ -38,7 +34,6 @@ CHANGED = ("step_time_s", *(f"step_{part}_gb" for part in STEP_PARTS))
 COUNTS = 0.05
 # Scores in which cells are compared, and whether less of them is better.
 LESS_IS_BETTER = {"tuned response_perplexity": True, "tuned bleu": False, "tuned rougeL": False}
-SEEDS_FOR_A_CLAIM = 3
 
 
 def collect(
@@ -159,47 +154,3 @@ def _direction(ratio: float) -> str:
     if ratio >= 1 + COUNTS:
         return "up"
     return "down" if ratio <= 1 - COUNTS else "same"
-
-
-def claims(study: Study, rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Compare each cell with the reference in every score, over runs of equal seed.
-
-    Returns the mean difference and a word: 'better', 'worse' or 'not distinguishable'. The test is
-    a paired t-test over seeds (Student 1908), with p-values after Holm over all comparisons. Less
-    than three pairs, or p of 0.05 and more, is 'not distinguishable'.
-    """
-    found: dict[str, dict[str, Any]] = {}
-    for cell in (cell for cell in study.cells if cell != study.reference):
-        for score in LESS_IS_BETTER:
-            if pairs := _pairs(rows, study.reference, cell, score):
-                about = {"cell": cell, "against": study.reference, "score": score}
-                found[f"{cell} {score}"] = about | _paired_test(pairs)
-    add_holm(found)
-    for one in found.values():
-        sure = one["seeds"] >= SEEDS_FOR_A_CLAIM and one["p_holm"] < 0.05
-        better = (one["difference"] < 0) == LESS_IS_BETTER[one["score"]]
-        one["word"] = ("better" if better else "worse") if sure else "not distinguishable"
-    return list(found.values())
-
-
-def _pairs(
-    rows: Sequence[Mapping[str, Any]], a: str, b: str, score: str
-) -> list[tuple[float, float]]:
-    """Returns the scores of two cells' runs of equal seed."""
-    values: dict[str, dict[Any, float]] = {a: {}, b: {}}
-    for row in rows:
-        if row["cell"] in values and row["status"] == "succeeded" and row.get(score) is not None:
-            values[row["cell"]][row["seed"]] = row[score]
-    return [(values[a][seed], values[b][seed]) for seed in values[a] if seed in values[b]]
-
-
-def _paired_test(pairs: Sequence[tuple[float, float]]) -> dict[str, Any]:
-    """Returns the mean difference of pairs (reference, cell), its 95 % interval and p-value."""
-    difference = np.diff(np.array(pairs), axis=1)[:, 0]
-    found = {"seeds": len(pairs), "difference": float(difference.mean())}
-    if len(pairs) < SEEDS_FOR_A_CLAIM or len(set(difference.tolist())) == 1:
-        return found | {"p_value": 1.0, "low": None, "high": None}
-    reference, cell = np.array(pairs).T
-    test = ttest_rel(cell, reference)
-    low, high = test.confidence_interval()
-    return found | {"p_value": float(test.pvalue), "low": low, "high": high}

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from sftlab.comparison.study_claims import ALIKE
 from sftlab.comparison.study_summary import CHANGED
 from sftlab.tables import figure, p_value, preview, without_empty_columns
 
@@ -60,9 +61,17 @@ def claims_table(found: Sequence[Mapping[str, Any]]) -> Table:
     for one in found:
         ends = "" if one["low"] is None else f" [{figure(one['low'])}, {figure(one['high'])}]"
         difference = figure(one["difference"]) + ends
-        words = [one["cell"], TITLES[one["score"]], difference, p_value(one["p_holm"])]
-        lines.append([*words, str(one["seeds"]), one["word"]])
+        p = "" if one["p_holm"] is None else p_value(one["p_holm"])
+        words = [one["cell"], TITLES[one["score"]], difference, p, str(one["seeds"])]
+        lines.append([*words, one["word"] + _bound(one)])
     return lines
+
+
+def _bound(one: Mapping[str, Any]) -> str:
+    """Returns how far from the reference a cell may be that is not distinguishable from it."""
+    if one["word"] != ALIKE or one["low"] is None:
+        return ""
+    return f": at most {figure(max(-one['low'], one['high']))} apart"
 
 
 def effects_table(changed: Sequence[Mapping[str, Any]]) -> Table:

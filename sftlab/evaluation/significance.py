@@ -6,6 +6,7 @@ resampled as a corpus score. sftlab/evaluation/intervals.py has the intervals.
 """
 
 import math
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -18,6 +19,8 @@ from sftlab.evaluation.intervals import Scale, effective_rows, gradient, interva
 RESAMPLES, INTERVAL_RESAMPLES = 10_000, 4_000
 FEW_ROWS = 30
 _CHUNK = 500
+# the largest logarithm whose power is a number
+_LARGEST = math.log(sys.float_info.max)
 
 
 class Paired(NamedTuple):
@@ -215,7 +218,7 @@ def _estimates(one: Paired, drawn: np.ndarray) -> dict[str, Any]:
         moved = influences[place][used[place]]
         ends = interval(judged[place], moved, drawn[:, place], scale)
         if one.logarithmic:
-            ends = [None if end is None else math.exp(end) for end in ends]
+            ends = [None if end is None or end > _LARGEST else math.exp(end) for end in ends]
         found[name] = {"value": value[place], "interval_95": ends}
     moved = (weights[1] * influences[1] - weights[0] * influences[0])[used[0] | used[1]]
     center = weights[1] * judged[1] - weights[0] * judged[0]
