@@ -3,7 +3,6 @@
 Exact likelihoods.
 """
 
-import time
 from types import SimpleNamespace
 
 import numpy as np
@@ -110,8 +109,9 @@ def test_the_meter_counts_real_tokens_and_leaves_out_warm_up_evaluation_and_savi
     assert facts["step_time_s"] == 2.0
     assert facts["model_tflops_per_s"] == 12.0
     tiny = meter.facts(Flops(token=3e5, loss_token=0.0))
-    monkeypatch.setattr(hardware_limit, "matrix_rate", lambda *_: 1e12)
-    of_limit = hardware_limit.measure_mfu(tiny, torch.device("cpu"), torch.float32, world_size=2)
+    monkeypatch.setattr(hardware_limit, "kept_rates", lambda *_: [0.9, 1.0, 1.2])
+    of_limit = hardware_limit.measure_mfu(tiny, torch.device("cuda"), torch.float32, world_size=2)
+    assert of_limit["limit_range_tflops_per_s"] == [0.9, 1.2]
     assert of_limit["share_of_limit"] == pytest.approx(4 * 3e5 / 1e12 / 2), (
         "of a model however small"
     )
@@ -135,17 +135,25 @@ def test_the_meter_stops_before_the_evaluation_at_an_epochs_end(monkeypatch):
     assert (facts["timed_steps"], facts["timed_seconds"]) == (15, 30.0)
 
 
-def test_a_slow_processor_is_not_measured_for_minutes(monkeypatch):
-    sizes = []
+def test_a_matrix_rate_is_measured_once_a_machine_and_dtype(monkeypatch, tmp_path):
+    rates, gpu = iter(range(1, 100)), torch.device("cuda")
+    monkeypatch.setattr(hardware_limit, "KEPT", tmp_path / "data" / "rates.json")
+    monkeypatch.setattr(hardware_limit, "matrix_rate", lambda *_: next(rates) * 1e12)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "a GPU")
+    first = hardware_limit.measure_mfu({"model_tflops_per_s": 1.5}, gpu, torch.bfloat16, 1)
+    assert (first["limit_tflops_per_s"], first["share_of_limit"]) == (3, 0.5)
+    assert first["limit_range_tflops_per_s"] == [1, 5]
+    assert hardware_limit.kept_rates(gpu, torch.bfloat16) == [1, 2, 3, 4, 5]
+    assert hardware_limit.kept_rates(gpu, torch.float16) == [6, 7, 8, 9, 10]
+    hardware_limit.KEPT.write_text("damaged")
+    assert hardware_limit.kept_rates(gpu, torch.bfloat16)[0] == 11
 
-    def slow(a, b):
-        sizes.append(len(a))
-        time.sleep(0.06 if len(a) > 256 else 0.0)
 
-    monkeypatch.setattr(hardware_limit.F, "linear", slow)
-    rate = hardware_limit.matrix_rate(torch.device("cpu"), torch.bfloat16)
-    assert set(sizes) == {256, 512}
-    assert rate > 2 * 512**3 / 0.07, "the best of what was tried"
+def test_a_cpu_has_no_mfu():
+    found = hardware_limit.measure_mfu(
+        {"model_tflops_per_s": 1.0}, torch.device("cpu"), torch.float32, 1
+    )
+    assert set(found.values()) == {None}
 
 
 def test_a_run_too_short_to_time_says_so(monkeypatch):

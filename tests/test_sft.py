@@ -55,7 +55,7 @@ def test_a_run_directory_holds_what_the_contract_says(finished, base):
     assert record["recipe"]["lora_r"] == 16
     measured = record["measured"]
     assert measured["tokens_per_s"] > 0
-    assert 0 < measured["share_of_limit"] < 1
+    assert measured["share_of_limit"] is None  # on a CPU
     assert measured["peak_memory"][0]["resident_gb"] > 0
     assert measured["validation_loss"] > 0
     sizes = [record["data"][name]["rows"] for name in ("train", "validation", "test")]

@@ -112,4 +112,5 @@ def least_found_line(found: Sequence[Mapping[str, Any]], names: Mapping[str, str
     if not least:
         return ""
     said = ", ".join(f"{names[score]} {value:.3g}" for score, value in least.items())
-    return f"A difference of this size would have been found in {100 * POWER:.0f} % of such studies: {said}."
+    often = f"{100 * POWER:.0f} % of such studies"
+    return f"A difference of this size would have been found in {often}: {said}."

@@ -40,6 +40,8 @@ def summary_rows(record: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _mfu(measured: Mapping[str, Any]) -> str:
+    if not measured["limit_tflops_per_s"]:
+        return "not measured on a CPU"
     if not measured["share_of_limit"]:
         return "not measured: too few steps"
     rate = f"{measured['limit_tflops_per_s']} TFLOP/s ({measured['limit']})"
