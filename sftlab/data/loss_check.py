@@ -103,7 +103,7 @@ def _look(
     with time_limit(LIMIT_S, "rendering a row with the chat template"):
         asked, whole = encoder.render.text_of(turn)
     ((made,),) = encoder([turn])
-    ids = [i for i in labels_of(*made) if i != -100]
+    ids = [i for i in labels_of(made.ids, made.spans) if i != -100]
     for finding in _findings(tokenizer, turn, asked, whole, ids, ends):
         found.setdefault(finding.kind, finding)
 
