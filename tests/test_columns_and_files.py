@@ -194,6 +194,14 @@ def test_a_bad_row_is_named_with_its_file_and_its_number_there(streaming, three_
         list(load("a.jsonl b.json d.jsonl", dataset_streaming=streaming).train)
 
 
+def test_files_of_several_formats_are_told_of_mixtures(three_files, tmp_path):
+    write_jsonl(tmp_path / "d.jsonl", [{"question": "a", "answer": "b"}])
+    with pytest.raises(ValueError, match="files of several formats are mixed with --datasets"):
+        load("a.jsonl d.jsonl")
+    with pytest.raises(ValueError, match=r"row 0 of d\.jsonl .*has no instruction.*--datasets"):
+        load("a.jsonl d.jsonl", dataset_shape="dolly")
+
+
 def test_numbers_are_text_as_they_are_written_where_it_is_asked_for(tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_text('{"question": 1.50, "answer": 100000000000000000001e0, "level": 3}\n')

@@ -103,6 +103,7 @@ ANSWERS = {
     "lora_bias": "LoRA trains no biases here",
     "loraplus_lr_ratio": "LoRA+ is not supported: both matrices have learning_rate",
     "use_galore": "give optim: galore_adamw, with optim_target_modules",
+    "exclude_modules": "give lora_target_modules as a pattern that leaves them out",
     "rank_pattern": "every target has the rank lora_r",
     "alpha_pattern": "every target has lora_alpha",
     "layers_to_transform": "give lora_target_modules as a pattern: .*layers.[01].q_proj",

@@ -45,7 +45,9 @@ class RowReader(NamedTuple):
             raise ValueError(f"it is not JSON: {error}") from error
         needed = [used[one] for one in DATA_FORMATS[self.data_format][0]]
         if missing := [column for column in needed if column not in found]:
-            raise ValueError(f"it has no {' and no '.join(missing)}, only {', '.join(found)}")
+            several = len(self.files) > 1
+            hint = "; files of several formats are mixed with --datasets" if several else ""
+            raise ValueError(f"it has no {' and no '.join(missing)}, only {', '.join(found)}{hint}")
         if self.numbers_as_text:
             written = parse_row(text, numbers_as_text=True)
             found |= {c: _as_written(found[c], written[c]) for c in used.values() if c in found}
