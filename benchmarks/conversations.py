@@ -1,7 +1,7 @@
 """What does a conversation cost as one sequence, and what as a row for each answer?
 
-python benchmarks/conversations.py [--model data/demo/base] [--conversations 200] [--turns 10]
-    [--repeats 3] [--out results/conversations]
+python benchmarks/conversations.py [--model data/demo/base] [--conversations 40] [--turns 10]
+    [--repeats 1] [--out results/conversations]
 
 Made-up conversations are trained for one epoch under accelerate_configs/cpu.yaml, with each
 `loss_on` in turn. The table has the rows and tokens of the epoch, and its seconds (median).
@@ -34,9 +34,9 @@ def main(argv: list[str]) -> None:
     """Train with each `loss_on`, and write a row for each."""
     parser = Options(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="data/demo/base", help="folder of the base model")
-    parser.add_argument("--conversations", type=int, default=200)
+    parser.add_argument("--conversations", type=int, default=40)
     parser.add_argument("--turns", type=int, default=10, help="answers of a conversation")
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--repeats", type=int, default=1)
     parser.add_argument("--out", type=Path, default=ROOT / "results" / "conversations")
     arguments = parser.parse_args(argv)
     found: dict[str, list[dict[str, Any]]] = {"all": [], "completion": []}

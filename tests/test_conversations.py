@@ -217,6 +217,14 @@ def test_turns_whose_tokens_merge_with_the_next_ones_get_a_row_for_each_answer()
     tokenizer.add_tokens(["\nuser"])
     assert len(sequences(tokenizer, ASKED)) == 2
     assert len(sequences(tokenizer, ASKED[:2])) == 1
+    # here texts are cut before answers, and not behind them
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ '<turn>' if m.role == 'assistant' }}{{ m.role }}: "
+        "{{ m.content }}\n{% endfor %}{% if add_generation_prompt %}<turn>assistant:{% endif %}"
+    )
+    assert len(sequences(tokenizer, ASKED)) == 2
+    system = {"role": "system", "content": "s"}
+    assert len(sequences(tokenizer, [*ASKED[:2], system, *ASKED[1:2]])) == 1
 
 
 def conversations(count=40):

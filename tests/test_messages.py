@@ -93,6 +93,9 @@ def test_fields_of_messages_arrive_and_empty_ones_do_not(tmp_path):
     first, second = (Conversation.from_row(row).messages for row in loaded(path).train)
     assert first == [ASK, SAY | {"reasoning_content": "Twelve."}]
     assert second == [ASK | {"name": "Ann"}, SAY | {"tool_calls": [CALL]}]
+    empty = [ASK | {"name": None}, SAY | {"tool_calls": [], "reasoning_content": ""}]
+    (row,) = loaded(write_jsonl(tmp_path / "rows.jsonl", [{"messages": empty}])).train
+    assert Conversation.from_row(row).messages == [ASK, SAY]
 
 
 def test_parts_of_text_are_text_and_other_parts_are_refused(read_row):
