@@ -8,7 +8,7 @@ from transformers import PreTrainedTokenizerBase
 from sftlab.data.batch_encoder import Encoder
 from sftlab.data.chat_template import encoder_of, end_of_turn
 from sftlab.data.messages import Conversation, Message
-from sftlab.data.rendering import Renderer, marks_answers
+from sftlab.data.rendering import marks_answers
 from sftlab.data.row_notes import THOUGHTS, THOUGHTS_END
 from sftlab.data.template_errors import (
     LIMIT_S,
@@ -232,18 +232,18 @@ def refuse_unrendered(
     tokenizer: PreTrainedTokenizerBase, rows: Iterable[Mapping[str, Any]], split: str
 ) -> None:
     """Raise ValueError, with its number, for a row that the template refuses or never ends."""
-    render, number = encoder_of(tokenizer, shortcut=False).render, 0
+    encoder, number = encoder_of(tokenizer, shortcut=False), 0
     try:
         with rendering_limit("it"):
             for number, row in enumerate(rows):
-                _render(render, row, f"{split} row {number}")
+                _render(encoder, row, f"{split} row {number}")
     except TooSlow as error:
         raise ValueError(f"{split} row {number}: {error}; {_LEAVE_OUT}") from error
 
 
-def _render(render: Renderer, row: Mapping[str, Any], name: str) -> None:
+def _render(encoder: Encoder, row: Mapping[str, Any], name: str) -> None:
     try:
-        render([Conversation.from_row(row)])
+        encoder.refuse([Conversation.from_row(row)])
     except TEMPLATE_ERRORS as error:
         raise ValueError(_refusal(name, error)) from error
 
