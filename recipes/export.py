@@ -1,0 +1,220 @@
+"""Export a finished run: merged weights, or an adapter that peft and vLLM load anywhere.
+
+python recipes/export.py --run runs/mine --to merged --out exports/mine
+python recipes/export.py --run runs/mine --to adapter --out exports/mine-adapter --push USER/NAME
+
+The export is loaded again as its users load it, and held to the run on held-out prompts: token ids,
+nats a response token, and where greedy answers end. Only an export that agrees is kept.
+"""
+
+import sftlab.startup.filter_warnings  # noqa: I001  (before the libraries that it quiets)
+import sftlab.startup.preload  # noqa: F401
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import AutoPeftModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+
+from sftlab.comparison.result_files import read_quality
+from sftlab.evaluation.base_and_tuned import (
+    add_trust_flag,
+    evaluation_errors,
+    finished_run,
+    load_pair,
+    run_tokenizer,
+)
+from sftlab.evaluation.held_out import held_out
+from sftlab.export.agreement import PROMPTS, Behaviour, compare, observe
+from sftlab.export.formats import (
+    end_ids,
+    facts_of_sizes,
+    merge,
+    refuse_for_vllm,
+    stored_dtype,
+    write_adapter,
+    write_merged,
+)
+from sftlab.export.gguf_file import (
+    GGUF_TYPES,
+    ends_of,
+    read_gguf,
+    refuse_unwritable,
+    write_gguf,
+)
+from sftlab.export.model_card import model_card
+from sftlab.export.unfinished_folder import unfinished_folder
+from sftlab.files import write_json
+from sftlab.models.likelihood import with_fused_head
+from sftlab.models.loading import read_config
+from sftlab.script_options import Options
+
+VERIFIED = "verified.json"
+
+
+def main(argv: list[str]) -> None:
+    """Export the run, hold the export to it, describe it, and upload it if asked."""
+    arguments = parse_arguments(argv)
+    with evaluation_errors(": export on a machine with more of it, or with CUDA_VISIBLE_DEVICES="):
+        export(arguments)
+        if arguments.push:
+            push(arguments.out, arguments.push, arguments.private)
+
+
+def parse_arguments(argv: list[str]) -> argparse.Namespace:
+    """Read the command line."""
+    parser = Options(description=__doc__.splitlines()[0])
+    parser.add_argument("--run", required=True, type=Path, help="a finished run's directory")
+    parser.add_argument("--to", required=True, choices=("merged", "adapter", "gguf"))
+    parser.add_argument("--out", required=True, type=Path, help="a folder that is not there yet")
+    parser.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16", "float16"),
+        help="of merged weights (default: the base model's own)",
+    )
+    parser.add_argument(
+        "--gguf_type", choices=GGUF_TYPES, default="f16", help="of a GGUF file's weights"
+    )
+    parser.add_argument(
+        "--prompts", type=int, default=PROMPTS, help="held-out prompts that are compared"
+    )
+    parser.add_argument("--push", metavar="USER/NAME", help="upload it to the hub afterwards")
+    parser.add_argument("--private", action="store_true", help="upload it as a private repository")
+    add_trust_flag(parser)
+    return parser.parse_args(argv)
+
+
+def export(arguments: argparse.Namespace) -> None:
+    """Write the export beside its name, compare it with the run, and move it into place.
+
+    Raises ValueError where it cannot be written or does not answer as the run.
+    """
+    folder, out = arguments.run, arguments.out
+    if arguments.prompts < 1:
+        raise ValueError(f"--prompts must be at least 1, got {arguments.prompts}")
+    run = finished_run(folder)
+    recipe = run["recipe"]
+    rows = held_out(run).rows
+    rows = list(rows.select(range(min(arguments.prompts, len(rows)))))
+    tokenizer = run_tokenizer(folder, run)
+    dtype = arguments.dtype or own_dtype(recipe, arguments.trust_remote_code)
+    rank = refuse_for_vllm(folder / "adapter") if arguments.to == "adapter" else None
+    if arguments.to == "gguf":
+        refuse_unwritable(base_config(recipe, arguments.trust_remote_code), tokenizer)
+    with unfinished_folder(out) as unfinished:
+        print(f"asking the run {len(rows)} held-out prompts ...", flush=True)
+        model = load_pair(folder, unquantised(run), arguments.trust_remote_code)
+        ends = end_ids(model, tokenizer)
+        expected = observe(model, tokenizer, rows, ends, recipe["max_length"])
+        print(f"writing {out} ...", flush=True)
+        if arguments.to == "adapter":
+            write_adapter(folder, recipe["model_name_or_path"], unfinished, tokenizer, model)
+        else:
+            merged = merge(model, tokenizer, dtype, ends)
+            if arguments.to == "merged":
+                write_merged(merged, tokenizer, unfinished)
+            else:
+                gguf = unfinished / f"{out.name}.gguf"
+                write_gguf(merged, tokenizer, gguf, arguments.gguf_type, ends)
+            del merged
+        del model
+        print("loading it again and asking it the same ...", flush=True)
+        found, kept = as_a_user(unfinished, arguments, rows, recipe)
+        agreement = compare(expected, found, kept)
+        if agreement.differs:
+            raise ValueError(f"the export does not answer as {folder}: {agreement.differs}")
+        card = model_card(
+            run, read_quality(folder / "eval" / "quality.json"), arguments.to, out.name
+        )
+        card.save(unfinished / "README.md")
+        write_json(
+            unfinished / VERIFIED, agreement.facts(kept) | {"files": facts_of_sizes(unfinished)}
+        )
+    print(
+        f"{out}: {arguments.to}, {kept}; it answers as {folder} on {agreement.prompts} prompts "
+        f"(nats a response token differ by {agreement.nats:.1e}, {agreement.other_ends} answers "
+        "end otherwise)"
+    )
+    if recipe["load_in_4bit"] or recipe["load_in_8bit"]:
+        print(
+            "the run trained on quantised weights; the export is made of the base model's own, "
+            "whose answers may differ a little from the run's evaluations"
+        )
+    print(f"serve it: {serving(arguments.to, out, recipe['model_name_or_path'], rank)}")
+
+
+def serving(kind: str, out: Path, base: str, rank: int | None) -> str:
+    """Returns the command that serves an export."""
+    if kind == "gguf":
+        return f"llama-server --jinja -m {out / out.name}.gguf"
+    lora = f" --enable-lora --max-lora-rank {rank} --lora-modules tuned={out}"
+    return f"vllm serve {base}{lora}" if kind == "adapter" else f"vllm serve {out}"
+
+
+def base_config(recipe: dict[str, Any], trusted: bool) -> Any:
+    """Returns the config of the base model's text part."""
+    config = read_config(recipe["model_name_or_path"], recipe["model_revision"], trusted)
+    return config.get_text_config()
+
+
+def own_dtype(recipe: dict[str, Any], trusted: bool) -> str:
+    """Returns the dtype that the base model's weights are stored in, or the training's."""
+    stored = base_config(recipe, trusted).dtype
+    return str(stored).removeprefix("torch.") if stored is not None else recipe["dtype"]
+
+
+def unquantised(run: dict[str, Any]) -> dict[str, Any]:
+    """Returns run.json as if the base model had been loaded in its own 16 or 32 bits."""
+    return run | {"recipe": run["recipe"] | {"load_in_4bit": False, "load_in_8bit": False}}
+
+
+def as_a_user(
+    out: Path, arguments: argparse.Namespace, rows: list[dict[str, Any]], recipe: dict[str, Any]
+) -> tuple[Behaviour, str]:
+    """Load an export from its folder alone, and ask it. Returns its answers and its dtype."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    trust = {"trust_remote_code": arguments.trust_remote_code}
+    if arguments.to == "gguf":
+        kept, path = arguments.gguf_type, next(out.glob("*.gguf"))
+        tokenizer = AutoTokenizer.from_pretrained(out, gguf_file=path.name)
+        model = read_gguf(path, base_config(recipe, arguments.trust_remote_code))
+        ends = ends_of(path)
+        with_fused_head(model)
+    elif arguments.to == "merged":
+        kept, tokenizer = stored_dtype(out), AutoTokenizer.from_pretrained(out)
+        model = AutoModelForCausalLM.from_pretrained(out, dtype="auto", **trust)
+        ends = model.generation_config.eos_token_id
+        with_fused_head(model)
+    else:
+        kept, tokenizer = recipe["dtype"], AutoTokenizer.from_pretrained(out)
+        model = AutoPeftModelForCausalLM.from_pretrained(out, dtype=getattr(torch, kept), **trust)
+        ends = GenerationConfig.from_pretrained(out).eos_token_id
+        with_fused_head(model.get_base_model())
+    ends = ends if isinstance(ends, list) else [ends]
+    asked = observe(model.to(device).eval(), tokenizer, rows, ends, recipe["max_length"])
+    return asked, kept
+
+
+def push(out: Path, name: str, private: bool) -> None:
+    """Upload an export to the hub, as one commit."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+
+    api = HfApi()
+    try:
+        url = api.create_repo(name, private=private, exist_ok=True)
+        api.upload_folder(repo_id=name, folder_path=out, commit_message=f"Upload {out.name}")
+    except (HfHubHTTPError, OfflineModeIsEnabled, OSError) as error:
+        said = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(
+            f"{out} is made, and was not uploaded to {name}: {said}. Log in with `hf auth login`, "
+            f"then `hf upload {name} {out}`"
+        ) from error
+    print(f"uploaded: {url}")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

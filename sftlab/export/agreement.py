@@ -1,0 +1,130 @@
+"""Does an exported model answer as the run that it was made from?
+
+The same held-out prompts go to both. Token ids must be equal, nats a response token must agree
+within the tolerance of the export's dtype, and greedy answers must end alike.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from transformers import GenerationConfig, PreTrainedTokenizerBase
+from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
+
+from sftlab.data.chat_template import encode, prompt_ids
+from sftlab.models.likelihood import likelihood
+
+# prompts that are compared, and the longest greedy answer to each
+PROMPTS = 64
+MAX_NEW_TOKENS = 64
+# Largest mean difference in nats a response token, by the dtype of the exported weights. They are
+# ten times the largest that was measured: docs/use.md.
+TOLERANCE = {"float32": 1e-4, "float16": 0.01, "bfloat16": 0.05}
+TOLERANCE |= {"f32": 1e-4, "f16": 0.01, "bf16": 0.05, "q8_0": 0.05}
+# Share of answers that may end otherwise: rounding moves near ties of two tokens.
+OTHER_ENDS = {"float32": 0.0, "float16": 0.05, "bfloat16": 0.1}
+OTHER_ENDS |= {"f32": 0.0, "f16": 0.05, "bf16": 0.1, "q8_0": 0.1}
+
+
+class Behaviour(NamedTuple):
+    """What a model makes of held-out rows.
+
+    `prompts` are token ids, `nats` [rows, 2] the summed nats and the tokens of the responses,
+    `ended` whether a greedy answer ended by itself within MAX_NEW_TOKENS tokens, and `ends` the
+    token ids that end one.
+    """
+
+    prompts: list[list[int]]
+    nats: np.ndarray
+    ended: list[bool]
+    ends: list[int]
+
+
+class Agreement(NamedTuple):
+    """How far an export is from its run. `differs` says in a sentence what disagrees, if anything.
+
+    `nats` is the mean difference a response token, `other_ends` the number of answers that end
+    otherwise.
+    """
+
+    prompts: int
+    nats: float
+    other_ends: int
+    differs: str | None
+
+    def facts(self, dtype: str) -> dict[str, Any]:
+        """Returns what verified.json holds."""
+        return self._asdict() | {"dtype": dtype, "tolerance_nats": TOLERANCE[dtype]}
+
+
+def observe(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[dict[str, Any]],
+    ends: Sequence[int],
+    max_length: int | None,
+    batch_size: int = 16,
+) -> Behaviour:
+    """Returns what a model with a fused head makes of rows (columns prompt and completion).
+
+    `ends` are the token ids that end an answer.
+    """
+    encoded = [encode(tokenizer, row, max_length) for row in rows]
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    collate = DataCollatorForLanguageModeling(pad_token_id=pad)
+    slices = [slice(i, i + batch_size) for i in range(0, len(rows), batch_size)]
+    batches = (
+        {k: v.to(model.device) for k, v in collate(encoded[part]).items()} for part in slices
+    )
+    nats = likelihood(model, batches).response
+    prompts = [prompt_ids(tokenizer, row["prompt"]) for row in rows]
+    ended = [one for part in slices for one in _ended(model, prompts[part], pad, list(ends))]
+    return Behaviour(prompts, nats, ended, sorted(ends))
+
+
+@torch.no_grad()
+def _ended(model: Any, prompts: list[list[int]], pad: int, ends: list[int]) -> list[bool]:
+    """Returns for each prompt whether its greedy answer ends by itself."""
+    width = max(map(len, prompts))
+    ids = torch.tensor([[pad] * (width - len(p)) + p for p in prompts], device=model.device)
+    mask = torch.tensor(
+        [[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=model.device
+    )
+    config = GenerationConfig(
+        max_new_tokens=MAX_NEW_TOKENS, do_sample=False, eos_token_id=ends, pad_token_id=pad
+    )
+    generated = model.generate(input_ids=ids, attention_mask=mask, generation_config=config)
+    new = generated[:, width:].cpu()
+    return torch.isin(new, torch.tensor(ends)).any(dim=1).tolist()
+
+
+def compare(run: Behaviour, export: Behaviour, dtype: str) -> Agreement:
+    """Returns how far an export of this dtype is from its run."""
+    rows = len(run.prompts)
+    difference = (export.nats[:, 0] - run.nats[:, 0]) / run.nats[:, 1]
+    mean = float((export.nats[:, 0] - run.nats[:, 0]).sum() / run.nats[:, 1].sum())
+    other = [i for i, (a, b) in enumerate(zip(run.ended, export.ended, strict=True)) if a != b]
+    found = None
+    for number, (one, two) in enumerate(zip(run.prompts, export.prompts, strict=True)):
+        if one != two:
+            found = (
+                f"prompt {number} has other token ids ({len(two)} for {len(one)}): the template or "
+                "the tokenizer is not the run's"
+            )
+            break
+    if found is None and run.ends != export.ends:
+        found = f"answers end at the tokens {export.ends}, and in the run at {run.ends}"
+    worst = int(np.abs(difference).argmax())
+    if found is None and not abs(mean) <= TOLERANCE[dtype]:
+        found = (
+            f"responses differ by {mean:.3g} nats a token ({TOLERANCE[dtype]:g} is allowed in "
+            f"{dtype}), most at prompt {worst}: the weights are not the run's"
+        )
+    if found is None and len(other) > OTHER_ENDS[dtype] * rows:
+        ends = "ends" if run.ended[other[0]] else "does not end"
+        found = (
+            f"{len(other)} of {rows} greedy answers end otherwise, first at prompt {other[0]}, "
+            f"which {ends} in the run"
+        )
+    return Agreement(rows, mean, len(other), found)

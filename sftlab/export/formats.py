@@ -1,0 +1,116 @@
+"""What is written: merged weights, or an adapter that others load."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from safetensors import safe_open
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from sftlab.data.chat_template import end_of_turn
+from sftlab.files import write_json
+
+# the ranks that vLLM takes as --max-lora-rank; an adapter's may be lower
+VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
+_WEIGHTS, _CONFIG = "adapter_model.safetensors", "adapter_config.json"
+
+
+def merge(
+    model: PeftModel, tokenizer: PreTrainedTokenizerBase, dtype: str, ends: list[int]
+) -> PreTrainedModel:
+    """Returns the model in a dtype, with the adapter merged in and `ends` as its end tokens.
+
+    Raises ValueError where a merged weight is not finite.
+    """
+    generation = _generation_config(model.get_base_model().generation_config, tokenizer, ends)
+    merged = model.to(getattr(torch, dtype)).merge_and_unload(safe_merge=True)
+    merged.generation_config = generation
+    # the fused head of the measurement is no part of what is saved
+    vars(merged).pop("forward", None)
+    return merged
+
+
+def write_merged(merged: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, out: Path) -> None:
+    """Write merged weights, the tokenizer with its template, and the generation config."""
+    merged.save_pretrained(out, safe_serialization=True)
+    tokenizer.save_pretrained(out)
+
+
+def write_adapter(
+    folder: Path, base: str, out: Path, tokenizer: PreTrainedTokenizerBase, model: PeftModel
+) -> None:
+    """Write a copy of the run's adapter that peft and vLLM load from any folder.
+
+    A base model in a local folder is named by its full path.
+    """
+    adapter = folder / "adapter"
+    config = json.loads((adapter / _CONFIG).read_text(encoding="utf-8"))
+    config["base_model_name_or_path"] = str(Path(base).resolve()) if Path(base).is_dir() else base
+    shutil.copyfile(adapter / _WEIGHTS, out / _WEIGHTS)
+    write_json(out / _CONFIG, config)
+    tokenizer.save_pretrained(out)
+    ends = end_ids(model, tokenizer)
+    inner = model.get_base_model().generation_config
+    _generation_config(inner, tokenizer, ends).save_pretrained(out)
+
+
+def end_ids(model: PeftModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Returns the token ids that end an answer under the tokenizer's template."""
+    own = model.get_base_model().generation_config.eos_token_id
+    return end_of_turn(tokenizer, own).end_tokens
+
+
+def _generation_config(
+    own: GenerationConfig, tokenizer: PreTrainedTokenizerBase, ends: list[int]
+) -> GenerationConfig:
+    """Returns the base model's generation config with the end tokens of the template."""
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    changed = {"eos_token_id": ends, "pad_token_id": pad}
+    return GenerationConfig.from_dict(own.to_diff_dict() | changed)
+
+
+def refuse_for_vllm(adapter: Path) -> int:
+    """Returns the rank that vLLM must be started with for this adapter.
+
+    Raises ValueError for an adapter that vLLM does not take.
+    """
+    config = json.loads((adapter / _CONFIG).read_text(encoding="utf-8"))
+    reasons = {
+        "use_dora": "it is DoRA",
+        "modules_to_save": "it holds whole modules (lora_modules_to_save)",
+        "trainable_token_indices": "it holds token embeddings",
+        "target_parameters": "it adapts parameters of experts (target_parameters)",
+        "layer_replication": "it replicates layers",
+        "alora_invocation_tokens": "it is an activated LoRA",
+    }
+    found = [why for name, why in reasons.items() if config.get(name)]
+    found += ["it has biases (lora_bias)"] * (config.get("bias", "none") != "none")
+    ranks = [config["r"], *(config.get("rank_pattern") or {}).values()]
+    if max(ranks) > VLLM_RANKS[-1]:
+        found.append(f"its rank is {max(ranks)}, and vLLM takes up to {VLLM_RANKS[-1]}")
+    if found:
+        raise ValueError(
+            f"vLLM does not serve the adapter in {adapter}: {'; '.join(found)}. Export it with "
+            "--to merged and serve that"
+        )
+    return next(rank for rank in VLLM_RANKS if rank >= max(ranks))
+
+
+def stored_dtype(out: Path) -> str:
+    """Returns the dtype of most weights in a folder of safetensors, as torch names it."""
+    counts: dict[torch.dtype, int] = {}
+    for path in sorted(out.glob("*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118  (safe_open has no iterator)
+                one = file.get_slice(name)
+                counts[one.get_dtype()] = counts.get(one.get_dtype(), 0) + 1
+    names = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+    return names[max(counts, key=lambda dtype: counts[dtype])]
+
+
+def facts_of_sizes(out: Path) -> dict[str, Any]:
+    """Returns the names and bytes of the files of an export."""
+    return {path.name: path.stat().st_size for path in sorted(out.iterdir()) if path.is_file()}

@@ -1,0 +1,177 @@
+"""The model card of an export: what run.json and quality.json know, and how to use it."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+
+from sftlab.evaluation.text_metrics import NAMES
+from sftlab.tables import figure, interval, markdown, p_value
+
+_LIBRARY = {"merged": "transformers", "adapter": "peft", "gguf": "gguf"}
+
+
+def model_card(run: dict[str, Any], quality: dict[str, Any], kind: str, name: str) -> ModelCard:
+    """Returns the card of an export of `kind` (merged, adapter or gguf) with the name `name`.
+
+    `quality` is quality.json, {} where the run was not evaluated.
+    """
+    recipe = run["recipe"]
+    base = recipe["model_name_or_path"]
+    local = Path(base).is_dir()
+    data = ModelCardData(
+        library_name=_LIBRARY[kind],
+        pipeline_tag="text-generation",
+        tags=["lora", "sft", "trl"],
+        base_model=None if local else base,
+        datasets=_hub_data(recipe),
+        license=license_of(base),
+    )
+    parts = [
+        f"# {name}",
+        f"{_what(kind)} of [{base}]({_link(base)}), fine-tuned with LoRA."
+        if not local
+        else f"{_what(kind)} of the local base model `{base}`, fine-tuned with LoRA.",
+        *_scores(quality),
+        "## How to use it",
+        *_usage(kind, name, base),
+        "## How it was trained",
+        *markdown([["what", "value"], *_training(run)]),
+        "## What really ran",
+        *markdown([["what", "value"], *_ran(run)]),
+    ]
+    if data.license is None:
+        parts.append("The base model's licence is not known here: it holds for this model too.")
+    text = "\n\n".join(
+        "\n".join(part) if isinstance(part, list) else part for part in _blocks(parts)
+    )
+    return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}\n")
+
+
+def license_of(base: str) -> str | None:
+    """Returns the licence that the base model's card names, or None."""
+    try:
+        card = ModelCard.load(Path(base) / "README.md" if Path(base).is_dir() else base)
+    except (OSError, ValueError, HfHubHTTPError, OfflineModeIsEnabled):
+        return None
+    return card.data.license
+
+
+def _blocks(parts: list[str]) -> list[Any]:
+    """Returns the parts with the lines of each table together."""
+    found: list[Any] = []
+    for part in parts:
+        if part.startswith("|") and found and isinstance(found[-1], list):
+            found[-1].append(part)
+        else:
+            found.append([part] if part.startswith("|") else part)
+    return found
+
+
+def _what(kind: str) -> str:
+    return {
+        "merged": "Merged weights",
+        "adapter": "A LoRA adapter",
+        "gguf": "A GGUF file",
+    }[kind]
+
+
+def _link(base: str) -> str:
+    return f"https://huggingface.co/{base}"
+
+
+def _hub_data(recipe: dict[str, Any]) -> list[str] | None:
+    names = recipe["dataset_name"]
+    names = names if isinstance(names, list) else [names]
+    found = [one for one in names if isinstance(one, str) and re.fullmatch(r"[\w.-]+/[\w.-]+", one)]
+    return [one for one in found if not Path(one).exists()] or None
+
+
+def _scores(quality: dict[str, Any]) -> list[str]:
+    if not quality:
+        return ["It was not evaluated."]
+    lines = [["score", "base", "tuned", "tuned - base", "p"]]
+    for name, title in NAMES.items():
+        one = quality["scores"].get(name)
+        if one:
+            lines.append(
+                [
+                    title,
+                    interval(one["base"]),
+                    interval(one["tuned"]),
+                    interval(one["difference"]),
+                    p_value(one["p_value"]),
+                ]
+            )
+    about = f"{quality['rows']:,} held-out rows of {quality['held_out']['dataset']}"
+    return [
+        "## Scores",
+        f"Base against tuned on {about}, in brackets 95 % intervals.",
+        *markdown(lines),
+    ]
+
+
+def _usage(kind: str, name: str, base: str) -> list[str]:
+    message = '[{"role": "user", "content": "..."}]'
+    if kind == "merged":
+        load = f'pipe = pipeline("text-generation", "{name}")'
+        ask = f"print(pipe({message}, max_new_tokens=256))"
+        code = f"from transformers import pipeline\n\n{load}\n{ask}"
+        return [_code(code), "With vLLM:", _code(f"vllm serve {name}", "")]
+    if kind == "adapter":
+        code = (
+            "from peft import AutoPeftModelForCausalLM\nfrom transformers import AutoTokenizer\n\n"
+            f'model = AutoPeftModelForCausalLM.from_pretrained("{name}", dtype="auto")\n'
+            f'tokenizer = AutoTokenizer.from_pretrained("{name}")\n'
+            f"ids = tokenizer.apply_chat_template({message}, add_generation_prompt=True, "
+            'return_tensors="pt", return_dict=True)\n'
+            "print(tokenizer.decode(model.generate(**ids, max_new_tokens=256)[0]))"
+        )
+        serve = f"vllm serve {base} --enable-lora --lora-modules tuned={name}"
+        return [_code(code), "With vLLM:", _code(serve, "")]
+    return [_code(f"llama-cli -m {name} --jinja", "")]
+
+
+def _code(text: str, language: str = "python") -> str:
+    return f"```{language}\n{text}\n```"
+
+
+def _training(run: dict[str, Any]) -> list[list[str]]:
+    recipe, data = run["recipe"], run["data"]
+    rows = {part: data[part]["rows"] for part in ("train", "validation", "test")}
+    counts = ", ".join(f"{part} {count:,}" for part, count in rows.items() if count is not None)
+    return [
+        ["data", f"{recipe['dataset_name']}, fingerprint {data['train']['fingerprint']}"],
+        ["rows", counts],
+        ["chat template", f"{run['template']['source']}, hash {run['template']['hash']}"],
+        ["LoRA", f"rank {recipe['lora_r']}, alpha {recipe['lora_alpha']}, {_targets(recipe)}"],
+        ["learning rate", str(recipe["learning_rate"])],
+        ["global batch", f"{run['ran']['global_batch']} rows"],
+        ["steps", f"{run['measured']['global_step']:,}"],
+        ["versions", ", ".join(f"{k} {v}" for k, v in run["versions"].items())],
+    ]
+
+
+def _targets(recipe: dict[str, Any]) -> str:
+    targets = recipe["lora_target_modules"]
+    return ", ".join(targets) if isinstance(targets, list) else str(targets)
+
+
+def _ran(run: dict[str, Any]) -> list[list[str]]:
+    ran, measured = run["ran"], run["measured"]
+    loss = measured.get("validation_loss")
+    lines = [
+        ["precision", str(ran["precision"])],
+        ["strategy", f"{ran['strategy']}, world size {ran['world_size']}"],
+        ["trainable parameters", f"{ran['trainable_parameters']:,}"],
+        ["hardware", json.dumps(run["hardware"].get("gpu") or "CPU")],
+        ["real tokens/s", figure(measured["tokens_per_s"]) if measured.get("tokens_per_s") else ""],
+        ["validation loss (nats a token)", figure(loss) if loss is not None else ""],
+    ]
+    quantised = ran.get("quantization")
+    if quantised:
+        lines.insert(1, ["quantized in training", json.dumps(quantised)])
+    return [line for line in lines if line[1]]
