@@ -106,6 +106,8 @@ def slide(page, label: str, value: str) -> None:
 def test_a_conversation_at_every_width_and_scheme(server, visit, width, scheme):
     page = visit(server.url, width, scheme)
     shot(page, f"{width}-{scheme}-empty")
+    box = page.locator("#message").bounding_box()
+    assert box["y"] + box["height"] <= WIDTHS[width]["height"], "the box is on the first screen"
     slide(page, "Max new tokens", "20")
     slide(page, "Temperature", "0")
     say(page, "Repeat the number 7 in words.")
