@@ -120,7 +120,6 @@ def evaluate(arguments: argparse.Namespace) -> None:
     dataset = held_out(
         run, arguments.dataset_name, arguments.dataset_config, arguments.dataset_split
     )
-    bleu = bleu or Bleu(tokenizer_of([row[0]["content"] for row in dataset.rows["completion"]]))
     tokenizer = run_tokenizer(arguments.run, run)
     model = load_pair(arguments.run, run, arguments.trust_remote_code)
     refuse_unknown_ids(model, tokenizer)
@@ -131,6 +130,7 @@ def evaluate(arguments: argparse.Namespace) -> None:
     recipe = run["recipe"]
     cut = recipe.get("truncation_mode", "keep_start")
     rows = select(dataset, arguments.samples, tokenizer, recipe["max_length"], longest, cut)
+    bleu = bleu or Bleu(tokenizer_of([row["reference"] for row in rows.rows]))
     memory = {"weights": allocated_gb()}
     nll, same_token = likelihoods(model, rows, tokenizer, arguments.batch_size)
     memory["likelihood_peak"] = allocated_gb(peak=True)

@@ -19,7 +19,6 @@ import torch
 from peft import AutoPeftModelForCausalLM
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from sftlab.comparison.result_files import read_quality
 from sftlab.evaluation.base_and_tuned import (
     add_trust_flag,
     evaluation_errors,
@@ -27,7 +26,7 @@ from sftlab.evaluation.base_and_tuned import (
     load_pair,
     run_tokenizer,
 )
-from sftlab.evaluation.held_out import held_out
+from sftlab.evaluation.held_out import HeldOut, held_out
 from sftlab.export.agreement import PROMPTS, Behaviour, compare, observe
 from sftlab.export.formats import (
     end_ids,
@@ -50,6 +49,8 @@ from sftlab.export.unfinished_folder import unfinished_folder
 from sftlab.files import write_json
 from sftlab.models.likelihood import with_fused_head
 from sftlab.models.loading import read_config
+from sftlab.runs.run_directory import adapter_hash
+from sftlab.schema import read_object
 from sftlab.script_options import Options
 
 VERIFIED = "verified.json"
@@ -97,18 +98,17 @@ def export(arguments: argparse.Namespace) -> None:
         raise ValueError(f"--prompts must be at least 1, got {arguments.prompts}")
     run = finished_run(folder)
     recipe = run["recipe"]
-    rows = held_out(run).rows
-    rows = list(rows.select(range(min(arguments.prompts, len(rows)))))
+    rows = held_out(run)
     tokenizer = run_tokenizer(folder, run)
     dtype = arguments.dtype or own_dtype(recipe, arguments.trust_remote_code)
     rank = refuse_for_vllm(folder / "adapter") if arguments.to == "adapter" else None
     if arguments.to == "gguf":
         refuse_unwritable(base_config(recipe, arguments.trust_remote_code), tokenizer)
     with unfinished_folder(out) as unfinished:
-        print(f"asking the run {len(rows)} held-out prompts ...", flush=True)
+        print(f"asking the run {arguments.prompts} held-out prompts ...", flush=True)
         model = load_pair(folder, unquantised(run), arguments.trust_remote_code)
         ends = end_ids(model, tokenizer)
-        expected = observe(model, tokenizer, rows, ends, recipe["max_length"])
+        expected = observe(model, tokenizer, rows, arguments.prompts, ends, recipe["max_length"])
         print(f"writing {out} ...", flush=True)
         if arguments.to == "adapter":
             write_adapter(folder, recipe["model_name_or_path"], unfinished, tokenizer, model)
@@ -126,9 +126,7 @@ def export(arguments: argparse.Namespace) -> None:
         agreement = compare(expected, found, kept)
         if agreement.differs:
             raise ValueError(f"the export does not answer as {folder}: {agreement.differs}")
-        card = model_card(
-            run, read_quality(folder / "eval" / "quality.json"), arguments.to, out.name
-        )
+        card = model_card(run, quality_of(folder), arguments.to, out.name)
         card.save(unfinished / "README.md")
         write_json(
             unfinished / VERIFIED, agreement.facts(kept) | {"files": facts_of_sizes(unfinished)}
@@ -144,6 +142,13 @@ def export(arguments: argparse.Namespace) -> None:
             "whose answers may differ a little from the run's evaluations"
         )
     print(f"serve it: {serving(arguments.to, out, recipe['model_name_or_path'], rank)}")
+
+
+def quality_of(folder: Path) -> dict[str, Any]:
+    """Returns quality.json of the run's adapter as it is now, {} without one."""
+    path = folder / "eval" / "quality.json"
+    found = read_object(path) if path.is_file() else {}
+    return found if found.get("adapter_hash") == adapter_hash(folder) else {}
 
 
 def serving(kind: str, out: Path, base: str, rank: int | None) -> str:
@@ -172,7 +177,7 @@ def unquantised(run: dict[str, Any]) -> dict[str, Any]:
 
 
 def as_a_user(
-    out: Path, arguments: argparse.Namespace, rows: list[dict[str, Any]], recipe: dict[str, Any]
+    out: Path, arguments: argparse.Namespace, rows: HeldOut, recipe: dict[str, Any]
 ) -> tuple[Behaviour, str]:
     """Load an export from its folder alone, and ask it. Returns its answers and its dtype."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -194,7 +199,9 @@ def as_a_user(
         ends = GenerationConfig.from_pretrained(out).eos_token_id
         with_fused_head(model.get_base_model())
     ends = ends if isinstance(ends, list) else [ends]
-    asked = observe(model.to(device).eval(), tokenizer, rows, ends, recipe["max_length"])
+    asked = observe(
+        model.to(device).eval(), tokenizer, rows, arguments.prompts, ends, recipe["max_length"]
+    )
     return asked, kept
 
 

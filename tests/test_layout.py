@@ -28,6 +28,7 @@ DISTRICTS = (
     "training",
     "planning",
     "evaluation",
+    "export",
     "judging",
     "comparison",
     "chat",

@@ -38,8 +38,8 @@ def read_columns(
         if len(fits) > 1:
             raise ValueError(
                 f"the columns {', '.join(found)} match the data formats {' and '.join(fits)}: say "
-                f"which is meant with dataset_shape, for example --dataset_shape {fits[-1]}; files of "
-                "several formats are mixed with --datasets"
+                f"which is meant with dataset_shape, for example --dataset_shape {fits[-1]}; files "
+                "of several formats are mixed with --datasets"
             )
         data_format = fits[0] if fits else None
     if data_format is not None and _fits(data_format, there, given):

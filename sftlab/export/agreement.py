@@ -12,7 +12,7 @@ import torch
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
-from sftlab.data.chat_template import encode, prompt_ids
+from sftlab.evaluation.held_out import HeldOut, select
 from sftlab.models.likelihood import likelihood
 
 # prompts that are compared, and the longest greedy answer to each
@@ -61,26 +61,27 @@ class Agreement(NamedTuple):
 def observe(
     model: Any,
     tokenizer: PreTrainedTokenizerBase,
-    rows: Sequence[dict[str, Any]],
+    dataset: HeldOut,
+    count: int,
     ends: Sequence[int],
     max_length: int | None,
     batch_size: int = 16,
 ) -> Behaviour:
-    """Returns what a model with a fused head makes of rows (columns prompt and completion).
+    """Returns what a model with a fused head makes of the first `count` held-out rows.
 
-    `ends` are the token ids that end an answer.
+    `ends` are the token ids that end an answer. Raises ValueError where no row can be scored.
     """
-    encoded = [encode(tokenizer, row, max_length) for row in rows]
+    longest = model.config.get_text_config().max_position_embeddings - MAX_NEW_TOKENS
+    rows = select(dataset, count, tokenizer, max_length, longest)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     collate = DataCollatorForLanguageModeling(pad_token_id=pad)
-    slices = [slice(i, i + batch_size) for i in range(0, len(rows), batch_size)]
+    parts = list(rows.batches(batch_size))
     batches = (
-        {k: v.to(model.device) for k, v in collate(encoded[part]).items()} for part in slices
+        {k: v.to(model.device) for k, v in collate(rows.encoded[part]).items()} for part in parts
     )
-    nats = likelihood(model, batches).response
-    prompts = [prompt_ids(tokenizer, row["prompt"]) for row in rows]
-    ended = [one for part in slices for one in _ended(model, prompts[part], pad, list(ends))]
-    return Behaviour(prompts, nats, ended, sorted(ends))
+    nats = likelihood(model, batches, names=rows.numbers).response
+    ended = [one for part in parts for one in _ended(model, rows.prompts[part], pad, list(ends))]
+    return Behaviour(rows.prompts, nats, ended, sorted(ends))
 
 
 @torch.no_grad()
