@@ -122,7 +122,7 @@ def test_a_template_that_takes_arguments_as_text_gets_text():
     call = {"type": "function", "function": {"name": "clock", "arguments": {"city": "Rome"}}}
     messages = [ASKED[0], {"role": "assistant", "content": "", "tool_calls": [call]}]
     (made,) = sequences(tokenizer, messages)
-    text = shown(tokenizer, made.ids, labels_of(*made))
+    text = shown(tokenizer, made.ids, labels_of(made.ids, made.spans))
     assert text == 'user: q1<eos>assistant: [[clock{"city": "Rome"}<eos>]]'
     assert "tool_calls" in fields_written(tokenizer, [])
 
@@ -156,7 +156,7 @@ def test_what_a_template_marks_as_generated_is_what_transformers_finds():
     )
     (made,) = sequences(tokenizer, ASKED)
     assert made.ids == found["input_ids"]
-    assert [int(one != -100) for one in labels_of(*made)] == found["assistant_masks"]
+    assert [int(one != -100) for one in labels_of(made.ids, made.spans)] == found["assistant_masks"]
 
 
 @pytest.mark.parametrize("name", ["chatml", "llama", "gemma", "plain"])

@@ -60,7 +60,6 @@ def score_rows(
             "conversation": row["conversation"],
             "prompt": row["prompt"],
             "reference": reference,
-            **({"conversation": row["conversation"]} if "conversation" in row else {}),
             "base": base,
             "tuned": tuned,
         }
