@@ -13,6 +13,7 @@ from sftlab.data.row_notes import THOUGHTS, THOUGHTS_END
 from sftlab.data.template_errors import (
     LIMIT_S,
     TEMPLATE_ERRORS,
+    is_of_template,
     reason,
     rendering_limit,
 )
@@ -57,16 +58,12 @@ def look_at_loss(
         return []
     found: dict[str, Finding] = {}
     encoder, end_tokens = encoder_of(tokenizer, shortcut=False), end_tokens_of(tokenizer, ends)
-    probes = [before for n, before in PROBES.items() if n in rows_with or n == "a question"]
-    answered = [(before, ANSWER) for before in probes]
-    if THOUGHTS in rows_with:
-        answered.append((PROBES["a question"], THOUGHTFUL))
-    for before, answer in answered:
-        probe = [*before, {"role": "assistant", "content": answer}]
+    for probe in _probes(rows_with):
         try:
-            turn = Conversation(probe, [len(before)], [])
-            _look(tokenizer, encoder, turn, end_tokens, found)
-        except TEMPLATE_ERRORS:
+            _look(tokenizer, encoder, probe, end_tokens, found)
+        except TEMPLATE_ERRORS as error:
+            if not (isinstance(error, TooSlow) or is_of_template(error)):
+                raise
             continue  # whether a real row is refused is found out row by row
     for number, row in enumerate(rows):
         if row.is_document:
@@ -77,11 +74,25 @@ def look_at_loss(
         except TooSlow as error:
             raise ValueError(f"training row {number}: {error}; {_LEAVE_OUT}") from error
         except TEMPLATE_ERRORS as error:
+            if not is_of_template(error):
+                raise
             raise ValueError(_refusal(f"training row {number}", error)) from error
     for finding in found.values():
         if finding.unsound:
             raise ValueError(f"{finding.sentence}: {WHAT_TO_DO}")
     return [finding.sentence for finding in found.values()]
+
+
+def _probes(rows_with: Collection[str]) -> list[Conversation]:
+    """Returns made-up conversations with the parts that rows have."""
+    probes = [before for n, before in PROBES.items() if n in rows_with or n == "a question"]
+    answered = [(before, ANSWER) for before in probes]
+    if THOUGHTS in rows_with:
+        answered.append((PROBES["a question"], THOUGHTFUL))
+    return [
+        Conversation([*before, {"role": "assistant", "content": answer}], [len(before)], [])
+        for before, answer in answered
+    ]
 
 
 def end_tokens_of(tokenizer: PreTrainedTokenizerBase, ends: int | list[int] | None) -> set[int]:
