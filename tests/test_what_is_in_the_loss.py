@@ -21,7 +21,7 @@ from sftlab.data.splits import load_splits
 from sftlab.data.template_facts import rendered_facts, template_facts
 from sftlab.data.time_limit import TooSlow, time_limit
 from sftlab.files import write_json
-from sftlab.models.loading import read_config, read_tokenizer
+from sftlab.models.loading import read_tokenizer
 
 EVERY = ("system prompts", "earlier turns", "thoughts")
 FOR = "{{ bos_token }}{% for m in messages %}"
@@ -153,18 +153,6 @@ def test_tokens_beyond_the_embedding_are_refused_before_the_model_is_loaded():
     tokenizer.add_special_tokens({"pad_token": "[PAD]"})
     with pytest.raises(ValueError, match=r"'\[PAD\]' \(id 259\)"):
         refuse_unknown_tokens(tokenizer, LlamaConfig(vocab_size=259))
-
-
-@pytest.mark.parametrize(
-    "change", [{"vocab_size": "259"}, {"max_position_embeddings": 1.5}, {"eos_token_id": "<eos>"}]
-)
-def test_a_config_of_other_types_is_named_with_its_key(base, tmp_path, change):
-    shutil.copytree(base, tmp_path / "model")
-    path = tmp_path / "model" / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | change))
-    (key,) = change
-    with pytest.raises(ValueError, match=key):
-        read_config(str(tmp_path / "model"), None)
 
 
 def test_a_tokenizer_of_odd_values_is_named(base, tmp_path):

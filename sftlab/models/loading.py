@@ -124,30 +124,14 @@ def read_config(
     overrides: dict[str, Any] | None = None,
     with_weights: bool = True,
 ) -> PreTrainedConfig:
-    """Read a model's config.
-
-    Raises ValueError where it would run code without trust, and for sizes and ids of other types.
-    """
+    """Read a model's config. Raises ValueError where it would run code without trust."""
     changes = check_overrides(overrides)
     if Path(name).is_dir():
         check_base_folder(Path(name), trusted, with_weights)
     config = _from_hub(AutoConfig, name, revision=revision, trust_remote_code=trusted, **changes)
     if not trusted:
         refuse_hub_kernels(getattr(config, "_attn_implementation", None), f"config of {name}")
-    _check_numbers(config.get_text_config(), name)
     return config
-
-
-def _check_numbers(config: PreTrainedConfig, name: str) -> None:
-    for key in ("vocab_size", "hidden_size", "num_hidden_layers", "max_position_embeddings"):
-        value = getattr(config, key, None)
-        if value is not None and type(value) is not int:
-            raise ValueError(f"config of {name}: {key} is {value!r:.60}, expected a whole number")
-    for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
-        value = getattr(config, key, None)
-        ids = value if isinstance(value, list) else [value]
-        if not all(one is None or type(one) is int for one in ids):
-            raise ValueError(f"config of {name}: {key} is {value!r:.60}, expected a token id")
 
 
 def model_class(config: PreTrainedConfig) -> type | None:
