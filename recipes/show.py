@@ -73,7 +73,7 @@ def main(argv: list[str]) -> None:
         print_row(number, row, tokenizer, ends, options.tokens)
     print_lengths(rows, recipe)
     print()
-    for line in [*recipe.notes, *looked.lines]:
+    for line in [*(f"note: {one}" for one in recipe.notes), *looked.lines]:
         print(line)
     kept, limit = ((row.ids, row.labels) for row in rows), training.max_length
     for line in check_lines(check_rows(kept, ends, tokenizer.bos_token_id, limit), limit):

@@ -19,6 +19,10 @@ ANEW = ("sft", ["--config", "recipe.yaml", "--output_dir", "run", "--overwrite"]
 RESUME = ("sft", ["--config", "recipe.yaml", "--output_dir", "stopped"])
 RESUME_ANEW = ("sft", ["--config", "recipe.yaml", "--output_dir", "stopped", "--overwrite"])
 PLAN = ("plan", ["--config", "recipe.yaml", "--config_file", "launch.yaml"])
+SHOW = ("show", ["--config", "recipe.yaml", "--rows", "2", "--look", "20"])
+MIXED = ("sft", ["--config", "mixture.yaml"])
+SHOW_MIXED = ("show", ["--config", "mixture.yaml", "--rows", "2", "--look", "20"])
+TOKENIZE_MIXED = ("tokenize", ["--config", "mixture.yaml", "--out", "mixed_tokens"])
 STUDY = ("study", ["study.yaml", "--dry-run"])
 TABLES = ("study", ["study.yaml", "--no_train", "--out", "tables"])
 QUALITY = (
@@ -48,14 +52,16 @@ def _with(command: tuple[str, list[str]], *words: str) -> tuple[str, list[str]]:
 
 def _rows(name: str) -> list[tuple[str, list[str]]]:
     words = ("--dataset_name", name)
-    return [_with(TRAIN, *words), _with(TOKENIZE, *words), _with(QUALITY, *words)]
+    commands = (TRAIN, TOKENIZE, QUALITY, SHOW)
+    return [_with(command, *words) for command in commands]
 
 
 # border, file, kind, commands that read it
 INPUTS = [
-    ("recipe", "recipe.yaml", "yaml", [TRAIN, TRAIN, TRAIN, PLAN, TOKENIZE, STUDY, JOB]),
+    ("recipe", "recipe.yaml", "yaml", [TRAIN, TRAIN, TRAIN, PLAN, TOKENIZE, STUDY, JOB, SHOW]),
+    ("recipe", "mixture.yaml", "yaml", [MIXED, MIXED, SHOW_MIXED, TOKENIZE_MIXED]),
     ("command line", None, "words", [TRAIN, TRAIN, TRAIN]),
-    ("command line", None, "words", [PLAN, STUDY, QUALITY, REPORT, DOCTOR]),
+    ("command line", None, "words", [PLAN, STUDY, QUALITY, REPORT, DOCTOR, SHOW]),
     ("command line", None, "words", [TOKENIZE, JOB, EVALUATE_JOB, APP, ALPACA, MT_BENCH]),
     ("launch config", "launch.yaml", "yaml", [PLAN, STUDY, JOB]),
     ("run.json", "run/run.json", "json", [AGAIN, ANEW, QUALITY, REPORT, APP, ALPACA]),
@@ -80,7 +86,7 @@ INPUTS = [
     ("rows", "rows.csv", "csv", _rows("rows.csv")),
     ("rows", "rows.parquet", "parquet", _rows("rows.parquet")),
     ("rows", "rows.arrow", "arrow", _rows("rows.arrow")),
-    ("template", "template.jinja", "template", [TRAIN, TOKENIZE]),
+    ("template", "template.jinja", "template", [TRAIN, TOKENIZE, SHOW]),
     ("template", "run/adapter/chat_template.jinja", "template", [QUALITY, APP]),
     ("study file", "study.yaml", "yaml", [STUDY, STUDY, TABLES]),
     ("votes", "votes.jsonl", "jsonl", [APP]),
@@ -92,7 +98,7 @@ INPUTS = [
     ("answer file", "references.jsonl", "jsonl", [MT_BENCH]),
     ("judge reply", "reply.json", "reply", [ALPACA, MT_BENCH]),
 ]
-SLOW = ("sft", "quality", "tokenize", "alpaca", "mt_bench", "report")
+SLOW = ("sft", "show", "quality", "tokenize", "alpaca", "mt_bench", "report")
 # fields whose values are right and take minutes
 _LONG = {"torch_compile", "torch_compile_backend", "torch_compile_mode", "compile_layers"}
 FIELDS = tuple(
@@ -174,7 +180,9 @@ def prepare(seed: int, number: int, folder: Path) -> Case:
     script, argv = rng.choice(commands)
     if name is None:
         fields = (
-            FIELDS if script in ("sft", "plan", "tokenize", "job") and rng.random() < 0.7 else ()
+            FIELDS
+            if script in ("sft", "plan", "show", "tokenize", "job") and rng.random() < 0.7
+            else ()
         )
         return Case(number, border, script, mutators.words(rng, argv, fields), "words")
     path = folder / "work" / name

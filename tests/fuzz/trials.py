@@ -11,7 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
@@ -26,6 +26,7 @@ from world import FOREIGN
 from sftlab.chat.options import parse_options
 from sftlab.chat.service import Lab
 from sftlab.config.launch import exported
+from sftlab.exit_messages import mistakes_in_one_line
 
 LIMIT_S = 20
 # of wall-clock time, for machines that others use too
@@ -36,6 +37,7 @@ ENDS = (0, 1, 2, 130)
 SCRIPTS = {
     "sft": "recipes/sft.py",
     "plan": "recipes/plan.py",
+    "show": "recipes/show.py",
     "study": "recipes/study.py",
     "doctor": "recipes/doctor.py",
     "quality": "eval/quality.py",
@@ -149,7 +151,10 @@ def _become(script: str, argv: list[str], work: Path, log: Path) -> None:
         _settle(script, work)
         if "URL" in argv:
             argv = [serve(work / "reply.json") if word == "URL" else word for word in argv]
-        code = MAINS[script](argv) or 0
+        # the sentences of these two come from elsewhere: its own main, and the page
+        own = script in ("sft", "app")
+        with nullcontext() if own else mistakes_in_one_line():
+            code = MAINS[script](argv) or 0
     except SystemExit as end:
         code = end.code
         if isinstance(code, str):

@@ -34,6 +34,13 @@ RECIPE = {
     "disable_tqdm": True,
     "seed": 1,
 }
+MIXTURE = {name: value for name, value in RECIPE.items() if name != "dataset_name"} | {
+    "datasets": [
+        {"name": "rows.jsonl", "weight": 2},
+        {"name": "chat.jsonl", "weight": 1, "shape": "messages"},
+    ],
+    "datasets_stopping_strategy": "all_exhausted",
+}
 STUDY = {
     "recipe": "recipe.yaml",
     "launch": "launch.yaml",
@@ -83,6 +90,7 @@ def build(folder: Path, call: Callable[[str, list[str]], None]) -> None:
 
 def _write_inputs(work: Path) -> None:
     (work / "recipe.yaml").write_text(yaml.safe_dump(RECIPE, sort_keys=False))
+    (work / "mixture.yaml").write_text(yaml.safe_dump(MIXTURE, sort_keys=False))
     (work / "study.yaml").write_text(yaml.safe_dump(STUDY, sort_keys=False))
     shutil.copy(ROOT / "accelerate_configs" / "cpu.yaml", work / "launch.yaml")
     shutil.copy(ROOT / "recipes" / "templates" / "instruction.jinja", work / "template.jinja")
