@@ -21,7 +21,15 @@ from sftlab.data.chat_template import prompt_ids
 from sftlab.evaluation.base_and_tuned import load_pair
 from sftlab.evaluation.generation import Answer, Generator
 
-SCORES = ["response_perplexity", "text_perplexity", "bleu", "rouge1", "rouge2", "rougeL"]
+SCORES = [
+    "response_perplexity",
+    "text_perplexity",
+    "exact_match",
+    "bleu",
+    "rouge1",
+    "rouge2",
+    "rougeL",
+]
 
 
 @pytest.fixture(scope="module")
