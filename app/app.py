@@ -48,6 +48,12 @@ QUICK = PRIVATE | {"queue": False, "show_progress": "hidden"}
 FAILED = (
     "**Not answered:** too many messages are waiting, or the server failed. Try again in a moment."
 )
+# what an empty page offers to ask
+EXAMPLES = (
+    "Tell me the colour of an elephant.",
+    "Write a short poem about rain.",
+    "Explain in two sentences why the sky is blue.",
+)
 BETTER = {"left": "Left is better", "tie": "Tie", "right": "Right is better"}
 CSS = Path(__file__).with_name("page.css")
 DOWNLOAD = Path(__file__).with_name("download.js")
@@ -59,6 +65,7 @@ class Page:
     def __init__(self, lab: Lab) -> None:
         self.lab = lab
         self.stops: dict[str | None, threading.Event] = {}
+        self.rendered: set[str | None] = set()
 
     def arrive(self) -> tuple[Any, ...]:
         """Show a fresh page: the finished runs, or how to make one."""
@@ -87,8 +94,10 @@ class Page:
 
         The pending text begins with the time, so that it changes with every message.
         """
-        if not text(box, "message").strip() or self.busy(request):
+        if self.busy(request):
             return gr.skip(), gr.skip()
+        if not text(box, "message").strip():
+            raise ValueError("the message is empty: type something to answer")
         return f"{time.time()} {box}", ""
 
     @SAID
@@ -106,6 +115,7 @@ class Page:
         chosen = dict(zip(Settings.__dataclass_fields__, settings, strict=True))
         message = text(asked, "message").partition(" ")[2]
         turns = [*turns, new_turn(message, side, bool(blind), run, chosen)]
+        turns[-1].markdown = request.session_hash in self.rendered
         self.stop(request)
         self.stops[request.session_hash] = threading.Event()
         shown = (gr.update(visible=False), gr.update(visible=True), gr.update(visible=False))
@@ -149,6 +159,20 @@ class Page:
         free = (gr.update(visible=True), gr.update(visible=False), gr.update(visible=votable))
         return box, turns, *self.columns(turns), *free
 
+    def render(self, request: gr.Request, turns: list[Turn], markdown: bool) -> tuple[Any, ...]:
+        """Show answers as rendered Markdown, or as they were written."""
+        change = self.rendered.add if markdown else self.rendered.discard
+        change(request.session_hash)
+        for turn in turns:
+            turn.markdown = bool(markdown)
+        return turns, *self.columns(turns)
+
+    def example(self, request: gr.Request, chosen: gr.SelectData) -> Any:
+        """Send an example prompt."""
+        if self.busy(request) or not isinstance(chosen.value, dict):
+            return gr.skip()
+        return f"{time.time()} {chosen.value.get('text', '')}"
+
     def stop(self, request: gr.Request) -> None:
         """Stop the session's answer."""
         self.stops.setdefault(request.session_hash, threading.Event()).set()
@@ -156,6 +180,7 @@ class Page:
     def leave(self, request: gr.Request) -> None:
         """Stop the answer of a closed tab."""
         self.stops.pop(request.session_hash, threading.Event()).set()
+        self.rendered.discard(request.session_hash)
 
     def again(self, request: gr.Request, turns: list[Turn], seed: int) -> tuple[Any, ...]:
         """Ask the last message again, under the next seed."""
@@ -266,6 +291,7 @@ def chat_tab(page: Page, blocks: gr.Blocks, run: gr.Dropdown, facts: gr.Markdown
                 ["both", "tuned", "base"], value="both", label="Who answers", elem_id="side"
             )
             blind = gr.Checkbox(label="Blind: say whose answer it was after the vote")
+            shown.markdown = gr.Checkbox(label="Render Markdown (else answers as written)")
             system, *settings = settings_column()
     connect_messages(page, shown, [run, side, blind, system, *settings])
     connect_votes(page, blocks, shown, system)
@@ -283,7 +309,8 @@ def conversation_column() -> SimpleNamespace:
             "latex_delimiters": [],
             "min_width": 280,
         }
-        shown.left = gr.Chatbot(label="conversation", elem_id="left", **look)
+        examples = [{"text": prompt} for prompt in EXAMPLES]
+        shown.left = gr.Chatbot(label="conversation", elem_id="left", examples=examples, **look)
         shown.right = gr.Chatbot(visible=False, elem_id="right", **look)
     with gr.Row(visible=False) as shown.ballot:
         shown.better = {
@@ -338,6 +365,8 @@ def connect_messages(page: Page, shown: SimpleNamespace, chosen: list[Any]) -> N
     shown.retry.click(page.again, retried, [pending, *retried], **QUICK)
     gr.on([shown.left.edit, shown.right.edit], page.edit, turns, [pending, turns], **QUICK)
     shown.stop.click(page.stop, None, None, **QUICK)
+    shown.markdown.change(page.render, [turns, shown.markdown], talk, **QUICK)
+    shown.left.example_select(page.example, None, pending, **QUICK)
     shown.undo.click(page.undo, [box, turns], [box, *talk, shown.ballot], **QUICK)
     clears = [shown.clear.click, shown.left.clear, shown.right.clear]
     gr.on(clears, page.clear, turns, [*talk, shown.ballot, shown.note], **QUICK)

@@ -20,6 +20,7 @@ import numpy as np
 from sftlab.evaluation.significance import Paired, compare, mean, perplexity, with_counts
 from sftlab.evaluation.text_metrics import paired_scores
 from sftlab.exit_messages import mistakes_in_one_line
+from sftlab.runs.environment import provenance
 from sftlab.tables import aligned, write_csv
 
 RESAMPLES = 1_000
@@ -50,7 +51,8 @@ def main() -> None:
         for rows in (*SIZES, *([805] if case.name.startswith("lognormal") else [])):
             trials = arguments.trials if rows < 500 else arguments.trials // 4
             lines += simulate(case, rows, trials)
-            write_csv(arguments.out / "coverage.csv", lines)
+            about = provenance()
+            write_csv(arguments.out / "coverage.csv", [line | about for line in lines])
             print(aligned([list(map(str, line.values())) for line in lines[-3:]]), flush=True)
 
 

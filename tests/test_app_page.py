@@ -9,7 +9,7 @@ import pytest
 from conftest import ROOT, load_script
 
 from sftlab.chat import votes
-from sftlab.chat.conversation import Turn, column, history, inert, saved
+from sftlab.chat.conversation import Turn, as_written, column, history, inert, saved
 from sftlab.chat.engine import Piece, Settings
 from sftlab.chat.options import parse_options
 from sftlab.chat.request_filter import accounts
@@ -65,7 +65,8 @@ def test_a_message_waits_for_the_one_before(app, page):
     assert page.clear(request, turns)[0] == turns
     box, turns, *_ = page.end(request, "", turns)  # what had no answer returns to the box
     assert (box, turns) == ("Hello", [])
-    assert page.send(request, "  ") == (nothing, nothing)
+    with pytest.raises(app.gr.Error, match="the message is empty"):
+        page.send(request, "  ")
     assert page.send(request, "And?")[0].endswith(" And?")
     page.leave(request)
     assert page.stops == {}
@@ -216,3 +217,30 @@ def test_the_space_needs_the_versions_that_were_tested():
     [gradio] = [line for line in lines if line.startswith("gradio==")]
     assert f"sdk_version: {gradio.removeprefix('gradio==')}" in front
     assert "app_file: app.py" in front
+
+
+def test_answers_are_shown_as_written_until_markdown_is_asked_for(page):
+    request = SimpleNamespace(session_hash="one")
+    text = "``` ` ``` <b>bold</b> **x**\n  1. in"
+    turn = Turn(
+        "Hi", ("tuned",), False, "r", {"seed": 1}, {"tuned": text}, finished={"tuned": "stop"}
+    )
+    assert column([turn], 0)[1]["content"][0]["text"] == as_written(text)
+    assert as_written(text) == (
+        r"\`\`\` \` \`\`\` \<b\>bold\<\/b\> \*\*x\*\*" + "\n&nbsp;&nbsp;" + r"1\. in"
+    )
+    shown = page.render(request, [turn], True)[1]["value"]
+    assert shown[1]["content"][0]["text"] == inert(text)
+    asked, *_ = page.begin(
+        request, "0.5 Hi", [], "second", "tuned", False, *vars(Settings()).values()
+    )
+    assert asked[0].markdown
+    assert "markdown" not in saved(asked, "")["turns"][0]
+    page.render(request, asked, False)
+    assert not asked[0].markdown
+
+
+def test_an_example_is_sent_as_a_message(page):
+    request = SimpleNamespace(session_hash="one")
+    chosen = SimpleNamespace(value={"text": "Write a poem."})
+    assert page.example(request, chosen).partition(" ")[2] == "Write a poem."

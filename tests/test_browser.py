@@ -244,6 +244,9 @@ def test_html_is_inert_and_code_is_code(slow, visit):
     )
     answered(page, says=" 2 tokens")
     answer = page.locator("#left .bot").first
+    assert "**bold** `a <b>`" in answer.inner_text()  # as it was written
+    page.get_by_label("Render Markdown").check()
+    answer.locator("strong").wait_for()
     assert "<script>alert(1)</script>" in answer.inner_text()
     assert answer.locator("strong").inner_text() == "bold"
     assert answer.locator("code").inner_text() == "a <b>"

@@ -18,7 +18,14 @@ from sftlab.evaluation.significance import (
     perplexity,
     with_counts,
 )
-from sftlab.evaluation.text_metrics import Bleu, paired_scores, rouge, score_texts
+from sftlab.evaluation.text_metrics import (
+    Bleu,
+    paired_scores,
+    rouge,
+    score_texts,
+    short_references,
+    tokenizer_of,
+)
 
 TEXT = (
     "the a cat dog sat ran on under mat tree and then slept quickly while rain fell over old quiet "
@@ -45,10 +52,14 @@ def noisy_records(count, noise, seed=0):
     return scored
 
 
-def test_a_model_against_itself_differs_by_exactly_nothing():
+def test_a_model_against_itself_differs_by_nothing():
     records = noisy_records(60, 0.3)
-    for one in compare(paired_scores(records, records)).values():
-        assert one["difference"] == {"value": 0.0, "interval_95": [0.0, 0.0]}
+    for name, one in compare(paired_scores(records, records)).items():
+        low, high = one["difference"]["interval_95"]
+        # on a scale with ends another row may differ; nats are equal on every row by no chance
+        reach = {"bleu": 6.1}.get(name, 0.061) * ("perplexity" not in name)
+        assert one["difference"]["value"] == 0
+        assert (low, high) == pytest.approx((-reach, reach), abs=0.02 * reach)
         assert one["p_value"] == 1.0
         assert one["base"] == one["tuned"]
 
@@ -100,6 +111,75 @@ def test_few_rows_are_not_taken_for_more(rows):
         {"x": Paired(mean, with_counts(np.zeros(rows)), with_counts(np.arange(1.0, rows + 1)))}
     )["x"]
     assert better["p_value"] == pytest.approx(min(1, 2 / 2**rows), abs=2e-4)
+
+
+POPULATIONS = {
+    # nine in ten answers are perfect, one in fifty is none
+    "near-perfect": ((1.0, 0.8, 0.5, 0.0), (0.9, 0.05, 0.03, 0.02), (0.0, 1.0)),
+    "win rate near 0": ((0.0, 50.0, 100.0), (0.94, 0.02, 0.04), (0.0, 100.0)),
+    "ratings": (range(1, 11), (0.02, 0, 0.02, 0.02, 0.02, 0.02, 0.05, 0.15, 0.3, 0.4), (1.0, 10.0)),
+}
+
+
+@pytest.mark.parametrize("rows", [10, 30])
+@pytest.mark.parametrize("name", POPULATIONS)
+def test_intervals_of_few_rows_hold_the_truth_as_often_as_they_say(name, rows):
+    """The percentile bootstrap holds it in 33 to 90 % of such samples."""
+    values, shares, scale = POPULATIONS[name]
+    rng, truth, held = np.random.default_rng(1), np.dot(values, shares), []
+    for trial in range(250):
+        base, tuned = (with_counts(rng.choice(values, rows, p=shares)) for _ in range(2))
+        found = compare({"x": Paired(mean, base, tuned, *scale)}, 400, seed=trial)["x"]
+        for figure, value in (("base", truth), ("tuned", truth)):
+            low, high = found[figure]["interval_95"]
+            held.append(low - 1e-9 <= value <= high + 1e-9)
+        low, high = found["difference"]["interval_95"]
+        assert scale[0] - scale[1] <= low <= high <= scale[1] - scale[0]
+    assert 0.93 <= np.mean(held) <= 0.985
+
+
+def test_no_win_in_ten_of_either_model_says_little_about_their_difference():
+    lost = with_counts(np.zeros(10))
+    found = compare({"x": Paired(mean, lost, lost, 0.0, 100.0)})["x"]
+    assert found["base"]["interval_95"] == pytest.approx([0, 27.75], abs=0.01)  # Wilson's
+    assert found["difference"]["interval_95"] == pytest.approx([-27.75, 27.75], abs=0.01)
+    won = with_counts(np.array([100.0] * 7 + [0.0] * 33))
+    found = compare({"x": Paired(mean, with_counts(np.zeros(40)), won, 0.0, 100.0)})["x"]
+    low, _ = found["difference"]["interval_95"]
+    assert low < found["tuned"]["interval_95"][0]  # base's own interval reaches to 8.8
+    assert found["base"]["interval_95"][1] == pytest.approx(8.76, abs=0.01)
+
+
+@pytest.mark.parametrize("rows", [10, 30])
+def test_exchange_is_not_too_sure_at_any_size(rows):
+    rng, found = np.random.default_rng(0), []
+    for trial in range(300):
+        base, tuned = (with_counts(rng.lognormal(size=rows)) for _ in range(2))
+        one = Paired(perplexity, base, tuned, 1.0, math.inf, True)
+        found.append(compare({"x": one}, 600, seed=trial)["x"]["p_value"])
+    assert np.mean(np.array(found) < 0.05) <= 0.065  # 5 % and a deviation of 300 trials
+
+
+def test_rows_of_one_conversation_are_drawn_together():
+    rng = np.random.default_rng(0)
+    shared, alarms = np.repeat(np.arange(20), 5), {True: 0, False: 0}
+    for trial in range(150):
+        difference = np.repeat(rng.normal(size=20), 5) + 0.2 * rng.normal(size=100)
+        base, tuned = with_counts(np.zeros(100)), with_counts(difference)
+        for together in alarms:
+            clusters = shared.tolist() if together else None
+            one = compare({"x": Paired(mean, base, tuned)}, 200, seed=trial, clusters=clusters)["x"]
+            alarms[together] += one["p_value"] < 0.05
+    assert alarms[True] <= 14  # of 150: 5 % within chance
+    assert alarms[False] > 40
+    with pytest.raises(ValueError, match="got 3 names of clusters for 100 and 100 rows"):
+        compare({"x": Paired(mean, base, tuned)}, clusters=["a", "b", "c"])
+
+
+def test_effective_rows_are_the_rows_that_decide():
+    few = np.where(np.arange(100) < 5, 0.0, 1.0)
+    one = compare({"x": Paired(mean, with_counts(np.ones(100)), with_counts(few))}, 100)["x"]
+    assert 4 < one["effective_rows"] < 6
 
 
 def test_pairing_is_used():
@@ -253,3 +333,31 @@ def test_rows_of_a_cluster_are_drawn_together():
     assert together["p_value"] == alone["p_value"]
     low, high = compare(five)["score"]["difference"]["interval_95"]
     assert high - low < 0.6 * np.ptp(together["difference"]["interval_95"])
+
+
+CHINESE, JAPANESE, THAI = "今天下雨了。", "今日は雨です。", "วันนี้ฝนตก"
+
+
+@pytest.mark.parametrize(
+    ("text", "tokenizer"),
+    [(CHINESE, "zh"), (JAPANESE, "char"), (THAI, "char"), ("Grüße aus Köln", "13a"), ("7", "13a")],
+)
+def test_bleus_tokenizer_follows_the_script_of_the_references(text, tokenizer):
+    assert tokenizer_of([text] * 3) == tokenizer
+    if tokenizer != "13a":
+        bleu = Bleu(tokenizer)
+        assert Bleu.score(bleu.parts([text], [text]).sum(axis=0)) == pytest.approx(100)
+
+
+def test_short_answers_have_exact_match_and_no_bleu():
+    references = ["yes", "no", "yes", "no"]
+    base, tuned = (
+        score_texts(answers, references, Bleu())
+        for answers in (["yes", "yes", "no", "no"], ["yes", " no ", "yes", "no"])
+    )
+    pairs = paired_scores(base, tuned)
+    assert set(pairs) == {"exact_match", "rouge1", "rougeL"}
+    found = compare(pairs, 100)["exact_match"]
+    assert (found["base"]["value"], found["tuned"]["value"]) == (0.5, 1.0)
+    assert short_references(base, "bleu") == 4
+    assert rouge(["🎉 👍"], ["🎉 👍"]).tolist() == [[1, 1, 1]]

@@ -27,6 +27,7 @@ class Turn:
     vote: str | None = None
     adapter: str | None = None  # the hash of the adapter that answered
     models: str | None = None  # the hash of base, adapter, tokenizer and template
+    markdown: bool = False  # whether the page renders its answers, or shows them as written
 
     @property
     def hidden(self) -> bool:
@@ -135,15 +136,27 @@ def inert(text: str) -> str:
     )
 
 
+def as_written(text: str) -> str:
+    """Returns Markdown that shows a text as it was written: every mark of it, and its indents."""
+    marks = re.sub(r"([!-/:-@\[-`{-~])", r"\\\1", text)
+    return re.sub(
+        r"^[ \t]+", lambda found: "&nbsp;" * len(found[0].expandtabs(4)), marks, flags=re.M
+    )
+
+
 def column(turns: Sequence[Turn], place: int) -> list[dict[str, Any]]:
-    """Returns the messages of the page's left (0) or right (1) column."""
+    """Returns the messages of the page's left (0) or right (1) column.
+
+    Answers are shown as they were written, or rendered where the turn says `markdown`.
+    """
     shown: list[dict[str, Any]] = []
     for turn in turns:
         side = turn.order[min(place, len(turn.order) - 1)]
         shown.append({"role": "user", "content": inert(turn.message)})
         if turn.texts:
             empty = turn.finished[side] and not turn.texts[side].strip()
-            text = "*(an empty answer)*" if empty else inert(turn.texts[side])
+            said = (inert if turn.markdown else as_written)(turn.texts[side])
+            text = "*(an empty answer)*" if empty else said
             footnote = {"type": "text", "text": f"<small>{turn.footnote(side)}</small>"}
             shown.append(
                 {"role": "assistant", "content": [{"type": "text", "text": text or "…"}, footnote]}
@@ -156,6 +169,7 @@ def saved(turns: Sequence[Turn], system: str) -> dict[str, Any]:
     rows = []
     for turn in turns:
         row = asdict(turn)
+        del row["markdown"]
         if turn.hidden:
             letters = dict(zip(turn.order, "AB", strict=True))
             row |= {

@@ -9,8 +9,8 @@ from transformers.hf_argparser import string_to_bool
 from sftlab.chat.request_filter import accounts
 from sftlab.script_options import Options
 
-# folders that may hold a report, the preferred one first
-REPORTS = (Path("results/report"), Path("results/demo"))
+# where eval/report.py writes unless told otherwise
+REPORT = Path("results/report")
 
 
 def parse_options(argv: list[str], description: str) -> argparse.Namespace:
@@ -28,10 +28,7 @@ def parse_options(argv: list[str], description: str) -> argparse.Namespace:
     }
     parser.add_argument("--run", type=Path, help="run directory (default: the newest finished)")
     parser.add_argument("--runs", type=Path, default="runs", help="folder of runs (default: runs)")
-    reports = [folder for folder in REPORTS if (folder / "report.md").is_file()]
-    parser.add_argument(
-        "--report", type=Path, default=[*reports, REPORTS[0]][0], help="folder of eval/report.py"
-    )
+    parser.add_argument("--report", type=Path, default=REPORT, help="folder of eval/report.py")
     parser.add_argument("--votes", type=Path, help="JSONL of votes (default: beside the runs)")
     parser.add_argument("--port", type=int, default=7860)
     parser.add_argument(

@@ -19,7 +19,10 @@ HEADINGS = (
     "perplexity of base",
     "of tuned",
 )
-_ENDS = Kind("two numbers", lambda value: list_of(NUMBER).holds(value) and len(value) == 2)
+_ENDS = Kind(
+    "two numbers or nulls",
+    lambda value: list_of(NUMBER.or_null()).holds(value) and len(value) == 2,
+)
 _QUALITY = {"adapter_hash": TEXT.or_null(), "scores": OBJECT}
 _QUALITY |= {f"scores.response_perplexity.{side}.value": NUMBER for side in SIDES}
 _QUALITY |= {f"scores.response_perplexity.{side}.interval_95": _ENDS for side in SIDES}

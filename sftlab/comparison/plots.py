@@ -160,7 +160,11 @@ def _base_and_tuned(comparison: Comparison, canvas: "Figure") -> bool:
                 [rows[name][f"{side} {score}{end}"] for name in scored]
                 for end in ("", " low", " high")
             )
-            axes.hlines(places, low, high, color=colour)
+            known = [  # an end that the rows cannot tell is drawn at the value
+                [value if end is None else end for end, value in zip(ends, middle, strict=True)]
+                for ends in (low, high)
+            ]
+            axes.hlines(places, *known, color=colour)
             axes.plot(middle, places, "o", color=colour, ms=4, label=side)
         wide = "perplexity" in score and max(values, default=0) > 10 * min(values, default=0)
         axes.set(title=title, xscale="log" if wide else "linear", ylim=(len(rows) - 0.5, -0.5))

@@ -224,8 +224,6 @@ def _estimates(one: Paired, drawn: np.ndarray) -> dict[str, Any]:
     center = weights[1] * judged[1] - weights[0] * judged[0]
     difference = value[1] - value[0]
     ends = interval(center, moved, drawn[:, 2], Scale(-apart, apart, None), difference)
-    if np.array_equal(one.base, one.tuned):
-        ends = [0.0, 0.0]
     found["difference"] = {"value": difference, "interval_95": ends}
     return found | {"effective_rows": round(effective_rows(moved), 1)}
 
