@@ -30,6 +30,7 @@ from sftlab.data.converter import turn_of
 from sftlab.data.splits import load_splits
 from sftlab.exit_messages import mistakes_in_one_line
 from sftlab.fastpath.selection import FastPath
+from sftlab.models.layers import Layers
 from sftlab.script_options import Options
 from sftlab.training.stop_on_signal import StopOnSignal
 from sftlab.config.launch import Launch, check_devices, use_all_cpu_cores
@@ -74,7 +75,7 @@ def build(argv: list[str], launch: Launch, lab: bool) -> tuple[SFTTrainer, Stopw
     set_template(tokenizer, recipe.training.chat_template_path)
     args, splits, watch = recipe.training, load_splits(recipe.data), Stopwatch()
     if lab:
-        plain = FastPath(False, False, False, None)
+        plain = FastPath(False, False, False, None, Layers(0))
         return build_trainer(
             recipe, launch, plain, tokenizer, splits, [watch, StopOnSignal()]
         ), watch

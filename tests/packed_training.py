@@ -14,17 +14,29 @@ from sftlab.models.loading import load_config, load_tokenizer
 from sftlab.training.trainer import LabTrainer, build_trainer
 
 
-def reference_attention(query, key, value, table, scale):
-    """[tokens, heads, size] under the mask that `tiles` stands for."""
+def reference_attention(query, key, value, table, scale, window=0, cap=0.0, sinks=None):
+    """[tokens, heads, size] under the mask that `tiles` and `window` stand for."""
     tokens, groups = query.shape[0], query.shape[1] // key.shape[1]
     pieces = table[0]
     at = torch.arange(tokens)[:, None]
     owned = (at >= pieces[:, 2]) & (at < torch.minimum(pieces[:, 2] + TILE, pieces[:, 1]))
     start = (owned * pieces[:, 0]).sum(dim=1)
     seen = (at >= at.T) & (start[:, None] == start[None])
+    if window:
+        seen &= at - at.T < window
     query, key, value = (t.transpose(0, 1) for t in (query, key, value))
     key, value = key.repeat_interleave(groups, 0), value.repeat_interleave(groups, 0)
-    return scaled_dot_product_attention(query, key, value, seen, scale=scale).transpose(0, 1), None
+    if not cap and sinks is None:
+        output = scaled_dot_product_attention(query, key, value, seen, scale=scale)
+        return output.transpose(0, 1), None
+    scores = query @ key.transpose(1, 2) * scale
+    if cap:
+        scores = cap * torch.tanh(scores / cap)
+    scores = scores.masked_fill(~seen, float("-inf"))
+    if sinks is not None:
+        scores = torch.cat([scores, sinks[:, None, None].expand(-1, tokens, 1)], -1)
+    weights = scores.softmax(-1)[..., :tokens]
+    return (weights.to(value.dtype) @ value).transpose(0, 1), None
 
 
 def build(fields: dict[str, str], **more: object) -> LabTrainer:

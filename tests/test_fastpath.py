@@ -25,7 +25,7 @@ from sftlab.fastpath import fused_loss, varlen_attention
 @pytest.fixture
 def on_a_cpu(monkeypatch):
     """Let packing run here, with the reference attention."""
-    monkeypatch.setattr(varlen_attention, "why_not", lambda config, model_class: None)
+    monkeypatch.setattr(varlen_attention, "why_not", lambda layers, longest: None)
     monkeypatch.setattr(varlen_attention, "varlen_attention", reference_attention)
 
 

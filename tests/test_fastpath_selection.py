@@ -6,17 +6,26 @@ import pytest
 import torch
 from conftest import arguments, read, short_fields
 from packed_training import FOUR_BITS, build, reference_attention, train
-from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback
+from transformers import (
+    Lfm2Config,
+    Llama4TextConfig,
+    LlamaConfig,
+    MambaConfig,
+    MistralConfig,
+    TrainerCallback,
+)
 
 from sftlab.config.launch import Launch
 from sftlab.config.parser import parse_recipe
 from sftlab.fastpath import selection, varlen_attention
+from sftlab.models.layers import describe
+from sftlab.models.loading import model_class
 
 
 @pytest.fixture
 def on_a_cpu(monkeypatch):
     """Let packing run here, with the reference attention."""
-    monkeypatch.setattr(varlen_attention, "why_not", lambda config, model_class: None)
+    monkeypatch.setattr(varlen_attention, "why_not", lambda layers, longest: None)
     monkeypatch.setattr(varlen_attention, "varlen_attention", reference_attention)
 
 
@@ -26,6 +35,13 @@ def fields(base, rows, tmp_path) -> dict[str, str]:
     return {**short, "per_device_train_batch_size": "4", "lora_dropout": "0"}
 
 
+CHUNKED = {
+    "layer_types": ["chunked_attention", "full_attention"],
+    "attention_chunk_size": 64,
+    "intermediate_size": 64,
+    "intermediate_size_mlp": 64,
+    "num_local_experts": 2,
+}
 EIGHT_BITS = {"load_in_8bit": "true"}
 
 
@@ -91,39 +107,32 @@ def test_layers_of_8_bit_weights_are_not_compiled_under_fsdp(
     assert ("compile_layers" in fast.reasons) == (not compiled)
 
 
-def test_a_head_that_changes_its_logits_keeps_trls_loss(fields, monkeypatch):
-    monkeypatch.setattr(LlamaConfig, "logit_scale", 2.0, raising=False)
-    trainer = build(fields)
-    assert trainer.fast.fused_loss is False
-    assert trainer.fast.reasons["fused_loss"] == "llama changes its logits (logit_scale)"
-    assert train(trainer)
+SMALL = {"hidden_size": 64, "num_attention_heads": 2, "num_hidden_layers": 2}
 
 
 @pytest.mark.parametrize(
-    "change, why",
+    "config, longest, why",
     [
-        ({"head_dim": 24}, "the heads have size 24"),
-        ({"sliding_window": 64}, "a sliding window"),
-        ({"attn_logit_softcapping": 30.0}, "capped scores"),
-        ({"attention_dropout": 0.1}, "dropout in its attention"),
-        (
-            {"layer_types": ["sliding_attention", "full_attention"]},
-            "layers other than full attention",
-        ),
+        (LlamaConfig(**SMALL), None, None),
+        (LlamaConfig(**SMALL, head_dim=24), None, None),
+        (LlamaConfig(**SMALL, head_dim=512), None, "heads have 512 elements, more than 256"),
+        (LlamaConfig(**SMALL, attention_dropout=0.1), None, "the attention has dropout"),
+        (MistralConfig(**SMALL, sliding_window=16), 512, None),
+        (Llama4TextConfig(**SMALL, **CHUNKED), 512, "needs a max_length of at most 64"),
+        (Llama4TextConfig(**SMALL, **CHUNKED), 64, None),
+        (MambaConfig(num_hidden_layers=1, hidden_size=32), 64, "does not take another attention"),
+        (Lfm2Config(**SMALL, layer_types=["conv", "full_attention"]), 64, "convolutions would mix"),
     ],
+    ids=lambda value: getattr(value, "model_type", None),
 )
-def test_models_whose_attention_the_kernels_do_not_have_are_not_packed(monkeypatch, change, why):
+def test_models_whose_attention_the_kernels_do_not_have_are_not_packed(
+    monkeypatch, config, longest, why
+):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
     monkeypatch.setattr(varlen_attention, "find_spec", lambda name: name)
-    config = LlamaConfig(hidden_size=64, num_attention_heads=2, num_hidden_layers=2)
-    assert varlen_attention.why_not(config, LlamaForCausalLM) is None
-    for name, value in change.items():
-        setattr(config, name, value)
-    assert why in varlen_attention.why_not(config, LlamaForCausalLM)
-    assert "does not take another attention" in varlen_attention.why_not(
-        LlamaConfig(hidden_size=64, num_attention_heads=2), None
-    )
+    found = varlen_attention.why_not(describe(config, model_class(config)), longest)
+    assert found is None if why is None else why in found
 
 
 def test_a_parameter_that_something_unfroze_stops_the_run(fields, on_a_cpu):

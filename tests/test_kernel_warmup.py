@@ -12,6 +12,7 @@ from packed_training import build, examples, losses_and_gradients
 from sftlab.config.launch import Launch
 from sftlab.config.parser import parse_recipe
 from sftlab.fastpath import fused_loss, kernel_warmup, selection, varlen_attention
+from sftlab.models.layers import Attention, Layers
 from sftlab.models.loading import load_config
 
 
@@ -50,17 +51,17 @@ def form(*values: object) -> tuple:
 def test_the_rehearsed_kernels_are_those_of_every_step(fields, monkeypatch, weights, dtype):
     called = {}
 
-    def attention_forward(query, key, value, pieces, scale):
+    def attention_forward(query, key, value, pieces, scale, *rest):
         called.setdefault("forward", set()).add(
-            form(query, key, value, pieces[0], pieces[1], scale)
+            form(query, key, value, pieces[0], pieces[1], scale, *rest)
         )
         return torch.zeros_like(query), query.new_zeros(
             query.shape[1], query.shape[0], dtype=torch.float32
         )
 
-    def attention_backward(gradient, query, key, value, output, lse, pieces, scale):
+    def attention_backward(gradient, query, key, value, output, lse, pieces, scale, *rest):
         tensors = (gradient, query, key, value, output, lse[0])
-        called.setdefault("backward", set()).add(form(*tensors, pieces[0], pieces[1], scale))
+        called.setdefault("backward", set()).add(form(*tensors, pieces[0], pieces[1], scale, *rest))
         return torch.zeros_like(query), torch.zeros_like(key), torch.zeros_like(value)
 
     def cross_entropy_(logits, *columns):
@@ -73,12 +74,13 @@ def test_the_rehearsed_kernels_are_those_of_every_step(fields, monkeypatch, weig
     stub = types.ModuleType("sftlab.fastpath.triton_kernels")
     stub.attention_forward, stub.attention_backward = attention_forward, attention_backward
     monkeypatch.setitem(sys.modules, "sftlab.fastpath.triton_kernels", stub)
-    monkeypatch.setattr(varlen_attention, "why_not", lambda config, model_class: None)
+    monkeypatch.setattr(varlen_attention, "why_not", lambda layers, longest: None)
     monkeypatch.setattr(fused_loss, "cross_entropy_", cross_entropy_)
     trainer = build(fields, packing="true")
     for weight in trainer.model.parameters():
         weight.data = weight.data if weight.requires_grad else weight.data.to(weights)
-    kernel_warmup.rehearse(trainer.model.config, dtype, torch.device("cpu"), fused_loss=True)
+    kinds = trainer.fast.layers.distinct
+    kernel_warmup.rehearse(trainer.model.config, kinds, dtype, torch.device("cpu"), fused_loss=True)
     rehearsed, called = called, {}
     assert {name: len(forms) for name, forms in rehearsed.items()} == {
         "forward": 1,
@@ -99,14 +101,21 @@ def test_kernels_are_rehearsed_on_the_gpu_of_the_process(fields, monkeypatch):
     recipe = parse_recipe(arguments(fields), Launch.from_environment())
     config = load_config(recipe.model.model_name_or_path, None, recipe.training)
     fast = selection.FastPath(
-        packing=True, compile_layers=False, fused_loss=None, attn_implementation=None
+        packing=True,
+        compile_layers=False,
+        fused_loss=None,
+        attn_implementation=None,
+        layers=Layers(2, (Attention(2, 1, 16, 16, 0.25, window=64),) * 2),
     )
+    recipe.training.max_length = 64
     monkeypatch.setenv("LOCAL_RANK", "1")
     assert kernel_warmup.start_compilers(recipe, config, fast).exception(20) is None
     gpu = torch.device("cuda", 1)
+    # a window as long as the longest row is none
+    kinds = (Attention(2, 1, 16, 16, 0.25),)
     assert done == [
         ("rehearsal_0", "device", gpu),
-        ("rehearsal_0", "rehearsed", config, torch.float32, gpu, True),
+        ("rehearsal_0", "rehearsed", config, kinds, torch.float32, gpu, True),
     ]
     recipe.training.dataset_num_proc = 2
     assert kernel_warmup.start_compilers(recipe, config, fast).done() and len(done) == 2, (

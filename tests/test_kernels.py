@@ -81,6 +81,58 @@ def test_attention_and_its_gradients(dtype, heads, key_heads, size):
         assert (found.double() - right).abs().max() < TOLERANCE[dtype] * right.abs().max()
 
 
+def attention_by_hand(query, key, value, lengths, window, cap, sinks):
+    """Attention of every row from its scores, in the inputs' dtype."""
+    groups = query.shape[1] // key.shape[1]
+    found = []
+    for q, k, v in zip(*(t.split(lengths) for t in (query, key, value)), strict=True):
+        q, k, v = (t.transpose(0, 1) for t in (q, k, v))
+        k, v = k.repeat_interleave(groups, 0), v.repeat_interleave(groups, 0)
+        scores = q @ k.transpose(1, 2) * q.shape[-1] ** -0.5
+        scores = cap * torch.tanh(scores / cap) if cap else scores
+        at = torch.arange(q.shape[1], device=q.device)
+        behind = at[:, None] - at[None]
+        hidden = (behind < 0) | (behind >= (window or len(at)))
+        scores = scores.masked_fill(hidden, float("-inf"))
+        if sinks is not None:
+            of_sinks = sinks.to(scores)[:, None, None].expand(-1, len(at), 1)
+            scores = torch.cat([scores, of_sinks], -1)
+        found.append((scores.softmax(-1)[..., : len(at)] @ v).transpose(0, 1))
+    return torch.cat(found)
+
+
+OTHER_HEADS = {
+    "96": (2, 1, 96, 96, 0, 0.0, False),
+    "MLA": (1, 1, 48, 32, 0, 0.0, False),
+    "gemma2": (1, 1, 160 if interpreted else 256, 160 if interpreted else 256, 16, 5.0, False),
+    "gpt_oss": (2, 1, 16, 16, 16, 0.0, True),
+}
+
+
+@with_triton
+@runs_kernels
+@pytest.mark.parametrize("case", OTHER_HEADS.values(), ids=list(OTHER_HEADS))
+def test_attention_of_other_heads_and_its_gradients(case):
+    heads, key_heads, size, value_size, window, cap, has_sinks = case
+    lengths = [1, 65, 70] if size <= 96 else [1, 35]
+    torch.manual_seed(0)
+    shapes = ((heads, size), (key_heads, size), (key_heads, value_size), (heads, value_size))
+    exact = [torch.randn(sum(lengths), *shape, device=device) for shape in shapes]
+    sinks = torch.randn(heads, device=device) if has_sinks else None
+    want = [t.double().requires_grad_() for t in exact[:3]]
+    expected = attention_by_hand(*want, lengths, window, cap, sinks)
+    expected.backward(exact[3].double())
+    got = [t.clone().requires_grad_() for t in exact[:3]]
+    table = tiles(lengths).to(device)
+    output = varlen_attention(*got, table, size**-0.5, window, cap, sinks)[0]
+    output.backward(exact[3])
+    for found, right in (
+        (output, expected),
+        *((g.grad, w.grad) for g, w in zip(got, want, strict=True)),
+    ):
+        assert (found.double() - right).abs().max() < 5e-6 * right.abs().max()
+
+
 @with_triton
 @pytest.mark.skipif(interpreted, reason="Triton's interpreter runs no compiled kernel")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -148,7 +200,7 @@ def test_attention_keeps_its_sums_in_registers(
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("words", [1000, 9000 if interpreted else 128256])
 def test_cross_entropy_over_a_frozen_head(monkeypatch, dtype, words):
-    from sftlab.fastpath.triton_kernels import softmax_cross_entropy_
+    from sftlab.fastpath.loss_kernel import softmax_cross_entropy_
 
     # on a CPU the loss would not take the kernel
     monkeypatch.setattr(fused_loss, "cross_entropy_", softmax_cross_entropy_)
@@ -189,4 +241,4 @@ def test_the_kernels_run_under_tritons_interpreter():
         timeout=300,
     )
     assert done.returncode == 0, done.stdout[-3000:]
-    assert "8 passed, 2 skipped" in done.stdout
+    assert "12 passed, 2 skipped" in done.stdout

@@ -10,7 +10,7 @@ from trl.trainer.utils import add_fused_lm_head
 
 from sftlab.fastpath import fused_loss
 from sftlab.models.likelihood import likelihood, with_fused_head
-from sftlab.models.own_logits import changed_logits, own_log_probs_if_needed
+from sftlab.models.own_logits import NO_CHANGES, logit_changes, own_log_probs_if_needed
 
 SMALL = {
     "vocab_size": 97,
@@ -78,10 +78,42 @@ def models():
     )
 
 
-@pytest.mark.parametrize("make", models())
-def test_a_model_that_changes_its_logits_gets_no_loss_over_its_head_alone(make):
-    model = make()
-    assert "changes its logits" in changed_logits(model)
+def fused(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    """The fused loss of a batch's response tokens, on average."""
+    following = batch["labels"][:, 1:]
+    row, column = (following != -100).nonzero(as_tuple=True)
+    positions = row * following.shape[1] + row + column
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    targets = following[row, column]
+    return model(**inputs, loss_positions=positions, targets=targets)[0].mean()
+
+
+def test_a_model_that_changes_its_logits_in_another_way_gets_no_fused_loss():
+    model = shifted_forward(LlamaForCausalLM(LlamaConfig(**SMALL)).requires_grad_(False))
+    assert "changes its logits" in logit_changes(model)
+
+
+@pytest.mark.parametrize("name", [*CHANGED, "phi"])
+def test_the_fused_loss_of_a_scaled_capped_or_biased_head_is_the_models_own(name):
+    batch, nats, gradients = rows(), [], []
+    for own in (True, False):
+        model = family(name, **CHANGED.get(name, {}))
+        changes = logit_changes(model)
+        assert (changes == NO_CHANGES) == (name == "phi")
+        weight = next(p for n, p in model.named_parameters() if "layers.0." in n)
+        weight.requires_grad_()
+        if own:
+            logits = model(input_ids=batch["input_ids"], use_cache=False).logits
+            loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten())
+        else:
+            assert fused_loss.why_not(model) is None
+            fused_loss.add_frozen_head_loss(model, changes)
+            loss = fused(model, batch)
+        loss.backward()
+        nats.append(loss.item())
+        gradients.append(weight.grad)
+    assert nats[0] == pytest.approx(nats[1], abs=1e-4)
+    assert torch.allclose(*gradients, rtol=1e-3, atol=1e-5)
 
 
 @pytest.mark.parametrize("make", models())
@@ -117,7 +149,7 @@ def test_training_takes_the_models_own_loss_and_gradient():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_plain_head_stays_fused(dtype):
     model = family("llama").to(dtype)
-    assert changed_logits(model) is None
+    assert logit_changes(model) == NO_CHANGES
     assert fused_loss.why_not(model) is None
     add_fused_lm_head(model)
     forward = model.forward

@@ -16,6 +16,7 @@ from transformers import AutoConfig
 from sftlab.config.launch import exported, launched
 from sftlab.config.parser import parse_recipe
 from sftlab.fastpath.selection import FastPath
+from sftlab.models.layers import Layers
 from sftlab.planning.plan import planned_memory
 from sftlab.training.summary import planned_row
 
@@ -234,9 +235,13 @@ def test_a_run_stores_the_plan_of_what_it_trained(base, fields):
         trainer = SimpleNamespace(
             train_dataset=rows, model=SimpleNamespace(config=config), state=state
         )
-        planned = planned_memory(recipe, launch, FastPath(True, True, True, "varlen"), trainer)
+        planned = planned_memory(
+            recipe, launch, FastPath(True, True, True, "varlen", Layers(2)), trainer
+        )
         recipe.training.optim = "adafactor"
-        why = planned_memory(recipe, launch, FastPath(True, True, True, "varlen"), trainer)
+        why = planned_memory(
+            recipe, launch, FastPath(True, True, True, "varlen", Layers(2)), trainer
+        )
     parts = sum(
         size for name, size in planned.items() if name.endswith("_gb") and name != "allocated_gb"
     )

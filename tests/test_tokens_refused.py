@@ -19,6 +19,7 @@ from sftlab.data.chat_template import INSTRUCTION_TEMPLATE
 from sftlab.data.splits import SPLITS, load_splits
 from sftlab.data.tokenized_dataset import MANIFEST, read_record, record_path
 from sftlab.fastpath.selection import FastPath
+from sftlab.models.layers import Layers
 from sftlab.training.trainer import build_trainer
 
 ROWS = instruction_rows(60)
@@ -188,7 +189,7 @@ def test_tokens_of_another_template_tokenizer_or_length_are_refused(
         if name not in ("template", "tokenizer", "eos")
     }
     recipe = recipe_of(fields | {"dataset_name": str(folder)} | settings)
-    fast = FastPath(packing=False, compile_layers=False, fused_loss=None, attn_implementation=None)
+    fast = FastPath(False, False, None, None, Layers(2))
     with pytest.raises(ValueError, match=message) as caught:
         build_trainer(recipe, Launch.from_environment(), fast, tokenizer, load_splits(recipe.data))
     assert "\n" not in str(caught.value)

@@ -12,6 +12,8 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
+from sftlab.models.own_logits import NO_CHANGES, Changes
+
 # Positions whose logits exist at one time.
 CHUNK = 4096
 
@@ -19,9 +21,9 @@ CHUNK = 4096
 class FrozenHeadLoss(torch.autograd.Function):
     """Returns nats, entropies and hits of the chosen positions, [n] each.
 
-    Takes hidden [tokens, size], weight [words, size], positions and targets [n]. `hits` is 1.0
-    where the target has the highest logit. Only the nats have a gradient, and only with respect to
-    `hidden`.
+    Takes hidden [tokens, size], weight [words, size], positions and targets [n], and what the model
+    does to its logits: `bias` [words] or None, `factor`, `cap`. `hits` is 1.0 where the target has
+    the highest logit. Only the nats have a gradient, and only with respect to `hidden`.
     """
 
     @staticmethod
@@ -31,9 +33,15 @@ class FrozenHeadLoss(torch.autograd.Function):
         weight: torch.Tensor,
         positions: torch.Tensor,
         targets: torch.Tensor,
+        bias: torch.Tensor | None = None,
+        factor: float = 1.0,
+        cap: float = 0.0,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Compute the loss chunk by chunk, and the gradient of `hidden` with it."""
         picked = hidden.index_select(0, positions)
+        if factor != 1.0:  # fewer numbers than the logits have
+            picked = picked * factor
+            bias = None if bias is None else bias * factor
         # each row begins at a multiple of 16 bytes, or Triton would compile the kernel once more
         aligned = torch.empty(
             3, len(picked) + -len(picked) % 4, device=hidden.device, dtype=torch.float32
@@ -42,13 +50,13 @@ class FrozenHeadLoss(torch.autograd.Function):
         gradient = torch.empty_like(picked) if ctx.needs_input_grad[0] else None
         for first in range(0, len(picked), CHUNK):
             chunk = slice(first, first + CHUNK)
-            logits = picked[chunk] @ weight.t()
-            cross_entropy_(logits, targets[chunk], nats[chunk], entropies[chunk], hits[chunk])
+            logits = nn.functional.linear(picked[chunk], weight, bias)
+            cross_entropy_(logits, targets[chunk], nats[chunk], entropies[chunk], hits[chunk], cap)
             if gradient is not None:
                 torch.mm(logits, weight, out=gradient[chunk])
             del logits
         ctx.save_for_backward(gradient, positions)
-        ctx.shape = hidden.shape
+        ctx.shape, ctx.factor = hidden.shape, factor
         ctx.mark_non_differentiable(entropies, hits)
         return nats, entropies, hits
 
@@ -58,9 +66,9 @@ class FrozenHeadLoss(torch.autograd.Function):
         gradient, positions = ctx.saved_tensors
         scattered = gradient.new_zeros(ctx.shape)
         scattered.index_copy_(
-            0, positions, (gradient.float() * of_nats[:, None]).to(gradient.dtype)
+            0, positions, (gradient.float() * (of_nats * ctx.factor)[:, None]).to(gradient.dtype)
         )
-        return scattered, None, None, None
+        return scattered, *[None] * 6
 
 
 def cross_entropy_(
@@ -69,47 +77,42 @@ def cross_entropy_(
     nats: torch.Tensor,
     entropies: torch.Tensor,
     hits: torch.Tensor,
+    cap: float = 0.0,
 ) -> None:
     """Overwrite `logits` [n, words] with d nats / d logits; fill nats, entropies and hits [n].
 
-    Computes in float32.
+    A `cap` bounds the logits by cap * tanh(logits / cap) first; 0.0 is none. Computes in float32.
     """
     if logits.is_cuda:
-        from sftlab.fastpath.triton_kernels import softmax_cross_entropy_
+        from sftlab.fastpath.loss_kernel import softmax_cross_entropy_
 
-        return softmax_cross_entropy_(logits, targets, nats, entropies, hits)
-    log_probs = torch.log_softmax(logits.float(), dim=-1)
+        return softmax_cross_entropy_(logits, targets, nats, entropies, hits, cap)
+    bent = torch.tanh(logits.float() / cap) if cap else None
+    log_probs = torch.log_softmax(logits.float() if bent is None else cap * bent, dim=-1)
     aimed = log_probs.gather(1, targets[:, None])[:, 0]
     probs = log_probs.exp()
     nats.copy_(-aimed)
     hits.copy_(aimed >= log_probs.amax(dim=-1))
     entropies.copy_(-(probs * log_probs).sum(dim=-1))
     probs.scatter_add_(1, targets[:, None], torch.full_like(aimed, -1.0)[:, None])
-    logits.copy_(probs)
+    logits.copy_(probs if bent is None else probs * (1 - bent * bent))
 
 
 def why_not(model: PreTrainedModel) -> str | None:
     """Returns why the fused loss does not work for this model; None if it does."""
-    head, config = model.get_output_embeddings(), model.config.get_text_config()
-    if type(head) is not nn.Linear or head.bias is not None or head.weight.requires_grad:
-        return "the head is not a frozen linear layer without bias"
-    scales = (
-        "final_logit_softcapping",
-        "logit_scale",
-        "output_multiplier",
-        "lm_head_multiplier",
-        "logits_scaling",
-    )
-    scaled = [name for name in scales if getattr(config, name, None) not in (None, 1.0)]
-    if scaled or getattr(config, "output_router_logits", False):
-        return f"{config.model_type} changes its logits ({', '.join(scaled) or 'router'})"
+    head = model.get_output_embeddings()
+    if type(head) is not nn.Linear or any(one.requires_grad for one in head.parameters()):
+        return "the head is not a frozen linear layer"
+    if getattr(model.config.get_text_config(), "output_router_logits", False):
+        return f"{model.config.model_type} has a loss of its router besides"
     return None
 
 
-def add_frozen_head_loss(model: PreTrainedModel) -> None:
+def add_frozen_head_loss(model: PreTrainedModel, changes: Changes = NO_CHANGES) -> None:
     """Make `model(..., loss_positions=, targets=)` return nats, entropies and hits, [n] each.
 
-    Without these arguments the model returns logits as before.
+    `changes` is what the model does to its logits. Without these arguments the model returns logits
+    as before.
     """
     original = model.forward
 
@@ -126,13 +129,22 @@ def add_frozen_head_loss(model: PreTrainedModel) -> None:
         hidden = self.base_model(*args, **kwargs | {"use_cache": False}).last_hidden_state.flatten(
             0, 1
         )
-        weight = self.get_output_embeddings().weight
-        if isinstance(weight, DTensor):
-            weight = weight.full_tensor()
+        head = self.get_output_embeddings()
+        weight, bias = (
+            one.full_tensor() if isinstance(one, DTensor) else one
+            for one in (head.weight, head.bias)
+        )
         device = hidden.device.type
         dtype = (
             torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
         )
-        return FrozenHeadLoss.apply(hidden.to(dtype), weight.to(dtype), loss_positions, targets)
+        return FrozenHeadLoss.apply(
+            hidden.to(dtype),
+            weight.to(dtype),
+            loss_positions,
+            targets,
+            None if bias is None else bias.to(dtype),
+            *changes,
+        )
 
     model.forward = types.MethodType(forward, model)

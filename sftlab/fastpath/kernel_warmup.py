@@ -1,6 +1,7 @@
 """Compiles kernels while data and weights are read, so that the first step does not wait."""
 
 import os
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 
@@ -13,6 +14,7 @@ from sftlab.data.collator import TOKENS_MULTIPLE, tiles
 from sftlab.fastpath import varlen_attention
 from sftlab.fastpath.fused_loss import CHUNK, FrozenHeadLoss
 from sftlab.fastpath.selection import FastPath
+from sftlab.models.layers import Attention
 
 
 def start_compilers(recipe: Recipe, config: PreTrainedConfig, fast: FastPath) -> Future:
@@ -34,29 +36,36 @@ def start_compilers(recipe: Recipe, config: PreTrainedConfig, fast: FastPath) ->
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
     # a new thread begins on the first GPU, also if its process uses another one
     thread = ThreadPoolExecutor(1, "rehearsal", torch.cuda.set_device, (device,))
-    future = thread.submit(
-        rehearse, config.get_text_config(), dtype, device, fast.fused_loss is not False
-    )
+    longest = recipe.training.max_length
+    kinds = tuple(dict.fromkeys(one.for_rows(longest) for one in fast.layers.attention))
+    fused_loss = fast.fused_loss is not False
+    future = thread.submit(rehearse, config.get_text_config(), kinds, dtype, device, fused_loss)
     thread.shutdown(wait=False)
     return future
 
 
 def rehearse(
-    config: PreTrainedConfig, dtype: torch.dtype, device: torch.device, fused_loss: bool
+    config: PreTrainedConfig,
+    kinds: Sequence[Attention],
+    dtype: torch.dtype,
+    device: torch.device,
+    fused_loss: bool,
 ) -> None:
     """Run the kernels of a packed step once, in the form in which the step will call them.
 
-    The fused loss runs on less than a chunk: with the stand-in for the head, it takes about the
-    memory of the step's own chunk.
+    `kinds` are the different attentions of the layers. The fused loss runs on less than a chunk:
+    with the stand-in for the head, it takes about the memory of the step's own chunk.
     """
-    heads, tokens = config.num_attention_heads, TOKENS_MULTIPLE
-    size = getattr(config, "head_dim", None) or config.hidden_size // heads
-    key_heads = getattr(config, "num_key_value_heads", None) or heads
     make = partial(torch.zeros, dtype=dtype, device=device, requires_grad=True)
-    query, key, value = (make(tokens, n, size) for n in (heads, key_heads, key_heads))
-    varlen_attention.varlen_attention(query, key, value, tiles([tokens]).to(device), size**-0.5)[
-        0
-    ].sum().backward()
+    tokens = TOKENS_MULTIPLE
+    table = tiles([tokens]).to(device)
+    for one in kinds:
+        query = make(tokens, one.heads, one.size)
+        key, value = (make(tokens, one.key_heads, size) for size in (one.size, one.value_size))
+        sinks = torch.zeros(one.heads, device=device) if one.sinks else None
+        varlen_attention.varlen_attention(
+            query, key, value, table, one.scale, one.window, one.cap, sinks
+        )[0].sum().backward()
     if fused_loss:
         rows = max(CHUNK // 4, CHUNK - config.hidden_size)
         hidden, head = (

@@ -12,6 +12,7 @@ from transformers import PreTrainedConfig
 from sftlab.config.launch import Launch
 from sftlab.config.recipe import Recipe
 from sftlab.fastpath import varlen_attention
+from sftlab.models.layers import Layers, describe
 from sftlab.models.loading import model_class
 
 UNTIMED = "not measured with 8-bit weights under FSDP; set compile_layers to switch it on"
@@ -21,14 +22,15 @@ UNTIMED = "not measured with 8-bit weights under FSDP; set compile_layers to swi
 class FastPath:
     """The parts that are on; `fused_loss` is None until the model is loaded.
 
-    `reasons` says, by part, why one that the recipe leaves unset is off. Compiled layers are off on
-    a CPU without a reason.
+    `layers` are the model's. `reasons` says, by part, why one that the recipe leaves unset is off.
+    Compiled layers are off on a CPU without a reason.
     """
 
     packing: bool
     compile_layers: bool
     fused_loss: bool | None
     attn_implementation: str | None
+    layers: Layers
     reasons: dict[str, str] = field(default_factory=dict)
 
 
@@ -44,7 +46,8 @@ def choose(
     Raises ValueError for packing that the recipe asks for and that does not work here.
     """
     attention, reasons = recipe.model.attn_implementation, {}
-    no_packing = _no_packing(recipe, config, elsewhere)
+    layers = describe(config, model_class(config))
+    no_packing = _no_packing(recipe, layers, elsewhere)
     if (recipe.training.packing or attention == varlen_attention.NAME) and no_packing:
         raise ValueError(
             f"packing is not possible here: {no_packing}; leave packing and attn_implementation "
@@ -68,20 +71,23 @@ def choose(
         compiled,
         recipe.training.fused_loss,
         varlen_attention.NAME if packing else attention,
+        layers,
         reasons,
     )
 
 
 def _no_packing(
-    recipe: Recipe, config: PreTrainedConfig, elsewhere: Callable[[], str | None] | None
+    recipe: Recipe, layers: Layers, elsewhere: Callable[[], str | None] | None
 ) -> str | None:
-    attention, model = recipe.model.attn_implementation, model_class(config)
+    attention, longest = recipe.model.attn_implementation, recipe.training.max_length
     if recipe.data.dataset_streaming:
         return "rows of a stream come without their lengths"
     if recipe.training.neftune_noise_alpha:
         return "NEFTune scales its noise by the length of a row, and packed rows are one row"
     if attention not in (None, varlen_attention.NAME):
         return f"attention {attention} would need a dense mask over the packed rows"
+    if not recipe.model.use_peft and any(one.sinks for one in layers.attention):
+        return "the attention's sinks train, and the kernels have no gradient for them"
     if elsewhere is None:
-        return varlen_attention.why_not(config, model)
-    return elsewhere() or varlen_attention.why_not_the_model(config, model)
+        return varlen_attention.why_not(layers, longest)
+    return elsewhere() or varlen_attention.why_not_the_model(layers, longest)

@@ -1,9 +1,10 @@
-"""Triton kernels: attention over packed rows, and softmax cross-entropy with its gradient.
+"""Triton kernels: attention over packed rows, with its gradients.
 
-Attention is FlashAttention-2 (Dao 2023, arXiv 2307.08691, algorithms 1 and 2) over a table of
-tiles. Every program works on one sequence, short rows waste no blocks, and grouped heads are never
-repeated. Tensors are contiguous: queries [tokens, heads, head size], keys and values [tokens, key
-heads, head size].
+It is FlashAttention-2 (Dao 2023, arXiv 2307.08691, algorithms 1 and 2) over a table of tiles. Every
+program works on one sequence, short rows waste no blocks, and grouped heads are never repeated.
+Tensors are contiguous: queries [tokens, heads, head size], keys [tokens, key heads, head size],
+values [tokens, key heads, value size]. Heads have up to 256 elements. What only some families have
+(windows, caps, sinks, sizes that are no power of two) is left out at compile time for the others.
 """
 
 import math
@@ -19,22 +20,36 @@ LOG2_E = math.log2(math.e)
 # were the fastest on an H200 for rows of a few hundred to some thousand tokens: the first two in
 # bfloat16, the third in float32, where larger ones spill registers (tests/test_kernels.py).
 BY_ROWS, BY_KEYS, FLOAT32 = (TILE, 32, 4, 3), (TILE, TILE, 4, 1), (32, 32, 4, 1)
+# The same for heads wider than 128. They spill least, compiled without a GPU.
+WIDE_ROWS, WIDE_KEYS, WIDE_FLOAT32 = (TILE, 32, 8, 2), (32, 32, 8, 1), (16, 16, 4, 1)
 
 
 def attention_forward(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, tiles: torch.Tensor, scale: float
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    tiles: torch.Tensor,
+    scale: float,
+    window: int = 0,
+    cap: float = 0.0,
+    sinks: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Causal attention within each sequence.
 
-    Returns the output, shaped like `query`, and the base-2 log-sum-exps [heads, tokens].
+    With a `window`, a token sees the last `window` ones, itself included. A `cap` bounds scores by
+    tanh. `sinks` [heads] are scores that take weight and have no value.
+
+    Returns the output [tokens, heads, value size], and the base-2 log-sum-exps [heads, tokens],
+    with the sinks.
     """
-    tokens, heads, size = query.shape
-    output = torch.empty_like(query)
+    tokens, heads, _ = query.shape
+    output = query.new_empty(tokens, heads, value.shape[-1])
     lse = torch.empty(heads, tokens, device=query.device, dtype=torch.float32)
-    own, read, precision, options = _launch(query, BY_ROWS)
+    own, read, precision, options = _launch(query, BY_ROWS, WIDE_ROWS)
     _forward[(tiles.shape[1] * (TILE // own), heads)](
-        query, key, value, output, lse, tiles, scale * LOG2_E, tokens,
-        heads, heads // key.shape[1], size, TILE, own, read, precision, **options,
+        query, key, value, output, lse, tiles, lse if sinks is None else sinks, scale * LOG2_E,
+        cap * LOG2_E, tokens, heads, heads // key.shape[1], *_sizes(query, value), window, cap > 0,
+        sinks is not None, TILE, own, read, precision, **options,
     )  # fmt: skip
     return output, lse
 
@@ -48,9 +63,11 @@ def attention_backward(
     lse: torch.Tensor,
     tiles: torch.Tensor,
     scale: float,
+    window: int = 0,
+    cap: float = 0.0,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Returns the gradients of `query`, `key` and `value`."""
-    tokens, heads, size = query.shape
+    """Returns the gradients of `query`, `key` and `value`. Sinks are frozen, and in `lse`."""
+    tokens, heads, _ = query.shape
     groups = heads // key.shape[1]
     d_query, d_key, d_value = (
         torch.empty_like(query),
@@ -58,13 +75,16 @@ def attention_backward(
         torch.empty_like(value),
     )
     delta = torch.empty_like(lse)
-    shape = (scale, scale * LOG2_E, tokens, heads, groups, size)
-    own, read, precision, options = _launch(query, BY_ROWS)
+    shape = (
+        *(scale, scale * LOG2_E, cap * LOG2_E, tokens, heads, groups),
+        *(*_sizes(query, value), window, cap > 0),
+    )
+    own, read, precision, options = _launch(query, BY_ROWS, WIDE_ROWS)
     _backward_query[(tiles.shape[1] * (TILE // own), heads)](
         query, key, value, output, gradient, lse, delta, d_query, tiles[0], *shape,
         TILE, own, read, precision, **options,
     )  # fmt: skip
-    own, read, precision, options = _launch(query, BY_KEYS)
+    own, read, precision, options = _launch(query, BY_KEYS, WIDE_KEYS)
     _backward_key[(tiles.shape[1] * (TILE // own), heads // groups)](
         query, key, value, gradient, lse, delta, d_key, d_value, tiles[1], *shape,
         TILE, own, read, precision, **options,
@@ -72,25 +92,14 @@ def attention_backward(
     return d_query, d_key, d_value
 
 
-def softmax_cross_entropy_(
-    logits: torch.Tensor,
-    targets: torch.Tensor,
-    losses: torch.Tensor,
-    entropies: torch.Tensor,
-    hits: torch.Tensor,
-) -> None:
-    """Overwrite `logits` [rows, words] with d loss / d logits.
-
-    Fills [rows] each: the losses in nats, the entropies, and hits (1.0 where the target is on top).
-    """
-    rows, words = logits.shape
-    _cross_entropy[(rows,)](
-        logits, targets, losses, entropies, hits, words, logits.stride(0), 8192, num_warps=16
-    )
+def _sizes(query: torch.Tensor, value: torch.Tensor) -> tuple[int, int, int, int]:
+    """Returns head sizes of queries and values, and the powers of two that hold them."""
+    sizes = query.shape[-1], value.shape[-1]
+    return *sizes, *(max(16, triton.next_power_of_2(size)) for size in sizes)
 
 
 def _launch(
-    tensor: torch.Tensor, in_16_bits: tuple[int, int, int, int]
+    tensor: torch.Tensor, in_16_bits: tuple[int, int, int, int], wide: tuple[int, int, int, int]
 ) -> tuple[int, int, str, dict[str, int]]:
     """Returns tokens owned and read at a time, the precision of products, and Triton's options.
 
@@ -98,7 +107,11 @@ def _launch(
     the bits that follow. Its error is no larger than a plain one's (tests/test_kernels.py).
     """
     whole = tensor.dtype == torch.float32
-    own, read, warps, stages = FLOAT32 if whole else in_16_bits
+    narrow = tensor.shape[-1] <= 128
+    if whole:
+        own, read, warps, stages = FLOAT32 if narrow else WIDE_FLOAT32
+    else:
+        own, read, warps, stages = in_16_bits if narrow else wide
     return own, read, "tf32x3" if whole else "tf32", {"num_warps": warps, "num_stages": stages}
 
 
@@ -109,160 +122,200 @@ def _part(tiles, index, TILE: tl.constexpr, OWN: tl.constexpr):
 
 
 @triton.jit
+def _within(inside, unit, SIZE: tl.constexpr, BLOCK: tl.constexpr):
+    # a head that fills its block needs no mask of its own
+    if SIZE < BLOCK:
+        inside = inside & (unit < SIZE)
+    return inside
+
+
+@triton.jit
+def _seen(rows, columns, WINDOW: tl.constexpr):
+    seen = columns <= rows
+    if WINDOW > 0:
+        seen = seen & (rows - columns < WINDOW)
+    return seen
+
+
+@triton.jit
+def _first_seen(start, first, WINDOW: tl.constexpr, COLUMNS: tl.constexpr):
+    # whole tiles before the window are left out
+    if WINDOW > 0:
+        start += tl.maximum(first - WINDOW + 1 - start, 0) // COLUMNS * COLUMNS
+    return start
+
+
+@triton.jit
+def _tanh(x):
+    return 2.0 * tl.sigmoid(2.0 * x) - 1.0
+
+
+@triton.jit
 def _forward(
-    query, key, value, output, lse, tiles, scale_log2, tokens,
-    HEADS: tl.constexpr, GROUPS: tl.constexpr, SIZE: tl.constexpr,
-    TILE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, PRECISION: tl.constexpr,
+    query, key, value, output, lse, tiles, sinks, scale_log2, cap, tokens,
+    HEADS: tl.constexpr, GROUPS: tl.constexpr, SIZE: tl.constexpr, VALUE: tl.constexpr,
+    BLOCK: tl.constexpr, BLOCK_V: tl.constexpr, WINDOW: tl.constexpr, CAPPED: tl.constexpr,
+    SINKS: tl.constexpr, TILE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     start, end, first = _part(tiles, tl.program_id(0), TILE, ROWS)
     head = tl.program_id(1)
     if first < end:
-        KEY_STRIDE: tl.constexpr = HEADS // GROUPS * SIZE
+        KEY_HEADS: tl.constexpr = HEADS // GROUPS
         rows = first + tl.arange(0, ROWS)
-        unit = tl.arange(0, SIZE)
+        unit, unit_v = tl.arange(0, BLOCK), tl.arange(0, BLOCK_V)
         at = rows[:, None] * (HEADS * SIZE) + head * SIZE + unit[None, :]
+        at_v = rows[:, None] * (HEADS * VALUE) + head * VALUE + unit_v[None, :]
         real = rows[:, None] < end
-        q = tl.load(query + at, mask=real, other=0.0)
+        q = tl.load(query + at, mask=_within(real, unit[None, :], SIZE, BLOCK), other=0.0)
         top = tl.full((ROWS,), float("-inf"), tl.float32)
         total = tl.zeros((ROWS,), tl.float32)
-        sums = tl.zeros((ROWS, SIZE), tl.float32)
-        offset = (head // GROUPS) * SIZE
+        sums = tl.zeros((ROWS, BLOCK_V), tl.float32)
+        offset, offset_v = (head // GROUPS) * SIZE, (head // GROUPS) * VALUE
+        start = _first_seen(start, first, WINDOW, COLUMNS)
         for column in range(start, tl.minimum(first + ROWS, end), COLUMNS):
             columns = column + tl.arange(0, COLUMNS)
             inside = columns < end
             k = tl.load(
-                key + columns[None, :] * KEY_STRIDE + offset + unit[:, None],
-                mask=inside[None, :],
+                key + columns[None, :] * (KEY_HEADS * SIZE) + offset + unit[:, None],
+                mask=_within(inside[None, :], unit[:, None], SIZE, BLOCK),
                 other=0.0,
             )
             v = tl.load(
-                value + columns[:, None] * KEY_STRIDE + offset + unit[None, :],
-                mask=inside[:, None],
+                value + columns[:, None] * (KEY_HEADS * VALUE) + offset_v + unit_v[None, :],
+                mask=_within(inside[:, None], unit_v[None, :], VALUE, BLOCK_V),
                 other=0.0,
             )
             scores = tl.dot(q, k, input_precision=PRECISION) * scale_log2
-            scores = tl.where(columns[None, :] <= rows[:, None], scores, float("-inf"))
+            if CAPPED:
+                scores = cap * _tanh(scores / cap)
+            seen = _seen(rows[:, None], columns[None, :], WINDOW)
+            scores = tl.where(seen, scores, float("-inf"))
             higher = tl.maximum(top, tl.max(scores, 1))
-            weights = tl.exp2(scores - higher[:, None])
-            shrink = tl.exp2(top - higher)
+            finite = higher
+            if WINDOW > 0:  # a row may see nothing of a tile
+                finite = tl.where(higher == float("-inf"), 0.0, higher)
+            weights = tl.exp2(scores - finite[:, None])
+            shrink = tl.exp2(top - finite)
             total = total * shrink + tl.sum(weights, 1)
             sums = tl.dot(weights.to(v.dtype), v, sums * shrink[:, None], input_precision=PRECISION)
             top = higher
-        tl.store(output + at, (sums / total[:, None]).to(output.dtype.element_ty), mask=real)
+        if SINKS:
+            total += tl.exp2(tl.load(sinks + head).to(tl.float32) * 1.4426950408889634 - top)
+        real_v = _within(real, unit_v[None, :], VALUE, BLOCK_V)
+        tl.store(output + at_v, (sums / total[:, None]).to(output.dtype.element_ty), mask=real_v)
         tl.store(lse + head * tokens + rows, top + tl.log2(total), mask=rows < end)
 
 
 @triton.jit
 def _backward_query(
-    query, key, value, output, gradient, lse, delta, d_query, tiles, scale, scale_log2, tokens,
-    HEADS: tl.constexpr, GROUPS: tl.constexpr, SIZE: tl.constexpr,
+    query, key, value, output, gradient, lse, delta, d_query, tiles, scale, scale_log2, cap, tokens,
+    HEADS: tl.constexpr, GROUPS: tl.constexpr, SIZE: tl.constexpr, VALUE: tl.constexpr,
+    BLOCK: tl.constexpr, BLOCK_V: tl.constexpr, WINDOW: tl.constexpr, CAPPED: tl.constexpr,
     TILE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     start, end, first = _part(tiles, tl.program_id(0), TILE, ROWS)
     head = tl.program_id(1)
     if first < end:
-        KEY_STRIDE: tl.constexpr = HEADS // GROUPS * SIZE
+        KEY_HEADS: tl.constexpr = HEADS // GROUPS
         rows = first + tl.arange(0, ROWS)
-        unit = tl.arange(0, SIZE)
+        unit, unit_v = tl.arange(0, BLOCK), tl.arange(0, BLOCK_V)
         at = rows[:, None] * (HEADS * SIZE) + head * SIZE + unit[None, :]
-        real = rows[:, None] < end
+        at_v = rows[:, None] * (HEADS * VALUE) + head * VALUE + unit_v[None, :]
+        real = _within(rows[:, None] < end, unit[None, :], SIZE, BLOCK)
+        real_v = _within(rows[:, None] < end, unit_v[None, :], VALUE, BLOCK_V)
         q = tl.load(query + at, mask=real, other=0.0)
-        dy = tl.load(gradient + at, mask=real, other=0.0)
-        y = tl.load(output + at, mask=real, other=0.0)
+        dy = tl.load(gradient + at_v, mask=real_v, other=0.0)
+        y = tl.load(output + at_v, mask=real_v, other=0.0)
         log_sum = tl.load(lse + head * tokens + rows, mask=rows < end, other=float("inf"))
         mean = tl.sum(y.to(tl.float32) * dy.to(tl.float32), 1)
         tl.store(delta + head * tokens + rows, mean, mask=rows < end)
-        dq = tl.zeros((ROWS, SIZE), tl.float32)
-        offset = (head // GROUPS) * SIZE
+        dq = tl.zeros((ROWS, BLOCK), tl.float32)
+        offset, offset_v = (head // GROUPS) * SIZE, (head // GROUPS) * VALUE
+        start = _first_seen(start, first, WINDOW, COLUMNS)
         for column in range(start, tl.minimum(first + ROWS, end), COLUMNS):
             columns = column + tl.arange(0, COLUMNS)
             inside = columns[:, None] < end
             k = tl.load(
-                key + columns[:, None] * KEY_STRIDE + offset + unit[None, :], mask=inside, other=0.0
-            )
-            v = tl.load(
-                value + columns[:, None] * KEY_STRIDE + offset + unit[None, :],
-                mask=inside,
+                key + columns[:, None] * (KEY_HEADS * SIZE) + offset + unit[None, :],
+                mask=_within(inside, unit[None, :], SIZE, BLOCK),
                 other=0.0,
             )
-            weights = tl.exp2(
-                tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale_log2 - log_sum[:, None]
+            v = tl.load(
+                value + columns[:, None] * (KEY_HEADS * VALUE) + offset_v + unit_v[None, :],
+                mask=_within(inside, unit_v[None, :], VALUE, BLOCK_V),
+                other=0.0,
             )
-            weights = tl.where(columns[None, :] <= rows[:, None], weights, 0.0)
+            scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale_log2
+            if CAPPED:
+                bent = _tanh(scores / cap)
+                scores = cap * bent
+            weights = tl.exp2(scores - log_sum[:, None])
+            weights = tl.where(_seen(rows[:, None], columns[None, :], WINDOW), weights, 0.0)
             d_scores = weights * (
                 tl.dot(dy, tl.trans(v), input_precision=PRECISION) - mean[:, None]
             )
+            if CAPPED:
+                d_scores *= 1.0 - bent * bent
             dq = tl.dot(d_scores.to(k.dtype), k, dq, input_precision=PRECISION)
         tl.store(d_query + at, (dq * scale).to(d_query.dtype.element_ty), mask=real)
 
 
 @triton.jit
 def _backward_key(
-    query, key, value, gradient, lse, delta, d_key, d_value, tiles, scale, scale_log2, tokens,
-    HEADS: tl.constexpr, GROUPS: tl.constexpr, SIZE: tl.constexpr,
+    query, key, value, gradient, lse, delta, d_key, d_value, tiles, scale, scale_log2, cap, tokens,
+    HEADS: tl.constexpr, GROUPS: tl.constexpr, SIZE: tl.constexpr, VALUE: tl.constexpr,
+    BLOCK: tl.constexpr, BLOCK_V: tl.constexpr, WINDOW: tl.constexpr, CAPPED: tl.constexpr,
     TILE: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     _, end, first = _part(tiles, tl.program_id(0), TILE, COLUMNS)
     key_head = tl.program_id(1)
     if first < end:
-        KEY_STRIDE: tl.constexpr = HEADS // GROUPS * SIZE
+        KEY_HEADS: tl.constexpr = HEADS // GROUPS
         columns = first + tl.arange(0, COLUMNS)
-        unit = tl.arange(0, SIZE)
-        at = columns[:, None] * KEY_STRIDE + key_head * SIZE + unit[None, :]
-        real = columns[:, None] < end
+        unit, unit_v = tl.arange(0, BLOCK), tl.arange(0, BLOCK_V)
+        at = columns[:, None] * (KEY_HEADS * SIZE) + key_head * SIZE + unit[None, :]
+        at_v = columns[:, None] * (KEY_HEADS * VALUE) + key_head * VALUE + unit_v[None, :]
+        real = _within(columns[:, None] < end, unit[None, :], SIZE, BLOCK)
+        real_v = _within(columns[:, None] < end, unit_v[None, :], VALUE, BLOCK_V)
         k = tl.load(key + at, mask=real, other=0.0)
-        v = tl.load(value + at, mask=real, other=0.0)
-        dk = tl.zeros((COLUMNS, SIZE), tl.float32)
-        dv = tl.zeros((COLUMNS, SIZE), tl.float32)
+        v = tl.load(value + at_v, mask=real_v, other=0.0)
+        dk = tl.zeros((COLUMNS, BLOCK), tl.float32)
+        dv = tl.zeros((COLUMNS, BLOCK_V), tl.float32)
+        last = end
+        if WINDOW > 0:  # no row behind the window sees these keys
+            last = tl.minimum(end, first + COLUMNS + WINDOW - 1)
         for group in range(GROUPS):
             head = key_head * GROUPS + group
-            for row in range(first, end, ROWS):
+            for row in range(first, last, ROWS):
                 rows = row + tl.arange(0, ROWS)
                 inside = rows < end
                 there = rows[:, None] * (HEADS * SIZE) + head * SIZE + unit[None, :]
-                q = tl.load(query + there, mask=inside[:, None], other=0.0)
-                dy = tl.load(gradient + there, mask=inside[:, None], other=0.0)
+                there_v = rows[:, None] * (HEADS * VALUE) + head * VALUE + unit_v[None, :]
+                q = tl.load(
+                    query + there,
+                    mask=_within(inside[:, None], unit[None, :], SIZE, BLOCK),
+                    other=0.0,
+                )
+                dy = tl.load(
+                    gradient + there_v,
+                    mask=_within(inside[:, None], unit_v[None, :], VALUE, BLOCK_V),
+                    other=0.0,
+                )
                 log_sum = tl.load(lse + head * tokens + rows, mask=inside, other=float("inf"))
                 mean = tl.load(delta + head * tokens + rows, mask=inside, other=0.0)
-                weights = tl.exp2(
-                    tl.dot(k, tl.trans(q), input_precision=PRECISION) * scale_log2
-                    - log_sum[None, :]
-                )
-                weights = tl.where(columns[:, None] <= rows[None, :], weights, 0.0)
+                scores = tl.dot(k, tl.trans(q), input_precision=PRECISION) * scale_log2
+                if CAPPED:
+                    bent = _tanh(scores / cap)
+                    scores = cap * bent
+                weights = tl.exp2(scores - log_sum[None, :])
+                weights = tl.where(_seen(rows[None, :], columns[:, None], WINDOW), weights, 0.0)
                 dv = tl.dot(weights.to(dy.dtype), dy, dv, input_precision=PRECISION)
                 d_scores = weights * (
                     tl.dot(v, tl.trans(dy), input_precision=PRECISION) - mean[None, :]
                 )
+                if CAPPED:
+                    d_scores *= 1.0 - bent * bent
                 dk = tl.dot(d_scores.to(q.dtype), q, dk, input_precision=PRECISION)
         tl.store(d_key + at, (dk * scale).to(d_key.dtype.element_ty), mask=real)
-        tl.store(d_value + at, dv.to(d_value.dtype.element_ty), mask=real)
-
-
-@triton.jit
-def _cross_entropy(logits, targets, losses, entropies, hits, words, stride, BLOCK: tl.constexpr):
-    row = tl.program_id(0).to(tl.int64)
-    logits += row * stride
-    target = tl.load(targets + row)
-    block = tl.arange(0, BLOCK)
-    top = tl.full((), float("-inf"), tl.float32)
-    total = tl.zeros((), tl.float32)
-    weighted = tl.zeros((), tl.float32)
-    for start in range(0, words, BLOCK):
-        inside = start + block < words
-        x = tl.load(logits + start + block, mask=inside, other=float("-inf")).to(tl.float32)
-        higher = tl.maximum(top, tl.max(x, 0))
-        weights = tl.exp(x - higher)
-        shrink = tl.exp(top - higher)
-        total = total * shrink + tl.sum(weights, 0)
-        weighted = weighted * shrink + tl.sum(tl.where(inside, weights * x, 0.0), 0)
-        top = higher
-    log_sum = top + tl.log(total)
-    aimed = tl.load(logits + target).to(tl.float32)
-    tl.store(losses + row, log_sum - aimed)
-    tl.store(entropies + row, log_sum - weighted / total)
-    tl.store(hits + row, (aimed >= top).to(tl.float32))
-    for start in range(0, words, BLOCK):
-        inside = start + block < words
-        x = tl.load(logits + start + block, mask=inside, other=0.0).to(tl.float32)
-        gradient = tl.exp(x - log_sum) - tl.where(start + block == target, 1.0, 0.0)
-        tl.store(logits + start + block, gradient.to(logits.dtype.element_ty), mask=inside)
+        tl.store(d_value + at_v, dv.to(d_value.dtype.element_ty), mask=real_v)

@@ -4,44 +4,53 @@ torch's own `varlen_attn` (FlashAttention-2) takes 1.8 times as long on rows of 
 tokens: see docs/LOG.md.
 """
 
+from functools import partial
 from importlib.util import find_spec
 
 import torch
 from torch import nn
-from transformers import AttentionInterface, PreTrainedConfig
+from transformers import AttentionInterface
+
+from sftlab.models.layers import Layers
 
 NAME = "varlen"
-HEAD_SIZES = (16, 32, 64, 128)
+LARGEST_HEAD = 256
 
 
-def register() -> None:
+def register(longest: int | None = None) -> None:
     """Register `attn_implementation="varlen"` with transformers.
 
-    No mask function is registered: without one, transformers makes no mask, and does not wait for
-    the device to learn whether rows are packed.
+    Rows have at most `longest` tokens: a window that is no shorter is left out. No mask function is
+    registered: without one, transformers makes no mask, and does not wait for the device to learn
+    whether rows are packed.
     """
-    AttentionInterface.register(NAME, _attention)
+    AttentionInterface.register(NAME, partial(_attention, longest=longest))
 
 
-def why_not(config: PreTrainedConfig, model_class: type | None) -> str | None:
-    """Returns why rows of this model cannot be packed on this machine; None if they can."""
-    return no_triton() or why_not_the_model(config, model_class)
+def why_not(layers: Layers, longest: int | None) -> str | None:
+    """Returns why rows of a model cannot be packed on this machine; None if they can."""
+    return no_triton() or why_not_the_model(layers, longest)
 
 
-def why_not_the_model(config: PreTrainedConfig, model_class: type | None) -> str | None:
-    """Returns why rows of this model cannot be packed on any machine; None if they can."""
-    config = config.get_text_config()
-    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    if size not in HEAD_SIZES:
-        return f"the heads have size {size}, not {', '.join(map(str, HEAD_SIZES))}"
-    if not getattr(model_class, "_supports_attention_backend", False):
-        return f"{config.model_type} does not take another attention"
-    if set(getattr(config, "layer_types", None) or ["full_attention"]) != {"full_attention"}:
-        return f"{config.model_type} has layers other than full attention"
-    if getattr(config, "attention_dropout", 0) or getattr(config, "attn_pdrop", 0):
-        return f"{config.model_type} has dropout in its attention"
-    if getattr(config, "sliding_window", None) or getattr(config, "attn_logit_softcapping", None):
-        return f"{config.model_type} has a sliding window or capped scores"
+def why_not_the_model(layers: Layers, longest: int | None) -> str | None:
+    """Returns why rows of a model cannot be packed on any machine; None if they can.
+
+    Rows have at most `longest` tokens; None has no limit.
+    """
+    if layers.unknown:
+        return layers.unknown
+    if layers.hybrid:
+        return (
+            f"{layers.count - len(layers.attention)} of {layers.count} layers have no attention, "
+            f"and {layers.convolutions} convolutions would mix packed rows"
+        )
+    for one in layers.distinct:
+        if max(one.size, one.value_size) > LARGEST_HEAD:
+            return f"heads have {max(one.size, one.value_size)} elements, more than {LARGEST_HEAD}"
+        if one.dropout:
+            return "the attention has dropout"
+        if chunk := one.for_rows(longest).chunk:
+            return f"attention in chunks of {chunk} tokens needs a max_length of at most {chunk}"
     return None
 
 
@@ -54,11 +63,16 @@ def _attention(
     scaling: float | None = None,
     dropout: float = 0.0,
     tiles: torch.Tensor | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
+    longest: int | None = None,
     **kwargs: object,
 ) -> tuple[torch.Tensor, None]:
-    """Returns the attention's output [1, tokens, heads, size] for query [1, heads, tokens, size].
+    """Returns the attention's output [1, tokens, heads, value size].
 
-    The signature is that of transformers' attention functions.
+    It takes query and key [1, heads, tokens, size], and value [1, heads, tokens, value size]. The
+    signature is that of transformers' attention functions.
     """
     if tiles is None or dropout:
         raise ValueError(
@@ -70,7 +84,12 @@ def _attention(
         t[0].transpose(0, 1).to(value.dtype).contiguous() for t in (query, key, value)
     )
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    return varlen_attention(query, key, value, tiles, scale)[0][None], None
+    window = sliding_window or 0
+    if longest is not None and window >= longest:
+        window = 0
+    sinks = None if s_aux is None else s_aux.float().contiguous()
+    found = varlen_attention(query, key, value, tiles, scale, window, softcap or 0.0, sinks)
+    return found[0][None], None
 
 
 def no_triton() -> str | None:
@@ -84,23 +103,38 @@ def no_triton() -> str | None:
 
 @torch.library.custom_op("sftlab::varlen_attention", mutates_args=())
 def varlen_attention(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, tiles: torch.Tensor, scale: float
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    tiles: torch.Tensor,
+    scale: float,
+    window: int = 0,
+    cap: float = 0.0,
+    sinks: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Causal attention within each sequence of `tiles`.
 
-    Returns the output, shaped like `query`, and the log-sum-exps [heads, tokens].
+    `window`, `cap` and `sinks` are those of `attention_forward`. Returns the output [tokens, heads,
+    value size], and the log-sum-exps [heads, tokens].
     """
     from sftlab.fastpath.triton_kernels import attention_forward
 
-    return attention_forward(query, key, value, tiles, scale)
+    return attention_forward(query, key, value, tiles, scale, window, cap, sinks)
 
 
 @varlen_attention.register_fake
 def _(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, tiles: torch.Tensor, scale: float
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    tiles: torch.Tensor,
+    scale: float,
+    window: int = 0,
+    cap: float = 0.0,
+    sinks: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     lse = query.new_empty((query.shape[1], query.shape[0]), dtype=torch.float32)
-    return torch.empty_like(query), lse
+    return query.new_empty(*query.shape[:2], value.shape[-1]), lse
 
 
 @torch.library.custom_op("sftlab::varlen_attention_backward", mutates_args=())
@@ -113,11 +147,13 @@ def varlen_attention_backward(
     lse: torch.Tensor,
     tiles: torch.Tensor,
     scale: float,
+    window: int,
+    cap: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Returns the gradients of query, key and value."""
     from sftlab.fastpath.triton_kernels import attention_backward
 
-    return attention_backward(gradient, query, key, value, output, lse, tiles, scale)
+    return attention_backward(gradient, query, key, value, output, lse, tiles, scale, window, cap)
 
 
 @varlen_attention_backward.register_fake
@@ -126,22 +162,19 @@ def _(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    output: torch.Tensor,
-    lse: torch.Tensor,
-    tiles: torch.Tensor,
-    scale: float,
+    *rest: object,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
 
 
 def _save(ctx: object, inputs: tuple, output: tuple[torch.Tensor, torch.Tensor]) -> None:
-    query, key, value, tiles, ctx.scale = inputs
+    query, key, value, tiles, *ctx.numbers, _ = inputs
     ctx.save_for_backward(query, key, value, *output, tiles)
 
 
 def _backward(ctx: object, gradient: torch.Tensor, _: torch.Tensor) -> tuple:
-    gradients = varlen_attention_backward(gradient.contiguous(), *ctx.saved_tensors, ctx.scale)
-    return *gradients, None, None
+    gradients = varlen_attention_backward(gradient.contiguous(), *ctx.saved_tensors, *ctx.numbers)
+    return *gradients, None, None, None, None, None
 
 
 varlen_attention.register_autograd(_backward, setup_context=_save)

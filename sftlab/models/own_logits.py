@@ -8,12 +8,16 @@ fused head, and the two are compared before anything is trained or scored.
 import types
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import NamedTuple
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from trl.trainer.utils import FusedCausalLMOutput
 
+# Names of configs for a factor of the logits, or its inverse, and for their bound.
+FACTORS = ("logit_scale", "logits_scaling", "lm_head_multiplier", "output_multiplier")
+CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
 # Rows and tokens of the probe: enough for a cap to show, nothing beside a training step.
 PROBE = (2, 24)
 # Largest difference between equal computations, relative to the largest logit: float32, 16 bits.
@@ -22,9 +26,23 @@ SAME_LOGITS = {torch.float32: 1e-4, torch.bfloat16: 2**-6, torch.float16: 2**-9}
 SAME_NATS = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 5e-3}
 
 
-def changed_logits(model: PreTrainedModel) -> str | None:
-    """Returns how the model's own logits differ from its head's product; None if they are equal.
+class Changes(NamedTuple):
+    """What a model does to its head's product: times `factor`, then bounded by `cap` (0.0: not).
 
+    The bound is cap * tanh(logits / cap).
+    """
+
+    factor: float = 1.0
+    cap: float = 0.0
+
+
+NO_CHANGES = Changes()
+
+
+def logit_changes(model: PreTrainedModel) -> Changes | str:
+    """Returns what the model does to its logits after the head, or why that is not known.
+
+    The config's names are only a guess: the model's own logits of a few tokens must be the same.
     The model has not been compiled, sharded or rounded to float8 yet.
     """
     with _probing(model) as ids:
@@ -38,15 +56,34 @@ def changed_logits(model: PreTrainedModel) -> str | None:
             hook.remove()
         head = model.get_output_embeddings()
         product = nn.functional.linear(hidden[-1].to(head.weight.dtype), head.weight, head.bias)
-    largest = product.float().abs().max()
-    apart = (logits.float() - product.float()).abs().max()
-    tolerance = SAME_LOGITS.get(product.dtype, SAME_LOGITS[torch.bfloat16])
-    if bool(apart <= tolerance * largest):
-        return None
+    own, product = logits.float(), product.float()
+    tolerance = SAME_LOGITS.get(head.weight.dtype, SAME_LOGITS[torch.bfloat16])
+    for changes in _candidates(model.config.get_text_config()):
+        guess = _changed(product, changes)
+        if bool((own - guess).abs().max() <= tolerance * guess.abs().max()):
+            return changes
+    largest, apart = product.abs().max(), (own - product).abs().max()
     return (
         f"{type(model).__name__} changes its logits after the head "
         f"(by up to {float(apart):.3g} of {float(largest):.3g})"
     )
+
+
+def _candidates(config: PreTrainedConfig) -> Iterator[Changes]:
+    """Give the changes that a config may mean, the likeliest first."""
+
+    def named(names: tuple[str, ...]) -> Iterator[float]:
+        found = (getattr(config, name, None) for name in names)
+        return (float(one) for one in found if isinstance(one, int | float) and one > 0)
+
+    factors = [1.0, *(f for one in named(FACTORS) for f in (one, 1 / one))]
+    caps = [*named(CAPS), 0.0]
+    yield from dict.fromkeys(Changes(factor, cap) for factor in factors[::-1] for cap in caps)
+
+
+def _changed(product: torch.Tensor, changes: Changes) -> torch.Tensor:
+    logits = product * changes.factor
+    return changes.cap * torch.tanh(logits / changes.cap) if changes.cap else logits
 
 
 def own_log_probs_if_needed(model: PreTrainedModel) -> str | None:

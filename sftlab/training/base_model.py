@@ -19,7 +19,7 @@ def base_model(recipe: Recipe, fast: FastPath) -> PreTrainedModel:
     args.model_init_kwargs = None
     if fast.attn_implementation:
         kwargs["attn_implementation"] = fast.attn_implementation
-    varlen_attention.register()
+    varlen_attention.register(args.max_length)
     state = args.distributed_state
     whole = state.distributed_type in ("MULTI_GPU", "DEEPSPEED") or state.device.type != "cuda"
     return load_model(recipe.model, kwargs, None if whole else "auto")

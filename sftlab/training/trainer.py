@@ -26,7 +26,7 @@ from sftlab.data.collator import Collator, for_the_model
 from sftlab.data.encoded_rows import encode_splits
 from sftlab.data.samplers import BalancedSampler, WholeBatches, row_lengths, whole_batches
 from sftlab.data.splits import Splits
-from sftlab.fastpath import fused_loss, varlen_attention
+from sftlab.fastpath import fused_loss
 from sftlab.fastpath.compile_layers import compile_layers
 from sftlab.fastpath.float8 import freeze_in_float8
 from sftlab.fastpath.fsdp import (
@@ -41,7 +41,7 @@ from sftlab.measurement.flops import flops_per_token
 from sftlab.measurement.memory import MemorySplit, PeakMemory
 from sftlab.measurement.throughput import Meter
 from sftlab.models.likelihood import nats_per_token
-from sftlab.models.own_logits import changed_logits, own_log_probs_if_needed
+from sftlab.models.own_logits import Changes, logit_changes, own_log_probs_if_needed
 from sftlab.models.started_adapter import with_adapter
 from sftlab.training.base_model import base_model
 from sftlab.training.checkpointing import Checkpointer
@@ -49,6 +49,7 @@ from sftlab.training.clock import TrainingClock
 from sftlab.training.finiteness import Finiteness
 from sftlab.training.log_sums import TokenSums, TrainerSums
 from sftlab.training.packing_check import verify_packing
+from sftlab.training.router_loss import leave_out_frozen_router
 from sftlab.training.truncation import refuse_lost_rows
 from sftlab.training.upstream_fixes import SaveAfterEvaluation, UpstreamFixes
 from sftlab.training.verification import FirstStepCheck, global_batch, what_ran
@@ -75,7 +76,6 @@ class LabTrainer(UpstreamFixes):
         self.row_facts = row_facts
         self.meter, self.launch, self.fast, self.memory = meter, launch, fast, memory
         self._held_out: list[torch.Tensor] = []
-        varlen_attention.register()
         super().__init__(*args, **kwargs)
         if not self.model_accepts_loss_kwargs:
             raise RuntimeError(
@@ -117,9 +117,12 @@ class LabTrainer(UpstreamFixes):
 
     def _take_fast_path(self) -> None:
         base = self._base
+        if off := leave_out_frozen_router(self):
+            self.fast.reasons["router_loss"] = off
         if differs := own_log_probs_if_needed(base):
             self.fast.reasons["trl_fused_head"] = differs
-        reason = self._no_fused_loss()
+        changes = self._fused_loss()
+        reason = changes if isinstance(changes, str) else None
         if reason and self.fast.fused_loss:
             raise ValueError(
                 f"fused_loss is not possible here: {reason}; leave it out of the recipe"
@@ -128,20 +131,21 @@ class LabTrainer(UpstreamFixes):
             self.fast.reasons["fused_loss"] = reason
         self.fast.fused_loss = not reason and self.fast.fused_loss is not False
         if self.fast.fused_loss:
-            fused_loss.add_frozen_head_loss(base)
+            fused_loss.add_frozen_head_loss(base, changes)
         if self.args.mixed_precision == "fp8":
             freeze_in_float8(self.model, self.accelerator.device)
         if self.fast.compile_layers:
             compile_layers(base)
 
-    def _no_fused_loss(self) -> str | None:
+    def _fused_loss(self) -> Changes | str:
+        """Returns what the model does to its logits, or why there is no fused loss."""
         if reason := fused_loss.why_not(self._base):
             return reason
         if self.args.label_smoothing_factor:
             return "label smoothing needs whole logits"
         if self.args.loss_type != "nll":
             return f"loss_type is {self.args.loss_type}"
-        return changed_logits(self._base)
+        return logit_changes(self._base)
 
     @property
     def _base(self) -> PreTrainedModel:
