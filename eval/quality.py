@@ -285,7 +285,7 @@ def warnings(report: dict[str, Any], unchecked: str | None) -> list[str]:
                 f"may be too narrow, and about {math.ceil(rows * FEW_EFFECTIVE / rests)} rows "
                 "would do"
             )
-    if likelihoods["difference"]["interval_95"][0] > 0:
+    if (likelihoods["difference"]["interval_95"][0] or 0) > 0:
         found.append("the tuned model's response perplexity is higher than the base model's")
     repeating = report["answers"]["tuned"]["repetitive"]
     if repeating > rows / 2:
