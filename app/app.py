@@ -33,6 +33,7 @@ from sftlab.chat.engine import Settings
 from sftlab.chat.fair_queue import share_queue, shares_of
 from sftlab.chat.limits import in_a_sentence, text
 from sftlab.chat.options import parse_options
+from sftlab.chat.page_words import BETTER, EXAMPLES, FAILED
 from sftlab.chat.request_filter import Gate
 from sftlab.chat.service import Lab, lab_of
 from sftlab.exit_messages import mistakes_in_one_line
@@ -45,16 +46,6 @@ OFF = dict.fromkeys(
 # a call that is refused is answered with the sentence of the ValueError
 SAID = in_a_sentence(partial(gr.Error, print_exception=False))
 QUICK = PRIVATE | {"queue": False, "show_progress": "hidden"}
-FAILED = (
-    "**Not answered:** too many messages are waiting, or the server failed. Try again in a moment."
-)
-# what an empty page offers to ask
-EXAMPLES = (
-    "Tell me the colour of an elephant.",
-    "Write a short poem about rain.",
-    "Explain in two sentences why the sky is blue.",
-)
-BETTER = {"left": "Left is better", "tie": "Tie", "right": "Right is better"}
 CSS = Path(__file__).with_name("page.css")
 DOWNLOAD = Path(__file__).with_name("download.js")
 
@@ -161,17 +152,14 @@ class Page:
 
     def render(self, request: gr.Request, turns: list[Turn], markdown: bool) -> tuple[Any, ...]:
         """Show answers as rendered Markdown, or as they were written."""
-        change = self.rendered.add if markdown else self.rendered.discard
-        change(request.session_hash)
+        (self.rendered.add if markdown else self.rendered.discard)(request.session_hash)
         for turn in turns:
             turn.markdown = bool(markdown)
         return turns, *self.columns(turns)
 
     def example(self, request: gr.Request, chosen: gr.SelectData) -> Any:
         """Send an example prompt."""
-        if self.busy(request) or not isinstance(chosen.value, dict):
-            return gr.skip()
-        return f"{time.time()} {chosen.value.get('text', '')}"
+        return gr.skip() if self.busy(request) else f"{time.time()} {chosen.value['text']}"
 
     def stop(self, request: gr.Request) -> None:
         """Stop the session's answer."""
@@ -199,12 +187,8 @@ class Page:
         """Take the last message back into the box."""
         if not turns or self.busy(request):
             return box, turns, *self.columns(turns), gr.skip()
-        return (
-            box or turns[-1].message,
-            turns[:-1],
-            *self.columns(turns[:-1]),
-            gr.update(visible=False),
-        )
+        left = turns[:-1]
+        return box or turns[-1].message, left, *self.columns(left), gr.update(visible=False)
 
     def clear(self, request: gr.Request, turns: list[Turn]) -> tuple[Any, ...]:
         """Start a new conversation."""
@@ -302,13 +286,8 @@ def conversation_column() -> SimpleNamespace:
     """Returns the components of the conversation: both columns, votes, message box, buttons."""
     shown = SimpleNamespace(turns=gr.State([]), pending=gr.Textbox(elem_classes="off"))
     with gr.Row():
-        look = {
-            "height": "50vh",
-            "buttons": ["copy", "copy_all"],
-            "allow_tags": False,
-            "latex_delimiters": [],
-            "min_width": 280,
-        }
+        look = {"height": "50vh", "buttons": ["copy", "copy_all"], "allow_tags": False}
+        look |= {"latex_delimiters": [], "min_width": 280}
         examples = [{"text": prompt} for prompt in EXAMPLES]
         shown.left = gr.Chatbot(label="conversation", elem_id="left", examples=examples, **look)
         shown.right = gr.Chatbot(visible=False, elem_id="right", **look)
@@ -318,15 +297,8 @@ def conversation_column() -> SimpleNamespace:
         }
     shown.note = gr.Markdown(elem_id="note")
     with gr.Row():
-        shown.box = gr.Textbox(
-            show_label=False,
-            placeholder="Your message",
-            lines=1,
-            max_lines=8,
-            scale=5,
-            min_width=200,
-            elem_id="message",
-        )
+        size = {"show_label": False, "lines": 1, "max_lines": 8, "scale": 5, "min_width": 200}
+        shown.box = gr.Textbox(placeholder="Your message", elem_id="message", **size)
         shown.send = gr.Button("Send", variant="primary", scale=1, min_width=80)
         shown.stop = gr.Button("Stop", variant="stop", scale=1, min_width=80, visible=False)
     with gr.Row():

@@ -1,0 +1,12 @@
+"""What the app's page says beside its conversations."""
+
+FAILED = (
+    "**Not answered:** too many messages are waiting, or the server failed. Try again in a moment."
+)
+# what an empty page offers to ask
+EXAMPLES = (
+    "Tell me the colour of an elephant.",
+    "Write a short poem about rain.",
+    "Explain in two sentences why the sky is blue.",
+)
+BETTER = {"left": "Left is better", "tie": "Tie", "right": "Right is better"}
