@@ -231,8 +231,8 @@ def _estimates(one: Paired, drawn: np.ndarray) -> dict[str, Any]:
 def method(what: str = "rows") -> str:
     """Returns in words how `compare` finds intervals and p-values."""
     return (
-        f"bootstrap-t over {what}, {RESAMPLES} resamples, with few effective {what} the score "
-        "interval of the scale; p by exchanging the models' answers"
+        f"bootstrap-t over {what} ({INTERVAL_RESAMPLES:,} resamples), or where few {what} decide "
+        "the score interval of the scale; p by exchanging the models' answers"
     )
 
 
