@@ -6,6 +6,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from sftlab.models.layers import decoder_of
+
 
 def compile_layers(model: PreTrainedModel) -> None:
     """Compile the forward of every decoder layer and of the last norm, in place.
@@ -21,7 +23,7 @@ def compile_layers(model: PreTrainedModel) -> None:
         raise ValueError(
             f"{type(model).__name__} has no list of decoder layers: pass --compile_layers false"
         )
-    norms = [m for name, m in model.base_model.named_children() if "norm" in name]
+    norms = [m for name, m in decoder_of(model).named_children() if "norm" in name]
     for module in [*layers, *norms]:
         module.forward = _with_dynamic_tokens(torch.compile(module.forward))
         if in_4bit := [m for m in module.modules() if "quant_state" in vars(m)]:
@@ -32,9 +34,9 @@ def compile_layers(model: PreTrainedModel) -> None:
 
 def decoder_layers(model: PreTrainedModel) -> Sequence[nn.Module]:
     """Returns the model's decoder layers, in order; an empty list if it has no such list."""
-    count = model.config.num_hidden_layers
+    count = model.config.get_text_config().num_hidden_layers
     lists = (
-        m for m in model.base_model.modules() if isinstance(m, nn.ModuleList) and len(m) == count
+        m for m in decoder_of(model).modules() if isinstance(m, nn.ModuleList) and len(m) == count
     )
     return next(lists, [])
 

@@ -12,6 +12,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
+from sftlab.models.layers import decoder_of
 from sftlab.models.own_logits import NO_CHANGES, Changes
 
 # Positions whose logits exist at one time.
@@ -126,7 +127,7 @@ def add_frozen_head_loss(model: PreTrainedModel, changes: Changes = NO_CHANGES) 
     ) -> object:
         if loss_positions is None:
             return original(*args, labels=labels, **kwargs)
-        hidden = self.base_model(*args, **kwargs | {"use_cache": False}).last_hidden_state.flatten(
+        hidden = decoder_of(self)(*args, **kwargs | {"use_cache": False}).last_hidden_state.flatten(
             0, 1
         )
         head = self.get_output_embeddings()

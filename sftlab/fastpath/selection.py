@@ -43,10 +43,12 @@ def choose(
     """Choose the parts before any weights are loaded.
 
     `elsewhere` plans for another machine: it returns why that one has no Triton kernels, or None.
-    Raises ValueError for packing that the recipe asks for and that does not work here.
+    Raises ValueError for packing that the recipe asks for and that does not work here, and for
+    fewer bits than 16 of a mixture of experts.
     """
     attention, reasons = recipe.model.attn_implementation, {}
     layers = describe(config, model_class(config))
+    _refuse_whole_experts(recipe, layers)
     no_packing = _no_packing(recipe, layers, elsewhere)
     if (recipe.training.packing or attention == varlen_attention.NAME) and no_packing:
         raise ValueError(
@@ -74,6 +76,18 @@ def choose(
         layers,
         reasons,
     )
+
+
+def _refuse_whole_experts(recipe: Recipe, layers: Layers) -> None:
+    """Raise ValueError where the experts of a mixture would silently stay in 16 bits or more."""
+    model, fp8 = recipe.model, recipe.training.mixed_precision == "fp8"
+    if layers.experts and (model.load_in_4bit or model.load_in_8bit or fp8):
+        asked = "fp8" if fp8 else "load_in_4bit" if model.load_in_4bit else "load_in_8bit"
+        instead = "launch with single.yaml" if fp8 else f"leave {asked} out"
+        raise ValueError(
+            f"{asked} rounds linear layers alone, and {layers.experts:.0%} of this model's "
+            f"weights are stacked experts that would stay whole: {instead}"
+        )
 
 
 def _no_packing(

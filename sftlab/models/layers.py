@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
-from transformers import AttentionInterface, AutoModelForCausalLM, PreTrainedConfig
+from transformers import AttentionInterface, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 _NAME = "described"
 _TOKENS = 4
@@ -68,12 +68,14 @@ class Layers(NamedTuple):
     """The attention of every layer that has one, in order, and what mixes tokens beside it.
 
     `count` is the number of decoder layers, `convolutions` that of modules that mix neighbouring
-    tokens. `unknown` says why the layers cannot be described; None where they are.
+    tokens. `experts` is the share of the parameters that belong to experts, stacked in tensors of
+    three dimensions. `unknown` says why the attention cannot be described; None where it is.
     """
 
     count: int
     attention: tuple[Attention, ...] = ()
     convolutions: int = 0
+    experts: float = 0.0
     unknown: str | None = None
 
     @property
@@ -89,37 +91,61 @@ class Layers(NamedTuple):
 
 def describe(config: PreTrainedConfig, model_class: type | None) -> Layers:
     """Returns the layers of a model of `model_class` with this config. Nothing is loaded."""
-    text = config.get_text_config()
-    if not getattr(model_class, "_supports_attention_backend", False):
+    if model_class is None:  # it brings code of its own
+        text = config.get_text_config()
         unknown = f"{text.model_type} does not take another attention"
         return Layers(getattr(text, "num_hidden_layers", 0), unknown=unknown)
-    return _described(pickle.dumps(config))
+    takes_another = getattr(model_class, "_supports_attention_backend", False)
+    return _described(pickle.dumps(config), takes_another)
+
+
+def decoder_of(model: PreTrainedModel) -> nn.Module:
+    """Returns the model without its head; some classes name a `base_model` that they lack."""
+    base = model.base_model
+    return model.model if base is model else base
 
 
 @lru_cache(maxsize=16)
-def _described(pickled: bytes) -> Layers:
+def _described(pickled: bytes, takes_another: bool) -> Layers:
     config = pickle.loads(pickled)
     if hasattr(config, "quantization_config"):  # of a model that was loaded in 4 bits
         del config.quantization_config
     decoder, found = config.get_text_config(), []
     AttentionInterface.register(_NAME, _recorder(decoder, found))
-    convolutions, unknown = 0, None
-    try:
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(
-                config, attn_implementation=_NAME, dtype=torch.bfloat16
-            )
-            convolutions = sum(isinstance(module, nn.Conv1d) for module in model.modules())
-            ids = torch.zeros(1, _TOKENS, dtype=torch.long)
-            # what a packed batch has
-            given = {"position_ids": torch.arange(_TOKENS)[None], "tiles": ids, "use_cache": False}
-            model.train()(input_ids=ids, **given)
-    except _NOT_ON_META as error:
-        reason = " ".join(str(error).split())[:120]
-        unknown = f"the layers of {decoder.model_type} cannot be described ({reason})"
+    attention = {"attn_implementation": _NAME} if takes_another else {}
+    with torch.device("meta"):
+        try:
+            model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, **attention)
+        except _NOT_ON_META as error:
+            return Layers(decoder.num_hidden_layers, unknown=_cannot(decoder, error))
+        other = f"{decoder.model_type} does not take another attention"
+        unknown = _run(model) if takes_another else other
     unknown = next((one for one in found if isinstance(one, str)), unknown)
-    attention = () if unknown else tuple(found)
-    return Layers(decoder.num_hidden_layers, attention, convolutions, unknown)
+    experts = sum(
+        p.numel() for n, p in model.named_parameters() if p.ndim == 3 and ".experts." in n
+    )
+    return Layers(
+        decoder.num_hidden_layers,
+        () if unknown else tuple(found),
+        sum(isinstance(module, nn.Conv1d) for module in model.modules()),
+        experts / max(1, sum(p.numel() for p in model.parameters())),
+        unknown,
+    )
+
+
+def _run(model: PreTrainedModel) -> str | None:
+    """Run a model on the meta device as a packed batch would; returns why it cannot be."""
+    ids, positions = torch.zeros(1, _TOKENS, dtype=torch.long), torch.arange(_TOKENS)[None]
+    try:
+        model.train()(input_ids=ids, position_ids=positions, tiles=ids, use_cache=False)
+    except _NOT_ON_META as error:
+        return _cannot(model.config, error)
+    return None
+
+
+def _cannot(config: PreTrainedConfig, error: Exception) -> str:
+    reason = " ".join(str(error).split())[:120]
+    return f"the layers of {config.model_type} cannot be described ({reason})"
 
 
 def _recorder(

@@ -36,6 +36,8 @@ logger = logging.getLogger(__name__)
 LINEAR_LAYERS = (torch.nn.Linear, Conv1D)
 # buffers that older files hold and today's models compute
 _OF_OLD_FILES = re.compile(r"rotary_emb\.inv_freq$|\.attn\.(masked_)?bias$|position_ids$")
+# parts of a checkpoint that its text model does not have
+_OF_OTHER_PARTS = re.compile(r"(model\.)?(vision_|visual\.|multi_modal_projector\.|audio_tower\.)")
 # what transformers raises for files that it cannot read
 _UNREADABLE = (
     OSError,
@@ -106,15 +108,15 @@ def load_config(
     overrides, trusted = training.model_init_kwargs, training.trust_remote_code
     config = read_config(name, revision, trusted, overrides, with_weights)
     taken = model_class(config)
-    if (
-        taken is not None
-        and taken.config_class is type(config)
-        and config.get_text_config() is not config
-    ):
-        raise ValueError(
-            f"{name} is a {taken.__name__}, which takes more than text: give a text-only model"
-        )
+    if config.get_text_config() is not config and not _has_text_model(taken, config):
+        kind = taken.__name__ if taken else f"{config.model_type} model"
+        raise ValueError(f"{name} is a {kind}, which takes more than text: give a text-only model")
     return config
+
+
+def _has_text_model(taken: type | None, config: PreTrainedConfig) -> bool:
+    """Whether transformers' class for a config of several parts is that of its text alone."""
+    return taken is not None and taken.config_class is type(config.get_text_config())
 
 
 def read_config(
@@ -211,9 +213,10 @@ def _refuse_other_tensors(
     """Raise ValueError where the files hold other tensors than the model has."""
     unexpected = {one for one in found["unexpected_keys"] if not _OF_OLD_FILES.search(one)}
     cut = {one for one in unexpected if layers is not None and _layer(one) >= layers}
+    other_parts = {one for one in unexpected if _OF_OTHER_PARTS.match(one)}
     wrong = {
         "missing": found["missing_keys"],
-        "unexpected": unexpected - cut,
+        "unexpected": unexpected - cut - other_parts,
         "of another shape": {one[0] for one in found["mismatched_keys"]},
     }
     if any(wrong.values()):
@@ -222,6 +225,8 @@ def _refuse_other_tensors(
             f"the weights of base model {name} are not those of a {type(model).__name__}, tensors: "
             f"{', '.join(parts)}; missing ones would be random numbers, so give the whole model"
         )
+    if other_parts and int(os.environ.get("RANK", 0)) == 0:
+        logger.warning(f"{name} takes images too: its text model alone is trained")
     if cut and int(os.environ.get("RANK", 0)) == 0:
         whole = 1 + max(map(_layer, cut))
         logger.warning(f"{name} is cut to {layers} of {whole} layers, as model_init_kwargs asks")

@@ -15,6 +15,8 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from trl.trainer.utils import FusedCausalLMOutput
 
+from sftlab.models.layers import decoder_of
+
 # Names of configs for a factor of the logits, or its inverse, and for their bound.
 FACTORS = ("logit_scale", "logits_scaling", "lm_head_multiplier", "output_multiplier")
 CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
@@ -47,7 +49,7 @@ def logit_changes(model: PreTrainedModel) -> Changes | str:
     """
     with _probing(model) as ids:
         hidden: list[torch.Tensor] = []
-        hook = model.base_model.register_forward_hook(
+        hook = decoder_of(model).register_forward_hook(
             lambda *call: hidden.append(call[-1].last_hidden_state)
         )
         try:

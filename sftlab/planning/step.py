@@ -10,6 +10,7 @@ from sftlab.config.launch import COMPUTE_DTYPE, PRECISIONS, Launch
 from sftlab.config.recipe import ModelArguments, Recipe
 from sftlab.config.validation import is_bitsandbytes
 from sftlab.fastpath.selection import FastPath
+from sftlab.models.layers import Layers
 from sftlab.planning.weight_memory import LINEARS, Weights, count_weights
 
 
@@ -25,9 +26,18 @@ class Shape(NamedTuple):
     vocabulary: int
 
     @classmethod
-    def of(cls, config: PreTrainedConfig) -> "Shape":
+    def of(cls, config: PreTrainedConfig, layers: Layers) -> "Shape":
         """Returns a model's shape; ValueError for one that is not a dense decoder."""
         config = config.get_text_config()
+        heads_of = {(a.heads, a.key_heads, a.size, a.value_size) for a in layers.attention}
+        if len(heads_of) > 1 or any(size != of_value for _, _, size, of_value in heads_of):
+            raise ValueError(
+                f"{config.model_type} has heads of several sizes: no plan is made for it"
+            )
+        if heads_of and layers.hybrid:
+            raise ValueError(
+                f"{config.model_type} has layers without attention: no plan is made for it"
+            )
         names = (
             "hidden_size",
             "intermediate_size",
@@ -43,10 +53,13 @@ class Shape(NamedTuple):
         experts = ("num_experts", "num_local_experts", "n_routed_experts")
         if any(getattr(config, name, None) for name in experts):
             raise ValueError(f"{config.model_type} is a mixture of experts: no plan is made for it")
-        hidden, mlp, layers, heads, vocabulary = (getattr(config, name) for name in names)
+        hidden, mlp, count, heads, vocabulary = (getattr(config, name) for name in names)
+        if heads_of:
+            heads, key_heads, size, _ = heads_of.pop()
+            return cls(hidden, mlp, count, heads, key_heads, size, vocabulary)
         key_heads = getattr(config, "num_key_value_heads", None) or heads
         size = getattr(config, "head_dim", None) or hidden // heads
-        return cls(hidden, mlp, layers, heads, key_heads, size, vocabulary)
+        return cls(hidden, mlp, count, heads, key_heads, size, vocabulary)
 
 
 @dataclass(frozen=True)
@@ -111,7 +124,7 @@ def step_of(
         )
     targets = _targets(model)
     return Step(
-        shape=Shape.of(config),
+        shape=Shape.of(config, fast.layers),
         weights=count_weights(recipe, config),
         precision=PRECISIONS[training.mixed_precision],
         targets=targets,

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from sftlab.data.collator import Collator
 from sftlab.fastpath.varlen_attention import NAME
+from sftlab.models.layers import decoder_of
 
 # Largest difference of a row's last hidden states, relative to their norm.
 TOLERANCE = {"fp32": 0.01, "fp16": 0.1, "bf16": 0.15, "fp8": 0.3}
@@ -75,7 +76,7 @@ def _hidden_states(
     def note(module: nn.Module, given: Any, output: Any) -> None:
         found.append(output.last_hidden_state.detach().float())
 
-    hook = base.base_model.register_forward_hook(note)
+    hook = decoder_of(base).register_forward_hook(note)
     try:
         with torch.no_grad(), torch.compiler.set_stance("force_eager"):
             forward(batch)

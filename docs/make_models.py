@@ -1,0 +1,222 @@
+"""Write docs/models.md: what works for which family of models, found on a tiny model of each.
+
+python docs/make_models.py
+
+tests/test_families.py compares the page with the code, and every `yes` with transformers itself.
+"""
+
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import transformers
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+
+from sftlab.config.launch import Launch, exported, launched
+from sftlab.config.parser import parse_recipe
+from sftlab.config.recipe import Recipe
+from sftlab.fastpath import fused_loss
+from sftlab.fastpath.selection import FastPath, choose
+from sftlab.fastpath.varlen_attention import why_not_the_model
+from sftlab.models.layers import describe
+from sftlab.models.loading import model_class
+from sftlab.models.own_logits import logit_changes
+from sftlab.paths import ROOT
+from sftlab.planning.step import step_of
+
+PAGE = Path(__file__).parent / "models.md"
+LONGEST = 512
+SMALL = {
+    "vocab_size": 97,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+WINDOWS = {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]}
+MIXTURE = {"num_experts_per_tok": 2, "moe_intermediate_size": 32}
+PER_LAYER = {"hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 97}
+GRANITE = {"logits_scaling": 8.0, "attention_multiplier": 0.0625, "residual_multiplier": 0.22}
+MLA = {"q_lora_rank": 32, "kv_lora_rank": 16, "qk_rope_head_dim": 16, "v_head_dim": 16}
+# Family, the class of its config without `Config`, and fields of a tiny model that differ.
+FAMILIES: dict[str, tuple[str, dict[str, object]]] = {
+    "Llama 2, 3; SmolLM2": ("Llama", {}),
+    "Llama 4 (text)": (
+        "Llama4Text",
+        {
+            "layer_types": ["chunked_attention", "full_attention"],
+            "attention_chunk_size": 8192,
+            "intermediate_size_mlp": 96,
+            "num_local_experts": 2,
+        },
+    ),
+    "Qwen 2, 2.5": ("Qwen2", {}),
+    "Qwen 3": ("Qwen3", {"head_dim": 16}),
+    "Qwen 3 mixtures": ("Qwen3Moe", {"head_dim": 16, "num_local_experts": 4, **MIXTURE}),
+    "Qwen 3.5 (text)": ("Qwen3_5Text", {"layer_types": ["linear_attention", "full_attention"]}),
+    "Gemma 2": ("Gemma2", {"head_dim": 32, **WINDOWS}),
+    "Gemma 3 (text)": ("Gemma3Text", {"head_dim": 32, **WINDOWS}),
+    "Gemma 4 (text)": ("Gemma4Text", {"head_dim": 32, **WINDOWS, **PER_LAYER}),
+    "Mistral 7B v0.1": ("Mistral", {"sliding_window": 8}),
+    "Mistral 7B v0.2 and later": ("Mistral", {"sliding_window": None}),
+    "Mixtral": ("Mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2}),
+    "Phi-2": ("Phi", {}),
+    "Phi-3, Phi-4": ("Phi3", {"sliding_window": 8}),
+    "OLMo 2": ("Olmo2", {}),
+    "OLMo 3": ("Olmo3", dict(WINDOWS)),
+    "SmolLM3": ("SmolLM3", {}),
+    "Granite 3": ("Granite", dict(GRANITE)),
+    "Command R": ("Cohere", {"logit_scale": 0.0625}),
+    "Command R7B": ("Cohere2", {"logit_scale": 0.0625, **WINDOWS}),
+    "GLM-4": ("Glm4", {"head_dim": 16}),
+    "Seed-OSS": ("SeedOss", {"head_dim": 16}),
+    "Exaone 4": ("Exaone4", dict(WINDOWS)),
+    "ERNIE 4.5": ("Ernie4_5", {}),
+    "Hunyuan (dense)": ("HunYuanDenseV1", {"head_dim": 16}),
+    "gpt-oss": ("GptOss", {"head_dim": 16, "num_local_experts": 4, **MIXTURE, **WINDOWS}),
+    "DeepSeek V3": (
+        "DeepseekV3",
+        {
+            **MIXTURE,
+            **MLA,
+            "qk_nope_head_dim": 16,
+            "n_routed_experts": 4,
+            "n_group": 1,
+            "topk_group": 1,
+            "num_key_value_heads": 4,
+            "first_k_dense_replace": 1,
+        },
+    ),
+    "LFM2": ("Lfm2", {"layer_types": ["conv", "full_attention"]}),
+    "GPT-2": ("GPT2", {"attn_pdrop": 0.1, "n_inner": 96}),
+    "Pythia": ("GPTNeoX", {}),
+    "RecurrentGemma": ("RecurrentGemma", {"lru_width": 64, "attention_window_size": 32}),
+    "Mamba": ("Mamba", {}),
+}
+HEAD = """\
+# Which models train, and how fast?
+
+```
+python docs/make_models.py
+```
+
+That command writes this page. It asks the code about a tiny random model of each family. Rows have
+at most 512 tokens. A test compares what packs and what has the fused loss with transformers.
+
+Every family of the table trains with LoRA on text. Where a part is not there, the run is slower or
+larger, never another training. Measured speeds are in [fast_path.md](fast_path.md).
+
+| column | yes means |
+| --- | --- |
+| packs | rows are laid end to end; the kernels have the family's attention |
+| fused loss | whole logits never exist |
+| 4 bits | no weights of experts would silently stay in 16 bits; the same holds for fp8 |
+| planned | `recipes/plan.py` makes a plan |
+"""
+COLUMNS = ("packs", "fused loss", "4 bits", "planned")
+
+
+class Row(NamedTuple):
+    """Why each part does not work for a family; None where it does."""
+
+    packs: str | None
+    fused_loss: str | None
+    rounded: str | None
+    planned: str | None
+
+
+def main() -> None:
+    """Write the page."""
+    transformers.logging.set_verbosity_error()
+    PAGE.write_text(page({name: row(name) for name in FAMILIES}), encoding="utf-8")
+    print(f"{PAGE.name}: {len(FAMILIES)} families")
+
+
+def config_of(family: str) -> PreTrainedConfig:
+    """Returns the config of a family's tiny model."""
+    name, fields = FAMILIES[family]
+    return getattr(transformers, f"{name}Config")(**SMALL | fields)
+
+
+def model_of(family: str) -> PreTrainedModel:
+    """Returns a family's tiny model: frozen random weights of a size at which attention matters."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config_of(family), dtype=torch.float32)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.normal_(0, 0.15)
+    return model.eval().requires_grad_(False)
+
+
+def row(family: str) -> Row:
+    """Returns what works for a family."""
+    config, model = config_of(family), model_of(family)
+    layers = describe(config, model_class(config))
+    fused = fused_loss.why_not(model)
+    if fused is None and isinstance(changes := logit_changes(model), str):
+        fused = changes
+    return Row(
+        why_not_the_model(layers, LONGEST),
+        fused,
+        _refusal(config, "--load_in_4bit=true"),
+        _no_plan(config),
+    )
+
+
+def page(rows: dict[str, Row]) -> str:
+    """Returns the page as Markdown."""
+    lines = [f"| family | {' | '.join(COLUMNS)} |", "| --- " * 5 + "|"]
+    for family, found in rows.items():
+        cells = ["no" if why else "yes" for why in found]
+        lines.append(f"| {family} | {' | '.join(cells)} |")
+    reasons = ["| family | part | what the run or the plan says |", "| --- | --- | --- |"]
+    for family, found in rows.items():
+        pairs = zip(COLUMNS, found, strict=True)
+        reasons += [f"| {family} | {part} | {why} |" for part, why in pairs if why]
+    return "\n".join([HEAD, *lines, "\n## Why not?\n", *reasons, "", TAIL])
+
+
+def _asked(option: str) -> tuple[Recipe, Launch]:
+    """Returns the demo's recipe with one more option, and a launch in bf16 on one GPU."""
+    path = ROOT / "recipes" / "demo" / "attn_r16.yaml"
+    with launched(exported(ROOT / "accelerate_configs" / "single.yaml")) as launch:
+        return parse_recipe(["--config", str(path), "--dtype=bfloat16", option], launch), launch
+
+
+def _refusal(config: PreTrainedConfig, option: str) -> str | None:
+    recipe, launch = _asked(option)
+    try:
+        choose(recipe, config, launch, lambda: None)
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+def _no_plan(config: PreTrainedConfig) -> str | None:
+    recipe, launch = _asked("--lora_target_modules=all-linear")
+    fast = FastPath(True, True, True, None, describe(config, model_class(config)))
+    try:
+        step_of(recipe, config, launch, fast, 512, 512)
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+TAIL = """\
+## What about checkpoints that take images?
+
+Images are never trained, and the run says so. Where transformers has a class for the text alone
+that reads the whole checkpoint (Qwen 3.5, Llama 4), the text model trains. Every tensor of it comes
+from the checkpoint. The others (Gemma 3 and 4, Mistral 3, Qwen 2.5-VL and 3-VL) are refused in one
+sentence. Their text models train where they are published alone.
+"""
+
+
+if __name__ == "__main__":
+    main()
