@@ -261,7 +261,7 @@ def test_intervals_of_conversations_are_over_conversations(quality, run, tmp_pat
     # the last turns are beyond max_length
     assert (found["rows"], found["conversations"]) == (8, 4)
     assert "over conversations" in found["statistics"]
-    assert "fewer than 30 conversations: the intervals are rough" in found["warnings"]
+    assert "fewer than 30 conversations: the intervals are wide" in found["warnings"]
     lines = (run / "eval" / "quality-talk.jsonl").read_text().splitlines()
     conversations = [json.loads(line)["conversation"] for line in lines]
     assert conversations == sorted([0, 1, 2, 3] * 2)
