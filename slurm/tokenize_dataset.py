@@ -222,7 +222,9 @@ def made_by_workers(
                 time.sleep(0.1)
                 refuse_silence(looked, client, cluster, arguments.out / LOGS)
                 continue
-            for _, record in waiting.next_batch(block=False):
+            for task, record in waiting.next_batch(block=False):
+                if task.status == "error":  # a batch holds what the worker raised
+                    raise task.exception()
                 yield record
     except KilledWorker as error:
         raise ValueError(

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+from contextlib import contextmanager
 
 import pytest
 from conftest import (
@@ -10,6 +11,7 @@ from conftest import (
     load_script,
     write_jsonl,
 )
+from dask.distributed import LocalCluster
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
 from tokenizing import ODD, TURNS, contents, fields_of, recipe_of, refused, tokenized
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
@@ -261,6 +263,23 @@ def test_a_template_that_refuses_every_question_is_one_sentence(script, base, ro
     fields = fields_of(base, rows, tmp_path, chat_template_path=str(tmp_path / "none.jinja"))
     said = refused(script, fields, tmp_path / "out")
     assert "row 0 of " in said and "the chat template refuses it: no questions" in said
+
+
+def test_what_a_worker_raises_ends_the_job_in_its_sentence(script, made, tmp_path, monkeypatch):
+    @contextmanager
+    def in_this_process(*_):
+        with LocalCluster(
+            1, threads_per_worker=1, processes=False, dashboard_address=None
+        ) as cluster:
+            yield cluster
+
+    monkeypatch.setattr(script, "cluster_of", in_this_process)
+    fields, whole = made
+    folder = shutil.copytree(whole, tmp_path / "tokens")
+    record_path(folder, 0).unlink()
+    record_path(folder, 0).mkdir()
+    said = refused(script, fields, folder, "--rows_per_shard", "16")
+    assert "shard-00000.json" in said and said.endswith(": Is a directory")
 
 
 def test_an_encoder_that_was_edited_is_refused(script, made, tmp_path):

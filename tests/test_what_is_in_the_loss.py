@@ -155,6 +155,10 @@ def test_tokens_beyond_the_embedding_are_refused_before_the_model_is_loaded():
         refuse_unknown_tokens(tokenizer, LlamaConfig(vocab_size=259))
 
 
+def test_a_template_that_includes_a_file_is_left_to_the_rows():
+    refuse_unknown_tokens(with_template("{% include 'x' %}"), LlamaConfig(vocab_size=259))
+
+
 def test_a_tokenizer_of_odd_values_is_named(base, tmp_path):
     shutil.copytree(base, tmp_path / "model")
     path = tmp_path / "model" / "tokenizer_config.json"
