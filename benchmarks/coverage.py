@@ -8,7 +8,6 @@ heavy tails, win rates near 0, ratings of a category. Each trial is compared as 
 percentile bootstrap, which was used before, is measured on the same trials.
 """
 
-import argparse
 import json
 import math
 from collections.abc import Callable, Iterator
@@ -21,6 +20,7 @@ from sftlab.evaluation.significance import Paired, compare, mean, perplexity, wi
 from sftlab.evaluation.text_metrics import paired_scores
 from sftlab.exit_messages import mistakes_in_one_line
 from sftlab.runs.environment import provenance
+from sftlab.script_options import Options
 from sftlab.tables import aligned, write_csv
 
 RESAMPLES = 1_000
@@ -40,7 +40,7 @@ class Case(NamedTuple):
 
 def main() -> None:
     """Simulate every case at every size, write the table, print it."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Options(description=__doc__.splitlines()[0])
     parser.add_argument("--records", type=Path, help="RUN/eval/quality.jsonl of the demo")
     parser.add_argument("--trials", type=int, default=500)
     parser.add_argument("--out", type=Path, default=Path("results/coverage"))
