@@ -1,6 +1,7 @@
 """Planned memory is what torch, autograd and inductor allocate, and what was measured."""
 
 import contextlib
+import dataclasses
 import sys
 import types
 
@@ -12,12 +13,22 @@ from planned_steps import ALL, ATTENTION, forecast
 from torch._dynamo.backends.common import aot_autograd
 from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch._inductor.decomposition import select_decomp_table
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    Gemma2Config,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Olmo2Config,
+    Qwen3Config,
+)
 
 from sftlab.config.launch import exported, launched
 from sftlab.config.parser import parse_recipe
 from sftlab.data.collator import tiles
 from sftlab.fastpath import compile_layers, varlen_attention
+from sftlab.models.layers import describe
+from sftlab.models.loading import model_class
 from sftlab.models.random_models import random_lengths
 from sftlab.planning.row_lengths import RowLengths, of_lengths
 from sftlab.planning.step import Shape, Step
@@ -198,6 +209,27 @@ def test_what_a_compiled_layer_keeps_is_what_inductors_partitioner_keeps(
     assert TOKENS * kept_bytes(planned_step(targets, "bf16", True, True, 0.0)) == pytest.approx(
         held, rel=0.01
     )
+
+
+@pytest.mark.parametrize("config_class", [Qwen3Config, Gemma2Config, Olmo2Config])
+def test_more_norms_than_llamas_keep_what_autograd_keeps(attention_on_cpu, config_class):
+    sizes = {"vocab_size": 64, "hidden_size": HIDDEN, "intermediate_size": MLP, "head_dim": 16}
+    heads = {"num_attention_heads": HEADS, "num_key_value_heads": KEY_HEADS}
+    config = config_class(**sizes, **heads, num_hidden_layers=3)
+    model = AutoModelForCausalLM.from_config(
+        config, attn_implementation="varlen", dtype=torch.bfloat16
+    )
+    model = get_peft_model(
+        model, LoraConfig(r=RANK, target_modules=ATTENTION, task_type="CAUSAL_LM")
+    )
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            parameter.data = parameter.data.float()
+    held = kept_by_autograd(model.train(), torch.bfloat16, True)
+    shape = Shape.of(config, describe(config, model_class(config)))
+    assert shape.norm_elements > 0
+    step = dataclasses.replace(planned_step(ATTENTION, "bf16", True, False, 0.0), shape=shape)
+    assert TOKENS * kept_bytes(step) == pytest.approx(held, rel=0.01)
 
 
 def test_measured_runs_of_the_fast_path_are_near():

@@ -69,13 +69,16 @@ class Layers(NamedTuple):
 
     `count` is the number of decoder layers, `convolutions` that of modules that mix neighbouring
     tokens. `experts` is the share of the parameters that belong to experts, stacked in tensors of
-    three dimensions. `unknown` says why the attention cannot be described; None where it is.
+    three dimensions. `norms` are the elements and the vectors of a token that a layer normalises
+    beside the two norms of a Llama layer. `unknown` says why the attention cannot be described;
+    None where it is.
     """
 
     count: int
     attention: tuple[Attention, ...] = ()
     convolutions: int = 0
     experts: float = 0.0
+    norms: tuple[int, int] = (0, 0)
     unknown: str | None = None
 
     @property
@@ -129,8 +132,23 @@ def _described(pickled: bytes, takes_another: bool) -> Layers:
         () if unknown else tuple(found),
         sum(isinstance(module, nn.Conv1d) for module in model.modules()),
         experts / max(1, sum(p.numel() for p in model.parameters())),
+        (0, 0) if unknown or not found else _norms(model, decoder.hidden_size, found[0]),
         unknown,
     )
+
+
+def _norms(model: PreTrainedModel, hidden: int, attention: Attention) -> tuple[int, int]:
+    """Returns what the first layer normalises beside two vectors of the hidden size."""
+    layer = next(m for m in model.modules() if isinstance(m, nn.ModuleList))[0]
+    elements, vectors = -2 * hidden, -2
+    for name, module in layer.named_modules():
+        if not type(module).__name__.endswith("Norm"):
+            continue
+        heads = {"q_norm": attention.heads, "k_norm": attention.key_heads}.get(name.split(".")[-1])
+        width = hidden if heads is None else heads * attention.size
+        of_a_head = heads and getattr(module, "weight", torch.empty(0)).numel() == attention.size
+        elements, vectors = elements + width, vectors + (heads if of_a_head else 1)
+    return max(0, elements), max(0, vectors)
 
 
 def _run(model: PreTrainedModel) -> str | None:

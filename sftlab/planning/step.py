@@ -15,7 +15,10 @@ from sftlab.planning.weight_memory import LINEARS, Weights, count_weights
 
 
 class Shape(NamedTuple):
-    """Sizes of a decoder: widths, layers, query heads, key heads, size of a head, vocabulary."""
+    """Sizes of a decoder: widths, layers, query heads, key heads, size of a head, vocabulary.
+
+    `norm_elements` and `norm_vectors` of a token are normalised beside a Llama layer's two norms.
+    """
 
     hidden: int
     mlp: int
@@ -24,6 +27,8 @@ class Shape(NamedTuple):
     key_heads: int
     head_size: int
     vocabulary: int
+    norm_elements: int = 0
+    norm_vectors: int = 0
 
     @classmethod
     def of(cls, config: PreTrainedConfig, layers: Layers) -> "Shape":
@@ -56,7 +61,8 @@ class Shape(NamedTuple):
         hidden, mlp, count, heads, vocabulary = (getattr(config, name) for name in names)
         if heads_of:
             heads, key_heads, size, _ = heads_of.pop()
-            return cls(hidden, mlp, count, heads, key_heads, size, vocabulary)
+            sizes = (hidden, mlp, count, heads, key_heads, size, vocabulary)
+            return cls(*sizes, *layers.norms)
         key_heads = getattr(config, "num_key_value_heads", None) or heads
         size = getattr(config, "head_dim", None) or hidden // heads
         return cls(hidden, mlp, count, heads, key_heads, size, vocabulary)

@@ -86,8 +86,10 @@ def kept_bytes(step: Step) -> float:
     masks += step.dropout * s.mlp * ("down_proj" in targets)
     lora = b * (inputs + step.rank * len(targets)) + masks
     if step.compiled:
-        return 2 * (residual * s.hidden + 4) + attention + b * 2 * s.mlp + lora
-    return 2 * (4 * s.hidden + 4) + attention + b * 3 * s.mlp + lora
+        norms = 2 * (residual * s.hidden + 4) + b * s.norm_elements + 4 * s.norm_vectors
+        return norms + attention + b * 2 * s.mlp + lora
+    norms = 2 * (4 * s.hidden + 4) + 4 * (s.norm_elements + s.norm_vectors)
+    return norms + attention + b * 3 * s.mlp + lora
 
 
 def memory(step: Step) -> Memory:
