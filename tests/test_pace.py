@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from sftlab.models.layers import describe
 from sftlab.planning.step import Shape, Step
 from sftlab.planning.step_time import traffic, widths
 from sftlab.planning.weight_memory import Weights
@@ -142,7 +143,7 @@ def step_of(
     weights = Weights(*[0] * len(Weights._fields))
     # 4-bit weights have LoRA matrices in the compute dtype, others in float32
     return Step(
-        Shape.of(config_of(shape)),
+        Shape.of(config_of(shape), describe(config_of(shape), LlamaForCausalLM)),
         weights,
         precision,
         targets,
