@@ -12,10 +12,11 @@ from transformers import AutoTokenizer, LlamaConfig
 
 from sftlab.config.recipe import DataArguments, TrainingArguments
 from sftlab.data.before_training import data_lines, rows_with_marks
-from sftlab.data.chat_template import encode
+from sftlab.data.chat_template import encode, encoder_of, prompt_ids
 from sftlab.data.converter import split_index
 from sftlab.data.encoded_rows import encode_rows
 from sftlab.data.loss_check import look_at_loss
+from sftlab.data.messages import Conversation
 from sftlab.data.model_limits import refuse_unknown_tokens
 from sftlab.data.splits import load_splits
 from sftlab.data.template_facts import rendered_facts, template_facts
@@ -78,7 +79,6 @@ def test_a_template_that_is_right_gives_no_warning():
 @pytest.mark.parametrize(
     ("template", "message"),
     [
-        (SYSTEM_LAST, "puts the question into the loss"),
         (HEADER + "<assistant>", "writes '<assistant>' after an answer's end"),
         (UPPER, r"does not write the answer 'It is Quagga\.' as it is"),
     ],
@@ -92,6 +92,7 @@ def test_templates_whose_loss_is_not_the_answer_are_refused(template, message):
 @pytest.mark.parametrize(
     ("template", "message"),
     [
+        (SYSTEM_LAST, "writes prompts otherwise once they are answered; each answer is trained"),
         (R1, "drops the thoughts of answers"),
         (R1, r"ends prompts with '<think>\n' only where an answer is asked for"),
         (NO_END, "no end token is in the loss, so"),
@@ -103,6 +104,25 @@ def test_templates_whose_loss_is_not_the_answer_are_refused(template, message):
 )
 def test_what_a_template_does_is_said(template, message):
     assert any(message in one for one in look_at_loss(with_template(template), [], EVERY))
+
+
+def test_a_prompt_that_moves_once_it_is_answered_is_trained_as_it_is_asked():
+    """A row for each answer: the system prompt stands in the question that it answers."""
+    tokenizer = with_template(SYSTEM_LAST)
+    chat = [
+        {"role": role, "content": text}
+        for role, text in (
+            *(("system", "Be brief."), ("user", "One?"), ("assistant", "Yes.")),
+            *(("user", "Two?"), ("assistant", "No.")),
+        )
+    ]
+    (made,) = encoder_of(tokenizer)([Conversation(chat, [2, 4], [])])
+    assert len(made) == 2
+    for one, end, answer in zip(made, (2, 4), (" Yes.<eos>", " No.<eos>"), strict=True):
+        asked = prompt_ids(tokenizer, chat[:end])
+        assert one.ids[: len(asked)] == asked
+        assert tokenizer.decode(one.ids[len(asked) :]) == answer
+        assert one.spans == [len(asked), len(one.ids) - len(asked)]
 
 
 def test_only_what_the_rows_have_is_warned_of():

@@ -62,7 +62,7 @@ class Encoder:
         # what the backend reads as a control token wherever it stands, in messages as JSON
         self.marks = re.compile(pattern) if pattern else None
         self.render = Renderer(template, special_tokens, marked=offsets)
-        ending = self.render.constant_ending() if shortcut else ""
+        ending = self.render.ending if shortcut else ""
         cut = cut_in(backend, ending) if ending else None
         self._ending, self._tail = (ending, ending[cut:]) if cut is not None else (None, "")
         self._tail_ids = self._encode([self._tail])[0] if self._tail else []

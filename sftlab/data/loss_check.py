@@ -41,6 +41,14 @@ class Finding(NamedTuple):
     unsound: bool
 
 
+MOVED = Finding(
+    "moved",
+    "the chat template writes prompts otherwise once they are answered; each answer is trained "
+    "behind its prompt as the model is asked",
+    False,
+)
+
+
 def look_at_loss(
     tokenizer: PreTrainedTokenizerBase,
     rows: Iterable[Conversation],
@@ -115,6 +123,8 @@ def _look(
         asked, whole = encoder.render.text_of(turn)
     ((made,),) = encoder([turn])
     ids = [i for i in labels_of(made.ids, made.spans) if i != -100]
+    if encoder.render.writes_prompts_otherwise(turn):
+        found.setdefault("moved", MOVED)
     for finding in _findings(tokenizer, turn, asked, whole, ids, ends):
         found.setdefault(finding.kind, finding)
 

@@ -48,7 +48,9 @@ class Rendered(NamedTuple):
 class Renderer:
     """Renders conversations with one template.
 
-    `marked` says whether to note what a template with `{% generation %}` marks.
+    `marked` says whether to note what a template with `{% generation %}` marks. Some templates
+    write a prompt in another way once it is answered: Mistral's moves the system prompt. What the
+    model is asked then stands before the answer, as it will when the model is used.
     """
 
     def __init__(self, template: str, special_tokens: Mapping[str, Any], marked: bool) -> None:
@@ -56,6 +58,8 @@ class Renderer:
         self._render = partial(render_jinja_template, chat_template=template, **special_tokens)
         self._text_arguments = False
         self._text_arguments = "arguments" in template and self._needs_text_arguments()
+        # what every prompt ends with, perhaps nothing
+        self.ending = self._constant_ending()
 
     def __call__(self, conversations: Sequence[Conversation]) -> list[Rendered]:
         """Returns each conversation as text, up to each of its answers."""
@@ -70,21 +74,32 @@ class Renderer:
             for one in group:
                 count = len(one.answers)
                 wholes, generated = zip(*islice(pairs, count), strict=True)
-                found.append(
-                    Rendered(
-                        list(islice(prompts, count)),
-                        list(wholes),
-                        list(generated) if self.marked else None,
-                    )
-                )
+                before, marked = list(islice(prompts, count)), list(generated)
+                contents = (one.messages[number]["content"] for number in one.answers)
+                answered = list(map(self._as_asked, before, wholes, contents))
+                found.append(Rendered(before, answered, marked if self.marked else None))
         return found
+
+    def writes_prompts_otherwise(self, turn: Conversation) -> bool:
+        """Whether the template writes the prompt of an answer in another way than it is asked."""
+        tools, whole = turn.tools, self.text_of(turn)[1]
+        return self._texts([turn.messages], tools)[0][0] != whole
+
+    def _as_asked(self, prompt: str, whole: str, answer: str) -> str:
+        """Returns an answer behind its prompt as it is asked, if `whole` has another prompt."""
+        ending = self.ending
+        moved = not self.marked and not whole.startswith(prompt)
+        if not moved or not ending or not prompt.endswith(ending):
+            return whole
+        place = whole.rfind(ending, 0, whole.rfind(answer.strip()))
+        return whole if place < 0 else prompt + whole[place + len(ending) :]
 
     def text_of(self, turn: Conversation) -> tuple[str, str]:
         """Returns the text before an answer, with its generation prompt, and up to its end."""
         (rendered,) = self([turn])
         return rendered.prompts[-1], rendered.wholes[-1]
 
-    def constant_ending(self) -> str:
+    def _constant_ending(self) -> str:
         """Returns the text that every prompt ends with under this template, perhaps none."""
         asked = [[{"role": "user", "content": text}] for text in ("One", "Z")]
         try:
