@@ -84,7 +84,7 @@ def test_the_table_the_file_and_the_records_agree(run):
     assert "version:" in found["bleu"]
     assert len(re.findall(r"^  row \d", done.stdout, re.M)) == 3
     assert "95 % intervals" in done.stdout
-    assert "Holm over 6 scores" in done.stdout
+    assert "Holm over 7 scores" in done.stdout
 
 
 def test_the_batch_size_changes_nothing(quality, finished, tmp_path):
