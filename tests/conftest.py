@@ -352,7 +352,9 @@ def offered(finished, tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def server(offered, tmp_path_factory):
     """The app with the tiny model."""
-    with serve(tmp_path_factory.mktemp("server"), "--run", str(offered / "first")) as running:
+    report = ("--report", str(ROOT / "results" / "demo"))
+    folder = tmp_path_factory.mktemp("server")
+    with serve(folder, "--run", str(offered / "first"), *report) as running:
         yield running
 
 
