@@ -1,7 +1,7 @@
 # make demo    the main job on a CPU, from nothing to base against tuned
 # make results the demo's recipes, trained and evaluated, their report, and the README's figures (7 minutes)
 # make test    the tests (no hub, no GPU, no network)
-# make test-long   the demo from nothing, real data, kills: tests of a minute and more each (5 minutes)
+# make test-long   the demo from nothing, the page in a browser, real data, kills: tests that take long (10 minutes)
 # make test-cluster   every ending of a job on a real Slurm, started here (Debian's slurm-wlm; 4 minutes)
 # make test-faults    trainings killed at random moments and every file of a checkpoint broken (half an hour)
 # make test-fuzz      2,400 broken inputs, read by the real scripts (half an hour)
@@ -60,7 +60,7 @@ test: $(STAMP)
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 test-long: $(STAMP)
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m long -n $(WORKERS) --dist load
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m long -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 test-cluster: $(STAMP)
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m cluster

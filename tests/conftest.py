@@ -37,8 +37,9 @@ needs_shared = pytest.mark.skipif(
 
 # Files that take the longest come first, so that the workers end together.
 SLOWEST_FIRST = (
-    *("demo", "app", "browser", "sft", "continuation", "fsdp", "study", "harness", "faults"),
-    *("tokenizing", "pace", "quality", "compiled", "fastpath", "chat", "plan", "kernels"),
+    *("demo", "browser", "harness", "quality", "compiled", "continuation", "kernels", "app"),
+    *("fsdp", "sft", "faults", "study", "significance", "report", "step_memory", "fuzz", "plan"),
+    *("families", "tokens", "reference", "tokenizing", "pace", "fastpath", "chat"),
 )
 
 

@@ -19,6 +19,9 @@ from sftlab.fastpath import compile_layers, varlen_attention
 from sftlab.fastpath.float8 import FrozenFloat8Linear, freeze_in_float8
 from sftlab.measurement.flops import flops_per_token
 
+# each of these takes half a minute to trace
+LONG, OTHER_WEIGHTS = pytest.mark.long, ("float8", "4 bits gathered")
+
 
 @pytest.fixture
 def on_a_cpu(monkeypatch):
@@ -60,7 +63,9 @@ def test_compiled_layers_are_one_graph_that_batches_of_other_sizes_do_not_compil
 @pytest.mark.parametrize(
     "dropped", [{}, {"gradient_checkpointing": "true"}], ids=["kept", "checkpointed"]
 )
-@pytest.mark.parametrize("weights", ["whole", "float8", "4 bits", "4 bits gathered"])
+@pytest.mark.parametrize(
+    "weights", ["whole", "4 bits", *(pytest.param(one, marks=LONG) for one in OTHER_WEIGHTS)]
+)
 def test_compiled_layers_have_the_gradients_of_uncompiled_ones(
     fields, on_a_cpu, monkeypatch, weights, dropped
 ):

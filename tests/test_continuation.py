@@ -61,7 +61,7 @@ STOPS = [
     ("worker", signal.SIGTERM),
     ("worker", signal.SIGUSR1),
     ("launcher", signal.SIGTERM),
-    ("group", signal.SIGINT),
+    pytest.param("group", signal.SIGINT, marks=pytest.mark.long),
 ]
 
 

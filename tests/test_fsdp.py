@@ -132,6 +132,7 @@ def _clip_in_one_of_two(rank: int, store: str, out: str) -> None:
     dist.destroy_process_group()
 
 
+@pytest.mark.long
 def test_sharded_gradients_are_clipped_as_torch_clips_them(tmp_path):
     torch.multiprocessing.spawn(
         _clip_in_one_of_two, (f"{tmp_path}/store", f"{tmp_path}/out"), nprocs=2

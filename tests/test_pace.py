@@ -35,6 +35,8 @@ TIMED_SHAPES = {
         "num_key_value_heads": 4,
     },
 }
+# each of these takes a third of a minute to compile
+LONG = pytest.mark.long
 ATTENTION = frozenset({"q_proj", "v_proj", "o_proj"})
 ALL = ATTENTION | {"k_proj", "gate_proj", "up_proj", "down_proj"}
 # They make a view, or nothing.
@@ -178,7 +180,10 @@ def test_eager_layers_move_what_the_plan_says(shape, dtype, lora32):
 @pytest.mark.skipif(
     not (which("g++") or which("clang++")), reason="there is no C++ compiler for inductor"
 )
-@pytest.mark.parametrize(("shape", "targets"), [("1b", frozenset()), ("1b", ALL), ("7b", ALL)])
+@pytest.mark.parametrize(
+    ("shape", "targets"),
+    [("1b", frozenset()), pytest.param("1b", ALL, marks=LONG), pytest.param("7b", ALL, marks=LONG)],
+)
 def test_compiled_layers_move_what_the_plan_says(shape, targets, monkeypatch):
     monkeypatch.setattr(
         torch._inductor.compile_fx.inductor_metrics_log, "isEnabledFor", lambda level: True
