@@ -47,6 +47,8 @@ def main(argv: list[str]) -> None:
     add("--num_processes", type=int)
     add("--runs", type=Path, default=Path("runs"), help="where runs are written")
     arguments, fields = parser.parse_known_args(argv)
+    if fields and not fields[0].startswith("--"):
+        sys.exit(f"error: unexpected word {fields[0]!r}: give options such as --config RECIPE.yaml")
     if fields and not arguments.config:
         sys.exit(
             f"error: {fields[0]} is a recipe's field, and no recipe was given: pass --config "
