@@ -129,6 +129,7 @@ def test_other_hosts_are_neither_answered_nor_asked(server):
     assert "http" not in policy
 
 
+@pytest.mark.long
 def test_eight_clients_at_once_get_their_own_answers(server, offered):
     """40 messages, 5 of each client:
 

@@ -60,7 +60,7 @@ def stopped_after(fields, step, number=signal.SIGTERM, whom="worker", config="cp
 STOPS = [
     ("worker", signal.SIGTERM),
     ("worker", signal.SIGUSR1),
-    ("launcher", signal.SIGTERM),
+    pytest.param("launcher", signal.SIGTERM, marks=pytest.mark.long),
     pytest.param("group", signal.SIGINT, marks=pytest.mark.long),
 ]
 

@@ -16,6 +16,8 @@ from torch.distributed.tensor import Shard, distribute_tensor
 
 from sftlab.fastpath import fsdp
 
+pytestmark = pytest.mark.long
+
 IN_BF16 = ("--mixed_precision", "bf16")
 
 
@@ -132,7 +134,6 @@ def _clip_in_one_of_two(rank: int, store: str, out: str) -> None:
     dist.destroy_process_group()
 
 
-@pytest.mark.long
 def test_sharded_gradients_are_clipped_as_torch_clips_them(tmp_path):
     torch.multiprocessing.spawn(
         _clip_in_one_of_two, (f"{tmp_path}/store", f"{tmp_path}/out"), nprocs=2

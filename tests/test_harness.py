@@ -23,6 +23,8 @@ from harness_files import (
 )
 from safetensors.torch import load_file, save_file
 
+pytestmark = pytest.mark.long
+
 
 @pytest.fixture(scope="session")
 def files(tmp_path_factory):
@@ -53,7 +55,6 @@ def run(finished, tmp_path):
     return copy_of(finished[0], tmp_path / "run")
 
 
-@pytest.mark.long
 def test_the_figures_are_those_of_the_lm_eval_command(harness, run, base, files, tmp_path):
     tasks, names = (
         "arc_challenge_local,gsm8k_local",

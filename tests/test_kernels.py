@@ -133,6 +133,7 @@ def test_attention_of_other_heads_and_its_gradients(case):
         assert (found.double() - right).abs().max() < 5e-6 * right.abs().max()
 
 
+@pytest.mark.long
 @with_triton
 @pytest.mark.skipif(interpreted, reason="Triton's interpreter runs no compiled kernel")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

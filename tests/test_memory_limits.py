@@ -36,6 +36,7 @@ def test_the_parts_sum_to_the_peak():
         assert all(size >= 0 for size in plan[:-1])
 
 
+@pytest.mark.long
 def test_memory_grows_with_rows_length_and_rank():
     fields = {"global_batch_size": 0}
     for extra in ({"gradient_checkpointing": "true"}, {"compile_layers": "false", "targets": ALL}):

@@ -124,6 +124,7 @@ def test_what_is_measured_again_takes_the_place_of_its_rows_alone(tmp_path):
     }
 
 
+@pytest.mark.long
 def test_the_committed_table_is_todays_planner():
     script, cells = load_script("benchmarks/plan_accuracy.py"), {cell.name: cell for cell in CELLS}
     rows = script.newest(ROOT / "results" / "plan_accuracy" / "plan_accuracy.csv", [])

@@ -158,9 +158,8 @@ def undisturbed(quality, finished, tmp_path_factory):
     return whole
 
 
-@pytest.mark.parametrize(
-    "number", [pytest.param(signal.SIGKILL, marks=pytest.mark.long), signal.SIGTERM]
-)
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+@pytest.mark.long
 def test_an_evaluation_that_is_ended_goes_on_where_it_stopped(
     quality, finished, undisturbed, tmp_path, number
 ):

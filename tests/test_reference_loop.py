@@ -26,6 +26,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from trl import SFTConfig, SFTTrainer
 
+pytestmark = pytest.mark.long
+
 TEMPLATE = Path(__file__).resolve().parents[1] / "recipes" / "templates" / "instruction.jinja"
 TOLERANCE = 1e-4
 Rows = list[dict[str, Any]]

@@ -299,6 +299,7 @@ def test_learning_rate_that_came_with_the_rank_is_refused(confounded, report, tm
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.long
 def test_confounded_runs_are_marked_everywhere(
     plots, confounded, report, capsys, tmp_path, monkeypatch
 ):

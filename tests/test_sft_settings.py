@@ -29,6 +29,7 @@ def test_gpt2s_layers_are_adapted_and_checked(fields, base, tmp_path, trained_he
     assert losses(fields["output_dir"])[6] < losses(fields["output_dir"])[1] - 0.05
 
 
+@pytest.mark.long
 def test_num_processes_on_the_command_line_really_starts_them(finished, tmp_path):
     _, fields, _ = finished
     launched(

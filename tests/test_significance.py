@@ -73,6 +73,7 @@ def test_a_real_difference_is_found_and_has_the_right_sign():
             assert one["p_value"] < 0.01
 
 
+@pytest.mark.long
 def test_random_halves_of_the_same_outputs_are_significant_in_a_twentieth_of_trials():
     records, trials = np.array(noisy_records(400, 0.3)), 200
     significant = dict.fromkeys(paired_scores(records[:2], records[:2]), 0)

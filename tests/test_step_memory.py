@@ -190,6 +190,7 @@ def test_what_a_layer_keeps_is_what_autograd_keeps(
     assert planned == pytest.approx(held - extra, rel=0.01)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("targets", [ATTENTION, ALL], ids=["attention", "all"])
 def test_what_a_compiled_layer_keeps_is_what_inductors_partitioner_keeps(
     attention_on_cpu, targets, monkeypatch

@@ -74,6 +74,7 @@ def test_a_study_that_is_told_to_stop_lets_the_training_save(write, tmp_path):
     assert json.loads(run.read_text())["status"] == "interrupted"
 
 
+@pytest.mark.long
 def test_a_study_killed_in_a_cell_ends_as_if_it_had_not_been(write, tmp_path):
     path = write({**TWO, "r2 undisturbed": TWO["r2"], "wrong": {"lora_r": -2, "lora_alpha": -4}})
     begun = start(path, tmp_path, start_new_session=True)
