@@ -97,7 +97,10 @@ def forty_shards(script, base, folder, size=20):
     made here.
     """
     lines = [{"instruction": f"{i} {ODD * 80}", "response": ODD} for i in range(40 * size)]
-    fields = fields_of(base, write_jsonl(folder / "rows.jsonl", lines), folder, max_length="8000")
+    roomy = shutil.copytree(base, folder / "base")
+    config = json.loads((roomy / "config.json").read_text())
+    (roomy / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 8192}))
+    fields = fields_of(roomy, write_jsonl(folder / "rows.jsonl", lines), folder, max_length="8000")
     out = ["--out", str(folder / "some"), "--rows_per_shard", str(size)]
     given, rest = script.parse_arguments([*out, *arguments(fields)])
     places, *made = script.prepare(parse_recipe(rest, Launch.from_environment()), given)
