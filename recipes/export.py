@@ -27,6 +27,7 @@ from sftlab.evaluation.base_and_tuned import (
     run_tokenizer,
 )
 from sftlab.evaluation.held_out import HeldOut, held_out
+from sftlab.exit_messages import first_line
 from sftlab.export.agreement import PROMPTS, Behaviour, compare, observe
 from sftlab.export.formats import (
     end_ids,
@@ -100,10 +101,12 @@ def export(arguments: argparse.Namespace) -> None:
     recipe = run["recipe"]
     rows = held_out(run)
     tokenizer = run_tokenizer(folder, run)
-    dtype = arguments.dtype or own_dtype(recipe, arguments.trust_remote_code)
+    config = base_config(recipe, arguments.trust_remote_code)
+    stored = config.dtype  # of the base model's weights, if it says so
+    own_dtype = recipe["dtype"] if stored is None else str(stored).removeprefix("torch.")
     rank = refuse_for_vllm(folder / "adapter") if arguments.to == "adapter" else None
     if arguments.to == "gguf":
-        refuse_unwritable(base_config(recipe, arguments.trust_remote_code), tokenizer)
+        refuse_unwritable(config, tokenizer)
     with unfinished_folder(out) as unfinished:
         print(f"asking the run {arguments.prompts} held-out prompts ...", flush=True)
         model = load_pair(folder, unquantised(run), arguments.trust_remote_code)
@@ -113,7 +116,7 @@ def export(arguments: argparse.Namespace) -> None:
         if arguments.to == "adapter":
             write_adapter(folder, recipe["model_name_or_path"], unfinished, tokenizer, model)
         else:
-            merged = merge(model, tokenizer, dtype, ends)
+            merged = merge(model, tokenizer, arguments.dtype or own_dtype, ends)
             if arguments.to == "merged":
                 write_merged(merged, tokenizer, unfinished)
             else:
@@ -122,7 +125,7 @@ def export(arguments: argparse.Namespace) -> None:
             del merged
         del model
         print("loading it again and asking it the same ...", flush=True)
-        found, kept = as_a_user(unfinished, arguments, rows, recipe)
+        found, kept = as_a_user(unfinished, arguments, rows, recipe, config)
         agreement = compare(expected, found, kept)
         if agreement.differs:
             raise ValueError(f"the export does not answer as {folder}: {agreement.differs}")
@@ -165,27 +168,24 @@ def base_config(recipe: dict[str, Any], trusted: bool) -> Any:
     return config.get_text_config()
 
 
-def own_dtype(recipe: dict[str, Any], trusted: bool) -> str:
-    """Returns the dtype that the base model's weights are stored in, or the training's."""
-    stored = base_config(recipe, trusted).dtype
-    return str(stored).removeprefix("torch.") if stored is not None else recipe["dtype"]
-
-
 def unquantised(run: dict[str, Any]) -> dict[str, Any]:
     """Returns run.json as if the base model had been loaded in its own 16 or 32 bits."""
     return run | {"recipe": run["recipe"] | {"load_in_4bit": False, "load_in_8bit": False}}
 
 
 def as_a_user(
-    out: Path, arguments: argparse.Namespace, rows: HeldOut, recipe: dict[str, Any]
+    out: Path, arguments: argparse.Namespace, rows: HeldOut, recipe: dict[str, Any], config: Any
 ) -> tuple[Behaviour, str]:
-    """Load an export from its folder alone, and ask it. Returns its answers and its dtype."""
+    """Load an export from its folder alone, and ask it. Returns its answers and its dtype.
+
+    `config` is the base model's, which tells what transformers does not read of a GGUF file.
+    """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     trust = {"trust_remote_code": arguments.trust_remote_code}
     if arguments.to == "gguf":
         kept, path = arguments.gguf_type, next(out.glob("*.gguf"))
         tokenizer = AutoTokenizer.from_pretrained(out, gguf_file=path.name)
-        model = read_gguf(path, base_config(recipe, arguments.trust_remote_code))
+        model = read_gguf(path, config)
         ends = ends_of(path)
         with_fused_head(model)
     elif arguments.to == "merged":
@@ -215,10 +215,9 @@ def push(out: Path, name: str, private: bool) -> None:
         url = api.create_repo(name, private=private, exist_ok=True)
         api.upload_folder(repo_id=name, folder_path=out, commit_message=f"Upload {out.name}")
     except (HfHubHTTPError, OfflineModeIsEnabled, OSError) as error:
-        said = (str(error).splitlines() or [type(error).__name__])[0]
         raise ValueError(
-            f"{out} is made, and was not uploaded to {name}: {said}. Log in with `hf auth login`, "
-            f"then `hf upload {name} {out}`"
+            f"{out} is made, and was not uploaded to {name}: {first_line(error)}. Log in with "
+            f"`hf auth login`, then `hf upload {name} {out}`"
         ) from error
     print(f"uploaded: {url}")
 

@@ -156,8 +156,8 @@ def prepare(
     splits, facts = read_data(recipe, tokenizer, template)
     facts |= started
     looked = look_at_rows(tokenizer, config, splits, training, facts["template"])
-    if run.is_main:
-        print(*(f"note: {one}" for one in recipe.notes), *looked.lines, sep="\n", flush=True)
+    for line in [*(f"note: {one}" for one in recipe.notes), *looked.lines] if run.is_main else []:
+        print(line, flush=True)
     run.check(start, facts, recipe.data.resume_anyway)
     recorded = facts | {"loss": looked.facts}
     # what an earlier run trained is replaced only once this one is ready

@@ -25,6 +25,11 @@ CTRL_C = 130
 _CANNOT = (OSError, ImportError, NotImplementedError)
 
 
+def first_line(error: BaseException) -> str:
+    """Returns the first line of what an error says, or its kind where it says nothing."""
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
 @contextmanager
 def mistakes_in_one_line(*others: type[Exception]) -> Iterator[None]:
     """End the script in one sentence; `others` are mistakes of the user besides ValueError.

@@ -28,6 +28,7 @@ from sftlab.data.converter import turn_of
 from sftlab.files import write_json
 from sftlab.training import stop_on_signal
 
+pytest_plugins = ("report_runs",)
 ROOT = Path(__file__).parent.parent
 SHARED = ROOT.parent / "shared" / "data"
 needs_shared = pytest.mark.skipif(

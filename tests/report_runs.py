@@ -1,4 +1,7 @@
-"""Run directories for the tests of eval/report.py, and how they call it."""
+"""Run directories for the tests of eval/report.py, and how they call it.
+
+Its fixtures are those of every test: conftest.py names it as a plugin.
+"""
 
 import csv
 import json
@@ -6,8 +9,11 @@ import math
 from pathlib import Path
 
 import pytest
+from conftest import ROOT, load_script
 
 from sftlab.comparison.run_settings import settings
+from sftlab.config.launch import Launch
+from sftlab.config.parser import parse_recipe
 from sftlab.evaluation.significance import add_holm, compare
 from sftlab.evaluation.text_metrics import ROUGE_SIGNATURE, Bleu, paired_scores, score_texts
 from sftlab.runs.run_directory import adapter_hash
@@ -37,6 +43,38 @@ LAUNCH = {
     "hides_gpus": True,
     "settings": {"ACCELERATE_DYNAMO_BACKEND": "NO", "ACCELERATE_MIXED_PRECISION": "no"},
 }
+
+
+@pytest.fixture(scope="session")
+def recipe() -> dict:
+    """The resolved fields of recipes/demo/attn_r16.yaml, as run.json holds them."""
+    launch = Launch("fp32", "single", 1, 1, True, {})
+    facts = parse_recipe(["--config", str(ROOT / "recipes/demo/attn_r16.yaml")], launch).facts()
+    return json.loads(json.dumps(facts, default=str))
+
+
+@pytest.fixture(scope="session")
+def report():
+    """eval/report.py in this process."""
+    return load_script("eval/report.py")
+
+
+@pytest.fixture
+def make(recipe, tmp_path):
+    """Writes run directories into tmp_path/runs."""
+    return run_writer(recipe, tmp_path)
+
+
+@pytest.fixture
+def plots():
+    """For tests that look at a plot."""
+
+
+@pytest.fixture
+def no_other_plots(request, report, monkeypatch):
+    """Drawing takes nine tenths of a report's time."""
+    if "plots" not in request.fixturenames:
+        monkeypatch.setattr(report, "draw_comparison", lambda *_: [])
 
 
 def run_writer(recipe, tmp_path):

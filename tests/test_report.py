@@ -8,32 +8,11 @@ import socket
 import subprocess
 import sys
 
-import pytest
-from conftest import ROOT, load_script
-from report_runs import GPU, read_csv, refused, run_report, run_writer, table_row
+from conftest import ROOT
+from report_runs import GPU, read_csv, refused, run_report, table_row
 
 from sftlab.comparison.run_results import outcome
-from sftlab.config.launch import Launch
-from sftlab.config.parser import parse_recipe
 from sftlab.evaluation.text_metrics import NAMES
-
-
-@pytest.fixture(scope="session")
-def recipe() -> dict:
-    """The resolved fields of recipes/demo/attn_r16.yaml, as run.json holds them."""
-    launch = Launch("fp32", "single", 1, 1, True, {})
-    facts = parse_recipe(["--config", str(ROOT / "recipes/demo/attn_r16.yaml")], launch).facts()
-    return json.loads(json.dumps(facts, default=str))
-
-
-@pytest.fixture(scope="session")
-def report():
-    return load_script("eval/report.py")
-
-
-@pytest.fixture
-def make(recipe, tmp_path):
-    return run_writer(recipe, tmp_path)
 
 
 def test_runs_that_failed_are_rows(make, report, capsys, tmp_path):

@@ -1,46 +1,14 @@
 """Only runs that differ in the axis are compared; every confounded run is named."""
 
-import json
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, load_script
 from matplotlib.figure import Figure
-from report_runs import CPU, GPU, VERSIONS, facts, read_csv, refused, run_report, run_writer
+from report_runs import CPU, GPU, VERSIONS, facts, read_csv, refused, run_report
 
 from sftlab.comparison.comparability import differences, suggest_axes
-from sftlab.config.launch import Launch
-from sftlab.config.parser import parse_recipe
 
-
-@pytest.fixture(scope="session")
-def recipe() -> dict:
-    """The resolved fields of recipes/demo/attn_r16.yaml, as run.json holds them."""
-    launch = Launch("fp32", "single", 1, 1, True, {})
-    facts = parse_recipe(["--config", str(ROOT / "recipes/demo/attn_r16.yaml")], launch).facts()
-    return json.loads(json.dumps(facts, default=str))
-
-
-@pytest.fixture(scope="session")
-def report():
-    return load_script("eval/report.py")
-
-
-@pytest.fixture
-def make(recipe, tmp_path):
-    return run_writer(recipe, tmp_path)
-
-
-@pytest.fixture
-def plots():
-    """For tests that look at a plot."""
-
-
-@pytest.fixture(autouse=True)
-def no_other_plots(request, report, monkeypatch):
-    """Drawing takes nine tenths of a report's time."""
-    if "plots" not in request.fixturenames:
-        monkeypatch.setattr(report, "draw_comparison", lambda *_: [])
+pytestmark = pytest.mark.usefixtures("no_other_plots")
 
 
 def test_ranks_alone_are_compared_and_the_axis_is_inferred(plots, make, report, capsys, tmp_path):

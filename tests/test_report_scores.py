@@ -4,45 +4,14 @@ import json
 import re
 
 import pytest
-from conftest import ROOT, load_script
-from report_runs import read_csv, run_report, run_writer, table_row
+from report_runs import read_csv, run_report, table_row
 
-from sftlab.config.launch import Launch
-from sftlab.config.parser import parse_recipe
 from sftlab.evaluation.significance import add_holm, compare
 from sftlab.evaluation.text_metrics import paired_scores
 from sftlab.runs.run_directory import adapter_hash
 from sftlab.tables import interval, p_value
 
-
-@pytest.fixture(scope="session")
-def recipe() -> dict:
-    """The resolved fields of recipes/demo/attn_r16.yaml, as run.json holds them."""
-    launch = Launch("fp32", "single", 1, 1, True, {})
-    facts = parse_recipe(["--config", str(ROOT / "recipes/demo/attn_r16.yaml")], launch).facts()
-    return json.loads(json.dumps(facts, default=str))
-
-
-@pytest.fixture(scope="session")
-def report():
-    return load_script("eval/report.py")
-
-
-@pytest.fixture
-def make(recipe, tmp_path):
-    return run_writer(recipe, tmp_path)
-
-
-@pytest.fixture
-def plots():
-    """For tests that look at a plot."""
-
-
-@pytest.fixture(autouse=True)
-def no_other_plots(request, report, monkeypatch):
-    """Drawing takes nine tenths of a report's time."""
-    if "plots" not in request.fixturenames:
-        monkeypatch.setattr(report, "draw_comparison", lambda *_: [])
+pytestmark = pytest.mark.usefixtures("no_other_plots")
 
 
 def test_a_run_judged_twice_is_named(make, report, capsys, tmp_path):

@@ -18,7 +18,7 @@ from peft import PeftModel
 from sftlab.chat.fitting import fit
 from sftlab.config.lora_variants import allows_mixed_batches
 from sftlab.data.chat_template import TurnEnd, end_of_turn, prompt_ids
-from sftlab.data.template_errors import TEMPLATE_ERRORS, reason
+from sftlab.data.template_errors import TEMPLATE_ERRORS
 from sftlab.data.time_limit import time_limit
 from sftlab.evaluation.base_and_tuned import (
     answering,
@@ -27,6 +27,7 @@ from sftlab.evaluation.base_and_tuned import (
     refuse_unknown_ids,
     run_tokenizer,
 )
+from sftlab.exit_messages import first_line
 from sftlab.runs.run_directory import SIDES
 
 History = list[dict[str, str]]
@@ -304,7 +305,7 @@ class Chat:
                 return prompt_ids(self._tokenizer, history)
         except TEMPLATE_ERRORS as error:
             raise ValueError(
-                f"the run's chat template refuses this conversation: {reason(error)}"
+                f"the run's chat template refuses this conversation: {first_line(error)}"
             ) from error
 
     def _pieces(

@@ -20,11 +20,11 @@ from sftlab.data.splits import Splits
 from sftlab.data.template_errors import (
     TEMPLATE_ERRORS,
     is_of_template,
-    reason,
     rendering_limit,
 )
 from sftlab.data.time_limit import TooSlow
 from sftlab.data.tokenized_dataset import SPLITS
+from sftlab.exit_messages import first_line
 
 _ROWS_AT_ONCE = 10_000
 
@@ -155,4 +155,4 @@ def template_refusals(tokenizer: PreTrainedTokenizerBase, splits: Splits) -> Ite
         for name, rows in zip(SPLITS, splits[:3], strict=True):
             if "messages" in (rows.column_names or ()):
                 refuse_unrendered(tokenizer, rows, "training" if name == "train" else name)
-        raise ValueError(f"the chat template refuses a row: {reason(error)}") from error
+        raise ValueError(f"the chat template refuses a row: {first_line(error)}") from error

@@ -112,6 +112,12 @@ def encode(
     return {"input_ids": kept.ids, "labels": labels_of(kept.ids, kept.spans)}
 
 
+def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Returns the id that fills rows up: the pad token, or the end token where there is none."""
+    pad = tokenizer.pad_token_id
+    return tokenizer.eos_token_id if pad is None else pad
+
+
 class TurnEnd(NamedTuple):
     """What ends an assistant's turn: token ids, and texts that begin the next turn."""
 

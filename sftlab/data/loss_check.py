@@ -14,13 +14,13 @@ from sftlab.data.template_errors import (
     LIMIT_S,
     TEMPLATE_ERRORS,
     is_of_template,
-    reason,
     rendering_limit,
 )
 from sftlab.data.template_facts import ANSWER, PROBES, THOUGHTFUL
 from sftlab.data.time_limit import TooSlow, time_limit
 from sftlab.data.token_cuts import common_prefix
 from sftlab.data.token_sequence import labels_of
+from sftlab.exit_messages import first_line
 
 # real conversations that are looked at, and answers of each
 ROWS_LOOKED_AT = 32
@@ -121,9 +121,10 @@ def _look(
 ) -> None:
     with time_limit(LIMIT_S, "rendering a row with the chat template"):
         asked, whole = encoder.render.text_of(turn)
+        moved = not encoder.render.is_as_written(turn, whole)
     ((made,),) = encoder([turn])
     ids = [i for i in labels_of(made.ids, made.spans) if i != -100]
-    if encoder.render.writes_prompts_otherwise(turn):
+    if moved:
         found.setdefault("moved", MOVED)
     for finding in _findings(tokenizer, turn, asked, whole, ids, ends):
         found.setdefault(finding.kind, finding)
@@ -270,4 +271,4 @@ def _render(encoder: Encoder, row: Mapping[str, Any], name: str) -> None:
 
 
 def _refusal(row: str, error: Exception) -> str:
-    return f"{row}: the chat template refuses it: {reason(error)}; {_LEAVE_OUT}"
+    return f"{row}: the chat template refuses it: {first_line(error)}; {_LEAVE_OUT}"

@@ -3,7 +3,7 @@
 import json
 import re
 from collections.abc import Mapping, Sequence
-from functools import partial
+from functools import cached_property, partial
 from itertools import groupby, islice
 from typing import Any, NamedTuple
 
@@ -58,8 +58,6 @@ class Renderer:
         self._render = partial(render_jinja_template, chat_template=template, **special_tokens)
         self._text_arguments = False
         self._text_arguments = "arguments" in template and self._needs_text_arguments()
-        # what every prompt ends with, perhaps nothing
-        self.ending = self._constant_ending()
 
     def __call__(self, conversations: Sequence[Conversation]) -> list[Rendered]:
         """Returns each conversation as text, up to each of its answers."""
@@ -80,16 +78,16 @@ class Renderer:
                 found.append(Rendered(before, answered, marked if self.marked else None))
         return found
 
-    def writes_prompts_otherwise(self, turn: Conversation) -> bool:
-        """Whether the template writes the prompt of an answer in another way than it is asked."""
-        tools, whole = turn.tools, self.text_of(turn)[1]
-        return self._texts([turn.messages], tools)[0][0] != whole
+    def is_as_written(self, turn: Conversation, whole: str) -> bool:
+        """Whether `whole`, the turn as it is trained, is what the template makes of it."""
+        return self._texts([turn.messages], turn.tools)[0][0] == whole
 
     def _as_asked(self, prompt: str, whole: str, answer: str) -> str:
         """Returns an answer behind its prompt as it is asked, if `whole` has another prompt."""
+        if self.marked or whole.startswith(prompt):
+            return whole
         ending = self.ending
-        moved = not self.marked and not whole.startswith(prompt)
-        if not moved or not ending or not prompt.endswith(ending):
+        if not ending or not prompt.endswith(ending):
             return whole
         place = whole.rfind(ending, 0, whole.rfind(answer.strip()))
         return whole if place < 0 else prompt + whole[place + len(ending) :]
@@ -99,7 +97,8 @@ class Renderer:
         (rendered,) = self([turn])
         return rendered.prompts[-1], rendered.wholes[-1]
 
-    def _constant_ending(self) -> str:
+    @cached_property
+    def ending(self) -> str:
         """Returns the text that every prompt ends with under this template, perhaps none."""
         asked = [[{"role": "user", "content": text}] for text in ("One", "Z")]
         try:

@@ -55,8 +55,7 @@ def count(
     `loss_kept` are the tokens in the loss that the cut left. `cut` and `tokens` are of the
     sequences that are kept, `split` is the number of conversations with several sequences.
     """
-    kept = loss_kept > 0
-    within = np.minimum(tokens, limit or np.iinfo(np.int32).max)[kept]
+    kept, within = _within(tokens, loss_kept, limit)
     return {
         "kept": int(kept.sum()),
         "dropped": int((~kept).sum()),
@@ -68,6 +67,14 @@ def count(
         "loss_tokens_cut": int(loss_tokens.sum() - loss_kept.sum()),
         "conversations_split": int((part == 1).sum()),
     }
+
+
+def _within(
+    tokens: np.ndarray, loss_kept: np.ndarray, limit: int | None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Returns which sequences are kept [rows] bool, and the tokens that the cut left of those."""
+    kept = loss_kept > 0
+    return kept, np.minimum(tokens, limit or np.iinfo(np.int32).max)[kept]
 
 
 def split_line(facts: Mapping[str, int]) -> list[str]:
@@ -84,8 +91,7 @@ def count_sources(
 
     `source` is the number of a sequence's data set.
     """
-    kept = loss_kept > 0
-    within = np.minimum(tokens, limit or np.iinfo(np.int32).max)[kept]
+    kept, within = _within(tokens, loss_kept, limit)
     rows = np.bincount(source[kept], minlength=sources).tolist()
     total = np.bincount(source[kept], weights=within, minlength=sources).astype(int).tolist()
     return {"sources": [{"kept": r, "tokens": t} for r, t in zip(rows, total, strict=True)]}

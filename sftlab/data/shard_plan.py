@@ -14,9 +14,10 @@ from sftlab.data.row_notes import count_notes, fields_of, unwritten
 from sftlab.data.shard_writer import conversations, convert_counting, place_of, refuse_rendering
 from sftlab.data.source_facts import not_used_of, shape_facts
 from sftlab.data.sources import Source, read_sources, settings_of
-from sftlab.data.template_errors import TEMPLATE_ERRORS, reason, rendering_limit
+from sftlab.data.template_errors import TEMPLATE_ERRORS, rendering_limit
 from sftlab.data.template_facts import fields_written
 from sftlab.data.tokenized_dataset import backend_text, encoding_settings
+from sftlab.exit_messages import first_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedTokenizerBase
@@ -58,19 +59,7 @@ def plan_shards(
         raise ValueError(
             f"{data.dataset_name} was read into memory: unset HF_DATASETS_IN_MEMORY_MAX_SIZE"
         )
-    settings |= {name: getattr(data, name) for name in (*ALWAYS, *WHERE_SET)}
-    shapes = shape_facts(sources)
-    settings |= {
-        "dataset_name": data.dataset_name,
-        "dataset_shape": shapes["shape"],
-        "datasets_stopping_strategy": data.datasets_stopping_strategy,
-        "rows": sum(len(source.rows) for source in sources),
-        "rows_per_shard": rows_per_shard,
-        "source": ", ".join(map(_source_hash, sources)),
-        "sources": [settings_of(source) for source in sources],
-        "columns_not_used": not_used_of(sources),
-        "columns_read": shapes.get("columns", {}),
-    }
+    settings |= _row_settings(data, sources) | {"rows_per_shard": rows_per_shard}
     encoder = {
         "template": tokenizer.get_chat_template(),
         "special_tokens": tokenizer.special_tokens_map,
@@ -90,6 +79,21 @@ def plan_shards(
         for start in range(0, len(source.rows), rows_per_shard)
     ]
     return places, settings, backend_text(tokenizer), encoder
+
+
+def _row_settings(data: "DataArguments", sources: list[Source]) -> dict[str, Any]:
+    """Returns the settings that decide which rows there are and how they are read."""
+    shapes = shape_facts(sources)
+    return {name: getattr(data, name) for name in (*ALWAYS, *WHERE_SET)} | {
+        "dataset_name": data.dataset_name,
+        "dataset_shape": shapes["shape"],
+        "datasets_stopping_strategy": data.datasets_stopping_strategy,
+        "rows": sum(len(source.rows) for source in sources),
+        "source": ", ".join(map(_source_hash, sources)),
+        "sources": [settings_of(source) for source in sources],
+        "columns_not_used": not_used_of(sources),
+        "columns_read": shapes.get("columns", {}),
+    }
 
 
 def refuse_bad_rows(counted: dict[str, Any], rows: int, share: float) -> None:
@@ -124,7 +128,7 @@ def _probe(
     except TEMPLATE_ERRORS as error:
         plain = Encoder(tokenizer.backend_tokenizer, **encoder, shortcut=False)
         refuse_rendering(rows[:PROBED_ROWS], 0, convert, plain)
-        raise ValueError(f"the chat template refuses a question: {reason(error)}") from error
+        raise ValueError(f"the chat template refuses a question: {first_line(error)}") from error
     joined, plain = (
         list(Encoder(tokenizer.backend_tokenizer, **encoder, shortcut=shortcut)(texts))
         for shortcut in (True, False)

@@ -24,7 +24,6 @@ from sftlab.data.sources import reading_of
 from sftlab.data.template_errors import (
     TEMPLATE_ERRORS,
     is_of_template,
-    reason,
     rendering_limit,
 )
 from sftlab.data.time_limit import TooSlow
@@ -36,6 +35,7 @@ from sftlab.data.tokenized_dataset import (
     read_manifest,
     record_path,
 )
+from sftlab.exit_messages import first_line
 from sftlab.files import file_hash, part_of, write_text
 
 # rows that are converted and encoded together
@@ -138,7 +138,7 @@ def refuse_rendering(
         except TEMPLATE_ERRORS as error:
             raise ValueError(
                 f"{convert.reader.place(first + offset)}: the chat template refuses it: "
-                f"{reason(error)}; leave the row out or give another template with "
+                f"{first_line(error)}; leave the row out or give another template with "
                 "--chat_template_path"
             ) from error
 

@@ -28,11 +28,6 @@ def rendering_limit(what: str) -> AbstractContextManager[None]:
     return call_limit(LIMIT_S, render_jinja_template, f"rendering {what} with the chat template")
 
 
-def reason(error: BaseException) -> str:
-    """Returns in one line why a template refused a conversation."""
-    return (str(error).splitlines() or [type(error).__name__])[0]
-
-
 def is_of_template(error: BaseException) -> bool:
     """Returns whether an error was raised while a template rendered."""
     code = render_jinja_template.__code__

@@ -12,8 +12,9 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils import chat_template_utils
 
 from sftlab.data.chat_template import template_hash
-from sftlab.data.template_errors import LIMIT_S, TEMPLATE_ERRORS, reason
+from sftlab.data.template_errors import LIMIT_S, TEMPLATE_ERRORS
 from sftlab.data.time_limit import time_limit
+from sftlab.exit_messages import first_line
 
 # two times of one day, and another day
 _TIMES = (
@@ -118,7 +119,7 @@ def _render(tokenizer: PreTrainedTokenizerBase, messages: list[Any], **kwargs: A
     try:
         return tokenizer.apply_chat_template(messages, tokenize=False, **kwargs)
     except TEMPLATE_ERRORS as error:
-        return f"refused: {reason(error)}"
+        return f"refused: {first_line(error)}"
 
 
 def fields_written(tokenizer: PreTrainedTokenizerBase, fields: Iterable[str]) -> list[str]:

@@ -18,10 +18,10 @@ from transformers import PreTrainedTokenizerBase
 from sftlab.config.model_overrides import check_overrides
 from sftlab.config.recipe import ModelArguments
 from sftlab.data.chat_template import end_of_turn, template_hash
-from sftlab.data.template_errors import TEMPLATE_ERRORS, reason
+from sftlab.data.template_errors import TEMPLATE_ERRORS
 from sftlab.data.template_facts import write_day
 from sftlab.data.time_limit import time_limit
-from sftlab.exit_messages import mistakes_in_one_line
+from sftlab.exit_messages import first_line, mistakes_in_one_line
 from sftlab.fastpath import varlen_attention
 from sftlab.models.identity import base_identity, tokenizer_identity
 from sftlab.models.likelihood import with_fused_head
@@ -119,7 +119,8 @@ def run_tokenizer(folder: Path, run: dict[str, Any]) -> PreTrainedTokenizerBase:
             end_of_turn(tokenizer)
     except TEMPLATE_ERRORS as error:
         raise ValueError(
-            f"the chat template in {folder / 'adapter'} does not render a question: {reason(error)}"
+            f"the chat template in {folder / 'adapter'} does not render a question: "
+            f"{first_line(error)}"
         ) from error
     return tokenizer
 
@@ -174,8 +175,7 @@ def load_pair(folder: Path, run: dict[str, Any], trusted: bool = False) -> PeftM
         SafetensorError,
     ) as error:
         raise ValueError(
-            f"{folder / 'adapter'} does not load on {name}: "
-            f"{(str(error).splitlines() or [type(error).__name__])[0]}"
+            f"{folder / 'adapter'} does not load on {name}: {first_line(error)}"
         ) from error
     _refuse_other_tensors(model, folder / "adapter")
     return model.eval()

@@ -18,7 +18,7 @@ from transformers import (
     StoppingCriteriaList,
 )
 
-from sftlab.data.chat_template import TurnEnd, end_of_turn
+from sftlab.data.chat_template import TurnEnd, end_of_turn, pad_id
 
 # tokens between two looks for a stop string, because decoding takes time
 _CHECK_EVERY = 8
@@ -99,9 +99,7 @@ class Generator:
         )
         inner = model.get_base_model() if isinstance(model, PeftModel) else model
         self.turn = end_of_turn(tokenizer, inner.generation_config.eos_token_id)
-        self.pad = (
-            tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-        )
+        self.pad = pad_id(tokenizer)
         drawn = {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0}
         inner.generation_config = GenerationConfig(
             max_new_tokens=sampling.max_new_tokens,
@@ -119,10 +117,8 @@ class Generator:
         `seed` is added to the seed of the sampling. Raises NotANumber where logits are NaN.
         """
         filled = [*prompts, *[prompts[-1]] * ((self.static_rows or 0) - len(prompts))]
-        width = max(map(len, prompts))
-        device = self.model.device
-        ids = torch.tensor([[self.pad] * (width - len(p)) + list(p) for p in filled], device=device)
-        mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in filled], device=device)
+        ids, mask = left_padded(filled, self.pad, self.model.device)
+        width = ids.shape[1]
         torch.manual_seed(self.sampling.seed + seed)
         broken = _NanWatch()
         generated = self.model.generate(
@@ -150,6 +146,16 @@ class Generator:
         finish = "stop" if ends or cuts else "length"
         text = text[: min(cuts)] if cuts else text
         return Answer(text.strip(), len(kept), finish, len(kept) >= 10 * len(set(kept)) > 0)
+
+
+def left_padded(
+    prompts: Sequence[list[int]], pad: int, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns prompts filled up on the left, and their mask, [prompts, longest] each."""
+    width = max(map(len, prompts))
+    ids = torch.tensor([[pad] * (width - len(p)) + list(p) for p in prompts], device=device)
+    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
+    return ids, mask
 
 
 class _NextTurn(StoppingCriteria):

@@ -11,8 +11,9 @@ from sftlab.data.chat_template import encoder_of
 from sftlab.data.converter import turn_of
 from sftlab.data.messages import Conversation, Message
 from sftlab.data.splits import Splits, load_splits
-from sftlab.data.template_errors import TEMPLATE_ERRORS, reason, rendering_limit
+from sftlab.data.template_errors import TEMPLATE_ERRORS, rendering_limit
 from sftlab.data.token_sequence import TokenSequence, labels_of
+from sftlab.exit_messages import first_line
 from sftlab.schema import BOOLEAN, COUNT, NUMBER, TEXT, check, list_of
 
 # what reading the run's data again takes from run.json
@@ -137,7 +138,7 @@ def select(
         except TEMPLATE_ERRORS as error:
             raise ValueError(
                 f"row {number} of {dataset.facts['dataset']}: the chat template refuses it: "
-                f"{reason(error)}"
+                f"{first_line(error)}"
             ) from error
         kept = whole.cut(max_length, truncation_mode)
         if not kept.spans:

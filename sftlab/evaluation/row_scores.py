@@ -1,5 +1,6 @@
 """Base's and tuned's scores of every held-out row: likelihoods, answers and their overlaps."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -7,12 +8,21 @@ from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
+from sftlab.data.chat_template import pad_id
 from sftlab.evaluation.answer_file import AnswerFile
 from sftlab.evaluation.base_and_tuned import answering
 from sftlab.evaluation.held_out import ScoredRows
 from sftlab.evaluation.text_metrics import Bleu, score_texts
 from sftlab.models.likelihood import Likelihood, likelihood, nats_of_the_token_read
 from sftlab.runs.run_directory import SIDES
+
+
+def right_padded(
+    rows: ScoredRows, tokenizer: PreTrainedTokenizerBase, device: torch.device
+) -> Callable[[slice], dict[str, torch.Tensor]]:
+    """Returns a function that makes a batch for `likelihood` of a slice of the rows."""
+    collate = DataCollatorForLanguageModeling(pad_token_id=pad_id(tokenizer))
+    return lambda part: {k: v.to(device) for k, v in collate(rows.encoded[part]).items()}
 
 
 def likelihoods(
@@ -22,12 +32,7 @@ def likelihoods(
 
     Batches are right-padded, as in training.
     """
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    collator = DataCollatorForLanguageModeling(pad_token_id=pad)
-
-    def batch(part: slice) -> dict[str, torch.Tensor]:
-        return {k: v.to(model.device) for k, v in collator(rows.encoded[part]).items()}
-
+    batch = right_padded(rows, tokenizer, model.device)
     nll, same_token = {}, {}
     for side in SIDES:
         with answering(model, side):

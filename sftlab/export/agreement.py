@@ -10,9 +10,11 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from transformers import GenerationConfig, PreTrainedTokenizerBase
-from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
+from sftlab.data.chat_template import pad_id
+from sftlab.evaluation.generation import Sampling, left_padded, longest_prompt
 from sftlab.evaluation.held_out import HeldOut, select
+from sftlab.evaluation.row_scores import right_padded
 from sftlab.models.likelihood import likelihood
 
 # prompts that are compared, and the longest greedy answer to each
@@ -71,15 +73,12 @@ def observe(
 
     `ends` are the token ids that end an answer. Raises ValueError where no row can be scored.
     """
-    longest = model.config.get_text_config().max_position_embeddings - MAX_NEW_TOKENS
+    longest = longest_prompt(model.config, Sampling(MAX_NEW_TOKENS))
     rows = select(dataset, count, tokenizer, max_length, longest)
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    collate = DataCollatorForLanguageModeling(pad_token_id=pad)
     parts = list(rows.batches(batch_size))
-    batches = (
-        {k: v.to(model.device) for k, v in collate(rows.encoded[part]).items()} for part in parts
-    )
+    batches = map(right_padded(rows, tokenizer, model.device), parts)
     nats = likelihood(model, batches, names=rows.numbers).response
+    pad = pad_id(tokenizer)
     ended = [one for part in parts for one in _ended(model, rows.prompts[part], pad, list(ends))]
     return Behaviour(rows.prompts, nats, ended, sorted(ends))
 
@@ -87,16 +86,12 @@ def observe(
 @torch.no_grad()
 def _ended(model: Any, prompts: list[list[int]], pad: int, ends: list[int]) -> list[bool]:
     """Returns for each prompt whether its greedy answer ends by itself."""
-    width = max(map(len, prompts))
-    ids = torch.tensor([[pad] * (width - len(p)) + p for p in prompts], device=model.device)
-    mask = torch.tensor(
-        [[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=model.device
-    )
+    ids, mask = left_padded(prompts, pad, model.device)
     config = GenerationConfig(
         max_new_tokens=MAX_NEW_TOKENS, do_sample=False, eos_token_id=ends, pad_token_id=pad
     )
     generated = model.generate(input_ids=ids, attention_mask=mask, generation_config=config)
-    new = generated[:, width:].cpu()
+    new = generated[:, ids.shape[1] :].cpu()
     return torch.isin(new, torch.tensor(ends)).any(dim=1).tolist()
 
 

@@ -1,6 +1,5 @@
 """What is written: merged weights, or an adapter that others load."""
 
-import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -10,8 +9,9 @@ from peft import PeftModel
 from safetensors import safe_open
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from sftlab.data.chat_template import end_of_turn
+from sftlab.data.chat_template import end_of_turn, pad_id
 from sftlab.files import write_json
+from sftlab.schema import read_object
 
 # the ranks that vLLM takes as --max-lora-rank; an adapter's may be lower
 VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
@@ -28,8 +28,6 @@ def merge(
     generation = _generation_config(model.get_base_model().generation_config, tokenizer, ends)
     merged = model.to(getattr(torch, dtype)).merge_and_unload(safe_merge=True)
     merged.generation_config = generation
-    # the fused head of the measurement is no part of what is saved
-    vars(merged).pop("forward", None)
     return merged
 
 
@@ -47,7 +45,7 @@ def write_adapter(
     A base model in a local folder is named by its full path.
     """
     adapter = folder / "adapter"
-    config = json.loads((adapter / _CONFIG).read_text(encoding="utf-8"))
+    config = read_object(adapter / _CONFIG)
     config["base_model_name_or_path"] = str(Path(base).resolve()) if Path(base).is_dir() else base
     shutil.copyfile(adapter / _WEIGHTS, out / _WEIGHTS)
     write_json(out / _CONFIG, config)
@@ -67,8 +65,7 @@ def _generation_config(
     own: GenerationConfig, tokenizer: PreTrainedTokenizerBase, ends: list[int]
 ) -> GenerationConfig:
     """Returns the base model's generation config with the end tokens of the template."""
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    changed = {"eos_token_id": ends, "pad_token_id": pad}
+    changed = {"eos_token_id": ends, "pad_token_id": pad_id(tokenizer)}
     return GenerationConfig.from_dict(own.to_diff_dict() | changed)
 
 
@@ -77,7 +74,7 @@ def refuse_for_vllm(adapter: Path) -> int:
 
     Raises ValueError for an adapter that vLLM does not take.
     """
-    config = json.loads((adapter / _CONFIG).read_text(encoding="utf-8"))
+    config = read_object(adapter / _CONFIG)
     reasons = {
         "use_dora": "it is DoRA",
         "modules_to_save": "it holds whole modules (lora_modules_to_save)",

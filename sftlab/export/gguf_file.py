@@ -62,7 +62,7 @@ def write_gguf(
     refuse_unwritable(config, tokenizer)
     arch, permuted = _FAMILIES[config.model_type]
     names = get_tensor_name_map(arch, config.num_hidden_layers)
-    writer = GGUFWriter(path, arch=_name(arch))
+    writer = GGUFWriter(path, arch=arch.name.lower())
     writer.add_name(path.stem)
     writer.add_file_type(_FILE_TYPES[kind])
     _add_shape(writer, config)
@@ -128,12 +128,8 @@ def refuse_unwritable(config: Any, tokenizer: PreTrainedTokenizerBase) -> None:
     _pre_tokenizer(tokenizer)
 
 
-def _name(arch: MODEL_ARCH) -> str:
-    return arch.name.lower()
-
-
 def _add_shape(writer: GGUFWriter, config: Any) -> None:
-    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    head = _head_size(config)
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
     writer.add_block_count(config.num_hidden_layers)
@@ -150,6 +146,11 @@ def _add_shape(writer: GGUFWriter, config: Any) -> None:
         writer.add_rope_scaling_factor(config.rope_parameters["factor"])
 
 
+def _head_size(config: Any) -> int:
+    own = getattr(config, "head_dim", None)
+    return own or config.hidden_size // config.num_attention_heads
+
+
 def _scaling(config: Any) -> str:
     return config.rope_parameters.get("rope_type", "default")
 
@@ -159,7 +160,7 @@ def _rope_factors(config: Any) -> np.ndarray | None:
     if _scaling(config) != "llama3":
         return None
     given = config.rope_parameters
-    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    head = _head_size(config)
     frequencies = given["rope_theta"] ** -(np.arange(0, head, 2) / head)
     turns = given["original_max_position_embeddings"] * frequencies / (2 * np.pi)
     low, high, factor = given["low_freq_factor"], given["high_freq_factor"], given["factor"]

@@ -124,14 +124,7 @@ def varlen_attention(
 
 @varlen_attention.register_fake
 def _(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    tiles: torch.Tensor,
-    scale: float,
-    window: int = 0,
-    cap: float = 0.0,
-    sinks: torch.Tensor | None = None,
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *rest: object
 ) -> tuple[torch.Tensor, torch.Tensor]:
     lse = query.new_empty((query.shape[1], query.shape[0]), dtype=torch.float32)
     return query.new_empty(*query.shape[:2], value.shape[-1]), lse

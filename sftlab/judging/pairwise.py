@@ -16,7 +16,6 @@ from sftlab.judging.judges import Judge
 from sftlab.judging.unparsed import by_kind
 from sftlab.judging.verdict_parsing import Verdict
 
-ORDERS = ("answer first", "reference first")
 # the answer's score by the verdict, for each order
 _SAYS = ({"A": 1.0, "B": 0.0, "C": 0.5}, {"A": 0.0, "B": 1.0, "C": 0.5})
 

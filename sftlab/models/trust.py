@@ -159,7 +159,3 @@ def _check_numbers(path: Path, config: dict[str, Any]) -> None:
     targets = config.get("target_modules")
     if not isinstance(targets, str | list | None):
         raise ValueError(f"{path}, target_modules: got {targets!r}, expected a list of names")
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]

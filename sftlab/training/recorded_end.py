@@ -6,8 +6,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from sftlab.data.loss_check import WHAT_TO_DO
-from sftlab.data.template_errors import is_of_template, reason
-from sftlab.exit_messages import last_line
+from sftlab.data.template_errors import is_of_template
+from sftlab.exit_messages import first_line, last_line
 from sftlab.runs.run_directory import REMEDY, Run
 from sftlab.training.disk_room import is_full
 from sftlab.training.finiteness import NotFinite
@@ -53,7 +53,7 @@ def recorded_end(run: Run, rank: int) -> Iterator[None]:
             raise
         say_how_to_go_on(run)
         if is_of_template(error):  # of a stream, whose rows are rendered as they come
-            sys.exit(f"error: the chat template refuses a row: {reason(error)}; {WHAT_TO_DO}")
+            sys.exit(f"error: the chat template refuses a row: {first_line(error)}; {WHAT_TO_DO}")
         sys.exit(last_line(error, _traceback_file(run, rank)))
     finally:
         run.release()
