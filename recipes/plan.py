@@ -32,6 +32,7 @@ from sftlab.config.launch import exported, launched
 from sftlab.config.recipe import Recipe
 from sftlab.config.validation import is_bitsandbytes
 from sftlab.exit_messages import mistakes_in_one_line
+from sftlab.models.adapter_names import check_adapter_names
 from sftlab.models.loading import load_config, load_tokenizer
 from sftlab.models.random_models import MODEL_SHAPES
 from sftlab.paths import ROOT
@@ -88,6 +89,9 @@ class Request:
         with launched(exported(file, flags)) as launch:
             recipe = read_recipe([*self.fields, *more], launch, self.gpu, self.given.gpus)
             config, rows = self._config(recipe), self._row_lengths(recipe)
+            if recipe.model.use_peft:
+                trust = recipe.training.trust_remote_code
+                check_adapter_names(recipe.model, config, launch, trust)
             return recipe, make_plan(recipe, config, launch, self.gpu, rows)
 
     def _config(self, recipe: Recipe) -> PreTrainedConfig:

@@ -1,7 +1,7 @@
 """Every name in a LoRA field matches a module of the model, or is refused before it is loaded."""
 
 import pytest
-from transformers import LlamaConfig
+from transformers import LlamaConfig, MambaConfig
 
 from sftlab.config.launch import Launch
 from sftlab.config.recipe import ModelArguments
@@ -69,3 +69,18 @@ def test_tied_weights_are_not_trained_apart_under_fsdp2():
         check(SHARDED, tied=True, lora_modules_to_save=["embed_tokens"])
     check(SHARDED, tied=False, lora_modules_to_save=["embed_tokens"])
     check(SHARDED, tied=True, lora_modules_to_save=["norm"])
+
+
+@pytest.mark.parametrize("targets", ["all-linear", "out_proj", ["x_proj", "out_proj"], ".*proj"])
+def test_a_mamba_mixers_output_is_refused_with_the_names_to_give(targets):
+    config = MambaConfig(num_hidden_layers=1, hidden_size=32)
+    arguments = ModelArguments(use_peft=True, lora_target_modules=targets)
+    said = "does not adapt out_proj of mamba: pass --lora_target_modules dt_proj in_proj x_proj"
+    with pytest.raises(ValueError, match=said):
+        check_adapter_names(arguments, config, ALONE, False)
+    check_adapter_names(
+        ModelArguments(use_peft=True, lora_target_modules=["in_proj", "x_proj"]),
+        config,
+        ALONE,
+        False,
+    )

@@ -174,6 +174,7 @@ def test_compare_has_a_line_for_every_launch_config(printed):
         (["--model_init_kwargs", '{"num_hidden_layers": 100000}'], "a whole number from 1 to 1000"),
         (["--config_file", "none.yaml"], "launch config none.yaml not found"),
         (["--config_file", "accelerate_configs/cpu.yaml"], "runs on the CPU"),
+        (["--lora_target_modules", "q_prj"], "q_prj: LlamaForCausalLM has no such linear layer"),
         (["--lora_rr", "3"], "did you mean 'lora_r'"),
         (["--random", "llama9"], "no shape 'llama9'"),
         (["--host_us", "0"], "give the microseconds that recipes/doctor.py says"),

@@ -70,33 +70,58 @@ def compare(
     is of the difference. Raises ValueError where scores differ in their number of rows, or have
     none.
     """
+    scores, kinds, sizes = _kinds_of_rows(scores, clusters)
+    rng = np.random.default_rng(seed)
+    by_chance = _exchange(kinds, sizes, resamples, rng)
+    drawn: dict[str, list[np.ndarray]] = {name: [] for name in scores}
+    for counts in _draws(sizes, min(resamples, INTERVAL_RESAMPLES), rng):
+        for name, one in kinds.items():
+            drawn[name].append(_resampled(one, scores[name], counts))
+    return {
+        name: _estimates(one, np.concatenate(drawn[name], axis=-1)) | {"p_value": by_chance[name]}
+        for name, one in scores.items()
+    }
+
+
+def p_values(
+    scores: dict[str, Paired], resamples: int = RESAMPLES, seed: int = 0
+) -> dict[str, float]:
+    """Returns each score's p-value alone, as `compare` finds it."""
+    _, kinds, sizes = _kinds_of_rows(scores, None)
+    return _exchange(kinds, sizes, resamples, np.random.default_rng(seed))
+
+
+def _kinds_of_rows(
+    scores: dict[str, Paired], clusters: Sequence[Any] | None
+) -> tuple[dict[str, Paired], dict[str, Paired], np.ndarray]:
+    """Returns the scores by row or cluster, the same for each kind of row, and the kinds' sizes.
+
+    Equal rows are drawn together: right and wrong answers make four kinds of rows at most.
+    """
     scores = {name: _in_clusters(one, clusters) for name, one in scores.items()}
     rows = {len(part) for one in scores.values() for part in (one.base, one.tuned)}
     if len(rows) != 1:
         raise ValueError(f"paired scores need the same rows for both models, got {sorted(rows)}")
     if rows == {0}:
         raise ValueError("nothing to compare: no rows")
-    # equal rows are drawn together: right and wrong answers make four kinds of rows at most
     everything = np.hstack([part for one in scores.values() for part in (one.base, one.tuned)])
     _, first, sizes = np.unique(everything, axis=0, return_index=True, return_counts=True)
     kinds = {
         name: one._replace(base=one.base[first], tuned=one.tuned[first])
         for name, one in scores.items()
     }
-    rng = np.random.default_rng(seed)
-    apart: dict[str, list[np.ndarray]] = {name: [] for name in scores}
+    return scores, kinds, sizes
+
+
+def _exchange(
+    kinds: dict[str, Paired], sizes: np.ndarray, resamples: int, rng: np.random.Generator
+) -> dict[str, float]:
+    """Returns each score's p-value from exchanging the models row by row."""
+    apart: dict[str, list[np.ndarray]] = {name: [] for name in kinds}
     for chosen in _swaps(sizes, resamples, rng):
         for name, one in kinds.items():
             apart[name].append(_exchanged(one, sizes, chosen))
-    drawn: dict[str, list[np.ndarray]] = {name: [] for name in scores}
-    for counts in _draws(sizes, min(resamples, INTERVAL_RESAMPLES), rng):
-        for name, one in kinds.items():
-            drawn[name].append(_resampled(one, scores[name], counts))
-    return {
-        name: _estimates(one, np.concatenate(drawn[name], axis=-1))
-        | {"p_value": _as_far(np.concatenate(apart[name]))}
-        for name, one in scores.items()
-    }
+    return {name: _as_far(np.concatenate(found)) for name, found in apart.items()}
 
 
 def _in_clusters(one: Paired, clusters: Sequence[Any] | None) -> Paired:

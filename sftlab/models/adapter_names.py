@@ -16,6 +16,9 @@ from sftlab.config.launch import Launch
 from sftlab.config.recipe import ModelArguments
 
 _ADAPTED = (nn.Linear, Conv1D)
+# peft/tuners/tuners_utils.py, _check_lora_target_modules_mamba
+_MIXERS = ("falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h")
+_MIXER_OUTPUTS = ("conv1d", "out_proj")
 _TIED = ("embed_tokens", "lm_head", "wte", "embed_in", "embed_out")
 
 
@@ -31,12 +34,33 @@ def check_adapter_names(
     linear = [name for name, one in built.named_modules() if isinstance(one, _ADAPTED)]
     adapted = [name for name in linear if name != "lm_head"]
     _check_targets(model.lora_target_modules, adapted, type(built).__name__)
+    refuse_mixer_outputs(model.lora_target_modules, adapted, config.model_type)
     every = [name for name, _ in built.named_modules() if name]
     _check_each("lora_modules_to_save", model.lora_modules_to_save, every, built)
     parameters = [name for name, _ in built.named_parameters()]
     _check_each("lora_target_parameters", model.lora_target_parameters, parameters, built)
     if model.lora_modules_to_save:
         _check_saved(model, model.lora_modules_to_save, config, launch)
+
+
+def refuse_mixer_outputs(
+    targets: str | list[str] | None, linear: Collection[str], model_type: str
+) -> None:
+    """Raise ValueError where `targets` name linear layers of a Mamba mixer that peft refuses."""
+    if model_type not in _MIXERS or targets is None:
+        return
+    if targets == "all-linear":
+        asked = _ends(linear)
+    elif isinstance(targets, str):
+        asked = _ends([name for name in linear if re.fullmatch(targets, name)] or [targets])
+    else:
+        asked = _ends(targets)
+    if refused := [name for name in asked if name in _MIXER_OUTPUTS]:
+        others = [name for name in _ends(linear) if name not in _MIXER_OUTPUTS]
+        raise ValueError(
+            f"peft does not adapt {', '.join(refused)} of {model_type}: pass "
+            f"--lora_target_modules {' '.join(others)}, or some of them"
+        )
 
 
 def _check_targets(targets: str | list[str] | None, names: Collection[str], kind: str) -> None:

@@ -15,6 +15,7 @@ from trl import get_peft_config
 from sftlab.config.launch import COMPUTE_DTYPE, PRECISIONS
 from sftlab.config.recipe import Recipe
 from sftlab.measurement.flops import Flops, flops_per_token
+from sftlab.models.adapter_names import refuse_mixer_outputs
 from sftlab.models.loading import LINEAR_LAYERS
 
 # The linears of a Llama decoder layer.
@@ -98,6 +99,8 @@ def _on_meta(recipe: Recipe, config: PreTrainedConfig) -> tuple[nn.Module, set[i
         base = {id(p) for p in model.parameters()}
         peft_config = get_peft_config(recipe.model)
         if peft_config is not None:
+            linear = [name for name, one in model.named_modules() if isinstance(one, nn.Linear)]
+            refuse_mixer_outputs(recipe.model.lora_target_modules, linear, config.model_type)
             model = get_peft_model(model, peft_config)
     return model, base
 
