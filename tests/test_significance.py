@@ -1,13 +1,10 @@
 """Paired comparisons: exact where they must be, and as often wrong as they say."""
 
-import json
 import math
 import time
 
 import numpy as np
 import pytest
-from conftest import SHARED, needs_shared
-from sacrebleu.metrics import BLEU
 
 from sftlab.evaluation.significance import (
     Paired,
@@ -15,16 +12,14 @@ from sftlab.evaluation.significance import (
     compare,
     compare_rates,
     mean,
+    p_values,
     perplexity,
     with_counts,
 )
 from sftlab.evaluation.text_metrics import (
     Bleu,
     paired_scores,
-    rouge,
     score_texts,
-    short_references,
-    tokenizer_of,
 )
 
 TEXT = (
@@ -154,11 +149,12 @@ def test_no_win_in_ten_of_either_model_says_little_about_their_difference():
 @pytest.mark.parametrize("rows", [10, 30])
 def test_exchange_is_not_too_sure_at_any_size(rows):
     rng, found = np.random.default_rng(0), []
-    for trial in range(300):
+    for trial in range(2_000):
         base, tuned = (with_counts(rng.lognormal(size=rows)) for _ in range(2))
         one = Paired(perplexity, base, tuned, 1.0, math.inf, True)
-        found.append(compare({"x": one}, 600, seed=trial)["x"]["p_value"])
-    assert np.mean(np.array(found) < 0.05) <= 0.065  # 5 % and a deviation of 300 trials
+        found.append(p_values({"x": one}, 600, seed=trial)["x"])
+    assert np.mean(np.array(found) < 0.05) <= 0.06  # 5 % and two deviations of 2,000 trials
+    assert p_values({"x": one})["x"] == compare({"x": one})["x"]["p_value"]
 
 
 def test_rows_of_one_conversation_are_drawn_together():
@@ -262,63 +258,6 @@ def test_the_interval_of_a_paired_difference_of_rates_covers_the_truth():
     assert 370 <= covered <= 392
 
 
-def test_references_against_themselves_are_perfect_and_shuffled_near_nothing():
-    references = [
-        f"{a} {b} {c} {d} {e}" for a, b, c, d, e in np.random.default_rng(0).choice(WORDS, (200, 5))
-    ]
-    check_canaries(references, near_bleu=3, near_rouge=0.35)
-
-
-@needs_shared
-def test_real_references_against_themselves_are_perfect_and_shuffled_near_nothing():
-    rows = json.loads((SHARED / "alpaca_en_1k.json").read_text())
-    check_canaries(
-        [row["output"] for row in rows if row["output"].strip()][:300], near_bleu=1, near_rouge=0.15
-    )
-
-
-def check_canaries(references, near_bleu, near_rouge):
-    bleu = Bleu()
-    assert Bleu.score(bleu.parts(references, references).sum(axis=0)) == pytest.approx(100)
-    worded = [text for text in references if any(c.isascii() and c.isalnum() for c in text)]
-    assert rouge(worded, worded)[:, [0, 2]].min() == 1
-    shuffled = references[1:] + references[:1]
-    assert Bleu.score(bleu.parts(shuffled, references).sum(axis=0)) < near_bleu
-    assert rouge(shuffled, references)[:, 1].mean() < near_rouge / 2
-    empty = [""] * len(references)
-    assert Bleu.score(bleu.parts(empty, references).sum(axis=0)) == 0
-    assert rouge(empty, references).max() == 0
-
-
-def test_rouge_knows_words_of_any_script_and_keeps_its_own_of_ascii():
-    from rouge_score.rouge_scorer import RougeScorer
-
-    plain = [("The cat_sat, on 2 mats!", "a cat sat on two mats"), ("", "x"), ("don't", "do not")]
-    theirs = [RougeScorer(["rouge1", "rougeL"]).score(b, a) for a, b in plain]
-    ours = rouge(*zip(*plain, strict=True))
-    assert ours[:, [0, 2]].tolist() == [
-        [one["rouge1"].fmeasure, one["rougeL"].fmeasure] for one in theirs
-    ]
-    other = ["Москва — столица России", "东京是日本的首都", "Grüße aus Köln"]
-    assert rouge(other, other).tolist() == [[1, 1, 1]] * 3
-    assert 0 < rouge(["东京是中国的首都"], ["东京是日本的首都"])[0, 0] < 1
-    assert rouge(["Koln"], ["Köln"])[0, 0] == 0
-
-
-def test_bleu_of_the_parts_is_sacrebleus_corpus_score():
-    rng = np.random.default_rng(0)
-    texts = [
-        [" ".join(rng.choice(WORDS, rng.integers(1, 12))) for _ in range(80)] for _ in range(2)
-    ]
-    for tokenize in ("13a", "char"):
-        mine = Bleu(tokenize)
-        expected = BLEU(tokenize=tokenize).corpus_score(texts[0], [texts[1]]).score
-        assert Bleu.score(mine.parts(*texts).sum(axis=0)) == pytest.approx(expected, abs=1e-9)
-        assert f"tok:{tokenize}" in mine.signature()
-    with pytest.raises(ValueError, match="unknown to sacrebleu"):
-        Bleu("13b")
-
-
 def test_rows_of_a_cluster_are_drawn_together():
     rng = np.random.default_rng(0)
     base, tuned = rng.random(40), rng.random(40) + 0.1
@@ -334,31 +273,3 @@ def test_rows_of_a_cluster_are_drawn_together():
     assert together["p_value"] == alone["p_value"]
     low, high = compare(five)["score"]["difference"]["interval_95"]
     assert high - low < 0.6 * np.ptp(together["difference"]["interval_95"])
-
-
-CHINESE, JAPANESE, THAI = "今天下雨了。", "今日は雨です。", "วันนี้ฝนตก"
-
-
-@pytest.mark.parametrize(
-    ("text", "tokenizer"),
-    [(CHINESE, "zh"), (JAPANESE, "char"), (THAI, "char"), ("Grüße aus Köln", "13a"), ("7", "13a")],
-)
-def test_bleus_tokenizer_follows_the_script_of_the_references(text, tokenizer):
-    assert tokenizer_of([text] * 3) == tokenizer
-    if tokenizer != "13a":
-        bleu = Bleu(tokenizer)
-        assert Bleu.score(bleu.parts([text], [text]).sum(axis=0)) == pytest.approx(100)
-
-
-def test_short_answers_have_exact_match_and_no_bleu():
-    references = ["yes", "no", "yes", "no"]
-    base, tuned = (
-        score_texts(answers, references, Bleu())
-        for answers in (["yes", "yes", "no", "no"], ["yes", " no ", "yes", "no"])
-    )
-    pairs = paired_scores(base, tuned)
-    assert set(pairs) == {"exact_match", "rouge1", "rougeL"}
-    found = compare(pairs, 100)["exact_match"]
-    assert (found["base"]["value"], found["tuned"]["value"]) == (0.5, 1.0)
-    assert short_references(base, "bleu") == 4
-    assert rouge(["🎉 👍"], ["🎉 👍"]).tolist() == [[1, 1, 1]]
