@@ -69,10 +69,10 @@ class Page:
         if not run or not isinstance(run, str):
             return gr.skip(), ""
         try:
-            chat = self.lab.model(run)
+            size = self.lab.model(run).context
         except ValueError as error:
             return gr.skip(), f"**{run} cannot be used:** {error}"
-        limits = gr.update(maximum=chat.context - 1, value=min(256, chat.context // 2))
+        limits = gr.update(maximum=size - 1, value=min(Settings.max_new_tokens, size // 2))
         return limits, f"<small>{self.lab.facts_line(run)}</small>"
 
     def busy(self, request: gr.Request) -> bool:

@@ -38,6 +38,7 @@ from dask.distributed import Client, LocalCluster, as_completed
 from dask_jobqueue import SLURMCluster
 from datasets import Dataset, load_dataset
 
+from sftlab.cpu_cores import cpu_cores
 from sftlab.exit_messages import mistakes_in_one_line
 from sftlab.paths import ROOT
 from sftlab.data.shard_folder import begin, finish
@@ -375,7 +376,7 @@ def about(arguments: argparse.Namespace) -> dict[str, str]:
     command = f"--tokenizer {Path(arguments.tokenizer).name} --files {files}"
     command += f" --rows {arguments.rows} --rounds {arguments.rounds}"
     hardware, command = (
-        f"{len(os.sched_getaffinity(0))} CPU cores",
+        f"{cpu_cores()} CPU cores",
         f"python benchmarks/tokenize_speed.py {command}",
     )
     return {"hardware": hardware, "versions": " ".join(versions), "command": command}

@@ -57,7 +57,7 @@ FAMILIES: dict[str, tuple[str, dict[str, object]]] = {
     ),
     "Qwen 2, 2.5": ("Qwen2", {}),
     "Qwen 3": ("Qwen3", {"head_dim": 16}),
-    "Qwen 3 mixtures": ("Qwen3Moe", {"head_dim": 16, "num_local_experts": 4, **MIXTURE}),
+    "Qwen 3 MoE": ("Qwen3Moe", {"head_dim": 16, "num_local_experts": 4, **MIXTURE}),
     "Qwen 3.5 (text)": ("Qwen3_5Text", {"layer_types": ["linear_attention", "full_attention"]}),
     "Gemma 2": ("Gemma2", {"head_dim": 32, **WINDOWS}),
     "Gemma 3 (text)": ("Gemma3Text", {"head_dim": 32, **WINDOWS}),

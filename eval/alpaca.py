@@ -8,7 +8,7 @@ python eval/alpaca.py --outputs model_outputs.json --annotations annotations.jso
 
 Each pair is judged in both orders. Sanity checks come first: pairs whose right verdict is known.
 RUN/eval/alpaca.json keeps the newest entry of each judge and reference. Beside it,
-alpaca-judgements-*.jsonl and alpaca-canaries-*.jsonl hold every prompt, answer, judgement and
+alpaca-judgements-*.jsonl and alpaca-sanity_checks-*.jsonl hold every prompt, answer, judgement and
 verdict. Answers and judgements are kept as they come: after a kill the same command goes on, and a
 finished evaluation is scored again without a GPU. With --outputs the leaderboard's figures of
 finished outputs are printed, and no run is needed.
@@ -121,8 +121,10 @@ def evaluate(arguments: argparse.Namespace) -> None:
     """Run the whole evaluation. Raises ValueError where it cannot be done."""
     if arguments.run is None:
         raise ValueError("expected --run with a finished run, or --outputs and --annotations")
-    if arguments.limit < 0 or arguments.batch_size < 1 or arguments.canaries < 1:
-        raise ValueError("--limit must be 0 (all) or more, --batch_size and --canaries at least 1")
+    if arguments.limit < 0 or arguments.batch_size < 1 or arguments.sanity_checks < 1:
+        raise ValueError(
+            "--limit must be 0 (all) or more, --batch_size and --sanity_checks at least 1"
+        )
     sampling = Sampling(arguments.max_new_tokens, arguments.temperature)
     run = finished_run(arguments.run)
     task = read_task(arguments.reference, arguments.instructions, arguments.limit)
@@ -136,12 +138,12 @@ def evaluate(arguments: argparse.Namespace) -> None:
     prompts_cut = contestants.prompts_cut // len(SIDES)
     about = {side: answer_facts(answers[side]) | mean_characters(answers[side]) for side in SIDES}
     refuse_twins(about)
-    few = spread(range(len(asked)), arguments.canaries)
+    few = spread(range(len(asked)), arguments.sanity_checks)
     noise = Sampling(arguments.max_new_tokens, NOISE_TEMPERATURE)
     drawn = contestants.draws([asked[row] for row in few], noise, "base answers, sampled")
     contestants.free()
 
-    checks = check_judge(judged, task, few, drawn, preferences, arguments.canaries)
+    checks = check_judge(judged, task, few, drawn, preferences, arguments.sanity_checks)
     records = compare_with_reference(judged, task, answers)
     checks.behaviour([record for side in records.values() for record in side])
     report = facts_of(arguments, task, judge, checks, records)
@@ -273,7 +275,7 @@ def write(
     """Write the entry in alpaca.json and the records beside it. Returns the files' names."""
     sides = [{"side": side, **record} for side, one in records.items() for record in one]
     names = write_records(
-        folder, "alpaca", report["title"], judgements=sides, canaries=checks.records
+        folder, "alpaca", report["title"], judgements=sides, sanity_checks=checks.records
     )
     keep_entry(folder / "alpaca.json", report | {"files": names})
     return names

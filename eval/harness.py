@@ -272,7 +272,7 @@ def print_table(folder: Path, entries: list[Entry]) -> None:
     print(aligned(rows))
     print("  in brackets 95 % intervals")
     print("  scores of 0 or 1: intervals by Wilson and Newcombe, p by McNemar's exact test")
-    print("  other scores: intervals by bootstrap-t, p by exchange")
+    print("  other scores: intervals by bootstrap-t, p by a paired permutation test")
     print(f"  p (Holm): corrected for {len(entries)} task(s), each by its first line")
     for entry in entries:
         if entry["limit"]:

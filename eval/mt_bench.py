@@ -105,11 +105,11 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
 
 def evaluate(arguments: argparse.Namespace) -> None:
     """Run the whole evaluation. Raises ValueError where it cannot be done."""
-    small = arguments.limit < 0 or arguments.batch_size < 1 or arguments.canaries < 1
+    small = arguments.limit < 0 or arguments.batch_size < 1 or arguments.sanity_checks < 1
     if small or not arguments.judge:
         raise ValueError(
-            "expected --judge, --limit of 0 (all) or more, and --batch_size and --canaries of at "
-            "least 1"
+            "expected --judge, --limit of 0 (all) or more, and --batch_size and --sanity_checks of "
+            "at least 1"
         )
     sampling = Sampling(arguments.max_new_tokens, seed=arguments.seed)
     run = finished_run(arguments.run)
@@ -122,14 +122,14 @@ def evaluate(arguments: argparse.Namespace) -> None:
         side: answer_facts([answer for one in turns[side] for answer in one]) for side in SIDES
     }
     refuse_twins(about)
-    sampled = [one for one in questions if one.temperature > 0][: arguments.canaries]
+    sampled = [one for one in questions if one.temperature > 0][: arguments.sanity_checks]
     again = draw_twice(contestants, sampled, sampling)
     contestants.free()
 
     facts = judge.facts | {"format": style.name}
     file, size = verdict_file(arguments.run / "eval", facts), arguments.judge_batch_size
     rated = partial(rate_answers, judge, style, file=file, size=size)
-    referenced = [one for one in every if one.references][: arguments.canaries]
+    referenced = [one for one in every if one.references][: arguments.sanity_checks]
     checks, tried = check_judge(rated, referenced, again, style.scale)
     records = {side: rate_both(rated, questions, turns[side], f"judging {side}") for side in SIDES}
     every_record = [*tried, *records["base"], *records["tuned"]]
@@ -236,7 +236,7 @@ def warnings(report: dict[str, Any], records: dict[str, list[dict[str, Any]]]) -
 def write(folder: Path, report: dict[str, Any], records: dict[str, list], tried: list) -> list[str]:
     """Write the entry in mt_bench.json, the records and the plots. Returns the files' names."""
     rows = [{"side": side, **record} for side, one in records.items() for record in one]
-    names = write_records(folder, "mt_bench", report["title"], judgements=rows, canaries=tried)
+    names = write_records(folder, "mt_bench", report["title"], judgements=rows, sanity_checks=tried)
     if report["scores"]:
         for name, paint in (("radar", radar), ("bars", bars)):
             canvas = Figure(figsize=(8, 6), layout="constrained")

@@ -65,6 +65,11 @@ from sftlab.script_options import Options
 from sftlab.tables import aligned, interval, p_value, preview
 
 SHOWN_PROMPTS = 3
+LEFT_OUT = {
+    "rows_without_a_response_token": "rows left out: max_length leaves nothing of the response",
+    "rows_without_room": "rows left out: the prompt leaves no room for an answer",
+    "references_cut": "rows that max_length cuts (for perplexity alone)",
+}
 
 
 def main(argv: list[str]) -> None:
@@ -101,7 +106,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
         help="sacrebleu's tokenizer: 13a, intl, zh, char, ... (default: by the references' script)",
     )
     parser.add_argument(
-        "--dataset_name", help="judge on all rows of this data set instead of the run's test split"
+        "--dataset_name", help="score all rows of this data set instead of the run's test split"
     )
     parser.add_argument("--dataset_config", help="configuration of that hub data set")
     parser.add_argument("--dataset_split", default="train", help="split of that hub data set")
@@ -326,9 +331,9 @@ def print_report(report: dict[str, Any], shown: list[dict[str, Any]]) -> None:
         facts = report["answers"][side]
         ended = f"{facts['empty']} empty, {facts['cut_at_max_new_tokens']} cut at {limit} tokens"
         print(f"  {side} answers: {ended}, {facts['mean_tokens']} tokens on average")
-    for what in ("rows_without_a_response_token", "rows_without_room", "references_cut"):
-        if report["held_out"][what]:
-            print(f"  {what.replace('_', ' ')}: {report['held_out'][what]}")
+    for what, said in LEFT_OUT.items():
+        if count := report["held_out"][what]:
+            print(f"  {said}: {count}")
     for warning in report["warnings"]:
         print(f"  warning: {warning}")
     for record in shown:

@@ -136,8 +136,8 @@ def export(arguments: argparse.Namespace) -> None:
         )
     print(
         f"{out}: {arguments.to}, {kept}; it answers as {folder} on {agreement.prompts} prompts "
-        f"(nats a response token differ by {agreement.nats:.1e}, {agreement.other_ends} answers "
-        "end otherwise)"
+        f"(mean difference {agreement.nats:.1e} nats a response token; {agreement.other_ends} "
+        "greedy answers end in one of the two alone)"
     )
     if recipe["load_in_4bit"] or recipe["load_in_8bit"]:
         print(

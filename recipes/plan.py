@@ -29,6 +29,7 @@ from typing import Any
 from transformers import LlamaConfig, PreTrainedConfig
 
 from sftlab.config.launch import exported, launched
+from sftlab.config.launch_file import read_launch_config
 from sftlab.config.recipe import Recipe
 from sftlab.config.validation import is_bitsandbytes
 from sftlab.exit_messages import mistakes_in_one_line
@@ -185,7 +186,7 @@ def described(request: Request, recipe: Recipe, plan: Plan) -> str:
         f"{step.processes} processes",
         f"  host: {request.gpu.host_us:g} us a small operation ({how})",
         "",
-        f"peak memory of a GPU, GB (in the {memory.at})",
+        f"peak memory of a GPU, GB (reached in the {memory.at})",
         aligned(memory_rows(plan)),
         "",
         verdict(request, recipe, plan),
@@ -284,10 +285,12 @@ def compared(request: Request) -> str:
     for path in sorted((ROOT / "accelerate_configs").glob("*.yaml")):
         if path.stem.startswith("cpu"):
             continue
-        several = path.stem in ("ddp", "fsdp")
+        config = read_launch_config(path)
+        several = (config.get("num_processes") or 1) > 1
+        sharded = config["distributed_type"] == "FSDP"
         flags = {k: v for k, v in request.flags().items() if k == "num_processes" and several}
         try:
-            more = fsdp_fields(recipe) if recipe and path.stem == "fsdp" else []
+            more = fsdp_fields(recipe) if recipe and sharded else []
             recipe, plan = request.plan(str(path), flags, more)
         except ValueError as error:
             refused[path.stem] = str(error)

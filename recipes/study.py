@@ -140,7 +140,7 @@ def check_fields(study: Study) -> None:
 def chosen(study: Study, arguments: argparse.Namespace) -> list[Task]:
     """Returns the tasks that the command line asks for: all, or the one of `--task`."""
     if arguments.at_once < 1:
-        raise ValueError(f"--at_once {arguments.at_once}: one training at least")
+        raise ValueError(f"--at_once {arguments.at_once}: expected 1 or more trainings")
     if arguments.task is None:
         return study.tasks
     if not 0 <= arguments.task < len(study.tasks):

@@ -17,7 +17,6 @@ import argparse
 import ctypes
 import fcntl
 import gc
-import os
 import shutil
 import signal
 import subprocess
@@ -35,6 +34,7 @@ from dask_jobqueue import SLURMCluster
 from distributed.security import Security
 from tqdm import tqdm
 
+from sftlab.cpu_cores import cpu_cores
 from sftlab.data.length_summary import summary
 from sftlab.data.shard_folder import begin, finish, finished_records
 from sftlab.data.shard_plan import plan_shards, refuse_bad_rows
@@ -92,7 +92,7 @@ def parse_arguments(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument(
         "--workers",
         type=int,
-        default=len(os.sched_getaffinity(0)),
+        default=cpu_cores(),
         help="processes of one core each (default: this machine's cores)",
     )
     parser.add_argument(

@@ -24,5 +24,5 @@ def perfect(question, a, b):
     return "[[C]]" if right[0] == right[1] else f"[[{'A' if right[0] else 'B'}]]"
 
 
-def canary(report, name):
-    return next(row for row in report["canaries"] if row["canary"] == name)
+def check_of(report, name):
+    return next(row for row in report["sanity_checks"] if row["check"] == name)

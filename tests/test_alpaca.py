@@ -4,7 +4,7 @@ import json
 import re
 
 import pytest
-from alpaca_judging import QUESTIONS, RIGHT, ROWS, always_first, canary, outputs, perfect
+from alpaca_judging import QUESTIONS, RIGHT, ROWS, always_first, check_of, outputs, perfect
 from conftest import SHARED, load_script, needs_shared
 from judging import ScriptedJudge, canned, entry, lines, longer_output, no_hub
 
@@ -73,7 +73,7 @@ def test_every_prompt_answer_verdict_and_judgement_is_on_disk(evaluate, run):
         assert second.index(record["reference"]) < second.rindex(record["answer"])
         assert [f"[[{verdict}]]" for verdict in record["verdicts"]] == record["judgements"]
     assert {"same answer twice", "good over shuffled", "base against base"} == {
-        record["canary"] for record in lines(run, "alpaca-canaries-*.jsonl")
+        record["check"] for record in lines(run, "alpaca-sanity_checks-*.jsonl")
     }
 
 
@@ -119,13 +119,13 @@ def test_agreement_with_published_preferences(evaluate, tmp_path):
     path = tmp_path / "annotations.json"
     path.write_text(json.dumps(rows))
     report = evaluate(perfect, style="fastchat", flags=["--agreement", str(path)])
-    row = canary(report, "agreement with gpt")
+    row = check_of(report, "agreement with gpt")
     assert (row["value"], row["passed"]) == (1, True)
     assert row["note"] == "20 of 20 where the reference won, 20 of 20 where the answer won"
     assert not any("agreement" in warning for warning in report["warnings"])
     report = evaluate(always_first, flags=["--agreement", str(path)])
-    assert canary(report, "agreement with gpt")["value"] == 0.5
-    assert not canary(report, "agreement with gpt")["passed"]
+    assert check_of(report, "agreement with gpt")["value"] == 0.5
+    assert not check_of(report, "agreement with gpt")["passed"]
 
 
 def test_limit_takes_the_first_and_entries_of_other_judges_stay(evaluate, run):
@@ -157,7 +157,7 @@ def test_the_name_alpacaeval_2_stands_for_its_judge_reference_and_instructions(
         dict.fromkeys(QUESTIONS, "No."),
         {q: f"{text} And more." for q, text in RIGHT.items()},
     )
-    judge = ["--annotators", "weighted_alpaca_eval_gpt4_turbo", "--canaries", "4"]
+    judge = ["--annotators", "weighted_alpaca_eval_gpt4_turbo", "--sanity_checks", "4"]
     alpaca.main(["--run", str(run), "--reference", path, *judge])
     report = entry(run)
     assert (

@@ -3,7 +3,7 @@
 import re
 
 import pytest
-from alpaca_judging import QUESTIONS, RIGHT, ROWS, always_first, canary, outputs, perfect
+from alpaca_judging import QUESTIONS, RIGHT, ROWS, always_first, check_of, outputs, perfect
 from conftest import load_script
 from judging import ScriptedJudge, canned, entry, lines
 
@@ -70,7 +70,7 @@ def test_a_perfect_judge_is_fit_and_its_win_rates_are_those_of_the_answers(evalu
     tuned = report["judged"]["tuned"]
     assert (tuned["wins"], tuned["losses"], tuned["ties"]["value"]) == (0, 15, 25 / ROWS)
     assert tuned["orders_agree"]["value"] == 1
-    assert canary(report, "good over shuffled")["value"] == 1
+    assert check_of(report, "good over shuffled")["value"] == 1
     assert report["title"] == "instructions of good, judge scripted, reference good"
     printed = capsys.readouterr().out
     assert printed.index("good over shuffled") < printed.index("win rate, %")
@@ -87,9 +87,9 @@ def test_a_judge_that_always_says_a_gives_ties_and_is_unfit(evaluate, capsys):
         assert one["orders_agree"]["value"] == 0
         assert one["first_preferred"]["value"] == 1
     assert report["scores"]["win_rate"]["difference"]["value"] == 0
-    assert canary(report, "same answer twice")["value"] == 0.5
-    assert canary(report, "same answer twice")["note"] == "the first preferred in 100 %"
-    assert canary(report, "good over shuffled")["value"] == 0.5
+    assert check_of(report, "same answer twice")["value"] == 0.5
+    assert check_of(report, "same answer twice")["note"] == "the first preferred in 100 %"
+    assert check_of(report, "good over shuffled")["value"] == 0.5
     printed = capsys.readouterr().out
     assert "warning: the judge is UNFIT, it failed: good over shuffled" in printed
     assert "win rate, % (UNFIT judge)" in printed
@@ -151,7 +151,7 @@ def test_a_judge_without_any_verdict_passes_nothing_that_asks_for_one(evaluate, 
     with pytest.raises(SystemExit, match="100 % of the judgements hold no verdict"):
         evaluate(lambda q, a, b: "Both are fine.")
     report = entry(run)
-    assert [row["canary"] for row in report["canaries"] if row["passed"]] == ["contradictions"]
+    assert [row["check"] for row in report["sanity_checks"] if row["passed"]] == ["contradictions"]
     assert evaluate(None, flags=["--allow-unparsed"])["scores"] == {}
 
 
@@ -171,7 +171,7 @@ def test_a_judge_that_contradicts_itself_is_listed_and_unfit(evaluate, capsys):
     one = report["judged"]["tuned"]
     assert one["contradictions"]["value"] == 1
     assert one["contradicting_rows"] == list(range(ROWS))
-    assert not canary(report, "contradictions")["passed"]
+    assert not check_of(report, "contradictions")["passed"]
     assert "contradiction, row 0" in capsys.readouterr().out
 
 
@@ -211,12 +211,12 @@ def test_good_over_shuffled_passes_where_the_whole_interval_is_above(right, pair
     found = surely_above(row, pairs)
     assert found["passed"] is passed
     if (right, pairs) == (37, 40):
-        assert found["note"] == "too few of 40 pairs, it takes about 88 (--canaries)"
+        assert found["note"] == "too few of 40 pairs, it takes about 88 (--sanity_checks)"
 
 
 def test_a_check_that_is_left_open_is_said_on_top(evaluate, capsys):
-    report = evaluate(perfect, style="fastchat", flags=["--canaries", "5"])
-    assert canary(report, "good over shuffled")["passed"] is None
+    report = evaluate(perfect, style="fastchat", flags=["--sanity_checks", "5"])
+    assert check_of(report, "good over shuffled")["passed"] is None
     printed = capsys.readouterr().out
     assert "warning: the judge is not shown to be fit, too few pairs: good over" in printed
     assert "the judge is not shown to be fit\n" in printed

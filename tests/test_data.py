@@ -9,8 +9,9 @@ import pandas as pd
 import pytest
 from conftest import SHARED, answered, instruction_rows, needs_shared, write_jsonl
 
-from sftlab.config.recipe import DataArguments
+from sftlab.config.recipe import DATA_FORMAT_NAMES, DataArguments
 from sftlab.data.converter import split_index
+from sftlab.data.formats import DATA_FORMATS
 from sftlab.data.splits import SPLITS, load_splits
 
 QUESTION, ANSWER = "What is two and two?", "Four."
@@ -30,6 +31,10 @@ SHAPED = {
     },
     "prompt_completion": {"prompt": QUESTION, "completion": ANSWER},
 }
+
+
+def test_a_recipe_knows_every_format():
+    assert list(DATA_FORMATS) == DATA_FORMAT_NAMES
 
 
 def load(path, **fields):

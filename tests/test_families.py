@@ -132,7 +132,7 @@ def test_a_checkpoint_with_images_and_no_class_for_its_text_is_refused(tmp_path)
     [(None, "q_proj", True), (None, "gate", False), (0.001, "q_proj", False)],
 )
 def test_the_loss_of_a_frozen_router_is_left_out(asked, trained, off):
-    model = models.model_of("Qwen 3 mixtures")
+    model = models.model_of("Qwen 3 MoE")
     model.config.output_router_logits = True
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(trained in name.split("."))

@@ -18,6 +18,12 @@ def plan():
     return load_script("recipes/plan.py")
 
 
+def test_the_page_names_every_gpu():
+    text = (ROOT / "docs" / "planning.md").read_text()
+    named = text.partition("Known GPUs: ")[2].partition(".\n")[0]
+    assert re.split(r",\s+|\s+and\s+", named) == list(GPUS)
+
+
 @pytest.fixture
 def printed(plan, capsys, monkeypatch):
     monkeypatch.chdir(ROOT)

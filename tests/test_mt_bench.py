@@ -1,6 +1,6 @@
 """eval/mt_bench.py as a user types it:
 
-both turns, the judge's own scale, references, canaries, plots, mistakes.
+both turns, the judge's own scale, references, sanity checks, plots, mistakes.
 """
 
 import json
@@ -140,7 +140,7 @@ def test_prometheus_stays_on_its_own_scale(evaluate):
 def test_one_rating_for_everything_is_unfit(evaluate, capsys):
     report = evaluate(lambda prompt: "Rating: [[7]]")
     assert not report["judge_fit"]
-    (row,) = (row for row in report["canaries"] if row["canary"] == "right over shuffled")
+    (row,) = (row for row in report["sanity_checks"] if row["check"] == "right over shuffled")
     assert row["value"] == 0.5
     assert row["note"] == "20 rated alike"
     assert "mean rating (UNFIT judge)" in capsys.readouterr().out
@@ -274,7 +274,7 @@ def test_small_models_from_answers_to_report_with_a_random_judge(run, files, bas
         str(judge),
     ]
     for script, flags in (
-        ("mt_bench", [*files, "--limit", "8", "--canaries", "4", "--allow-unparsed"]),
+        ("mt_bench", [*files, "--limit", "8", "--sanity_checks", "4", "--allow-unparsed"]),
         ("alpaca", ["--reference", str(outputs), "--allow-unparsed"]),
     ):
         command = [fork_server.python(), str(ROOT / "eval" / f"{script}.py"), *short, *flags]

@@ -289,4 +289,4 @@ def test_memory_that_ran_out_beside_others_says_nothing_of_the_cell(
 
 def test_studies_of_no_training_at_once_are_refused(write, tmp_path):
     code, _, err = finish(start(write(TWO), tmp_path, "--at_once", "0"))
-    assert (code, err) == (1, "error: --at_once 0: one training at least\n")
+    assert (code, err) == (1, "error: --at_once 0: expected 1 or more trainings\n")

@@ -42,18 +42,18 @@ def test_references_against_themselves_are_perfect_and_shuffled_near_nothing():
     references = [
         f"{a} {b} {c} {d} {e}" for a, b, c, d, e in np.random.default_rng(0).choice(WORDS, (200, 5))
     ]
-    check_canaries(references, near_bleu=3, near_rouge=0.35)
+    check_extremes(references, near_bleu=3, near_rouge=0.35)
 
 
 @needs_shared
 def test_real_references_against_themselves_are_perfect_and_shuffled_near_nothing():
     rows = json.loads((SHARED / "alpaca_en_1k.json").read_text())
-    check_canaries(
+    check_extremes(
         [row["output"] for row in rows if row["output"].strip()][:300], near_bleu=1, near_rouge=0.15
     )
 
 
-def check_canaries(references, near_bleu, near_rouge):
+def check_extremes(references, near_bleu, near_rouge):
     bleu = Bleu()
     assert Bleu.score(bleu.parts(references, references).sum(axis=0)) == pytest.approx(100)
     worded = [text for text in references if any(c.isascii() and c.isalnum() for c in text)]

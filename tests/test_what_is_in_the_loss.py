@@ -92,7 +92,10 @@ def test_templates_whose_loss_is_not_the_answer_are_refused(template, message):
 @pytest.mark.parametrize(
     ("template", "message"),
     [
-        (SYSTEM_LAST, "writes prompts otherwise once they are answered; each answer is trained"),
+        (
+            SYSTEM_LAST,
+            "renders a prompt differently once an answer follows; each answer is trained",
+        ),
         (R1, "drops the thoughts of answers"),
         (R1, r"ends prompts with '<think>\n' only where an answer is asked for"),
         (NO_END, "no end token is in the loss, so"),

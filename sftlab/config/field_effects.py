@@ -17,7 +17,7 @@ DECIDED = {
     "do_predict": "use the scripts in eval/",
     "fsdp": f"{_LAUNCH}: accelerate_configs/fsdp.yaml",
     "fsdp_config": f"{_LAUNCH}: accelerate_configs/fsdp.yaml",
-    "deepspeed": _LAUNCH,
+    "deepspeed": "DeepSpeed is not supported: accelerate_configs/fsdp.yaml shards with FSDP2",
     "use_cpu": f"{_LAUNCH}: accelerate_configs/cpu.yaml",
     "bf16_full_eval": f"{_LAUNCH} the precision",
     "fp16_full_eval": f"{_LAUNCH} the precision",

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 
 from sftlab.config.launch_file import read_launch_config
+from sftlab.cpu_cores import cpu_cores
 
 PRECISIONS = {"no": "fp32", "fp16": "fp16", "bf16": "bf16", "fp8": "fp8"}
 COMPUTE_DTYPE = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16", "fp8": "bfloat16"}
@@ -181,4 +182,4 @@ def use_all_cpu_cores(launch: Launch) -> None:
     import torch
 
     if not torch.cuda.is_available():
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // launch.local_world_size))
+        torch.set_num_threads(max(1, cpu_cores() // launch.local_world_size))

@@ -1,9 +1,8 @@
 """The variants of LoRA that the project supports, and everything it knows about each of them.
 
-To add a variant, add one entry to `VARIANTS`. config/validation.py, chat/engine.py and
-comparison/comparability.py ask this table; tests/test_lora_variants.py holds every entry against
-what peft does. A variant whose recipe field trl's ModelConfig lacks also needs that field in
-config/recipe.py, and `build_trainer` (training/trainer.py) must hand it to peft.
+config/validation.py, chat/engine.py and comparison/comparability.py ask the table `VARIANTS`;
+tests/test_lora_variants.py holds every entry against what peft does. docs/extending.md names the
+other places that a new variant needs, among them the keys that models/trust.py lets through.
 
 Initialisations that change the base weights (PiSSA, OLoRA) do not fit this table: with the adapter
 switched off the model would no longer be the base model that evaluations compare with.

@@ -43,8 +43,8 @@ class Finding(NamedTuple):
 
 MOVED = Finding(
     "moved",
-    "the chat template writes prompts otherwise once they are answered; each answer is trained "
-    "behind its prompt as the model is asked",
+    "the chat template renders a prompt differently once an answer follows; each answer is "
+    "trained after the prompt as it is rendered when the model is asked",
     False,
 )
 

@@ -26,7 +26,7 @@ def add_evaluation_flags(
     add_judge_flags(parser)
     parser.add_argument("--limit", type=int, default=0, help=limit)
     parser.add_argument(
-        "--canaries", type=int, default=sanity_checks, help="items in each sanity check"
+        "--sanity_checks", type=int, default=sanity_checks, help="items in each sanity check"
     )
     parser.add_argument("--batch_size", type=int, default=32, help="answers in a batch")
     parser.add_argument("--max_new_tokens", type=int, default=1024, help=max_new_tokens)
@@ -55,7 +55,8 @@ def add_judge_flags(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--judge_format",
-        help="prometheus or fastchat (default: prometheus if the judge's name has that word)",
+        help="a file of eval/judges without .yaml (default: prometheus if the judge's name has "
+        "that word, else fastchat)",
     )
     parser.add_argument("--judge_in_4bit", action="store_true", help="load a local judge in 4 bits")
     parser.add_argument("--judge_batch_size", type=int, default=16, help="judgements in a batch")

@@ -39,7 +39,7 @@ def entry_facts(
         "rows": rows,
         "judge": judge,
         "judge_fit": all(row["passed"] is not False for row in checks),
-        "canaries": checks,
+        "sanity_checks": checks,
         **environment(),
     }
 
@@ -92,7 +92,7 @@ def judgement_hashes(
 def unfit_warning(report: Mapping[str, Any]) -> list[str]:
     """Returns a warning that names the sanity checks a judge failed or left open, if any."""
     failed, left_open = (
-        ", ".join(row["canary"] for row in report["canaries"] if row["passed"] is state)
+        ", ".join(row["check"] for row in report["sanity_checks"] if row["passed"] is state)
         for state in (False, None)
     )
     if failed:
@@ -112,14 +112,14 @@ def report_head(report: Mapping[str, Any], questions: str) -> str:
 
     `questions` says what the rows are.
     """
-    shown = all(row["passed"] is not None for row in report["canaries"])
+    shown = all(row["passed"] is not None for row in report["sanity_checks"])
     fit = ("fit" if shown else "not shown to be fit") if report["judge_fit"] else "UNFIT"
     return "\n".join(
         [
             f"\n{report['title']}: base against tuned of {report['run']} on {report['rows']} "
             f"{questions}",
             *(f"  warning: {warning}" for warning in report["warnings"]),
-            f"\n{sanity_check_table(report['canaries'])}",
+            f"\n{sanity_check_table(report['sanity_checks'])}",
             f"  the judge is {fit}\n",
         ]
     )
@@ -139,6 +139,6 @@ def sanity_check_table(rows: Sequence[Mapping[str, Any]]) -> str:
     for row in rows:
         passed = {True: "passed", False: "FAILED", None: "open"}[row["passed"]]
         lines.append(
-            [row["canary"], row["expected"], share(row), str(row["pairs"]), passed, row["note"]]
+            [row["check"], row["expected"], share(row), str(row["pairs"]), passed, row["note"]]
         )
     return aligned(lines)

@@ -156,7 +156,7 @@ def right_over_shuffled(
     scores = [(np.sign(a - b) + 1) / 2 for a, b in pairs if a is not None and b is not None]
     found = rate(int(sum(scores)), len(scores))
     row = {
-        "canary": "right over shuffled",
+        "check": "right over shuffled",
         "expected": ABOVE,
         "pairs": len(pairs),
         **found,
@@ -179,7 +179,7 @@ def noise_floor(
     pairs = [(a["rating"], b["rating"]) for a, b in zip(one, two, strict=True)]
     pairs = [pair for pair in pairs if None not in pair]
     higher = sum((np.sign(a - b) + 1) / 2 for a, b in pairs)
-    row = {"canary": "base against base", "expected": "50 % within chance", "pairs": len(one)}
+    row = {"check": "base against base", "expected": "50 % within chance", "pairs": len(one)}
     row |= rate(int(higher), len(pairs))
     if not pairs:
         return row | {"passed": False, "note": ""}
@@ -197,7 +197,7 @@ def noise_floor(
 def unparsed(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Returns the share of judgements without a rating, as a row of the sanity checks."""
     row = {
-        "canary": "unparsed",
+        "check": "unparsed",
         "expected": f"at most {percent(UNPARSED_REFUSED)}",
         "pairs": len(records),
         "note": "",
@@ -217,7 +217,7 @@ def contradictions(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Returns the share of ratings that the judge's own words are against, as a row of checks."""
     rated = [record for record in records if record["rating"] is not None]
     found = rate(sum(record["contradiction"] for record in rated), len(rated))
-    row = {"canary": "contradictions", "expected": f"at most {percent(CONTRADICTIONS)}"}
+    row = {"check": "contradictions", "expected": f"at most {percent(CONTRADICTIONS)}"}
     passed = found["value"] is None or found["value"] <= CONTRADICTIONS
     return row | {"pairs": len(records), "note": "", **found, "passed": passed}
 

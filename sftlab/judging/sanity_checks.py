@@ -50,7 +50,7 @@ def surely_above(row: Mapping[str, Any], pairs: int) -> dict[str, Any]:
     # Wilson's interval ends at the bound b where (value - b)^2 = z^2 b (1 - b) / n
     spare, variance = value - OVER_SHUFFLED, OVER_SHUFFLED * (1 - OVER_SHUFFLED)
     takes = f"it takes about {ceil(1.96**2 * variance / spare**2)}" if spare > 0.01 else "by far"
-    return {"passed": None, "note": f"too few of {pairs} pairs, {takes} (--canaries)"}
+    return {"passed": None, "note": f"too few of {pairs} pairs, {takes} (--sanity_checks)"}
 
 
 class SanityChecks:
@@ -128,7 +128,7 @@ class SanityChecks:
         found = tally([*self.records, *records])
         for what, limit in (("unparsed", UNPARSED_REFUSED), ("contradictions", CONTRADICTIONS)):
             row = {
-                "canary": what,
+                "check": what,
                 "expected": f"at most {percent(limit)}",
                 "pairs": found["pairs"],
                 **found[what],
@@ -144,7 +144,7 @@ class SanityChecks:
 
     def _judged(self, name: str, pairs: Sequence[Pair]) -> list[dict[str, Any]]:
         records = self.judged(pairs, name)
-        self.records += [{"canary": name, **record} for record in records]
+        self.records += [{"check": name, **record} for record in records]
         return records
 
     def _add(self, name: str, expected: str, found: dict[str, Any]) -> dict[str, Any]:
@@ -154,7 +154,7 @@ class SanityChecks:
         if parsed:
             share["value"] = (found["wins"] + ties / 2) / parsed
         row = {
-            "canary": name,
+            "check": name,
             "expected": expected,
             "pairs": found["pairs"],
             **share,

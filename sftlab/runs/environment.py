@@ -6,6 +6,7 @@ import subprocess
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
+from sftlab.cpu_cores import cpu_cores
 from sftlab.paths import ROOT
 
 _PACKAGES = (
@@ -31,7 +32,7 @@ def environment() -> dict[str, Any]:
         except PackageNotFoundError:
             versions[package] = None
     hardware: dict[str, Any] = {
-        "cpu_cores": len(os.sched_getaffinity(0)),
+        "cpu_cores": cpu_cores(),
         "machine": platform.machine(),
     }
     if torch.cuda.is_available():

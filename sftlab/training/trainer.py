@@ -79,8 +79,8 @@ class LabTrainer(UpstreamFixes):
         super().__init__(*args, **kwargs)
         if not self.model_accepts_loss_kwargs:
             raise RuntimeError(
-                "accumulation would become a mean of means: the model's forward must accept "
-                "**kwargs"
+                "the loss of a step cannot be averaged over all its tokens: this model's forward "
+                "takes no **kwargs, so short micro-batches would weigh too much"
             )
         plugin = self.accelerator.state.fsdp_plugin if self.is_fsdp_enabled else None
         # whether FSDP2 leaves the LoRA matrices whole on every process

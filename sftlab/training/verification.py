@@ -74,7 +74,7 @@ def verify_trained(model: nn.Module, trained: Sequence[nn.Parameter]) -> None:
     left = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in kept]
     if left:
         raise RuntimeError(
-            f"{len(left)} parameters have gradients and no optimizer, {left[0]} the first"
+            f"{len(left)} parameters would be trained but no optimizer has them, first {left[0]}"
         )
 
 

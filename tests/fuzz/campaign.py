@@ -32,6 +32,7 @@ import trials
 import world
 from conftest import ROOT
 
+from sftlab.cpu_cores import cpu_cores
 from sftlab.runs.environment import environment
 from sftlab.tables import aligned, write_csv
 
@@ -152,7 +153,7 @@ def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--cases", type=int, default=2400)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--jobs", type=int, default=cpu_cores())
     parser.add_argument("--quick", action="store_true", help="few of the cases take a second")
     parser.add_argument("--seconds", type=float, default=1e9, help="no case begins after these")
     parser.add_argument("--only", type=int, nargs="+", help="these cases alone")
