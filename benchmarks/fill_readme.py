@@ -50,10 +50,10 @@ def demo_output() -> str:
 
 def score_lines(printed: str) -> list[str]:
     """Returns the title, the header and a line a score; the answers shown below are left out."""
-    title, *lines = printed.strip().splitlines()
+    lines = printed.strip().splitlines()
     name = NAMES["response_perplexity"]
     first = next(i for i, line in enumerate(lines) if line.strip().startswith(name))
-    return [title, *lines[first - 1 : first + len(NAMES)]]
+    return lines[first - 2 : first + len(NAMES)]
 
 
 def recipes_table() -> str:

@@ -66,6 +66,18 @@ def check_extremes(references, near_bleu, near_rouge):
     assert rouge(empty, references).max() == 0
 
 
+@pytest.mark.parametrize("rows", [10, 400])
+def test_perfect_answers_are_not_taken_for_certainty(rows):
+    rng = np.random.default_rng(0)
+    texts = [" ".join(rng.choice(WORDS, rng.integers(6, 20))) for _ in range(rows)]
+    scored = score_texts(texts, texts, Bleu())
+    found = compare(paired_scores(scored, scored), 400)
+    # 1.96^2 of 1.96^2 + rows: Wilson's lower end where all are right
+    low = 1 - 3.8415 / (3.8415 + rows)
+    for name, scale in (("bleu", 100), ("exact_match", 1), ("rouge1", 1), ("rougeL", 1)):
+        assert found[name]["tuned"]["interval_95"] == pytest.approx([scale * low, scale], rel=1e-4)
+
+
 def test_rouge_knows_words_of_any_script_and_keeps_its_own_of_ascii():
     from rouge_score.rouge_scorer import RougeScorer
 

@@ -20,6 +20,8 @@ _Z2 = float(norm.ppf(0.975)) ** 2
 _STEP = 1e-5
 # a resample whose variance is smaller than this share of the sample's has no variance
 _NOTHING = 1e-12
+# the error of a derivative: what a row moves the score, times the rows, as a share of the score
+_ROUNDING = 1e-4
 
 
 def gradient(score: Score, sums: np.ndarray) -> np.ndarray:
@@ -132,6 +134,8 @@ def interval(
     one, and the wider of both upper ends. An end that remains infinite is None.
     """
     shift = 0.0 if value is None else value - center
+    rounded = len(influence) * np.abs(influence) <= _ROUNDING * abs(center)
+    influence = np.where(rounded, 0.0, influence)
     known = np.isfinite(drawn).all(axis=0)
     variance = float(influence @ influence)
     low, high = bootstrap_t(center, variance, *drawn[:, known])
