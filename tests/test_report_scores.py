@@ -176,3 +176,14 @@ def test_scores_of_judges_stand_under_their_titles(make, report, capsys, tmp_pat
             ["--runs", str(tmp_path / "runs"), "--out", str(tmp_path / "out"), "--axis", "lora_r"]
         )
     assert "quality.MT-Bench, judge x, scale 1 to 5.max_new_tokens" in str(stopped.value)
+
+
+def test_a_base_far_from_the_tuned_models_is_written_not_drawn(
+    make, report, plots, capsys, tmp_path
+):
+    for rank, wrong in ((8, 4), (16, 1)):
+        make(f"r{rank}", lora_r=rank, lora_alpha=2 * rank, wrong=wrong)
+    run_report(report, capsys, "--runs", tmp_path / "runs", "--out", tmp_path / "out")
+    svg = (tmp_path / "out" / "quality.svg").read_text()
+    base = read_csv(tmp_path / "out")["r8"]["base bleu"]
+    assert f"base {float(base):.4g}, not drawn" in svg

@@ -41,6 +41,8 @@ PANELS = (
     ("tuned response_perplexity",),
     ("tuned bleu",),
 )
+# The side, its colour, and how far from a run's place it is drawn.
+SIDE_STYLES = (("base", "0.6", -0.13), ("tuned", "tab:blue", 0.13))
 # A study of more cells than this has all its panels in one row.
 MANY_CELLS = 12
 
@@ -142,6 +144,34 @@ def _losses(comparison: Comparison, canvas: "Figure") -> bool:
     return bool(seen)
 
 
+def _with_ends(
+    rows: Sequence[Mapping[str, Any]], score: str
+) -> tuple[list[float], list[float], list[float]]:
+    """Returns values and interval ends; an end that the rows cannot tell is at the value."""
+    middle = [row[score] for row in rows]
+    low, high = (
+        [value if row[f"{score} {end}"] is None else row[f"{score} {end}"] for row, value in known]
+        for end, known in ((end, list(zip(rows, middle, strict=True))) for end in ("low", "high"))
+    )
+    return middle, low, high
+
+
+def _far_base(rows: Mapping[str, Mapping[str, Any]], score: str) -> str:
+    """Returns what to write instead of bases so far away that tuned models would look alike."""
+    sides = {}
+    for side in SIDES:
+        known = [row for row in rows.values() if row[f"{side} {score}"] is not None]
+        if len(known) < 2:
+            return ""
+        sides[side] = _with_ends(known, f"{side} {score}")
+    _, low, high = sides["tuned"]
+    away = max(*high, *sides["base"][0]) - min(*low, *sides["base"][0])
+    if max(high) - min(low) > away / 3:
+        return ""
+    first, last = (figure(f(sides["base"][0])) for f in (min, max))
+    return f"base {first if first == last else f'{first} to {last}'}, not drawn"
+
+
 def _base_and_tuned(comparison: Comparison, canvas: "Figure") -> bool:
     """Draw a panel a score: base and tuned with their 95 % intervals."""
     rows = comparison.rows
@@ -151,26 +181,21 @@ def _base_and_tuned(comparison: Comparison, canvas: "Figure") -> bool:
     for axes in panels.flat[len(NAMES) :]:
         axes.axis("off")
     for (score, title), axes in zip(NAMES.items(), panels.flat, strict=False):
-        # a run may have been scored before the score was added
-        scored = [name for name in rows if rows[name][f"tuned {score}"] is not None]
-        values = [rows[name][f"{side} {score}"] for name in scored for side in SIDES]
-        for side, colour, shift in (("base", "0.6", -0.13), ("tuned", "tab:blue", 0.13)):
+        far = _far_base(rows, score)
+        for side, colour, shift in SIDE_STYLES[1 if far else 0 :]:
+            # a run may have been scored before the score was added
+            scored = [name for name in rows if rows[name][f"{side} {score}"] is not None]
+            middle, *ends = _with_ends([rows[name] for name in scored], f"{side} {score}")
             places = [list(rows).index(name) + shift for name in scored]
-            middle, low, high = (
-                [rows[name][f"{side} {score}{end}"] for name in scored]
-                for end in ("", " low", " high")
-            )
-            known = [  # an end that the rows cannot tell is drawn at the value
-                [value if end is None else end for end, value in zip(ends, middle, strict=True)]
-                for ends in (low, high)
-            ]
-            axes.hlines(places, *known, color=colour)
-            axes.plot(middle, places, "o", color=colour, ms=4, label=side)
-        wide = "perplexity" in score and max(values, default=0) > 10 * min(values, default=0)
-        axes.set(title=title, xscale="log" if wide else "linear", ylim=(len(rows) - 0.5, -0.5))
+            axes.hlines(places, *ends, color=colour)
+            axes.plot(middle, places, "o", color=colour, ms=4)
+        axes.set(ylim=(len(rows) - 0.5, -0.5))
+        axes.set_title(f"{title}\n{far}" if far else title, fontsize=9)
         axes.set_yticks(range(len(rows)), rows)
-    handles = axes.get_legend_handles_labels()
-    canvas.legend(*handles, loc="outside lower right", ncols=2, frameon=False)
+    from matplotlib.lines import Line2D
+
+    handles = [Line2D([], [], c=c, marker="o", ms=4, label=side) for side, c, _ in SIDE_STYLES]
+    canvas.legend(handles=handles, loc="outside lower right", ncols=2, frameon=False)
     return any(one.quality for one in comparison.runs.values())
 
 
