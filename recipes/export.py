@@ -99,6 +99,8 @@ def export(arguments: argparse.Namespace) -> None:
         raise ValueError(f"--prompts must be at least 1, got {arguments.prompts}")
     run = finished_run(folder)
     recipe = run["recipe"]
+    if arguments.to == "adapter" and not recipe["use_peft"]:
+        raise ValueError(f"{folder} is full fine-tuning, without an adapter: pass --to merged")
     rows = held_out(run)
     tokenizer = run_tokenizer(folder, run)
     config = base_config(recipe, arguments.trust_remote_code)

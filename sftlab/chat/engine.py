@@ -23,6 +23,7 @@ from sftlab.data.time_limit import time_limit
 from sftlab.evaluation.base_and_tuned import (
     answering,
     finished_run,
+    inner_model,
     load_pair,
     refuse_unknown_ids,
     run_tokenizer,
@@ -219,6 +220,18 @@ class _Stream(hf.StoppingCriteria):
         return text.strip()
 
 
+def _answers_in_one_batch(model: PeftModel | hf.PreTrainedModel) -> bool:
+    """Returns whether base and tuned can be rows of one batch.
+
+    peft ignores or refuses a row's side for modules saved whole and for target parameters.
+    """
+    if not isinstance(model, PeftModel):
+        return False
+    adapter = model.peft_config["default"]
+    whole = adapter.modules_to_save or adapter.target_parameters
+    return allows_mixed_batches(adapter) and not whole
+
+
 class Chat:
     """The two models of a finished run, from one load of the weights.
 
@@ -232,11 +245,11 @@ class Chat:
         self.run: dict[str, Any] = finished_run(folder)
         quantized = {"load_in_4bit": True, "load_in_8bit": False} if load_in_4bit else {}
         self._tokenizer = run_tokenizer(folder, self.run)
-        self._model: PeftModel | None = load_pair(
+        self._model: PeftModel | hf.PreTrainedModel | None = load_pair(
             folder, self.run | {"recipe": self.run["recipe"] | quantized}, trusted
         )
         self.context: int = self._model.config.get_text_config().max_position_embeddings
-        inner, adapter = self._model.get_base_model(), self._model.peft_config["default"]
+        inner = inner_model(self._model)
         refuse_unknown_ids(self._model, self._tokenizer)
         turn = end_of_turn(self._tokenizer, inner.generation_config.eos_token_id)
         pad = self._tokenizer.pad_token_id
@@ -246,10 +259,7 @@ class Chat:
         inner.generation_config = hf.GenerationConfig(
             eos_token_id=self._turn.end_tokens, pad_token_id=pad
         )
-        # peft ignores or refuses the side of a row for modules saved whole and target parameters
-        self.mixed = allows_mixed_batches(adapter) and not (
-            adapter.modules_to_save or adapter.target_parameters
-        )
+        self.mixed = _answers_in_one_batch(self._model)
         self._lock, self._closed = Lock(), Event()
         if getattr(inner, "is_loaded_in_4bit", False):
             try:

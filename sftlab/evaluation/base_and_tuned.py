@@ -6,6 +6,7 @@ import re
 import signal
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
@@ -13,7 +14,7 @@ from typing import Any, NoReturn
 import torch
 from peft import PeftModel, get_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sftlab.config.model_overrides import check_overrides
 from sftlab.config.recipe import ModelArguments
@@ -21,6 +22,7 @@ from sftlab.data.chat_template import end_of_turn, template_hash
 from sftlab.data.template_errors import TEMPLATE_ERRORS
 from sftlab.data.template_facts import write_day
 from sftlab.data.time_limit import time_limit
+from sftlab.evaluation.full_models import as_base, hold_base
 from sftlab.exit_messages import first_line, mistakes_in_one_line
 from sftlab.fastpath import varlen_attention
 from sftlab.models.identity import base_identity, tokenizer_identity
@@ -36,6 +38,7 @@ _TEMPLATE_S = 20
 _NEEDED = {
     "recipe.model_name_or_path": TEXT,
     "recipe.model_revision": TEXT.or_null(),
+    "recipe.use_peft": BOOLEAN,
     "recipe.dtype": one_of("bfloat16", "float16", "float32"),
     "recipe.load_in_4bit": BOOLEAN,
     "recipe.load_in_8bit": BOOLEAN,
@@ -125,7 +128,9 @@ def run_tokenizer(folder: Path, run: dict[str, Any]) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def refuse_unknown_ids(model: PeftModel, tokenizer: PreTrainedTokenizerBase) -> None:
+def refuse_unknown_ids(
+    model: PeftModel | PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> None:
     """Raise ValueError where the tokenizer has ids beyond the model's embedding."""
     size = model.get_input_embeddings().weight.shape[0]
     special = (tokenizer.pad_token_id, tokenizer.eos_token_id, tokenizer.bos_token_id)
@@ -138,10 +143,13 @@ def refuse_unknown_ids(model: PeftModel, tokenizer: PreTrainedTokenizerBase) -> 
         )
 
 
-def load_pair(folder: Path, run: dict[str, Any], trusted: bool = False) -> PeftModel:
+def load_pair(
+    folder: Path, run: dict[str, Any], trusted: bool = False
+) -> PeftModel | PreTrainedModel:
     """Load the base model with the run's adapter, in the dtype of the training.
 
-    It is on the GPU if there is one. `answering` chooses which of the two models answers. `trusted`
+    After full fine-tuning it is the tuned model, and the base's weights wait beside it. It is on
+    the GPU if there is one. `answering` chooses which of the two models answers. `trusted`
     lets code that the base model brings run; only the command line may say so. Raises ValueError
     where the base model or the adapter cannot be loaded.
     """
@@ -150,13 +158,15 @@ def load_pair(folder: Path, run: dict[str, Any], trusted: bool = False) -> PeftM
     arguments = _model_arguments(folder, recipe)
     kwargs = model_init_kwargs(arguments, trusted, recipe["model_init_kwargs"])
     name = arguments.model_name_or_path
+    # cuDNN's attention differs from call to call (H200, torch 2.11), and greedy texts with it
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if not recipe["use_peft"]:
+        return _load_full_pair(folder, arguments, kwargs, device)
     try:
         check_adapter(folder / "adapter")
     except ValueError as error:
         raise ValueError(f"{folder / 'adapter'} does not load on {name}: {error}") from error
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    # cuDNN's attention differs from call to call (H200, torch 2.11), and greedy texts with it
-    torch.backends.cuda.enable_cudnn_sdp(False)
     try:
         base = load_model(arguments, kwargs, device)
     except ValueError as error:
@@ -179,6 +189,34 @@ def load_pair(folder: Path, run: dict[str, Any], trusted: bool = False) -> PeftM
         ) from error
     _refuse_other_tensors(model, folder / "adapter")
     return model.eval()
+
+
+def _load_full_pair(
+    folder: Path, arguments: ModelArguments, kwargs: dict[str, Any], device: str
+) -> PreTrainedModel:
+    """Load both models of full fine-tuning.
+
+    The base's weights wait on the CPU where the GPU has no room for them.
+    """
+    if arguments.load_in_4bit or arguments.load_in_8bit:
+        raise ValueError(
+            f"{folder} is full fine-tuning (use_peft: false), whose weights are not quantized: "
+            "leave out load_in_4bit and load_in_8bit"
+        )
+    name, there = arguments.model_name_or_path, folder / "adapter"
+    try:
+        tuned = load_model(replace(arguments, model_name_or_path=str(there)), kwargs, device)
+    except ValueError as error:
+        raise ValueError(f"the tuned model in {there} cannot be loaded: {error}") from error
+    try:
+        try:
+            base = load_model(arguments, kwargs, device)
+        except torch.OutOfMemoryError:
+            base = load_model(arguments, kwargs, "cpu")
+        hold_base(tuned, base)
+    except ValueError as error:
+        raise ValueError(f"the base model {name} of the run cannot be loaded: {error}") from error
+    return with_fused_head(tuned).eval()
 
 
 def refuse_untrusted(folder: Path, run: dict[str, Any], trusted: bool) -> None:
@@ -224,10 +262,17 @@ def _refuse_other_tensors(model: PeftModel, folder: Path) -> None:
         )
 
 
-def answering(model: PeftModel, side: str) -> AbstractContextManager:
-    """Let the model answer as `side`: base (the adapter is disabled) or tuned."""
+def answering(model: PeftModel | PreTrainedModel, side: str) -> AbstractContextManager:
+    """Let the model answer as `side`: base (without adapter, or with its own weights) or tuned."""
     assert side in SIDES
-    return model.disable_adapter() if side == "base" else nullcontext()
+    if side == "tuned":
+        return nullcontext()
+    return model.disable_adapter() if isinstance(model, PeftModel) else as_base(model)
+
+
+def inner_model(model: PeftModel | PreTrainedModel) -> PreTrainedModel:
+    """Returns the model without peft's wrapper."""
+    return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
 def model_settings(folder: Path, run: dict[str, Any]) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from transformers import (
 )
 
 from sftlab.data.chat_template import TurnEnd, end_of_turn, pad_id
+from sftlab.evaluation.base_and_tuned import inner_model
 
 # tokens between two looks for a stop string, because decoding takes time
 _CHECK_EVERY = 8
@@ -97,7 +98,7 @@ class Generator:
             sampling,
             static_rows,
         )
-        inner = model.get_base_model() if isinstance(model, PeftModel) else model
+        inner = inner_model(model)
         self.turn = end_of_turn(tokenizer, inner.generation_config.eos_token_id)
         self.pad = pad_id(tokenizer)
         drawn = {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0}

@@ -10,6 +10,7 @@ from safetensors import safe_open
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from sftlab.data.chat_template import end_of_turn, pad_id
+from sftlab.evaluation.base_and_tuned import inner_model
 from sftlab.files import write_json
 from sftlab.schema import read_object
 
@@ -19,14 +20,19 @@ _WEIGHTS, _CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
 
 def merge(
-    model: PeftModel, tokenizer: PreTrainedTokenizerBase, dtype: str, ends: list[int]
+    model: PeftModel | PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    dtype: str,
+    ends: list[int],
 ) -> PreTrainedModel:
     """Returns the model in a dtype, with the adapter merged in and `ends` as its end tokens.
 
     Raises ValueError where a merged weight is not finite.
     """
-    generation = _generation_config(model.get_base_model().generation_config, tokenizer, ends)
-    merged = model.to(getattr(torch, dtype)).merge_and_unload(safe_merge=True)
+    generation = _generation_config(inner_model(model).generation_config, tokenizer, ends)
+    merged = model.to(getattr(torch, dtype))
+    if isinstance(merged, PeftModel):
+        merged = merged.merge_and_unload(safe_merge=True)
     merged.generation_config = generation
     return merged
 
@@ -51,13 +57,13 @@ def write_adapter(
     write_json(out / _CONFIG, config)
     tokenizer.save_pretrained(out)
     ends = end_ids(model, tokenizer)
-    inner = model.get_base_model().generation_config
+    inner = inner_model(model).generation_config
     _generation_config(inner, tokenizer, ends).save_pretrained(out)
 
 
-def end_ids(model: PeftModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def end_ids(model: PeftModel | PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Returns the token ids that end an answer under the tokenizer's template."""
-    own = model.get_base_model().generation_config.eos_token_id
+    own = inner_model(model).generation_config.eos_token_id
     return end_of_turn(tokenizer, own).end_tokens
 
 

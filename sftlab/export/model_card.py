@@ -25,16 +25,16 @@ def model_card(run: dict[str, Any], quality: dict[str, Any], kind: str, name: st
     data = ModelCardData(
         library_name=_LIBRARY[kind],
         pipeline_tag="text-generation",
-        tags=["lora", "sft", "trl"],
+        tags=[*(["lora"] if recipe["use_peft"] else []), "sft", "trl"],
         base_model=None if local else base,
         datasets=_hub_data(recipe),
         license=license_of(base),
     )
+    origin = f"the local base model `{base}`" if local else f"[{base}]({_link(base)})"
+    tuned = "fine-tuned with LoRA" if recipe["use_peft"] else "fully fine-tuned"
     parts = [
         f"# {name}",
-        f"{_what(kind)} of [{base}]({_link(base)}), fine-tuned with LoRA."
-        if not local
-        else f"{_what(kind)} of the local base model `{base}`, fine-tuned with LoRA.",
+        f"{_what(kind)} of {origin}, {tuned}.",
         *_scores(quality),
         "## How to use it",
         *_usage(kind, name, base),
@@ -73,7 +73,7 @@ def _blocks(parts: list[str]) -> list[Any]:
 
 def _what(kind: str) -> str:
     return {
-        "merged": "Merged weights",
+        "merged": "Weights",
         "adapter": "A LoRA adapter",
         "gguf": "A GGUF file",
     }[kind]
@@ -147,7 +147,7 @@ def _training(run: dict[str, Any]) -> list[list[str]]:
         ["data", f"{recipe['dataset_name']}, fingerprint {data['train']['fingerprint']}"],
         ["rows", counts],
         ["chat template", f"{run['template']['source']}, hash {run['template']['hash']}"],
-        ["LoRA", f"rank {recipe['lora_r']}, alpha {recipe['lora_alpha']}, {_targets(recipe)}"],
+        *([_lora(recipe)] if recipe["use_peft"] else []),
         ["learning rate", str(recipe["learning_rate"])],
         ["global batch", f"{run['ran']['global_batch']} rows"],
         ["steps", f"{run['measured']['global_step']:,}"],
@@ -155,9 +155,10 @@ def _training(run: dict[str, Any]) -> list[list[str]]:
     ]
 
 
-def _targets(recipe: dict[str, Any]) -> str:
+def _lora(recipe: dict[str, Any]) -> list[str]:
     targets = recipe["lora_target_modules"]
-    return ", ".join(targets) if isinstance(targets, list) else str(targets)
+    named = ", ".join(targets) if isinstance(targets, list) else str(targets)
+    return ["LoRA", f"rank {recipe['lora_r']}, alpha {recipe['lora_alpha']}, {named}"]
 
 
 def _ran(run: dict[str, Any]) -> list[list[str]]:

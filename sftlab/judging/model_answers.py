@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from peft import PeftModel
+from transformers import PreTrainedModel
 
 from sftlab.data.chat_template import prompt_ids
 from sftlab.data.formats import Message
@@ -50,7 +51,7 @@ class Contestants:
         self.prompts_cut = 0
 
     @cached_property
-    def model(self) -> PeftModel:
+    def model(self) -> PeftModel | PreTrainedModel:
         """Returns both models, loaded at the first answer that is not kept."""
         model = load_pair(self.folder, self.run, self.trusted)
         refuse_unknown_ids(model, self.tokenizer)

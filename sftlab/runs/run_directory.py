@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from sftlab.files import file_hash, write_json
+from sftlab.models.identity import base_identity
 from sftlab.runs import progress, run_lock
 from sftlab.runs.checkpoint_manifest import foreign, in_order, newest_valid, set_aside
 from sftlab.runs.clearing import clear, own_curves
@@ -33,12 +34,14 @@ REMEDY = (
 def adapter_hash(folder: str | os.PathLike) -> str | None:
     """Returns the SHA-256 of a run's adapter, weights and config (16 hexadecimal digits), or None.
 
-    The order of names in a list of the config, which peft does not keep, makes no difference.
+    After full fine-tuning it is of the tuned model. The order of names in a list of the config,
+    which peft does not keep, makes no difference.
     """
     adapter = Path(folder) / "adapter"
     weights, config = adapter / "adapter_model.safetensors", adapter / "adapter_config.json"
     if not weights.is_file():
-        return None
+        whole = (adapter / "config.json").is_file() and any(adapter.glob("model*.safetensors"))
+        return base_identity(str(adapter), None) if whole else None
     settings = config.read_bytes() if config.is_file() else b""
     try:
         found = json.loads(settings)
