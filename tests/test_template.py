@@ -6,12 +6,15 @@ The loss is on the response and its end token alone.
 import pytest
 from conftest import SHARED, answered, needs_shared
 from datasets import Dataset
-from transformers import AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer
 from trl import SFTConfig, SFTTrainer
 
 from sftlab.config.recipe import DataArguments
 from sftlab.data.chat_template import encode, prompt_ids, set_template, template_hash
+from sftlab.data.loss_check import end_tokens_of
+from sftlab.data.model_limits import refuse_unknown_tokens
 from sftlab.data.splits import load_splits
+from sftlab.data.template_facts import fields_written
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}{{ eos_token }}\n{% "
@@ -151,3 +154,19 @@ def test_no_prompt_of_the_real_data_merges_with_its_response(base):
         for given in answered(rows.select(range(300))):
             encoded = encode(tokenizer, given, None)
             assert encoded["labels"].count(-100) == len(prompt_ids(tokenizer, given["prompt"]))
+
+
+@pytest.mark.parametrize("reader", ["end tokens", "unknown tokens", "fields"])
+def test_a_fault_of_this_program_is_not_told_as_the_template_s(base, monkeypatch, reader):
+    def broken(*_, **__):
+        raise TypeError("a fault of ours")
+
+    tokenizer, config = AutoTokenizer.from_pretrained(base), AutoConfig.from_pretrained(base)
+    monkeypatch.setattr(tokenizer, "apply_chat_template", broken)
+    readers = {
+        "end tokens": lambda: end_tokens_of(tokenizer, None),
+        "unknown tokens": lambda: refuse_unknown_tokens(tokenizer, config),
+        "fields": lambda: fields_written(tokenizer, ["tools"]),
+    }
+    with pytest.raises(TypeError, match="a fault of ours"):
+        readers[reader]()

@@ -18,7 +18,7 @@ from peft import PeftModel
 from sftlab.chat.fitting import fit
 from sftlab.config.lora_variants import allows_mixed_batches
 from sftlab.data.chat_template import TurnEnd, end_of_turn, prompt_ids
-from sftlab.data.template_errors import TEMPLATE_ERRORS
+from sftlab.data.template_errors import TEMPLATE_ERRORS, is_of_template
 from sftlab.data.time_limit import time_limit
 from sftlab.evaluation.base_and_tuned import (
     answering,
@@ -314,6 +314,8 @@ class Chat:
             with time_limit(TEMPLATE_S, "the run's chat template"):
                 return prompt_ids(self._tokenizer, history)
         except TEMPLATE_ERRORS as error:
+            if not is_of_template(error):
+                raise
             raise ValueError(
                 f"the run's chat template refuses this conversation: {first_line(error)}"
             ) from error

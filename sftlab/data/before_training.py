@@ -22,7 +22,6 @@ from sftlab.data.template_errors import (
     is_of_template,
     rendering_limit,
 )
-from sftlab.data.time_limit import TooSlow
 from sftlab.data.tokenized_dataset import SPLITS
 from sftlab.exit_messages import first_line
 
@@ -150,7 +149,7 @@ def template_refusals(tokenizer: PreTrainedTokenizerBase, splits: Splits) -> Ite
         with rendering_limit("a row"):
             yield
     except TEMPLATE_ERRORS as error:
-        if not (isinstance(error, TooSlow) or is_of_template(error)):
+        if not is_of_template(error):
             raise
         for name, rows in zip(SPLITS, splits[:3], strict=True):
             if "messages" in (rows.column_names or ()):

@@ -70,7 +70,7 @@ def look_at_loss(
         try:
             _look(tokenizer, encoder, probe, end_tokens, found)
         except TEMPLATE_ERRORS as error:
-            if not (isinstance(error, TooSlow) or is_of_template(error)):
+            if not is_of_template(error):
                 raise
             continue  # whether a real row is refused is found out row by row
     for number, row in enumerate(rows):
@@ -107,7 +107,9 @@ def end_tokens_of(tokenizer: PreTrainedTokenizerBase, ends: int | list[int] | No
     """Returns the tokens that may end an answer. `ends` are the model's own."""
     try:
         return set(end_of_turn(tokenizer, ends).end_tokens)
-    except TEMPLATE_ERRORS:
+    except TEMPLATE_ERRORS as error:
+        if not is_of_template(error):
+            raise
         given = [ends] if isinstance(ends, int) else ends or []
         return {tokenizer.eos_token_id, *given}
 
@@ -267,6 +269,8 @@ def _render(encoder: Encoder, row: Mapping[str, Any], name: str) -> None:
     try:
         encoder.refuse([Conversation.from_row(row)])
     except TEMPLATE_ERRORS as error:
+        if not is_of_template(error):
+            raise
         raise ValueError(_refusal(name, error)) from error
 
 

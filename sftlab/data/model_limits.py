@@ -7,7 +7,7 @@ import pyarrow.compute as pc
 from datasets import Dataset
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
-from sftlab.data.template_errors import TEMPLATE_ERRORS
+from sftlab.data.template_errors import TEMPLATE_ERRORS, is_of_template
 from sftlab.data.template_facts import PROBES
 
 _ROWS_AT_ONCE = 10_000
@@ -21,7 +21,9 @@ def refuse_unknown_tokens(tokenizer: PreTrainedTokenizerBase, config: PreTrained
     question = PROBES["a question"]
     try:
         text = tokenizer.apply_chat_template(question, tokenize=False, add_generation_prompt=True)
-    except TEMPLATE_ERRORS:
+    except TEMPLATE_ERRORS as error:
+        if not is_of_template(error):
+            raise
         text = ""  # whether a real row is refused is found out row by row
     used = {tokenizer.pad_token_id, tokenizer.eos_token_id, tokenizer.bos_token_id}
     used |= set(tokenizer(text, add_special_tokens=False)["input_ids"])

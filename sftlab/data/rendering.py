@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from sftlab.data.messages import Conversation, Message
-from sftlab.data.template_errors import TEMPLATE_ERRORS
+from sftlab.data.template_errors import TEMPLATE_ERRORS, is_of_template
 from sftlab.data.token_cuts import common_prefix
 
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
@@ -103,7 +103,9 @@ class Renderer:
         asked = [[{"role": "user", "content": text}] for text in ("One", "Z")]
         try:
             one, two = self._texts(asked, [], add_generation_prompt=True)[0]
-        except TEMPLATE_ERRORS:
+        except TEMPLATE_ERRORS as error:
+            if not is_of_template(error):
+                raise
             return ""
         common = common_prefix(one[::-1], two[::-1])
         return one[len(one) - common :]
@@ -125,7 +127,9 @@ class Renderer:
     def _renders(self, chat: list[Message]) -> bool:
         try:
             self._texts([chat], [])
-        except TEMPLATE_ERRORS:
+        except TEMPLATE_ERRORS as error:
+            if not is_of_template(error):
+                raise
             return False
         return True
 

@@ -14,7 +14,7 @@ from sftlab.data.row_notes import count_notes, fields_of, unwritten
 from sftlab.data.shard_writer import conversations, convert_counting, place_of, refuse_rendering
 from sftlab.data.source_facts import not_used_of, shape_facts
 from sftlab.data.sources import Source, read_sources, settings_of
-from sftlab.data.template_errors import TEMPLATE_ERRORS, rendering_limit
+from sftlab.data.template_errors import TEMPLATE_ERRORS, is_of_template, rendering_limit
 from sftlab.data.template_facts import fields_written
 from sftlab.data.tokenized_dataset import backend_text, encoding_settings
 from sftlab.exit_messages import first_line
@@ -126,6 +126,8 @@ def _probe(
         with rendering_limit("some rows"):
             Encoder(tokenizer.backend_tokenizer, **encoder).refuse(texts)
     except TEMPLATE_ERRORS as error:
+        if not is_of_template(error):
+            raise
         plain = Encoder(tokenizer.backend_tokenizer, **encoder, shortcut=False)
         refuse_rendering(rows[:PROBED_ROWS], 0, convert, plain)
         raise ValueError(f"the chat template refuses a question: {first_line(error)}") from error

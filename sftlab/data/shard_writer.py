@@ -26,7 +26,6 @@ from sftlab.data.template_errors import (
     is_of_template,
     rendering_limit,
 )
-from sftlab.data.time_limit import TooSlow
 from sftlab.data.tokenized_dataset import (
     MANIFEST,
     SCHEMAS,
@@ -88,7 +87,7 @@ def tokenize_shard(folder: str, number: int, place: bytes) -> dict[str, Any]:
             with rendering_limit("some rows"):
                 _encode(converted, encoder, settings, writers)
         except TEMPLATE_ERRORS as error:
-            if isinstance(error, TooSlow) or is_of_template(error):
+            if is_of_template(error):
                 refuse_rendering(batch, first + start, convert, encoder)
             raise
     record["files"] = {
@@ -136,6 +135,8 @@ def refuse_rendering(
             with rendering_limit("it"):
                 encoder.refuse([read for _, read in conversations(one)])
         except TEMPLATE_ERRORS as error:
+            if not is_of_template(error):
+                raise
             raise ValueError(
                 f"{convert.reader.place(first + offset)}: the chat template refuses it: "
                 f"{first_line(error)}; leave the row out or give another template with "

@@ -1,4 +1,8 @@
-"""What a chat template can do wrong while it renders: raise, and never end."""
+"""What a chat template can do wrong while it renders: raise, and never end.
+
+The same kinds of errors can be faults of this program, so `except TEMPLATE_ERRORS` asks
+`is_of_template` before it says that the template is at fault.
+"""
 
 import traceback
 from contextlib import AbstractContextManager
@@ -6,7 +10,7 @@ from contextlib import AbstractContextManager
 from jinja2 import TemplateError
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from sftlab.data.time_limit import call_limit
+from sftlab.data.time_limit import TooSlow, call_limit
 
 # seconds that one conversation may take
 LIMIT_S = 10
@@ -29,7 +33,8 @@ def rendering_limit(what: str) -> AbstractContextManager[None]:
 
 
 def is_of_template(error: BaseException) -> bool:
-    """Returns whether an error was raised while a template rendered."""
+    """Returns whether a template raised an error while it rendered, or took too long."""
     code = render_jinja_template.__code__
     frames = (frame for frame, _ in traceback.walk_tb(error.__traceback__))
-    return isinstance(error, TemplateError) or any(frame.f_code is code for frame in frames)
+    rendered = any(frame.f_code is code for frame in frames)
+    return rendered or isinstance(error, TemplateError | TooSlow)

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils import chat_template_utils
 
 from sftlab.data.chat_template import template_hash
-from sftlab.data.template_errors import LIMIT_S, TEMPLATE_ERRORS
+from sftlab.data.template_errors import LIMIT_S, TEMPLATE_ERRORS, is_of_template
 from sftlab.data.time_limit import time_limit
 from sftlab.exit_messages import first_line
 
@@ -119,6 +119,8 @@ def _render(tokenizer: PreTrainedTokenizerBase, messages: list[Any], **kwargs: A
     try:
         return tokenizer.apply_chat_template(messages, tokenize=False, **kwargs)
     except TEMPLATE_ERRORS as error:
+        if not is_of_template(error):
+            raise
         return f"refused: {first_line(error)}"
 
 

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from sftlab.config.model_overrides import check_overrides
 from sftlab.config.recipe import ModelArguments
 from sftlab.data.chat_template import end_of_turn, template_hash
-from sftlab.data.template_errors import TEMPLATE_ERRORS
+from sftlab.data.template_errors import TEMPLATE_ERRORS, is_of_template
 from sftlab.data.template_facts import write_day
 from sftlab.data.time_limit import time_limit
 from sftlab.evaluation.full_models import as_base, hold_base
@@ -121,6 +121,8 @@ def run_tokenizer(folder: Path, run: dict[str, Any]) -> PreTrainedTokenizerBase:
         with time_limit(_TEMPLATE_S, f"the chat template in {folder / 'adapter'}"):
             end_of_turn(tokenizer)
     except TEMPLATE_ERRORS as error:
+        if not is_of_template(error):
+            raise
         raise ValueError(
             f"the chat template in {folder / 'adapter'} does not render a question: "
             f"{first_line(error)}"

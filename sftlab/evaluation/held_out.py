@@ -11,7 +11,7 @@ from sftlab.data.chat_template import encoder_of
 from sftlab.data.converter import turn_of
 from sftlab.data.messages import Conversation, Message
 from sftlab.data.splits import Splits, load_splits
-from sftlab.data.template_errors import TEMPLATE_ERRORS, rendering_limit
+from sftlab.data.template_errors import TEMPLATE_ERRORS, is_of_template, rendering_limit
 from sftlab.data.token_sequence import TokenSequence, labels_of
 from sftlab.exit_messages import first_line
 from sftlab.schema import BOOLEAN, COUNT, NUMBER, TEXT, check, list_of
@@ -136,6 +136,8 @@ def select(
                 asked = encoder.render.text_of(turn)[0]
                 prompt = tokenizer(asked, add_special_tokens=False)["input_ids"]
         except TEMPLATE_ERRORS as error:
+            if not is_of_template(error):
+                raise
             raise ValueError(
                 f"row {number} of {dataset.facts['dataset']}: the chat template refuses it: "
                 f"{first_line(error)}"

@@ -9,7 +9,7 @@ import torch
 from transformers import BitsAndBytesConfig, PreTrainedModel
 
 from sftlab.data.chat_template import prompt_ids
-from sftlab.data.template_errors import TEMPLATE_ERRORS
+from sftlab.data.template_errors import TEMPLATE_ERRORS, is_of_template
 from sftlab.evaluation.generation import (
     Answer,
     Generator,
@@ -108,7 +108,9 @@ class LocalJudge:
         ]
         try:
             return "Judge fairly." in self.tokenizer.apply_chat_template(probe, tokenize=False)
-        except TEMPLATE_ERRORS:
+        except TEMPLATE_ERRORS as error:
+            if not is_of_template(error):
+                raise
             return False
 
     @cached_property
