@@ -6,9 +6,15 @@ A name is a file, a folder, a pattern such as data/*.jsonl, or several files.
 import glob
 import gzip
 import importlib.util
+import io
 import re
 from pathlib import Path
 from typing import IO
+
+from huggingface_hub import HfFileSystem
+
+# how the address of a file on the hub begins
+HUB = "hf://"
 
 # how files are read; .gz or .zst may follow those of text
 KINDS = {
@@ -26,8 +32,9 @@ _COMPRESSED = (".gz", ".zst")
 TEXT_KINDS = ("json", "csv", "text")
 
 
-def file_kind(path: Path) -> str | None:
+def file_kind(path: str | Path) -> str | None:
     """Returns json, csv, text, parquet or arrow; None for a file of another type."""
+    path = Path(path)
     kind = KINDS.get(data_suffix(path))
     return kind if kind in TEXT_KINDS or path.suffix not in _COMPRESSED else None
 
@@ -43,15 +50,15 @@ def known_types() -> str:
 
 
 def open_text(path: str | Path, newline: str | None = None) -> IO[str]:
-    """Open a file of UTF-8 text, compressed or not.
+    """Open a file of UTF-8 text, compressed or not, on this machine or on the hub (hf://...).
 
     Raises ValueError for a .zst file where the package that reads it is missing.
     """
-    path = Path(path)
-    how = {"encoding": "utf-8-sig", "newline": newline}
-    if path.suffix == ".gz":
-        return gzip.open(path, "rt", **how)
-    if path.suffix == ".zst":
+    name, how = str(path), {"encoding": "utf-8-sig", "newline": newline}
+    source = HfFileSystem().open(name, "rb") if name.startswith(HUB) else name
+    if name.endswith(".gz"):
+        return gzip.open(source, "rt", **how)
+    if name.endswith(".zst"):
         if importlib.util.find_spec("zstandard") is None:
             raise ValueError(
                 f"{path} needs the package zstandard, which is not installed: pip install "
@@ -59,8 +66,8 @@ def open_text(path: str | Path, newline: str | None = None) -> IO[str]:
             )
         import zstandard
 
-        return zstandard.open(path, "rt", **how)
-    return path.open(**how)
+        return zstandard.open(source, "rt", **how)
+    return open(name, **how) if source == name else io.TextIOWrapper(source, **how)
 
 
 def expanded(names: list[str]) -> list[str]:

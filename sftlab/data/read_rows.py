@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,6 +14,7 @@ from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, OfflineModeIs
 from sftlab.config.data_words import single_names
 from sftlab.data.column_names import read_columns
 from sftlab.data.data_files import TEXT_KINDS, expanded, file_kind, known_types
+from sftlab.data.hub_files import downloaded, hub_files
 from sftlab.data.row_reading import RowReader
 from sftlab.data.text_rows import columns_of, read_text_rows
 
@@ -67,7 +68,7 @@ def _load(wanted: Wanted) -> tuple[Dataset | IterableDataset, list[Path]]:
             return _load_folder(wanted, paths[0])
         if "://" in wanted.name or (file_kind(paths[0]) is None and not paths[0].exists()):
             _refuse_no_hub_name(wanted.name)
-            return _load_from_hub(wanted), []
+            return _load_from_hub(wanted)
     return _load_files(wanted, paths), paths
 
 
@@ -100,10 +101,10 @@ def _refuse_no_data_file(path: Path, several: bool) -> None:
         raise ValueError(f"{path} is empty")
 
 
-def _refuse_several_kinds(paths: list[Path], place: str) -> None:
+def _refuse_several_kinds(paths: Sequence[Path | str], place: str) -> None:
     kinds = {file_kind(path) for path in paths}
     if len(kinds) > 1 or None in kinds:
-        suffixes = {"".join(path.suffixes) for path in paths}
+        suffixes = {"".join(Path(path).suffixes) for path in paths}
         raise ValueError(
             f"{place} holds files of the types {', '.join(sorted(suffixes))}: give files of one "
             f"type among {known_types()}"
@@ -157,10 +158,18 @@ def _refuse_no_hub_name(name: str) -> None:
         )
 
 
-def _load_from_hub(wanted: Wanted) -> Dataset | IterableDataset:
-    name = wanted.name
+def _load_from_hub(wanted: Wanted) -> tuple[Dataset | IterableDataset, list[Path]]:
+    """Returns the rows, and their local files where they are text. A stream downloads no file."""
+    name, config, split = wanted.name, wanted.config, wanted.hub_split
     try:
-        return load_dataset(name, wanted.config, split=wanted.hub_split, streaming=wanted.streaming)
+        addresses = hub_files(name, config, split)
+        if addresses is None:
+            return load_dataset(name, config, split=split, streaming=wanted.streaming), []
+        _refuse_several_kinds(addresses, f"the split {split!r} of {name}")
+        if wanted.streaming:
+            return read_text_rows(addresses, streaming=True), []
+        paths = list(map(downloaded, addresses))
+        return read_text_rows(paths, streaming=False), paths
     except GatedRepoError as error:
         raise ValueError(
             f"{name} is gated: ask for access on its page, then log in with `hf auth login`"

@@ -8,7 +8,7 @@ one document.
 import csv
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +23,11 @@ JSON_ROW = "row as JSON"
 _LOOKED_AT = 1000
 
 
-def read_text_rows(paths: list[Path], streaming: bool) -> Dataset | IterableDataset:
+def read_text_rows(paths: Sequence[Path | str], streaming: bool) -> Dataset | IterableDataset:
     """Returns the rows of text files: one column of JSON, the columns of a heading, or `text`.
 
-    Raises ValueError for a heading that is empty or names a column twice.
+    Files are paths, or addresses on the hub. Raises ValueError for a heading that is empty or names
+    a column twice.
     """
     kind, columns, read = file_kind(paths[0]), [JSON_ROW], json_rows
     if kind == "csv":
@@ -34,12 +35,18 @@ def read_text_rows(paths: list[Path], streaming: bool) -> Dataset | IterableData
     elif kind == "text":
         columns, read = ["text"], documents
     # size and time of change make the cache of a changed file another one
-    files = [(str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in paths]
+    files = [_identity(path) for path in paths]
     made = IterableDataset if streaming else Dataset
     features = Features({name: Value("string") for name in columns})
     if next(read(files), None) is None:
         raise ValueError(f"{paths[0]} is empty: it has no row")
     return made.from_generator(read, features=features, gen_kwargs={"files": files})
+
+
+def _identity(path: Path | str) -> tuple[str, int, int]:
+    if isinstance(path, str):  # an address names its revision
+        return path, 0, 0
+    return str(path), path.stat().st_size, path.stat().st_mtime_ns
 
 
 def documents(files: list[tuple[str, int, int]]) -> Iterator[dict[str, str]]:
@@ -95,7 +102,7 @@ def _behind_blanks(text: str, place: int) -> int:
     return place
 
 
-def csv_heading(path: Path) -> list[str]:
+def csv_heading(path: Path | str) -> list[str]:
     """Returns the columns that the first line names."""
     with open_text(path, newline="") as file:
         columns = next(_csv_lines(str(path), file), [])
@@ -108,7 +115,7 @@ def csv_heading(path: Path) -> list[str]:
 
 def csv_rows(files: list[tuple[str, int, int]]) -> Iterator[dict[str, str]]:
     """Yield each row with its fields as text. Raises ValueError with the number of a bad line."""
-    heading = csv_heading(Path(files[0][0]))
+    heading = csv_heading(files[0][0])
     for path, *_ in files:
         with open_text(path, newline="") as file:
             lines = _csv_lines(path, file)
