@@ -14,6 +14,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from sftlab.comparison.output_folder import check_output_folder, claim_output_folder
 from sftlab.comparison.plots import draw_comparison
 from sftlab.comparison.run_comparison import (
     COLUMNS,
@@ -31,6 +32,7 @@ from sftlab.runs.run_directory import SIDES
 from sftlab.script_options import Options
 from sftlab.tables import aligned, interval, markdown, preview, without_empty_columns, write_csv
 
+HEADING = "# Runs side by side"
 # What the terminal has room for.
 BRIEF = ("tokens_per_s", "peak_memory_gb", "train_loss", "validation_loss")
 
@@ -40,14 +42,15 @@ Table = list[list[str]]
 def main(argv: list[str]) -> None:
     """Read, check, compare, write, print."""
     arguments = parsed(argv)
+    out = arguments.out
     try:
+        check_output_folder(out, "report.md", HEADING)
         found = {name: read_results(path) for name, path in find_runs(arguments.runs).items()}
         comparison = check_comparable(found, arguments.axis, arguments.allow_confounded)
         against = against_reference(comparison, arguments.reference)
     except ValueError as error:
         sys.exit(f"error: {portable(str(error))}")
-    out = arguments.out
-    out.mkdir(parents=True, exist_ok=True)
+    claim_output_folder(out, "report.md", f"{HEADING}\n")
     plots = draw_comparison(comparison, out)
     write_csv(out / "runs.csv", list(comparison.rows.values()))
     page = as_markdown(comparison, against, plots, argv)
@@ -83,7 +86,7 @@ def as_markdown(
     comparison: Comparison, against: tuple[str, Table], plots: list[str], argv: list[str]
 ) -> str:
     """Returns the text of report.md."""
-    lines = ["# Runs side by side", "", *unexplained(comparison)]
+    lines = [HEADING, "", *unexplained(comparison)]
     lines += ["```", f"python eval/report.py {shlex.join(argv)}", "```", ""]
     lines += [*(f"- {fact}" for fact in [*shared_facts(comparison), *comparison.notes]), ""]
     lines += [f"**Warning:** {warning}\n" for warning in comparison.warnings]

@@ -35,6 +35,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from sftlab.comparison.output_folder import claim_output_folder
 from sftlab.comparison.plots import draw_study
 from sftlab.comparison.run_results import about, read_results
 from sftlab.comparison.study_file import GIVEN, Study, check_comparable, load
@@ -249,7 +250,7 @@ def write(
     check_not_emptied(out, rows)
     summary, found = summarise(study, rows), claims(study, rows)
     changed = effects(study, summary)
-    out.mkdir(parents=True, exist_ok=True)
+    claim_output_folder(out, "study.md", f"{RUNS_LINE}{runs}\n")
     write_csv(out / "runs.csv", rows)
     write_csv(out / "summary.csv", summary)
     plots = draw_study(study, summary, out)

@@ -144,6 +144,11 @@ def test_bad_input(make, report, tmp_path):
     empty.mkdir()
     assert "no run in" in refused(report, "--runs", empty, "--out", out)
     assert "no run in" in refused(report, "--runs", tmp_path / "nowhere", "--out", out)
+    foreign = tmp_path / "foreign"
+    foreign.mkdir()
+    (foreign / "runs.csv").write_text("mine")
+    assert "has no report.md, but runs.csv" in refused(report, "--runs", folder, "--out", foreign)
+    assert (foreign / "runs.csv").read_text() == "mine"
     error = refused(report, "--runs", folder, "--reference", "runs/elsewhere", "--out", out)
     assert "--reference runs/elsewhere: not among the runs" in error
     for name, content, said in (

@@ -5,6 +5,7 @@ import shutil
 import pytest
 from conftest import ROOT, load_script
 
+from sftlab.comparison.output_folder import check_output_folder, claim_output_folder
 from sftlab.comparison.study_output import RUNS_LINE, check_not_emptied, check_output
 
 SCRIPT = load_script("recipes/study.py")
@@ -66,3 +67,33 @@ def test_the_tables_of_the_same_runs_are_replaced(tmp_path):
     check_output(tmp_path, tmp_path.__class__("runs/study-a"))
     with pytest.raises(ValueError, match="is about the runs in runs/study-a"):
         check_output(tmp_path, tmp_path.__class__("runs/study-b"))
+
+
+@pytest.mark.parametrize("name", ["README.md", ".git", "checkpoint-10"])
+def test_no_table_goes_into_a_folder_of_another_program(name, tmp_path):
+    out, runs = tmp_path / "out", tmp_path / "runs"
+    out.mkdir()
+    (out / name).mkdir() if "." not in name[1:] else (out / name).write_text("mine")
+    with pytest.raises(ValueError, match=rf"has no study.md, but {name}.*empty or not there"):
+        check_output(out, runs)
+    with pytest.raises(ValueError, match=rf"has no report.md, but {name}"):
+        check_output_folder(out, "report.md", "# Runs")
+
+
+def test_a_study_s_tables_go_beside_the_folders_of_its_runs(tmp_path):
+    (tmp_path / "cell-1").mkdir()
+    check_output(tmp_path, tmp_path)
+    (tmp_path / ".git").mkdir()
+    with pytest.raises(ValueError, match=r"has no study.md, but .git/"):
+        check_output(tmp_path, tmp_path)
+
+
+def test_a_report_replaces_a_report_alone(tmp_path):
+    claim_output_folder(tmp_path / "out", "report.md", "# Runs\n")
+    check_output_folder(tmp_path / "out", "report.md", "# Runs")
+    (tmp_path / "out" / "report.md").write_text("# My own report\n")
+    with pytest.raises(ValueError, match="was not written by this program"):
+        check_output_folder(tmp_path / "out", "report.md", "# Runs")
+    (tmp_path / "link").symlink_to("nowhere")
+    with pytest.raises(ValueError, match="is a link to nothing"):
+        check_output_folder(tmp_path / "link", "report.md", "# Runs")

@@ -4,14 +4,15 @@ import csv
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from sftlab.comparison.output_folder import check_output_folder
+
 RUNS_LINE = "- runs: "
 _ASIDE = "move it aside, or pass another --out"
 
 
 def check_output(out: Path, runs: Path) -> None:
-    """Raise ValueError where `out` is no folder, or holds the tables of other runs."""
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"--out {out} is no folder: {_ASIDE}")
+    """Raise ValueError where `out` is no study's folder, or holds the tables of other runs."""
+    check_output_folder(out, "study.md", beside_runs=out.resolve() == runs.resolve())
     page = out / "study.md"
     if not page.is_file():
         return
