@@ -152,7 +152,8 @@ def evaluate(words: list[str]) -> int:
     for name, *_ in evaluations:
         if not Path("eval", f"{name}.py").is_file():
             known = ", ".join(sorted(path.stem for path in Path("eval").glob("*.py")))
-            raise ValueError(f"there is no evaluation {name}: there are {known}")
+            here = f"there are {known}" if known else f"start it in the project's folder, {PATHS}"
+            raise ValueError(f"there is no evaluation {name}: {here}")
     for left, (name, *options) in zip(reversed(range(len(evaluations))), evaluations, strict=True):
         which = "--runs" if name == "report" else "--run"
         if code := one_command(
