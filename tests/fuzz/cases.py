@@ -23,8 +23,10 @@ SHOW = ("show", ["--config", "recipe.yaml", "--rows", "2", "--look", "20"])
 MIXED = ("sft", ["--config", "mixture.yaml"])
 SHOW_MIXED = ("show", ["--config", "mixture.yaml", "--rows", "2", "--look", "20"])
 TOKENIZE_MIXED = ("tokenize", ["--config", "mixture.yaml", "--out", "mixed_tokens"])
-STUDY = ("study", ["study.yaml", "--dry-run"])
-TABLES = ("study", ["study.yaml", "--no_train", "--out", "tables"])
+# a study's paths start at the project's folder
+_STUDIED = ["study.yaml", "--recipe", "HERE/recipe.yaml", "--launch", "HERE/launch.yaml"]
+STUDY = ("study", [*_STUDIED, "--dry-run"])
+TABLES = ("study", [*_STUDIED, "--no_train", "--out", "tables"])
 QUALITY = (
     "quality",
     ["--run", "run", "--samples", "2", "--max_new_tokens", "4", "--no_compile"],
@@ -35,6 +37,9 @@ TOKENIZE = ("tokenize", ["--config", "recipe.yaml", "--out", "more_tokens"])
 TOKENIZE_AGAIN = ("tokenize", ["--config", "recipe.yaml", "--out", "tokens"])
 JOB = ("job", ["train", "recipe.yaml", "launch.yaml", "--output_dir", "out"])
 EVALUATE_JOB = ("job", ["evaluate", "run", "quality --samples 2"])
+EXPORT = ("export", ["--run", "run", "--to", "adapter", "--out", "exported", "--prompts", "2"])
+MERGE = ("export", ["--run", "run", "--to", "merged", "--out", "exported", "--prompts", "2"])
+GGUF = ("export", ["--run", "run", "--to", "gguf", "--out", "exported", "--prompts", "2"])
 APP = ("app", ["--run", "run", "--votes", "votes.jsonl", "--report", "report"])
 _ANSWERS = ["--run", "run", "--limit", "2", "--sanity_checks", "1", "--max_new_tokens", "4"]
 _ANSWERS += ["--judge", "judge", "--judge_url", "URL"]
@@ -62,24 +67,25 @@ INPUTS = [
     ("recipe", "mixture.yaml", "yaml", [MIXED, MIXED, SHOW_MIXED, TOKENIZE_MIXED]),
     ("command line", None, "words", [TRAIN, TRAIN, TRAIN]),
     ("command line", None, "words", [PLAN, STUDY, QUALITY, REPORT, DOCTOR, SHOW]),
-    ("command line", None, "words", [TOKENIZE, JOB, EVALUATE_JOB, APP, ALPACA, MT_BENCH]),
+    ("command line", None, "words", [TOKENIZE, JOB, EVALUATE_JOB, APP, ALPACA, MT_BENCH, EXPORT]),
     ("launch config", "launch.yaml", "yaml", [PLAN, STUDY, JOB]),
-    ("run.json", "run/run.json", "json", [AGAIN, ANEW, QUALITY, REPORT, APP, ALPACA]),
+    ("run.json", "run/run.json", "json", [AGAIN, ANEW, QUALITY, REPORT, APP, ALPACA, EXPORT]),
     ("run.json", "stopped/run.json", "json", [RESUME, RESUME_ANEW, RESUME]),
     ("manifest", "stopped/checkpoint-1/manifest.json", "json", [RESUME]),
     ("manifest", "stopped/checkpoint-1/trainer_state.json", "json", [RESUME]),
     ("manifest", "stopped/progress.json", "json", [RESUME]),
+    ("manifest", "stopped/made.txt", "text", [RESUME, RESUME_ANEW]),
     ("manifest", "tokens/manifest.json", "json", [_with(TRAIN, "--dataset_name", "tokens")]),
     ("manifest", "tokens/shard-00000.json", "json", [TOKENIZE_AGAIN]),
     ("manifest", "tokens/train-00000.arrow", "text", [_with(TRAIN, "--dataset_name", "tokens")]),
-    ("adapter_config.json", "run/adapter/adapter_config.json", "json", [QUALITY, APP, REPORT]),
+    ("adapter_config.json", "run/adapter/adapter_config.json", "json", [QUALITY, APP, EXPORT]),
     ("safetensors", "base/model.safetensors", "safetensors", [TRAIN, QUALITY]),
-    ("safetensors", "run/adapter/adapter_model.safetensors", "safetensors", [QUALITY, APP, REPORT]),
-    ("model files", "base/config.json", "json", [TRAIN, QUALITY, PLAN]),
+    ("safetensors", "run/adapter/adapter_model.safetensors", "safetensors", [QUALITY, APP, MERGE]),
+    ("model files", "base/config.json", "json", [TRAIN, QUALITY, PLAN, MERGE]),
     ("model files", "base/tokenizer.json", "json", [TRAIN, TOKENIZE]),
     ("model files", "base/tokenizer_config.json", "json", [TRAIN, TOKENIZE]),
-    ("model files", "base/generation_config.json", "json", [QUALITY, APP]),
-    ("model files", "run/adapter/tokenizer_config.json", "json", [QUALITY, APP]),
+    ("model files", "base/generation_config.json", "json", [QUALITY, APP, EXPORT]),
+    ("model files", "run/adapter/tokenizer_config.json", "json", [QUALITY, APP, GGUF]),
     ("rows", "rows.jsonl", "jsonl", _rows("rows.jsonl")),
     ("rows", "chat.jsonl", "jsonl", _rows("chat.jsonl")),
     ("rows", "rows.json", "json", _rows("rows.json")),
@@ -87,10 +93,10 @@ INPUTS = [
     ("rows", "rows.parquet", "parquet", _rows("rows.parquet")),
     ("rows", "rows.arrow", "arrow", _rows("rows.arrow")),
     ("template", "template.jinja", "template", [TRAIN, TOKENIZE, SHOW]),
-    ("template", "run/adapter/chat_template.jinja", "template", [QUALITY, APP]),
+    ("template", "run/adapter/chat_template.jinja", "template", [QUALITY, APP, EXPORT]),
     ("study file", "study.yaml", "yaml", [STUDY, STUDY, TABLES]),
     ("votes", "votes.jsonl", "jsonl", [APP]),
-    ("answer file", "run/eval/quality.json", "json", [REPORT, APP, QUALITY]),
+    ("answer file", "run/eval/quality.json", "json", [REPORT, APP, QUALITY, EXPORT]),
     ("answer file", "run/eval/quality.jsonl", "jsonl", [REPORT]),
     ("answer file", "outputs.json", "json", [ALPACA]),
     ("answer file", "annotations.json", "json", [AGREED]),
@@ -98,7 +104,7 @@ INPUTS = [
     ("answer file", "references.jsonl", "jsonl", [MT_BENCH]),
     ("judge reply", "reply.json", "reply", [ALPACA, MT_BENCH]),
 ]
-SLOW = ("sft", "show", "quality", "tokenize", "alpaca", "mt_bench", "report")
+SLOW = ("sft", "show", "quality", "tokenize", "alpaca", "mt_bench", "report", "export")
 # fields whose values are right and take minutes
 _LONG = {"torch_compile", "torch_compile_backend", "torch_compile_mode", "compile_layers"}
 FIELDS = tuple(

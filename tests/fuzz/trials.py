@@ -39,6 +39,7 @@ SCRIPTS = {
     "plan": "recipes/plan.py",
     "show": "recipes/show.py",
     "study": "recipes/study.py",
+    "export": "recipes/export.py",
     "doctor": "recipes/doctor.py",
     "quality": "eval/quality.py",
     "alpaca": "eval/alpaca.py",
@@ -149,6 +150,7 @@ def _become(script: str, argv: list[str], work: Path, log: Path) -> None:
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
         os.chdir(work)
         _settle(script, work)
+        argv = [word.replace("HERE/", f"{work}/") for word in argv]
         if "URL" in argv:
             argv = [serve(work / "reply.json") if word == "URL" else word for word in argv]
         # the sentences of these two come from elsewhere: its own main, and the page

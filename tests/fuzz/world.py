@@ -93,6 +93,7 @@ def _write_inputs(work: Path) -> None:
     (work / "mixture.yaml").write_text(yaml.safe_dump(MIXTURE, sort_keys=False))
     (work / "study.yaml").write_text(yaml.safe_dump(STUDY, sort_keys=False))
     shutil.copy(ROOT / "accelerate_configs" / "cpu.yaml", work / "launch.yaml")
+    (work / "eval").symlink_to(ROOT / "eval")
     shutil.copy(ROOT / "recipes" / "templates" / "instruction.jinja", work / "template.jinja")
     write_jsonl(work / "rows.jsonl", ROWS)
     (work / "rows.json").write_text(json.dumps(ROWS))
