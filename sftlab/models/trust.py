@@ -11,7 +11,7 @@ from typing import Any
 
 from peft import LoraConfig
 
-from sftlab.schema import read_object
+from sftlab.schema import read_object, shown
 
 FLAG = "--trust_remote_code"
 # Keys of adapter_config.json that may hold values. Every other key of peft's LoraConfig must be
@@ -93,8 +93,8 @@ def _check_weights(folder: Path) -> None:
         for tensor, file in files.items():
             if not isinstance(file, str) or not file.endswith(".safetensors") or "/" in file:
                 raise ValueError(
-                    f"{index}, weight_map, {tensor}: got {file!r}, expected a .safetensors file of "
-                    "the same folder"
+                    f"{index}, weight_map, {tensor}: got {shown(file)}, expected a .safetensors "
+                    "file of the same folder"
                 )
 
 
@@ -117,7 +117,9 @@ def check_adapter(folder: Path) -> dict[str, Any]:
         raise ValueError(f"{folder} holds no adapter: it has no adapter_config.json")
     config = read_object(path)
     if config.get("peft_type") != "LORA":
-        raise ValueError(f"{path}, peft_type: got {config.get('peft_type')!r}, expected 'LORA'")
+        raise ValueError(
+            f"{path}, peft_type: got {shown(config.get('peft_type'))}, expected 'LORA'"
+        )
     known = {field.name for field in dataclasses.fields(LoraConfig)}
     for key, value in config.items():
         if key not in known:
@@ -126,16 +128,18 @@ def check_adapter(folder: Path) -> dict[str, Any]:
             continue
         if key not in _ADAPTER_KEYS and value not in (None, False, {}, []):
             raise ValueError(
-                f"{path}, {key}: got {value!r}, expected nothing; sft.py does not write it, and it "
-                "is not loaded"
+                f"{path}, {key}: got {shown(value)}, expected nothing; sft.py does not write it, "
+                "and it is not loaded"
             )
     if config.get("task_type") not in (None, "CAUSAL_LM"):
-        raise ValueError(f"{path}, task_type: got {config['task_type']!r}, expected 'CAUSAL_LM'")
+        raise ValueError(
+            f"{path}, task_type: got {shown(config['task_type'])}, expected 'CAUSAL_LM'"
+        )
     _check_numbers(path, config)
     if config.get("init_lora_weights", True) not in (True, False, "gaussian"):
         raise ValueError(
-            f"{path}, init_lora_weights: got {config['init_lora_weights']!r}, expected true or "
-            "false; others change the base model"
+            f"{path}, init_lora_weights: got {shown(config['init_lora_weights'])}, expected true "
+            "or false; others change the base model"
         )
     if not (folder / "adapter_model.safetensors").is_file():
         raise ValueError(
@@ -153,9 +157,9 @@ def _of_transformers(mapping: object) -> bool:
 def _check_numbers(path: Path, config: dict[str, Any]) -> None:
     rank, alpha = config.get("r"), config.get("lora_alpha")
     if type(rank) is not int or rank < 1:
-        raise ValueError(f"{path}, r: got {rank!r}, expected a whole number of at least 1")
+        raise ValueError(f"{path}, r: got {shown(rank)}, expected a whole number of at least 1")
     if type(alpha) not in (int, float) or not math.isfinite(alpha):
-        raise ValueError(f"{path}, lora_alpha: got {alpha!r}, expected a number")
+        raise ValueError(f"{path}, lora_alpha: got {shown(alpha)}, expected a number")
     targets = config.get("target_modules")
     if not isinstance(targets, str | list | None):
-        raise ValueError(f"{path}, target_modules: got {targets!r}, expected a list of names")
+        raise ValueError(f"{path}, target_modules: got {shown(targets)}, expected a list of names")
