@@ -146,7 +146,27 @@ def test_what_is_left_out_is_counted_and_named(tmp_path):
     said = "\n".join(unused_lines(facts["not_used"]))
     assert "message of the assistant before the first user's (2 rows)" in said
     assert "column loss_mask (1 rows)" in said
-    assert "columns that no training uses: column parallel_tool_calls (1 rows)" in said
+    assert "columns and fields that no training uses: column parallel_tool_calls (1 rows)" in said
+
+
+def test_fields_of_a_message_that_nothing_reads_are_counted(tmp_path):
+    part = {"type": "text", "text": "Time?", "cache_control": {"type": "ephemeral"}}
+    rows = [
+        {"messages": [ASK | {"weight": 1}, SAY]},
+        {"messages": [ASK | {"train": True}, SAY | {"weight": 1}]},
+        {"messages": [ASK | {"weight": 0}, SAY | {"value": "One.", "weight": 1}]},
+        {"messages": [{"role": "user", "content": [part]}, SAY | {"value": SAY["content"]}]},
+    ]
+    facts = loaded(write_jsonl(tmp_path / "rows.jsonl", rows)).facts
+    assert facts["not_used"] == {
+        "cache_control of a part of content": 1,
+        "content of a message that has value too": 1,
+        "train of a message that is not the assistant's": 1,
+        "weight of a message that is not the assistant's": 1,
+    }
+    warning, remark = unused_lines(facts["not_used"])
+    assert warning.count("not the assistant's (1 rows)") == 2
+    assert remark.endswith("uses: cache_control of a part of content (1 rows)")
 
 
 def test_fields_that_the_template_does_not_write_are_said(tmp_path):

@@ -1,6 +1,7 @@
 """Messages as chat templates take them, read from the shapes that data have."""
 
 import json
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from sftlab.data.tool_calls import read_calls, read_tools
@@ -25,6 +26,10 @@ _OWN = {"from", "role", "value", "content", "tool_calls", "function_call", *WEIG
 # what is left out, and what a row has (row_notes counts both)
 EARLY = "message of the assistant before the first user's"
 UNTRAINED = "with turns of weight 0"
+OF_OTHERS = "of a message that is not the assistant's"
+OF_A_PART = "of a part of content"
+# fields that are not read beside another one
+SHADOWED = (("role", "from"), ("content", "value"), ("function_call", "tool_calls"))
 
 
 # the role of a document's only message: no template sees it
@@ -91,6 +96,7 @@ def read_conversation(
     for number, one in enumerate(given):
         message = read_message(one, number)
         role = message["role"]
+        notes |= dict.fromkeys(_unread(one, role))
         asked = asked or role == "user"
         if role == "system" and _is_said(message, messages, system):
             continue
@@ -167,6 +173,21 @@ def _part(part: Any, number: int) -> str:
             "leave the row or the part out"
         )
     return text(part, "text")
+
+
+def _unread(given: dict[str, Any], role: str) -> Iterator[str]:
+    """Yield what a message holds that neither the training nor the template sees."""
+    for field in WEIGHTS if role != "assistant" else ():
+        if given.get(field):
+            yield f"{field} {OF_OTHERS}"
+    for left, read in SHADOWED:
+        if given.get(left) and given.get(read) and given[left] != given[read]:
+            yield f"{left} of a message that has {read} too"
+    content = given.get("value") or given.get("content")
+    for part in content if isinstance(content, list) and _are_parts(content) else ():
+        for key, held in part.items() if isinstance(part, dict) else ():
+            if key not in ("type", "text") and held not in (None, "", [], {}):
+                yield f"{key} {OF_A_PART}"
 
 
 def _is_trained(given: dict[str, Any]) -> bool:

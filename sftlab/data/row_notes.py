@@ -7,7 +7,7 @@ from typing import Any
 from datasets import Dataset
 
 from sftlab.data.formats import DATA_FORMATS
-from sftlab.data.messages import EARLY, Conversation
+from sftlab.data.messages import EARLY, OF_OTHERS, SHADOWED, Conversation
 
 SYSTEM, TURNS, THOUGHTS = "system prompts", "earlier turns", "thoughts"
 TOOLS, ONLY_CALLS = "tools", "answers that are tool calls alone"
@@ -19,6 +19,8 @@ _LEARNED = ("tools", "tool_calls", "reasoning_content", "reasoning", "thinking")
 # columns and messages whose absence changes what is learned
 _MATTER = {
     EARLY.split(" ", 1)[1],
+    OF_OTHERS,
+    *(f"of a message that has {read} too" for _, read in SHADOWED),
     *("tools", "functions", "system", "system_prompt", "instruction", "input", "context"),
     *("history", "loss_mask", "images", "image", "audio", "documents", "chat_template_kwargs"),
 }
@@ -86,7 +88,7 @@ def unused_lines(not_used: Mapping[str, int], written: Iterable[str] = ()) -> li
         lines.append(f"warning: not used in training: {listed}{tail}")
     if others:
         listed = ", ".join(f"{name} ({not_used[name]:,} rows)" for name in others)
-        lines.append(f"columns that no training uses: {listed}")
+        lines.append(f"columns and fields that no training uses: {listed}")
     return lines
 
 
