@@ -33,7 +33,8 @@ from sftlab.paths import ROOT
 from sftlab.models.loading import load_config, load_tokenizer
 from sftlab.tables import write_csv
 from sftlab.data.chat_template import set_template
-from sftlab.training.trainer import LabTrainer, build_trainer
+from sftlab.training.building import build_trainer
+from sftlab.training.trainer import LabTrainer
 
 PAIRS, BLOCK, BLOCKS, WARMUP = 9, 10, 14, 10
 OWN = {"max_steps": WARMUP + BLOCK * BLOCKS, "logging_steps": 1000, "disable_tqdm": True}

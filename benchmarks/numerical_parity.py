@@ -33,7 +33,7 @@ from sftlab.models.random_models import save_random_llama
 from sftlab.script_options import Options
 from sftlab.tables import write_csv
 from sftlab.data.chat_template import set_template
-from sftlab.training.trainer import build_trainer
+from sftlab.training.building import build_trainer
 
 BASE = "data/llama3.2-1b-random"
 OFF = ["--packing", "false", "--compile_layers", "false", "--fused_loss", "false"]

@@ -39,7 +39,7 @@ from sftlab.models.loading import load_tokenizer, model_init_kwargs
 from sftlab.runs.environment import machine_name, provenance
 from sftlab.tables import write_csv
 from sftlab.data.chat_template import set_template
-from sftlab.training.trainer import build_trainer
+from sftlab.training.building import build_trainer
 
 WARMUP_STEPS = 5
 

@@ -59,13 +59,14 @@ from sftlab.runs.environment import environment
 from sftlab.runs.run_directory import Run, Start, must_match, read_run
 from sftlab.startup.launcher import reported_to_launcher
 from sftlab.startup.waiting import says_if_long
+from sftlab.training.building import build_trainer
 from sftlab.training.determinism import compute_deterministically
 from sftlab.training.first_step_wait import FirstStepWait
 from sftlab.training.recorded_end import recorded_end, say_how_to_go_on
 from sftlab.training.save_adapter import after_training, save_adapter
 from sftlab.training.stop_on_signal import Stopped, StopOnSignal
 from sftlab.training.summary import summary_rows
-from sftlab.training.trainer import LabTrainer, build_trainer
+from sftlab.training.trainer import LabTrainer
 from sftlab.training.truncation import length_facts, length_lines
 from sftlab.training.verification import global_batch
 
@@ -275,6 +276,8 @@ def train(
         "checkpoints": trainer.checkpointer.facts(),
         "global_step": state.global_step,
     }
+    if streaming:
+        measured["trained_on"] = trainer.source_counts.facts(names or [recipe.data.dataset_name])
     if run.is_main and torch.cuda.is_available() and not streaming:
         measured["planned_memory"] = planned_memory(recipe, trainer.launch, trainer.fast, trainer)
     losses = [[entry["step"], entry["loss"]] for entry in state.log_history if "loss" in entry]

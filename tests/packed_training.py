@@ -11,7 +11,8 @@ from sftlab.data.collator import TILE
 from sftlab.data.splits import load_splits
 from sftlab.fastpath import selection
 from sftlab.models.loading import load_config, load_tokenizer
-from sftlab.training.trainer import LabTrainer, build_trainer
+from sftlab.training.building import build_trainer
+from sftlab.training.trainer import LabTrainer
 
 
 def reference_attention(query, key, value, table, scale, window=0, cap=0.0, sinks=None):

@@ -4,9 +4,13 @@ import json
 from collections import Counter
 
 import pytest
+from accelerate.data_loader import prepare_data_loader
 from conftest import arguments, byte_tokenizer, instruction_rows, load_script, read, write_jsonl
+from packed_training import build, train
 from test_data import load
 from tokenizing import fields_of, tokenized_of
+from torch.utils.data import DataLoader
+from transformers import set_seed
 
 from sftlab.config.launch import Launch
 from sftlab.config.parser import parse_recipe
@@ -49,16 +53,20 @@ def test_own_files_are_the_validation_and_the_test_rows(streaming, files):
             dataset_streaming=streaming,
         )
     )
-    assert questions(splits.train) == [f"train {i}?" for i in range(30)]
-    if streaming:
-        assert len(splits.test) == 7
+    lines = "\n".join(data_lines(splits.facts))
+    if streaming:  # a row of train is known before train is read
+        assert questions(splits.train) == [f"train {i}?" for i in range(30) if i not in (3, 7)]
+        assert questions(splits.validation)[-1] == "train 7?"
+        assert questions(splits.test) == ["train 3?", *(f"test {i}?" for i in range(5))]
+        assert splits.facts["left_out_as_known"] == {"test": {"rows": 1, "first": 6}}
+        assert "1 test rows ask what rows of another split ask (the first is row 6)" in lines
         return
+    assert questions(splits.train) == [f"train {i}?" for i in range(30)]
     assert questions(splits.validation) == [f"validation {i}?" for i in range(4)]
     assert questions(splits.test) == [f"test {i}?" for i in range(5)]
     known = {"validation": {"rows": 1, "first": 4}, "test": {"rows": 2, "first": 0}}
     assert splits.facts["left_out_as_known"] == known
     assert [one["test"] for one in splits.facts["sources"]] == [0, 0, 5]
-    lines = "\n".join(data_lines(splits.facts))
     assert "2 test rows ask what rows of another split ask (the first is row 0)" in lines
 
 
@@ -216,3 +224,52 @@ def test_a_run_of_a_mixture_says_rows_and_tokens_of_each(mixture, fields, traine
     assert len(held_out(run).rows) == run["data"]["test"]["rows"]
     other = write_jsonl(tmp_path / "other.jsonl", words("other", 3))
     assert len(held_out(run, str(other)).rows) == 3
+
+
+@pytest.fixture
+def mixed_fields(mixture, fields):
+    """Fields of a run of the mixture that steps through more than an epoch of it."""
+    del fields["dataset_name"]
+    several = {"datasets": ["a.jsonl=3", "b.jsonl=1"], "lora_dropout": "0.1"}
+    batch = {"global_batch_size": "16", "per_device_train_batch_size": "16"}
+    steps = {"max_steps": "8", "save_steps": "6", "streaming_eval_rows": "6"}
+    return fields | several | batch | steps
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("streaming", ["true", "false"])
+def test_a_mixture_continues_exactly(streaming, mixed_fields):
+    whole = build(mixed_fields, dataset_streaming=streaming)
+    losses = [entry["loss"] for entry in train(whole)]
+    assert whole.state.epoch > 1
+    again = build(mixed_fields, dataset_streaming=streaming, overwrite="true")
+    found = train(again, resume_from_checkpoint=f"{mixed_fields['output_dir']}/checkpoint-6")
+    assert [entry["loss"] for entry in found] == losses
+    if streaming == "true":
+        counted = again.source_counts.facts(["a", "b"])
+        assert counted == whole.source_counts.facts(["a", "b"])
+        assert sum(one["sequences"] for one in counted) == 8 * 16
+        assert counted[0]["sequences"] > 2 * counted[1]["sequences"] > 0
+        assert sum(one["tokens"] for one in counted) == found[-1]["num_tokens"]
+
+
+@pytest.mark.parametrize("streaming", ["true", "false"])
+def test_two_processes_see_the_rows_of_one(streaming, mixed_fields):
+    trainer = build(mixed_fields, dataset_streaming=streaming)
+    rows = trainer.train_dataset
+
+    def batches(size, count, index):
+        set_seed(0)
+        order = {} if streaming == "true" else {"sampler": trainer._get_train_sampler(rows)}
+        loader = DataLoader(rows, size, collate_fn=lambda batch: batch, **order)
+        dealt = {"num_processes": count, "process_index": index, "put_on_device": False}
+        dealt |= {"use_seedable_sampler": True, "data_seed": 0}
+        return [
+            [tuple(row["input_ids"]) for row in batch]
+            for batch in prepare_data_loader(loader, **dealt)
+        ]
+
+    whole = batches(16, 1, 0)
+    halves = [batches(8, 2, index) for index in (0, 1)]
+    assert len(whole) == 5
+    assert [a + b for a, b in zip(*halves, strict=True)] == whole

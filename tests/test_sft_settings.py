@@ -68,6 +68,9 @@ def test_a_one_layer_cut_trains_from_a_stream(finished, tmp_path, trained_here):
     record = read(tmp_path / "run")
     assert record["ran"]["trainable_parameters"] == 16 * ((32 + 32) + (32 + 16) + (32 + 32))
     assert record["data"]["streaming"] is True
+    (trained,) = record["measured"]["trained_on"]
+    assert trained["dataset"] == own["dataset_name"]
+    assert trained["sequences"] == 3 * record["ran"]["global_batch"] < trained["tokens"]
 
 
 @pytest.mark.long

@@ -22,7 +22,7 @@ from sftlab.data.splits import SPLITS, load_splits
 from sftlab.data.tokenized_dataset import MANIFEST, read_record, record_path
 from sftlab.fastpath.selection import FastPath
 from sftlab.models.layers import Layers
-from sftlab.training.trainer import build_trainer
+from sftlab.training.building import build_trainer
 
 ROWS = instruction_rows(60)
 

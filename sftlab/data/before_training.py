@@ -91,7 +91,8 @@ def rows_with_marks(tokenizer: PreTrainedTokenizerBase, rows: Dataset) -> int:
 def data_lines(facts: Mapping[str, Any]) -> list[str]:
     """Returns the lines that say what became of the rows of the file."""
     if facts.get("streaming"):
-        return [f"rows: streamed from {facts['dataset']} ({facts['shape']})", *column_lines(facts)]
+        lines = [f"rows: streamed from {facts['dataset']} ({facts['shape']})"]
+        return [*lines, *_known_lines(facts), *column_lines(facts), *_stream_lines(facts)]
     sizes = ", ".join(f"{name} {facts[name]['rows']:,}" for name in SPLITS)
     used = f"{facts['rows_read']:,} used"
     if "rows_there" in facts:
@@ -106,12 +107,24 @@ def data_lines(facts: Mapping[str, Any]) -> list[str]:
         row = facts.get("first_without_an_answer")
         which = f" (the first is row {row})" if row is not None else ""
         lines.append(f"rows dropped: {', '.join(listed)}{which}")
-    for split, known in facts.get("left_out_as_known", {}).items():
-        lines.append(
-            f"warning: {known['rows']:,} {split} rows ask what rows of another split ask (the "
-            f"first is row {known['first']}): they are left out of {split}"
-        )
-    return [*lines, *column_lines(facts), *source_lines(facts.get("sources", []))]
+    sources = facts.get("sources", [])
+    return [*lines, *_known_lines(facts), *column_lines(facts), *source_lines(sources)]
+
+
+def _known_lines(facts: Mapping[str, Any]) -> list[str]:
+    """Returns a line for each split of an own file that has rows of another split."""
+    return [
+        f"warning: {known['rows']:,} {split} rows ask what rows of another split ask (the "
+        f"first is row {known['first']}): they are left out of {split}"
+        for split, known in facts.get("left_out_as_known", {}).items()
+    ]
+
+
+def _stream_lines(facts: Mapping[str, Any]) -> list[str]:
+    """Returns a line for each of several streams."""
+    return [
+        f"  {one['dataset']} ({one['shape']}{_weight(one)})" for one in facts.get("sources", [])
+    ]
 
 
 def column_lines(facts: Mapping[str, Any]) -> list[str]:
@@ -133,10 +146,13 @@ def source_lines(sources: Sequence[Mapping[str, Any]]) -> list[str]:
         if one["train"] != there:
             link = "of" if one["train"] < there else "by repeating"
             sizes["train"] += f" {link} {there:,}"
-        weight = f", weight {one['weight']:g}" if one["weight"] else ""
         rows = ", ".join(sizes.values()) or "no row"
-        lines.append(f"  {one['dataset']} ({one['shape']}{weight}): {rows}")
+        lines.append(f"  {one['dataset']} ({one['shape']}{_weight(one)}): {rows}")
     return lines
+
+
+def _weight(source: Mapping[str, Any]) -> str:
+    return f", weight {source['weight']:g}" if source["weight"] else ""
 
 
 @contextmanager

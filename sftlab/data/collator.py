@@ -18,7 +18,7 @@ TILE = 64
 # Packed batches are padded to a multiple of this many tokens, so that matrix shapes are aligned.
 TOKENS_MULTIPLE = 128
 # what the collator adds for the loss and the meter; the model does not take it
-_EXTRAS = ("loss_positions", "targets", "loss_rows", "real_tokens", "real_rows")
+_EXTRAS = ("loss_positions", "targets", "loss_rows", "real_tokens", "real_rows", "by_source")
 
 
 class Collator:
@@ -26,6 +26,7 @@ class Collator:
 
     It adds `loss_positions`, the flat index of every token whose next token is in the loss. The
     next tokens are `targets`, and their rows `loss_rows`. `real_tokens` and `real_rows` are ints.
+    Of a stream, `by_source` has the data set's number and the tokens of each row.
     With `packed`, rows are concatenated to [1, tokens], and `tiles` tells the
     attention where they begin. The number of tokens is padded to a `multiple`.
     """
@@ -44,6 +45,7 @@ class Collator:
 
     def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
         """Returns one batch of rows with `input_ids` and `labels`."""
+        sources = [(int(e["source"]), len(e["input_ids"])) for e in examples if "source" in e]
         # numpy converts a list five times as fast as torch does
         examples = [
             {k: np.asarray(e[k]) for k in ("input_ids", "labels") if k in e} for e in examples
@@ -63,6 +65,7 @@ class Collator:
             "loss_rows": rows,
             "real_tokens": int(lengths.sum()),
             "real_rows": len(examples),
+            **({"by_source": sources} if sources else {}),
         }
 
     def _filled_up(self, batch: dict[str, Any], lengths: torch.Tensor) -> dict[str, torch.Tensor]:

@@ -12,10 +12,11 @@ from trl.trainer.utils import global_then_local_main_first
 from sftlab.config.recipe import TrainingArguments
 from sftlab.data.batch_encoder import Encoder
 from sftlab.data.chat_template import encoder_of
+from sftlab.data.converter import MOST_ROWS
 from sftlab.data.messages import Conversation
 from sftlab.data.sequence_facts import count, count_sources, cut_sequences
 from sftlab.data.splits import Splits
-from sftlab.data.token_sequence import labels_of
+from sftlab.data.token_sequence import TokenSequence, labels_of
 from sftlab.data.tokenized_dataset import (
     FORMAT,
     WithLabels,
@@ -31,7 +32,7 @@ _IDS = List(Value("int32"))
 FEATURES = Features(
     {"input_ids": _IDS, "spans": _IDS, **{name: Value("int32") for name in _COUNTED}}
 )
-STREAMED = Features({"input_ids": _IDS, "labels": _IDS})
+STREAMED = Features({"input_ids": _IDS, "labels": _IDS, "source": Value("int32")})
 
 
 class Encoded(NamedTuple):
@@ -52,16 +53,27 @@ class _Encode:
             dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)
         ]
         made = list(self._encoder([Conversation.from_row(row) for row in rows]))
-        cut = [one for sequences in made for one in cut_sequences(sequences, self._settings)]
         if self._streamed:
-            kept = [one for one in cut if one.loss_kept]
-            labels = [labels_of(one.ids, one.spans) for one in kept]
-            return {"input_ids": [one.ids for one in kept], "labels": labels}
+            return self._streamed_rows(batch, made)
+        cut = [one for sequences in made for one in cut_sequences(sequences, self._settings)]
         found = {"input_ids": [one.ids for one in cut], "spans": [one.spans for one in cut]}
         if "source" in batch:
             pairs = zip(batch["source"], made, strict=True)
             found["source"] = [number for number, sequences in pairs for _ in sequences]
         return found | {name: [getattr(one, name) for one in cut] for name in _COUNTED}
+
+    def _streamed_rows(
+        self, batch: dict[str, list], made: list[list[TokenSequence]]
+    ) -> dict[str, list]:
+        """Returns the rows that have a token in the loss. `source` is their data set's number."""
+        rows: dict[str, list] = {name: [] for name in STREAMED}
+        for conversation, sequences in zip(batch["conversation"], made, strict=True):
+            for one in cut_sequences(sequences, self._settings):
+                if one.loss_kept:
+                    rows["input_ids"].append(one.ids)
+                    rows["labels"].append(labels_of(one.ids, one.spans))
+                    rows["source"].append(conversation // MOST_ROWS)
+        return rows
 
 
 def encode_splits(

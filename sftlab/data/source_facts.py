@@ -1,7 +1,7 @@
 """What became of the rows of the data sets, for run.json."""
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -94,6 +94,17 @@ def refuse_empty(
         )
 
 
+def source_settings(source: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns what one of several data sets is. `source` are its `settings_of`."""
+    reader = source["reader"]
+    return {
+        "dataset": reader["name"],
+        "shape": reader["data_format"],
+        "columns": reader["columns"],
+        "weight": source["weight"],
+    }
+
+
 def source_facts(
     sources: list[dict[str, Any]], numbers: Sequence[Iterable[int]], before: Sequence[int]
 ) -> list[dict[str, Any]]:
@@ -107,10 +118,7 @@ def source_facts(
     counts = [np.bincount(np.asarray(of_split), minlength=len(sources)) for of_split in numbers]
     return [
         {
-            "dataset": source["reader"]["name"],
-            "shape": source["reader"]["data_format"],
-            "columns": source["reader"]["columns"],
-            "weight": source["weight"],
+            **source_settings(source),
             "rows_there": source["rows_there"],
             "rows_read": source["rows"],
             "train_there": int(before[number]),

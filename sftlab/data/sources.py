@@ -35,7 +35,7 @@ def settings_of(source: Source) -> dict[str, Any]:
         "fractions": list(source.fractions),
         "split": source.split,
         "weight": source.weight,
-        "rows": len(source.rows),
+        "rows": len(source.rows) if isinstance(source.rows, Dataset) else None,
         "rows_there": source.rows_there,
     }
 

@@ -17,7 +17,13 @@ from sftlab.data.mixtures import joined, mixed, mixed_stream, weights_of
 from sftlab.data.open_tokens import open_tokens
 from sftlab.data.read_rows import column_names
 from sftlab.data.row_notes import count_notes
-from sftlab.data.source_facts import refuse_empty, row_facts, shape_facts, source_facts
+from sftlab.data.source_facts import (
+    refuse_empty,
+    row_facts,
+    shape_facts,
+    source_facts,
+    source_settings,
+)
 from sftlab.data.sources import Source, own_splits, read_sources, settings_of
 from sftlab.data.tokenized_dataset import SPLITS, is_tokenized
 
@@ -138,17 +144,18 @@ def _split_streams(sources: list[Source], args: "DataArguments", facts: dict[str
         columns = rows.column_names or column_names(rows)
         mapped = {"batched": True, "with_indices": True, "remove_columns": columns}
         streams.append(rows.map(convert, features=FEATURES, **mapped))
+    held_out, left_out = _held_out_of_streams(sources, streams, args)
     parts = []
-    for index, name in enumerate(SPLITS[1:], start=1):
-        kept = _first_of_split(sources, streams, index, args.streaming_eval_rows)
+    for name, kept in zip(SPLITS[1:], held_out, strict=True):
         own = next((source.reader.name for source in sources if source.split == name), None)
         refuse_empty(len(kept), name, args.dataset_name, args.split_fractions, 0, own)
         facts[name] = {"rows": len(kept), "fingerprint": fingerprint(r["row_hash"] for r in kept)}
         columns = {c: [r[c] for r in kept] for c in TEXT_COLUMNS}
         parts.append(Dataset.from_dict(columns, Features({c: FEATURES[c] for c in columns})))
     divided = [source for source in sources if source.split is None]
+    known = _openings_of_own(parts, args)
     train = mixed_stream(
-        [rows.filter(partial(_in_split, 0)) for rows in streams[: len(divided)]],
+        [rows.filter(partial(_is_trained, known)) for rows in streams[: len(divided)]],
         weights_of([source.weight for source in divided]),
         args.datasets_stopping_strategy,
     ).select_columns(list(TEXT_COLUMNS))
@@ -159,6 +166,9 @@ def _split_streams(sources: list[Source], args: "DataArguments", facts: dict[str
         "empty_responses_dropped": None,
         "train": {"rows": None, "fingerprint": None},
     } | count_notes((one, 1) for one in notes)
+    facts |= left_out
+    if len(sources) > 1:
+        facts["sources"] = [source_settings(settings_of(source)) for source in sources]
     return Splits(train, *parts, facts)
 
 
@@ -188,11 +198,40 @@ def _first_of_split(
     return kept
 
 
+def _held_out_of_streams(
+    sources: list[Source], streams: list[IterableDataset], args: "DataArguments"
+) -> tuple[list[list[dict[str, Any]]], dict[str, Any]]:
+    """Returns the rows of validation and test, and how many of own files another split has."""
+    parts = [_first_of_split(sources, streams, index, args.streaming_eval_rows) for index in (1, 2)]
+    openings = [np.array([row["opening"] for row in part], np.int64) for part in parts]
+    own = [split for split, *_ in own_splits(args)]
+    known, facts = known_rows([np.zeros(0, np.int64), *openings], own)
+    kept = [
+        [row for row, is_known in zip(part, known[name], strict=True) if not is_known]
+        if name in known
+        else part
+        for name, part in zip(SPLITS[1:], parts, strict=True)
+    ]
+    return kept, facts
+
+
+def _openings_of_own(parts: list[Dataset], args: "DataArguments") -> frozenset[int]:
+    """Returns the keys of the questions that own validation and test rows ask."""
+    own = [split for split, *_ in own_splits(args)]
+    kept = [part["opening"] for name, part in zip(SPLITS[1:], parts, strict=True) if name in own]
+    return frozenset(opening for openings in kept for opening in openings)
+
+
 def convert_first(dataset: IterableDataset, convert: Converter) -> dict[str, list]:
     """Returns the first rows of a stream, converted."""
     first = list(dataset.take(STREAM_LOOK))
     columns = {name: [row.get(name) for row in first] for name in (first[0] if first else {})}
     return convert(columns, list(range(len(first))))
+
+
+def _is_trained(known: frozenset[int], row: dict[str, Any]) -> bool:
+    """Whether a row is for training, and asks nothing that is `known` from another split."""
+    return row["split"] == 0 and row["opening"] not in known
 
 
 def _in_split(index: int, row: dict[str, Any]) -> bool:

@@ -4,9 +4,7 @@ The fast path: packed rows, compiled layers, a loss without whole logits, no wai
 Batches, order and loss are SFTTrainer's.
 """
 
-from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from copy import copy
 from functools import partial
 from typing import Any
 
@@ -16,16 +14,12 @@ from datasets import Dataset
 from torch import nn
 from torch.nn.functional import pad
 from torch.utils.data import IterableDataset, RandomSampler, Sampler, SequentialSampler
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, set_seed
+from transformers import PreTrainedModel
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
-from trl import get_peft_config
 
 from sftlab.config.launch import PRECISIONS, Launch
-from sftlab.config.recipe import Recipe
 from sftlab.data.collator import Collator, for_the_model
-from sftlab.data.encoded_rows import encode_splits
 from sftlab.data.samplers import BalancedSampler, WholeBatches, row_lengths, whole_batches
-from sftlab.data.splits import Splits
 from sftlab.fastpath import fused_loss
 from sftlab.fastpath.compile_layers import compile_layers
 from sftlab.fastpath.float8 import freeze_in_float8
@@ -42,15 +36,13 @@ from sftlab.measurement.memory import MemorySplit, PeakMemory
 from sftlab.measurement.throughput import Meter
 from sftlab.models.likelihood import nats_per_token
 from sftlab.models.own_logits import Changes, logit_changes, own_log_probs_if_needed
-from sftlab.models.started_adapter import with_adapter
-from sftlab.training.base_model import base_model
 from sftlab.training.checkpointing import Checkpointer
 from sftlab.training.clock import TrainingClock
 from sftlab.training.finiteness import Finiteness
 from sftlab.training.log_sums import TokenSums, TrainerSums
 from sftlab.training.packing_check import verify_packing
 from sftlab.training.router_loss import leave_out_frozen_router
-from sftlab.training.truncation import refuse_lost_rows
+from sftlab.training.source_counts import SourceCounts
 from sftlab.training.upstream_fixes import SaveAfterEvaluation, UpstreamFixes
 from sftlab.training.verification import FirstStepCheck, global_batch, what_ran
 
@@ -101,12 +93,14 @@ class LabTrainer(UpstreamFixes):
         self.peak_memory = PeakMemory(self.memory)
         self.first_step = FirstStepCheck(self.launch)
         self.token_sums = TokenSums(self.args.device)
+        self.source_counts = SourceCounts()
         parts = {
             "clock": self.clock,
             "meter": self.meter,
             "memory": self.peak_memory,
             "first_step": self.first_step,
             "token_sums": self.token_sums,
+            "source_counts": self.source_counts,
             "trainer_sums": TrainerSums(self),
         }
         self.checkpointer = Checkpointer(self, parts, lambda: self.clock.seconds)
@@ -169,6 +163,7 @@ class LabTrainer(UpstreamFixes):
     ) -> torch.Tensor:
         """Run one micro-batch; before the first one, check strategy and precision."""
         self.meter.count(inputs["real_tokens"], inputs["real_rows"], len(inputs["targets"]))
+        self.source_counts.add(inputs.get("by_source", ()))
         if not self.first_step.done:
             gather_ahead(self._base)
             forward = partial(self._forward_once, model, inputs)
@@ -350,47 +345,3 @@ class LabTrainer(UpstreamFixes):
     def what_ran(self) -> dict[str, Any]:
         """Returns precision, dtypes, strategy and sizes as they are, for run.json."""
         return what_ran(self, self.fast, self.first_step.observed)
-
-
-def build_trainer(
-    recipe: Recipe,
-    launch: Launch,
-    fast: FastPath,
-    tokenizer: PreTrainedTokenizerBase,
-    splits: Splits,
-    callbacks: Sequence[TrainerCallback] = (),
-) -> LabTrainer:
-    """Returns a recipe's trainer, with its model loaded and on the fast path. Seeds everything.
-
-    Raises ValueError for rows that were tokenized with another template, tokenizer, length or mask
-    than the recipe's.
-    """
-    args, meter = recipe.training, Meter()
-    encoded = encode_splits(splits, tokenizer, args)
-    facts = {name: one.facts for name, one in encoded.items()}
-    refuse_lost_rows(facts, args, splits)
-    train, validation = encoded["train"].rows, encoded["validation"].rows
-    if args.shuffle_dataset:
-        train = train.shuffle(seed=args.seed)
-    measured = torch.cuda.is_available() if args.measure_memory is None else args.measure_memory
-    memory = MemorySplit() if measured else None
-    args.packing = False  # trl's own would change which rows a step has
-    args = copy(args)  # what follows is no setting of the recipe
-    args.dataset_kwargs = (args.dataset_kwargs or {}) | {"skip_prepare_dataset": True}
-    # the rows become input_ids and labels when read, from columns that no model takes
-    args.remove_unused_columns = False
-    set_seed(args.seed)
-    return LabTrainer(
-        model=with_adapter(base_model(recipe, fast), recipe.model),
-        args=args,
-        train_dataset=train,
-        eval_dataset=validation if len(validation) else None,
-        processing_class=tokenizer,
-        peft_config=None if recipe.model.adapter_name_or_path else get_peft_config(recipe.model),
-        callbacks=[*callbacks, meter, *([memory] if memory else [])],
-        meter=meter,
-        memory=memory,
-        row_facts=facts,
-        launch=launch,
-        fast=fast,
-    )

@@ -1,0 +1,64 @@
+"""A recipe's trainer: its rows encoded, its model loaded, its adapter on it."""
+
+from collections.abc import Sequence
+from copy import copy
+
+import torch
+from transformers import PreTrainedTokenizerBase, TrainerCallback, set_seed
+from trl import get_peft_config
+
+from sftlab.config.launch import Launch
+from sftlab.config.recipe import Recipe
+from sftlab.data.encoded_rows import encode_splits
+from sftlab.data.splits import Splits
+from sftlab.fastpath.selection import FastPath
+from sftlab.measurement.memory import MemorySplit
+from sftlab.measurement.throughput import Meter
+from sftlab.models.started_adapter import with_adapter
+from sftlab.training.base_model import base_model
+from sftlab.training.trainer import LabTrainer
+from sftlab.training.truncation import refuse_lost_rows
+
+
+def build_trainer(
+    recipe: Recipe,
+    launch: Launch,
+    fast: FastPath,
+    tokenizer: PreTrainedTokenizerBase,
+    splits: Splits,
+    callbacks: Sequence[TrainerCallback] = (),
+) -> LabTrainer:
+    """Returns a recipe's trainer, with its model loaded and on the fast path. Seeds everything.
+
+    Raises ValueError for rows that were tokenized with another template, tokenizer, length or mask
+    than the recipe's.
+    """
+    args, meter = recipe.training, Meter()
+    encoded = encode_splits(splits, tokenizer, args)
+    facts = {name: one.facts for name, one in encoded.items()}
+    refuse_lost_rows(facts, args, splits)
+    train, validation = encoded["train"].rows, encoded["validation"].rows
+    if args.shuffle_dataset:
+        train = train.shuffle(seed=args.seed)
+    measured = torch.cuda.is_available() if args.measure_memory is None else args.measure_memory
+    memory = MemorySplit() if measured else None
+    args.packing = False  # trl's own would change which rows a step has
+    args = copy(args)  # what follows is no setting of the recipe
+    args.dataset_kwargs = (args.dataset_kwargs or {}) | {"skip_prepare_dataset": True}
+    # the rows become input_ids and labels when read, from columns that no model takes
+    args.remove_unused_columns = False
+    set_seed(args.seed)
+    return LabTrainer(
+        model=with_adapter(base_model(recipe, fast), recipe.model),
+        args=args,
+        train_dataset=train,
+        eval_dataset=validation if len(validation) else None,
+        processing_class=tokenizer,
+        peft_config=None if recipe.model.adapter_name_or_path else get_peft_config(recipe.model),
+        callbacks=[*callbacks, meter, *([memory] if memory else [])],
+        meter=meter,
+        memory=memory,
+        row_facts=facts,
+        launch=launch,
+        fast=fast,
+    )
