@@ -1,7 +1,7 @@
 """How often do 95 % intervals hold the truth, and how often is p below 0.05 where nothing differs?
 
 python benchmarks/coverage.py --records runs/demo-attn_r16/eval/quality.jsonl
-    [--trials 500] [--alarm_trials 4000] [--out results/coverage]
+    [--trials 500] [--alarm_trials 20000] [--out results/coverage]
 
 Rows are drawn from a population whose scores are known: the demo's own held-out rows, row nats with
 heavy tails, win rates near 0, ratings of a category. Each trial is compared as eval/ compares. The
@@ -51,7 +51,7 @@ def main() -> None:
     parser = Options(description=__doc__.splitlines()[0])
     parser.add_argument("--records", type=Path, help="RUN/eval/quality.jsonl of the demo")
     parser.add_argument("--trials", type=int, default=500)
-    parser.add_argument("--alarm_trials", type=int, default=4_000)
+    parser.add_argument("--alarm_trials", type=int, default=20_000)
     parser.add_argument("--out", type=Path, default=Path("results/coverage"))
     arguments = parser.parse_args()
     lines = []
