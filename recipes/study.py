@@ -10,6 +10,8 @@ A study file has these keys:
 - `axis`: the fields in which cells may differ (what follows from them may differ too)
 - `cells`: each with recipe fields and, if it has them, `launch`, `processes` and `flags` of its own
 - `seeds` or `repeats`, which are interleaved
+- `tune`: one field with a list of values. Each cell is trained at each value with the first seed,
+  and with the other seeds at its own best value by the validation loss
 - `reference`: the cell that the others are compared with (the first)
 - `quality: true` runs eval/quality.py on every run
 - `published`: figures to show beside the measured ones
@@ -20,7 +22,8 @@ Tables of other runs are not replaced.
 Start the same command again after an interruption: it skips what is done and trains the rest.
 Memory that ran out counts as a result. `--at_once n` starts n trainings together and times them one
 after the other (sftlab/comparison/timed_turns.py), where the memory has room for them. `--task i`
-trains the i-th alone (from 0, for a SLURM array) and writes no tables.
+trains the i-th alone (from 0, for a SLURM array) and writes no tables. Of a study that tunes, the
+trainings that choose the values come first.
 """
 
 import sftlab.startup.filter_warnings  # noqa: F401, I001  (before the libraries that it quiets)
@@ -36,7 +39,7 @@ from pathlib import Path
 from typing import Any
 
 from sftlab.comparison.output_folder import claim_output_folder
-from sftlab.comparison.plots import draw_study
+from sftlab.comparison.plots import draw_study, draw_tuning
 from sftlab.comparison.run_results import about, read_results
 from sftlab.comparison.study_file import GIVEN, Study, check_comparable, load
 from sftlab.comparison.study_output import RUNS_LINE, check_not_emptied, check_output
@@ -54,6 +57,7 @@ from sftlab.comparison.study_tasks import (
     ran_out_of_memory,
     result,
 )
+from sftlab.comparison.study_tuning import Trial, at_best, trials, tuning_rows, tuning_table
 from sftlab.comparison.timed_turns import Command, in_turn
 from sftlab.exit_messages import mistakes_in_one_line
 from sftlab.field_words import field_name, field_words
@@ -77,11 +81,12 @@ def main(argv: list[str]) -> None:
         if not arguments.allow_confounded:
             check_comparable(study)
         if arguments.dry_run:
-            return print("\n".join(shlex.join(task.command()) for task in study.tasks))
-        tasks = chosen(study, arguments)
+            return print("\n".join(commands(study)))
         if arguments.task is None:
             check_output(out, runs)
         check_fields(study)
+        study = tune(study, arguments)
+        tasks = chosen(study, arguments)
         if arguments.no_train:
             not_run = not_begun(tasks)
         else:
@@ -134,21 +139,41 @@ def check_fields(study: Study) -> None:
     """Raise ValueError for a field that no recipe has, before anything is trained."""
     from sftlab.config.parser import check_names  # imports trl, which takes time
 
-    for task in study.tasks:
+    for task in [*study.tuning, *study.tasks]:
         check_names(task.fields, f"{study.name}, {task.cell}: ")
+
+
+def commands(study: Study) -> Iterator[str]:
+    """Returns the commands of a study, as far as they are known before it is tuned."""
+    for task in study.tuning or study.tasks:
+        yield shlex.join(task.command())
+    if study.tuning:
+        yield f"# then {len(study.tasks)} trainings, each cell at its own best {study.tuned}"
+
+
+def tune(study: Study, arguments: argparse.Namespace) -> Study:
+    """Train what chooses each cell's value of the tuned field; returns the study at these values.
+
+    A single task may be one of those that choose: then the study stays as it is.
+    """
+    only = arguments.task
+    if arguments.at_once < 1:
+        raise ValueError(f"--at_once {arguments.at_once}: expected 1 or more trainings")
+    if not study.tuning or (only is not None and only < len(study.tuning)):
+        return study
+    if only is None and not arguments.no_train:
+        train(study.tuning, arguments.at_once, study.random)
+    return at_best(study)
 
 
 def chosen(study: Study, arguments: argparse.Namespace) -> list[Task]:
     """Returns the tasks that the command line asks for: all, or the one of `--task`."""
-    if arguments.at_once < 1:
-        raise ValueError(f"--at_once {arguments.at_once}: expected 1 or more trainings")
     if arguments.task is None:
         return study.tasks
-    if not 0 <= arguments.task < len(study.tasks):
-        raise ValueError(
-            f"--task {arguments.task}: the study has tasks 0 to {len(study.tasks) - 1}"
-        )
-    return [study.tasks[arguments.task]]
+    every = [*study.tuning, *study.tasks]
+    if not 0 <= arguments.task < len(every):
+        raise ValueError(f"--task {arguments.task}: the study has tasks 0 to {len(every) - 1}")
+    return [every[arguments.task]]
 
 
 def train(
@@ -256,16 +281,23 @@ def write(
     plots = draw_study(study, summary, out)
     lines = heading(study, unexplained, argv, runs)
     lines += result_lines(study, summary, changed, found)
+    tried = trials(study) if study.tuning else []
+    if tried:
+        write_csv(out / "tuning.csv", tuning_rows(tried, study.tuned))
+        plots += draw_tuning(study, tried, out)
+        lines += tuning_lines(study, tried)
     lines += [line for plot in plots for line in (f"![{plot}]({plot}.svg)", "")]
     (out / "study.md").write_text("\n".join(lines), encoding="utf-8")
     brief = [{k: v for k, v in line.items() if k not in LONG} for line in summary]
     tables = [summary_table(brief)]
     tables += [claims_table(found)] if found else []
     tables += [effects_table(changed)] if changed else []
+    tables += [tuning_table(tried, study.tuned)] if tried else []
     print("", *map(aligned, tables), sep="\n")
     if least := least_found_line(found, TITLES):
         print(f"\n{least}")
-    written = ["study.md", "runs.csv", "summary.csv", *(f"{plot}.png/.svg" for plot in plots)]
+    written = ["study.md", "runs.csv", "summary.csv", *(["tuning.csv"] if tried else [])]
+    written += [f"{plot}.png/.svg" for plot in plots]
     print(f"\nwritten to {out}: {', '.join(written)}")
 
 
@@ -281,6 +313,20 @@ def heading(study: Study, unexplained: list[str], argv: list[str], runs: Path) -
     lines += ["```", f"python recipes/study.py {command}", "```", ""]
     lines += [f"- {key}: {value}" for key, value in facts.items()]
     return [*lines, f"- axis: {', '.join(study.axis)}", f"{RUNS_LINE}{runs}", ""]
+
+
+def tuning_lines(study: Study, tried: Sequence[Trial]) -> list[str]:
+    """Returns the table of what was tried, and how to read it."""
+    seed = study.tuning[0].fields.get("seed")
+    with_seed = "" if seed is None else f" with seed {seed}"
+    lines = [
+        f"## Which {study.tuned} is best for each cell?",
+        "",
+        f"Validation loss of each cell at each value{with_seed}; * marks the lowest, at which the "
+        "cell was then trained with every seed. A column compares the cells at one fixed value.",
+        "",
+    ]
+    return [*lines, *markdown(tuning_table(tried, study.tuned)), ""]
 
 
 def result_lines(

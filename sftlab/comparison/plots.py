@@ -16,6 +16,7 @@ from sftlab.comparison.run_comparison import COLUMNS, Comparison, portable, shar
 from sftlab.comparison.study_file import Study
 from sftlab.comparison.study_summary import MEASURED, is_scaling
 from sftlab.comparison.study_tables import TITLES
+from sftlab.comparison.study_tuning import Trial
 from sftlab.evaluation.text_metrics import NAMES
 from sftlab.runs.run_directory import SIDES
 from sftlab.tables import figure
@@ -80,6 +81,29 @@ def draw_study(study: Study, summary: Sequence[Mapping[str, Any]], out: Path) ->
                 _save(canvas, out, name)
                 drawn.append(name)
     return drawn
+
+
+def draw_tuning(study: Study, tried: Sequence[Trial], out: Path) -> list[str]:
+    """Draw the validation loss over the tuned value, a line a cell. Returns the plot's name."""
+    import matplotlib
+
+    name = f"{study.name}_tuning"
+    with _style():
+        canvas = _canvas((6, 3.8), layout="constrained")
+        axes = canvas.subplots()
+        colours = matplotlib.colormaps["viridis"](np.linspace(0.05, 0.9, len(study.cells)))
+        for colour, cell in zip(colours, study.cells, strict=True):
+            mine = [one for one in tried if one.cell == cell and one.validation_loss is not None]
+            values, losses = [one.value for one in mine], [one.validation_loss for one in mine]
+            axes.plot(values, losses, "o-", ms=3, lw=1.2, color=colour, label=cell)
+            for place in (place for place, one in enumerate(mine) if one.best):
+                axes.plot(values[place], losses[place], "o", ms=8, mfc="none", color=colour)
+        axes.set(xlabel=study.tuned, ylabel="validation loss", xscale="log")
+        title = "Validation loss of each cell; circles: its best value"
+        canvas.suptitle(title, x=0.01, ha="left", fontsize=9)
+        canvas.legend(loc="outside right upper", frameon=False)
+        _save(canvas, out, name)
+    return [name]
 
 
 def _style() -> AbstractContextManager:

@@ -14,6 +14,7 @@ from typing import Any
 from sftlab.comparison import comparability
 from sftlab.comparison.run_settings import settings
 from sftlab.comparison.study_tasks import LAUNCH_CONFIG_HINT, Task
+from sftlab.comparison.tuned_field import at_value, tuned_field
 from sftlab.config.launch import PRECISIONS
 from sftlab.config.launch_file import read_launch_config
 from sftlab.paths import ROOT
@@ -27,6 +28,7 @@ STUDY_KEYS = {
     "recipe": str,
     "axis": list,
     "seeds": list,
+    "tune": dict,
     "repeats": int,
     "quality": bool,
     "fields": dict,
@@ -59,6 +61,7 @@ class Study:
     """A study file, overridden by the command line.
 
     `tasks` are in the order in which they run: every cell once, then every cell again.
+    `tuning` are the trainings that choose each cell's own value of the field `tuned`.
     `published_as` says under which conditions the `published` figures were measured. `random` is
     the shape of a random model and the length of its longest row.
     """
@@ -72,6 +75,8 @@ class Study:
     published_as: str = ""
     grid: dict[str, dict[str, Any]] = field(default_factory=dict)
     random: tuple[str, int] | None = None
+    tuned: str = ""
+    tuning: list[Task] = field(default_factory=list)
 
     @property
     def cells(self) -> list[str]:
@@ -80,9 +85,10 @@ class Study:
 
     @property
     def axes(self) -> list[str]:
-        """The axis, and the seed where cells are repeated with several."""
+        """The axis, the tuned field, and the seed where cells are repeated with several."""
         seeds = {task.fields.get("seed") for task in self.tasks}
-        return [*self.axis, "seed"] if len(seeds) > 1 and "seed" not in self.axis else self.axis
+        varied = [*([self.tuned] if self.tuned else []), *(["seed"] if len(seeds) > 1 else [])]
+        return list(dict.fromkeys([*self.axis, *varied]))
 
 
 def load(path: Path, runs: Path, given: Mapping[str, Any]) -> Study:
@@ -115,6 +121,8 @@ def load(path: Path, runs: Path, given: Mapping[str, Any]) -> Study:
         for cell in cells
     ]
     _check_folders(path, tasks)
+    tuned, values = tuned_field(path, content, fields, ITS_OWN)
+    tuning = [at_value(task, tuned, value) for value in values for task in tasks[: len(cells)]]
     return Study(
         name=path.stem,
         axis=content["axis"],
@@ -125,6 +133,8 @@ def load(path: Path, runs: Path, given: Mapping[str, Any]) -> Study:
         published_as=content.get("published_as", ""),
         grid=content.get("grid", {}),
         random=random,
+        tuned=tuned,
+        tuning=tuning,
     )
 
 
