@@ -20,8 +20,15 @@ HERE = {
     "lora_target": "lora_target_modules",
     "base_model": "model_name_or_path",
     "random_state": "seed",
+    "max_packed_sequence_len": "max_length",
+    "moe_aux_loss_coef": "router_aux_loss_coef",
+    "accumulate_grad_batches": "gradient_accumulation_steps",
 }
-ANSWERED = ("early_stopping_patience", "init_lora_weights", "group_by_length", "warmup_ratio")
+ANSWERED = (
+    *("early_stopping_patience", "init_lora_weights", "group_by_length", "warmup_ratio"),
+    *("use_lora", "use_qlora", "neat_packing", "add_tokens", "disable_gradient_checkpointing"),
+    *("enable_liger_kernel", "strategy", "hf_hub_token", "dataset_prepared_path", "train_on_eos"),
+)
 
 
 def test_the_table_names_fields_that_exist_and_none_that_is_a_field_itself():
@@ -40,6 +47,11 @@ def test_a_name_of_another_program_is_mapped(name, here):
 def test_a_name_without_a_field_here_is_answered(name):
     said = unknown_field(name, KNOWN)
     assert "did you mean" not in said and len(said.split()) > 6
+
+
+def test_no_name_is_sent_to_a_field_that_is_refused():
+    for refused in REFUSED:
+        assert f"did you mean {refused!r}" not in unknown_field(f"{refused}s", KNOWN)
 
 
 def test_a_misspelling_is_corrected_and_what_is_far_from_every_field_is_not():

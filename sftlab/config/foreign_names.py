@@ -6,6 +6,8 @@ like it.
 
 from collections.abc import Collection
 
+from sftlab.config.field_effects import REFUSED
+from sftlab.config.foreign_answers import ANSWERS as MORE_ANSWERS
 from sftlab.field_words import near_name
 
 # Names whose field here means the same.
@@ -74,6 +76,47 @@ SAME = {
     "grad_accum": "gradient_accumulation_steps",
     "gradient_accumulation": "gradient_accumulation_steps",
     "warmup": "warmup_steps",
+    "max_len": "max_length",
+    "max_input_length": "max_length",
+    "context_length": "max_length",
+    "block_size": "max_length",
+    "max_packed_sequence_len": "max_length",
+    "max_epochs": "num_train_epochs",
+    "max_iters": "max_steps",
+    "iters": "max_steps",
+    "grad_clip": "max_grad_norm",
+    "clip_grad": "max_grad_norm",
+    "gradient_clip_val": "max_grad_norm",
+    "accumulate_grad_batches": "gradient_accumulation_steps",
+    "grad_checkpoint": "gradient_checkpointing",
+    "num_workers": "dataloader_num_workers",
+    "dataloader_workers": "dataloader_num_workers",
+    "batchsize": "per_device_train_batch_size",
+    "bsz": "per_device_train_batch_size",
+    "micro_bs": "per_device_train_batch_size",
+    "train_bs": "per_device_train_batch_size",
+    "global_bs": "global_batch_size",
+    "lora_dim": "lora_r",
+    "max_lora_rank": "lora_r",
+    "noisy_embedding_alpha": "neftune_noise_alpha",
+    "moe_aux_loss_coef": "router_aux_loss_coef",
+    "adapter_path": "adapter_name_or_path",
+    "adapter_file": "adapter_name_or_path",
+    "train_dataset": "dataset_name",
+    "train_data": "dataset_name",
+    "train_path": "dataset_name",
+    "data": "dataset_name",
+    "split": "dataset_train_split",
+    "dataset_split": "dataset_train_split",
+    "output": "output_dir",
+    "out_dir": "output_dir",
+    "save_path": "output_dir",
+    "eval_every": "eval_steps",
+    "val_check_interval": "eval_steps",
+    "save_every": "save_steps",
+    "steps_per_save": "save_steps",
+    "log_every": "logging_steps",
+    "use_compile": "torch_compile",
 }
 # Names without a field here, and what to do instead.
 ANSWERS = {
@@ -139,7 +182,7 @@ ANSWERS = {
     "resume": "start the same command again, and an interrupted run continues",
     "auto_resume_from_checkpoints": "start the same command again",
     "save_safetensors": "safetensors is the only format",
-}
+} | MORE_ANSWERS
 
 
 def unknown_field(name: str, known: Collection[str]) -> str:
@@ -149,6 +192,6 @@ def unknown_field(name: str, known: Collection[str]) -> str:
         return f"unknown field {name!r}: that is {SAME[lower]} here"
     if lower in ANSWERS:
         return f"unknown field {name!r}: {ANSWERS[lower]}"
-    if near := near_name(lower, known):
+    if near := near_name(lower, [one for one in known if one not in REFUSED]):
         return f"unknown field {name!r}; did you mean {near!r}?"
     return f"unknown field {name!r}: docs/reference.md lists every field"
