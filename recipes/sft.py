@@ -61,6 +61,7 @@ from sftlab.startup.launcher import reported_to_launcher
 from sftlab.startup.waiting import says_if_long
 from sftlab.training.building import build_trainer
 from sftlab.training.determinism import compute_deterministically
+from sftlab.training.early_stopping import stopped_early
 from sftlab.training.first_step_wait import FirstStepWait
 from sftlab.training.recorded_end import recorded_end, say_how_to_go_on
 from sftlab.training.save_adapter import after_training, save_adapter
@@ -289,14 +290,18 @@ def train(
         run.finish("interrupted", reason="; ".join([reason, *unsaved]), **facts)
         say_how_to_go_on(run)
         sys.exit(128 + stop.agreed)
+    if early := stopped_early(trainer):
+        measured["stopped_early"] = early
+        if run.is_main:
+            print(early, flush=True)
     refuse_incomplete(trainer, result)
     return facts
 
 
 def refuse_incomplete(trainer: LabTrainer, result: TrainOutput) -> None:
-    """Raise RuntimeError if the training ended before its last step, or diverged."""
+    """Raise RuntimeError if the training ended before its last step unasked, or diverged."""
     state = trainer.state
-    if state.global_step < state.max_steps:
+    if state.global_step < state.max_steps and not stopped_early(trainer):
         raise RuntimeError(
             f"the training ended at step {state.global_step} of {state.max_steps}: a pass over the "
             f"stream has no {global_batch(trainer.args)} rows, which one step takes"

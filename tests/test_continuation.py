@@ -20,6 +20,7 @@ from sftlab.files import write_json
 from sftlab.runs.checkpoint_manifest import in_order
 from sftlab.runs.run_directory import adapter_hash
 from sftlab.training.determinism import compute_deterministically
+from sftlab.training.early_stopping import stopped_early
 from sftlab.training.trainer import LabTrainer
 from sftlab.training.upstream_fixes import dtypes_kept
 
@@ -235,6 +236,42 @@ def test_a_run_killed_after_its_last_step_takes_no_step_more(fields):
     ):
         assert torch.equal(parameter, other), name
     assert again.first_step.observed == first.first_step.observed
+
+
+EARLY = {
+    "max_steps": "30",
+    "eval_strategy": "steps",
+    "eval_steps": "2",
+    "save_steps": "1",
+    "save_total_limit": "40",
+    "learning_rate": "0.5",
+    "early_stopping_patience": "3",
+}
+
+
+@pytest.mark.long
+def test_early_stopping_continues_exactly_and_ends_once(fields):
+    whole = build({**fields, **EARLY})
+    losses = [entry["loss"] for entry in train(whole)]
+    ended = whole.state.global_step
+    assert 6 <= ended < 30
+    assert stopped_early(whole).startswith(f"stopped early at step {ended} of 30: eval_loss has")
+    for step in (ended - 1, ended):
+        again = build({**fields, **EARLY}, overwrite="true")
+        found = train(again, resume_from_checkpoint=f"{fields['output_dir']}/checkpoint-{step}")
+        assert again.state.global_step == ended
+        assert [entry["loss"] for entry in found] == losses
+        assert stopped_early(again) == stopped_early(whole)
+
+
+@pytest.mark.long
+def test_a_run_that_stops_early_succeeds_and_says_so(fields, trained_here):
+    patience = EARLY | {"early_stopping_patience": "1", "early_stopping_threshold": "100"}
+    done = trained_here(fields | patience | {"save_steps": "100"})
+    record = read(fields["output_dir"])
+    assert record["measured"]["global_step"] == 4
+    assert record["measured"]["stopped_early"] in done.stdout
+    assert record["recipe"]["metric_for_best_model"] == "loss"
 
 
 def without_times(history):

@@ -37,6 +37,12 @@ REFUSED = [
     ({"seed": "-1"}, "seed is -1"),
     ({"dataloader_num_workers": "-1"}, "dataloader_num_workers is -1"),
     ({"eval_strategy": "steps", "metric_for_best_model": "accuracy"}, "gives eval_loss alone"),
+    (
+        {"early_stopping_patience": "2", "eval_strategy": "no"},
+        "counts evaluations, and eval_strategy is no",
+    ),
+    ({"early_stopping_threshold": "0.1"}, "has no effect without early_stopping_patience"),
+    ({"early_stopping_patience": "0", "eval_strategy": "epoch"}, "must be at least 1"),
 ]
 
 

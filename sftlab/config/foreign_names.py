@@ -121,12 +121,6 @@ SAME = {
 # Names without a field here, and what to do instead.
 ANSWERS = {
     "warmup_ratio": "give the share as warmup_steps, for example warmup_steps: 0.05",
-    "early_stopping_patience": (
-        "a run trains to its last step; load_best_model_at_end keeps the best checkpoint"
-    ),
-    "early_stopping_threshold": (
-        "a run trains to its last step; load_best_model_at_end keeps the best checkpoint"
-    ),
     "init_lora_weights": (
         "A is random and B is zero, so that the untrained adapter changes nothing"
     ),

@@ -241,6 +241,17 @@ class TrainingArguments(SFTConfig):
         default=True,
         metadata={"help": "Save the adapter. False: only measure, for example random weights."},
     )
+    early_stopping_patience: int | None = field(
+        default=None,
+        metadata={
+            "help": "Stop once eval_loss has not improved in so many evaluations in a row. Unset: "
+            "train to the last step."
+        },
+    )
+    early_stopping_threshold: float = field(
+        default=0.0,
+        metadata={"help": "An eval_loss that is lower by no more than this is no improvement."},
+    )
     fused_loss: bool | None = field(
         default=None,
         metadata={

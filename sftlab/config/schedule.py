@@ -1,4 +1,4 @@
-"""Does the learning rate follow a schedule that exists, and is the best checkpoint one by the loss?
+"""Does a schedule exist, and do the best checkpoint and early stopping go by the loss?
 
 Nothing here depends on the machine.
 """
@@ -47,6 +47,28 @@ def refuse_unknown_metric(training: TrainingArguments) -> None:
         raise ValueError(
             "greater_is_better is true, and a smaller eval_loss is better: leave it out"
         )
+
+
+def resolve_early_stopping(training: TrainingArguments) -> None:
+    """Let early stopping look at `eval_loss`.
+
+    Raises ValueError without evaluations, and for a threshold without patience.
+    """
+    patience = training.early_stopping_patience
+    if patience is None:
+        if training.early_stopping_threshold:
+            raise ValueError(
+                "early_stopping_threshold has no effect without early_stopping_patience: give "
+                "both, or leave it out"
+            )
+        return
+    if training.eval_strategy == "no":
+        raise ValueError(
+            "early_stopping_patience counts evaluations, and eval_strategy is no: pass "
+            "--eval_strategy steps --eval_steps N, or leave it out"
+        )
+    # transformers keeps the best loss only where the metric is named
+    training.metric_for_best_model = training.metric_for_best_model or "loss"
 
 
 def late_warmup(training: TrainingArguments) -> str | None:

@@ -6,7 +6,11 @@
 from sftlab.config.launch import COMPUTE_DTYPE, PRECISIONS, Launch
 from sftlab.config.lora_variants import float8_conflict
 from sftlab.config.recipe import DataArguments, ModelArguments, Recipe, TrainingArguments
-from sftlab.config.schedule import refuse_unknown_metric, refuse_wrong_schedule
+from sftlab.config.schedule import (
+    refuse_unknown_metric,
+    refuse_wrong_schedule,
+    resolve_early_stopping,
+)
 from sftlab.config.value_checks import check_values
 
 
@@ -26,6 +30,7 @@ def resolve(recipe: Recipe, launch: Launch) -> None:
     check_values(recipe)
     refuse_wrong_schedule(recipe.training)
     refuse_unknown_metric(recipe.training)
+    resolve_early_stopping(recipe.training)
     _check_data(recipe)
     _check_rows(recipe.data, recipe.training)
     _check_fsdp(recipe.training, launch)

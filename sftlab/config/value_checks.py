@@ -28,10 +28,11 @@ _ALPHA = Range("at most 1,000,000 (twice lora_r is usual)", lambda value: value 
 _FIELDS = {
     _ABOVE_0: "learning_rate adam_epsilon neftune_noise_alpha logging_steps save_steps eval_steps",
     _AT_LEAST_0: """weight_decay max_grad_norm router_aux_loss_coef warmup_steps eval_delay
-        global_batch_size dataloader_num_workers""",
+        global_batch_size dataloader_num_workers early_stopping_threshold""",
     _AT_LEAST_1: """per_device_train_batch_size per_device_eval_batch_size save_total_limit
         gradient_accumulation_steps streaming_eval_rows pad_to_multiple_of dataset_num_proc
-        dataloader_prefetch_factor ddp_timeout ddp_bucket_cap_mb torch_empty_cache_steps""",
+        dataloader_prefetch_factor ddp_timeout ddp_bucket_cap_mb torch_empty_cache_steps
+        early_stopping_patience""",
     _BELOW_1: "adam_beta1 adam_beta2 lora_dropout",
     _SHARE: "label_smoothing_factor",
     _SEED: "seed data_seed",

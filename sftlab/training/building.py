@@ -16,6 +16,7 @@ from sftlab.measurement.memory import MemorySplit
 from sftlab.measurement.throughput import Meter
 from sftlab.models.started_adapter import with_adapter
 from sftlab.training.base_model import base_model
+from sftlab.training.early_stopping import EarlyStopping
 from sftlab.training.trainer import LabTrainer
 from sftlab.training.truncation import refuse_lost_rows
 
@@ -42,6 +43,9 @@ def build_trainer(
         train = train.shuffle(seed=args.seed)
     measured = torch.cuda.is_available() if args.measure_memory is None else args.measure_memory
     memory = MemorySplit() if measured else None
+    if args.early_stopping_patience:
+        stopping = EarlyStopping(args.early_stopping_patience, args.early_stopping_threshold)
+        callbacks = [*callbacks, stopping]
     args.packing = False  # trl's own would change which rows a step has
     args = copy(args)  # what follows is no setting of the recipe
     args.dataset_kwargs = (args.dataset_kwargs or {}) | {"skip_prepare_dataset": True}

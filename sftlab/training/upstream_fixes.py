@@ -20,6 +20,7 @@ from trl import SFTTrainer
 from sftlab.fastpath.float8 import convert_nothing
 from sftlab.runs.checkpoint_manifest import in_order, remove
 from sftlab.training.clock import TrainingClock
+from sftlab.training.early_stopping import early_stopping_of
 
 
 class UpstreamFixes(SFTTrainer):
@@ -43,10 +44,11 @@ class UpstreamFixes(SFTTrainer):
     ) -> tuple[int, int]:
         """Returns the epochs that are done, and the micro-batches of the next epoch.
 
-        transformers' function of this name errs in three ways, and `_inner_training_loop` in one:
+        transformers' function of this name errs in four ways, and `_inner_training_loop` in one:
 
         - It forgets the best checkpoint if the run directory was moved.
         - A run killed after its last step takes one more step.
+        - A run killed after early stopping trains on.
         - A stream counts as one epoch, however often it has begun again.
         - `eval_on_start` evaluates again at every start.
 
@@ -60,7 +62,8 @@ class UpstreamFixes(SFTTrainer):
         if state.best_global_step and best.is_dir():
             state.best_model_checkpoint = str(best)
         args.eval_on_start = False
-        if state.global_step >= max_steps:
+        patience = early_stopping_of(self.callback_handler.callbacks)
+        if state.global_step >= max_steps or (patience and patience.had_stopped(state)):
             return epochs, 0
         if isinstance(self.train_dataset, IterableDataset):
             passes, share = divmod(state.epoch, 1)
