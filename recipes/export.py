@@ -2,9 +2,11 @@
 
 python recipes/export.py --run runs/mine --to merged --out exports/mine
 python recipes/export.py --run runs/mine --to adapter --out exports/mine-adapter --push USER/NAME
+python recipes/export.py --run runs/mine --verify_server http://127.0.0.1:8000/v1
 
 The export is loaded again as its users load it, and held to the run on held-out prompts: token ids,
 nats a response token, and where greedy answers end. Only an export that agrees is kept.
+A running server is held to the run in the same way.
 """
 
 import sftlab.startup.filter_warnings  # noqa: I001  (before the libraries that it quiets)
@@ -27,6 +29,7 @@ from sftlab.evaluation.base_and_tuned import (
     run_tokenizer,
 )
 from sftlab.evaluation.held_out import HeldOut, held_out
+from sftlab.evaluation.server_client import ServerClient, Words
 from sftlab.exit_messages import first_line
 from sftlab.export.agreement import PROMPTS, Behaviour, compare, observe
 from sftlab.export.formats import (
@@ -46,6 +49,7 @@ from sftlab.export.gguf_file import (
     write_gguf,
 )
 from sftlab.export.model_card import model_card
+from sftlab.export.server_agreement import hold_to_run
 from sftlab.export.unfinished_folder import unfinished_folder
 from sftlab.files import write_json
 from sftlab.models.likelihood import with_fused_head
@@ -61,6 +65,8 @@ def main(argv: list[str]) -> None:
     """Export the run, hold the export to it, describe it, and upload it if asked."""
     arguments = parse_arguments(argv)
     with evaluation_errors(": export on a machine with more of it, or with CUDA_VISIBLE_DEVICES="):
+        if arguments.verify_server:
+            return verify_server(arguments)
         export(arguments)
         if arguments.push:
             push(arguments.out, arguments.push, arguments.private)
@@ -70,12 +76,16 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     """Read the command line."""
     parser = Options(description=__doc__.splitlines()[0])
     parser.add_argument("--run", required=True, type=Path, help="a finished run's directory")
-    parser.add_argument("--to", required=True, choices=("merged", "adapter", "gguf"))
-    parser.add_argument("--out", required=True, type=Path, help="a folder that is not there yet")
+    parser.add_argument("--to", choices=("merged", "adapter", "gguf"))
+    parser.add_argument("--out", type=Path, help="a folder that is not there yet")
+    parser.add_argument(
+        "--verify_server", metavar="URL", help="hold a running server to the run; export nothing"
+    )
+    parser.add_argument("--server_model", default="tuned", help="the run's name on that server")
     parser.add_argument(
         "--dtype",
         choices=("float32", "bfloat16", "float16"),
-        help="of merged weights (default: the base model's own)",
+        help="of merged weights (default: the base model's own), or of a server's (the run's)",
     )
     parser.add_argument(
         "--gguf_type", choices=GGUF_TYPES, default="f16", help="of a GGUF file's weights"
@@ -86,7 +96,15 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--push", metavar="USER/NAME", help="upload it to the hub afterwards")
     parser.add_argument("--private", action="store_true", help="upload it as a private repository")
     add_trust_flag(parser)
-    return parser.parse_args(argv)
+    arguments = parser.parse_args(argv)
+    if arguments.prompts < 1:
+        parser.error(f"--prompts must be at least 1, got {arguments.prompts}")
+    asked = [one for one in (arguments.to, arguments.out, arguments.push) if one is not None]
+    if arguments.verify_server and asked:
+        parser.error("--verify_server exports nothing: leave out --to, --out and --push")
+    if not arguments.verify_server and (arguments.to is None or arguments.out is None):
+        parser.error("expected --to and --out, or --verify_server")
+    return arguments
 
 
 def export(arguments: argparse.Namespace) -> None:
@@ -95,8 +113,6 @@ def export(arguments: argparse.Namespace) -> None:
     Raises ValueError where it cannot be written or does not answer as the run.
     """
     folder, out = arguments.run, arguments.out
-    if arguments.prompts < 1:
-        raise ValueError(f"--prompts must be at least 1, got {arguments.prompts}")
     run = finished_run(folder)
     recipe = run["recipe"]
     if arguments.to == "adapter" and not recipe["use_peft"]:
@@ -147,6 +163,27 @@ def export(arguments: argparse.Namespace) -> None:
             "whose answers may differ a little from the run's evaluations"
         )
     print(f"serve it: {serving(arguments.to, out, recipe['model_name_or_path'], rank)}")
+
+
+def verify_server(arguments: argparse.Namespace) -> None:
+    """Ask the run and a running server the same held-out prompts.
+
+    Raises ValueError where the server does not answer as the run.
+    """
+    folder, url, name = arguments.run, arguments.verify_server, arguments.server_model
+    run = finished_run(folder)
+    recipe, rows, tokenizer = run["recipe"], held_out(run), run_tokenizer(folder, run)
+    words = Words("the server", "nothing was compared", "is it loading still?")
+    client = ServerClient(url, words)
+    client.refuse_unserved(name)
+    print(f"asking the run and {name} on the server {arguments.prompts} prompts ...", flush=True)
+    model = load_pair(folder, unquantised(run), arguments.trust_remote_code)
+    limits = (arguments.prompts, recipe["max_length"], arguments.dtype or recipe["dtype"])
+    agreement = hold_to_run(client, name, model, tokenizer, rows, *limits)
+    print(
+        f"{name} on {url} answers as {folder} on {agreement.prompts} prompts (nats a response "
+        f"token differ by {agreement.nats:.1e}, {agreement.other_ends} answers end otherwise)"
+    )
 
 
 def quality_of(folder: Path) -> dict[str, Any]:

@@ -8,8 +8,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 from judging import prompt
 
+from sftlab.evaluation import server_client
 from sftlab.evaluation.answer_file import AnswerFile
-from sftlab.judging import server_judge
 from sftlab.judging.asking import ask
 from sftlab.judging.judge_formats import load_format
 from sftlab.judging.server_judge import ServerJudge
@@ -98,8 +98,8 @@ def test_a_server_is_asked_greedily_and_its_context_is_its_own(monkeypatch):
 
 
 def test_a_server_that_dies_in_the_middle_leaves_everything_kept(monkeypatch, tmp_path):
-    monkeypatch.setattr(server_judge, "RETRIES", 1)
-    monkeypatch.setattr(server_judge, "FIRST_PAUSE_S", 0.01)
+    monkeypatch.setattr(server_client, "RETRIES", 1)
+    monkeypatch.setattr(server_client, "FIRST_PAUSE_S", 0.01)
     prompts = [prompt(f"prompt {i}") for i in range(8)]
     with Server(dies_at=5) as server:
         judge = ServerJudge("m", server.url, 100)
@@ -151,7 +151,7 @@ def test_limited_requests_are_waited_for_and_not_for_ever(monkeypatch):
     with Server(says=lambda number: limited if number == 1 else None) as server:
         (answer,) = ServerJudge("m", server.url, 100).answers([PLAIN])
         assert answer.text.endswith("[RESULT] A")
-    monkeypatch.setattr(server_judge, "RATE_LIMITED_S", 0.05)
+    monkeypatch.setattr(server_client, "RATE_LIMITED_S", 0.05)
     with (
         Server(says=lambda number: limited) as server,
         pytest.raises(ValueError, match=r"limits requests \(status 429: .*slow down.*are kept"),

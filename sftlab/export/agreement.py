@@ -9,11 +9,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from transformers import GenerationConfig, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedConfig, PreTrainedTokenizerBase
 
 from sftlab.data.chat_template import pad_id
 from sftlab.evaluation.generation import Sampling, left_padded, longest_prompt
-from sftlab.evaluation.held_out import HeldOut, select
+from sftlab.evaluation.held_out import HeldOut, ScoredRows, select
 from sftlab.evaluation.row_scores import right_padded
 from sftlab.models.likelihood import likelihood
 
@@ -34,13 +34,13 @@ class Behaviour(NamedTuple):
 
     `prompts` are token ids, `nats` [rows, 2] the summed nats and the tokens of the responses,
     `ended` whether a greedy answer ended by itself within MAX_NEW_TOKENS tokens, and `ends` the
-    token ids that end one.
+    token ids that end one, None where a server does not tell.
     """
 
     prompts: list[list[int]]
     nats: np.ndarray
     ended: list[bool]
-    ends: list[int]
+    ends: list[int] | None
 
 
 class Agreement(NamedTuple):
@@ -73,14 +73,28 @@ def observe(
 
     `ends` are the token ids that end an answer. Raises ValueError where no row can be scored.
     """
-    longest = longest_prompt(model.config, Sampling(MAX_NEW_TOKENS))
-    rows = select(dataset, count, tokenizer, max_length, longest)
+    rows = compared_rows(model.config, tokenizer, dataset, count, max_length)
     parts = list(rows.batches(batch_size))
     batches = map(right_padded(rows, tokenizer, model.device), parts)
     nats = likelihood(model, batches, names=rows.numbers).response
     pad = pad_id(tokenizer)
     ended = [one for part in parts for one in _ended(model, rows.prompts[part], pad, list(ends))]
     return Behaviour(rows.prompts, nats, ended, sorted(ends))
+
+
+def compared_rows(
+    config: PreTrainedConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    dataset: HeldOut,
+    count: int,
+    max_length: int | None,
+) -> ScoredRows:
+    """Returns those of the first `count` held-out rows that can be scored and answered.
+
+    Raises ValueError where there is none.
+    """
+    longest = longest_prompt(config, Sampling(MAX_NEW_TOKENS))
+    return select(dataset, count, tokenizer, max_length, longest)
 
 
 @torch.no_grad()
@@ -109,7 +123,7 @@ def compare(run: Behaviour, export: Behaviour, dtype: str) -> Agreement:
                 "the tokenizer is not the run's"
             )
             break
-    if found is None and run.ends != export.ends:
+    if found is None and export.ends is not None and run.ends != export.ends:
         found = f"answers end at the tokens {export.ends}, and in the run at {run.ends}"
     worst = int(np.abs(difference).argmax())
     if found is None and not abs(mean) <= TOLERANCE[dtype]:

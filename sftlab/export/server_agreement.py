@@ -1,0 +1,107 @@
+"""Does a running server answer as the run? It is asked what an export is asked.
+
+The server must be vLLM or speak its dialect: `/tokenize` renders messages, and a completion with
+`echo` and `logprobs` has the log-probabilities of its prompt.
+"""
+
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+from peft import PeftModel
+from transformers import PreTrainedTokenizerBase
+
+from sftlab.evaluation.held_out import HeldOut, ScoredRows
+from sftlab.evaluation.server_client import ServerClient
+from sftlab.export.agreement import (
+    MAX_NEW_TOKENS,
+    Agreement,
+    Behaviour,
+    compare,
+    compared_rows,
+    observe,
+)
+from sftlab.export.formats import end_ids
+
+# requests that are under way together
+_AT_ONCE = 16
+
+
+def hold_to_run(
+    client: ServerClient,
+    name: str,
+    model: PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    dataset: HeldOut,
+    count: int,
+    max_length: int | None,
+    dtype: str,
+) -> Agreement:
+    """Returns how far the server's model `name` is from `model`, on `count` held-out rows.
+
+    `dtype` is that of the served weights. Raises ValueError where they differ, and where the server
+    cannot be asked.
+    """
+    client.refuse_unserved(name)
+    rows = compared_rows(model.config, tokenizer, dataset, count, max_length)
+    found = observe_server(client, name, rows)
+    ends = end_ids(model, tokenizer)
+    expected = observe(model, tokenizer, dataset, count, ends, max_length)
+    agreement = compare(expected, found, dtype)
+    if agreement.differs:
+        raise ValueError(
+            f"{name} on the server at {client.url} does not answer as the run: {agreement.differs}"
+        )
+    return agreement
+
+
+def observe_server(client: ServerClient, name: str, rows: ScoredRows) -> Behaviour:
+    """Returns what the server's model `name` makes of rows.
+
+    Greedy answers are asked for as chat, so the server's own template and end tokens decide.
+    """
+    with ThreadPoolExecutor(_AT_ONCE) as threads:
+        prompts = list(threads.map(lambda row: _prompt_ids(client, name, row), rows.rows))
+        nats = list(threads.map(lambda row: _nats(client, name, row), rows.encoded))
+        ended = list(threads.map(lambda row: _ends(client, name, row), rows.rows))
+    return Behaviour(prompts, np.array(nats), ended, None)
+
+
+def _messages(row: dict[str, Any]) -> dict[str, Any]:
+    tools = {"tools": row["tools"]} if row.get("tools") else {}
+    return {"messages": row["prompt"]} | tools
+
+
+def _prompt_ids(client: ServerClient, name: str, row: dict[str, Any]) -> list[int]:
+    """Returns the token ids that the server makes of a row's messages."""
+    asked = _messages(row) | {"model": name, "add_generation_prompt": True}
+    ids = client.post("/tokenize", asked).get("tokens")
+    if not isinstance(ids, list):
+        raise ValueError(
+            f"the server at {client.url} does not tokenize messages (/tokenize): serve it with vLLM"
+        )
+    return ids
+
+
+def _nats(client: ServerClient, name: str, row: dict[str, list[int]]) -> list[float]:
+    """Returns the summed nats of a row's response, and its number of tokens."""
+    ids = row["input_ids"]
+    body = client.completion(
+        model=name, prompt=ids, max_tokens=1, echo=True, logprobs=1, temperature=0
+    )
+    found = body["choices"][0].get("logprobs") or {}
+    each = found.get("token_logprobs") if isinstance(found, dict) else None
+    places = [i for i, label in enumerate(row["labels"]) if i and label != -100]
+    told = isinstance(each, list) and len(each) >= len(ids)
+    if not told or not all(isinstance(each[place], float | int) for place in places):
+        raise ValueError(
+            f"the server at {client.url} gives no log-probabilities of a prompt (echo with "
+            "logprobs): serve it with vLLM"
+        )
+    return [-sum(each[place] for place in places), len(places)]
+
+
+def _ends(client: ServerClient, name: str, row: dict[str, Any]) -> bool:
+    """Returns whether the server's greedy answer ends by itself."""
+    body = client.chat(model=name, max_tokens=MAX_NEW_TOKENS, temperature=0, **_messages(row))
+    return body["choices"][0].get("finish_reason") != "length"

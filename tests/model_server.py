@@ -1,0 +1,103 @@
+"""A stand-in for vLLM: base and tuned of a run behind an OpenAI-compatible server on a thread.
+
+It answers with transformers, so that what a client makes of it can be compared exactly.
+"""
+
+import json
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import torch
+from transformers import GenerationConfig
+
+from sftlab.data.chat_template import end_of_turn, pad_id, prompt_ids
+from sftlab.evaluation.base_and_tuned import answering, finished_run, load_pair, run_tokenizer
+
+
+class ModelServer:
+    """Serves a run as `base` and `tuned`. What differs from the run is set on it before a request.
+
+    `tuned_is` is the side that answers as tuned, `ends` end its answers, `template` renders
+    messages. `fault(path, number)` is (status, body) or None: what is answered instead. A body that
+    is text is sent as it is.
+    """
+
+    def __init__(self, run: Path):
+        facts = finished_run(run)
+        self.model, self.tokenizer = load_pair(run, facts), run_tokenizer(run, facts)
+        inner = self.model.get_base_model()
+        self.ends = end_of_turn(self.tokenizer, inner.generation_config.eos_token_id).end_tokens
+        self.tuned_is, self.fault, self.requests = "tuned", lambda path, number: None, []
+        self.lock, outer = threading.Lock(), self
+
+        class Handler(BaseHTTPRequestHandler):
+            def log_message(self, *_):
+                pass
+
+            def reply(self, status, content):
+                body = (content if isinstance(content, str) else json.dumps(content)).encode()
+                self.send_response(status)
+                self.send_header("Content-Type", "application/json")
+                self.send_header("Retry-After", "0.01")
+                self.send_header("Content-Length", str(len(body)))
+                self.end_headers()
+                self.wfile.write(body)
+
+            def do_GET(self):
+                names = [{"id": name, "max_model_len": 512} for name in ("base", "tuned")]
+                self.reply(200, {"object": "list", "data": names})
+
+            def do_POST(self):
+                asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                with outer.lock:
+                    outer.requests.append((self.path, asked))
+                    fault = outer.fault(self.path, len(outer.requests))
+                    found = fault or (200, outer.answer(self.path, asked))
+                self.reply(*found)
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+        self.url = f"http://127.0.0.1:{self.server.server_port}/v1"
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.server.shutdown()
+        self.server.server_close()
+
+    def answer(self, path, asked):
+        if path == "/tokenize":
+            return {"tokens": prompt_ids(self.tokenizer, asked["messages"])}
+        side = self.tuned_is if asked["model"] == "tuned" else "base"
+        chat = path.endswith("/chat/completions")
+        ids = prompt_ids(self.tokenizer, asked["messages"]) if chat else asked["prompt"]
+        ends = [*self.ends, *asked.get("stop_token_ids", [])]
+        with torch.no_grad(), answering(self.model, side):
+            new = self.generated(ids, ends, asked["max_tokens"])
+            ended = bool(new) and new[-1] in ends
+            text = self.tokenizer.decode(new[:-1] if ended else new, skip_special_tokens=True)
+            cuts = [text.find(stop) for stop in asked.get("stop") or [] if stop in text]
+            text, ended = text[: min(cuts, default=None)], ended or bool(cuts)
+            choice = {"index": 0, "finish_reason": "stop" if ended else "length", "text": text}
+            if asked.get("echo"):
+                choice["logprobs"] = {"token_logprobs": self.log_probs(ids)}
+        choice["message"] = {"role": "assistant", "content": text}
+        return {"choices": [choice], "usage": {"completion_tokens": len(new)}}
+
+    def generated(self, ids, ends, most):
+        config = GenerationConfig(
+            max_new_tokens=most, eos_token_id=ends, pad_token_id=pad_id(self.tokenizer)
+        )
+        given = torch.tensor([ids])
+        made = self.model.generate(
+            input_ids=given, attention_mask=torch.ones_like(given), generation_config=config
+        )
+        return made[0, len(ids) :].tolist()
+
+    def log_probs(self, ids):
+        given = torch.tensor([ids])
+        logits = self.model(input_ids=given).logits.log_softmax(-1)[0, :-1]
+        each = logits.gather(-1, given[0, 1:, None])[:, 0].tolist()
+        return [None, *each, -1.0]
