@@ -2,6 +2,8 @@
 
 python recipes/study.py recipes/studies/lora_rank.yaml [--recipe RECIPE.yaml] [--launch LAUNCH]
     [--out FOLDER] [--dry-run] [--at_once n] [--task i] [--any_field value]
+python recipes/study.py recipes/studies/lora_rank.yaml --power [--deviation 1.5] [--difference 2]
+    (trains nothing: how many seeds and test rows would show a difference?)
 python recipes/study.py recipes/studies/precision.yaml --random llama3.2-1b
     (speed and memory need no real weights)
 
@@ -31,6 +33,7 @@ import sftlab.startup.filter_warnings  # noqa: F401, I001  (before the libraries
 import argparse
 import shlex
 import signal
+import statistics
 import subprocess
 import sys
 import time
@@ -40,11 +43,13 @@ from typing import Any
 
 from sftlab.comparison.output_folder import claim_output_folder
 from sftlab.comparison.plots import draw_study, draw_tuning
-from sftlab.comparison.run_results import about, read_results
+from sftlab.comparison.run_results import read_results
 from sftlab.comparison.study_file import GIVEN, Study, check_comparable, load
 from sftlab.comparison.study_output import RUNS_LINE, check_not_emptied, check_output
 from sftlab.comparison.study_claims import claims, least_found_line
-from sftlab.comparison.study_summary import COUNTS, collect, effects, summarise
+from sftlab.comparison.study_page import heading, result_lines, tuning_lines
+from sftlab.comparison.study_power import deviations, power_table, rows_needed, seeds_needed
+from sftlab.comparison.study_summary import collect, effects, summarise
 from sftlab.comparison.study_tables import TITLES, claims_table, effects_table, summary_table
 from sftlab.comparison.study_tasks import (
     Task,
@@ -57,14 +62,13 @@ from sftlab.comparison.study_tasks import (
     ran_out_of_memory,
     result,
 )
-from sftlab.comparison.study_tuning import Trial, at_best, trials, tuning_rows, tuning_table
+from sftlab.comparison.study_tuning import at_best, trials, tuning_rows, tuning_table
 from sftlab.comparison.timed_turns import Command, in_turn
 from sftlab.exit_messages import mistakes_in_one_line
 from sftlab.field_words import field_name, field_words
 from sftlab.paths import ROOT
-from sftlab.runs.run_directory import read_run
 from sftlab.script_options import Options
-from sftlab.tables import aligned, markdown, write_csv
+from sftlab.tables import aligned, write_csv
 
 # What the terminal has no room for.
 LONG = ("rows_per_s", "share_of_limit", "validation_loss", "tuned rougeL")
@@ -82,6 +86,8 @@ def main(argv: list[str]) -> None:
             check_comparable(study)
         if arguments.dry_run:
             return print("\n".join(commands(study)))
+        if arguments.power:
+            return print("\n".join(power_lines(study, arguments)))
         if arguments.task is None:
             check_output(out, runs)
         check_fields(study)
@@ -117,6 +123,9 @@ def parsed(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     add("--at_once", type=int, default=1, help="trainings that start together, timed in turn")
     add("--task", type=int, help="train this one alone")
     add("--no_train", action="store_true", help="write the tables of what is there")
+    add("--power", action="store_true", help="train nothing; how many seeds would it take?")
+    add("--difference", type=float, help="with --power: of a score, to be found")
+    add("--deviation", type=float, help="with --power: of a difference between seeds")
     add(
         "--allow-confounded",
         action="store_true",
@@ -149,6 +158,39 @@ def commands(study: Study) -> Iterator[str]:
         yield shlex.join(task.command())
     if study.tuning:
         yield f"# then {len(study.tasks)} trainings, each cell at its own best {study.tuned}"
+
+
+def power_lines(study: Study, arguments: argparse.Namespace) -> Iterator[str]:
+    """Returns which differences a number of seeds shows, and how many a difference takes.
+
+    The spread is that of the finished runs, unless the command line states one.
+    """
+    spread, rows = {"a score": arguments.deviation}, []
+    for name in ("deviation", "difference"):
+        if (value := getattr(arguments, name)) is not None and not 0 < value < float("inf"):
+            raise ValueError(f"--{name} {value}: expected a number above 0")
+    if arguments.deviation is None:
+        study = at_best(study) if study.tuning else study
+        rows, _ = collect(study, not_begun(study.tasks), arguments.allow_confounded)
+        spread = deviations(claims(study, rows))
+    if not spread:
+        raise ValueError(
+            "no two cells have scores of three seeds, so the spread is not known: pass "
+            "--deviation, the standard deviation of a difference between seeds"
+        )
+    cells = max(len(study.cells) - 1, 1)
+    yield f"{cells} comparisons with {study.reference}. Found in 80 % of studies:"
+    yield aligned(power_table(spread, cells, TITLES))
+    for score, deviation in spread.items() if arguments.difference else ():
+        seeds = seeds_needed(arguments.difference, deviation, cells)
+        takes = "over 1,000 seeds" if seeds is None else f"{seeds} seeds"
+        said = f"{TITLES.get(score, score)}: a difference of {arguments.difference:g} takes {takes}"
+        widths = [row[f"{score} high"] - row[f"{score} low"] for row in rows if row.get(score)]
+        if widths:
+            tested = read_results(study.tasks[0].folder).quality["rows"]
+            asked = rows_needed(arguments.difference, tested, statistics.median(widths) / 2)
+            said += f", and between two single runs at most {asked:,} test rows (here {tested:,})"
+        yield said
 
 
 def tune(study: Study, arguments: argparse.Namespace) -> Study:
@@ -299,64 +341,6 @@ def write(
     written = ["study.md", "runs.csv", "summary.csv", *(["tuning.csv"] if tried else [])]
     written += [f"{plot}.png/.svg" for plot in plots]
     print(f"\nwritten to {out}: {', '.join(written)}")
-
-
-def heading(study: Study, unexplained: list[str], argv: list[str], runs: Path) -> list[str]:
-    """Returns the first lines of study.md: command, hardware, versions, data, axis and runs."""
-    command = shlex.join(word for word in argv if word != "--no_train")
-    ran = next((task for task in study.tasks if task.has_run()), None)
-    facts = about(read_run(ran.folder)) if ran else {}
-    lines = [f"# {study.name}", ""]
-    if unexplained:
-        lines += ["**CONFOUNDED**: the cells differ in more than the axis, in"]
-        lines += ["", *(f"- {line}" for line in unexplained), ""]
-    lines += ["```", f"python recipes/study.py {command}", "```", ""]
-    lines += [f"- {key}: {value}" for key, value in facts.items()]
-    return [*lines, f"- axis: {', '.join(study.axis)}", f"{RUNS_LINE}{runs}", ""]
-
-
-def tuning_lines(study: Study, tried: Sequence[Trial]) -> list[str]:
-    """Returns the table of what was tried, and how to read it."""
-    seed = study.tuning[0].fields.get("seed")
-    with_seed = "" if seed is None else f" with seed {seed}"
-    lines = [
-        f"## Which {study.tuned} is best for each cell?",
-        "",
-        f"Validation loss of each cell at each value{with_seed}; * marks the lowest, at which the "
-        "cell was then trained with every seed. A column compares the cells at one fixed value.",
-        "",
-    ]
-    return [*lines, *markdown(tuning_table(tried, study.tuned)), ""]
-
-
-def result_lines(
-    study: Study,
-    summary: list[dict[str, Any]],
-    changed: list[dict[str, Any]],
-    found: list[dict[str, Any]],
-) -> list[str]:
-    """Returns the tables of study.md, each with a line that says how to read it."""
-    known = f" Published: {study.published_as}." if study.published and study.published_as else ""
-    lines = [f"Median of the runs, lowest and highest in brackets.{known}", ""]
-    lines += [*markdown(summary_table(summary)), ""]
-    if changed:
-        lines += [
-            "Ratio of the figure with a technique to that without it, all else equal: median of "
-            "the pairs, lowest and highest in brackets. ↑ and ↓ mark changes of "
-            f"{COUNTS:.0%} or more.",
-            "",
-        ]
-        lines += [*markdown(effects_table(changed)), ""]
-    if found:
-        lines += [
-            f"Difference from {study.reference} over pairs of equal seed. p is after Holm over the "
-            "cells of a score, and the 95 % intervals in brackets are adjusted like it:",
-            "",
-        ]
-        lines += [*markdown(claims_table(found)), ""]
-        if least := least_found_line(found, TITLES):
-            lines += [least, ""]
-    return lines
 
 
 if __name__ == "__main__":

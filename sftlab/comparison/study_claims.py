@@ -5,16 +5,15 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from scipy.optimize import brentq
-from scipy.stats import nct, t
+from scipy.stats import t
 
 from sftlab.comparison.study_file import Study
+from sftlab.comparison.study_power import ALPHA, POWER, deviations, smallest_found
 from sftlab.comparison.study_summary import LESS_IS_BETTER
 from sftlab.evaluation.significance import add_holm
 
 # the least number of seeds that are tested
 SEEDS_FOR_A_CLAIM = 3
-ALPHA, POWER = 0.05, 0.8
 UNTESTED, ALIKE = "untested", "not distinguishable"
 
 
@@ -88,19 +87,13 @@ def _adjusted(one: Mapping[str, Any], cells: int) -> tuple[float | None, float |
 def _smallest_found(tested: Sequence[Mapping[str, Any]]) -> float | None:
     """Returns the difference that a test of these cells finds in 80 % of studies, None unknown.
 
-    It is of the first step of Holm's correction, with the root mean square of the deviations.
+    It is of the root mean square of the deviations.
     """
-    deviations = [one["deviation"] for one in tested if one["deviation"]]
-    if not deviations:
+    spread = deviations(tested)
+    if not spread:
         return None
-    seeds = min(one["seeds"] for one in tested)
-    edge = t.isf(ALPHA / len(tested) / 2, seeds - 1)
-
-    def lacks(shift: float) -> float:
-        return POWER - nct.sf(edge, seeds - 1, shift)
-
-    error = math.sqrt(sum(one**2 for one in deviations) / len(deviations) / seeds)
-    return float(brentq(lacks, 0.0, 10 * edge) * error)
+    (deviation,) = spread.values()
+    return smallest_found(deviation, min(one["seeds"] for one in tested), len(tested))
 
 
 def least_found_line(found: Sequence[Mapping[str, Any]], names: Mapping[str, str]) -> str:
