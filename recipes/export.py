@@ -113,6 +113,8 @@ def export(arguments: argparse.Namespace) -> None:
     Raises ValueError where it cannot be written or does not answer as the run.
     """
     folder, out = arguments.run, arguments.out
+    if out.resolve().is_relative_to(folder.resolve()):
+        raise ValueError(f"--out {out} is inside the run {folder}: give a folder beside it")
     run = finished_run(folder)
     recipe = run["recipe"]
     if arguments.to == "adapter" and not recipe["use_peft"]:

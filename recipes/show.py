@@ -42,6 +42,7 @@ from sftlab.script_options import Options
 
 # where rows are shown, a run directory is not needed
 NOWHERE = "--output_dir=runs/show"
+MOST_ROWS = 1_000_000_000
 
 
 def main(argv: list[str]) -> None:
@@ -90,8 +91,8 @@ def parsed(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     )
     parser.add_argument("--tokens", action="store_true", help="print a line a token")
     options, fields = parser.parse_known_args(argv)
-    if options.rows < 0 or options.look < 1:
-        raise ValueError("--rows must be at least 0, and --look at least 1")
+    if not (0 <= options.rows <= MOST_ROWS and 1 <= options.look <= MOST_ROWS):
+        raise ValueError(f"--rows must be from 0 to {MOST_ROWS:,}, and --look from 1 on")
     return options, fields
 
 

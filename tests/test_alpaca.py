@@ -211,6 +211,16 @@ def test_a_reference_with_other_instructions_is_refused(evaluate, tmp_path):
             ["--judge", "x", "--judge_url", "http://localhost:1/v1", "--judge_in_4bit"],
             "--judge_in_4bit is for a local",
         ),
+        *(
+            (["--judge", "x", "--judge_url", "http://localhost:1/v1", *flags], said)
+            for flags, said in (
+                (["--judge_timeout", "inf"], "--judge_timeout must be above 0 and at most"),
+                (["--judge_timeout", "nan"], "--judge_timeout must be above 0 and at most"),
+                (["--judge_context", "-5"], "--judge_context -5 leaves no room for a prompt"),
+                (["--judge_max_new_tokens", "0"], "--judge_max_new_tokens must be at least 1"),
+            )
+        ),
+        (["--judge", "x", "--judge_url", "localhost:8000"], "expected an address such as"),
     ],
 )
 def test_mistakes_are_one_sentence(alpaca, run, reference, monkeypatch, flags, message):

@@ -152,6 +152,13 @@ def test_an_export_replaces_nothing(exported, tmp_path):
         exported("merged")
 
 
+def test_an_export_goes_beside_its_run(script, finished):
+    out = finished[0] / "adapter" / "export"
+    with pytest.raises(SystemExit, match="is inside the run"):
+        script.main(["--run", str(finished[0]), "--to", "adapter", "--out", str(out)])
+    assert not out.exists()
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [

@@ -92,3 +92,9 @@ def test_a_run_says_before_its_first_step_what_is_wrong_with_its_rows(fields, tm
     assert done.returncode == 0, done.stderr
     assert "39 of the first 40 training rows have the prompt of an earlier row" in done.stdout
     assert "40 of the first 40 training rows lose their end token" in done.stdout
+
+
+@pytest.mark.parametrize("words", [("--rows", "-1"), ("--look", "0"), ("--look", "1" + "0" * 30)])
+def test_numbers_of_rows_that_mean_nothing_are_refused(show, words):
+    with pytest.raises(ValueError, match="--rows must be from 0 to 1,000,000,000"):
+        show.main(list(words))

@@ -121,6 +121,8 @@ def select(
     are cut as the training cut them.
     Raises ValueError where there is none.
     """
+    if longest_prompt < 1:
+        raise ValueError("--max_new_tokens leaves the model no room for a prompt: give fewer")
     test = dataset.rows.select(range(min(samples or len(dataset.rows), len(dataset.rows))))
     encoder = encoder_of(tokenizer, shortcut=False)
     chosen, cut, no_room, no_response, documents = [], 0, 0, 0, 0

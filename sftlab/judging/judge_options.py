@@ -8,6 +8,9 @@ from sftlab.judging.judge_formats import JudgeFormat, load_format
 from sftlab.judging.judges import Judge, LocalJudge
 from sftlab.judging.server_judge import ServerJudge
 
+# for one judgement: a day
+LONGEST_TIMEOUT_S = 86_400
+
 
 def add_evaluation_flags(
     parser: argparse.ArgumentParser,
@@ -75,16 +78,10 @@ def judge_from(arguments: argparse.Namespace) -> tuple[Judge, JudgeFormat]:
         arguments.judge_format or ("prometheus" if "prometheus" in name.lower() else "fastchat")
     )
     new_tokens = arguments.judge_max_new_tokens
+    if new_tokens < 1:
+        raise ValueError(f"--judge_max_new_tokens must be at least 1, got {new_tokens}")
     if arguments.judge_url:
-        if arguments.judge_in_4bit:
-            raise ValueError(
-                "--judge_in_4bit is for a local judge, and --judge_url names a server: leave one "
-                "of them out"
-            )
-        if arguments.judge_timeout <= 0:
-            raise ValueError(f"--judge_timeout must be above 0 s, got {arguments.judge_timeout:g}")
-        context, timeout = arguments.judge_context, arguments.judge_timeout
-        return ServerJudge(name, arguments.judge_url, new_tokens, context, timeout), style
+        return _server_judge(arguments), style
     if arguments.judge_context:
         raise ValueError(
             "--judge_context is for a server: give --judge_url too, or leave it out (a local "
@@ -92,3 +89,28 @@ def judge_from(arguments: argparse.Namespace) -> tuple[Judge, JudgeFormat]:
         )
     size = arguments.judge_batch_size
     return LocalJudge(name, new_tokens, arguments.judge_in_4bit, size), style
+
+
+def _server_judge(arguments: argparse.Namespace) -> ServerJudge:
+    """Returns the judge behind --judge_url. Raises ValueError for options that it cannot have."""
+    url, new_tokens = arguments.judge_url, arguments.judge_max_new_tokens
+    context, timeout = arguments.judge_context, arguments.judge_timeout
+    if arguments.judge_in_4bit:
+        raise ValueError(
+            "--judge_in_4bit is for a local judge, and --judge_url names a server: leave one of "
+            "them out"
+        )
+    if not url.startswith(("http://", "https://")):
+        raise ValueError(
+            f"--judge_url is {url!r}: expected an address such as http://localhost:8000/v1"
+        )
+    if context is not None and context <= new_tokens:
+        raise ValueError(
+            f"--judge_context {context} leaves no room for a prompt: it must be above "
+            f"--judge_max_new_tokens {new_tokens}"
+        )
+    if not 0 < timeout <= LONGEST_TIMEOUT_S:
+        raise ValueError(
+            f"--judge_timeout must be above 0 and at most {LONGEST_TIMEOUT_S:,} s, got {timeout:g}"
+        )
+    return ServerJudge(arguments.judge, url, new_tokens, context, timeout)
