@@ -35,8 +35,8 @@ from sftlab.script_options import Options
 from sftlab.tables import aligned, read_csv, write_csv
 
 CACHES = {"with": True, "without": False}
-# Seconds of the published study of Llama-3.2-1B on a P100, by cache, batch, prompt and output;
-# peaks did not differ by cache there.
+# Seconds of the published techniques study (docs/studies.md) on a P100, by cache, batch, prompt and
+# output; peaks did not differ by cache there.
 PUBLISHED = {
     ("with", 1, 256, 32): 4.54,
     ("without", 1, 256, 32): 11.61,
@@ -176,7 +176,7 @@ def generate(model: PreTrainedModel, ids: torch.Tensor, output: int, cache: bool
 
 
 def published_of(model: PreTrainedModel) -> bool:
-    """Returns whether the model has the shape of the published study."""
+    """Returns whether the model has the shape of the published techniques study."""
     return all(
         getattr(model.config, name) == value
         for name, value in MODEL_SHAPES["llama3.2-1b"].items()
