@@ -3,11 +3,12 @@
 # make test    the tests (no hub, no GPU, no network)
 # make test-long   the demo from nothing, the page in a browser, real data, kills: tests that take long (10 minutes)
 # make test-cluster   every ending of a job on a real Slurm, started here (Debian's slurm-wlm; 4 minutes)
+# make test-vllm      a run served by a real vLLM, whose program SFTLAB_VLLM names (some minutes)
 # make test-faults    trainings killed at random moments and every file of a checkpoint broken (half an hour)
 # make test-fuzz      2,400 broken inputs, read by the real scripts (half an hour)
 # make lint    ruff: lint and format
 # make setup   the virtual environment alone
-.PHONY: demo results test test-long test-cluster test-faults test-fuzz lint setup clean
+.PHONY: demo results test test-long test-cluster test-vllm test-faults test-fuzz lint setup clean
 
 # Spinning OpenMP threads stall one another where the cores are shared.
 export OMP_WAIT_POLICY ?= PASSIVE
@@ -64,6 +65,9 @@ test-long: $(STAMP)
 
 test-cluster: $(STAMP)
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m cluster
+
+test-vllm: $(STAMP)
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m vllm
 
 test-faults: $(STAMP)
 	HF_HUB_OFFLINE=1 $(BIN)/python tests/faults/campaign.py

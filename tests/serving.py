@@ -110,12 +110,16 @@ def heed_ctrl_c() -> None:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
 @contextlib.contextmanager
 def serve(folder: Path, *arguments: str, slow: bool = False):
     """`python app/app.py ARGUMENTS` on a free port; ends it as Ctrl-C does, which must be clean."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     (folder / "slow.py").write_text(SLOW)
     script = [*([str(folder / "slow.py")] if slow else []), str(ROOT / "app" / "app.py")]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}

@@ -16,6 +16,8 @@ from sftlab.schema import read_object
 
 # the ranks that vLLM takes as --max-lora-rank; an adapter's may be lower
 VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
+# beginnings (init_lora_weights) after which the base model's weights are as they were
+_PLAIN_STARTS = ("gaussian", "eva", "orthogonal", "mica", "lora_ga")
 _WEIGHTS, _CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
 
@@ -29,7 +31,7 @@ def merge(
 
     Raises ValueError where a merged weight is not finite.
     """
-    generation = _generation_config(inner_model(model).generation_config, tokenizer, ends)
+    generation = generation_config(inner_model(model).generation_config, tokenizer, ends)
     merged = model.to(getattr(torch, dtype))
     if isinstance(merged, PeftModel):
         merged = merged.merge_and_unload(safe_merge=True)
@@ -58,7 +60,7 @@ def write_adapter(
     tokenizer.save_pretrained(out)
     ends = end_ids(model, tokenizer)
     inner = inner_model(model).generation_config
-    _generation_config(inner, tokenizer, ends).save_pretrained(out)
+    generation_config(inner, tokenizer, ends).save_pretrained(out)
 
 
 def end_ids(model: PeftModel | PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -67,7 +69,7 @@ def end_ids(model: PeftModel | PreTrainedModel, tokenizer: PreTrainedTokenizerBa
     return end_of_turn(tokenizer, own).end_tokens
 
 
-def _generation_config(
+def generation_config(
     own: GenerationConfig, tokenizer: PreTrainedTokenizerBase, ends: list[int]
 ) -> GenerationConfig:
     """Returns the base model's generation config with the end tokens of the template."""
@@ -88,9 +90,14 @@ def refuse_for_vllm(adapter: Path) -> int:
         "target_parameters": "it adapts parameters of experts (target_parameters)",
         "layer_replication": "it replicates layers",
         "alora_invocation_tokens": "it is an activated LoRA",
+        "lora_bias": "it has biases (lora_bias)",
+        "use_qalora": "it is QALoRA",
     }
     found = [why for name, why in reasons.items() if config.get(name)]
-    found += ["it has biases (lora_bias)"] * (config.get("bias", "none") != "none")
+    found += ["it has biases (bias)"] * (config.get("bias", "none") != "none")
+    start = config.get("init_lora_weights")
+    if isinstance(start, str) and start.lower() not in _PLAIN_STARTS:
+        found.append(f"its start changed the base model's weights (init_lora_weights {start})")
     ranks = [config["r"], *(config.get("rank_pattern") or {}).values()]
     if max(ranks) > VLLM_RANKS[-1]:
         found.append(f"its rank is {max(ranks)}, and vLLM takes up to {VLLM_RANKS[-1]}")
