@@ -250,7 +250,7 @@ def test_a_recipe_says_what_its_name_says(path, monkeypatch):
     parse_recipe(["--config", str(path), *(own if path.parent.name == "own" else [])], launch)
 
 
-THREE = ("own", "qwen3-1.7b", "gemma3-1b", "smollm2-1.7b")
+THREE = ("own", "qwen3-1.7b", "gemma3-1b", "smollm2-1.7b", "smollm2-135m")
 
 
 @pytest.mark.parametrize("folder", ["demo", "llama3.2-1b", "llama2-7b", *THREE])

@@ -158,9 +158,10 @@ def test_what_cannot_be_compared_is_refused_before_anything_runs(
 def test_the_studies_are_commands_of_cells_equal_but_for_their_axis(path, capsys):
     SCRIPT.main([str(ROOT / "recipes" / "studies" / path), "--dry-run"])
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) >= 9 and len(set(lines)) == len(lines)
+    commands = [line for line in lines if not line.startswith("# then ")]
+    assert len(commands) >= 9 and len(set(commands)) == len(commands)
     assert all(
-        line.startswith("accelerate launch --config_file accelerate_configs/") for line in lines
+        line.startswith("accelerate launch --config_file accelerate_configs/") for line in commands
     )
 
 

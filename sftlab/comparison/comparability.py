@@ -56,7 +56,7 @@ FOLLOWS = {
         ("lora_modules_to_save", *PARAMETER_FIELDS, "model_init_kwargs"), "trainable_parameters"
     ),
     **dict.fromkeys(("lora_alpha", *SCALE_FIELDS), "lora_scale"),
-    "use_peft": "lora_* trainable_parameters *_dtypes gradients_reduced_in fused_loss",
+    "use_peft": "lora_* dtype trainable_parameters *_dtypes gradients_reduced_in fused_loss",
     **dict.fromkeys(("load_in_4bit", "load_in_8bit"), _QUANTIZED),
     "dtype": "frozen_dtypes",
     **dict.fromkeys(("per_device_train_batch_size", "gradient_accumulation_steps"), _BATCH),
