@@ -48,6 +48,7 @@ from sftlab.data.samplers import refuse_few_rows
 from sftlab.data.splits import Splits, load_splits
 from sftlab.data.template_facts import template_facts
 from sftlab.data.tokenized_dataset import refuse_other_encoding
+from sftlab.exit_messages import short
 from sftlab.fastpath.kernel_warmup import start_compilers
 from sftlab.fastpath.selection import FastPath, choose
 from sftlab.measurement.hardware_limit import measure_mfu
@@ -88,14 +89,14 @@ def main(argv: list[str]) -> None:
             compute_deterministically()
         run, start = look(recipe, launch, rank)
     except ValueError as error:
-        sys.exit(f"error: {error}" if rank == 0 else 2)
+        sys.exit(short(f"error: {error}") if rank == 0 else 2)
     with recorded_end(run, rank):
         stop = StopOnSignal()
         try:
             trainer, splits = prepare(recipe, launch, run, start, stop)
         except ValueError as error:
             run.fail(f"{error}", rank)
-            sys.exit(f"error: {error}" if rank == 0 else 2)
+            sys.exit(short(f"error: {error}") if rank == 0 else 2)
         facts = train(trainer, recipe, run, start, stop, splits)
         finish(trainer, run, facts)
 

@@ -21,6 +21,8 @@ from pathlib import Path
 from sftlab.paths import ROOT
 
 CTRL_C = 130
+# characters of a last line
+LONGEST = 1200
 # what the libraries raise where this machine or installation cannot do what was asked for
 _CANNOT = (OSError, ImportError, NotImplementedError)
 
@@ -28,6 +30,13 @@ _CANNOT = (OSError, ImportError, NotImplementedError)
 def first_line(error: BaseException) -> str:
     """Returns the first line of what an error says, or its kind where it says nothing."""
     return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def short(text: str) -> str:
+    """Returns a message without the middle of what is too long to read, such as a value."""
+    if len(text) <= LONGEST:
+        return text
+    return f"{text[: LONGEST - 300]} ... {text[-250:]}"
 
 
 @contextmanager
@@ -43,7 +52,7 @@ def mistakes_in_one_line(*others: type[Exception]) -> Iterator[None]:
         sys.exit(CTRL_C)
     except (ValueError, *others) as error:
         _print_if_asked(error)
-        sys.exit(f"error: {error}")
+        sys.exit(short(f"error: {error}"))
     except Exception as error:
         sys.exit(last_line(error))
 
@@ -64,7 +73,7 @@ def last_line(error: Exception, keep: Path | None = None) -> str:
     if isinstance(error, OSError) and error.filename and error.strerror:
         return f"error: {error.filename}: {error.strerror}"
     if isinstance(error, _CANNOT) or _is_ours(error):
-        return f"error: {said}"
+        return short(f"error: {said}")
     path = _kept(error, keep)
     return (
         f"internal error: {type(error).__name__}: {said[:300]} (a fault of this program; the "

@@ -4,6 +4,7 @@ An error names the file, the key, what was found and what was expected.
 """
 
 import json
+import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -32,6 +33,7 @@ COUNT = Kind(
     lambda value: isinstance(value, int) and not isinstance(value, bool) and value >= 0,
 )
 NUMBER = Kind("a number", _is_number)
+FINITE = Kind("a finite number", lambda value: _is_number(value) and math.isfinite(value))
 DURATION = Kind("a number of 0 or more", lambda value: _is_number(value) and 0 <= value < 1e15)
 BOOLEAN = Kind("true or false", lambda value: isinstance(value, bool))
 OBJECT = Kind("an object", lambda value: isinstance(value, dict))
@@ -75,7 +77,7 @@ def read_object(path: Path) -> dict[str, Any]:
     if not content.strip(b" \t\r\n\0"):
         raise ValueError(f"{path} cannot be read: it is empty, expected a JSON object")
     try:
-        found = json.loads(content.decode("utf-8"))
+        found = json.loads(content.decode("utf-8"), object_pairs_hook=once)
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} cannot be read: it is not text (byte {error.start:,})") from error
     except json.JSONDecodeError as error:
@@ -87,6 +89,16 @@ def read_object(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path} cannot be read: it is not JSON ({error})") from error
     if not isinstance(found, dict):
         raise ValueError(f"{path} holds {shown(found)}, expected a JSON object")
+    return found
+
+
+def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Returns a JSON object of these keys and values. Raises ValueError for a key that is twice."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"the key {twice!r} stands there twice")
     return found
 
 

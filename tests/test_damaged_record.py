@@ -46,6 +46,28 @@ DAMAGED = {
     "a finish that is no time": (with_(finished=5), "finished is 5, expected a text or null"),
     "a host alone": (with_(host_pid=["here"]), "host_pid is .*, expected a host and a process id"),
     "losses": (with_(losses=[[1, "low"]]), "losses is .*, expected a list, each a step and a loss"),
+    "a key twice": (
+        lambda path: path.write_text('{"status": "failed", "status": "succeeded"}'),
+        "the key 'status' stands there twice",
+    ),
+    "a speed that is none": (
+        with_(measured={"tokens_per_s": float("nan")}),
+        "measured.tokens_per_s is NaN, expected a finite number",
+    ),
+    "memory of a rank": (
+        with_(measured={"peak_memory": [{"resident_gb": "much"}]}),
+        "measured.peak_memory is .*, expected a list of objects, each with resident_gb",
+    ),
+    "memory of a step": (
+        with_(measured={"peak_memory": [{"resident_gb": 1, "step": {"peak_gb": []}}]}),
+        "measured.peak_memory is ",
+    ),
+    "collectives": (
+        with_(measured={"collectives": {"all_reduce": 5}}),
+        "measured.collectives is .*, expected an object of calls and mb",
+    ),
+    "hardware": (with_(hardware={"gpu": [1]}), "hardware is .*, expected an object of texts"),
+    "versions": (with_(versions={"torch": {}}), "versions is .*, expected an object of texts"),
     "a folder": (lambda path: (path.unlink(), path.mkdir()), "cannot be read: it is a folder"),
     "a pipe": (lambda path: (path.unlink(), os.mkfifo(path)), "cannot be read: it is a pipe"),
     "a link to nothing": (lambda path: (path.unlink(), path.symlink_to("x")), "No such file"),

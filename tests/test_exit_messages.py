@@ -65,3 +65,10 @@ def test_every_script_ends_in_one_sentence():
     # a worker's traceback is read by the process that started it
     mains = [p for p in scripts if "\n    main(" in p.read_text() and "worker" not in p.name]
     assert not [p.name for p in mains], "main() belongs under mistakes_in_one_line()"
+
+
+def test_a_message_with_a_long_value_keeps_its_beginning_and_its_end():
+    with pytest.raises(SystemExit) as ended, mistakes_in_one_line():
+        raise ValueError(f"{'x' * 5000} is no folder")
+    said = str(ended.value)
+    assert said.startswith("error: xxx") and said.endswith("is no folder") and len(said) < 1300

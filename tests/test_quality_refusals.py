@@ -56,6 +56,12 @@ def spoil_template(run, tmp_path):
     path.write_text(path.read_text() + " ")
 
 
+def change_template(run, **facts):
+    record = read(run)
+    record["template"] |= facts
+    (run / "run.json").write_text(json.dumps(record))
+
+
 def without_data(run, tmp_path):
     record = read(run)
     del record["data"]
@@ -67,7 +73,27 @@ BAD_RUNS = [
     (
         lambda run, _: change_run(run, dataset_fraction="all"),
         (),
-        'recipe.dataset_fraction is "all", expected a number',
+        'recipe.dataset_fraction is "all", expected a share above 0',
+    ),
+    (
+        lambda run, _: change_run(run, dataset_fraction=float("nan")),
+        (),
+        "recipe.dataset_fraction is NaN, expected a share above 0",
+    ),
+    (
+        lambda run, _: change_run(run, split_fractions=[1, 0]),
+        (),
+        "recipe.split_fractions is [1, 0], expected three shares from 0 to 1",
+    ),
+    (
+        lambda run, _: change_run(run, truncation_mode="sideways"),
+        (),
+        'recipe.truncation_mode is "sideways", expected one of keep_start, keep_end',
+    ),
+    (
+        lambda run, _: change_template(run, day="9999-99-99"),
+        (),
+        'template.day is "9999-99-99", expected a day such as',
     ),
     (spoil_status, (), "did not succeed (status interrupted: signal 15 at step 3 of 6)"),
     (spoil_data, (), "has changed since the run"),
@@ -92,6 +118,7 @@ BAD_RUNS = [
     (lambda run, _: change_adapter(run, lambda n, t: t * float("nan")), (), "tuned model, row"),
     (lambda run, _: None, ("--max_new_tokens", "0"), "max_new_tokens must be at least 1"),
     (lambda run, _: None, ("--max_new_tokens", "500"), "no room for an answer"),
+    (lambda run, _: None, ("--max_new_tokens", "5000"), "leaves the model no room for a prompt"),
     (lambda run, _: None, ("--bleu_tokenize", "13b"), "unknown to sacrebleu"),
     (lambda run, _: None, ("--samples", "-1"), "--samples must be 0 (all) or more"),
     (lambda run, _: None, ("--batch_size", "0"), "--batch_size at least 1"),

@@ -178,7 +178,7 @@ def _memory_figures(peaks: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     }
     steps = [peak["step"] for peak in peaks if "step" in peak]
     for part in STEP_PARTS:
-        row[f"step_{part}_gb"] = max((step[f"{part}_gb"] for step in steps), default=None)
+        row[f"step_{part}_gb"] = max((step.get(f"{part}_gb", 0) for step in steps), default=None)
     return row
 
 

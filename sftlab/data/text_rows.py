@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 from datasets import Dataset, Features, IterableDataset, Value
 
 from sftlab.data.data_files import data_suffix, file_kind, open_text
+from sftlab.schema import once
 
 # the column of a row that is still JSON
 JSON_ROW = "row as JSON"
@@ -162,21 +163,12 @@ def parse_row(text: str, numbers_as_text: bool = False) -> dict[str, Any]:
     """
     try:
         number = str if numbers_as_text else None
-        row = json.loads(text, object_pairs_hook=_once, parse_int=number, parse_float=number)
+        row = json.loads(text, object_pairs_hook=once, parse_int=number, parse_float=number)
     except RecursionError as error:
         raise ValueError("its JSON is nested too deeply") from error
     if not isinstance(row, dict):
         raise ValueError(f"expected an object of columns, got {text!r:.60}")
     return row
-
-
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"the key {twice!r} stands there twice")
-    return found
 
 
 def columns_of(rows: Dataset | IterableDataset) -> list[str] | None:

@@ -2,11 +2,11 @@
 
 import argparse
 import os
-import re
 import signal
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
+from datetime import date
 from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
@@ -47,10 +47,16 @@ _NEEDED = {
     "recipe.model_init_kwargs": OBJECT.or_null(),
     "template.hash": TEXT,
 }
-DAY = Kind(
-    "a day such as 2026-01-31",
-    lambda value: isinstance(value, str) and re.fullmatch(r"\d{4}-\d\d-\d\d", value) is not None,
-)
+
+
+def _is_day(value: object) -> bool:
+    try:
+        return isinstance(value, str) and date.fromisoformat(value).isoformat() == value
+    except ValueError:
+        return False
+
+
+DAY = Kind("a day such as 2026-01-31", _is_day)
 
 
 def add_trust_flag(parser: argparse.ArgumentParser) -> None:

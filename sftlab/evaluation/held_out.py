@@ -14,22 +14,31 @@ from sftlab.data.splits import Splits, load_splits
 from sftlab.data.template_errors import TEMPLATE_ERRORS, is_of_template, rendering_limit
 from sftlab.data.token_sequence import TokenSequence, labels_of
 from sftlab.exit_messages import first_line
-from sftlab.schema import BOOLEAN, COUNT, NUMBER, TEXT, check, list_of
+from sftlab.schema import BOOLEAN, COUNT, NUMBER, TEXT, Kind, check, list_of, one_of
 
 # what reading the run's data again takes from run.json
+_SHARE = Kind("a share above 0, up to 1", lambda value: NUMBER.holds(value) and 0 < value <= 1)
+_SHARES = Kind(
+    "three shares from 0 to 1",
+    lambda value: (
+        list_of(NUMBER).holds(value) and len(value) == 3 and all(0 <= one <= 1 for one in value)
+    ),
+)
 _NEEDED = {
     "recipe.dataset_name": TEXT,
     "recipe.dataset_config": TEXT.or_null(),
     "recipe.dataset_train_split": TEXT,
     "recipe.dataset_streaming": BOOLEAN,
     "recipe.dataset_shape": TEXT.or_null(),
-    "recipe.dataset_fraction": NUMBER,
-    "recipe.split_fractions": list_of(NUMBER),
+    "recipe.dataset_fraction": _SHARE,
+    "recipe.split_fractions": _SHARES,
     "recipe.streaming_eval_rows": COUNT,
     "recipe.max_length": COUNT.or_null(),
     "data.train.fingerprint": TEXT,
     "data.test.fingerprint": TEXT,
 }
+# runs of earlier versions cut at the end
+_OPTIONAL = {"recipe.truncation_mode": one_of("keep_start", "keep_end")}
 
 
 class HeldOut(NamedTuple):
@@ -69,7 +78,7 @@ def held_out(
     The run's data are read and split again. Raises ValueError where they have changed since, where
     there is no test split, and where a question was among the training or validation rows.
     """
-    check(run, "run.json", _NEEDED)
+    check(run, "run.json", _NEEDED, _OPTIONAL)
     recipe = run["recipe"]
     splits = _load(recipe)
     for name in ("test", "train"):

@@ -7,6 +7,7 @@ from typing import Any
 from sftlab.schema import (
     BOOLEAN,
     COUNT,
+    FINITE,
     NUMBER,
     OBJECT,
     OBJECTS,
@@ -20,6 +21,17 @@ from sftlab.schema import (
 
 RECORD = "run.json"
 STATUSES = ("running", "succeeded", "failed", "interrupted")
+
+
+def _is_peak(rank: dict[str, Any]) -> bool:
+    kinds = ("allocated_gb", "reserved_gb") if "allocated_gb" in rank else ("resident_gb",)
+    step = rank.get("step", {})
+    return not rank or (
+        all(FINITE.holds(rank.get(kind)) for kind in kinds)
+        and isinstance(step, dict)
+        and all(map(FINITE.holds, step.values()))
+    )
+
 
 _STEP_AND_LOSS = Kind(
     "a step and a loss",
@@ -42,6 +54,28 @@ _HOST_AND_PROCESS = Kind(
 _TEXT_OR_TEXTS = Kind(
     "a text or a list of texts", lambda value: TEXT.holds(value) or list_of(TEXT).holds(value)
 )
+_WORDS = Kind(
+    "an object of texts and numbers",
+    lambda value: (
+        isinstance(value, dict)
+        and all(one is None or isinstance(one, str | int | float) for one in value.values())
+    ),
+)
+# of a rank: a GPU's memory, or a CPU's
+_PEAKS = Kind(
+    "a list of objects, each with resident_gb, or allocated_gb and reserved_gb",
+    lambda value: OBJECTS.holds(value) and all(map(_is_peak, value)),
+)
+_COLLECTIVES = Kind(
+    "an object of calls and mb for each kind",
+    lambda value: (
+        isinstance(value, dict)
+        and all(
+            isinstance(one, dict) and all(FINITE.holds(one.get(name)) for name in ("calls", "mb"))
+            for one in value.values()
+        )
+    ),
+)
 _REQUIRED = {"status": one_of(*STATUSES), "recipe": OBJECT, "launch": OBJECT}
 _REQUIRED_OF_SUCCEEDED = {"recipe.model_name_or_path": TEXT, "template.hash": TEXT}
 _OPTIONAL = {
@@ -51,9 +85,9 @@ _OPTIONAL = {
     "finished": TEXT.or_null(),
     "interruptions": OBJECTS,
     "host_pid": _HOST_AND_PROCESS.or_null(),
-    "versions": OBJECT,
+    "versions": _WORDS,
     "git_commit": TEXT.or_null(),
-    "hardware": OBJECT,
+    "hardware": _WORDS,
     "recipe.model_name_or_path": TEXT,
     "recipe.model_revision": TEXT.or_null(),
     "recipe.dataset_name": TEXT.or_null(),
@@ -76,13 +110,20 @@ _OPTIONAL = {
     "ran": OBJECT.or_null(),
     "measured": OBJECT.or_null(),
     **{
-        f"measured.{name}": NUMBER.or_null()
+        f"measured.{name}": FINITE.or_null()
         for name in (
-            *("tokens_per_s", "rows_per_s", "share_of_limit", "train_loss", "train_seconds"),
-            *("validation_loss", "validation_perplexity", "global_step", "step_time_s"),
+            *("tokens_per_s", "rows_per_s", "share_of_limit", "train_seconds"),
+            *("global_step", "step_time_s"),
         )
     },
-    "measured.peak_memory": OBJECTS,
+    # a training that diverged has no finite ones
+    **{
+        f"measured.{name}": NUMBER.or_null()
+        for name in ("train_loss", "validation_loss", "validation_perplexity")
+    },
+    "measured.peak_memory": _PEAKS,
+    "measured.collectives": _COLLECTIVES.or_null(),
+    "ran.lora_scale": list_of(NUMBER),
     "losses": list_of(_STEP_AND_LOSS),
 }
 
