@@ -21,6 +21,7 @@ import torch
 from peft import AutoPeftModelForCausalLM
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
+from sftlab.comparison.result_files import check_differences, read_quality
 from sftlab.evaluation.base_and_tuned import (
     add_trust_flag,
     evaluation_errors,
@@ -55,7 +56,6 @@ from sftlab.files import write_json
 from sftlab.models.likelihood import with_fused_head
 from sftlab.models.loading import read_config
 from sftlab.runs.run_directory import adapter_hash
-from sftlab.schema import read_object
 from sftlab.script_options import Options
 
 VERIFIED = "verified.json"
@@ -191,8 +191,11 @@ def verify_server(arguments: argparse.Namespace) -> None:
 def quality_of(folder: Path) -> dict[str, Any]:
     """Returns quality.json of the run's adapter as it is now, {} without one."""
     path = folder / "eval" / "quality.json"
-    found = read_object(path) if path.is_file() else {}
-    return found if found.get("adapter_hash") == adapter_hash(folder) else {}
+    found = read_quality(path)
+    if found.get("adapter_hash") != adapter_hash(folder):
+        return {}
+    check_differences(path, found)
+    return found
 
 
 def serving(kind: str, out: Path, base: str, rank: int | None) -> str:

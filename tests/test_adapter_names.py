@@ -84,3 +84,15 @@ def test_a_mamba_mixers_output_is_refused_with_the_names_to_give(targets):
         ALONE,
         False,
     )
+
+
+@pytest.mark.parametrize(
+    "spoilt",
+    [{"vocab_size": 5, "pad_token_id": 9}, {"rope_parameters": {"rope_type": "none such"}}],
+)
+def test_a_config_that_makes_no_model_is_one_sentence(spoilt):
+    config = LlamaConfig(**CONFIG)
+    for name, value in spoilt.items():
+        setattr(config, name, value)
+    with pytest.raises(ValueError, match=r"config\.json of the base model .* makes no model \("):
+        check_adapter_names(ModelArguments(use_peft=True), config, ALONE, False)

@@ -152,6 +152,18 @@ def test_an_export_replaces_nothing(exported, tmp_path):
         exported("merged")
 
 
+@pytest.mark.parametrize("scores", ["many", {"bleu": 5}, {"bleu": None}])
+def test_a_damaged_evaluation_is_named_before_a_model_card_shows_it(
+    script, scores, tmp_path, monkeypatch
+):
+    (tmp_path / "eval").mkdir()
+    monkeypatch.setattr(script, "adapter_hash", lambda folder: "a")
+    found = {"adapter_hash": "a", "scores": scores}
+    (tmp_path / "eval" / "quality.json").write_text(json.dumps(found))
+    with pytest.raises(ValueError, match=r"quality\.json"):
+        script.quality_of(tmp_path)
+
+
 def test_an_export_goes_beside_its_run(script, finished):
     out = finished[0] / "adapter" / "export"
     with pytest.raises(SystemExit, match="is inside the run"):

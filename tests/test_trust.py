@@ -128,6 +128,12 @@ def test_a_recipe_file_cannot_give_trust(sft, tmp_path, base):
         ("r", "16"),
         ("lora_alpha", float("nan")),
         ("corda_config", "x" * 5000),
+        ("lora_alpha", 1e30),
+        ("lora_dropout", -1),
+        ("target_modules", "("),
+        ("modules_to_save", [5]),
+        ("rank_pattern", {"q_proj": "x"}),
+        ("alpha_pattern", {"q_proj": float("nan")}),
     ],
 )
 def test_an_adapters_config_may_not_hold_more_than_sft_writes(own, key, value):

@@ -31,6 +31,7 @@ def _is_estimate(value: Any) -> bool:
     )
 
 
+_ESTIMATE = Kind("a value and an interval_95", _is_estimate)
 _SCORE = Kind(
     "base and tuned, each with value and interval_95",
     lambda value: isinstance(value, dict) and all(_is_estimate(value.get(x)) for x in SIDES),
@@ -69,6 +70,15 @@ def read_quality(path: Path) -> dict[str, Any]:
     if quality:
         check(quality, str(path), _QUALITY, _OF_QUALITY)
     return quality
+
+
+def check_differences(path: Path, quality: dict[str, Any]) -> None:
+    """Raise ValueError where scores of quality.json lack what a model card shows of them."""
+    for name in NAMES:
+        if score := quality["scores"].get(name):
+            where = f"{path}, scores.{name}"
+            check(score, where, {"difference": _ESTIMATE, "p_value": NUMBER.or_null()})
+    check(quality, str(path), {"held_out.dataset": TEXT})
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:

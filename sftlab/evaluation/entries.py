@@ -17,8 +17,9 @@ def read_entries(path: Path, keys: Sequence[str]) -> list[dict[str, Any]]:
     entries = read_object(path).get("entries")
     whole = isinstance(entries, list) and all(isinstance(one, dict) for one in entries)
     if not whole or not all(key in one for one in entries for key in keys):
+        holding = f" with {', '.join(keys)}" if keys else ""
         raise ValueError(
-            f"{path}, entries: expected a list of objects with {', '.join(keys)}; move the file "
-            "aside, and the evaluation writes a new one"
+            f"{path}, entries: expected a list of objects{holding}; move the file aside, and the "
+            "evaluation writes a new one"
         )
     return entries

@@ -14,11 +14,14 @@ from transformers.pytorch_utils import Conv1D
 
 from sftlab.config.launch import Launch
 from sftlab.config.recipe import ModelArguments
+from sftlab.exit_messages import first_line
 
 _ADAPTED = (nn.Linear, Conv1D)
 # peft/tuners/tuners_utils.py, _check_lora_target_modules_mamba
 _MIXERS = ("falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h")
 _MIXER_OUTPUTS = ("conv1d", "out_proj")
+# what transformers raises for values of a config that contradict each other
+_UNBUILT = (AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 _TIED = ("embed_tokens", "lm_head", "wte", "embed_in", "embed_out")
 
 
@@ -29,8 +32,7 @@ def check_adapter_names(
 
     Only the model's config is used; no weights are loaded.
     """
-    with torch.device("meta"):
-        built = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    built = _built(config, trust_remote_code)
     linear = [name for name, one in built.named_modules() if isinstance(one, _ADAPTED)]
     adapted = [name for name in linear if name != "lm_head"]
     _check_targets(model.lora_target_modules, adapted, type(built).__name__)
@@ -41,6 +43,19 @@ def check_adapter_names(
     _check_each("lora_target_parameters", model.lora_target_parameters, parameters, built)
     if model.lora_modules_to_save:
         _check_saved(model, model.lora_modules_to_save, config, launch)
+
+
+def _built(config: PreTrainedConfig, trust_remote_code: bool) -> nn.Module:
+    """Returns the model without weights. Raises ValueError for a config that makes no model."""
+    try:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    except _UNBUILT as error:
+        said = f"{type(error).__name__}: {first_line(error)}"
+        raise ValueError(
+            f"config.json of the base model {config.name_or_path} makes no model ({said}): compare "
+            "it with the one that the model was published with"
+        ) from error
 
 
 def refuse_mixer_outputs(

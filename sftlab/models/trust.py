@@ -5,15 +5,17 @@ come before anything is handed to transformers or peft, and name file and key.
 """
 
 import dataclasses
-import math
+import re
 from pathlib import Path
 from typing import Any
 
 from peft import LoraConfig
 
-from sftlab.schema import read_object, shown
+from sftlab.schema import TEXT, list_of, read_object, shown
 
 FLAG = "--trust_remote_code"
+MOST_ALPHA = 1_000_000
+TEXTS = list_of(TEXT)
 # Keys of adapter_config.json that may hold values. Every other key of peft's LoraConfig must be
 # empty: some name modules to import or other adapters, others change the base model.
 _ADAPTER_KEYS = frozenset(
@@ -136,6 +138,7 @@ def check_adapter(folder: Path) -> dict[str, Any]:
             f"{path}, task_type: got {shown(config['task_type'])}, expected 'CAUSAL_LM'"
         )
     _check_numbers(path, config)
+    _check_names(path, config)
     if config.get("init_lora_weights", True) not in (True, False, "gaussian"):
         raise ValueError(
             f"{path}, init_lora_weights: got {shown(config['init_lora_weights'])}, expected true "
@@ -156,10 +159,39 @@ def _of_transformers(mapping: object) -> bool:
 
 def _check_numbers(path: Path, config: dict[str, Any]) -> None:
     rank, alpha = config.get("r"), config.get("lora_alpha")
-    if type(rank) is not int or rank < 1:
+    if not _is_rank(rank):
         raise ValueError(f"{path}, r: got {shown(rank)}, expected a whole number of at least 1")
-    if type(alpha) not in (int, float) or not math.isfinite(alpha):
-        raise ValueError(f"{path}, lora_alpha: got {shown(alpha)}, expected a number")
-    targets = config.get("target_modules")
-    if not isinstance(targets, str | list | None):
-        raise ValueError(f"{path}, target_modules: got {shown(targets)}, expected a list of names")
+    if not _is_scale(alpha):
+        raise ValueError(f"{path}, lora_alpha: got {shown(alpha)}, expected a number above 0")
+    dropout = config.get("lora_dropout", 0.0)
+    if type(dropout) not in (int, float) or not 0 <= dropout < 1:
+        raise ValueError(
+            f"{path}, lora_dropout: got {shown(dropout)}, expected a number from 0 to below 1"
+        )
+    for key, holds in (("rank_pattern", _is_rank), ("alpha_pattern", _is_scale)):
+        pattern = config.get(key) or {}
+        if not isinstance(pattern, dict) or not all(map(holds, pattern.values())):
+            raise ValueError(
+                f"{path}, {key}: got {shown(pattern)}, expected names of modules with a number each"
+            )
+
+
+def _is_rank(value: object) -> bool:
+    return type(value) is int and value >= 1
+
+
+def _is_scale(value: object) -> bool:
+    """Whether a value can be a lora_alpha, as a recipe's can."""
+    return type(value) in (int, float) and 0 < value <= MOST_ALPHA
+
+
+def _check_names(path: Path, config: dict[str, Any]) -> None:
+    for key in ("target_modules", "modules_to_save", "exclude_modules", "target_parameters"):
+        names = config.get(key)
+        if isinstance(names, str) and key in ("target_modules", "exclude_modules"):
+            try:
+                re.compile(names)
+            except re.error as error:
+                raise ValueError(f"{path}, {key}: {shown(names)} is no pattern: {error}") from error
+        elif names is not None and not TEXTS.holds(names):
+            raise ValueError(f"{path}, {key}: got {shown(names)}, expected a list of names")
