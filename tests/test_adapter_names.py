@@ -38,6 +38,10 @@ def check(launch=ALONE, tied=False, **fields):
         ({"lora_target_modules": "(q_proj"}, "is no pattern"),
         ({"lora_modules_to_save": ["embed_token"]}, "has no such name; it has .*embed_tokens"),
         ({"lora_modules_to_save": ["tokens"]}, "has no such name"),
+        ({"exclude_modules": ["k_projj"]}, "exclude_modules k_projj: .* has no such name"),
+        ({"exclude_modules": ["k_proj"]}, "leaves out no layer that lora_target_modules asks for"),
+        ({"exclude_modules": ["q_proj"]}, "leaves out every layer that lora_target_modules"),
+        ({"exclude_modules": [".*layers.7.*"]}, "exclude_modules '.*' is a pattern that no module"),
         ({"lora_target_parameters": ["experts.gate_up_proj"]}, "lora_target_parameters experts.g"),
         ({"lora_modules_to_save": ["norm"], "load_in_4bit": True}, "without float32 copies"),
         ({"lora_modules_to_save": ["norm"], "dtype": "bfloat16"}, "pass --dtype float32"),
@@ -58,6 +62,8 @@ def test_a_name_that_matches_nothing_is_refused(fields, said):
         {"lora_target_modules": ["model.layers.0.self_attn.q_proj"]},
         {"lora_modules_to_save": ["embed_tokens", "lm_head"]},
         {"lora_target_parameters": ["q_proj.weight"]},
+        {"lora_target_modules": "all-linear", "exclude_modules": ["layers.0.mlp.up_proj"]},
+        {"lora_target_modules": "all-linear", "exclude_modules": [r".*layers\.0\..*"]},
     ],
 )
 def test_names_as_peft_matches_them_are_taken(fields):
@@ -76,7 +82,10 @@ def test_a_mamba_mixers_output_is_refused_with_the_names_to_give(targets):
     config = MambaConfig(num_hidden_layers=1, hidden_size=32)
     arguments = ModelArguments(use_peft=True, lora_target_modules=targets)
     said = "does not adapt out_proj of mamba: pass --lora_target_modules dt_proj in_proj x_proj"
-    with pytest.raises(ValueError, match=said):
+    with pytest.raises(ValueError, match=f"{said}.* with --exclude_modules out_proj"):
+        check_adapter_names(arguments, config, ALONE, False)
+    if targets != "out_proj":
+        arguments.exclude_modules = ["out_proj"]
         check_adapter_names(arguments, config, ALONE, False)
     check_adapter_names(
         ModelArguments(use_peft=True, lora_target_modules=["in_proj", "x_proj"]),

@@ -41,6 +41,12 @@ REFUSED = [
         {"early_stopping_patience": "2", "eval_strategy": "no"},
         "counts evaluations, and eval_strategy is no",
     ),
+    ({"init_lora_weights": "eva"}, "init_lora_weights eva is not possible here: it reads the data"),
+    ({"init_lora_weights": "pisa"}, "expected true, gaussian, orthogonal, pissa"),
+    ({"init_lora_weights": "pissa", "load_in_4bit": "true"}, "does not go with load_in_4bit"),
+    ({"init_lora_weights": "olora", "use_dora": "true"}, "does not go with use_dora"),
+    ({"init_lora_weights": "orthogonal", "lora_r": "3"}, "needs an even rank"),
+    ({"lora_bias": "true", "use_dora": "true"}, "lora_bias does not go with use_dora"),
     ({"early_stopping_threshold": "0.1"}, "has no effect without early_stopping_patience"),
     ({"early_stopping_patience": "0", "eval_strategy": "epoch"}, "must be at least 1"),
 ]

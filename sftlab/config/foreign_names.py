@@ -46,6 +46,8 @@ SAME = {
     "dataset_processes": "dataset_num_proc",
     "chat_template_jinja": "chat_template_path",
     "lora_model_dir": "adapter_name_or_path",
+    "peft_init_lora_weights": "init_lora_weights",
+    "lora_exclude_modules": "exclude_modules",
     # LLaMA-Factory
     "model_name": "model_name_or_path",
     "dataset": "dataset_name",
@@ -121,9 +123,6 @@ SAME = {
 # Names without a field here, and what to do instead.
 ANSWERS = {
     "warmup_ratio": "give the share as warmup_steps, for example warmup_steps: 0.05",
-    "init_lora_weights": (
-        "A is random and B is zero, so that the untrained adapter changes nothing"
-    ),
     "group_by_length": "packing leaves no padding to save; the order of the rows stays random",
     "logging_dir": "the curves go to output_dir/tensorboard",
     "pure_bf16": "launch with accelerate_configs/single.yaml",
@@ -136,11 +135,13 @@ ANSWERS = {
     "use_flash_attn": "give attn_implementation: flash_attention_2, or leave it out",
     "flash_attention": "give attn_implementation: flash_attention_2, or leave it out",
     "flash_attn": "give attn_implementation: flash_attention_2, or leave it out",
-    "bias": "LoRA trains no biases here",
-    "lora_bias": "LoRA trains no biases here",
+    "bias": "the model's own biases stay frozen; lora_bias: true trains one beside each B",
+    "pissa_init": "give init_lora_weights: pissa, or pissa_niter_16 for large weights",
+    "pissa_iter": "give init_lora_weights: pissa_niter_16",
+    "pissa_convert": "an adapter that began with PiSSA is always converted",
+    "loftq_config": "LoftQ is not supported: use load_in_4bit",
     "loraplus_lr_ratio": "LoRA+ is not supported: both matrices have learning_rate",
     "use_galore": "give optim: galore_adamw, with optim_target_modules",
-    "exclude_modules": "give lora_target_modules as a pattern that leaves them out",
     "rank_pattern": "every target has the rank lora_r",
     "alpha_pattern": "every target has lora_alpha",
     "layers_to_transform": "give lora_target_modules as a pattern: .*layers.[01].q_proj",

@@ -4,8 +4,7 @@ config/validation.py, chat/engine.py and comparison/comparability.py ask the tab
 tests/test_lora_variants.py holds every entry against what peft does. docs/extending.md names the
 other places that a new variant needs, among them the keys that models/trust.py lets through.
 
-Initialisations that change the base weights (PiSSA, OLoRA) do not fit this table: with the adapter
-switched off the model would no longer be the base model that evaluations compare with.
+Ways to begin that change the base weights (PiSSA, OLoRA) are in config/lora_start.py.
 """
 
 import math
@@ -43,6 +42,7 @@ VARIANTS = (
         mixed_batches=False,
         float8_conflict="use_dora needs the norms of the exact weights",
     ),
+    LoraVariant("LoRA with biases", "lora_bias", trains=("lora_B.bias",)),
 )
 # Recipe fields of variants that change the scale, and of those that train more parameters.
 SCALE_FIELDS = tuple(variant.field for variant in VARIANTS if variant.scale)

@@ -23,6 +23,7 @@ DATA_FORMAT_NAMES = [
     "text",
 ]
 
+_NAME = re.compile(r"\w+(\.\w+)*")
 _SECRET_FIELDS = ("hub_token", "local_rank", "parallelism_config")
 
 
@@ -168,13 +169,34 @@ class ModelArguments(ModelConfig):
             "one."
         },
     )
+    init_lora_weights: str = field(
+        default="true",
+        metadata={
+            "help": "How the LoRA matrices begin: true (A random, B zero), gaussian, orthogonal, "
+            "pissa, pissa_niter_16 or olora. The last three take the largest parts of the weights."
+        },
+    )
+    lora_bias: bool = field(
+        default=False,
+        metadata={"help": "Train a bias beside each B. Such an adapter cannot be merged."},
+    )
+    exclude_modules: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Names, or one pattern, of modules that get no adapter though "
+            "lora_target_modules names them."
+        },
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        targets = self.lora_target_modules
+        self.init_lora_weights = self.init_lora_weights.lower()
+        targets, excluded = self.lora_target_modules, self.exclude_modules
         # trl takes a single name out of its list, and peft reads a string as a pattern
-        if isinstance(targets, str) and re.fullmatch(r"\w+(\.\w+)*", targets):
+        if isinstance(targets, str) and _NAME.fullmatch(targets):
             self.lora_target_modules = [targets]
+        if excluded and len(excluded) == 1 and not _NAME.fullmatch(excluded[0]):
+            self.exclude_modules = excluded[0]
 
 
 @dataclass

@@ -4,6 +4,7 @@
 """
 
 from sftlab.config.launch import COMPUTE_DTYPE, PRECISIONS, Launch
+from sftlab.config.lora_start import check_start
 from sftlab.config.lora_variants import float8_conflict
 from sftlab.config.recipe import DataArguments, ModelArguments, Recipe, TrainingArguments
 from sftlab.config.schedule import (
@@ -27,6 +28,7 @@ def resolve(recipe: Recipe, launch: Launch) -> None:
     """
     _check_required(recipe)
     _check_lora(recipe.model)
+    check_start(recipe.model, launch, recipe.training.mixed_precision)
     check_values(recipe)
     refuse_wrong_schedule(recipe.training)
     refuse_unknown_metric(recipe.training)
@@ -59,6 +61,9 @@ def _check_lora(model: ModelArguments) -> None:
         raise ValueError(
             f"lora_alpha is {model.lora_alpha}: it must be positive (twice lora_r is usual)"
         )
+    if model.lora_bias and (model.use_dora or model.lora_target_parameters):
+        other = "use_dora" if model.use_dora else "lora_target_parameters"
+        raise ValueError(f"lora_bias does not go with {other}: leave one of them out")
     if model.use_peft and not model.lora_target_modules:
         raise ValueError(
             "lora_target_modules is unset, and PEFT would take q_proj and v_proj without a "

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from peft import PeftModel
+from peft.tuners.lora import LoraLayer
 from safetensors import safe_open
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -29,14 +30,27 @@ def merge(
 ) -> PreTrainedModel:
     """Returns the model in a dtype, with the adapter merged in and `ends` as its end tokens.
 
-    Raises ValueError where a merged weight is not finite.
+    Raises ValueError where a merged weight is not finite, and for biases that find no place.
     """
+    _refuse_biases(model)
     generation = generation_config(inner_model(model).generation_config, tokenizer, ends)
     merged = model.to(getattr(torch, dtype))
     if isinstance(merged, PeftModel):
         merged = merged.merge_and_unload(safe_merge=True)
     merged.generation_config = generation
     return merged
+
+
+def _refuse_biases(model: PreTrainedModel | PeftModel) -> None:
+    """Raise ValueError where an adapter trains biases, and the base model has none there."""
+    if not isinstance(model, PeftModel) or not model.peft_config["default"].lora_bias:
+        return
+    bases = [one.get_base_layer() for one in model.modules() if isinstance(one, LoraLayer)]
+    if any(getattr(base, "bias", None) is None for base in bases):
+        raise ValueError(
+            "the adapter has biases (lora_bias), and layers of the base model have none to merge "
+            "them into: export it with --to adapter"
+        )
 
 
 def write_merged(merged: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, out: Path) -> None:

@@ -36,7 +36,8 @@ def check_adapter_names(
     linear = [name for name, one in built.named_modules() if isinstance(one, _ADAPTED)]
     adapted = [name for name in linear if name != "lm_head"]
     _check_targets(model.lora_target_modules, adapted, type(built).__name__)
-    refuse_mixer_outputs(model.lora_target_modules, adapted, config.model_type)
+    _check_excluded(model, adapted, built)
+    refuse_mixer_outputs(model, adapted, config.model_type)
     every = [name for name, _ in built.named_modules() if name]
     _check_each("lora_modules_to_save", model.lora_modules_to_save, every, built)
     parameters = [name for name, _ in built.named_parameters()]
@@ -58,23 +59,52 @@ def _built(config: PreTrainedConfig, trust_remote_code: bool) -> nn.Module:
         ) from error
 
 
-def refuse_mixer_outputs(
-    targets: str | list[str] | None, linear: Collection[str], model_type: str
-) -> None:
-    """Raise ValueError where `targets` name linear layers of a Mamba mixer that peft refuses."""
+def refuse_mixer_outputs(model: ModelArguments, linear: Collection[str], model_type: str) -> None:
+    """Raise ValueError where a recipe adapts linear layers of a Mamba mixer that peft refuses."""
+    targets = model.lora_target_modules
     if model_type not in _MIXERS or targets is None:
         return
+    linear = [name for name in linear if not _matches(model.exclude_modules, name)]
     if targets == "all-linear":
         asked = _ends(linear)
     elif isinstance(targets, str):
         asked = _ends([name for name in linear if re.fullmatch(targets, name)] or [targets])
     else:
-        asked = _ends(targets)
+        asked = _ends([one for one in targets if not _matches(model.exclude_modules, one)])
     if refused := [name for name in asked if name in _MIXER_OUTPUTS]:
         others = [name for name in _ends(linear) if name not in _MIXER_OUTPUTS]
         raise ValueError(
             f"peft does not adapt {', '.join(refused)} of {model_type}: pass "
-            f"--lora_target_modules {' '.join(others)}, or some of them"
+            f"--lora_target_modules {' '.join(others)}, or some of them; or leave them out with "
+            f"--exclude_modules {' '.join(refused)}"
+        )
+
+
+def _matches(asked: str | Collection[str] | None, name: str) -> bool:
+    """Whether a module's name is among those asked for, as peft compares them."""
+    if asked is None:
+        return False
+    if isinstance(asked, str):
+        return bool(re.fullmatch(asked, name))
+    return any(_found(one, [name]) for one in asked)
+
+
+def _check_excluded(model: ModelArguments, names: Collection[str], built: nn.Module) -> None:
+    """Raise ValueError where `exclude_modules` leaves out nothing or everything."""
+    excluded, targets = model.exclude_modules, model.lora_target_modules
+    if not excluded:
+        return
+    if isinstance(excluded, str):
+        _check_pattern("exclude_modules", excluded, names, type(built).__name__)
+    else:
+        _check_each("exclude_modules", excluded, [n for n, _ in built.named_modules() if n], built)
+    asked = [name for name in names if targets == "all-linear" or _matches(targets, name)]
+    left = [name for name in asked if not _matches(excluded, name)]
+    if len(left) in (0, len(asked)):
+        what = "every layer" if not left else "no layer"
+        raise ValueError(
+            f"exclude_modules {excluded} leaves out {what} that lora_target_modules asks for: "
+            f"it asks for {', '.join(_ends(asked))}"
         )
 
 
@@ -82,18 +112,7 @@ def _check_targets(targets: str | list[str] | None, names: Collection[str], kind
     if targets is None or targets == "all-linear":
         return
     if isinstance(targets, str) and not re.fullmatch(r"[\w.]+", targets):
-        try:
-            matches = any(re.fullmatch(targets, name) for name in names)
-        except re.error as error:
-            raise ValueError(
-                f"lora_target_modules {targets!r} is no pattern ({error}): give names or a regular "
-                "expression"
-            ) from error
-        if not matches:
-            raise ValueError(
-                f"lora_target_modules {targets!r} is a pattern that no module of {kind} matches; "
-                f"one is called {next(iter(names))}"
-            )
+        _check_pattern("lora_target_modules", targets, names, kind)
         return
     listed = [targets] if isinstance(targets, str) else targets
     missing = [target for target in listed if not _found(target, names)]
@@ -101,6 +120,20 @@ def _check_targets(targets: str | list[str] | None, names: Collection[str], kind
         raise ValueError(
             f"lora_target_modules {', '.join(missing)}: {kind} has no such linear layer; it has "
             f"{', '.join(_ends(names))}"
+        )
+
+
+def _check_pattern(field: str, pattern: str, names: Collection[str], kind: str) -> None:
+    try:
+        matches = any(re.fullmatch(pattern, name) for name in names)
+    except re.error as error:
+        raise ValueError(
+            f"{field} {pattern!r} is no pattern ({error}): give names or a regular expression"
+        ) from error
+    if not matches:
+        raise ValueError(
+            f"{field} {pattern!r} is a pattern that no module of {kind} matches; one is called "
+            f"{next(iter(names))}"
         )
 
 

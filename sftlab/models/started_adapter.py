@@ -19,6 +19,8 @@ _DECIDED = (
     ("lora_modules_to_save", "modules_to_save"),
     ("use_rslora", "use_rslora"),
     ("use_dora", "use_dora"),
+    ("lora_bias", "lora_bias"),
+    ("exclude_modules", "exclude_modules"),
 )
 
 

@@ -139,7 +139,7 @@ def check_adapter(folder: Path) -> dict[str, Any]:
         )
     _check_numbers(path, config)
     _check_names(path, config)
-    if config.get("init_lora_weights", True) not in (True, False, "gaussian"):
+    if config.get("init_lora_weights", True) not in (True, False, "gaussian", "orthogonal"):
         raise ValueError(
             f"{path}, init_lora_weights: got {shown(config['init_lora_weights'])}, expected true "
             "or false; others change the base model"

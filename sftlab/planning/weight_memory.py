@@ -10,13 +10,13 @@ import torch
 from peft import get_peft_model
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig
-from trl import get_peft_config
 
 from sftlab.config.launch import COMPUTE_DTYPE, PRECISIONS
 from sftlab.config.recipe import Recipe
 from sftlab.measurement.flops import Flops, flops_per_token
 from sftlab.models.adapter_names import refuse_mixer_outputs
 from sftlab.models.loading import LINEAR_LAYERS
+from sftlab.models.lora_config import lora_config
 
 # The linears of a Llama decoder layer.
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -97,10 +97,11 @@ def _on_meta(recipe: Recipe, config: PreTrainedConfig) -> tuple[nn.Module, set[i
             config, trust_remote_code=trust, dtype=recipe.model.dtype
         )
         base = {id(p) for p in model.parameters()}
-        peft_config = get_peft_config(recipe.model)
+        peft_config = lora_config(recipe.model)
         if peft_config is not None:
+            peft_config.init_lora_weights = True  # the meta device has no weights to begin with
             linear = [name for name, one in model.named_modules() if isinstance(one, nn.Linear)]
-            refuse_mixer_outputs(recipe.model.lora_target_modules, linear, config.model_type)
+            refuse_mixer_outputs(recipe.model, linear, config.model_type)
             model = get_peft_model(model, peft_config)
     return model, base
 

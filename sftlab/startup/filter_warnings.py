@@ -23,3 +23,5 @@ warnings.filterwarnings(
 warnings.filterwarnings(
     "ignore", message=".*pin_memory.*no accelerator is found", category=UserWarning
 )
+# peft takes the biases of lora_bias for shards of matrices
+warnings.filterwarnings("ignore", message=r".*LoRA tensor.* invalid shape: \S*lora_B\.bias")

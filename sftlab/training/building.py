@@ -5,15 +5,17 @@ from copy import copy
 
 import torch
 from transformers import PreTrainedTokenizerBase, TrainerCallback, set_seed
-from trl import get_peft_config
 
 from sftlab.config.launch import Launch
+from sftlab.config.lora_start import changes_base
 from sftlab.config.recipe import Recipe
 from sftlab.data.encoded_rows import encode_splits
 from sftlab.data.splits import Splits
 from sftlab.fastpath.selection import FastPath
 from sftlab.measurement.memory import MemorySplit
 from sftlab.measurement.throughput import Meter
+from sftlab.models.lora_config import lora_config
+from sftlab.models.plain_adapter import initial_matrices
 from sftlab.models.started_adapter import with_adapter
 from sftlab.training.base_model import base_model
 from sftlab.training.early_stopping import EarlyStopping
@@ -52,13 +54,13 @@ def build_trainer(
     # the rows become input_ids and labels when read, from columns that no model takes
     args.remove_unused_columns = False
     set_seed(args.seed)
-    return LabTrainer(
+    trainer = LabTrainer(
         model=with_adapter(base_model(recipe, fast), recipe.model),
         args=args,
         train_dataset=train,
         eval_dataset=validation if len(validation) else None,
         processing_class=tokenizer,
-        peft_config=None if recipe.model.adapter_name_or_path else get_peft_config(recipe.model),
+        peft_config=None if recipe.model.adapter_name_or_path else lora_config(recipe.model),
         callbacks=[*callbacks, meter, *([memory] if memory else [])],
         meter=meter,
         memory=memory,
@@ -66,3 +68,6 @@ def build_trainer(
         launch=launch,
         fast=fast,
     )
+    if changes_base(recipe.model.init_lora_weights):
+        trainer.initial_matrices = initial_matrices(trainer.model)
+    return trainer

@@ -5,13 +5,14 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from safetensors import SafetensorError
-from trl import SFTTrainer
 
 from sftlab.files import sync, sync_tree
+from sftlab.models.plain_adapter import make_plain
 from sftlab.runs.checkpoint_manifest import in_order
 from sftlab.runs.clearing import TEMPORARY, remove_temporary
 from sftlab.runs.made_files import free_name, walk
 from sftlab.runs.run_directory import Run
+from sftlab.training.trainer import LabTrainer
 
 
 class AfterTraining(RuntimeError):
@@ -19,7 +20,7 @@ class AfterTraining(RuntimeError):
 
 
 @contextmanager
-def after_training(trainer: SFTTrainer, what: str) -> Iterator[None]:
+def after_training(trainer: LabTrainer, what: str) -> Iterator[None]:
     """Raise AfterTraining for a failure inside, once what was trained is kept in a checkpoint.
 
     A run of several processes has the checkpoints that its recipe asks for.
@@ -37,7 +38,7 @@ def after_training(trainer: SFTTrainer, what: str) -> Iterator[None]:
         raise AfterTraining(f"{what} failed after the last step") from error
 
 
-def save_adapter(trainer: SFTTrainer, run: Run) -> None:
+def save_adapter(trainer: LabTrainer, run: Run) -> None:
     """Save adapter, tokenizer and template; every rank calls it.
 
     They are written to a temporary folder, which then takes the place of the adapter's. Files of
@@ -53,6 +54,8 @@ def save_adapter(trainer: SFTTrainer, run: Run) -> None:
     trainer.save_model(str(temporary))
     if run.is_main:
         (temporary / "training_args.bin").unlink(missing_ok=True)  # a pickle that nothing reads
+        if trainer.initial_matrices:
+            make_plain(temporary, trainer.initial_matrices)
         sync_tree(temporary)
         _take_place(temporary, run)
         sync(run.folder)

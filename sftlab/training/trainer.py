@@ -36,6 +36,7 @@ from sftlab.measurement.memory import MemorySplit, PeakMemory
 from sftlab.measurement.throughput import Meter
 from sftlab.models.likelihood import nats_per_token
 from sftlab.models.own_logits import Changes, logit_changes, own_log_probs_if_needed
+from sftlab.models.plain_adapter import Matrices
 from sftlab.training.checkpointing import Checkpointer
 from sftlab.training.clock import TrainingClock
 from sftlab.training.finiteness import Finiteness
@@ -66,6 +67,8 @@ class LabTrainer(UpstreamFixes):
     ) -> None:
         # what max_length left of each split's rows; None of a stream
         self.row_facts = row_facts
+        # the LoRA matrices as they began, where they took parts of the base model's weights
+        self.initial_matrices: Matrices | None = None
         self.meter, self.launch, self.fast, self.memory = meter, launch, fast, memory
         self._held_out: list[torch.Tensor] = []
         super().__init__(*args, **kwargs)
