@@ -131,12 +131,12 @@ class Campaign:
 
 
 def _write_commands(folder: Path) -> None:
-    """Stand-ins for Slurm's commands, so that no case asks a real one."""
+    """Stand-ins for Slurm's commands and for launches of a study, so that no case starts one."""
     folder.mkdir()
     for name, said in (("srun", ""), ("scontrol", "n1 NodeAddr=127.0.0.1 JobState=RUNNING")):
         (folder / name).write_text(f"#!/bin/sh\necho '{said}'\n")
         (folder / name).chmod(0o755)
-    for name in ("sbatch", "scancel", "squeue"):
+    for name in ("sbatch", "scancel", "squeue", "accelerate"):
         (folder / name).write_text("#!/bin/sh\nexit 1\n")
         (folder / name).chmod(0o755)
 
