@@ -7,7 +7,6 @@ _LAUNCH = "the launch config decides"
 _LOSS = "the loss is on the response alone; completion_only_loss: false changes it"
 _COLUMNS = "dataset_shape and columns say how the columns become a conversation"
 _MODEL = "the base model's own config and tokenizer decide"
-_INIT = "init_lora_weights says how the LoRA matrices begin, for example pissa or olora"
 _SAMPLING = "nothing is generated while training: eval/quality.py has options for answers"
 _TRACKER = "give report_to, and the tracker's own variables in the environment"
 _FASTER = "compile_layers and fused_loss are this project's fast path"
@@ -35,8 +34,8 @@ _GROUPS = {
         use_fast_tokenizer tokenizer_path is_mistral_derived_model is_llama_derived_model
         rope_scaling overrides_of_model_config mixture_of_depths train_from_scratch enable_thinking
         low_cpu_mem_usage cache_dir split_special_tokens""",
-    _INIT: """lora_weight_layer_init pissa_init pissa_iter pissa_convert
-        loftq loftq_config""",
+    "give init_lora_weights": "lora_weight_layer_init lora_init",
+    "LoftQ is not supported: use load_in_4bit": "loftq",
     _SAMPLING: """temperature top_p top_k do_sample max_new_tokens eval_max_new_tokens
         eval_table_size eval_num_beams predict_with_generate infer_backend infer_dtype use_kv_cache
         fast_inference gpu_memory_utilization num_beams""",
