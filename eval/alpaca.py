@@ -33,7 +33,7 @@ from sftlab.judging.alpaca_annotators import Annotators
 from sftlab.judging.alpaca_files import Task, read_preferences, read_task
 from sftlab.judging.alpaca_report import rates, reference_name, table, title, unparsed_rate
 from sftlab.judging.finished_outputs import score_finished
-from sftlab.judging.judge_options import add_evaluation_flags, judge_from
+from sftlab.judging.judge_options import add_evaluation_flags, contestants_of, judge_from
 from sftlab.judging.judgement_files import (
     entry_facts,
     judgement_hashes,
@@ -44,7 +44,7 @@ from sftlab.judging.judgement_files import (
     write_records,
 )
 from sftlab.judging.length_control import mean_characters
-from sftlab.judging.model_answers import Contestants, refuse_twins
+from sftlab.judging.model_answers import refuse_twins
 from sftlab.judging.pairwise import Pair, judge_pairs, tally
 from sftlab.judging.sanity_checks import UNPARSED_REFUSED, UNPARSED_SAID, SanityChecks, spread
 from sftlab.judging.unparsed import cut_warning, unparsed_lines
@@ -130,7 +130,7 @@ def evaluate(arguments: argparse.Namespace) -> None:
     task = read_task(arguments.reference, arguments.instructions, arguments.limit)
     preferences = read_preferences(arguments.agreement) if arguments.agreement else None
     judged, judge = choose_judge(arguments)
-    contestants = Contestants(arguments.run, run, arguments.batch_size, arguments.trust_remote_code)
+    contestants = contestants_of(arguments, run)
     asked = [[{"role": "user", "content": text}] for text in task.questions.instructions]
     answers = {
         side: contestants.answers(side, asked, sampling, f"{side} answers") for side in SIDES

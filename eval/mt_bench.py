@@ -29,7 +29,7 @@ from sftlab.evaluation.base_and_tuned import evaluation_errors, finished_run
 from sftlab.evaluation.generation import Answer, Sampling
 from sftlab.evaluation.significance import FEW_ROWS, method
 from sftlab.exit_messages import mistakes_in_one_line
-from sftlab.judging.judge_options import add_evaluation_flags, judge_from
+from sftlab.judging.judge_options import add_evaluation_flags, contestants_of, judge_from
 from sftlab.judging.judgement_files import (
     entry_facts,
     judgement_hashes,
@@ -41,7 +41,7 @@ from sftlab.judging.judgement_files import (
     verdict_file,
     write_records,
 )
-from sftlab.judging.model_answers import Contestants, refuse_twins
+from sftlab.judging.model_answers import refuse_twins
 from sftlab.judging.ratings import (
     Answered,
     Question,
@@ -116,7 +116,7 @@ def evaluate(arguments: argparse.Namespace) -> None:
     every = read_questions(arguments.questions, arguments.references)
     questions = spread(every, arguments.limit or len(every))
     judge, style = judge_from(arguments)
-    contestants = Contestants(arguments.run, run, arguments.batch_size, arguments.trust_remote_code)
+    contestants = contestants_of(arguments, run)
     turns = {side: both_turns(contestants, side, questions, sampling) for side in SIDES}
     about = {
         side: answer_facts([answer for one in turns[side] for answer in one]) for side in SIDES

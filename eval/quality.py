@@ -14,7 +14,6 @@ import sftlab.startup.preload  # noqa: F401
 
 import argparse
 import json
-import math
 import re
 import sys
 from datetime import UTC, datetime
@@ -47,20 +46,25 @@ from sftlab.evaluation.base_and_tuned import (
     run_tokenizer,
     evaluation_errors,
 )
+from sftlab.evaluation.served_answers import (
+    FACTS,
+    ServedModels,
+    add_server_flags,
+    served_models,
+)
+from sftlab.export.server_agreement import LoadedRun, answers_of_held_server
 from sftlab.runs.environment import environment
 from sftlab.runs.run_directory import SIDES, adapter_hash
 from sftlab.evaluation.row_scores import likelihoods, score_rows
 from sftlab.evaluation.text_metrics import (
-    LEAST_TOKENS,
     NAMES,
     ROUGE_SIGNATURE,
     Bleu,
     paired_scores,
-    short_references,
     tokenizer_of,
 )
-from sftlab.evaluation.intervals import FEW_EFFECTIVE
-from sftlab.evaluation.significance import FEW_ROWS, add_holm, compare, method
+from sftlab.evaluation.significance import add_holm, compare, method
+from sftlab.evaluation.quality_warnings import short_row_warnings, warnings
 from sftlab.script_options import Options
 from sftlab.tables import aligned, interval, p_value, preview
 
@@ -105,6 +109,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
         "--bleu_tokenize",
         help="sacrebleu's tokenizer: 13a, intl, zh, char, ... (default: by the references' script)",
     )
+    add_server_flags(parser)
     parser.add_argument(
         "--dataset_name", help="score all rows of this data set instead of the run's test split"
     )
@@ -117,10 +122,9 @@ def evaluate(arguments: argparse.Namespace) -> None:
     """Run the whole evaluation. Raises ValueError where it cannot be done."""
     if arguments.samples < 0 or arguments.batch_size < 1:
         raise ValueError("--samples must be 0 (all) or more and --batch_size at least 1")
-    sampling = Sampling(
-        arguments.max_new_tokens, arguments.temperature, arguments.top_p, arguments.seed
-    )
+    sampling = sampling_of(arguments)
     bleu = Bleu(arguments.bleu_tokenize) if arguments.bleu_tokenize else None
+    served = served_models(arguments)
     run = finished_run(arguments.run)
     dataset = held_out(
         run, arguments.dataset_name, arguments.dataset_config, arguments.dataset_split
@@ -139,29 +143,17 @@ def evaluate(arguments: argparse.Namespace) -> None:
     memory = {"weights": allocated_gb()}
     nll, same_token = likelihoods(model, rows, tokenizer, arguments.batch_size)
     memory["likelihood_peak"] = allocated_gb(peak=True)
-    generator = generator_for(model, tokenizer, sampling, rows, arguments)
-    generation = generation_facts(sampling, generator.turn)
-    generation["compiled"] = generator.static_rows is not None
-    settings = answer_settings(arguments, run, dataset, generation)
-    answers = AnswerFile(arguments.run / "eval", settings)
-    size = arguments.batch_size
-    for side in SIDES:
-        with answering(model, side):
-            fill(
-                answers,
-                side,
-                rows.numbers,
-                rows.prompts,
-                size,
-                generator.answers,
-                f"{side} answers",
-            )
+    if served:
+        pair = LoadedRun(run, model, tokenizer)
+        answers, generation = ask_server(arguments, dataset, rows, served, pair)
+    else:
+        answers, generation = generate(arguments, run, dataset, rows, model, tokenizer)
     memory["generation_peak"] = allocated_gb(peak=True)
 
     records = score_rows(rows, nll, answers, bleu)
     report = facts_of(arguments, dataset, rows, records, answers) | {
         "nats_of_the_token_just_read": same_token,
-        "generation": generation | {"batch_size": size, "file": answers.path.name},
+        "generation": generation | {"batch_size": arguments.batch_size, "file": answers.path.name},
         "bleu": bleu.signature(),
         "gpu_memory_gb": memory if torch.cuda.is_available() else None,
     }
@@ -205,6 +197,51 @@ def evaluate_documents(
     print_scores(report)
     for warning in report["warnings"]:
         print(f"  warning: {warning}")
+
+
+def sampling_of(arguments: argparse.Namespace) -> Sampling:
+    """Returns how the next token is chosen."""
+    return Sampling(
+        arguments.max_new_tokens, arguments.temperature, arguments.top_p, arguments.seed
+    )
+
+
+def generate(
+    arguments: argparse.Namespace,
+    run: dict[str, Any],
+    dataset: HeldOut,
+    rows: ScoredRows,
+    model: PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+) -> tuple[AnswerFile, dict[str, Any]]:
+    """Returns both models' answers, generated here, and the settings of the generation."""
+    sampling = sampling_of(arguments)
+    generator = generator_for(model, tokenizer, sampling, rows, arguments)
+    generation = generation_facts(sampling, generator.turn)
+    generation["compiled"] = generator.static_rows is not None
+    answers = answer_file(arguments, run, dataset, generation)
+    asked = rows.numbers, rows.prompts, arguments.batch_size, generator.answers
+    for side in SIDES:
+        with answering(model, side):
+            fill(answers, side, *asked, f"{side} answers")
+    return answers, generation
+
+
+def ask_server(
+    arguments: argparse.Namespace,
+    dataset: HeldOut,
+    rows: ScoredRows,
+    served: ServedModels,
+    pair: LoadedRun,
+) -> tuple[AnswerFile, dict[str, Any]]:
+    """Returns both models' answers from a server, and the settings of the generation."""
+    sampling = sampling_of(arguments)
+    generation = generation_facts(sampling, pair.turn) | FACTS
+    answers = answer_file(arguments, pair.run, dataset, generation)
+    for side in SIDES:
+        asked = rows.numbers, rows.prompts, sampling
+        answers_of_held_server(served, pair, side, answers, *asked, f"{side} answers")
+    return answers, generation | {"server": served.client.url}
 
 
 def generator_for(
@@ -266,57 +303,14 @@ def write(
     write_json(arguments.run / "eval" / f"{name}.json", report)
 
 
-def answer_settings(
+def answer_file(
     arguments: argparse.Namespace, run: dict[str, Any], dataset: HeldOut, generation: dict[str, Any]
-) -> dict[str, Any]:
-    """Returns the settings that answers depend on. Batches matter only for sampled ones."""
+) -> AnswerFile:
+    """Returns the answers under these settings. Batches matter only for sampled ones."""
     settings = model_settings(arguments.run, run) | dataset.facts | generation
     if arguments.temperature > 0:
         settings |= {"samples": arguments.samples, "batch_size": arguments.batch_size}
-    return settings
-
-
-def warnings(report: dict[str, Any], unchecked: str | None) -> list[str]:
-    """Returns what a reader must know before believing the table."""
-    found = [unchecked] if unchecked else []
-    rows, likelihoods = report["rows"], report["scores"]["response_perplexity"]
-    if report["conversations"] < FEW_ROWS:
-        what = "rows" if report["conversations"] == rows else "conversations"
-        found.append(f"fewer than {FEW_ROWS} {what}: the intervals are wide")
-    for name in ("response_perplexity", "text_perplexity"):
-        if (rests := report["scores"][name]["effective_rows"]) and rests < FEW_EFFECTIVE:
-            found.append(
-                f"{NAMES[name]} rests on about {max(1, round(rests))} of {rows} rows: its interval "
-                f"may be too narrow, and about {math.ceil(rows * FEW_EFFECTIVE / rests)} rows "
-                "would do"
-            )
-    if (likelihoods["difference"]["interval_95"][0] or 0) > 0:
-        found.append("the tuned model's response perplexity is higher than the base model's")
-    repeating = report["answers"]["tuned"]["repetitive"]
-    if repeating > rows / 2:
-        found.append(f"{repeating} of {rows} tuned answers repeat themselves")
-    same = report["nats_of_the_token_just_read"]["tuned"]
-    following = math.log(report["scores"]["text_perplexity"]["tuned"]["value"])
-    if same < following / 2:
-        found.append(
-            f"the tuned model predicts the token it has just read ({same:.2f} nats) rather than "
-            f"the next one ({following:.2f} nats): it seems to be trained on labels that were not "
-            "shifted by one, so distrust every score"
-        )
-    return found
-
-
-def short_row_warnings(records: list[dict[str, Any]]) -> list[str]:
-    """Returns which scores were left out, or say little, because references are short."""
-    found, base = [], [record["base"] for record in records]
-    for name, least in LEAST_TOKENS.items():
-        short = short_references(base, name)
-        said = f"{NAMES[name]} needs references of {least} tokens, and"
-        if short == len(base):
-            found.append(f"{said} none has them: it is left out, read exact match")
-        elif short > len(base) / 2:
-            found.append(f"{said} {short} of {len(base)} have fewer: it says little here")
-    return found
+    return AnswerFile(arguments.run / "eval", settings)
 
 
 def print_report(report: dict[str, Any], shown: list[dict[str, Any]]) -> None:

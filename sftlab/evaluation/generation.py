@@ -146,7 +146,12 @@ class Generator:
         cuts = [text.find(stop) for stop in self.turn.stop_strings if stop in text]
         finish = "stop" if ends or cuts else "length"
         text = text[: min(cuts)] if cuts else text
-        return Answer(text.strip(), len(kept), finish, len(kept) >= 10 * len(set(kept)) > 0)
+        return Answer(text.strip(), len(kept), finish, repeats_itself(kept))
+
+
+def repeats_itself(ids: Sequence[int]) -> bool:
+    """Returns whether at most a tenth of an answer's tokens are distinct."""
+    return len(ids) >= 10 * len(set(ids)) > 0
 
 
 def left_padded(

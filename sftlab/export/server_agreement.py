@@ -4,14 +4,20 @@ The server must be vLLM or speak its dialect: `/tokenize` renders messages, and 
 `echo` and `logprobs` has the log-probabilities of its prompt.
 """
 
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
-from sftlab.evaluation.held_out import HeldOut, ScoredRows
+from sftlab.data.chat_template import TurnEnd, end_of_turn
+from sftlab.evaluation.answer_file import AnswerFile
+from sftlab.evaluation.base_and_tuned import answering
+from sftlab.evaluation.generation import Sampling
+from sftlab.evaluation.held_out import HeldOut, ScoredRows, held_out
+from sftlab.evaluation.served_answers import Asking, ServedModels, fill_served
 from sftlab.evaluation.server_client import ServerClient
 from sftlab.export.agreement import (
     MAX_NEW_TOKENS,
@@ -25,6 +31,8 @@ from sftlab.export.formats import end_ids
 
 # requests that are under way together
 _AT_ONCE = 16
+# rows on which a server is held to transformers before it answers an evaluation
+HELD_ROWS = 8
 
 
 def hold_to_run(
@@ -53,6 +61,46 @@ def hold_to_run(
             f"{name} on the server at {client.url} does not answer as the run: {agreement.differs}"
         )
     return agreement
+
+
+class LoadedRun(NamedTuple):
+    """A run's record, its two models under one load of the weights, and its tokenizer."""
+
+    run: dict[str, Any]
+    model: PeftModel
+    tokenizer: PreTrainedTokenizerBase
+
+    @property
+    def turn(self) -> TurnEnd:
+        """Returns what ends an answer of the run's models."""
+        own = self.model.get_base_model().generation_config.eos_token_id
+        return end_of_turn(self.tokenizer, own)
+
+
+def answers_of_held_server(
+    served: ServedModels,
+    loaded: LoadedRun,
+    side: str,
+    file: AnswerFile,
+    rows: Sequence[int | str],
+    prompts: Sequence[list[int]],
+    sampling: Sampling,
+    title: str,
+) -> None:
+    """Fill `file` with the server's answers of base or tuned, where any is missing.
+
+    The server is held to transformers on a few held-out rows of the run first. Raises ValueError
+    where it differs, and where an answer does not come.
+    """
+    if all((side, row) in file.found for row in rows):
+        return
+    run, model, tokenizer = loaded
+    recipe, name = run["recipe"], served.names[side]
+    limits = (HELD_ROWS, recipe["max_length"], recipe["dtype"])
+    with answering(model, side):
+        hold_to_run(served.client, name, model, tokenizer, held_out(run), *limits)
+    ask = Asking(served.client, name, tokenizer, sampling, loaded.turn)
+    fill_served(file, side, rows, prompts, served, ask, title)
 
 
 def observe_server(client: ServerClient, name: str, rows: ScoredRows) -> Behaviour:

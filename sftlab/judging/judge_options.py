@@ -2,10 +2,13 @@
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 from sftlab.evaluation.base_and_tuned import add_trust_flag
+from sftlab.evaluation.served_answers import add_server_flags, served_models
 from sftlab.judging.judge_formats import JudgeFormat, load_format
 from sftlab.judging.judges import Judge, LocalJudge
+from sftlab.judging.model_answers import Contestants
 from sftlab.judging.server_judge import ServerJudge
 
 # for one judgement: a day
@@ -27,6 +30,7 @@ def add_evaluation_flags(
     parser.add_argument("--run", required=needs_run, type=Path, help="a finished run's directory")
     add_trust_flag(parser)
     add_judge_flags(parser)
+    add_server_flags(parser)
     parser.add_argument("--limit", type=int, default=0, help=limit)
     parser.add_argument(
         "--sanity_checks", type=int, default=sanity_checks, help="items in each sanity check"
@@ -38,6 +42,13 @@ def add_evaluation_flags(
         action="store_true",
         help="score the models however many judgements are unparsed",
     )
+
+
+def contestants_of(arguments: argparse.Namespace, run: dict[str, Any]) -> Contestants:
+    """Returns the two models of a run, which answer here or on the server of the options."""
+    served = served_models(arguments)
+    size, trusted = arguments.batch_size, arguments.trust_remote_code
+    return Contestants(arguments.run, run, size, trusted, served)
 
 
 def add_judge_flags(parser: argparse.ArgumentParser) -> None:

@@ -28,6 +28,8 @@ from sftlab.evaluation.generation import (
     Sampling,
     longest_prompt,
 )
+from sftlab.evaluation.served_answers import FACTS, ServedModels
+from sftlab.export.server_agreement import LoadedRun, answers_of_held_server
 from sftlab.models.loading import read_config
 
 
@@ -35,10 +37,16 @@ class Contestants:
     """The two models of a finished run. Answers are kept in RUN/eval/answers-*.jsonl."""
 
     def __init__(
-        self, folder: Path, run: dict[str, Any], batch_size: int, trusted: bool = False
+        self,
+        folder: Path,
+        run: dict[str, Any],
+        batch_size: int,
+        trusted: bool = False,
+        served: ServedModels | None = None,
     ) -> None:
-        """`trusted` lets code that the base model brings run."""
+        """`trusted` lets code that the base model brings run. `served` answers in their place."""
         self.folder, self.run, self.batch_size, self.trusted = folder, run, batch_size, trusted
+        self.served = served
         refuse_untrusted(folder, run, trusted)
         self.tokenizer = run_tokenizer(folder, run)
         name, revision = (run["recipe"][x] for x in ("model_name_or_path", "model_revision"))
@@ -85,6 +93,13 @@ class Contestants:
         rows = sorted(by_key, key=lambda key: (-len(by_key[key]), key))
         if sampling.temperature > 0:
             settings |= {"batch_size": self.batch_size, "prompts": digest(rows)}
+        if self.served:
+            file = AnswerFile(self.folder / "eval", settings | FACTS)
+            if any((side, row) not in file.found for row in rows):
+                loaded = LoadedRun(self.run, self.model, self.tokenizer)
+                asked = rows, [by_key[row] for row in rows], sampling
+                answers_of_held_server(self.served, loaded, side, file, *asked, title)
+            return [file.found[side, key] for key in keys]
         file = AnswerFile(self.folder / "eval", settings)
         missing = sum((side, row) not in file.found for row in rows)
         if missing:

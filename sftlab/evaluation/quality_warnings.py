@@ -1,0 +1,51 @@
+"""What a reader must know before believing the scores of eval/quality.py."""
+
+import math
+from typing import Any
+
+from sftlab.evaluation.intervals import FEW_EFFECTIVE
+from sftlab.evaluation.significance import FEW_ROWS
+from sftlab.evaluation.text_metrics import LEAST_TOKENS, NAMES, short_references
+
+
+def warnings(report: dict[str, Any], unchecked: str | None) -> list[str]:
+    """Returns what a reader must know before believing the table."""
+    found = [unchecked] if unchecked else []
+    rows, likelihoods = report["rows"], report["scores"]["response_perplexity"]
+    if report["conversations"] < FEW_ROWS:
+        what = "rows" if report["conversations"] == rows else "conversations"
+        found.append(f"fewer than {FEW_ROWS} {what}: the intervals are wide")
+    for name in ("response_perplexity", "text_perplexity"):
+        if (rests := report["scores"][name]["effective_rows"]) and rests < FEW_EFFECTIVE:
+            found.append(
+                f"{NAMES[name]} rests on about {max(1, round(rests))} of {rows} rows: its interval "
+                f"may be too narrow, and about {math.ceil(rows * FEW_EFFECTIVE / rests)} rows "
+                "would do"
+            )
+    if (likelihoods["difference"]["interval_95"][0] or 0) > 0:
+        found.append("the tuned model's response perplexity is higher than the base model's")
+    repeating = report["answers"]["tuned"]["repetitive"]
+    if repeating > rows / 2:
+        found.append(f"{repeating} of {rows} tuned answers repeat themselves")
+    same = report["nats_of_the_token_just_read"]["tuned"]
+    following = math.log(report["scores"]["text_perplexity"]["tuned"]["value"])
+    if same < following / 2:
+        found.append(
+            f"the tuned model predicts the token it has just read ({same:.2f} nats) rather than "
+            f"the next one ({following:.2f} nats): it seems to be trained on labels that were not "
+            "shifted by one, so distrust every score"
+        )
+    return found
+
+
+def short_row_warnings(records: list[dict[str, Any]]) -> list[str]:
+    """Returns which scores were left out, or say little, because references are short."""
+    found, base = [], [record["base"] for record in records]
+    for name, least in LEAST_TOKENS.items():
+        short = short_references(base, name)
+        said = f"{NAMES[name]} needs references of {least} tokens, and"
+        if short == len(base):
+            found.append(f"{said} none has them: it is left out, read exact match")
+        elif short > len(base) / 2:
+            found.append(f"{said} {short} of {len(base)} have fewer: it says little here")
+    return found
