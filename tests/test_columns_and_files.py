@@ -68,6 +68,11 @@ def test_columns_that_could_be_several_things_are_asked_about(columns, typed):
     assert str(caught.value).endswith(f"for example {typed}")
 
 
+def test_a_column_of_conversations_is_told_how_to_be_mapped():
+    with pytest.raises(ValueError, match=r"is read with --columns messages=dialogs$"):
+        read_columns(["dialogs"], None, {}, "rows.jsonl")
+
+
 def test_columns_are_mapped_as_typed(tmp_path):
     rows = [{"input": PAIR[0], "output": PAIR[1], "question": "No.", "note": "x"}]
     path = write_jsonl(tmp_path / "rows.jsonl", rows)

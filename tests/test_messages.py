@@ -53,6 +53,28 @@ def test_tools_and_calls_of_every_writing_become_the_ones_of_transformers(tools,
     assert found.answers == [1, 3]
 
 
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [("User", "Assistant"), ("human", "ai"), ("prompter", "bot"), ("user", "model")],
+)
+@pytest.mark.parametrize("keys", [("role", "content"), ("from", "value"), ("speaker", "text")])
+def test_roles_and_keys_of_other_writers_are_known(asked, said, keys, read_row):
+    role, content = keys
+    turns = [{role: asked, content: "Time?"}, {role: said, content: "Noon.", "mood": "calm"}]
+    assert read_row({"messages": turns}).messages == [ASK, SAY | {"mood": "calm"}]
+
+
+@pytest.mark.parametrize("column", ["messages", "conversations"])
+def test_a_conversation_may_be_json_text(column, read_row):
+    assert read_row({column: json.dumps([ASK, SAY])}).messages == [ASK, SAY]
+
+
+def test_answers_of_xlam_are_calls(read_row):
+    row = {"id": 0, "query": "Time?", "answers": json.dumps([CALL["function"]])}
+    found = read_row(row | {"tools": json.dumps([TOOL])})
+    assert found == Conversation(CALLED[:2], [1], [SCHEMA])
+
+
 def test_calls_of_sharegpt_and_of_openais_first_format_are_calls(read_row):
     turns = [
         {"from": "human", "value": "Time?"},
@@ -202,7 +224,11 @@ def test_answers_that_are_calls_alone_need_a_template_for_calls(tmp_path):
         ({"messages": [ASK, SAY | {"tool_calls": [{"id": 1}]}]}, "a tool call has no name"),
         ({"messages": [ASK, SAY], "tools": "[{"}, "tools: .* is not JSON"),
         ({"messages": [ASK, SAY], "tools": [{"type": "x"}]}, "a tool has no name"),
-        ({"messages": [ASK, {"role": "model", "content": "a"}]}, "unknown role 'model'"),
+        ({"messages": [ASK, {"role": "robot", "content": "a"}]}, "unknown role 'robot'"),
+        ({"messages": [{"Role": "user", "Content": "a"}]}, "message 0 has no role: it has Role, C"),
+        ({"messages": [{"role": "user", "message": "a"}, SAY]}, "message 0 of the user has no te"),
+        ({"messages": "user: a"}, "must be a list of messages, got str"),
+        ({"query": " ", "answers": "[]", "tools": "[]"}, "the query is empty"),
         (
             {"conversations": [{"from": "system", "value": "a"}], "system": "b"},
             "a system column and a system message that differ",

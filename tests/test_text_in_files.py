@@ -107,6 +107,54 @@ def test_text_that_is_not_utf_8_names_its_file(tmp_path):
         answers(tmp_path / "a.jsonl")
 
 
+@pytest.mark.parametrize("suffix", ["csv", "jsonl", "json"])
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-8-sig"])
+def test_a_byte_order_mark_says_how_text_is_written(suffix, encoding, tmp_path):
+    path = tmp_path / f"a.{suffix}"
+    text = {
+        "csv": "question;answer\r\na;é, „ü“\r\n",
+        "jsonl": '{"question": "a", "answer": "é, „ü“"}\r\n',
+        "json": '[\n{"question": "a",\n"answer": "é, „ü“"}]',
+    }[suffix]
+    path.write_bytes(text.encode(encoding))
+    assert answers(path) == ["é, „ü“"]
+
+
+def test_utf_16_without_a_mark_is_refused(tmp_path):
+    (tmp_path / "a.txt").write_bytes("It is late.".encode("utf-16-le"))
+    with pytest.raises(ValueError, match=r"a\.txt is not text, or UTF-16 without"):
+        answers(tmp_path / "a.txt")
+
+
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [
+        ("question;answer\na;b, c\n", "b, c"),
+        ("question\tanswer\na\tb; c\n", "b; c"),
+        ('question|answer\n"a|a"|b\n', "b"),
+        ("sep=;\r\nquestion;answer\r\na;b\r\n", "b"),
+        ('"question;one",answer\na,b;c\n', "b;c"),
+    ],
+)
+def test_the_heading_says_what_stands_between_fields(text, answer, tmp_path):
+    (tmp_path / "a.csv").write_text(text, newline="")
+    mapped = {"columns": ["prompt=question;one", "completion=answer"]} if "one" in text else {}
+    assert answers(tmp_path / "a.csv", **mapped) == [answer]
+
+
+def test_objects_over_several_lines_are_rows(tmp_path):
+    rows = [{"question": "a", "answer": one} for one in ("b", "c")]
+    (tmp_path / "a.json").write_text("\n".join(json.dumps(row, indent=2) for row in rows))
+    assert answers(tmp_path / "a.json") == ["b", "c"]
+
+
+def test_rows_under_a_key_are_told_how_to_be_written(tmp_path):
+    rows = [{"question": "a", "answer": "b"}]
+    (tmp_path / "a.json").write_text(json.dumps({"version": 1, "data": rows}, indent=2))
+    with pytest.raises(ValueError, match="the rows are a list under the key 'data': write the"):
+        answers(tmp_path / "a.json")
+
+
 def test_columns_of_two_formats_are_asked_about(tmp_path):
     messages = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
     rows = [{"question": "x", "answer": "y", "messages": messages}]
@@ -138,6 +186,7 @@ def test_what_is_not_used_of_rows_is_counted(suffix, tmp_path):
     assert facts["not_used"] == {
         "column id": 3,
         "column loss_mask": 1,
+        "weight of a message that is not the assistant's": 3,
     }
     assert facts["rows_with"] == {"field reasoning_content": 1, "turns of weight 0": 1}
     assert facts["rows_without_an_answer"] == 2

@@ -76,6 +76,13 @@ def test_a_template_that_is_right_gives_no_warning():
     assert look_at_loss(right, [], EVERY) == []
 
 
+@pytest.mark.parametrize("answer", ["d", "end", "|", "<", "im_end"])
+def test_an_answer_that_is_a_part_of_its_end_token_gives_no_warning(answer):
+    right = with_template(CHATML, ("<|im_start|>", "<|im_end|>"))
+    turns = [{"role": "user", "content": "a?"}, {"role": "assistant", "content": answer}]
+    assert look_at_loss(right, [Conversation(turns, [1], [])], EVERY) == []
+
+
 @pytest.mark.parametrize(
     ("template", "message"),
     [

@@ -20,6 +20,7 @@ DATA_FORMAT_NAMES = [
     "sharegpt",
     "messages",
     "prompt_completion",
+    "xlam",
     "text",
 ]
 

@@ -123,7 +123,7 @@ def _guessed(found: Sequence[str], there: Sequence[str]) -> tuple[str, Columns]:
     known = "; ".join(
         f"{shape} ({', '.join(needed)})" for shape, (needed, _, _) in DATA_FORMATS.items()
     )
-    example = ""
+    example = f"; a conversation is read with --columns messages={found[0]}"
     if len(found) > 1:
         question = (questions or [c for c in found if c not in answers] or found)[0]
         answer = next(c for c in [*answers, *found[::-1]] if c != question)

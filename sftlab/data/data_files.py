@@ -3,13 +3,14 @@
 A name is a file, a folder, a pattern such as data/*.jsonl, or several files.
 """
 
+import codecs
 import glob
 import gzip
 import importlib.util
 import io
 import re
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from huggingface_hub import HfFileSystem
 
@@ -29,6 +30,7 @@ KINDS = {
     ".md": "text",
 }
 _COMPRESSED = (".gz", ".zst")
+_BYTE_ORDER_MARKS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 TEXT_KINDS = ("json", "csv", "text")
 
 
@@ -52,22 +54,38 @@ def known_types() -> str:
 def open_text(path: str | Path, newline: str | None = None) -> IO[str]:
     """Open a file of UTF-8 text, compressed or not, on this machine or on the hub (hf://...).
 
-    Raises ValueError for a .zst file where the package that reads it is missing.
+    A file that begins with the byte order mark of UTF-16 is read as that. Raises ValueError for a
+    file that is not text, and for a .zst file where the package that reads it is missing.
     """
-    name, how = str(path), {"encoding": "utf-8-sig", "newline": newline}
+    file = _opened(str(path))
+    try:
+        begin = file.peek(2)
+    except (EOFError, OSError) as error:
+        raise ValueError(f"{path} cannot be read: {error}") from error
+    is_utf16 = begin.startswith(_BYTE_ORDER_MARKS)
+    if b"\0" in begin and not is_utf16:
+        raise ValueError(
+            f"{path} is not text, or UTF-16 without a byte order mark: save it as UTF-8"
+        )
+    encoding = "utf-16" if is_utf16 else "utf-8-sig"
+    return io.TextIOWrapper(file, encoding=encoding, newline=newline)
+
+
+def _opened(name: str) -> Any:
+    """Returns the bytes of a file, unpacked: a stream that can be peeked into."""
     source = HfFileSystem().open(name, "rb") if name.startswith(HUB) else name
     if name.endswith(".gz"):
-        return gzip.open(source, "rt", **how)
+        return gzip.open(source, "rb")
     if name.endswith(".zst"):
         if importlib.util.find_spec("zstandard") is None:
             raise ValueError(
-                f"{path} needs the package zstandard, which is not installed: pip install "
-                f"zstandard, or unpack the file with `unzstd {path}`"
+                f"{name} needs the package zstandard, which is not installed: pip install "
+                f"zstandard, or unpack the file with `unzstd {name}`"
             )
         import zstandard
 
-        return zstandard.open(source, "rt", **how)
-    return open(name, **how) if source == name else io.TextIOWrapper(source, **how)
+        return io.BufferedReader(zstandard.open(source, "rb"))
+    return open(name, "rb") if source == name else io.BufferedReader(source)
 
 
 def expanded(names: list[str]) -> list[str]:

@@ -61,6 +61,15 @@ def _prompt_completion(row: dict[str, Any]) -> Conversation:
     return found
 
 
+def _xlam(row: dict[str, Any]) -> Conversation:
+    query = text(row, "query")
+    if not query.strip():
+        raise ValueError("the query is empty")
+    asked = {"role": "user", "content": query}
+    calls = {"role": "assistant", "tool_calls": row["answers"]}
+    return read_conversation([asked, calls], row["tools"])
+
+
 def _document(row: dict[str, Any]) -> Conversation:
     return Conversation([{"role": DOCUMENT, "content": text(row, "text")}], [0], [])
 
@@ -94,5 +103,6 @@ DATA_FORMATS: dict[
     ),
     "messages": (("messages",), ("tools", "functions"), _messages),
     "prompt_completion": (("prompt", "completion"), ("tools",), _prompt_completion),
+    "xlam": (("query", "answers", "tools"), (), _xlam),
     "text": (("text",), (), _document),
 }

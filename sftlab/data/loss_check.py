@@ -179,6 +179,12 @@ def _answer_findings(
 ) -> Iterator[Finding]:
     said = message["content"].strip()
     visible = said.rpartition(THOUGHTS_END)[2].strip()
+    # a short answer may be a part of its end token's name
+    end = _trailing_ends(tokenizer, loss, ends)
+    if visible in loss.removesuffix(end):
+        loss = loss.removesuffix(end)
+    else:
+        end = ""
     before, there, after = loss.rpartition(said)
     if not there and THOUGHTS_END in said:
         thoughts = said.partition(THOUGHTS_END)[0].rpartition("<think>")[2].strip()
@@ -210,7 +216,16 @@ def _answer_findings(
         )
     elif before.strip():
         yield Finding("before", f"the chat template puts {before!r:.60} into the loss", False)
-    yield from _end_findings(tokenizer, after, ids, ends)
+    yield from _end_findings(tokenizer, after + end, ids, ends)
+
+
+def _trailing_ends(tokenizer: PreTrainedTokenizerBase, loss: str, ends: set[int]) -> str:
+    """Returns the end tokens, with blanks, that a text ends with; '' without any."""
+    marks = [mark for end in ends if (mark := tokenizer.decode([end]))]
+    rest = loss
+    while mark := next((one for one in marks if rest.rstrip().endswith(one)), ""):
+        rest = rest.rstrip().removesuffix(mark)
+    return loss[len(rest) :]
 
 
 def _prompt_findings(prompt: list[Message], asked: str, whole: str, same: int) -> Iterator[Finding]:

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 from sftlab.data.tool_calls import read_calls, read_tools
@@ -10,16 +11,19 @@ Message = dict[str, Any]  # role, content, and what else a template may write
 ROLES = {
     "human": "user",
     "user": "user",
-    "gpt": "assistant",
-    "assistant": "assistant",
-    "function_call": "assistant",
+    "prompter": "user",
+    **dict.fromkeys(("gpt", "assistant", "ai", "bot", "model", "chatgpt", "bing"), "assistant"),
+    **dict.fromkeys(("function_call", "tool_call"), "assistant"),
     "system": "system",
     # a system message of OpenAI's newer models
     "developer": "system",
-    "tool": "tool",
-    "observation": "tool",
-    "function": "tool",
+    **dict.fromkeys(("tool", "observation", "function", "ipython"), "tool"),
+    **dict.fromkeys(("tool_response", "function_response"), "tool"),
 }
+# roles whose text is the calls as JSON
+_CALLS = ("function_call", "tool_call")
+# fields of a message that hold its role and its text; the first one there is read
+_ROLE, CONTENT = ("from", "role", "speaker"), ("value", "content", "text")
 # fields that say whether an answer is trained on
 WEIGHTS = ("weight", "train", "trainable", "loss")
 _OWN = {"from", "role", "value", "content", "tool_calls", "function_call", *WEIGHTS}
@@ -80,13 +84,16 @@ def text(row: dict[str, Any], column: str) -> str:
 def read_conversation(
     given: Any, tools: Any = None, system: str = "", first: int = 0
 ) -> Conversation:
-    """Returns the conversation of a list of messages.
+    """Returns the conversation of a list of messages, or of its JSON text.
 
     Its answers are the assistant's messages that follow a user's and have no weight 0; those before
     number `first` are not among them. A blank system message is no message. The assistant's
     messages before the first user's are left out: many templates refuse them. Raises TypeError and
     ValueError for what is no message.
     """
+    if isinstance(given, str):
+        with suppress(json.JSONDecodeError):
+            given = json.loads(given)
     if not isinstance(given, list):
         raise TypeError(f"a conversation must be a list of messages, got {type(given).__name__}")
     messages: list[Message] = [{"content": system, "role": "system"}] if system.strip() else []
@@ -129,23 +136,35 @@ def read_message(given: Any, number: int) -> Message:
     """
     if not isinstance(given, dict):
         raise TypeError(f"message {number} has no role and content but is {given!r:.60}")
-    name = text(given, "from") or text(given, "role")
+    read = next((one for one in _ROLE if given.get(one)), None)
+    if read is None:
+        raise ValueError(
+            f"message {number} has no role: it has {', '.join(given)}, and a message needs role or "
+            "from, and content or value"
+        )
+    name = text(given, read).strip().lower()
     if name not in ROLES:
-        raise ValueError(f"unknown role {name!r}: known are {', '.join(ROLES)}")
-    column = "value" if given.get("value") is not None else "content"
+        raise ValueError(f"unknown role {given[read]!r}: known are {', '.join(ROLES)}")
+    role = ROLES[name]
+    column = next((one for one in CONTENT if given.get(one) is not None), None)
+    if column is None and role == "user":
+        raise ValueError(
+            f"message {number} of the user has no text: it has {', '.join(given)}, and the text "
+            "belongs in content or value"
+        )
     calls = given.get("tool_calls") or given.get("function_call")
-    content = _content(given, column, ROLES[name], number)
-    if name == "function_call":
+    content = _content(given, column or "content", role, number)
+    if name in _CALLS:
         content, calls = "", content
     # in the order of their names, in which they are hashed
-    message: Message = {"content": content, "role": ROLES[name]}
+    message: Message = {"content": content, "role": role}
     if calls := read_calls(calls):
         message["tool_calls"] = calls
     # a field without a value would be one to a template that asks whether it is there
     return message | {
         field: value
         for field, value in given.items()
-        if field not in _OWN and value not in (None, "", [], {})
+        if field not in (*_OWN, read, column) and value not in (None, "", [], {})
     }
 
 

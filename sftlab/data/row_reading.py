@@ -6,11 +6,9 @@ from typing import Any, NamedTuple
 
 from sftlab.data.column_names import used_columns
 from sftlab.data.formats import DATA_FORMATS
+from sftlab.data.messages import CONTENT
 from sftlab.data.row_notes import unused_parts
 from sftlab.data.text_rows import JSON_ROW, parse_row, rows_in
-
-# the fields of a message that are text
-_CONTENT = ("content", "value")
 
 
 class RowReader(NamedTuple):
@@ -88,7 +86,7 @@ def _as_written(value: Any, written: Any) -> Any:
     if not isinstance(value, list):
         return value
     return [
-        message | {c: literal[c] for c in _CONTENT if _is_number(message.get(c))}
+        message | {c: literal[c] for c in CONTENT if _is_number(message.get(c))}
         if isinstance(message, dict)
         else message
         for message, literal in zip(value, written, strict=True)

@@ -6,11 +6,14 @@ one document.
 """
 
 import csv
+import io
 import json
+import re
 import sys
 from collections.abc import Iterator, Sequence
+from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import pyarrow.parquet as pq
 from datasets import Dataset, Features, IterableDataset, Value
@@ -22,6 +25,10 @@ from sftlab.schema import once
 JSON_ROW = "row as JSON"
 # rows that are looked at to find the columns
 _LOOKED_AT = 1000
+# what stands between the fields of a .csv file whose heading has no comma
+_SEPARATORS = (";", "\t", "|")
+# keys of a file's only object that hold its rows
+_OF_ROWS = ("data", "train", "rows", "instances", "examples")
 
 
 def read_text_rows(paths: Sequence[Path | str], streaming: bool) -> Dataset | IterableDataset:
@@ -61,22 +68,34 @@ def documents(files: list[tuple[str, int, int]]) -> Iterator[dict[str, str]]:
 
 
 def json_rows(files: list[tuple[str, int, int]]) -> Iterator[dict[str, str]]:
-    """Yield each object as its own text, from JSON lines or from one list of objects."""
+    """Yield each object as its own text, from JSON lines, one list, or objects in a row."""
     for path, *_ in files:
         with open_text(path) as file:
             try:
-                is_list = file.read(4096).lstrip().startswith("[")
-                file.seek(0)
-                for text in _elements(file.read()) if is_list else file:
+                for text in _json_texts(file):
                     if text.strip():
                         yield {JSON_ROW: text.strip()}
             except (UnicodeDecodeError, EOFError, OSError) as error:
                 raise ValueError(_unreadable(path, error)) from error
 
 
+def _json_texts(file: IO[str]) -> Iterator[str]:
+    # a stream that is unpacked on the way cannot be read twice
+    begin = file.read(4096) + file.readline()
+    if begin.lstrip().startswith("["):
+        return _elements(begin + file.read())
+    # an object over several lines opens with a line of its own
+    if begin.lstrip().partition("\n")[0].strip() == "{":
+        return _objects(begin + file.read())
+    return chain(io.StringIO(begin), file)
+
+
 def _unreadable(path: str, error: Exception) -> str:
     if isinstance(error, UnicodeDecodeError):
-        return f"{path} is not UTF-8 text: {error.reason}"
+        return (
+            f"{path} is not UTF-8 text: {error.reason}; save it as UTF-8, for example with "
+            f"`iconv -f WINDOWS-1252 -t UTF-8 {path}`"
+        )
     return f"{path} cannot be read: {error}"
 
 
@@ -86,7 +105,10 @@ def _elements(text: str) -> Iterator[str]:
         place = _behind_blanks(text, place)
         if text[place : place + 1] == "]":
             if rest := text[place + 1 :].strip():
-                raise ValueError(f"behind the list of rows stands {rest!r:.40}")
+                raise ValueError(
+                    f"behind the list of rows stands {rest!r:.40}: write one list of objects, or "
+                    "an object a line"
+                )
             return
         _, end = decoder.raw_decode(text, place)
         yield text[place:end]
@@ -95,6 +117,14 @@ def _elements(text: str) -> Iterator[str]:
             place += 1
         elif text[place : place + 1] != "]":
             raise json.JSONDecodeError("Expecting ',' or ']'", text, place)
+
+
+def _objects(text: str) -> Iterator[str]:
+    decoder, place = json.JSONDecoder(), _behind_blanks(text, 0)
+    while place < len(text):
+        _, end = decoder.raw_decode(text, place)
+        yield text[place:end]
+        place = _behind_blanks(text, end)
 
 
 def _behind_blanks(text: str, place: int) -> int:
@@ -133,15 +163,33 @@ def csv_rows(files: list[tuple[str, int, int]]) -> Iterator[dict[str, str]]:
 
 def _csv_lines(path: str, file: Any) -> Iterator[list[str]]:
     csv.field_size_limit(sys.maxsize)
-    reader = csv.reader(
-        file, delimiter="\t" if data_suffix(Path(path)) == ".tsv" else ",", strict=True
-    )
+    before = 0
     try:
+        first = file.readline()
+        separator, is_row = _separator(path, first)
+        before = 0 if is_row else 1
+        lines = chain([first], file) if is_row else file
+        reader = csv.reader(lines, delimiter=separator, strict=True)
         yield from filter(None, reader)
     except csv.Error as error:
-        raise ValueError(f"{path}, line {reader.line_num}: {error}") from error
+        raise ValueError(f"{path}, line {before + reader.line_num}: {error}") from error
     except (UnicodeDecodeError, EOFError, OSError) as error:
         raise ValueError(_unreadable(path, error)) from error
+
+
+def _separator(path: str, first: str) -> tuple[str, bool]:
+    """Returns what stands between the fields, and whether the first line is a row.
+
+    Excel may say the separator in a line of its own: `sep=;`.
+    """
+    if data_suffix(Path(path)) == ".tsv":
+        return "\t", True
+    if said := re.fullmatch(r"sep=(.)", first.strip("\r\n"), re.IGNORECASE):
+        return said[1], False
+    bare = re.sub(r'"[^"]*"', "", first)
+    counts = {one: bare.count(one) for one in _SEPARATORS}
+    most = max(counts, key=counts.__getitem__)
+    return (most if counts[most] and "," not in bare else ","), True
 
 
 def rows_in(path: Path) -> int:
@@ -182,9 +230,22 @@ def columns_of(rows: Dataset | IterableDataset) -> list[str] | None:
     if not first:
         raise ValueError("the data set is empty")
     columns = dict.fromkeys(parse_row(first[0]))
+    if len(first) == 1:
+        _refuse_rows_under_key(parse_row(first[0]))
     for text in first[1:]:
         try:
             columns |= dict.fromkeys(parse_row(text))
         except ValueError:
             continue  # the conversion names the row
     return list(columns)
+
+
+def _refuse_rows_under_key(only: dict[str, Any]) -> None:
+    """Raise ValueError where a file's only object holds the rows."""
+    for key in _OF_ROWS:
+        held = only.get(key)
+        if isinstance(held, list) and held and isinstance(held[0], dict):
+            raise ValueError(
+                f"the rows are a list under the key {key!r}: write the list alone, for example "
+                f"with `jq .{key} FILE > rows.json`"
+            )
