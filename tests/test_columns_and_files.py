@@ -46,6 +46,11 @@ def pairs(splits):
             {"question": "prompt", "response": "response", "system_prompt": "system"},
         ),
         (["dialogue"], "messages", {"messages": "dialogue"}),
+        (
+            ["inputs", "targets"],
+            "prompt_completion",
+            {"prompt": "inputs", "completion": "targets"},
+        ),
         (["instruction", "input", "response"], "dolly", {"context": "input"}),
         (["question", "answer", "level"], "gsm8k", {}),
     ],
@@ -60,6 +65,8 @@ def test_common_names_of_columns_are_recognised(columns, shape, read):
         (["prompt", "response", "answer"], "--columns prompt=prompt completion=response"),
         (["title", "text of it"], '--columns prompt=title "completion=text of it"'),
         (["question", "input", "reply"], "--columns prompt=question completion=reply"),
+        (["prompt", "chosen", "rejected"], "--columns prompt=prompt completion=chosen"),
+        (["question", "text of it", "id"], '--columns prompt=question "completion=text of it"'),
     ],
 )
 def test_columns_that_could_be_several_things_are_asked_about(columns, typed):

@@ -201,7 +201,7 @@ def test_a_stream_gives_the_rows_of_the_loaded_data_set(tmp_path):
         ('{"messages": [{"role": "robot", "content": "a"}]}\n', "unknown role 'robot'"),
         ('{"messages": "hello"}\n', "must be a list of messages"),
         (
-            '{"messages": ["hi", "there"]}\n',
+            '{"messages": ["hi", 5]}\n',
             "row 0 .*message 0 has no role and content but is 'hi'",
         ),
         (

@@ -64,6 +64,11 @@ def test_roles_and_keys_of_other_writers_are_known(asked, said, keys, read_row):
     assert read_row({"messages": turns}).messages == [ASK, SAY | {"mood": "calm"}]
 
 
+def test_texts_are_the_users_and_the_assistants_in_turn(read_row):
+    found = read_row({"messages": ["Time?", "Noon.", "Sure?"]})
+    assert found.messages[:2] == [ASK, SAY] and found.answers == [1]
+
+
 @pytest.mark.parametrize("column", ["messages", "conversations"])
 def test_a_conversation_may_be_json_text(column, read_row):
     assert read_row({column: json.dumps([ASK, SAY])}).messages == [ASK, SAY]

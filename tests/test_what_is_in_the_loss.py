@@ -81,6 +81,8 @@ def test_an_answer_that_is_a_part_of_its_end_token_gives_no_warning(answer):
     right = with_template(CHATML, ("<|im_start|>", "<|im_end|>"))
     turns = [{"role": "user", "content": "a?"}, {"role": "assistant", "content": answer}]
     assert look_at_loss(right, [Conversation(turns, [1], [])], EVERY) == []
+    (warning,) = look_at_loss(with_template(CHATML), [Conversation(turns, [1], [])], EVERY)
+    assert warning.startswith("no end token is in the loss")
 
 
 @pytest.mark.parametrize(

@@ -46,7 +46,6 @@ SAME = {
     "dataset_processes": "dataset_num_proc",
     "chat_template_jinja": "chat_template_path",
     "lora_model_dir": "adapter_name_or_path",
-    "peft_init_lora_weights": "init_lora_weights",
     "lora_exclude_modules": "exclude_modules",
     # LLaMA-Factory
     "model_name": "model_name_or_path",

@@ -12,8 +12,16 @@ from sftlab.data.formats import DATA_FORMATS
 
 # the format's column: the column of the data set that it is read from
 Columns = dict[str, str]
-_QUESTION = ("prompt", "question", "query", "instruction", "input", "problem", "user", "human")
-_ANSWER = ("completion", "response", "answer", "output", "solution", "assistant", "reply")
+_QUESTION = (
+    *("prompt", "question", "query", "instruction", "input", "inputs"),
+    *("problem", "user", "human"),
+)
+_ANSWER = (
+    *("completion", "response", "answer", "output", "solution", "assistant", "reply"),
+    *("target", "targets"),
+)
+# columns that are proposed as an answer before others, and those that never are
+_LIKELY, _NO_ANSWER = ("chosen", "answers"), ("id", "rejected", "label", "tools", "system")
 _CONVERSATION = ("messages", "conversations", "conversation", "dialogue", "dialog", "chat")
 _SYSTEM = ("system_prompt", "system")
 # other names of columns that a format may have
@@ -126,7 +134,9 @@ def _guessed(found: Sequence[str], there: Sequence[str]) -> tuple[str, Columns]:
     example = f"; a conversation is read with --columns messages={found[0]}"
     if len(found) > 1:
         question = (questions or [c for c in found if c not in answers] or found)[0]
-        answer = next(c for c in [*answers, *found[::-1]] if c != question)
+        likely = [c for c in found if c.lower() in _LIKELY]
+        others = [c for c in found[::-1] if c.lower() not in _NO_ANSWER]
+        answer = next(c for c in [*answers, *likely, *others, *found] if c != question)
         typed = as_words({"prompt": question, "completion": answer})
         example = f"; say which column is which, for example --columns {typed}"
     raise ValueError(

@@ -186,6 +186,8 @@ def _answer_findings(
     else:
         end = ""
     before, there, after = loss.rpartition(said)
+    if loss.lstrip().startswith(said):
+        before, after = "", loss.lstrip().removeprefix(said)
     if not there and THOUGHTS_END in said:
         thoughts = said.partition(THOUGHTS_END)[0].rpartition("<think>")[2].strip()
         if thoughts and thoughts in loss:

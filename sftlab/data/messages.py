@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterator
 from contextlib import suppress
+from itertools import cycle
 from typing import Any, NamedTuple
 
 from sftlab.data.tool_calls import read_calls, read_tools
@@ -84,7 +85,9 @@ def text(row: dict[str, Any], column: str) -> str:
 def read_conversation(
     given: Any, tools: Any = None, system: str = "", first: int = 0
 ) -> Conversation:
-    """Returns the conversation of a list of messages, or of its JSON text.
+    """Returns the conversation of a list of messages or texts, or of its JSON text.
+
+    Texts are the user's and the assistant's in turn.
 
     Its answers are the assistant's messages that follow a user's and have no weight 0; those before
     number `first` are not among them. A blank system message is no message. The assistant's
@@ -96,6 +99,9 @@ def read_conversation(
             given = json.loads(given)
     if not isinstance(given, list):
         raise TypeError(f"a conversation must be a list of messages, got {type(given).__name__}")
+    if given and all(isinstance(one, str) for one in given):
+        roles = cycle(("user", "assistant"))
+        given = [{"role": role, "content": one} for role, one in zip(roles, given, strict=False)]
     messages: list[Message] = [{"content": system, "role": "system"}] if system.strip() else []
     answers: list[int] = []
     notes: dict[str, None] = {}

@@ -23,6 +23,7 @@ _MATTER = {
     *(f"of a message that has {read} too" for _, read in SHADOWED),
     *("tools", "functions", "system", "system_prompt", "instruction", "input", "context"),
     *("history", "loss_mask", "images", "image", "audio", "documents", "chat_template_kwargs"),
+    *("label", "rejected"),
 }
 
 
