@@ -10,7 +10,7 @@ a traceback of its own to every training that does not succeed, and the sentence
 
 The fields are those of trl's ModelConfig and SFTConfig and of sftlab/config/recipe.py. The command
 line beats the YAML. After an interruption the same command resumes the run. A finished run is
-replaced only with --overwrite.
+replaced only with --overwrite, and trains on with --extend and more steps or epochs.
 """
 
 import sftlab.startup.filter_warnings  # noqa: I001  (before the libraries that warn)
@@ -110,7 +110,8 @@ def look(recipe: Recipe, launch: Launch, rank: int) -> tuple[Run, Start]:
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(run.folder / "tensorboard")
     found, data = [None], recipe.data
     if run.is_main:
-        found = [run.look(recipe.facts(), launch.facts(), data.overwrite, data.resume_anyway)]
+        asked = (data.overwrite, data.resume_anyway, data.extend)
+        found = [run.look(recipe.facts(), launch.facts(), *asked)]
     if launch.world_size > 1:
         broadcast_object_list(found)
     run.began = False

@@ -21,20 +21,20 @@ LAUNCH = {"world_size": 1}
 DATA = {"data": {"train": {"rows": 10, "fingerprint": "abc"}}, "template": {"hash": "xyz"}}
 
 
-def started(folder, recipe=None, overwrite=False, world_size=1, anyway=False):
+def started(folder, recipe=None, overwrite=False, world_size=1, anyway=False, extend=False):
     run, recipe, launch = Run(folder, is_main=True), recipe or RECIPE, {"world_size": world_size}
-    start = run.look(recipe, launch, overwrite, anyway)
+    start = run.look(recipe, launch, overwrite, anyway, extend)
     start.warnings += run.begin(start, recipe, launch, **DATA)
     return run, start
 
 
-def checkpoint(folder, step, sealed=True):
+def checkpoint(folder, step, sealed=True, recipe=None):
     path = folder / f"checkpoint-{step}"
     path.mkdir(parents=True)
     (path / "optimizer.pt").write_text("state")
     if sealed:
         now = environment()
-        must = must_match(RECIPE, {"world_size": 1}, now) | DATA
+        must = must_match(recipe or RECIPE, {"world_size": 1}, now) | DATA
         facts = {
             "step": step,
             "saved": 0.0,

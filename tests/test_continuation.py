@@ -238,6 +238,20 @@ def test_a_run_killed_after_its_last_step_takes_no_step_more(fields):
     assert again.first_step.observed == first.first_step.observed
 
 
+@pytest.mark.long
+def test_an_extended_run_is_the_longer_run(fields, tmp_path, trained_here):
+    own = fields | {"lr_scheduler_type": "constant_with_warmup", "lora_dropout": "0.1"}
+    trained_here(own | {"max_steps": "9", "output_dir": str(tmp_path / "whole")})
+    trained_here(own | {"max_steps": "6"})
+    done = trained_here(own | {"max_steps": "9", "extend": "true"})
+    assert "6 steps done" in done.stdout and "it may differ" not in done.stderr
+    assert adapter_hash(fields["output_dir"]) == adapter_hash(tmp_path / "whole")
+    record, whole = read(fields["output_dir"]), read(tmp_path / "whole")
+    assert record["losses"] == whole["losses"]
+    assert record["measured"]["train_loss"] == whole["measured"]["train_loss"]
+    assert scalars(tmp_path / "run") == scalars(tmp_path / "whole")
+
+
 EARLY = {
     "max_steps": "30",
     "eval_strategy": "steps",

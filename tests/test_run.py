@@ -42,6 +42,58 @@ def test_a_finished_run_is_replaced_only_with_overwrite(tmp_path):
     assert not run.adapter.exists()
 
 
+SHORT = RECIPE | {"max_steps": 4, "lr_scheduler_type": "constant", "warmup_steps": 1}
+
+
+def finished_folder(folder, recipe):
+    run, _ = started(folder, recipe)
+    checkpoint(folder, 4, recipe=recipe)
+    run.finish("succeeded")
+    return folder
+
+
+def test_a_finished_run_is_extended_on_request(tmp_path):
+    folder = finished_folder(tmp_path / "r", SHORT)
+    longer = SHORT | {"max_steps": 6}
+    with pytest.raises(ValueError, match="or --extend with more steps or epochs"):
+        started(folder, longer)
+    _, start = started(folder, longer, extend=True)
+    assert start.checkpoint.endswith("checkpoint-4")
+    assert (start.changed, start.warnings) == ([], [])
+    (stop,) = read_run(folder)["interruptions"]
+    assert (stop["status"], stop["step"], stop["changed"]) == ("succeeded", 4, [])
+    # killed before its first new checkpoint, it goes on with the same command
+    assert started(folder, longer, extend=True)[1].checkpoint == start.checkpoint
+
+
+@pytest.mark.parametrize(
+    "own", [{"lr_scheduler_type": "linear"}, {"lr_scheduler_type": "constant", "warmup_steps": 0.1}]
+)
+def test_an_extension_says_what_depends_on_the_length(own, tmp_path):
+    folder = finished_folder(tmp_path / "r", SHORT | own)
+    _, start = started(folder, SHORT | own | {"max_steps": 6}, extend=True)
+    assert start.changed[0].startswith("max_steps grew from 4 to 6, and its ")
+    assert "the learning rates until here are those of the shorter run" in start.warnings[0]
+    assert read_run(folder)["interruptions"][0]["changed"] == start.changed
+
+
+@pytest.mark.parametrize(
+    ("own", "message"),
+    [
+        ({"max_steps": 4}, "has finished max_steps 4: pass a larger --max_steps"),
+        ({"max_steps": -1, "num_train_epochs": 9}, "pass a larger --max_steps"),
+        ({"max_steps": 6, "dataset_streaming": True}, "read a stream"),
+        ({"max_steps": 6, "learning_rate": 0.2}, r"learning_rate \(0.1 was, 0.2 is\)"),
+    ],
+)
+def test_what_is_no_extension_is_refused(own, message, tmp_path):
+    folder = finished_folder(tmp_path / "r", SHORT)
+    with pytest.raises(ValueError, match=message):
+        started(folder, SHORT | own, extend=True)
+    with pytest.raises(ValueError, match="both true"):
+        started(folder, SHORT, extend=True, overwrite=True)
+
+
 @pytest.mark.parametrize("status", ["interrupted", "failed", "running"])
 def test_an_unfinished_run_continues_from_its_newest_checkpoint(tmp_path, status):
     run, _ = started(tmp_path / "r")

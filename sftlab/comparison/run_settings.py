@@ -14,8 +14,8 @@ from sftlab.config.lora_variants import SCALE_FIELDS, lora_scale
 
 # Recipe fields that change no figure of a report: where it is written, logged, saved and uploaded.
 BOOKKEEPING = (
-    "output_dir run_name overwrite project report_to trackio_* logging_strategy logging_steps "
-    "logging_first_step log_* include_num_input_tokens_seen disable_tqdm save_* "
+    "output_dir run_name overwrite extend project report_to trackio_* logging_strategy "
+    "logging_steps logging_first_step log_* include_num_input_tokens_seen disable_tqdm save_* "
     "enable_jit_checkpoint push_to_hub hub_* resume_from_checkpoint ddp_timeout dataset_num_proc "
     "skip_memory_metrics measure_memory"
 )

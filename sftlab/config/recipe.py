@@ -141,6 +141,13 @@ class DataArguments:
         },
     )
 
+    extend: bool = field(
+        default=False,
+        metadata={
+            "help": "Continue a finished run to a larger max_steps or num_train_epochs than it had."
+        },
+    )
+
     def __post_init__(self) -> None:
         self.columns = columns_of_words(self.columns)
         self.datasets = parts_of_words(self.datasets)

@@ -8,6 +8,7 @@ from typing import Any
 _FREE_FIELDS = {
     "overwrite",
     "resume_anyway",
+    "extend",
     "disable_tqdm",
     "log_level",
     "logging_first_step",

@@ -14,6 +14,7 @@ from sftlab.runs import progress, run_lock
 from sftlab.runs.checkpoint_manifest import foreign, in_order, newest_valid, set_aside
 from sftlab.runs.clearing import clear, own_curves
 from sftlab.runs.environment import environment
+from sftlab.runs.extension import extended, refuse_extension
 from sftlab.runs.made_files import EVALUATIONS, MadeFiles, free_name, walk
 from sftlab.runs.matching import comparable, differences, must_match
 from sftlab.runs.ownership import PARTS, existing_record, refuse_unlisted
@@ -69,15 +70,22 @@ class Run:
         return self.folder / "adapter"
 
     def look(
-        self, recipe: dict[str, Any], launch: dict[str, Any], overwrite: bool, anyway: bool = False
+        self,
+        recipe: dict[str, Any],
+        launch: dict[str, Any],
+        overwrite: bool,
+        anyway: bool = False,
+        extend: bool = False,
     ) -> Start:
         """Find out how the run starts, or continues. Changes nothing (rank 0 only).
 
         Raises ValueError for a folder that is not a run's, for a damaged run.json, while another
         process trains there, and where a finished run would be replaced. It raises one too where an
         unfinished run had another recipe, launch config or versions, unless `anyway`; run.json
-        then says what differed.
+        then says what differed. With `extend`, a finished run goes on to a larger number of steps.
         """
+        if extend and overwrite:
+            raise ValueError("extend and overwrite are both true: give one of them")
         self.began = False
         run_lock.refuse_held(self.folder)
         record = existing_record(self.folder)
@@ -91,16 +99,19 @@ class Run:
             start.at_stake = self._trained() or bool(in_order(self.folder))
             return start
         if record and record["status"] == "succeeded":
-            raise ValueError(
-                f"{self.folder} holds a finished run: pass --overwrite, or another --output_dir"
-            )
+            if not extend:
+                raise ValueError(
+                    f"{self.folder} holds a finished run: pass --overwrite, another --output_dir, "
+                    "or --extend with more steps or epochs"
+                )
+            refuse_extension(record, recipe, self.folder)
         found = newest_valid(self.folder)
         start.invalid = found.invalid
         if found.folder is None:
             self._refuse_lone_adapter(record)
             start.warnings += self._diverged(record, None)
             return start
-        self._continue(start, found.folder, found.manifest, recipe, launch, anyway)
+        self._continue(start, found.folder, found.manifest, recipe, launch, anyway, extend)
         start.warnings += self._diverged(record, found.folder)
         return start
 
@@ -112,12 +123,16 @@ class Run:
         recipe: dict[str, Any],
         launch: dict[str, Any],
         anyway: bool,
+        extend: bool,
     ) -> None:
-        now, must = environment(), manifest["must_match"]
+        now, must, length = environment(), manifest["must_match"], ""
+        if extend:
+            must, length = extended(must, recipe)
         differing = list(differences(must, must | must_match(recipe, launch, now)))
         self._refuse_unless(anyway, differing)
         computed_on = {"hardware": comparable(manifest["hardware"])}
         start.changed = [
+            *([length] if length else []),
             *differing,
             *differences(computed_on, {"hardware": comparable(now["hardware"])}),
         ]
