@@ -20,7 +20,19 @@ from sftlab.fastpath.float8 import FrozenFloat8Linear, freeze_in_float8
 from sftlab.measurement.flops import flops_per_token
 
 # each of these takes half a minute to trace
-LONG, OTHER_WEIGHTS = pytest.mark.long, ("float8", "4 bits gathered")
+KEPT, CHECKPOINTED = {}, {"gradient_checkpointing": "true"}
+QUICK = (("whole", KEPT), ("4 bits", CHECKPOINTED))
+# every kind of weights with and without checkpointing; each compiles for half a minute
+CASES = [
+    pytest.param(
+        weights,
+        dropped,
+        id=f"{weights}-{'checkpointed' if dropped else 'kept'}",
+        marks=[] if (weights, dropped) in QUICK else pytest.mark.long,
+    )
+    for weights in ("whole", "4 bits", "float8", "4 bits gathered")
+    for dropped in (KEPT, CHECKPOINTED)
+]
 
 
 @pytest.fixture
@@ -60,12 +72,7 @@ def test_compiled_layers_are_one_graph_that_batches_of_other_sizes_do_not_compil
     assert [e["loss"] for e in compiled] == pytest.approx([e["loss"] for e in plain], abs=1e-5)
 
 
-@pytest.mark.parametrize(
-    "dropped", [{}, {"gradient_checkpointing": "true"}], ids=["kept", "checkpointed"]
-)
-@pytest.mark.parametrize(
-    "weights", ["whole", "4 bits", *(pytest.param(one, marks=LONG) for one in OTHER_WEIGHTS)]
-)
+@pytest.mark.parametrize(("weights", "dropped"), CASES)
 def test_compiled_layers_have_the_gradients_of_uncompiled_ones(
     fields, on_a_cpu, monkeypatch, weights, dropped
 ):

@@ -59,7 +59,7 @@ def stopped_after(fields, step, number=signal.SIGTERM, whom="worker", config="cp
 
 
 STOPS = [
-    ("worker", signal.SIGTERM),
+    pytest.param("worker", signal.SIGTERM, marks=pytest.mark.long),
     ("worker", signal.SIGUSR1),
     pytest.param("launcher", signal.SIGTERM, marks=pytest.mark.long),
     pytest.param("group", signal.SIGINT, marks=pytest.mark.long),

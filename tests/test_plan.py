@@ -60,6 +60,7 @@ def test_a_plan_says_what_was_made_of_the_recipe(printed):
         assert first.startswith("note: dataset_fraction 0.01") and "mine.jsonl" in first
 
 
+@pytest.mark.long
 def test_a_plan_as_a_user_types_it_takes_ten_seconds_where_importing_torch_takes_one_and_a_half():
     took, text = processor_seconds(
         "recipes/plan.py", *SAID, "--config_file", "accelerate_configs/ddp.yaml"
