@@ -6,6 +6,9 @@ The server speaks OpenAI's protocol under the run's own chat template. It listen
 alone unless --host says otherwise. Clients must send the key in VLLM_API_KEY, where that is set.
 """
 
+import sftlab.startup.filter_warnings  # noqa: I001  (before the libraries that it quiets)
+import sftlab.startup.preload  # noqa: F401
+
 import argparse
 import shlex
 import sys

@@ -336,6 +336,9 @@ def finish(trainer: LabTrainer, run: Run, facts: dict[str, Any]) -> None:
         for name, value in summary_rows(read_run(run.folder)).items():
             print(f"  {name:<28}{value}")
         if args.save_adapter:
+            from sftlab.export.model_card import adapter_card  # late: it imports what scores texts
+
+            adapter_card(read_run(run.folder), run.adapter).save(run.adapter / "README.md")
             print(f"\nNext: python eval/quality.py --run {run.folder}")
         else:
             print("\nThe adapter was not saved (save_adapter: false)")

@@ -16,9 +16,10 @@ from conftest import (
 )
 from peft import PeftModel
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
 from sftlab.config.recipe import DataArguments
+from sftlab.data.chat_template import template_hash
 from sftlab.data.converter import split_index
 from sftlab.data.splits import SPLITS, load_splits
 from sftlab.evaluation.base_and_tuned import finished_run
@@ -81,6 +82,16 @@ def test_the_adapter_loads_with_plain_peft_and_changes_the_model(finished, base)
     assert (tuned(ids).logits - before).abs().max() > 1e-3
     with tuned.disable_adapter():
         assert torch.equal(tuned(ids).logits, before)
+
+
+def test_the_adapters_card_says_what_the_run_knows(finished, base):
+    adapter = finished[0] / "adapter"
+    card = (adapter / "README.md").read_text()
+    assert "More Information Needed" not in card and "[None]" not in card
+    assert f"local base model `{base}`" in card and "rank 16, alpha 32" in card
+    assert f'pipeline("text-generation", model="{adapter}", tokenizer="{adapter}")' in card
+    pipe = pipeline("text-generation", model=str(adapter), tokenizer=str(adapter))
+    assert template_hash(pipe.tokenizer) == read(adapter.parent)["template"]["hash"]
 
 
 def test_a_finished_run_is_not_overwritten_by_the_same_command(finished, train_here):

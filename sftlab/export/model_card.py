@@ -14,10 +14,24 @@ from sftlab.tables import figure, interval, markdown, p_value
 _LIBRARY = {"merged": "transformers", "adapter": "peft", "gguf": "gguf"}
 
 
-def model_card(run: dict[str, Any], quality: dict[str, Any], kind: str, name: str) -> ModelCard:
+def adapter_card(run: dict[str, Any], adapter: Path) -> ModelCard:
+    """Returns the card of a run's own adapter, which says what run.json knows.
+
+    The hub is not asked for the base model's licence: a node that trains may not reach it.
+    """
+    return model_card(run, None, "adapter", str(adapter), ask_hub=False)
+
+
+def model_card(
+    run: dict[str, Any],
+    quality: dict[str, Any] | None,
+    kind: str,
+    name: str,
+    ask_hub: bool = True,
+) -> ModelCard:
     """Returns the card of an export of `kind` (merged, adapter or gguf) with the name `name`.
 
-    `quality` is quality.json, {} where the run was not evaluated.
+    `quality` is quality.json, {} where the run was not evaluated, None in the run's own folder.
     """
     recipe = run["recipe"]
     base = recipe["model_name_or_path"]
@@ -28,14 +42,14 @@ def model_card(run: dict[str, Any], quality: dict[str, Any], kind: str, name: st
         tags=[*(["lora"] if recipe["use_peft"] else []), "sft", "trl"],
         base_model=None if local else base,
         datasets=_hub_data(recipe),
-        license=license_of(base),
+        license=license_of(base) if ask_hub or local else None,
     )
     origin = f"the local base model `{base}`" if local else f"[{base}]({_link(base)})"
     tuned = "fine-tuned with LoRA" if recipe["use_peft"] else "fully fine-tuned"
     parts = [
         f"# {name}",
         f"{_what(kind)} of {origin}, {tuned}.",
-        *_scores(quality),
+        *_own_folder(quality, base, local),
         "## How to use it",
         *_usage(kind, name, base),
         "## How it was trained",
@@ -90,6 +104,19 @@ def _hub_data(recipe: dict[str, Any]) -> list[str] | None:
     return [one for one in found if not Path(one).exists()] or None
 
 
+def _own_folder(quality: dict[str, Any] | None, base: str, local: bool) -> list[str]:
+    """Returns the scores, or of a run's own adapter where they are and where it loads."""
+    if quality is not None:
+        return _scores(quality)
+    lines = ["Scores are in the folder `eval` beside this one, once the run is evaluated."]
+    if local and not Path(base).is_absolute():
+        lines.append(
+            f"The path `{base}` is looked for in the folder that you are in. `python "
+            "recipes/export.py --to adapter` writes an adapter that loads from any folder."
+        )
+    return lines
+
+
 def _scores(quality: dict[str, Any]) -> list[str]:
     if not quality:
         return ["It was not evaluated."]
@@ -130,8 +157,15 @@ def _usage(kind: str, name: str, base: str) -> list[str]:
             'return_tensors="pt", return_dict=True)\n'
             "print(tokenizer.decode(model.generate(**ids, max_new_tokens=256)[0]))"
         )
+        pipe = f'pipeline("text-generation", model="{name}", tokenizer="{name}")'
         serve = f"vllm serve {base} --enable-lora --lora-modules tuned={name}"
-        return [_code(code), "With vLLM:", _code(serve, "")]
+        return [
+            _code(code),
+            "A pipeline takes the base model's tokenizer, unless this one is named:",
+            _code(f"from transformers import pipeline\n\npipe = {pipe}"),
+            "With vLLM:",
+            _code(serve, ""),
+        ]
     return [_code(f"llama-cli -m {name} --jinja", "")]
 
 
