@@ -64,6 +64,13 @@ def test_roles_and_keys_of_other_writers_are_known(asked, said, keys, read_row):
     assert read_row({"messages": turns}).messages == [ASK, SAY | {"mood": "calm"}]
 
 
+def test_a_system_column_stands_before_messages(read_row):
+    brief = {"role": "system", "content": "Be brief."}
+    assert read_row({"messages": [ASK, SAY], "system": "Be brief."}).messages == [brief, ASK, SAY]
+    chat = {"prompt": [ASK], "completion": [SAY], "system": "Be brief."}
+    assert read_row(chat).messages == [brief, ASK, SAY]
+
+
 def test_texts_are_the_users_and_the_assistants_in_turn(read_row):
     found = read_row({"messages": ["Time?", "Noon.", "Sure?"]})
     assert found.messages[:2] == [ASK, SAY] and found.answers == [1]
@@ -142,13 +149,20 @@ def test_a_developers_message_is_the_systems_and_a_blank_one_is_none(read_row):
     assert read_row({"conversations": turns, "system": ""}).messages == [ASK, SAY]
 
 
-def test_alpacas_system_and_history_are_earlier_messages(read_row):
-    found = read_row(
-        {
-            **{"instruction": "And now?", "input": "", "output": "One.", "system": "Be brief."},
-            "history": [["Time?", "Noon."]],
-        }
-    )
+@pytest.mark.parametrize(
+    ("question", "answer", "system"),
+    [
+        ("instruction", "output", "system"),
+        ("instruction", "response", "system"),
+        ("query", "response", "system"),
+        ("question", "response", "system_prompt"),
+        ("question", "answer", "system"),
+        ("prompt", "completion", "system_prompt"),
+    ],
+)
+def test_system_and_history_are_earlier_messages(question, answer, system, read_row):
+    row = {question: "And now?", answer: "One.", system: "Be brief."}
+    found = read_row(row | {"history": [["Time?", "Noon."]]})
     assert found.messages == [
         {"role": "system", "content": "Be brief."},
         ASK,
@@ -233,6 +247,10 @@ def test_answers_that_are_calls_alone_need_a_template_for_calls(tmp_path):
         ({"messages": [{"Role": "user", "Content": "a"}]}, "message 0 has no role: it has Role, C"),
         ({"messages": [{"role": "user", "message": "a"}, SAY]}, "message 0 of the user has no te"),
         ({"messages": "user: a"}, "must be a list of messages, got str"),
+        (
+            {"prompt": [ASK], "completion": [SAY], "history": [["a", "b"]]},
+            "a history, and messages in prompt or completion",
+        ),
         ({"query": " ", "answers": "[]", "tools": "[]"}, "the query is empty"),
         (
             {"conversations": [{"from": "system", "value": "a"}], "system": "b"},
@@ -240,7 +258,7 @@ def test_answers_that_are_calls_alone_need_a_template_for_calls(tmp_path):
         ),
         (
             {"instruction": "a", "output": "b", "history": [["c"]]},
-            "expected pairs of question and answer",
+            "expected pairs of question and answer; rename the column to leave it out",
         ),
     ],
 )

@@ -25,7 +25,12 @@ _LIKELY, _NO_ANSWER = ("chosen", "answers"), ("id", "rejected", "label", "tools"
 _CONVERSATION = ("messages", "conversations", "conversation", "dialogue", "dialog", "chat")
 _SYSTEM = ("system_prompt", "system")
 # other names of columns that a format may have
-_OPTIONAL = {"system_prompt": _SYSTEM, "context": ("input",), "input": ("context",)}
+_OPTIONAL = {
+    "system_prompt": _SYSTEM,
+    "system": _SYSTEM,
+    "context": ("input",),
+    "input": ("context",),
+}
 
 
 def read_columns(

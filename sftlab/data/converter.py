@@ -56,7 +56,7 @@ class Converter:
         self, reader: RowReader, fractions: tuple[float, ...], loss_on: str, source: int = 0
     ) -> None:
         self.reader, self.fractions, self.loss_on, self.source = reader, fractions, loss_on, source
-        self.version = 3  # of what it makes: caches of other versions are not read
+        self.version = 4  # of what it makes: caches of other versions are not read
 
     def __call__(self, batch: dict[str, list], indices: list[int]) -> dict[str, list]:
         out: dict[str, list] = {name: [] for name in COLUMNS}

@@ -4,16 +4,16 @@ from collections.abc import Callable
 from typing import Any
 
 from sftlab.data.messages import DOCUMENT, Conversation, Message, read_conversation, text
-from sftlab.data.tool_calls import parsed, read_tools
+from sftlab.data.tool_calls import parsed
 
 
-def _single(
-    user: str, response: str, system: str = "", history: list[Message] | None = None
-) -> Conversation:
+def _single(row: dict[str, Any], user: str, response: str) -> Conversation:
+    """Returns a question and its answer, behind the row's system prompt and earlier turns."""
     if not user.strip():
         raise ValueError("the prompt is empty")
-    asked = [*(history or []), {"role": "user", "content": user}]
-    return read_conversation([*asked, {"role": "assistant", "content": response}], system=system)
+    asked = [*_history(row), {"role": "user", "content": user}]
+    answered = [*asked, {"role": "assistant", "content": response}]
+    return read_conversation(answered, row.get("tools"), text(row, "system"))
 
 
 def _with_context(instruction: str, context: str) -> str:
@@ -26,7 +26,10 @@ def _history(row: dict[str, Any]) -> list[Message]:
     messages: list[Message] = []
     for pair in parsed(row.get("history"), "history") or []:
         if not isinstance(pair, list | tuple) or len(pair) != 2:
-            raise ValueError(f"history has {pair!r:.60}: expected pairs of question and answer")
+            raise ValueError(
+                f"history has {pair!r:.60}: expected pairs of question and answer; rename the "
+                "column to leave it out"
+            )
         turn = dict(zip(("user", "assistant"), pair, strict=True))
         messages += [{"role": role, "content": text(turn, role)} for role in turn]
     return messages
@@ -34,19 +37,25 @@ def _history(row: dict[str, Any]) -> list[Message]:
 
 def _alpaca(row: dict[str, Any]) -> Conversation:
     instruction = _with_context(text(row, "instruction"), text(row, "input"))
-    return _single(instruction, text(row, "output"), text(row, "system"), _history(row))
+    return _single(row, instruction, text(row, "output"))
+
+
+def _openorca(row: dict[str, Any]) -> Conversation:
+    row = row | {"system": row.get("system_prompt")}
+    return _single(row, text(row, "question"), text(row, "response"))
 
 
 def _messages(row: dict[str, Any]) -> Conversation:
     tools = row.get("tools") or row.get("functions")
-    return read_conversation(row["messages"], tools)
+    return read_conversation(row["messages"], tools, text(row, "system"))
 
 
 def _prompt_completion(row: dict[str, Any]) -> Conversation:
     prompt, completion = row["prompt"], row["completion"]
     if not isinstance(prompt, list) and not isinstance(completion, list):
-        turn = _single(text(row, "prompt"), text(row, "completion"))
-        return turn._replace(tools=read_tools(row.get("tools")))
+        return _single(row, text(row, "prompt"), text(row, "completion"))
+    if _history(row):
+        raise ValueError("the row has a history, and messages in prompt or completion: give one")
     before = (
         prompt if isinstance(prompt, list) else [{"role": "user", "content": text(row, "prompt")}]
     )
@@ -55,7 +64,8 @@ def _prompt_completion(row: dict[str, Any]) -> Conversation:
         if isinstance(completion, list)
         else [{"role": "assistant", "content": completion}]
     )
-    found = read_conversation([*before, *after], row.get("tools"), first=len(before))
+    messages, system = [*before, *after], text(row, "system")
+    found = read_conversation(messages, row.get("tools"), system, first=len(before))
     if not found.answers:
         raise ValueError("the completion has no assistant's message that follows a user's")
     return found
@@ -80,29 +90,33 @@ DATA_FORMATS: dict[
 ] = {
     "openorca": (
         ("question", "response"),
-        ("system_prompt",),
-        lambda r: _single(text(r, "question"), text(r, "response"), text(r, "system_prompt")),
+        ("system_prompt", "history"),
+        _openorca,
     ),
     "dolly": (
         ("instruction", "response"),
-        ("context",),
+        ("context", "system", "history"),
         lambda r: _single(
-            _with_context(text(r, "instruction"), text(r, "context")), text(r, "response")
+            r, _with_context(text(r, "instruction"), text(r, "context")), text(r, "response")
         ),
     ),
     "alpaca": (("instruction", "output"), ("input", "system", "history"), _alpaca),
     "gsm8k": (
         ("question", "answer"),
-        (),
-        lambda r: _single(text(r, "question"), text(r, "answer")),
+        ("system", "history"),
+        lambda r: _single(r, text(r, "question"), text(r, "answer")),
     ),
     "sharegpt": (
         ("conversations",),
         ("system", "tools"),
         lambda r: read_conversation(r["conversations"], r.get("tools"), text(r, "system")),
     ),
-    "messages": (("messages",), ("tools", "functions"), _messages),
-    "prompt_completion": (("prompt", "completion"), ("tools",), _prompt_completion),
+    "messages": (("messages",), ("system", "tools", "functions"), _messages),
+    "prompt_completion": (
+        ("prompt", "completion"),
+        ("system", "history", "tools"),
+        _prompt_completion,
+    ),
     "xlam": (("query", "answers", "tools"), (), _xlam),
     "text": (("text",), (), _document),
 }
