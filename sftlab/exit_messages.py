@@ -3,7 +3,7 @@
 | what happened                                     | last line             | status |
 | ------------------------------------------------- | --------------------- | ------ |
 | a mistake of the user, a file, a missing package  | `error: ...`          | 1      |
-| the GPU's memory is full                          | `error: ...`          | 1      |
+| the memory of the GPU or of the machine is full   | `error: ...`          | 1      |
 | Ctrl-C                                            | `stopped by Ctrl-C`   | 130    |
 | anything else, which is a fault of this program   | `internal error: ...` | 1      |
 
@@ -69,6 +69,11 @@ def last_line(error: Exception, keep: Path | None = None) -> str:
         return (
             f"error: the GPU's memory is full ({first}): `python recipes/plan.py` with your recipe "
             "and `--gpu here` names what helps"
+        )
+    if isinstance(error, MemoryError) or "can't allocate memory" in said:
+        return (
+            f"error: this machine's memory is full ({said[:200]}): give fewer rows at once, "
+            "shorter rows, a lower lora_r or a smaller model"
         )
     if isinstance(error, OSError) and error.filename and error.strerror:
         return f"error: {error.filename}: {error.strerror}"

@@ -16,6 +16,10 @@ ENDS = [
     (NotImplementedError("no backward on CPU"), "error: no backward on CPU"),
     (NotADirectoryError(20, "Not a directory", "a/b"), "error: a/b: Not a directory"),
     (
+        RuntimeError("[enforce] DefaultCPUAllocator: can't allocate memory: 12 bytes"),
+        "error: this machine's memory is full ([enforce] DefaultCPUAllocator",
+    ),
+    (
         torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB. GPU 0"),
         "error: the GPU's memory is full (CUDA out of memory): `python recipes/plan.py`",
     ),

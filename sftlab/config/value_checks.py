@@ -25,6 +25,8 @@ _SHARE = Range("from 0 to 1", lambda value: 0 <= value <= 1)
 _SEED = Range(f"from 0 to {2**32 - 1}", lambda value: 0 <= value < 2**32)
 # Far above every scale that trains.
 _ALPHA = Range("at most 1,000,000 (twice lora_r is usual)", lambda value: value <= 1_000_000)
+# Above every layer's size, where a rank means nothing.
+_RANK = Range("from 1 to 65,536", lambda value: 1 <= value <= 65_536)
 _FIELDS = {
     _ABOVE_0: "learning_rate adam_epsilon neftune_noise_alpha logging_steps save_steps eval_steps",
     _AT_LEAST_0: """weight_decay max_grad_norm router_aux_loss_coef warmup_steps eval_delay
@@ -37,6 +39,7 @@ _FIELDS = {
     _SHARE: "label_smoothing_factor",
     _SEED: "seed data_seed",
     _ALPHA: "lora_alpha",
+    _RANK: "lora_r",
 }
 RANGES = {name: numbers for numbers, names in _FIELDS.items() for name in names.split()}
 # intervals that another field can switch off
