@@ -10,8 +10,8 @@ from sftlab.config.value_checks import WORDS
 LARGE = "9" * 400
 OUT_OF_RANGE = [
     ("learning_rate", ["0", "-1", "nan", "inf", "1e999"]),
-    ("num_train_epochs", ["0", "-1", "nan", "inf"]),
-    ("max_steps", ["0", "-2"]),
+    ("num_train_epochs", ["0", "-1", "nan", "inf", "1e30"]),
+    ("max_steps", ["0", "-2", "1" + "0" * 30]),
     ("lora_r", ["0", "-1", "1000000000"]),
     ("lora_alpha", ["0", "-1", "1000000000000"]),
     ("lora_dropout", ["nan", "-0.1", "1", "1.5"]),

@@ -27,6 +27,8 @@ _SEED = Range(f"from 0 to {2**32 - 1}", lambda value: 0 <= value < 2**32)
 _ALPHA = Range("at most 1,000,000 (twice lora_r is usual)", lambda value: value <= 1_000_000)
 # Above every layer's size, where a rank means nothing.
 _RANK = Range("from 1 to 65,536", lambda value: 1 <= value <= 65_536)
+# Far above every training.
+MOST_STEPS, MOST_EPOCHS = 1_000_000_000, 1_000_000
 _FIELDS = {
     _ABOVE_0: "learning_rate adam_epsilon neftune_noise_alpha logging_steps save_steps eval_steps",
     _AT_LEAST_0: """weight_decay max_grad_norm router_aux_loss_coef warmup_steps eval_delay
@@ -84,12 +86,15 @@ def _value(name: str, recipe: Recipe) -> Any:
 
 def _check_length(training: TrainingArguments) -> None:
     steps, epochs, warmup = training.max_steps, training.num_train_epochs, training.warmup_steps
-    if steps != -1 and steps < 1:
+    if steps != -1 and not 1 <= steps <= MOST_STEPS:
         raise ValueError(
-            f"max_steps is {steps}: expected a whole number of at least 1, or -1 for whole epochs"
+            f"max_steps is {steps}: expected a whole number from 1 to {MOST_STEPS:,}, or -1 for "
+            "whole epochs"
         )
-    if steps == -1 and not (0 < epochs < math.inf):
-        raise ValueError(f"num_train_epochs is {epochs}: expected a finite number above 0")
+    if steps == -1 and not 0 < epochs <= MOST_EPOCHS:
+        raise ValueError(
+            f"num_train_epochs is {epochs}: expected a number above 0, up to {MOST_EPOCHS:,}"
+        )
     if warmup > 1 and warmup != int(warmup):
         raise ValueError(
             f"warmup_steps is {warmup}: expected a whole number, or a share of all steps below 1"
