@@ -41,6 +41,8 @@ _MAPPINGS = (
 )
 # Fields that hold a mapping, or a list of mappings, as words.
 _PAIRS, _PARTS = "columns", "datasets"
+# Fields of module names, where 1 would name the second layer.
+_NAMES = ("lora_target_modules", "lora_modules_to_save", "lora_target_parameters")
 _KINDS = {"int": "a whole number", "float": "a number", "string_to_bool": "true or false"}
 
 
@@ -131,8 +133,8 @@ def _check_type(place: str, value: Any, action: argparse.Action) -> None:
         if action.nargs not in ("+", "*"):
             raise ValueError(f"{place} is {value!r}: expected one value, not a list")
         wrong = list if action.dest == _PARTS else list | dict
-        if nested := next((one for one in value if isinstance(one, wrong)), None):
-            raise ValueError(f"{place} holds {nested!r}: expected a list of words or numbers")
+        if nested := [one for one in value if isinstance(one, wrong)]:
+            raise ValueError(f"{place} holds {nested[0]!r}: expected a list of words or numbers")
         if not value:
             raise ValueError(f"{place} is an empty list: leave it out, or name what it holds")
     elif action.dest in _MAPPINGS and not isinstance(value, dict):
@@ -144,6 +146,10 @@ def _check_type(place: str, value: Any, action: argparse.Action) -> None:
             _check_accelerator_config(place, value)
         return
     for one in value if isinstance(value, list) else [value]:
+        if action.dest in _NAMES and not isinstance(one, str):
+            raise ValueError(f"{place} holds {one!r}: expected names of modules")
+        if isinstance(one, str) and "\0" in one:
+            raise ValueError(f"{place} holds a zero byte: expected text")
         if callable(action.type):
             try:
                 action.type(str(one))
