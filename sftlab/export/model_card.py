@@ -19,7 +19,8 @@ def adapter_card(run: dict[str, Any], adapter: Path) -> ModelCard:
 
     The hub is not asked for the base model's licence: a node that trains may not reach it.
     """
-    return model_card(run, None, "adapter", str(adapter), ask_hub=False)
+    kind = "adapter" if run["recipe"]["use_peft"] else "merged"
+    return model_card(run, None, kind, str(adapter), ask_hub=False)
 
 
 def model_card(
