@@ -44,6 +44,7 @@ OUT_OF_RANGE = [
     ("accelerator_config", ['{"unknown": 1}', "nowhere.json"]),
     ("model_init_kwargs", ["three", "[1]", '{"num_hidden_layers": 0}', "{,"]),
     ("run_name", ["mine"]),
+    ("gradient_checkpointing_kwargs", ['{"x": 1}']),
 ]
 CASES = [(name, value) for name, values in OUT_OF_RANGE for value in values]
 

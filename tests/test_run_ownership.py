@@ -61,6 +61,13 @@ MINE = (
 )
 
 
+def test_a_home_that_no_shell_replaced_is_refused(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="~/runs/x begins with ~"):
+        started(tmp_path.__class__("~/runs/x"))
+    assert not snapshot(tmp_path)
+
+
 def test_overwrite_removes_exactly_what_the_old_run_made(tmp_path):
     folder = tmp_path / "r"
     made = finished_run(folder)

@@ -59,6 +59,8 @@ WORDS = {
     "ddp_backend": ("nccl", "gloo", "mpi", "ccl", "hccl", "cncl", "mccl"),
     "dataloader_multiprocessing_context": ("fork", "spawn", "forkserver"),
 }
+# torch.utils.checkpoint.checkpoint, without what is no plain value
+CHECKPOINTING = ("use_reentrant", "preserve_rng_state", "determinism_check", "debug")
 _TRACKIO_FIELDS = ("trackio_space_id", "trackio_bucket_id", "trackio_static_space_id")
 
 
@@ -75,6 +77,7 @@ def check_values(recipe: Recipe) -> None:
         if value is not None and value not in words:
             raise ValueError(f"{name} is {value!r}: expected {' or '.join(words)}")
     _check_length(recipe.training)
+    _check_checkpointing(recipe.training)
     _check_padding(recipe.training)
     _check_tracker_fields(recipe.training)
 
@@ -99,6 +102,15 @@ def _check_length(training: TrainingArguments) -> None:
         raise ValueError(
             f"warmup_steps is {warmup}: expected a whole number, or a share of all steps below 1"
         )
+
+
+def _check_checkpointing(training: TrainingArguments) -> None:
+    """Raise ValueError for a key that torch's checkpointing does not know."""
+    for key in training.gradient_checkpointing_kwargs or {}:
+        if key not in CHECKPOINTING:
+            raise ValueError(
+                f"gradient_checkpointing_kwargs has {key!r}: expected {' or '.join(CHECKPOINTING)}"
+            )
 
 
 def _check_padding(training: TrainingArguments) -> None:

@@ -23,6 +23,11 @@ def existing_record(folder: Path) -> dict[str, Any] | None:
 
     Raises ValueError for a folder that is not a run's, and for a run.json that is damaged.
     """
+    if str(folder).startswith("~"):
+        raise ValueError(
+            f"--output_dir {folder} begins with ~, which a shell replaces and a recipe does not: "
+            "write the whole path"
+        )
     try:
         os.stat(folder)
     except (FileNotFoundError, NotADirectoryError):
