@@ -34,7 +34,7 @@ OUT_OF_RANGE = [
     ("dataset_fraction", ["0", "nan", "1.5"]),
     ("split_fractions", ["nan"]),
     ("pad_to_multiple_of", ["0", "some"]),
-    ("dataloader_num_workers", ["-1"]),
+    ("dataloader_num_workers", ["-1", "10000"]),
     ("ddp_timeout", ["0"]),
     ("truncation_mode", ["keep_middle"]),
     ("loss_type", ["mse"]),

@@ -125,6 +125,9 @@ def test_published_figures_are_shown_beside_their_own_model_and_cells_alone(writ
     assert not load(study, tmp_path, {"random": "llama2-7b"}).published
     with pytest.raises(ValueError, match="published figures of b, which is none of the cells"):
         load(write({"a": {}}, published=[{"cell": "b", "rows_per_s": 5.0}]), tmp_path, {})
+    for odd in (5, {"rows_per_s": 5.0}):
+        with pytest.raises(ValueError, match="expected a cell and its figures"):
+            load(write({"a": {}}, published=[odd]), tmp_path, {})
 
 
 def test_a_summary_has_medians_ranges_and_what_was_published(write, tmp_path):

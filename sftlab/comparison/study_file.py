@@ -150,7 +150,10 @@ def _read(path: Path) -> dict[str, Any]:
     content.setdefault("reference", next(iter(content["cells"])))
     if content["reference"] not in content["cells"]:
         raise ValueError(f"{path}: the reference {content['reference']} is none of the cells")
-    published = [one["cell"] for one in content.get("published", [])]
+    published = content.get("published", [])
+    if odd := [one for one in published if not (isinstance(one, dict) and "cell" in one)]:
+        raise ValueError(f"{path}: published holds {odd[0]!r}: expected a cell and its figures")
+    published = [one["cell"] for one in published]
     if unknown := [cell for cell in published if cell not in content["cells"]]:
         raise ValueError(
             f"{path}: published figures of {', '.join(unknown)}, which is none of the cells"

@@ -27,12 +27,14 @@ _SEED = Range(f"from 0 to {2**32 - 1}", lambda value: 0 <= value < 2**32)
 _ALPHA = Range("at most 1,000,000 (twice lora_r is usual)", lambda value: value <= 1_000_000)
 # Above every layer's size, where a rank means nothing.
 _RANK = Range("from 1 to 65,536", lambda value: 1 <= value <= 65_536)
+# More processes only wait for memory and for each other.
+_WORKERS = Range("from 0 to 1,024", lambda value: 0 <= value <= 1024)
 # Far above every training.
 MOST_STEPS, MOST_EPOCHS = 1_000_000_000, 1_000_000
 _FIELDS = {
     _ABOVE_0: "learning_rate adam_epsilon neftune_noise_alpha logging_steps save_steps eval_steps",
     _AT_LEAST_0: """weight_decay max_grad_norm router_aux_loss_coef warmup_steps eval_delay
-        global_batch_size dataloader_num_workers early_stopping_threshold""",
+        global_batch_size early_stopping_threshold""",
     _AT_LEAST_1: """per_device_train_batch_size per_device_eval_batch_size save_total_limit
         gradient_accumulation_steps streaming_eval_rows pad_to_multiple_of dataset_num_proc
         dataloader_prefetch_factor ddp_timeout ddp_bucket_cap_mb torch_empty_cache_steps
@@ -42,6 +44,7 @@ _FIELDS = {
     _SEED: "seed data_seed",
     _ALPHA: "lora_alpha",
     _RANK: "lora_r",
+    _WORKERS: "dataloader_num_workers",
 }
 RANGES = {name: numbers for numbers, names in _FIELDS.items() for name in names.split()}
 # intervals that another field can switch off
