@@ -218,6 +218,10 @@ def test_what_is_trained_again(write, tmp_path, status, reason, done):
         SCRIPT.main(
             [str(write(TWO)), "--runs", str(tmp_path / "runs"), "--max_steps", "9", "--no_train"]
         )
+    for damaged in ("", "[]", "{"):
+        (task.folder / "task.json").write_text(damaged)
+        with pytest.raises(ValueError, match=r"task\.json"):
+            is_done(task)
     (task.folder / "task.json").unlink()
     with pytest.raises(ValueError, match="not of this study"):
         is_done(task)

@@ -170,3 +170,10 @@ def test_a_fault_of_this_program_is_not_told_as_the_template_s(base, monkeypatch
     }
     with pytest.raises(TypeError, match="a fault of ours"):
         readers[reader]()
+
+
+def test_a_template_that_is_no_text_is_named(base, tmp_path):
+    path = tmp_path / "t.jinja"
+    path.write_bytes(b"{{ 1 }}\xff")
+    with pytest.raises(ValueError, match=r"t\.jinja is not UTF-8 text \(byte 7\)"):
+        set_template(AutoTokenizer.from_pretrained(base), str(path))

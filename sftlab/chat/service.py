@@ -259,7 +259,7 @@ class Lab:
         return re.sub(
             r"!\[([\w ]+)\]\(([\w-]+)\.svg\)",
             plot,
-            (folder / "report.md").read_text(encoding="utf-8"),
+            (folder / "report.md").read_text(encoding="utf-8", errors="replace"),
         )
 
 

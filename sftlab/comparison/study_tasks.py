@@ -11,6 +11,7 @@ from sftlab.config.launch_file import read_launch_config
 from sftlab.files import write_json
 from sftlab.paths import ROOT
 from sftlab.runs.run_directory import read_run
+from sftlab.schema import read_object
 from sftlab.tables import preview
 from sftlab.yaml_files import read_yaml
 
@@ -91,7 +92,7 @@ def is_done(task: Task) -> bool:
                 "--runs"
             )
         return False
-    noted = json.loads((task.folder / "task.json").read_text(encoding="utf-8"))
+    noted = read_object(task.folder / "task.json")
     now = task_settings(task)
     if changed := [name for name, value in now.items() if noted.get(name, value) != value]:
         raise ValueError(

@@ -32,7 +32,12 @@ def set_template(tokenizer: PreTrainedTokenizerBase, path: str | None = None) ->
                 f"chat_template_path {path} is no .jinja file: rename it, because trl would "
                 "read it as a model's name"
             )
-        tokenizer.chat_template = Path(path).read_text(encoding="utf-8")
+        try:
+            tokenizer.chat_template = Path(path).read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise ValueError(
+                f"chat_template_path {path} is not UTF-8 text (byte {error.start:,})"
+            ) from error
         return str(path)
     if tokenizer.chat_template:
         return "the model's own"
