@@ -370,7 +370,7 @@ def main(argv: list[str]) -> None:
     print(f"chat on http://localhost:{options.port}", flush=True)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     blocks = build(Page(lab)).queue(max_size=options.queue, api_open=False)
-    share_queue(blocks._queue, MODEL["concurrency_id"], shares_of(options.queue))
+    share_queue(blocks._queue, MODEL["concurrency_id"], shares_of(options.queue), gr.EventData)
     blocks.launch(
         server_name="0.0.0.0" if listen else "127.0.0.1",
         server_port=options.port,

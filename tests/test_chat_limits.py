@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 from conftest import copy_of, read
+from gradio import EditData
 from judging import untrained_run
 
 from sftlab.chat.engine import Chat, Settings
@@ -165,13 +166,18 @@ def test_options_that_mean_nothing_are_refused(argv, capsys):
     assert "expected" in (said := capsys.readouterr().err) or "no folder" in said
 
 
+def _edit(edited: EditData) -> None:
+    """A function of the page that an edited message calls."""
+
+
 class Queue:
     """In the place of gradio's queue: two functions, calls that never end."""
 
     def __init__(self) -> None:
-        slow = SimpleNamespace(concurrency_id="model", inputs=[1, 2], api_name="chat")
-        quick = SimpleNamespace(concurrency_id="other", inputs=[], api_name=None)
-        self.blocks = SimpleNamespace(fns={0: slow, 1: quick})
+        slow = SimpleNamespace(concurrency_id="model", inputs=[1, 2], api_name="chat", fn=None)
+        quick = SimpleNamespace(concurrency_id="other", inputs=[], api_name=None, fn=None)
+        edit = SimpleNamespace(concurrency_id="other", inputs=[], api_name="edit", fn=_edit)
+        self.blocks = SimpleNamespace(fns={0: slow, 1: quick, 2: edit})
         self.waiting = SimpleNamespace(queue=[])
         self.event_queue_per_concurrency_id = {"model": self.waiting}
         self.active_jobs: list = [None]
@@ -184,7 +190,7 @@ class Queue:
 
 def test_a_page_and_a_client_have_their_shares_of_the_queue():
     queue = Queue()
-    share_queue(queue, "model", Shares(page=3, client=4))
+    share_queue(queue, "model", Shares(page=3, client=4), EditData)
 
     def call(
         host: str,
@@ -195,6 +201,7 @@ def test_a_page_and_a_client_have_their_shares_of_the_queue():
     ) -> tuple:
         request = SimpleNamespace(client=SimpleNamespace(host=host))
         body = SimpleNamespace(fn_index=fn, data=list(data), session_hash=page or host)
+        body.event_data = None
         return asyncio.run(queue.push(body=body, request=request, username=username))
 
     assert [call("a")[0] for _ in range(5)] == [True, True, True, False, False]
@@ -208,6 +215,23 @@ def test_a_page_and_a_client_have_their_shares_of_the_queue():
     assert call("b", data=(1,))[1] == "chat takes 2 values in data, got 1"
     assert "names no function" in call("b", fn=99)[1]
     assert (shares_of(16), shares_of(1)) == ((4, 12), (2, 2))
+
+
+@pytest.mark.parametrize(
+    ("event_data", "said"),
+    [
+        (None, "edit takes an object as event_data, got NoneType"),
+        ("x", "edit takes an object as event_data, got str"),
+        ({"index": 0, "value": "y"}, "edit takes previous_value in event_data, got none"),
+        ({"index": 0, "value": "y", "previous_value": "x"}, "id"),
+    ],
+)
+def test_a_call_without_its_event_is_refused_in_a_sentence(event_data, said):
+    queue = Queue()
+    share_queue(queue, "model", Shares(page=3, client=4), EditData)
+    request = SimpleNamespace(client=SimpleNamespace(host="a"))
+    body = SimpleNamespace(fn_index=2, data=[], session_hash="a", event_data=event_data)
+    assert asyncio.run(queue.push(body=body, request=request, username=None))[1] == said
 
 
 def test_settings_of_any_kind_are_refused_in_a_sentence():

@@ -1,7 +1,8 @@
 """Gradio's queue, shared fairly: a client has its share, and a wrong call a clear answer."""
 
+import inspect
 from collections.abc import Awaitable, Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_type_hints
 
 Answer = tuple[bool, Any, str]
 Push = Callable[..., Awaitable[Answer]]
@@ -19,13 +20,13 @@ def shares_of(queue_size: int) -> Shares:
     return Shares(max(2, queue_size // 4), max(2, 3 * queue_size // 4))
 
 
-def share_queue(queue: Any, concurrency_id: str, shares: Shares) -> None:
+def share_queue(queue: Any, concurrency_id: str, shares: Shares, events: type) -> None:
     """Let `queue` (gradio's) refuse calls beyond `shares`, and calls of another form.
 
     A client is an account, or without accounts an address. Several people may be behind one
     address, so an open page has a share of its own. A client can pretend to be many pages, so all
     of a client's pages have one too. `concurrency_id` names the calls that wait for the model;
-    others are not counted.
+    others are not counted. `events` is gradio's class of what a page tells of an event.
     """
     push: Push = queue.push
 
@@ -34,10 +35,8 @@ def share_queue(queue: Any, concurrency_id: str, shares: Shares) -> None:
         if body.fn_index not in functions:
             return False, f"fn_index {body.fn_index} names no function of this page", "error"
         function = functions[body.fn_index]
-        given, taken = len(body.data), len(function.inputs)
-        if given != taken:
-            name = function.api_name or "this function"
-            return False, f"{name} takes {taken} values in data, got {given}", "error"
+        if fault := _fault(function, body.data, body.event_data, events):
+            return False, f"{function.api_name or 'this function'} takes {fault}", "error"
         if function.concurrency_id == concurrency_id:
             mine = _client(request, username)
             waiting = [
@@ -47,14 +46,30 @@ def share_queue(queue: Any, concurrency_id: str, shares: Shares) -> None:
             ]
             of_page = [event for event in waiting if event.session_hash == body.session_hash]
             counted = (("page", of_page, shares.page), ("client", waiting, shares.client))
-            for name, events, share in counted:
-                if len(events) >= share:
-                    said = f"Queue is full for you: {len(events)} of your messages wait already"
+            for name, calls, share in counted:
+                if len(calls) >= share:
+                    said = f"Queue is full for you: {len(calls)} of your messages wait already"
                     said += f", and a {name} may have {share}. Try again later."
                     return False, said, "queue_full"
         return await push(body=body, request=request, username=username)
 
     queue.push = checked
+
+
+def _fault(function: Any, data: list[Any], event_data: Any, events: type) -> str | None:
+    """Returns what a call should have given, and what it gave instead; None for a right call."""
+    if len(data) != len(function.inputs):
+        return f"{len(function.inputs)} values in data, got {len(data)}"
+    for kind in get_type_hints(function.fn).values() if inspect.isroutine(function.fn) else ():
+        if inspect.isclass(kind) and issubclass(kind, events):
+            # gradio reads the page's event only when the call is run, and answers with a KeyError
+            try:
+                kind(None, event_data)
+            except KeyError as missing:
+                return f"{missing.args[0]} in event_data, got none"
+            except TypeError:
+                return f"an object as event_data, got {type(event_data).__name__}"
+    return None
 
 
 def _events(queue: Any, concurrency_id: str) -> list[Any]:
