@@ -56,6 +56,8 @@ UPPER = (
     FOR + "<{{ m['role'] }}>{{ m['content'] | upper }}{{ eos_token }}{% endfor %}"
     "{% if add_generation_prompt %}<assistant>{% endif %}"
 )
+# the answer stands before its question, and no token ends it
+BACKWARDS = "{{ messages[-1]['content'] }}{{ messages[0]['content'] }}"
 REFUSES = (
     FOR + "{% if m['role'] == 'system' %}{{ raise_exception('no system here') }}{% endif %}"
     "<{{ m['role'] }}>{{ m['content'] }}{{ eos_token }}{% endfor %}"
@@ -90,6 +92,7 @@ def test_an_answer_that_is_a_part_of_its_end_token_gives_no_warning(answer):
     [
         (HEADER + "<assistant>", "writes '<assistant>' after an answer's end"),
         (UPPER, r"does not write the answer 'It is Quagga\.' as it is"),
+        (BACKWARDS, "puts the question into the loss"),
     ],
 )
 def test_templates_whose_loss_is_not_the_answer_are_refused(template, message):

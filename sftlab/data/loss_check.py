@@ -209,7 +209,7 @@ def _answer_findings(
     if any(text in before for text in reasoning):
         before = ""
     words = [m["content"].strip() for m in prompt if m["role"] in ("user", "system")]
-    if any(len(word) > SHORT and word in before for word in words):
+    if any(len(word) > SHORT and (word in before or word in after) for word in words):
         yield Finding(
             "question",
             "the chat template writes prompts otherwise once they are answered, which puts the "
