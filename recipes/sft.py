@@ -48,6 +48,7 @@ from sftlab.data.samplers import refuse_few_rows
 from sftlab.data.splits import Splits, load_splits
 from sftlab.data.template_facts import template_facts
 from sftlab.data.tokenized_dataset import refuse_other_encoding
+from sftlab.evaluation.answers_in_training import answers_in_training
 from sftlab.exit_messages import short
 from sftlab.fastpath.kernel_warmup import start_compilers
 from sftlab.fastpath.selection import FastPath, choose
@@ -170,8 +171,10 @@ def prepare(
 
     now = environment()  # the trainer fills in fields of the recipe
     must = must_match(recipe.facts(), launch.facts(), now) | facts
+    answers = answers_in_training(training, splits, tokenizer, config)
     callbacks = [stop, FirstStepWait(fast.compile_layers)]
     trainer = trainer_of(recipe, launch, fast, tokenizer, config, splits, callbacks)
+    trainer.answer = answers
     if run.is_main and isinstance(trainer.train_dataset, Dataset):
         ends = end_tokens_of(tokenizer, config.get_text_config().eos_token_id)
         for line in trained_row_lines(trainer.train_dataset, tokenizer, ends, training.max_length):

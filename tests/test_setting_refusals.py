@@ -47,6 +47,11 @@ REFUSED = [
     ({"init_lora_weights": "olora", "use_dora": "true"}, "does not go with use_dora"),
     ({"init_lora_weights": "orthogonal", "lora_r": "3"}, "needs an even rank"),
     ({"lora_bias": "true", "use_dora": "true"}, "lora_bias does not go with use_dora"),
+    (
+        {"answers_during_training": "4", "eval_strategy": "no"},
+        "answers_during_training belongs to evaluations",
+    ),
+    ({"answers_during_training": "0", "eval_strategy": "epoch"}, "must be at least 1"),
     ({"early_stopping_threshold": "0.1"}, "has no effect without early_stopping_patience"),
     ({"early_stopping_patience": "0", "eval_strategy": "epoch"}, "must be at least 1"),
 ]

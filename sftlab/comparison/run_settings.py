@@ -17,7 +17,7 @@ BOOKKEEPING = (
     "output_dir run_name overwrite extend project report_to trackio_* logging_strategy "
     "logging_steps logging_first_step log_* include_num_input_tokens_seen disable_tqdm save_* "
     "enable_jit_checkpoint push_to_hub hub_* resume_from_checkpoint ddp_timeout dataset_num_proc "
-    "skip_memory_metrics measure_memory"
+    "skip_memory_metrics measure_memory answers_during_training"
 )
 # Recipe fields that `_asked` and `ran` have under another name: lora_alpha, say, as lora_scale.
 TRANSLATED = (

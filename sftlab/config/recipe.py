@@ -282,6 +282,13 @@ class TrainingArguments(SFTConfig):
         default=0.0,
         metadata={"help": "An eval_loss that is lower by no more than this is no improvement."},
     )
+    answers_during_training: int | None = field(
+        default=None,
+        metadata={
+            "help": "Generate answers to so many validation rows at each evaluation, and log BLEU, "
+            "ROUGE, exact match, length, and the shares of empty and cut ones."
+        },
+    )
     fused_loss: bool | None = field(
         default=None,
         metadata={

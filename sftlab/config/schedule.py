@@ -71,6 +71,22 @@ def resolve_early_stopping(training: TrainingArguments) -> None:
     training.metric_for_best_model = training.metric_for_best_model or "loss"
 
 
+def refuse_answers_never_asked(training: TrainingArguments, strategy: str) -> None:
+    """Raise ValueError where answers during the training are asked for and cannot be generated."""
+    if not training.answers_during_training:
+        return
+    if training.eval_strategy == "no" and not training.eval_on_start:
+        raise ValueError(
+            "answers_during_training belongs to evaluations, and eval_strategy is no: pass "
+            "--eval_strategy steps --eval_steps N, or leave it out"
+        )
+    if strategy == "fsdp":
+        raise ValueError(
+            "answers_during_training does not generate from sharded weights: launch with ddp.yaml, "
+            "or leave it out"
+        )
+
+
 def late_warmup(training: TrainingArguments) -> str | None:
     """Returns a sentence where the warmup outlasts `max_steps`; None where it does not."""
     steps, warmup = training.max_steps, training.warmup_steps

@@ -8,6 +8,7 @@ from sftlab.config.lora_start import check_start
 from sftlab.config.lora_variants import float8_conflict
 from sftlab.config.recipe import DataArguments, ModelArguments, Recipe, TrainingArguments
 from sftlab.config.schedule import (
+    refuse_answers_never_asked,
     refuse_unknown_metric,
     refuse_wrong_schedule,
     resolve_early_stopping,
@@ -33,6 +34,7 @@ def resolve(recipe: Recipe, launch: Launch) -> None:
     refuse_wrong_schedule(recipe.training)
     refuse_unknown_metric(recipe.training)
     resolve_early_stopping(recipe.training)
+    refuse_answers_never_asked(recipe.training, launch.strategy)
     _check_data(recipe)
     _check_rows(recipe.data, recipe.training)
     _check_fsdp(recipe.training, launch)

@@ -38,7 +38,7 @@ _FIELDS = {
     _AT_LEAST_1: """per_device_train_batch_size per_device_eval_batch_size save_total_limit
         gradient_accumulation_steps streaming_eval_rows pad_to_multiple_of dataset_num_proc
         dataloader_prefetch_factor ddp_timeout ddp_bucket_cap_mb torch_empty_cache_steps
-        early_stopping_patience""",
+        early_stopping_patience answers_during_training""",
     _BELOW_1: "adam_beta1 adam_beta2 lora_dropout",
     _SHARE: "label_smoothing_factor",
     _SEED: "seed data_seed",

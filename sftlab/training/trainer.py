@@ -4,6 +4,7 @@ The fast path: packed rows, compiled layers, a loss without whole logits, no wai
 Batches, order and loss are SFTTrainer's.
 """
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
@@ -71,6 +72,8 @@ class LabTrainer(UpstreamFixes):
         self.initial_matrices: Matrices | None = None
         self.meter, self.launch, self.fast, self.memory = meter, launch, fast, memory
         self._held_out: list[torch.Tensor] = []
+        # what answers questions at each evaluation and returns the scores of the answers
+        self.answer: Callable[[nn.Module], dict[str, float]] | None = None
         super().__init__(*args, **kwargs)
         if not self.model_accepts_loss_kwargs:
             raise RuntimeError(
@@ -312,14 +315,21 @@ class LabTrainer(UpstreamFixes):
         output.metrics[f"{metric_key_prefix}_loss"] = nats_per_token(
             torch.cat(self._held_out).cpu().numpy()
         )
+        if self.answer and metric_key_prefix == "eval" and self.is_world_process_zero():
+            with self.compute_loss_context_manager():
+                scores = self.answer(self.model)
+            output.metrics.update({f"eval_{name}": score for name, score in scores.items()})
         return output
 
     def validation_loss(self) -> float:
         """Returns the nats per response token of the validation rows."""
         loop = self.evaluation_loop(
-            self.get_eval_dataloader(), "validation", prediction_loss_only=True
+            self.get_eval_dataloader(),
+            "validation",
+            prediction_loss_only=True,
+            metric_key_prefix="validation",
         )
-        return loop.metrics["eval_loss"]
+        return loop.metrics["validation_loss"]
 
     # ---- counting, checkpoints, records ----
 
