@@ -2,14 +2,16 @@
 
 python eval/quality.py --run runs/demo-attn_r16 [--samples 1000] [--batch_size 32]
     [--max_new_tokens 256]
+python eval/quality.py --config_file accelerate_configs/ddp.yaml --num_processes 4 --run runs/x
 
 Both models answer the same rows under the run's own template and mask, from one load of the
 weights. RUN/eval/quality.json has the scores, and RUN/eval/quality.jsonl one record per row.
 Answers are kept in RUN/eval/answers-*.jsonl as they are generated. After a kill the same command
-goes on from there.
+goes on from there. Several processes are dealt whole batches, and greedy results are those of one.
 """
 
 import sftlab.startup.filter_warnings  # noqa: I001  (before the libraries that it quiets)
+import sftlab.startup.launcher  # it may replace this process
 import sftlab.startup.preload  # noqa: F401
 
 import argparse
@@ -46,6 +48,7 @@ from sftlab.evaluation.base_and_tuned import (
     run_tokenizer,
     evaluation_errors,
 )
+from sftlab.evaluation.processes import Processes
 from sftlab.evaluation.served_answers import (
     FACTS,
     ServedModels,
@@ -66,6 +69,7 @@ from sftlab.evaluation.text_metrics import (
 from sftlab.evaluation.significance import add_holm, compare, method
 from sftlab.evaluation.quality_warnings import short_row_warnings, warnings
 from sftlab.script_options import Options
+from sftlab.startup.launcher import reported_to_launcher
 from sftlab.tables import aligned, interval, p_value, preview
 
 SHOWN_PROMPTS = 3
@@ -82,7 +86,13 @@ def main(argv: list[str]) -> None:
     with evaluation_errors(
         f" at --batch_size {arguments.batch_size}: take a smaller one; answers are kept"
     ):
-        evaluate(arguments)
+        processes = Processes.joined()
+        if processes.count > 1 and (arguments.server or arguments.temperature > 0):
+            raise ValueError(
+                "several processes give greedy answers alone: leave out --temperature and "
+                "--server, or launch one process"
+            )
+        evaluate(arguments, processes)
 
 
 def parse_arguments(argv: list[str]) -> argparse.Namespace:
@@ -118,7 +128,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def evaluate(arguments: argparse.Namespace) -> None:
+def evaluate(arguments: argparse.Namespace, processes: Processes) -> None:
     """Run the whole evaluation. Raises ValueError where it cannot be done."""
     if arguments.samples < 0 or arguments.batch_size < 1:
         raise ValueError("--samples must be 0 (all) or more and --batch_size at least 1")
@@ -133,7 +143,7 @@ def evaluate(arguments: argparse.Namespace) -> None:
     model = load_pair(arguments.run, run, arguments.trust_remote_code)
     refuse_unknown_ids(model, tokenizer)
     if holds_documents(dataset):
-        evaluate_documents(arguments, run, dataset, model, tokenizer)
+        evaluate_documents(arguments, run, dataset, model, tokenizer, processes)
         return
     longest = longest_prompt(model.config, sampling)
     recipe = run["recipe"]
@@ -141,13 +151,15 @@ def evaluate(arguments: argparse.Namespace) -> None:
     rows = select(dataset, arguments.samples, tokenizer, recipe["max_length"], longest, cut)
     bleu = bleu or Bleu(tokenizer_of([row["reference"] for row in rows.rows]))
     memory = {"weights": allocated_gb()}
-    nll, same_token = likelihoods(model, rows, tokenizer, arguments.batch_size)
+    nll, same_token = likelihoods(model, rows, tokenizer, arguments.batch_size, processes)
     memory["likelihood_peak"] = allocated_gb(peak=True)
+    pair = LoadedRun(run, model, tokenizer)
     if served:
-        pair = LoadedRun(run, model, tokenizer)
         answers, generation = ask_server(arguments, dataset, rows, served, pair)
     else:
-        answers, generation = generate(arguments, run, dataset, rows, model, tokenizer)
+        answers, generation = generate(arguments, dataset, rows, pair, processes)
+    if not processes.is_main:
+        return
     memory["generation_peak"] = allocated_gb(peak=True)
 
     records = score_rows(rows, nll, answers, bleu)
@@ -168,10 +180,13 @@ def evaluate_documents(
     dataset: HeldOut,
     model: PeftModel,
     tokenizer: PreTrainedTokenizerBase,
+    processes: Processes,
 ) -> None:
     """Compare the models' perplexity of plain text. Nothing is generated: it has no answers."""
     rows = select_documents(dataset, arguments.samples, tokenizer, run["recipe"]["max_length"])
-    nll, _ = likelihoods(model, rows, tokenizer, arguments.batch_size)
+    nll, _ = likelihoods(model, rows, tokenizer, arguments.batch_size, processes)
+    if not processes.is_main:
+        return
     records = document_records(rows, nll)
     documents = [record["conversation"] for record in records]
     pairs = paired_scores(*([record[side] for record in records] for side in SIDES))
@@ -208,23 +223,28 @@ def sampling_of(arguments: argparse.Namespace) -> Sampling:
 
 def generate(
     arguments: argparse.Namespace,
-    run: dict[str, Any],
     dataset: HeldOut,
     rows: ScoredRows,
-    model: PeftModel,
-    tokenizer: PreTrainedTokenizerBase,
+    pair: LoadedRun,
+    processes: Processes,
 ) -> tuple[AnswerFile, dict[str, Any]]:
     """Returns both models' answers, generated here, and the settings of the generation."""
     sampling = sampling_of(arguments)
-    generator = generator_for(model, tokenizer, sampling, rows, arguments)
+    generator = generator_for(pair.model, pair.tokenizer, sampling, rows, arguments)
     generation = generation_facts(sampling, generator.turn)
     generation["compiled"] = generator.static_rows is not None
-    answers = answer_file(arguments, run, dataset, generation)
+    if processes.is_main:  # it makes the file, or mends it
+        answer_file(arguments, pair.run, dataset, generation)
+    processes.wait()
+    answers = answer_file(arguments, pair.run, dataset, generation)
+    processes.wait()  # every process has seen the same answers
     asked = rows.numbers, rows.prompts, arguments.batch_size, generator.answers
     for side in SIDES:
-        with answering(model, side):
-            fill(answers, side, *asked, f"{side} answers")
-    return answers, generation
+        with answering(pair.model, side):
+            fill(answers, side, *asked, f"{side} answers", processes)
+    processes.wait()
+    answers = answer_file(arguments, pair.run, dataset, generation)
+    return answers, generation | {"processes": processes.count}
 
 
 def ask_server(
@@ -357,5 +377,5 @@ def allocated_gb(peak: bool = False) -> float | None:
 
 
 if __name__ == "__main__":
-    with mistakes_in_one_line():
+    with reported_to_launcher(), mistakes_in_one_line():
         main(sys.argv[1:])

@@ -1,5 +1,6 @@
 """Answers on disk, kept batch by batch as they are generated."""
 
+import fcntl
 import hashlib
 import json
 import time
@@ -10,6 +11,7 @@ from typing import Any
 from tqdm import tqdm
 
 from sftlab.evaluation.generation import Answer, NotANumber, Unfinished
+from sftlab.evaluation.processes import ALONE, Processes
 from sftlab.schema import read_content
 
 
@@ -47,8 +49,10 @@ class AnswerFile:
         """Append the answers of `side` to these rows, all or none, and the seconds they took."""
         batch = {"side": side, "rows": list(rows), "seconds": round(seconds, 4)}
         batch["answers"] = [answer._asdict() for answer in answers]
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(batch, ensure_ascii=False) + "\n")
+        line = json.dumps(batch, ensure_ascii=False) + "\n"
+        with self.path.open("ab", buffering=0) as file:
+            fcntl.flock(file, fcntl.LOCK_EX)  # several processes may write
+            file.write(line.encode())
         self._take(batch)
 
     def pace(self, side: str) -> dict[str, Any]:
@@ -91,15 +95,20 @@ def fill(
     size: int,
     answer: Callable[[Sequence[Any], int], Sequence[Answer]],
     title: str,
+    processes: Processes = ALONE,
 ) -> None:
     """Generate and keep the answers that `file` does not hold yet.
 
-    `answer` takes a batch of prompts and a seed, which is the batch's first row. Raises ValueError
-    where the model's logits are NaN.
+    `answer` takes a batch of prompts and a seed, which is the batch's first row. Batches are dealt
+    over `processes`; `file` has those of this one. Raises ValueError where the model's logits are
+    NaN.
     """
     found = sum((side, row) in file.found for row in rows)
-    with tqdm(total=len(rows), initial=found, desc=title, unit="row") as bar:
-        for start in range(0, len(rows), size):
+    quiet = not processes.is_main
+    with tqdm(total=len(rows), initial=found, desc=title, unit="row", disable=quiet) as bar:
+        for number, start in enumerate(range(0, len(rows), size)):
+            if not processes.has(number):
+                continue
             batch = zip(rows[start : start + size], prompts[start : start + size], strict=True)
             missing = [(row, prompt) for row, prompt in batch if (side, row) not in file.found]
             if missing:

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
@@ -12,6 +13,7 @@ from sftlab.data.chat_template import pad_id
 from sftlab.evaluation.answer_file import AnswerFile
 from sftlab.evaluation.base_and_tuned import answering
 from sftlab.evaluation.held_out import ScoredRows
+from sftlab.evaluation.processes import ALONE, Processes
 from sftlab.evaluation.text_metrics import Bleu, score_texts
 from sftlab.models.likelihood import Likelihood, likelihood, nats_of_the_token_read
 from sftlab.runs.run_directory import SIDES
@@ -26,20 +28,30 @@ def right_padded(
 
 
 def likelihoods(
-    model: PeftModel, rows: ScoredRows, tokenizer: PreTrainedTokenizerBase, size: int
+    model: PeftModel,
+    rows: ScoredRows,
+    tokenizer: PreTrainedTokenizerBase,
+    size: int,
+    processes: Processes = ALONE,
 ) -> tuple[dict[str, Likelihood], dict[str, float]]:
     """Returns both models' likelihood of the references and nats of the token just read.
 
-    Batches are right-padded, as in training.
+    Batches are right-padded, as in training, and dealt over the processes.
     """
     batch = right_padded(rows, tokenizer, model.device)
     nll, same_token = {}, {}
     for side in SIDES:
         with answering(model, side):
             try:
-                nll[side] = likelihood(model, map(batch, rows.batches(size)), names=rows.numbers)
+                own = {
+                    number: likelihood(model, [batch(part)], names=rows.numbers[part])
+                    for number, part in enumerate(rows.batches(size))
+                    if processes.has(number)
+                }
             except ValueError as error:
                 raise ValueError(f"{side} model, {error}") from error
+            parts = zip(*processes.merged(own), strict=True)
+            nll[side] = Likelihood(*map(np.concatenate, parts))
             same_token[side] = nats_of_the_token_read(model, batch(slice(size)))
     return nll, same_token
 

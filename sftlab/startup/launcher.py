@@ -1,5 +1,7 @@
 """`python recipes/sft.py --config_file LAUNCH.yaml ...` launches itself, when this is imported.
 
+eval/quality.py does so too.
+
 accelerate reads the launch config and starts the processes, as `accelerate launch` does. That
 command adds a traceback of its own wherever a training exits with another status than 0. Here the
 training's sentence is the last line, and its status is the command's. Under `accelerate launch`
@@ -28,6 +30,8 @@ FLAGS = (
     *("num_processes", "num_machines", "machine_rank", "mixed_precision", "gpu_ids"),
     *("main_process_ip", "main_process_port", "rdzv_backend"),
 )
+# the scripts that launch themselves
+LAUNCHED = ("sft.py", "quality.py")
 _NOISY = ("torch.distributed.run", "torch.distributed.elastic")
 
 
@@ -121,7 +125,7 @@ def _stop(number: int, frame: FrameType | None) -> NoReturn:
     os._exit(128 + number)
 
 
-if Path(sys.argv[0]).name == "sft.py":
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+if (_SCRIPT := Path(sys.argv[0]).name) in LAUNCHED:
+    if _SCRIPT == "sft.py" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, _stop)
     launch_as_asked(sys.argv[0], sys.argv[1:])
