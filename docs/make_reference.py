@@ -9,7 +9,7 @@ transformers classes it extends, in the versions of requirements.txt.
 import dataclasses
 import enum
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,8 @@ from transformers import TrainingArguments as TransformersArguments
 from trl import ModelConfig, SFTConfig
 
 from sftlab.config.field_effects import REFUSED
+from sftlab.config.own_fields import OwnFields
+from sftlab.config.preference_fields import REFUSED_OF_PAIRS, PreferenceArguments
 from sftlab.config.recipe import DataArguments, ModelArguments, TrainingArguments
 
 PAGE = Path(__file__).parent / "reference.md"
@@ -53,19 +55,28 @@ def page() -> str:
     parts = [HEAD]
     for title, intro, fields in sections():
         parts.append(f"## {title}\n\n{intro}\n\n{table(fields)}")
-    rows = [f"| `{name}` | {cell(why)} |" for name, why in REFUSED.items()]
-    refused = "\n".join(["| field | instead |", "| --- | --- |", *rows])
     parts.append(
         "## Refused fields\n\n"
         "trl and transformers know these fields. Here they would have no effect, so setting one is "
-        f"an error.\n\n{refused}\n"
+        f"an error.\n\n{refused(REFUSED)}\n"
+    )
+    parts.append(
+        "## Refused in preference tuning\n\n"
+        "With `method: dpo`, setting one of these fields is an error too.\n\n"
+        f"{refused(REFUSED_OF_PAIRS)}\n"
     )
     return "\n".join(parts)
 
 
+def refused(fields: Mapping[str, str]) -> str:
+    """Returns a table of fields that may not be set."""
+    rows = [f"| `{name}` | {cell(why)} |" for name, why in fields.items()]
+    return "\n".join(["| field | instead |", "| --- | --- |", *rows])
+
+
 def sections() -> Iterator[tuple[str, str, list[dataclasses.Field]]]:
     """Yields title, introduction and fields of each section, every field once."""
-    ours, model = own(TrainingArguments), own(ModelArguments)
+    ours, model = own(TrainingArguments) | own(OwnFields), own(ModelArguments)
     sft, trainer = own(SFTConfig), {f.name for f in dataclasses.fields(TransformersArguments)}
     training = [f for f in fields_of(TrainingArguments) if f.name not in ours]
     yield "Data", "This project's own fields.", fields_of(DataArguments)
@@ -89,6 +100,22 @@ def sections() -> Iterator[tuple[str, str, list[dataclasses.Field]]]:
         "Fields of transformers' `TrainingArguments`.",
         [f for f in training if f not in first],
     )
+    sft_fields = {f.name for f in dataclasses.fields(TrainingArguments)}
+    other = [f for f in fields_of(PreferenceArguments) if differs(f, sft_fields)]
+    yield (
+        "Preference tuning",
+        "Fields that a recipe with `method: dpo` has besides, or with another default: those of "
+        "trl's `DPOConfig`.",
+        [f for f in other if f.name not in REFUSED_OF_PAIRS and f.name != "method"],
+    )
+
+
+def differs(field: dataclasses.Field, known: set[str]) -> bool:
+    """Returns whether preference tuning alone has a field, or has it with another default."""
+    if field.name not in known:
+        return True
+    sft = TrainingArguments.__dataclass_fields__[field.name]
+    return default(sft) != default(field)
 
 
 def own(cls: type) -> set[str]:

@@ -1,4 +1,4 @@
-"""Fine-tune a causal language model with LoRA on trl's SFTTrainer; writes a run directory.
+"""Fine-tune a causal language model with LoRA on trl's trainers; writes a run directory.
 
 python recipes/sft.py --config_file accelerate_configs/cpu.yaml \
     --config recipes/demo/attn_r16.yaml
@@ -8,9 +8,10 @@ python recipes/sft.py --config_file accelerate_configs/ddp.yaml --num_processes 
 `accelerate launch --config_file LAUNCH.yaml recipes/sft.py ...` starts the same training. It adds
 a traceback of its own to every training that does not succeed, and the sentence again at its end.
 
-The fields are those of trl's ModelConfig and SFTConfig and of sftlab/config/recipe.py. The command
-line beats the YAML. After an interruption the same command resumes the run. A finished run is
-replaced only with --overwrite, and trains on with --extend and more steps or epochs.
+The fields are those of trl's ModelConfig and SFTConfig and of sftlab/config/recipe.py; a recipe
+with `method: dpo` has those of DPOConfig instead. The command line beats the YAML. After an
+interruption the same command resumes the run. A finished run is replaced only with --overwrite, and
+trains on with --extend and more steps or epochs.
 """
 
 import sftlab.startup.filter_warnings  # noqa: I001  (before the libraries that warn)
@@ -29,7 +30,6 @@ from typing import Any
 
 import torch
 from accelerate.utils import broadcast_object_list
-from datasets import Dataset
 from torch.utils.data import IterableDataset
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase, TrainerCallback
 from transformers.trainer_utils import TrainOutput
@@ -66,15 +66,12 @@ from sftlab.training.determinism import compute_deterministically
 from sftlab.training.early_stopping import stopped_early
 from sftlab.training.first_step_wait import FirstStepWait
 from sftlab.training.recorded_end import recorded_end, say_how_to_go_on
+from sftlab.training.recorded_trainer import RecordedTrainer
 from sftlab.training.save_adapter import after_training, save_adapter
 from sftlab.training.stop_on_signal import Stopped, StopOnSignal
 from sftlab.training.summary import summary_rows
-from sftlab.training.trainer import LabTrainer
 from sftlab.training.truncation import length_facts, length_lines
 from sftlab.training.verification import global_batch
-
-# nats a token beyond which exp() has no value
-MOST_NATS = 700
 
 
 def main(argv: list[str]) -> None:
@@ -143,7 +140,7 @@ def begin(
 
 def prepare(
     recipe: Recipe, launch: Launch, run: Run, start: Start, stop: StopOnSignal
-) -> tuple[LabTrainer, Splits]:
+) -> tuple[RecordedTrainer, Splits]:
     """Read tokenizer, data and model, and begin the run; returns the trainer and the splits.
 
     Raises ValueError for a mistake in the recipe, and for a resumed run whose data have changed.
@@ -174,10 +171,11 @@ def prepare(
     answers = answers_in_training(training, splits, tokenizer, config)
     callbacks = [stop, FirstStepWait(fast.compile_layers)]
     trainer = trainer_of(recipe, launch, fast, tokenizer, config, splits, callbacks)
-    trainer.answer = answers
-    if run.is_main and isinstance(trainer.train_dataset, Dataset):
+    if answers is not None:
+        trainer.answer = answers
+    for _, rows in trainer.sequences()[:1] if run.is_main else []:
         ends = end_tokens_of(tokenizer, config.get_text_config().eos_token_id)
-        for line in trained_row_lines(trainer.train_dataset, tokenizer, ends, training.max_length):
+        for line in trained_row_lines(rows, tokenizer, ends, training.max_length):
             print(line, flush=True)
     if start.at_stake:
         trainer.checkpointer.refuse_full_disk(run.made_bytes)
@@ -232,7 +230,7 @@ def trainer_of(
     config: PreTrainedConfig,
     splits: Splits,
     callbacks: list[TrainerCallback],
-) -> LabTrainer:
+) -> RecordedTrainer:
     """Load the weights and encode the rows; returns the trainer.
 
     Raises ValueError for rows that the template refuses, that `max_length` leaves nothing of, or
@@ -242,14 +240,13 @@ def trainer_of(
     loading = f"loading the weights of {recipe.model.model_name_or_path} and encoding the rows"
     with template_refusals(tokenizer, splits), says_if_long(loading):
         trainer = build_trainer(recipe, launch, fast, tokenizer, splits, callbacks)
-    for name, rows in (("training", trainer.train_dataset), ("validation", trainer.eval_dataset)):
-        if isinstance(rows, Dataset):
-            refuse_beyond_model(rows, name, config, training.max_length)
+    for name, rows in trainer.sequences():
+        refuse_beyond_model(rows, name, config, training.max_length)
     return trainer
 
 
 def train(
-    trainer: LabTrainer,
+    trainer: RecordedTrainer,
     recipe: Recipe,
     run: Run,
     start: Start,
@@ -303,7 +300,7 @@ def train(
     return facts
 
 
-def refuse_incomplete(trainer: LabTrainer, result: TrainOutput) -> None:
+def refuse_incomplete(trainer: RecordedTrainer, result: TrainOutput) -> None:
     """Raise RuntimeError if the training ended before its last step unasked, or diverged."""
     state = trainer.state
     if state.global_step < state.max_steps and not stopped_early(trainer):
@@ -318,7 +315,7 @@ def refuse_incomplete(trainer: LabTrainer, result: TrainOutput) -> None:
         )
 
 
-def finish(trainer: LabTrainer, run: Run, facts: dict[str, Any]) -> None:
+def finish(trainer: RecordedTrainer, run: Run, facts: dict[str, Any]) -> None:
     """Save the adapter, measure validation loss and MFU, end run.json, and print the summary."""
     args, measured = trainer.args, facts["measured"]
     if args.save_adapter:
@@ -326,9 +323,7 @@ def finish(trainer: LabTrainer, run: Run, facts: dict[str, Any]) -> None:
             save_adapter(trainer, run)
     if trainer.eval_dataset is not None:
         with after_training(trainer, "measuring the validation loss"):
-            loss = trainer.validation_loss()
-        perplexity = math.exp(loss) if loss < MOST_NATS else math.inf
-        measured |= {"validation_loss": loss, "validation_perplexity": perplexity}
+            measured |= trainer.validation()
     with after_training(trainer, "measuring the MFU"):
         compute = getattr(torch, COMPUTE_DTYPE[PRECISIONS[args.mixed_precision]])
         device, world_size = trainer.accelerator.device, trainer.launch.world_size

@@ -207,6 +207,18 @@ def arguments(
     return ["--config", str(ROOT / recipe), *one, *several]
 
 
+def pair_rows(count: int) -> list[dict[str, str]]:
+    """Preference pairs: the number itself is chosen, another one is rejected."""
+    return [
+        {
+            "prompt": f"Repeat the number {i} in words.",
+            "chosen": f"It is {i}{'!' * (i % 17)}",
+            "rejected": f"No number{'?' * (i % 5)}",
+        }
+        for i in range(count)
+    ]
+
+
 def launch_command(
     config: str, fields: dict[str, str], flags: tuple[str, ...] = (), cold: bool = False
 ) -> list[str]:

@@ -155,9 +155,10 @@ def declared(path: Path) -> frozenset[str]:
 @cache
 def fields() -> frozenset[str]:
     """Every field of a recipe, as an option."""
+    from sftlab.config.preference_fields import PreferenceArguments
     from sftlab.config.recipe import DataArguments, ModelArguments, TrainingArguments
 
-    groups = (DataArguments, ModelArguments, TrainingArguments)
+    groups = (DataArguments, ModelArguments, TrainingArguments, PreferenceArguments)
     names = {field for group in groups for field in group.__dataclass_fields__}
     return frozenset({"--config", *(f"--{field}" for field in names)})
 

@@ -93,7 +93,9 @@ def test_training_packed_follows_the_plain_curve(fields, on_a_cpu, more):
         curves[f"{name} held out"] = [
             e["eval_loss"] for e in trainer.state.log_history if "eval_loss" in e
         ]
-        assert trainer.validation_loss() == pytest.approx(curves[f"{name} held out"][-1], abs=1e-6)
+        assert trainer.validation()["validation_loss"] == pytest.approx(
+            curves[f"{name} held out"][-1], abs=1e-6
+        )
     for fast, plain in zip(curves["fast"], curves["plain"], strict=True):
         for key in ("loss", "grad_norm", "num_tokens"):
             assert fast[key] == pytest.approx(plain[key], abs=2e-4), key
@@ -109,7 +111,7 @@ def test_the_loss_of_an_evaluation_is_the_corpus_s_and_does_not_depend_on_the_ba
     for size in (1, 3, 8):
         trainer = with_trained_lora(build(fields, per_device_eval_batch_size=size))
         found.append(trainer.evaluate()["eval_loss"])
-        assert trainer.validation_loss() == pytest.approx(found[-1], abs=1e-9)
+        assert trainer.validation()["validation_loss"] == pytest.approx(found[-1], abs=1e-9)
     nats = [losses_and_gradients(trainer, [row])[0] for row in trainer.eval_dataset]
     exact = sum(n.sum().item() for n in nats) / sum(map(len, nats))
     assert found == pytest.approx([exact] * 3, abs=2e-6)

@@ -19,6 +19,11 @@ from sftlab.config.foreign_names import unknown_field
 from sftlab.config.launch import Launch
 from sftlab.config.model_overrides import check_overrides
 from sftlab.config.own_data import without_replaced_data
+from sftlab.config.preference_fields import (
+    REFUSED_OF_PAIRS,
+    PreferenceArguments,
+    of_the_other_method,
+)
 from sftlab.config.recipe import DataArguments, ModelArguments, Recipe, TrainingArguments
 from sftlab.config.schedule import late_warmup
 from sftlab.config.validation import resolve
@@ -68,15 +73,17 @@ def parse_recipe(argv: list[str], launch: Launch) -> Recipe:
             f"{path} says trust_remote_code: a recipe is data, so pass --trust_remote_code on the "
             "command line if you trust the model's code"
         )
-    parser = _Parser((DataArguments, TrainingArguments, ModelArguments), allow_abbrev=False)
-    known = {action.dest: action for action in parser._actions}
     words = field_words(argv)
-    _refuse_unknown(settings, known, f"{path}: ")
-    _refuse_unknown(words, known, "")
+    method = _method(settings, words)
+    fields = PreferenceArguments if method == "dpo" else TrainingArguments
+    parser = _Parser((DataArguments, fields, ModelArguments), allow_abbrev=False)
+    known = {action.dest: action for action in parser._actions}
+    _refuse_unknown(settings, known, f"{path}: ", method)
+    _refuse_unknown(words, known, "", method)
     unset = [name for name, values in words.items() if _unsets(name, values)]
     argv, settings = _without(unset, argv), settings | dict.fromkeys(unset)
     named = [name for name in words if name not in unset]
-    _refuse_unused([*(key for key, value in settings.items() if value), *named])
+    _refuse_unused([*(key for key, value in settings.items() if value), *named], method)
     for name in named:
         _check_words(name, words[name], known[name])
     settings, note = without_replaced_data(settings, argv, named)
@@ -114,7 +121,9 @@ def _without(names: list[str], argv: list[str]) -> list[str]:
     return kept
 
 
-def _read(parser: _Parser, words: list[str]) -> tuple[DataArguments, TrainingArguments, Any]:
+def _read(
+    parser: _Parser, words: list[str]
+) -> tuple[DataArguments, TrainingArguments | PreferenceArguments, Any]:
     """Returns the three groups of fields. Raises ValueError of one sentence."""
     try:
         data, training, model, rest = parser.parse_args_and_config(
@@ -212,22 +221,34 @@ def _take_config(argv: list[str]) -> str | None:
 
 def check_names(names: Iterable[str], place: str = "") -> None:
     """Raise ValueError for a name that is no field, or a field without effect."""
-    groups = (DataArguments, TrainingArguments, ModelArguments)
+    groups = (DataArguments, TrainingArguments, PreferenceArguments, ModelArguments)
     known = {one.name: one for group in groups for one in dataclasses.fields(group)}
     _refuse_unknown(names, known, place)
     _refuse_unused(list(names))
 
 
-def _refuse_unknown(names: Iterable[str], known: Mapping[str, object], place: str) -> None:
-    for name in names:
-        if name not in known and name not in REFUSED:
-            raise ValueError(place + unknown_field(name, known))
+def _method(settings: Mapping[str, object], words: Mapping[str, list[str]]) -> object:
+    """Returns the training's method: the command line's, the recipe's, or sft."""
+    return words["method"][-1] if words.get("method") else settings.get("method") or "sft"
 
 
-def _refuse_unused(names: list[str]) -> None:
+def _refuse_unknown(
+    names: Iterable[str], known: Mapping[str, object], place: str, method: object = None
+) -> None:
+    refused = REFUSED | (REFUSED_OF_PAIRS if method == "dpo" else {})
     for name in names:
-        if name in REFUSED:
-            raise ValueError(f"{name} is not used here: {REFUSED[name]}")
+        if name in known or name in refused:
+            continue
+        if why := of_the_other_method(name, str(method)):
+            raise ValueError(place + why)
+        raise ValueError(place + unknown_field(name, known))
+
+
+def _refuse_unused(names: list[str], method: object = None) -> None:
+    refused = REFUSED | (REFUSED_OF_PAIRS if method == "dpo" else {})
+    for name in names:
+        if name in refused:
+            raise ValueError(f"{name} is not used here: {refused[name]}")
 
 
 def _as_arguments(key: str, value: Any) -> list[str]:

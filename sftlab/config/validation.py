@@ -6,6 +6,7 @@
 from sftlab.config.launch import COMPUTE_DTYPE, PRECISIONS, Launch
 from sftlab.config.lora_start import check_start
 from sftlab.config.lora_variants import float8_conflict
+from sftlab.config.pairs import resolve_method
 from sftlab.config.recipe import DataArguments, ModelArguments, Recipe, TrainingArguments
 from sftlab.config.schedule import (
     refuse_answers_never_asked,
@@ -30,6 +31,7 @@ def resolve(recipe: Recipe, launch: Launch) -> None:
     _check_required(recipe)
     _check_lora(recipe.model)
     check_start(recipe.model, launch, recipe.training.mixed_precision)
+    resolve_method(recipe, launch)
     check_values(recipe)
     refuse_wrong_schedule(recipe.training)
     refuse_unknown_metric(recipe.training)

@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+from sftlab.config.preference_fields import LOSSES
 from sftlab.config.recipe import Recipe, TrainingArguments
 
 
@@ -32,7 +33,8 @@ _WORKERS = Range("from 0 to 1,024", lambda value: 0 <= value <= 1024)
 # Far above every training.
 MOST_STEPS, MOST_EPOCHS = 1_000_000_000, 1_000_000
 _FIELDS = {
-    _ABOVE_0: "learning_rate adam_epsilon neftune_noise_alpha logging_steps save_steps eval_steps",
+    _ABOVE_0: """learning_rate adam_epsilon neftune_noise_alpha logging_steps save_steps eval_steps
+        beta discopop_tau""",
     _AT_LEAST_0: """weight_decay max_grad_norm router_aux_loss_coef warmup_steps eval_delay
         global_batch_size early_stopping_threshold""",
     _AT_LEAST_1: """per_device_train_batch_size per_device_eval_batch_size save_total_limit
@@ -40,7 +42,7 @@ _FIELDS = {
         dataloader_prefetch_factor ddp_timeout ddp_bucket_cap_mb torch_empty_cache_steps
         early_stopping_patience answers_during_training""",
     _BELOW_1: "adam_beta1 adam_beta2 lora_dropout",
-    _SHARE: "label_smoothing_factor",
+    _SHARE: "label_smoothing_factor label_smoothing ld_alpha",
     _SEED: "seed data_seed",
     _ALPHA: "lora_alpha",
     _RANK: "lora_r",
@@ -76,8 +78,12 @@ def check_values(recipe: Recipe) -> None:
         if not numbers.holds(value):
             raise ValueError(f"{name} is {value}: it must be {numbers.words}")
     for name, words in WORDS.items():
-        value = _value(name, recipe)
-        if value is not None and value not in words:
+        if (name, recipe.training.method) == ("loss_type", "dpo"):
+            words = LOSSES
+        found = _value(name, recipe)
+        for value in found if isinstance(found, list) else [found]:
+            if value is None or value in words:
+                continue
             raise ValueError(f"{name} is {value!r}: expected {' or '.join(words)}")
     _check_length(recipe.training)
     _check_checkpointing(recipe.training)

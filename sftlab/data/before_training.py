@@ -101,6 +101,7 @@ def data_lines(facts: Mapping[str, Any]) -> list[str]:
     dropped = {
         "without a response": facts["empty_responses_dropped"],
         "without an answer to a user": facts.get("rows_without_an_answer", 0),
+        "with equal sides": facts.get("equal_pairs_dropped", 0),
         "that are not text": facts.get("bad_rows_left_out", 0),
     }
     if listed := [f"{count:,} {why}" for why, count in dropped.items() if count]:

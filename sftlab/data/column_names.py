@@ -44,7 +44,9 @@ def read_columns(
     _refuse_unknown(found, given, name)
     there = [*given, *(c for c in found if c not in given and c not in given.values())]
     if data_format is None:
-        fits = [one for one in DATA_FORMATS if _fits(one, there, given)]
+        # pairs are read as such only where the training asks for them
+        formats = [one for one in DATA_FORMATS if one != "preference"]
+        fits = [one for one in formats if _fits(one, there, given)]
         # many data sets have the whole row as text in one more column
         if len(fits) > 1 or (_named(there, _QUESTION) and _named(there, _ANSWER)):
             fits = [one for one in fits if one != "text" or "text" in given]

@@ -29,10 +29,16 @@ FEATURES = Features(
     }
 )
 COLUMNS = tuple(FEATURES)
+# what a pair has besides: the answer in place of the chosen one
+PAIRS = "preference"
+REJECTED = "rejected"
+PAIR_FEATURES = Features({**FEATURES, REJECTED: Value("string")})
 # what a split keeps
 TEXT_COLUMNS = ("messages", "tools", "answers", "opening", "conversation")
 # `split` of rows that are in none: without a response, or without any answer to a user
 NO_RESPONSE, NO_TURN = -1, -2
+# pairs whose sides are equal
+EQUAL_SIDES = -3
 TEST = 2
 # json.dumps would make an encoder for every call
 _WRITTEN = json.JSONEncoder(ensure_ascii=False).encode
@@ -59,7 +65,8 @@ class Converter:
         self.version = 4  # of what it makes: caches of other versions are not read
 
     def __call__(self, batch: dict[str, list], indices: list[int]) -> dict[str, list]:
-        out: dict[str, list] = {name: [] for name in COLUMNS}
+        names = (*COLUMNS, REJECTED) if self.reader.data_format == PAIRS else COLUMNS
+        out: dict[str, list] = {name: [] for name in names}
         for offset, index in enumerate(indices):
             try:
                 row, notes = self.reader.read(batch, offset)
@@ -70,7 +77,7 @@ class Converter:
                     notes += values.pop("parts", [])
                     number = self.source * MOST_ROWS + index
                     values |= {"conversation": number, "notes": "\n".join(notes)}
-                    for name in COLUMNS:
+                    for name in names:
                         out[name].append(values.get(name))
                     notes = []
             except (TypeError, ValueError, KeyError) as error:
@@ -85,7 +92,12 @@ class Converter:
         if not answers:
             yield nothing | {"split": NO_TURN}
             return
+        if conversation.rejected and conversation.rejected == messages[-1:]:
+            yield nothing | {"split": EQUAL_SIDES}
+            return
         spoken = [number for number in answers if not is_empty(messages[number])]
+        if any(map(is_empty, conversation.rejected)):
+            spoken = []
         for _ in range(len(answers) - len(spoken)):
             yield nothing | {"split": NO_RESPONSE}
         key = opening_key(messages)
@@ -104,6 +116,7 @@ class Converter:
                 "split": split,
                 "row_hash": _hash_of(part, written),
                 "parts": parts_of(part),
+                REJECTED: json.dumps(part.rejected, ensure_ascii=False),
             }
 
 
@@ -119,6 +132,8 @@ def _hash_of(part: Conversation, written: list[str]) -> str:
         text += json.dumps(part.answers)
     if part.tools:
         text += _SORTED(part.tools)
+    if part.rejected:
+        text += _SORTED(part.rejected)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
@@ -131,7 +146,7 @@ def without_nulls(value: Any) -> Any:
 
 def turn_of(row: dict[str, Any]) -> dict[str, Any]:
     """Returns a converted row of one answer: prompt, completion (messages), tools, conversation."""
-    messages, _, tools, _ = Conversation.from_row(row)
+    messages, _, tools, *_ = Conversation.from_row(row)
     turn = {"prompt": messages[:-1], "completion": messages[-1:], "tools": tools}
     return turn | {"conversation": row["conversation"]}
 

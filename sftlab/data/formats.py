@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 from sftlab.data.messages import DOCUMENT, Conversation, Message, read_conversation, text
+from sftlab.data.preference_sides import side_messages
 from sftlab.data.tool_calls import parsed
 
 
@@ -80,6 +81,22 @@ def _xlam(row: dict[str, Any]) -> Conversation:
     return read_conversation([asked, calls], row["tools"])
 
 
+def _preference(row: dict[str, Any]) -> Conversation:
+    """Returns the chosen side of a pair, with the rejected answer; without answers if no pair.
+
+    Sides are texts or messages, with the prompt in front or in a column of its own.
+    """
+    chosen, rejected = (
+        read_conversation(side_messages(row, side), row.get("tools"))
+        for side in ("chosen", "rejected")
+    )
+    same = chosen.messages[:-1] == rejected.messages[:-1]
+    last = (len(chosen.messages) - 1) in chosen.answers[-1:]
+    if not same or not last or rejected.answers[-1:] != chosen.answers[-1:]:
+        return chosen._replace(answers=[])
+    return chosen._replace(answers=chosen.answers[-1:], rejected=rejected.messages[-1:])
+
+
 def _document(row: dict[str, Any]) -> Conversation:
     return Conversation([{"role": DOCUMENT, "content": text(row, "text")}], [0], [])
 
@@ -119,4 +136,5 @@ DATA_FORMATS: dict[
     ),
     "xlam": (("query", "answers", "tools"), (), _xlam),
     "text": (("text",), (), _document),
+    "preference": (("chosen", "rejected"), ("prompt", "tools"), _preference),
 }

@@ -44,19 +44,26 @@ DOCUMENT = "text"
 class Conversation(NamedTuple):
     """Messages, the numbers of those in the loss, and the tools that they may call.
 
-    `notes` name what was left out of them. A document of plain text is one message.
+    `notes` name what was left out of them. A document of plain text is one message. Of a preference
+    pair, `rejected` is the message in place of the chosen answer; it is empty otherwise.
     """
 
     messages: list[Message]
     answers: list[int]
     tools: list[dict[str, Any]]
     notes: tuple[str, ...] = ()
+    rejected: list[Message] = []
 
     @classmethod
     def from_row(cls, row: dict[str, Any]) -> "Conversation":
         """Returns the conversation of a converted row, whose messages and tools are JSON."""
         tools = json.loads(row["tools"]) if row["tools"] else []
-        return cls(json.loads(row["messages"]), list(row["answers"]), tools)
+        messages, rejected = json.loads(row["messages"]), json.loads(row.get("rejected") or "[]")
+        return cls(messages, list(row["answers"]), tools, rejected=rejected)
+
+    def rejected_side(self) -> "Conversation":
+        """Returns the conversation of a pair with the rejected answer in the chosen one's place."""
+        return Conversation([*self.messages[:-1], *self.rejected], self.answers, self.tools)
 
     @property
     def is_document(self) -> bool:

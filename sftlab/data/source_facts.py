@@ -9,7 +9,7 @@ import pyarrow.compute as pc
 from datasets import Dataset
 
 from sftlab.data.column_names import used_columns
-from sftlab.data.converter import MOST_ROWS, NO_RESPONSE, NO_TURN
+from sftlab.data.converter import EQUAL_SIDES, MOST_ROWS, NO_RESPONSE, NO_TURN
 from sftlab.data.row_notes import count_notes, unused_columns
 from sftlab.data.sources import Source
 from sftlab.data.text_rows import JSON_ROW
@@ -61,7 +61,8 @@ def dropped_facts(split_of: np.ndarray, without_turn: list[int]) -> dict[str, An
 
     `without_turn` are the numbers of the rows without any answer to a user.
     """
-    return {
+    equal = int((split_of == EQUAL_SIDES).sum())
+    return ({"equal_pairs_dropped": equal} if equal else {}) | {
         "empty_responses_dropped": int((split_of == NO_RESPONSE).sum()),
         "rows_without_an_answer": len(without_turn),
         "first_without_an_answer": without_turn[0] % MOST_ROWS if without_turn else None,

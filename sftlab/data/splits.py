@@ -11,7 +11,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from datasets import Dataset, Features, IterableDataset
 
-from sftlab.data.converter import FEATURES, TEXT_COLUMNS, Converter
+from sftlab.data.converter import (
+    FEATURES,
+    PAIR_FEATURES,
+    PAIRS,
+    REJECTED,
+    TEXT_COLUMNS,
+    Converter,
+)
 from sftlab.data.leaks import known_rows
 from sftlab.data.mixtures import joined, mixed, mixed_stream, weights_of
 from sftlab.data.open_tokens import open_tokens
@@ -82,7 +89,7 @@ def load_splits(args: "DataArguments", num_proc: int | None = None) -> Splits:
         numbers = [part.with_format("numpy")["source"][:] for part in parts]
         before = [len(piece) for piece in pieces[0]]
         facts["sources"] = source_facts([settings_of(one) for one in sources], numbers, before)
-    columns = list(TEXT_COLUMNS)
+    columns = [*TEXT_COLUMNS, *([REJECTED] if facts["shape"] == PAIRS else [])]
     train = parts[0].select_columns([*columns, *(["source"] if len(divided) > 1 else [])])
     return Splits(train, *(part.select_columns(columns) for part in parts[1:]), facts)
 
@@ -94,7 +101,7 @@ def _convert(source: Source, number: int, loss_on: str, num_proc: int | None) ->
         batched=True,
         with_indices=True,
         remove_columns=source.rows.column_names,
-        features=FEATURES,
+        features=PAIR_FEATURES if source.reader.data_format == PAIRS else FEATURES,
         num_proc=num_proc,
         desc="Reading rows",
     )

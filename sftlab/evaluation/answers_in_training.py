@@ -94,7 +94,7 @@ def answers_in_training(
     Of a conversation the last answer is asked for. Raises ValueError for rows without text, for
     plain text, and where no row leaves room for an answer.
     """
-    asked = training.answers_during_training
+    asked = getattr(training, "answers_during_training", None)  # preference tuning has none
     if not asked:
         return None
     if splits.tokens or splits.facts["shape"] == "text":

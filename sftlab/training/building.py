@@ -9,6 +9,7 @@ from transformers import PreTrainedTokenizerBase, TrainerCallback, set_seed
 from sftlab.config.launch import Launch
 from sftlab.config.lora_start import changes_base
 from sftlab.config.recipe import Recipe
+from sftlab.data.encoded_pairs import encode_pairs
 from sftlab.data.encoded_rows import encode_splits
 from sftlab.data.splits import Splits
 from sftlab.fastpath.selection import FastPath
@@ -19,6 +20,8 @@ from sftlab.models.plain_adapter import initial_matrices
 from sftlab.models.started_adapter import with_adapter
 from sftlab.training.base_model import base_model
 from sftlab.training.early_stopping import EarlyStopping
+from sftlab.training.preference_trainer import PreferenceTrainer
+from sftlab.training.recorded_trainer import RecordedTrainer
 from sftlab.training.trainer import LabTrainer
 from sftlab.training.truncation import refuse_lost_rows
 
@@ -30,31 +33,35 @@ def build_trainer(
     tokenizer: PreTrainedTokenizerBase,
     splits: Splits,
     callbacks: Sequence[TrainerCallback] = (),
-) -> LabTrainer:
+) -> RecordedTrainer:
     """Returns a recipe's trainer, with its model loaded and on the fast path. Seeds everything.
 
     Raises ValueError for rows that were tokenized with another template, tokenizer, length or mask
     than the recipe's.
     """
     args, meter = recipe.training, Meter()
-    encoded = encode_splits(splits, tokenizer, args)
+    pairs = args.method == "dpo"
+    encode = encode_pairs if pairs else encode_splits
+    encoded = encode(splits, tokenizer, args)
     facts = {name: one.facts for name, one in encoded.items()}
     refuse_lost_rows(facts, args, splits)
     train, validation = encoded["train"].rows, encoded["validation"].rows
-    if args.shuffle_dataset:
+    if getattr(args, "shuffle_dataset", False):
         train = train.shuffle(seed=args.seed)
     measured = torch.cuda.is_available() if args.measure_memory is None else args.measure_memory
     memory = MemorySplit() if measured else None
     if args.early_stopping_patience:
         stopping = EarlyStopping(args.early_stopping_patience, args.early_stopping_threshold)
         callbacks = [*callbacks, stopping]
-    args.packing = False  # trl's own would change which rows a step has
+    if not pairs:
+        args.packing = False  # trl's own would change which rows a step has
     args = copy(args)  # what follows is no setting of the recipe
-    args.dataset_kwargs = (args.dataset_kwargs or {}) | {"skip_prepare_dataset": True}
+    if not pairs:
+        args.dataset_kwargs = (args.dataset_kwargs or {}) | {"skip_prepare_dataset": True}
     # the rows become input_ids and labels when read, from columns that no model takes
     args.remove_unused_columns = False
     set_seed(args.seed)
-    trainer = LabTrainer(
+    trainer = (PreferenceTrainer if pairs else LabTrainer)(
         model=with_adapter(base_model(recipe, fast), recipe.model),
         args=args,
         train_dataset=train,

@@ -13,9 +13,14 @@ from typing import Any
 import torch
 from torch import nn
 from torch.utils.data import IterableDataset
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import (
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 from transformers.trainer_utils import TrainOutput
-from trl import SFTTrainer
 
 from sftlab.fastpath.float8 import convert_nothing
 from sftlab.runs.checkpoint_manifest import in_order, remove
@@ -23,8 +28,8 @@ from sftlab.training.clock import TrainingClock
 from sftlab.training.early_stopping import early_stopping_of
 
 
-class UpstreamFixes(SFTTrainer):
-    """SFTTrainer with the mends; a subclass sets `clock` before the training begins."""
+class UpstreamFixes(Trainer):
+    """The mends, before a trainer of trl's; a subclass sets `clock` before the training begins."""
 
     clock: TrainingClock
 

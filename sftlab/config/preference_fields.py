@@ -1,0 +1,73 @@
+"""The fields of preference tuning: trl's DPOConfig, less those that have no effect here."""
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+from trl import DPOConfig, SFTConfig
+
+from sftlab.config.own_fields import OwnFields
+
+LOSSES = (
+    *("sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot"),
+    *("aot_unpaired", "apo_zero", "apo_down", "discopop", "sft", "sigmoid_norm"),
+)
+# Fields that only preference tuning has, and that do what trl says.
+ALONE = (
+    *("beta", "loss_weights", "ld_alpha", "f_divergence_type", "f_alpha_divergence_coef"),
+    *("label_smoothing", "use_weighting", "discopop_tau"),
+)
+_REFERENCE = "the reference is the model as it was before this training, and stays so"
+# Fields that have an effect in supervised fine-tuning, or in trl, and none in preference tuning.
+REFUSED_OF_PAIRS = {
+    "sync_ref_model": _REFERENCE,
+    "ref_model_mixup_alpha": _REFERENCE,
+    "ref_model_sync_steps": _REFERENCE,
+    "precompute_ref_log_probs": (
+        "the reference shares the base model's weights, so it needs no memory of its own"
+    ),
+    "precompute_ref_batch_size": "log-probabilities of the reference are computed in each step",
+    "disable_dropout": "dropout is always off: model and reference must differ by training alone",
+    "truncation_mode": "answers lose their end, so that both sides keep the prompt",
+    "label_smoothing_factor": "give label_smoothing, which some values of loss_type use",
+    "average_tokens_across_devices": "the loss is a mean over pairs, not over tokens",
+    "loss_on": "each side has one answer, and it is in the loss",
+    "dataset_streaming": "pairs are counted and encoded before the training",
+    "packing": "the sides of a pair are padded to the longest of the micro-batch",
+    "fused_loss": "trl's fused head computes the log-probabilities",
+    "completion_only_loss": "the log-probabilities are those of the answers",
+    "shuffle_dataset": "the sampler shuffles the rows",
+    "neftune_noise_alpha": "noise would make the model differ from its reference before it trains",
+}
+
+
+@dataclass
+class PreferenceArguments(OwnFields, DPOConfig):
+    """trl's DPOConfig with the fields of this project."""
+
+    # what the code that both methods share reads
+    packing: ClassVar[bool] = False
+    fused_loss: ClassVar[bool] = False
+    completion_only_loss: ClassVar[bool] = True
+
+    method: str = field(default="dpo", metadata=OwnFields.__dataclass_fields__["method"].metadata)
+    compile_layers: bool | None = field(
+        default=False,
+        metadata={"help": "Compile each decoder layer. Unset: no."},
+    )
+    chat_template_path: str | None = field(
+        default=None, metadata={"help": "A .jinja file with the chat template."}
+    )
+    eos_token: str | None = field(
+        default=None, metadata={"help": "Token that ends an answer. Unset: the tokenizer's."}
+    )
+
+
+def of_the_other_method(name: str, method: str) -> str | None:
+    """Returns why a recipe of `method` cannot set a field; None where the other has none such."""
+    names = {one.name for one in dataclasses.fields(SFTConfig)} | {"fused_loss"}
+    if method == "dpo" and name in names and name not in PreferenceArguments.__dataclass_fields__:
+        return f"{name} is a field of supervised fine-tuning, and method is dpo: leave it out"
+    if method == "sft" and name in ALONE:
+        return f"{name} is a field of preference tuning: add method: dpo, or leave {name} out"
+    return None

@@ -1,0 +1,148 @@
+"""trl's DPOTrainer with this project's counting, checkpoints and checks."""
+
+import shutil
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from datasets import Dataset
+from torch import nn
+from trl import DPOTrainer
+
+from sftlab.config.launch import COMPUTE_DTYPE, PRECISIONS
+from sftlab.data.encoded_pairs import sequences_of
+from sftlab.data.pair_collator import PairCollator, for_the_loss
+from sftlab.measurement.flops import Flops
+from sftlab.training.recorded_trainer import RecordedTrainer
+
+# peft's name of the frozen copy of an adapter that the training goes on from
+REFERENCE = "ref"
+# the largest difference of two forwards of equal weights, per nat of a side's log-probability,
+# in units of the compute dtype's rounding
+_ROUNDINGS = 32
+
+
+class SideLogProbs(NamedTuple):
+    """Log-probabilities of the answers of a batch in nats, [pairs] each."""
+
+    chosen: torch.Tensor
+    rejected: torch.Tensor
+
+
+class PreferenceTrainer(RecordedTrainer, DPOTrainer):
+    """DPOTrainer whose reference is the model as it was before the training.
+
+    That is the adapter which the training goes on from, frozen beside the one that trains, or the
+    base model under a new adapter. Raises RuntimeError before the first step if the model does not
+    begin as its reference.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.data_collator = PairCollator(
+            self.processing_class.pad_token_id, self.args.pad_to_multiple_of
+        )
+        # the reference's forward takes 2 of the 4 FLOPs of a frozen weight once more
+        self.flops = Flops(*(1.5 * one for one in self.flops))
+
+    def _prepare_dataset(self, dataset: Dataset, *args: Any, **kwargs: Any) -> Dataset:
+        """Returns the pairs as they are: they are encoded already."""
+        return dataset
+
+    def sequences(self) -> list[tuple[str, Dataset]]:
+        """Returns each side of the encoded pairs; that of training's chosen answers first."""
+        named = [("training", self.train_dataset), ("validation", self.eval_dataset)]
+        return [
+            (f"{name} ({side})", sequences_of(rows, side))
+            for name, rows in named
+            if rows is not None
+            for side in ("chosen", "rejected")
+        ]
+
+    def loss_tokens(self, inputs: dict[str, Any]) -> int:
+        """Returns how many tokens of a micro-batch are in answers, of both sides."""
+        return inputs["loss_tokens"]
+
+    def forward_once(self, model: nn.Module, inputs: dict[str, Any]) -> None:
+        """Run one forward in training mode, for the check of the first step."""
+        self.side_log_probs(model.train(), inputs)
+
+    def side_log_probs(self, model: nn.Module, inputs: dict[str, Any]) -> SideLogProbs:
+        """Returns the log-probabilities of the answers of a batch under the trained adapter."""
+        given = self._prepare_inputs(for_the_loss(inputs))
+        mask = given.pop("completion_mask")
+        labels = given["input_ids"].masked_fill(mask == 0, -100)
+        with torch.no_grad(), self.accelerator.autocast():
+            found = model(**given, labels=labels, use_cache=False, fused_lm_head=True)
+        return SideLogProbs(*found.log_probs.sum(dim=1).chunk(2))
+
+    def reference_log_probs(self, model: nn.Module, inputs: dict[str, Any]) -> SideLogProbs:
+        """Returns the log-probabilities of the answers of a batch under the reference."""
+        given = self._prepare_inputs(for_the_loss(inputs))
+        return SideLogProbs(*self.compute_ref_log_probs(model, given))
+
+    def check_first_step(self, model: nn.Module, inputs: dict[str, Any]) -> None:
+        """Check strategy and precision and, at step 0, that the model begins as its reference."""
+        super().check_first_step(model, inputs)
+        if self.state.global_step == 0:
+            self._refuse_other_reference(model, inputs)
+
+    def _refuse_other_reference(self, model: nn.Module, inputs: dict[str, Any]) -> None:
+        now = torch.stack(self.side_log_probs(model, inputs)).float()
+        reference = torch.stack(self.reference_log_probs(model, inputs)).float()
+        compute = getattr(torch, COMPUTE_DTYPE[PRECISIONS[self.args.mixed_precision]])
+        allowed = _ROUNDINGS * torch.finfo(compute).eps * reference.abs().clamp(min=1)
+        apart = (now - reference).abs()
+        if not bool((apart <= allowed).all()):
+            raise RuntimeError(
+                "the model does not begin as its reference: before the first step their "
+                f"log-probabilities of an answer differ by up to {float(apart.max()):.3g} nats"
+            )
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | None = None,
+    ) -> Any:
+        """Returns trl's loss of the pairs: the mean of a micro-batch."""
+        loss = super().compute_loss(model, for_the_loss(inputs), return_outputs)
+        if self.memory is not None:
+            self.memory.forward_ended()
+        return loss
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """Run transformers' loop; its output has trl's metrics too, as means over batches."""
+        output = super().evaluation_loop(*args, **kwargs)
+        prefix = kwargs.get("metric_key_prefix", "eval")
+        found = {name: sum(v) / len(v) for name, v in self._metrics["eval"].items() if v}
+        output.metrics.update({f"{prefix}_{name}": value for name, value in found.items()})
+        return output
+
+    def validation(self) -> dict[str, float]:
+        """Returns loss, reward accuracy and margin of the validation pairs."""
+        loop = self.evaluation_loop(
+            self.get_eval_dataloader(), "validation", prediction_loss_only=True
+        )
+        self._metrics["eval"].clear()
+        return {
+            "validation_loss": loop.metrics["eval_loss"],
+            "validation_reward_accuracy": loop.metrics["eval_rewards/accuracies"],
+            "validation_reward_margin": loop.metrics["eval_rewards/margins"],
+        }
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        """Save the trained adapter alone: the reference is made again from what it was."""
+        super()._save(output_dir, state_dict)
+        shutil.rmtree(Path(output_dir or self.args.output_dir) / REFERENCE, ignore_errors=True)
+
+    def what_ran(self) -> dict[str, Any]:
+        """Returns what ran, for run.json, with what the reference is and the loss's settings."""
+        has_copy = REFERENCE in self.model.peft_config
+        return super().what_ran() | {
+            "method": "dpo",
+            "reference": "the adapter that it started from" if has_copy else "the base model",
+            "beta": self.beta,
+            "loss_type": list(self.loss_types),
+        }

@@ -1,0 +1,226 @@
+"""What every trainer here shares: counting, checkpoints, order of rows, checks of what runs."""
+
+from contextlib import AbstractContextManager
+from functools import partial
+from typing import Any
+
+import torch
+from accelerate.data_loader import SeedableRandomSampler
+from datasets import Dataset
+from torch import nn
+from torch.utils.data import IterableDataset, RandomSampler, Sampler, SequentialSampler
+from transformers import PreTrainedModel
+from transformers.trainer_utils import TrainOutput
+
+from sftlab.config.launch import Launch
+from sftlab.data.samplers import BalancedSampler, WholeBatches, row_lengths, whole_batches
+from sftlab.fastpath.compile_layers import compile_layers
+from sftlab.fastpath.float8 import freeze_in_float8
+from sftlab.fastpath.fsdp import (
+    average_replicated_,
+    clip_sharded_,
+    gather_ahead,
+    is_sharded_over_one_mesh,
+    resolve_plugin,
+)
+from sftlab.fastpath.selection import FastPath
+from sftlab.measurement.flops import flops_per_token
+from sftlab.measurement.memory import MemorySplit, PeakMemory
+from sftlab.measurement.throughput import Meter
+from sftlab.models.own_logits import own_log_probs_if_needed
+from sftlab.models.plain_adapter import Matrices
+from sftlab.training.checkpointing import Checkpointer
+from sftlab.training.clock import TrainingClock
+from sftlab.training.finiteness import Finiteness
+from sftlab.training.log_sums import TokenSums, TrainerSums
+from sftlab.training.router_loss import leave_out_frozen_router
+from sftlab.training.source_counts import SourceCounts
+from sftlab.training.upstream_fixes import SaveAfterEvaluation, UpstreamFixes
+from sftlab.training.verification import FirstStepCheck, global_batch, what_ran
+
+
+class RecordedTrainer(UpstreamFixes):
+    """Counts tokens, continues exactly and checks what runs; stands before a trainer of trl's.
+
+    A subclass names trl's trainer behind this class, gives the methods that raise
+    NotImplementedError here, and sets its own `data_collator`. Raises RuntimeError before the first
+    step if what runs differs from the launch config.
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        meter: Meter,
+        launch: Launch,
+        fast: FastPath,
+        memory: MemorySplit | None,
+        row_facts: dict[str, dict[str, int] | None],
+        **kwargs: Any,
+    ) -> None:
+        # what max_length left of each split's rows; None of a stream
+        self.row_facts = row_facts
+        # the LoRA matrices as they began, where they took parts of the base model's weights
+        self.initial_matrices: Matrices | None = None
+        self.meter, self.launch, self.fast, self.memory = meter, launch, fast, memory
+        super().__init__(*args, **kwargs)
+        plugin = self.accelerator.state.fsdp_plugin if self.is_fsdp_enabled else None
+        # whether FSDP2 leaves the LoRA matrices whole on every process
+        self.replicated = (
+            plugin is not None and plugin.fsdp_version == 2 and resolve_plugin(plugin, self.model)
+        )
+        if isinstance(self.train_dataset, IterableDataset):
+            self.train_dataset = WholeBatches(self.train_dataset, global_batch(self.args))
+        self.flops = flops_per_token(self.model)
+        self._count_over_all_starts()
+        self._take_fast_path()
+
+    def _count_over_all_starts(self) -> None:
+        self.clock = TrainingClock(lambda: self.meter.waited_s)
+        self.peak_memory = PeakMemory(self.memory)
+        self.first_step = FirstStepCheck(self.launch)
+        self.token_sums = TokenSums(self.args.device)
+        self.source_counts = SourceCounts()
+        parts = {
+            "clock": self.clock,
+            "meter": self.meter,
+            "memory": self.peak_memory,
+            "first_step": self.first_step,
+            "token_sums": self.token_sums,
+            "source_counts": self.source_counts,
+            "trainer_sums": TrainerSums(self),
+        }
+        self.checkpointer = Checkpointer(self, parts, lambda: self.clock.seconds)
+        self.finiteness = Finiteness(self)
+        # in this order: the clock notes the seconds that the checkpointer restores
+        for callback in (self.checkpointer, self.clock, self.finiteness, SaveAfterEvaluation()):
+            self.add_callback(callback)
+
+    def _take_fast_path(self) -> None:
+        base = self._base
+        if off := leave_out_frozen_router(self):
+            self.fast.reasons["router_loss"] = off
+        if differs := own_log_probs_if_needed(base):
+            self.fast.reasons["trl_fused_head"] = differs
+        self.choose_loss()
+        if self.args.mixed_precision == "fp8":
+            freeze_in_float8(self.model, self.accelerator.device)
+        if self.fast.compile_layers:
+            compile_layers(base)
+
+    def choose_loss(self) -> None:
+        """Choose how the loss is computed, before layers are compiled: trl's way, here."""
+        self.fast.fused_loss = False
+
+    def sequences(self) -> list[tuple[str, Dataset]]:
+        """Returns rows of `input_ids` and `labels` with the names of their splits."""
+        raise NotImplementedError
+
+    def validation(self) -> dict[str, float]:
+        """Returns what is measured on the validation rows, for run.json."""
+        raise NotImplementedError
+
+    def loss_tokens(self, inputs: dict[str, Any]) -> int:
+        """Returns how many tokens of a micro-batch are in the loss."""
+        raise NotImplementedError
+
+    def forward_once(self, model: nn.Module, inputs: dict[str, Any]) -> None:
+        """Run one forward in training mode, for the check of the first step."""
+        raise NotImplementedError
+
+    @property
+    def _base(self) -> PreTrainedModel:
+        return self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
+
+    @property
+    def _trained(self) -> list[nn.Parameter]:
+        # The optimizer's: finding them among the model's modules takes 3 % of a step.
+        return [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+
+    def train(self, resume_from_checkpoint: str | None = None, **kwargs: Any) -> TrainOutput:
+        """Train, or resume from a checkpoint's folder; the clock starts."""
+        self.clock.start()
+        self.checkpointer.resume_from = resume_from_checkpoint
+        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+
+    # ---- the step ----
+
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> torch.Tensor:
+        """Run one micro-batch; before the first one, check strategy and precision."""
+        self.meter.count(inputs["real_tokens"], inputs["real_rows"], self.loss_tokens(inputs))
+        self.source_counts.add(inputs.get("by_source", ()))
+        if not self.first_step.done:
+            self.check_first_step(model, inputs)
+        loss = super().training_step(model, inputs, *args, **kwargs)
+        self.finiteness.add_loss(loss)
+        if self.accelerator.scaler is not None:  # a step that fp16 skips adds nothing to the mean
+            loss = torch.nan_to_num(loss, nan=0.0, posinf=0.0, neginf=0.0)
+        if self.replicated and self.accelerator.sync_gradients:
+            average_replicated_(self._trained)
+        return loss
+
+    def check_first_step(self, model: nn.Module, inputs: dict[str, Any]) -> None:
+        """Check strategy and precision before the first step of a start."""
+        gather_ahead(self._base)
+        forward = partial(self.forward_once, model, inputs)
+        self.first_step.run(self, model, self._trained, forward)
+
+    def autocast_smart_context_manager(
+        self, cache_enabled: bool | None = True
+    ) -> AbstractContextManager:
+        """Autocast the step where FSDP2 leaves LoRA matrices whole.
+
+        They are float32 there, and DDP multiplies them in the compute dtype too.
+        """
+        if self.replicated:
+            return self.accelerator.autocast()
+        return super().autocast_smart_context_manager()
+
+    def _clip_grad_norm(self, model: nn.Module) -> torch.Tensor:
+        trained = self._trained
+        if not self.is_fsdp_enabled:
+            return self.accelerator.clip_grad_norm_(trained, self.args.max_grad_norm)
+        if not self.replicated and not is_sharded_over_one_mesh(trained):
+            return super()._clip_grad_norm(model)
+        self.accelerator.unscale_gradients()
+        clip = torch.nn.utils.clip_grad_norm_ if self.replicated else clip_sharded_
+        return clip(trained, self.args.max_grad_norm)
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: torch.Tensor | None = None) -> Any:
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        self.finiteness.set_norm(norm)
+        return norm
+
+    # ---- the order of the rows ----
+
+    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler | None:
+        sampler, rows = super()._get_train_sampler(train_dataset), global_batch(self.args)
+        if type(sampler) not in (RandomSampler, SequentialSampler):
+            return sampler
+        if not self.fast.packing:
+            return whole_batches(sampler, rows)
+        # accelerate would put in its seedable sampler itself, but only if it stands alone
+        seedable = partial(SeedableRandomSampler, data_seed=self.args.data_seed)
+        order = whole_batches(sampler, rows, seedable)
+        micro_batch = self.args.per_device_train_batch_size
+        return BalancedSampler(
+            order, row_lengths(self.train_dataset), micro_batch, rows // micro_batch
+        )
+
+    # ---- counting, checkpoints, records ----
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> float:
+        """Returns the FLOPs of a micro-batch, without a walk over all modules at every step."""
+        in_loss = self.flops.loss_token * self.loss_tokens(inputs)
+        return self.flops.token * inputs["real_tokens"] + in_loss
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        self.checkpointer.save(lambda: super(RecordedTrainer, self)._save_checkpoint(model, trial))
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """Write none: trl's would replace a README.md in the run directory."""
+
+    def what_ran(self) -> dict[str, Any]:
+        """Returns precision, dtypes, strategy and sizes as they are, for run.json."""
+        return what_ran(self, self.fast, self.first_step.observed)
