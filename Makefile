@@ -1,4 +1,5 @@
 # make demo    the main job on a CPU, from nothing to base against tuned
+# make demo-dpo  the demo's adapter tuned on preferences, and what it gained and lost (some minutes)
 # make results the demo's recipes, trained and evaluated, their report, and the README's figures (7 minutes)
 # make test    the tests (no hub, no GPU, no network)
 # make test-long   the demo from nothing, the page in a browser, real data, kills: tests that take long (10 minutes)
@@ -8,7 +9,7 @@
 # make test-fuzz      2,400 broken inputs, read by the real scripts (half an hour)
 # make lint    ruff: lint and format
 # make setup   the virtual environment alone
-.PHONY: demo results test test-long test-cluster test-vllm test-faults test-fuzz lint setup clean
+.PHONY: demo demo-dpo results test test-long test-cluster test-vllm test-faults test-fuzz lint setup clean
 
 # Spinning OpenMP threads stall one another where the cores are shared.
 export OMP_WAIT_POLICY ?= PASSIVE
@@ -21,6 +22,7 @@ BIN := .venv/bin
 STAMP := .venv/installed
 TORCH := $(shell sed -n 's/^torch==//p' requirements.txt)
 DEMO := runs/demo-attn_r16
+DEMO_DPO := runs/demo-dpo-attn_r16
 RECIPES := $(sort $(basename $(notdir $(wildcard recipes/demo/*.yaml))))
 
 setup: $(STAMP)
@@ -47,6 +49,14 @@ demo: $(STAMP)
 	@echo "      look at the curves      .venv/bin/tensorboard --logdir runs"
 	@echo "      another recipe          .venv/bin/python recipes/sft.py --config_file accelerate_configs/cpu.yaml --config recipes/demo/all_r16.yaml"
 	@echo "      your own data           ... --dataset_name FILE.jsonl --output_dir runs/NAME"
+
+demo-dpo: $(STAMP)
+	$(BIN)/python recipes/demo/build.py
+	@if grep -qs '"status": "succeeded"' $(DEMO)/run.json; then echo "$(DEMO) is there already"; \
+	else $(BIN)/python recipes/sft.py --config_file accelerate_configs/cpu.yaml --config recipes/demo/attn_r16.yaml; fi
+	@if grep -qs '"status": "succeeded"' $(DEMO_DPO)/run.json; then echo "$(DEMO_DPO) is there already"; \
+	else $(BIN)/python recipes/dpo.py --config_file accelerate_configs/cpu.yaml --config recipes/demo-dpo/attn_r16.yaml; fi
+	$(BIN)/python eval/quality.py --run $(DEMO_DPO)
 
 results: $(STAMP)
 	$(BIN)/python recipes/demo/build.py

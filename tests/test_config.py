@@ -243,7 +243,8 @@ def test_a_recipe_says_what_its_name_says(path, monkeypatch):
     assert settings["lora_target_modules"] == TARGETS[targets]
     assert settings["output_dir"] == f"runs/{path.parent.name}-{path.stem}"
     command = rf"--config recipes/{path.parent.name}/{path.stem}.yaml"
-    assert re.search(rf"# +python recipes/sft.py --config_file .*{command}", text)
+    script = "dpo" if settings.get("method") == "dpo" else "sft"
+    assert re.search(rf"# +python recipes/{script}.py --config_file .*{command}", text)
     assert len(text.splitlines()) < 60
     launch = Launch("bf16", "ddp", 2, 2, True, {})
     own = ["--model_name_or_path", "a/b", "--dataset_name", "my.jsonl"]
@@ -253,12 +254,13 @@ def test_a_recipe_says_what_its_name_says(path, monkeypatch):
 THREE = ("own", "qwen3-1.7b", "gemma3-1b", "smollm2-1.7b", "smollm2-135m")
 
 
-@pytest.mark.parametrize("folder", ["demo", "llama3.2-1b", "llama2-7b", *THREE])
+@pytest.mark.parametrize("folder", ["demo", "demo-dpo", "llama3.2-1b", "llama2-7b", *THREE])
 def test_the_recipes_of_a_folder_differ_in_rank_and_targets_alone(folder):
     recipes = [read_yaml(p) for p in RECIPES if p.parent.name == folder]
-    assert len(recipes) == {"llama2-7b": 2, **dict.fromkeys(THREE, 3)}.get(folder, 7)
+    assert len(recipes) == {"llama2-7b": 2, "demo-dpo": 3, **dict.fromkeys(THREE, 3)}.get(folder, 7)
     assert len({r["lora_alpha"] / r["lora_r"] for r in recipes}) == 1
     may_differ = {"lora_r", "lora_alpha", "lora_target_modules", "output_dir"}
+    may_differ |= {"adapter_name_or_path"}  # of the same rank and targets
     rest = [{k: v for k, v in r.items() if k not in may_differ} for r in recipes]
     assert all(r == rest[0] for r in rest)
 

@@ -188,7 +188,8 @@ def options(script: Path) -> frozenset[str]:
     return frozenset(found)
 
 
-SBATCH = {
+STARTS = {
+    "recipes/dpo.py": "recipes/sft.py",
     "slurm/train.sbatch": "recipes/sft.py",
     "slurm/study.sbatch": "recipes/study.py",
     "slurm/tokenize.sbatch": "slurm/tokenize_dataset.py",
@@ -207,7 +208,7 @@ def refused_options(line: str) -> list[str]:
         evaluations = [shlex.split(one) for one in shlex.split(after)[1:]]
         given = [(f"eval/{one}.py", OPTION.findall(" ".join(rest))) for one, *rest in evaluations]
     else:
-        given = [(SBATCH.get(script, script), OPTION.findall(after))]
+        given = [(STARTS.get(script, script), OPTION.findall(after))]
     for one, words in given:
         refused += [word for word in words if word not in options(ROOT / one)]
     return refused

@@ -1,49 +1,148 @@
 """Preference tuning: what it begins from, what it learns, and how it is continued."""
 
+import os
+import signal
+
 import pytest
-from conftest import pair_rows, read, write_jsonl
+import torch
+from conftest import ROOT, launched, load_script, pair_rows, read, write_jsonl
+from packed_training import build
 from safetensors.torch import load_file
+
+from sftlab.runs.run_directory import adapter_hash
+from sftlab.training.preference_trainer import PreferenceTrainer
+
+NO_CHOICE = 0.693147  # log 2: the loss of a pair whose margin is 0
 
 
 @pytest.fixture
 def pairs(base, tmp_path):
-    """Fields of a preference training of six steps."""
-    rows = write_jsonl(tmp_path / "pairs.jsonl", pair_rows(100))
+    """Fields of a preference training of four steps."""
+    rows = write_jsonl(tmp_path / "pairs.jsonl", pair_rows(60))
     return {
         "method": "dpo",
         "model_name_or_path": str(base),
         "dataset_name": str(rows),
         "output_dir": str(tmp_path / "run"),
-        "max_steps": "6",
+        "max_steps": "4",
         "global_batch_size": "8",
-        "per_device_train_batch_size": "4",
+        "per_device_train_batch_size": "8",
         "max_length": "128",
         "logging_steps": "1",
         "warmup_steps": "1",
-        "save_steps": "3",
+        "save_steps": "100",
         "learning_rate": "0.01",
     }
 
 
-def weights(folder):
-    return load_file(f"{folder}/adapter/adapter_model.safetensors")
+def losses(folder):
+    return [loss for _, loss in read(folder)["losses"]]
 
 
 def test_it_learns_to_prefer_the_chosen_answers(pairs, trained_here):
     trained_here(pairs)
     run = read(pairs["output_dir"])
-    losses = [loss for _, loss in run["losses"]]
-    assert losses[0] == pytest.approx(0.6931, abs=1e-3)
-    assert losses[-1] < 0.5
-    assert run["measured"]["validation_reward_accuracy"] > 0.9
+    found = losses(pairs["output_dir"])
+    assert found[0] == pytest.approx(NO_CHOICE, abs=1e-5)
+    assert found[-1] < 0.5
+    assert run["measured"]["validation_reward_accuracy"] == 1
+    assert run["measured"]["validation_reward_margin"] > 0.5
     assert run["ran"]["reference"] == "the base model"
 
 
-def test_the_reference_is_the_adapter_that_it_starts_from(pairs, finished, trained_here, tmp_path):
+def test_the_reference_is_the_adapter_that_it_starts_from(pairs, finished, trained_here):
     first = finished[0]
     trained_here(pairs | {"adapter_name_or_path": str(first)})
     run = read(pairs["output_dir"])
-    assert run["losses"][0][1] == pytest.approx(0.6931, abs=1e-3)
+    assert losses(pairs["output_dir"])[0] == pytest.approx(NO_CHOICE, abs=1e-5)
     assert run["ran"]["reference"] == "the adapter that it started from"
-    assert not (tmp_path / "run" / "adapter" / "ref").exists()
-    assert weights(first).keys() == weights(pairs["output_dir"]).keys()
+    assert run["started_from"]["adapter"] == str(first / "adapter")
+    before, after = (
+        load_file(f"{folder}/adapter/adapter_model.safetensors")
+        for folder in (first, pairs["output_dir"])
+    )
+    assert before.keys() == after.keys(), "the reference is not saved"
+    assert all(not torch.equal(before[name], after[name]) for name in before)
+
+
+@pytest.mark.long
+def test_a_stopped_run_continues_bit_for_bit(
+    pairs, finished, tmp_path, monkeypatch, train_here, trained_here
+):
+    own = pairs | {"adapter_name_or_path": str(finished[0])}
+    trained_here(own | {"output_dir": str(tmp_path / "whole")})
+    step = PreferenceTrainer.training_step
+
+    def told_to_stop(self, *args, **kwargs):
+        if self.state.global_step == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(self, *args, **kwargs)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(PreferenceTrainer, "training_step", told_to_stop)
+        assert train_here(own).returncode
+    assert read(tmp_path / "run")["status"] == "interrupted"
+    trained_here(own)
+    assert losses(tmp_path / "run") == losses(tmp_path / "whole")
+    assert adapter_hash(tmp_path / "run") == adapter_hash(tmp_path / "whole")
+
+
+@pytest.mark.long
+def test_two_processes_give_the_losses_of_one(pairs, tmp_path, trained_here):
+    trained_here(pairs | {"output_dir": str(tmp_path / "one"), "per_device_train_batch_size": "2"})
+    launched("cpu_ddp", pairs | {"output_dir": str(tmp_path / "two")})
+    assert read(tmp_path / "two")["ran"]["world_size"] == 2
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), abs=1e-4)
+
+
+@pytest.fixture
+def trainer(pairs):
+    """A trainer whose model has moved away from its reference."""
+    made = build(pairs)
+    generator = torch.Generator().manual_seed(0)
+    for name, parameter in made.model.named_parameters():
+        if "lora_B" in name:
+            parameter.data = torch.randn(parameter.shape, generator=generator) * 0.1
+    return made
+
+
+def loss_of(trainer, rows, beta=0.1):
+    trainer.beta = beta
+    inputs = trainer.data_collator(rows)
+    with torch.no_grad():
+        loss = float(trainer.compute_loss(trainer.model.eval(), inputs))
+    margin = trainer._metrics["eval"]["rewards/margins"][-1]
+    return loss, margin
+
+
+def test_swapped_pairs_change_the_sign_of_the_margin(trainer):
+    rows = [trainer.train_dataset[n] for n in range(4)]
+    names = {"chosen_ids": "rejected_ids", "rejected_ids": "chosen_ids"}
+    swapped = [{names.get(name, name): value for name, value in row.items()} for row in rows]
+    (loss, margin), (other, opposite) = loss_of(trainer, rows), loss_of(trainer, swapped)
+    assert abs(margin) > 1e-3
+    assert opposite == pytest.approx(-margin, abs=1e-5)
+    assert loss != pytest.approx(other, abs=1e-4)
+
+
+def test_beta_scales_the_margin_and_padding_changes_nothing(trainer):
+    rows = [trainer.train_dataset[n] for n in range(4)]
+    margin = loss_of(trainer, rows)[1]
+    assert loss_of(trainer, rows, beta=0.5)[1] == pytest.approx(5 * margin, rel=1e-4)
+    alone = [loss_of(trainer, [row]) for row in rows]
+    loss, _ = loss_of(trainer, rows)
+    assert sum(one for one, _ in alone) / 4 == pytest.approx(loss, abs=1e-6)
+    assert sum(one for _, one in alone) / 4 == pytest.approx(margin, abs=1e-5)
+
+
+def test_a_model_that_does_not_begin_as_its_reference_is_refused(trainer):
+    inputs = trainer.data_collator([trainer.train_dataset[0]])
+    with pytest.raises(RuntimeError, match="the model does not begin as its reference"):
+        trainer._refuse_other_reference(trainer.model, inputs)
+
+
+def test_its_script_becomes_the_training_script(monkeypatch):
+    script, became = load_script("recipes/dpo.py"), []
+    monkeypatch.setattr(os, "execv", lambda path, words: became.extend(words[1:]))
+    script.main(["--config", "r.yaml"])
+    assert became == [str(ROOT / "recipes" / "sft.py"), "--method", "dpo", "--config", "r.yaml"]

@@ -2,8 +2,9 @@
 
 python recipes/demo/build.py
 
-Writes data/demo/base/ (a small Llama with its tokenizer, pre-trained here) and
-data/demo/instructions.jsonl (columns instruction, context, response). A complete build is kept;
+Writes data/demo/base/ (a small Llama with its tokenizer, pre-trained here),
+data/demo/instructions.jsonl (columns instruction, context, response), and
+data/demo/preferences.jsonl (columns prompt, chosen, rejected). A complete build is kept;
 --overwrite builds it again.
 """
 
@@ -13,6 +14,7 @@ import os
 import shutil
 import tempfile
 import time
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 # GNU OpenMP threads spin while they wait, which on busy cores costs several times the work itself.
@@ -41,7 +43,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def is_complete(out: Path) -> bool:
-    """Returns whether both parts are there; instructions.jsonl is always written last."""
+    """Returns whether base and instructions are there; instructions.jsonl is written last."""
     wanted = [out / "instructions.jsonl", *(out / "base" / name for name in BASE_FILES)]
     return all(path.is_file() for path in wanted)
 
@@ -71,20 +73,35 @@ def build_base(folder: Path, steps: int, seed: int) -> str:
     )
 
 
-def write_rows(path: Path, count: int, seed: int) -> None:
-    """Write `count` instruction rows, one JSON object a line."""
+def write_rows(path: Path, rows: Iterable[Mapping[str, str]]) -> None:
+    """Write rows, one JSON object a line."""
+    with path.open("w", encoding="utf-8") as file:
+        file.writelines(json.dumps(row) + "\n" for row in rows)
+
+
+def write_data(folder: Path, count: int, seed: int) -> None:
+    """Write `count` instruction rows, and preference pairs over the same questions."""
     from sftlab.models import demo
 
-    with path.open("w", encoding="utf-8") as file:
-        file.writelines(json.dumps(row) + "\n" for row in demo.instruction_rows(count, seed))
+    write_rows(folder / "instructions.jsonl", demo.instruction_rows(count, seed))
+    write_preferences(folder, seed)
+
+
+def write_preferences(folder: Path, seed: int) -> None:
+    """Write a preference pair for each instruction row of `folder`."""
+    from sftlab.models.demo_preferences import preference_rows
+
+    lines = (folder / "instructions.jsonl").read_text(encoding="utf-8").splitlines()
+    write_rows(folder / "preferences.jsonl", preference_rows(list(map(json.loads, lines)), seed))
 
 
 def install(built: Path, out: Path) -> None:
-    """Move both parts from `built` into `out`, the mark of completeness last."""
+    """Move all parts from `built` into `out`, the mark of completeness last."""
     (out / "instructions.jsonl").unlink(missing_ok=True)
     if (out / "base").exists():
         shutil.rmtree(out / "base")
     os.rename(built / "base", out / "base")
+    os.replace(built / "preferences.jsonl", out / "preferences.jsonl")
     os.rename(built / "instructions.jsonl", out / "instructions.jsonl")
 
 
@@ -93,6 +110,8 @@ def main() -> None:
     arguments = parse_arguments()
     out = arguments.out
     if is_complete(out) and not arguments.overwrite:
+        if not (out / "preferences.jsonl").is_file():
+            write_preferences(out, arguments.seed)
         print(f"{out} is complete already; --overwrite builds it again")
         return
     start = time.perf_counter()
@@ -100,7 +119,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix=".building-", dir=out) as name:
         built = Path(name)
         figures = build_base(built / "base", arguments.steps, arguments.seed)
-        write_rows(built / "instructions.jsonl", arguments.rows, arguments.seed)
+        write_data(built, arguments.rows, arguments.seed)
         install(built, out)
     print(f"{out}: {figures}, {arguments.rows:,} rows, {time.perf_counter() - start:.0f} s")
 

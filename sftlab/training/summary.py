@@ -28,6 +28,7 @@ def summary_rows(record: Mapping[str, Any]) -> dict[str, str]:
         "first step, training (s)": (
             f"{measured['time_to_first_step_s']}, {measured['train_seconds']}"
         ),
+        **_method_row(ran),
         "train loss": f"{measured['train_loss']:.4f}",
         "validation loss": "no validation split",
     }
@@ -36,7 +37,15 @@ def summary_rows(record: Mapping[str, Any]) -> dict[str, str]:
         rows["cut, dropped at max_length"] = cut_dropped
     if "validation_loss" in measured:
         rows["validation loss"] = f"{measured['validation_loss']:.4f}"
+    if "validation_reward_accuracy" in measured:
+        accuracy, margin = (measured[f"validation_reward_{one}"] for one in ("accuracy", "margin"))
+        rows["reward accuracy, margin"] = f"{accuracy:.1%}, {margin:.3f} on validation pairs"
     return rows
+
+
+def _method_row(ran: Mapping[str, Any]) -> dict[str, str]:
+    """Returns the row that names the reference of preference tuning; none otherwise."""
+    return {"reference": ran["reference"]} if "reference" in ran else {}
 
 
 def _mfu(measured: Mapping[str, Any]) -> str:
