@@ -60,6 +60,7 @@ def test_a_finished_run_is_extended_on_request(tmp_path):
     _, start = started(folder, longer, extend=True)
     assert start.checkpoint.endswith("checkpoint-4")
     assert (start.changed, start.warnings) == ([], [])
+    assert "4 steps done of 6, 2 left" in start.says[0]
     (stop,) = read_run(folder)["interruptions"]
     assert (stop["status"], stop["step"], stop["changed"]) == ("succeeded", 4, [])
     # killed before its first new checkpoint, it goes on with the same command
@@ -72,7 +73,7 @@ def test_a_finished_run_is_extended_on_request(tmp_path):
 def test_an_extension_says_what_depends_on_the_length(own, tmp_path):
     folder = finished_folder(tmp_path / "r", SHORT | own)
     _, start = started(folder, SHORT | own | {"max_steps": 6}, extend=True)
-    assert start.changed[0].startswith("max_steps grew from 4 to 6, and its ")
+    assert start.changed[0].startswith("a larger max_steps (4 was, 6 is), on which its ")
     assert "the learning rates until here are those of the shorter run" in start.warnings[0]
     assert read_run(folder)["interruptions"][0]["changed"] == start.changed
 

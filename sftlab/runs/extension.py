@@ -31,6 +31,12 @@ def refuse_extension(record: Mapping[str, Any], recipe: Mapping[str, Any], folde
         raise ValueError(f"{folder} {early}: it would stop there again")
 
 
+def steps_of(recipe: Mapping[str, Any]) -> int | None:
+    """Returns the steps that a recipe asks for; None where it counts epochs."""
+    field, value = _length(recipe)
+    return int(value) if field == "max_steps" else None
+
+
 def extended(must: Mapping[str, Any], recipe: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
     """Returns what must be the same, with the length of `recipe` where that is larger.
 
@@ -46,6 +52,6 @@ def extended(must: Mapping[str, Any], recipe: Mapping[str, Any]) -> tuple[dict[s
         return must, ""
     why = f"its {schedule} schedule" if schedule not in _OPEN else f"its warmup_steps {warmup:g}"
     return must, (
-        f"{old} grew from {before:g} to {after:g}, and {why} depends on it: the learning rates "
-        f"until here are those of the shorter run"
+        f"a larger {old} ({before:g} was, {after:g} is), on which {why} depends: the learning "
+        "rates until here are those of the shorter run"
     )

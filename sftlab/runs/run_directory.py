@@ -14,7 +14,7 @@ from sftlab.runs import progress, run_lock
 from sftlab.runs.checkpoint_manifest import foreign, in_order, newest_valid, set_aside
 from sftlab.runs.clearing import clear, own_curves
 from sftlab.runs.environment import environment
-from sftlab.runs.extension import extended, refuse_extension
+from sftlab.runs.extension import extended, refuse_extension, steps_of
 from sftlab.runs.made_files import EVALUATIONS, MadeFiles, free_name, walk
 from sftlab.runs.matching import comparable, differences, must_match
 from sftlab.runs.ownership import PARTS, existing_record, refuse_unlisted
@@ -142,7 +142,7 @@ class Run:
                 "uninterrupted run"
             )
         start.checkpoint, start.must_match, start.manifest = str(checkpoint), must, manifest
-        steps = max_steps(checkpoint)
+        steps = steps_of(recipe) if extend else max_steps(checkpoint)
         left = f" of {steps:,}, {max(0, steps - manifest['step']):,} left" if steps else ""
         start.says.append(
             f"{self.folder} continues from {checkpoint.name}: {manifest['step']:,} steps done{left}"
