@@ -136,7 +136,7 @@ def _write_commands(folder: Path) -> None:
     for name, said in (("srun", ""), ("scontrol", "n1 NodeAddr=127.0.0.1 JobState=RUNNING")):
         (folder / name).write_text(f"#!/bin/sh\necho '{said}'\n")
         (folder / name).chmod(0o755)
-    for name in ("sbatch", "scancel", "squeue", "accelerate"):
+    for name in ("sbatch", "scancel", "squeue", "python"):
         (folder / name).write_text("#!/bin/sh\nexit 1\n")
         (folder / name).chmod(0o755)
 

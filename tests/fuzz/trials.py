@@ -183,6 +183,8 @@ def _settle(script: str, work: Path) -> None:
         os.environ |= exported(ROOT / "accelerate_configs" / "cpu.yaml")
     if script == "job":
         os.environ |= SLURM
+    if script == "study":  # its trainings fail at once
+        sys.executable = str(work.parent / "bin" / "python")
     datasets.config.HF_DATASETS_CACHE = work.parent / "cache"
     tqdm.set_lock(threading.RLock())
     resource.setrlimit(resource.RLIMIT_CPU, (LIMIT_S, LIMIT_S + 5))
