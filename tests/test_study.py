@@ -126,6 +126,7 @@ def columns(folder, name):
         ({**TWO, "r8": {"lora_r": 8, "lora_alpha": 16, "weight_decay": 0.1}}, {}, "weight_decay"),
         (TWO, {"axis": ["lora_rank"]}, "did you mean 'lora_r'"),
         (TWO, {"launch": "gpu"}, "there is no launch config accelerate_configs/gpu.yaml"),
+        (TWO, {"launch": "a\nb.yaml"}, "there is no launch config a b.yaml"),
         (TWO, {"recipe": "recipes/none.yaml"}, "recipe recipes/none.yaml not found"),
         (TWO, {"repeat": 3}, "repeat is nothing that a study knows"),
         (TWO, {"reference": "r8"}, "the reference r8 is none of the cells"),

@@ -268,7 +268,8 @@ def _check_folders(path: Path, tasks: Sequence[Task]) -> None:
 def _launch_config(name: str) -> str:
     path = name if name.endswith((".yaml", ".yml")) else f"accelerate_configs/{name}.yaml"
     if not (ROOT / path).is_file():
-        raise ValueError(f"there is no launch config {path}: {LAUNCH_CONFIG_HINT}")
+        shown = " ".join(str(path).split())  # a name may hold a line break
+        raise ValueError(f"there is no launch config {shown}: {LAUNCH_CONFIG_HINT}")
     return path
 
 
