@@ -130,7 +130,7 @@ def base(build_once) -> Path:
     return build_once("base", write_base)
 
 
-def write_base(folder: Path) -> None:
+def write_base(folder: Path, head_dim: int = 16) -> None:
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=259,
@@ -139,6 +139,7 @@ def write_base(folder: Path) -> None:
         num_hidden_layers=2,
         num_attention_heads=2,
         num_key_value_heads=1,
+        head_dim=head_dim,
         max_position_embeddings=512,
         bos_token_id=256,
         eos_token_id=257,
