@@ -42,6 +42,14 @@ def test_a_finished_run_is_replaced_only_with_overwrite(tmp_path):
     assert not run.adapter.exists()
 
 
+def test_a_run_without_a_launch_config_is_read(tmp_path):
+    run, _ = started(tmp_path / "r")
+    record = json.loads(run.path.read_text())
+    record["launch"]["precision"] = None  # the recipe's bf16 or fp16 decides it
+    run.path.write_text(json.dumps(record))
+    assert read_run(tmp_path / "r")["launch"]["precision"] is None
+
+
 SHORT = RECIPE | {"max_steps": 4, "lr_scheduler_type": "constant", "warmup_steps": 1}
 
 

@@ -98,7 +98,7 @@ _OPTIONAL = {
     "recipe.load_in_4bit": BOOLEAN.or_null(),
     "recipe.load_in_8bit": BOOLEAN.or_null(),
     "recipe.dtype": TEXT.or_null(),
-    "launch.precision": TEXT,
+    "launch.precision": TEXT.or_null(),  # a script started without a launch config
     "launch.strategy": TEXT,
     "launch.world_size": COUNT,
     "data": OBJECT.or_null(),
