@@ -36,6 +36,7 @@ REFUSED_OF_PAIRS = {
     "packing": "the sides of a pair are padded to the longest of the micro-batch",
     "fused_loss": "trl's fused head computes the log-probabilities",
     "completion_only_loss": "the log-probabilities are those of the answers",
+    "answers_during_training": "eval/quality.py generates the answers after the training",
     "shuffle_dataset": "the sampler shuffles the rows",
     "neftune_noise_alpha": "noise would make the model differ from its reference before it trains",
 }
@@ -49,6 +50,7 @@ class PreferenceArguments(OwnFields, DPOConfig):
     packing: ClassVar[bool] = False
     fused_loss: ClassVar[bool] = False
     completion_only_loss: ClassVar[bool] = True
+    answers_during_training: ClassVar[int | None] = None
 
     method: str = field(default="dpo", metadata=OwnFields.__dataclass_fields__["method"].metadata)
     compile_layers: bool | None = field(
