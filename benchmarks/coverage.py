@@ -59,7 +59,7 @@ def main() -> None:
     for case in cases(arguments.records):
         for rows in (*SIZES, *([805] if case.name.startswith("lognormal") else [])):
             trials = arguments.trials if rows < 500 else arguments.trials // 4
-            alarms = false_alarms(case, rows, arguments.alarm_trials)
+            alarms = false_alarms(case, rows, arguments.alarm_trials * trials // arguments.trials)
             lines += simulate(case, rows, trials, alarms)
             about = provenance()
             write_csv(arguments.out / "coverage.csv", [line | about for line in lines])

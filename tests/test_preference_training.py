@@ -2,6 +2,7 @@
 
 import os
 import signal
+from pathlib import Path
 
 import pytest
 import torch
@@ -61,7 +62,9 @@ def test_the_reference_is_the_adapter_that_it_starts_from(pairs, finished, train
         load_file(f"{folder}/adapter/adapter_model.safetensors")
         for folder in (first, pairs["output_dir"])
     )
-    assert before.keys() == after.keys(), "the reference is not saved"
+    assert before.keys() == after.keys()
+    saved = Path(pairs["output_dir"]) / "adapter"
+    assert not [path for path in saved.iterdir() if path.is_dir()], "the reference is not saved"
     assert all(not torch.equal(before[name], after[name]) for name in before)
 
 
