@@ -52,7 +52,7 @@ def test_a_validation_that_fails_leaves_the_adapter_and_is_done_again(
 ):
     own = {**fields, "max_steps": "3", "save_strategy": "no"}
     with monkeypatch.context() as patch:
-        patch.setattr(LabTrainer, "validation_loss", failing(RuntimeError("out of memory")))
+        patch.setattr(LabTrainer, "validation", failing(RuntimeError("out of memory")))
         done = train_here(own)
     assert "error: measuring the validation loss failed after the last step" in done.stderr
     assert "The adapter is saved in" in done.stderr and "--overwrite" in done.stderr
@@ -64,7 +64,7 @@ def test_a_validation_that_fails_leaves_the_adapter_and_is_done_again(
 
 
 def test_a_loss_beyond_every_perplexity_is_no_failure(fields, tmp_path, monkeypatch, trained_here):
-    monkeypatch.setattr(LabTrainer, "validation_loss", lambda self: 12_000.0)
+    monkeypatch.setattr("sftlab.training.trainer.nats_per_token", lambda rows: 12_000.0)
     trained_here({**fields, "max_steps": "2"})
     measured = read(tmp_path / "run")["measured"]
     assert (measured["validation_loss"], measured["validation_perplexity"]) == (

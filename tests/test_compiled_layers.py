@@ -48,6 +48,7 @@ def fields(base, rows, tmp_path) -> dict[str, str]:
     return {**short, "per_device_train_batch_size": "4", "lora_dropout": "0"}
 
 
+@pytest.mark.long
 def test_compiled_layers_are_one_graph_that_batches_of_other_sizes_do_not_compile_anew(
     fields, on_a_cpu, monkeypatch
 ):

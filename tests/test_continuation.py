@@ -179,6 +179,7 @@ def test_what_was_timed_before_a_stop_counts(fields, tmp_path, told_to_stop, tra
     assert read(tmp_path / "run")["measured"]["timed_steps"] == 4, "all but the warm-up"
 
 
+@pytest.mark.long
 def test_a_stop_in_the_last_step_of_an_epoch_keeps_what_the_epoch_ends_with(
     fields, rows, tmp_path, told_to_stop, train_here, trained_here
 ):

@@ -105,6 +105,7 @@ def test_a_finished_run_is_not_overwritten_by_the_same_command(finished, train_h
     assert read(folder)["status"] == "succeeded"
 
 
+@pytest.mark.long
 def test_two_processes_give_the_losses_of_one(finished, tmp_path, trained_here):
     _, fields, _ = finished
     own = {**fields, "lora_dropout": "0", "save_strategy": "no", "max_steps": "45"}
@@ -145,12 +146,12 @@ FAULTY = """
 import os, sys
 sys.path.insert(0, {folder!r})
 import sft
-plain = sft.LabTrainer.training_step
+plain = sft.RecordedTrainer.training_step
 def training_step(self, *args, **kwargs):
     if os.environ["RANK"] == "1" and self.state.global_step == 2:
         raise RuntimeError("the second rank broke")
     return plain(self, *args, **kwargs)
-sft.LabTrainer.training_step = training_step
+sft.RecordedTrainer.training_step = training_step
 sft.main(sys.argv[1:])
 """
 
