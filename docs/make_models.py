@@ -18,6 +18,7 @@ from sftlab.config.recipe import Recipe
 from sftlab.fastpath import fused_loss
 from sftlab.fastpath.selection import FastPath, choose
 from sftlab.fastpath.varlen_attention import why_not_the_model
+from sftlab.models.adapter_names import check_adapter_names
 from sftlab.models.layers import describe
 from sftlab.models.loading import model_class
 from sftlab.models.own_logits import logit_changes
@@ -202,6 +203,7 @@ def _no_plan(config: PreTrainedConfig) -> str | None:
     recipe, launch = _asked("--lora_target_modules=all-linear")
     fast = FastPath(True, True, True, None, describe(config, model_class(config)))
     try:
+        check_adapter_names(recipe.model, config, launch, trust_remote_code=False)
         step_of(recipe, config, launch, fast, 512, 512)
     except ValueError as error:
         return str(error)

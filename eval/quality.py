@@ -188,21 +188,12 @@ def evaluate_documents(
     if not processes.is_main:
         return
     records = document_records(rows, nll)
-    documents = [record["conversation"] for record in records]
-    pairs = paired_scores(*([record[side] for record in records] for side in SIDES))
-    scores = compare(pairs, clusters=documents)
-    add_holm(scores)
-    report = {
-        "run": str(arguments.run),
-        "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "adapter_hash": adapter_hash(arguments.run),
-        "documents": len(set(documents)),
+    report = compared(arguments, records) | {
+        "documents": len({record["conversation"] for record in records}),
         "pieces": len(records),
         "held_out": dataset.facts,
-        "scores": scores,
         "statistics": method("documents"),
         "warnings": [dataset.unchecked] if dataset.unchecked else [],
-        **environment(),
     }
     write(arguments, report, records, "perplexity")
     print(
@@ -233,17 +224,20 @@ def generate(
     generator = generator_for(pair.model, pair.tokenizer, sampling, rows, arguments)
     generation = generation_facts(sampling, generator.turn)
     generation["compiled"] = generator.static_rows is not None
+    kept = arguments.run / "eval", answer_settings(arguments, pair.run, dataset, generation)
     if processes.is_main:  # it makes the file, or mends it
-        answer_file(arguments, pair.run, dataset, generation)
+        answers = AnswerFile(*kept)
     processes.wait()
-    answers = answer_file(arguments, pair.run, dataset, generation)
+    if not processes.is_main:
+        answers = AnswerFile(*kept)
     processes.wait()  # every process has seen the same answers
     asked = rows.numbers, rows.prompts, arguments.batch_size, generator.answers
     for side in SIDES:
         with answering(pair.model, side):
             fill(answers, side, *asked, f"{side} answers", processes)
     processes.wait()
-    answers = answer_file(arguments, pair.run, dataset, generation)
+    if processes.count > 1:  # the others' answers
+        answers = AnswerFile(*kept)
     return answers, generation | {"processes": processes.count}
 
 
@@ -257,7 +251,8 @@ def ask_server(
     """Returns both models' answers from a server, and the settings of the generation."""
     sampling = sampling_of(arguments)
     generation = generation_facts(sampling, pair.turn) | FACTS
-    answers = answer_file(arguments, pair.run, dataset, generation)
+    settings = answer_settings(arguments, pair.run, dataset, generation)
+    answers = AnswerFile(arguments.run / "eval", settings)
     for side in SIDES:
         asked = rows.numbers, rows.prompts, sampling
         answers_of_held_server(served, pair, side, answers, *asked, f"{side} answers")
@@ -286,24 +281,30 @@ def facts_of(
     answers: AnswerFile,
 ) -> dict[str, Any]:
     """Returns the scores of both models, and what they were measured on."""
-    conversations = [record["conversation"] for record in records]
-    pairs = paired_scores(*([record[side] for record in records] for side in SIDES))
-    scores = compare(pairs, clusters=conversations)
-    add_holm(scores)
-    drawn = len(set(conversations))
+    drawn = len({record["conversation"] for record in records})
     what = "rows" if drawn == len(records) else "conversations"
     found = {side: [answers.found[side, number] for number in rows.numbers] for side in SIDES}
+    report = compared(arguments, records)
+    return report | {
+        "rows": len(records),
+        "conversations": drawn,
+        "held_out": dataset.facts | rows.left_out,
+        "answers": {side: answer_facts(found[side]) | answers.pace(side) for side in SIDES},
+        "rouge": ROUGE_SIGNATURE,
+        "statistics": f"{method(what)}; p_holm: Holm over {len(report['scores'])} scores",
+    }
+
+
+def compared(arguments: argparse.Namespace, records: list[dict[str, Any]]) -> dict[str, Any]:
+    """Returns the scores of both models over records, with the run and the machine."""
+    pairs = paired_scores(*([record[side] for record in records] for side in SIDES))
+    scores = compare(pairs, clusters=[record["conversation"] for record in records])
+    add_holm(scores)
     return {
         "run": str(arguments.run),
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "adapter_hash": adapter_hash(arguments.run),
-        "rows": len(records),
-        "conversations": drawn,
-        "held_out": dataset.facts | rows.left_out,
         "scores": scores,
-        "answers": {side: answer_facts(found[side]) | answers.pace(side) for side in SIDES},
-        "rouge": ROUGE_SIGNATURE,
-        "statistics": f"{method(what)}; p_holm: Holm over {len(scores)} scores",
         **environment(),
     }
 
@@ -323,14 +324,14 @@ def write(
     write_json(arguments.run / "eval" / f"{name}.json", report)
 
 
-def answer_file(
+def answer_settings(
     arguments: argparse.Namespace, run: dict[str, Any], dataset: HeldOut, generation: dict[str, Any]
-) -> AnswerFile:
-    """Returns the answers under these settings. Batches matter only for sampled ones."""
+) -> dict[str, Any]:
+    """Returns what answers depend on. Batches matter only for sampled ones."""
     settings = model_settings(arguments.run, run) | dataset.facts | generation
     if arguments.temperature > 0:
         settings |= {"samples": arguments.samples, "batch_size": arguments.batch_size}
-    return AnswerFile(arguments.run / "eval", settings)
+    return settings
 
 
 def print_report(report: dict[str, Any], shown: list[dict[str, Any]]) -> None:

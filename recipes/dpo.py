@@ -1,7 +1,7 @@
 """Tune a model on preferences with LoRA on trl's DPOTrainer; writes a run directory.
 
 python recipes/dpo.py --config_file accelerate_configs/cpu.yaml \
-    --config recipes/demo_dpo/attn_r16.yaml
+    --config recipes/demo-dpo/attn_r16.yaml
 python recipes/dpo.py --config_file accelerate_configs/ddp.yaml --num_processes 4 \
     --config RECIPE.yaml --adapter_name_or_path runs/SFT_RUN [--any_field value]
 

@@ -48,7 +48,6 @@ from sftlab.data.samplers import refuse_few_rows
 from sftlab.data.splits import Splits, load_splits
 from sftlab.data.template_facts import template_facts
 from sftlab.data.tokenized_dataset import refuse_other_encoding
-from sftlab.evaluation.answers_in_training import answers_in_training
 from sftlab.exit_messages import short
 from sftlab.fastpath.kernel_warmup import start_compilers
 from sftlab.fastpath.selection import FastPath, choose
@@ -168,10 +167,14 @@ def prepare(
 
     now = environment()  # the trainer fills in fields of the recipe
     must = must_match(recipe.facts(), launch.facts(), now) | facts
-    answers = answers_in_training(training, splits, tokenizer, config)
+    answers = None
+    if getattr(training, "answers_during_training", None):  # preference tuning has none
+        from sftlab.evaluation.answers_in_training import answers_in_training  # imports for 2 s
+
+        answers = answers_in_training(training, splits, tokenizer, config)
     callbacks = [stop, FirstStepWait(fast.compile_layers)]
     trainer = trainer_of(recipe, launch, fast, tokenizer, config, splits, callbacks)
-    if answers is not None:
+    if answers:
         trainer.answer = answers
     for _, rows in trainer.sequences()[:1] if run.is_main else []:
         ends = end_tokens_of(tokenizer, config.get_text_config().eos_token_id)

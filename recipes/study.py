@@ -88,6 +88,8 @@ def main(argv: list[str]) -> None:
             return print("\n".join(commands(study)))
         if arguments.power:
             return print("\n".join(power_lines(study, arguments)))
+        if arguments.at_once < 1:
+            raise ValueError(f"--at_once {arguments.at_once}: expected 1 or more trainings")
         if arguments.task is None:
             check_output(out, runs)
         check_fields(study)
@@ -181,13 +183,14 @@ def power_lines(study: Study, arguments: argparse.Namespace) -> Iterator[str]:
     cells = max(len(study.cells) - 1, 1)
     yield f"{cells} comparisons with {study.reference}. Found in 80 % of studies:"
     yield aligned(power_table(spread, cells, TITLES))
+    scored = (read_results(task.folder).quality for task in study.tasks if task.has_run())
+    tested = next((one["rows"] for one in scored if one), None) if rows else None
     for score, deviation in spread.items() if arguments.difference else ():
         seeds = seeds_needed(arguments.difference, deviation, cells)
         takes = "over 1,000 seeds" if seeds is None else f"{seeds} seeds"
         said = f"{TITLES.get(score, score)}: a difference of {arguments.difference:g} takes {takes}"
         widths = [row[f"{score} high"] - row[f"{score} low"] for row in rows if row.get(score)]
-        if widths:
-            tested = read_results(study.tasks[0].folder).quality["rows"]
+        if widths and tested:
             asked = rows_needed(arguments.difference, tested, statistics.median(widths) / 2)
             said += f", and between two single runs at most {asked:,} test rows (here {tested:,})"
         yield said
@@ -199,8 +202,6 @@ def tune(study: Study, arguments: argparse.Namespace) -> Study:
     A single task may be one of those that choose: then the study stays as it is.
     """
     only = arguments.task
-    if arguments.at_once < 1:
-        raise ValueError(f"--at_once {arguments.at_once}: expected 1 or more trainings")
     if not study.tuning or (only is not None and only < len(study.tuning)):
         return study
     if only is None and not arguments.no_train:

@@ -29,7 +29,7 @@ _CANNOT = (OSError, ImportError, NotImplementedError)
 
 def first_line(error: BaseException) -> str:
     """Returns the first line of what an error says, or its kind where it says nothing."""
-    return (str(error).splitlines() or [type(error).__name__])[0]
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def short(text: str) -> str:

@@ -3,19 +3,18 @@
 It answers with transformers, so that what a client makes of it can be compared exactly.
 """
 
-import json
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import torch
+from local_server import LocalServer
 from transformers import GenerationConfig
 
-from sftlab.data.chat_template import end_of_turn, pad_id, prompt_ids
+from sftlab.data.chat_template import pad_id, prompt_ids
 from sftlab.evaluation.base_and_tuned import answering, finished_run, load_pair, run_tokenizer
+from sftlab.evaluation.generation import turn_of
 
 
-class ModelServer:
+class ModelServer(LocalServer):
     """Serves a run as `base` and `tuned`. What differs from the run is set on it before a request.
 
     `tuned_is` is the side that answers as tuned, `ends` end its answers, `template` renders
@@ -26,48 +25,17 @@ class ModelServer:
     def __init__(self, run: Path):
         facts = finished_run(run)
         self.model, self.tokenizer = load_pair(run, facts), run_tokenizer(run, facts)
-        inner = self.model.get_base_model()
-        self.ends = end_of_turn(self.tokenizer, inner.generation_config.eos_token_id).end_tokens
+        self.ends = turn_of(self.model, self.tokenizer).end_tokens
         self.tuned_is, self.fault, self.requests = "tuned", lambda path, number: None, []
-        self.lock, outer = threading.Lock(), self
-
-        class Handler(BaseHTTPRequestHandler):
-            def log_message(self, *_):
-                pass
-
-            def reply(self, status, content):
-                body = (content if isinstance(content, str) else json.dumps(content)).encode()
-                self.send_response(status)
-                self.send_header("Content-Type", "application/json")
-                self.send_header("Retry-After", "0.01")
-                self.send_header("Content-Length", str(len(body)))
-                self.end_headers()
-                self.wfile.write(body)
-
-            def do_GET(self):
-                names = [{"id": name, "max_model_len": 512} for name in ("base", "tuned")]
-                self.reply(200, {"object": "list", "data": names})
-
-            def do_POST(self):
-                asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-                with outer.lock:
-                    outer.requests.append((self.path, asked))
-                    fault = outer.fault(self.path, len(outer.requests))
-                    found = fault or (200, outer.answer(self.path, asked))
-                self.reply(*found)
-
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        threading.Thread(target=self.server.serve_forever, daemon=True).start()
-        self.url = f"http://127.0.0.1:{self.server.server_port}/v1"
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        self.server.shutdown()
-        self.server.server_close()
+        super().__init__([{"id": name, "max_model_len": 512} for name in ("base", "tuned")])
 
     def answer(self, path, asked):
+        with self.lock:
+            self.requests.append((path, asked))
+            fault = self.fault(path, len(self.requests))
+            return fault or (200, self.answered(path, asked))
+
+    def answered(self, path, asked):
         if path == "/tokenize":
             return {"tokens": prompt_ids(self.tokenizer, asked["messages"])}
         side = self.tuned_is if asked["model"] == "tuned" else "base"

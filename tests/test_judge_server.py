@@ -1,12 +1,11 @@
 """A judge behind a server is asked greedily, and keeps its answers when the server dies."""
 
 import json
-import threading
 import time
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 from judging import prompt
+from local_server import LocalServer
 
 from sftlab.evaluation import server_client
 from sftlab.evaluation.answer_file import AnswerFile
@@ -17,69 +16,34 @@ from sftlab.judging.server_judge import ServerJudge
 PLAIN = [{"role": "user", "content": "Which is better?"}]
 
 
-class Server:
+class Server(LocalServer):
     """An OpenAI-compatible server on a thread; from `dies_at` requests on it answers 500.
 
     `says(number)` is the message of a request, or (status, body) of a fault.
     """
 
     def __init__(self, dies_at=10**6, refuses=None, garbles=None, says=None):
-        self.requests, outer = [], self
+        self.requests, self.dies_at, self.refuses = [], dies_at, refuses
+        self.garbles, self.says = garbles, says
+        super().__init__([{"id": "m", "object": "model", "max_model_len": 400}])
 
-        class Handler(BaseHTTPRequestHandler):
-            def log_message(self, *_):
-                pass
-
-            def reply(self, status, content):
-                plain = isinstance(content, str)
-                body = content.encode() if plain else json.dumps(content).encode()
-                self.send_response(status)
-                self.send_header("Content-Type", "text/html" if plain else "application/json")
-                if status == 429:
-                    self.send_header("Retry-After", "0.01")
-                self.send_header("Content-Length", str(len(body)))
-                self.end_headers()
-                self.wfile.write(body)
-
-            def do_GET(self):
-                self.reply(
-                    200,
-                    {
-                        "object": "list",
-                        "data": [{"id": "m", "object": "model", "max_model_len": 400}],
-                    },
-                )
-
-            def do_POST(self):
-                asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-                outer.requests.append(asked)
-                fault = says(len(outer.requests)) if says else None
-                if isinstance(fault, tuple):
-                    self.reply(*fault)
-                elif refuses:
-                    self.reply(400, {"error": {"message": refuses}})
-                elif garbles is not None and asked["messages"][0]["content"] == "garble":
-                    self.reply(200, garbles)
-                elif len(outer.requests) > dies_at:
-                    self.reply(500, {"error": {"message": "out of order"}})
-                else:
-                    text = f" judged {asked['messages'][0]['content']} [RESULT] A"
-                    message = fault or {"role": "assistant", "content": text}
-                    choice = {"index": 0, "message": message, "finish_reason": "stop"}
-                    usage = {"prompt_tokens": 1, "completion_tokens": 7, "total_tokens": 8}
-                    top = {"id": "1", "object": "chat.completion", "created": 1, "model": "m"}
-                    self.reply(200, {**top, "choices": [choice], "usage": usage})
-
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        threading.Thread(target=self.server.serve_forever, daemon=True).start()
-        self.url = f"http://127.0.0.1:{self.server.server_port}/v1"
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        self.server.shutdown()
-        self.server.server_close()
+    def answer(self, path, asked):
+        self.requests.append(asked)
+        fault = self.says(len(self.requests)) if self.says else None
+        if isinstance(fault, tuple):
+            return fault
+        if self.refuses:
+            return 400, {"error": {"message": self.refuses}}
+        if self.garbles is not None and asked["messages"][0]["content"] == "garble":
+            return 200, self.garbles
+        if len(self.requests) > self.dies_at:
+            return 500, {"error": {"message": "out of order"}}
+        text = f" judged {asked['messages'][0]['content']} [RESULT] A"
+        message = fault or {"role": "assistant", "content": text}
+        choice = {"index": 0, "message": message, "finish_reason": "stop"}
+        usage = {"prompt_tokens": 1, "completion_tokens": 7, "total_tokens": 8}
+        top = {"id": "1", "object": "chat.completion", "created": 1, "model": "m"}
+        return 200, {**top, "choices": [choice], "usage": usage}
 
 
 def test_a_server_is_asked_greedily_and_its_context_is_its_own(monkeypatch):

@@ -17,18 +17,19 @@ from peft import PeftModel
 
 from sftlab.chat.fitting import fit
 from sftlab.config.lora_variants import allows_mixed_batches
-from sftlab.data.chat_template import TurnEnd, end_of_turn, prompt_ids
+from sftlab.data.chat_template import TurnEnd, prompt_ids
 from sftlab.data.template_errors import TEMPLATE_ERRORS, is_of_template
 from sftlab.data.time_limit import time_limit
 from sftlab.evaluation.base_and_tuned import (
     answering,
     finished_run,
-    inner_model,
     load_pair,
     refuse_unknown_ids,
     run_tokenizer,
 )
+from sftlab.evaluation.generation import turn_of
 from sftlab.exit_messages import first_line
+from sftlab.models.inner_model import inner_model
 from sftlab.runs.run_directory import SIDES
 
 History = list[dict[str, str]]
@@ -251,7 +252,7 @@ class Chat:
         self.context: int = self._model.config.get_text_config().max_position_embeddings
         inner = inner_model(self._model)
         refuse_unknown_ids(self._model, self._tokenizer)
-        turn = end_of_turn(self._tokenizer, inner.generation_config.eos_token_id)
+        turn = turn_of(self._model, self._tokenizer)
         pad = self._tokenizer.pad_token_id
         pad = self._tokenizer.eos_token_id if pad is None else pad
         self._turn = TurnEnd(sorted({*turn.end_tokens, pad}), turn.stop_strings)

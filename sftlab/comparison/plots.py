@@ -172,12 +172,12 @@ def _with_ends(
     rows: Sequence[Mapping[str, Any]], score: str
 ) -> tuple[list[float], list[float], list[float]]:
     """Returns values and interval ends; an end that the rows cannot tell is at the value."""
-    middle = [row[score] for row in rows]
-    low, high = (
-        [value if row[f"{score} {end}"] is None else row[f"{score} {end}"] for row, value in known]
-        for end, known in ((end, list(zip(rows, middle, strict=True))) for end in ("low", "high"))
-    )
-    return middle, low, high
+
+    def ends(name: str) -> list[float]:
+        known = ((row[f"{score} {name}"], row[score]) for row in rows)
+        return [value if end is None else end for end, value in known]
+
+    return [row[score] for row in rows], ends("low"), ends("high")
 
 
 def _far_base(rows: Mapping[str, Mapping[str, Any]], score: str) -> str:

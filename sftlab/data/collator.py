@@ -18,7 +18,10 @@ TILE = 64
 # Packed batches are padded to a multiple of this many tokens, so that matrix shapes are aligned.
 TOKENS_MULTIPLE = 128
 # what the collator adds for the loss and the meter; the model does not take it
-_EXTRAS = ("loss_positions", "targets", "loss_rows", "real_tokens", "real_rows", "by_source")
+_EXTRAS = (
+    *("loss_positions", "targets", "loss_rows", "loss_tokens"),
+    *("real_tokens", "real_rows", "by_source"),
+)
 
 
 class Collator:

@@ -12,10 +12,9 @@ from trl.trainer.utils import global_then_local_main_first
 from sftlab.config.preference_fields import PreferenceArguments
 from sftlab.data.batch_encoder import Encoder
 from sftlab.data.chat_template import encoder_of
-from sftlab.data.encoded_rows import ROWS_AT_ONCE, Encoded
-from sftlab.data.messages import Conversation
+from sftlab.data.encoded_rows import ROWS_AT_ONCE, Encoded, conversations_of
 from sftlab.data.splits import Splits
-from sftlab.data.token_sequence import TokenSequence
+from sftlab.data.token_sequence import TokenSequence, labels_of
 from sftlab.data.tokenized_dataset import encoding_settings
 
 # whole sequences, and how many tokens of them are the prompt
@@ -33,10 +32,7 @@ class _EncodePairs:
         self._encoder, self._limit = encoder, limit
 
     def __call__(self, batch: dict[str, list]) -> dict[str, list]:
-        rows = [
-            dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)
-        ]
-        pairs = [Conversation.from_row(row) for row in rows]
+        pairs = conversations_of(batch)
         sides = [side for one in pairs for side in (one, one.rejected_side())]
         made = [sequences[0] for sequences in self._encoder(sides)]
         found = [
@@ -127,7 +123,7 @@ def sequences_of(rows: Dataset, side: str) -> Dataset:
 
 def _with_labels(batch: dict[str, list]) -> dict[str, list]:
     pairs = zip(batch["input_ids"], batch[PROMPT], strict=True)
-    return batch | {"labels": [[-100] * start + ids[start:] for ids, start in pairs]}
+    return batch | {"labels": [labels_of(ids, (start, len(ids) - start)) for ids, start in pairs]}
 
 
 def _facts(counted: Mapping[str, np.ndarray], training: PreferenceArguments) -> dict[str, int]:

@@ -42,6 +42,12 @@ class Encoded(NamedTuple):
     facts: dict[str, int] | None
 
 
+def conversations_of(batch: dict[str, list]) -> list[Conversation]:
+    """Returns the converted rows of a batch of `datasets`' map."""
+    rows = zip(*batch.values(), strict=True)
+    return [Conversation.from_row(dict(zip(batch, values, strict=True))) for values in rows]
+
+
 class _Encode:
     """Encodes batches of converted rows. It can be pickled."""
 
@@ -49,10 +55,7 @@ class _Encode:
         self._encoder, self._settings, self._streamed = encoder, settings, streamed
 
     def __call__(self, batch: dict[str, list]) -> dict[str, list]:
-        rows = [
-            dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)
-        ]
-        made = list(self._encoder([Conversation.from_row(row) for row in rows]))
+        made = list(self._encoder(conversations_of(batch)))
         if self._streamed:
             return self._streamed_rows(batch, made)
         cut = [one for sequences in made for one in cut_sequences(sequences, self._settings)]

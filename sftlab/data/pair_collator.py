@@ -2,13 +2,9 @@
 
 from typing import Any
 
-import torch
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
 from sftlab.data.encoded_pairs import PROMPT
-
-# what the collator adds for the meter; trl's loss does not take it
-_EXTRAS = ("real_tokens", "real_rows", "loss_tokens")
 
 
 class PairCollator:
@@ -36,8 +32,3 @@ class PairCollator:
             "real_rows": len(pairs),
             "loss_tokens": int(batch["completion_mask"].sum()),
         }
-
-
-def for_the_loss(batch: dict[str, Any]) -> dict[str, torch.Tensor]:
-    """Returns the part of a batch that trl's loss takes."""
-    return {name: value for name, value in batch.items() if name not in _EXTRAS}

@@ -17,6 +17,7 @@ from sftlab.data.data_files import TEXT_KINDS, expanded, file_kind, known_types
 from sftlab.data.hub_files import downloaded, hub_files
 from sftlab.data.row_reading import RowReader
 from sftlab.data.text_rows import columns_of, read_text_rows
+from sftlab.exit_messages import first_line
 
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
@@ -44,10 +45,10 @@ def read_rows(wanted: Wanted) -> tuple[Dataset | IterableDataset, RowReader]:
         found = column_names(dataset)
     except (DatasetGenerationError, NotImplementedError, FileNotFoundError) as error:
         raise ValueError(
-            f"{name} cannot be read: {_first_line(error.__cause__ or error)}"
+            f"{name} cannot be read: {first_line(error.__cause__ or error)}"
         ) from error
     except pa.ArrowInvalid as error:
-        raise ValueError(f"{name} cannot be read: {_first_line(error)}") from error
+        raise ValueError(f"{name} cannot be read: {first_line(error)}") from error
     except json.JSONDecodeError as error:
         raise ValueError(f"{name} cannot be read: its first row is not JSON: {error}") from error
     data_format, columns = read_columns(found, wanted.shape, wanted.columns, name)
@@ -182,12 +183,8 @@ def _load_from_hub(wanted: Wanted) -> tuple[Dataset | IterableDataset, list[Path
     except (OfflineModeIsEnabled, ConnectionError, HfHubHTTPError) as error:
         raise ValueError(
             f"data set {name} is not in the cache, and the hub cannot be reached: "
-            f"{_first_line(error)}"
+            f"{first_line(error)}"
         ) from error
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
 
 
 def column_names(dataset: Dataset | IterableDataset) -> list[str]:

@@ -14,11 +14,11 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from sftlab.config.recipe import TrainingArguments
 from sftlab.data.messages import Conversation
 from sftlab.data.splits import Splits
-from sftlab.evaluation.base_and_tuned import inner_model
 from sftlab.evaluation.generation import Generator, Sampling, longest_prompt
 from sftlab.evaluation.held_out import HeldOut, ScoredRows, select
 from sftlab.evaluation.text_metrics import ROUGE_TYPES, Bleu, score_texts, tokenizer_of
 from sftlab.fastpath import varlen_attention
+from sftlab.models.inner_model import inner_model
 
 # answers that are generated at a time
 _BATCH = 32
@@ -88,15 +88,13 @@ def answers_in_training(
     splits: Splits,
     tokenizer: PreTrainedTokenizerBase,
     config: PreTrainedConfig,
-) -> AnswersInTraining | None:
-    """Returns what answers the first validation rows that the recipe asks for; None for none.
+) -> AnswersInTraining:
+    """Returns what answers the first validation rows, as many as the recipe asks for.
 
     Of a conversation the last answer is asked for. Raises ValueError for rows without text, for
     plain text, and where no row leaves room for an answer.
     """
-    asked = getattr(training, "answers_during_training", None)  # preference tuning has none
-    if not asked:
-        return None
+    asked = training.answers_during_training
     if splits.tokens or splits.facts["shape"] == "text":
         what = "tokens, whose text is gone" if splits.tokens else "plain text, which asks nothing"
         raise ValueError(

@@ -278,11 +278,6 @@ def answering(model: PeftModel | PreTrainedModel, side: str) -> AbstractContextM
     return model.disable_adapter() if isinstance(model, PeftModel) else as_base(model)
 
 
-def inner_model(model: PeftModel | PreTrainedModel) -> PreTrainedModel:
-    """Returns the model without peft's wrapper."""
-    return model.get_base_model() if isinstance(model, PeftModel) else model
-
-
 def model_settings(folder: Path, run: dict[str, Any]) -> dict[str, Any]:
     """Returns what the answers of a run's models depend on, beside prompts and generation.
 

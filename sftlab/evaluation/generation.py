@@ -19,7 +19,7 @@ from transformers import (
 )
 
 from sftlab.data.chat_template import TurnEnd, end_of_turn, pad_id
-from sftlab.evaluation.base_and_tuned import inner_model
+from sftlab.models.inner_model import inner_model
 
 # tokens between two looks for a stop string, because decoding takes time
 _CHECK_EVERY = 8
@@ -77,6 +77,11 @@ class Unfinished(ValueError):
         self.done = done
 
 
+def turn_of(model: PeftModel | PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> TurnEnd:
+    """Returns what ends an answer: the template's end of a turn, and the model's own end tokens."""
+    return end_of_turn(tokenizer, inner_model(model).generation_config.eos_token_id)
+
+
 class Generator:
     """Generates with one model. The model's own sampling defaults do not apply.
 
@@ -98,8 +103,7 @@ class Generator:
             sampling,
             static_rows,
         )
-        inner = inner_model(model)
-        self.turn = end_of_turn(tokenizer, inner.generation_config.eos_token_id)
+        inner, self.turn = inner_model(model), turn_of(model, tokenizer)
         self.pad = pad_id(tokenizer)
         drawn = {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0}
         inner.generation_config = GenerationConfig(

@@ -10,9 +10,10 @@ from peft.tuners.lora import LoraLayer
 from safetensors import safe_open
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from sftlab.data.chat_template import end_of_turn, pad_id
-from sftlab.evaluation.base_and_tuned import inner_model
+from sftlab.data.chat_template import pad_id
+from sftlab.evaluation.generation import turn_of
 from sftlab.files import write_json
+from sftlab.models.inner_model import inner_model
 from sftlab.schema import read_object
 
 # the ranks that vLLM takes as --max-lora-rank; an adapter's may be lower
@@ -79,8 +80,7 @@ def write_adapter(
 
 def end_ids(model: PeftModel | PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Returns the token ids that end an answer under the tokenizer's template."""
-    own = inner_model(model).generation_config.eos_token_id
-    return end_of_turn(tokenizer, own).end_tokens
+    return turn_of(model, tokenizer).end_tokens
 
 
 def generation_config(

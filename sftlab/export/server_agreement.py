@@ -10,12 +10,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from peft import PeftModel
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from sftlab.data.chat_template import TurnEnd, end_of_turn
+from sftlab.data.chat_template import TurnEnd
 from sftlab.evaluation.answer_file import AnswerFile
 from sftlab.evaluation.base_and_tuned import answering
-from sftlab.evaluation.generation import Sampling
+from sftlab.evaluation.generation import Sampling, turn_of
 from sftlab.evaluation.held_out import HeldOut, ScoredRows, held_out
 from sftlab.evaluation.served_answers import Asking, ServedModels, fill_served
 from sftlab.evaluation.server_client import ServerClient
@@ -67,14 +67,13 @@ class LoadedRun(NamedTuple):
     """A run's record, its two models under one load of the weights, and its tokenizer."""
 
     run: dict[str, Any]
-    model: PeftModel
+    model: PeftModel | PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
 
     @property
     def turn(self) -> TurnEnd:
         """Returns what ends an answer of the run's models."""
-        own = self.model.get_base_model().generation_config.eos_token_id
-        return end_of_turn(self.tokenizer, own)
+        return turn_of(self.model, self.tokenizer)
 
 
 def answers_of_held_server(

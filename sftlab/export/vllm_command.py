@@ -66,6 +66,11 @@ def vllm_command(
     `settings` is the folder of `write_settings`. Raises ValueError for an adapter that vLLM does
     not take.
     """
+    if not recipe["use_peft"]:
+        raise ValueError(
+            f"{adapter.parent} is full fine-tuning, without an adapter: export it with "
+            "recipes/export.py --to merged, and start `vllm serve` on that folder"
+        )
     revision = recipe["model_revision"]
     return [
         *(program, "serve", recipe["model_name_or_path"], "--served-model-name", BASE),

@@ -37,7 +37,7 @@ def check_adapter_names(
     adapted = [name for name in linear if name != "lm_head"]
     _check_targets(model.lora_target_modules, adapted, type(built).__name__)
     _check_excluded(model, adapted, built)
-    refuse_mixer_outputs(model, adapted, config.model_type)
+    _refuse_mixer_outputs(model, adapted, config.model_type)
     every = [name for name, _ in built.named_modules() if name]
     _check_each("lora_modules_to_save", model.lora_modules_to_save, every, built)
     parameters = [name for name, _ in built.named_parameters()]
@@ -59,7 +59,7 @@ def _built(config: PreTrainedConfig, trust_remote_code: bool) -> nn.Module:
         ) from error
 
 
-def refuse_mixer_outputs(model: ModelArguments, linear: Collection[str], model_type: str) -> None:
+def _refuse_mixer_outputs(model: ModelArguments, linear: Collection[str], model_type: str) -> None:
     """Raise ValueError where a recipe adapts linear layers of a Mamba mixer that peft refuses."""
     targets = model.lora_target_modules
     if model_type not in _MIXERS or targets is None:

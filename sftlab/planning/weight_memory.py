@@ -14,7 +14,6 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig
 from sftlab.config.launch import COMPUTE_DTYPE, PRECISIONS
 from sftlab.config.recipe import Recipe
 from sftlab.measurement.flops import Flops, flops_per_token
-from sftlab.models.adapter_names import refuse_mixer_outputs
 from sftlab.models.loading import LINEAR_LAYERS
 from sftlab.models.lora_config import lora_config
 
@@ -100,8 +99,6 @@ def _on_meta(recipe: Recipe, config: PreTrainedConfig) -> tuple[nn.Module, set[i
         peft_config = lora_config(recipe.model)
         if peft_config is not None:
             peft_config.init_lora_weights = True  # the meta device has no weights to begin with
-            linear = [name for name, one in model.named_modules() if isinstance(one, nn.Linear)]
-            refuse_mixer_outputs(recipe.model, linear, config.model_type)
             model = get_peft_model(model, peft_config)
     return model, base
 

@@ -10,8 +10,9 @@ from torch import nn
 from trl import DPOTrainer
 
 from sftlab.config.launch import COMPUTE_DTYPE, PRECISIONS
+from sftlab.data.collator import for_the_model
 from sftlab.data.encoded_pairs import sequences_of
-from sftlab.data.pair_collator import PairCollator, for_the_loss
+from sftlab.data.pair_collator import PairCollator
 from sftlab.measurement.flops import Flops
 from sftlab.training.recorded_trainer import RecordedTrainer
 
@@ -69,7 +70,7 @@ class PreferenceTrainer(RecordedTrainer, DPOTrainer):
 
     def side_log_probs(self, model: nn.Module, inputs: dict[str, Any]) -> SideLogProbs:
         """Returns the log-probabilities of the answers of a batch under the trained adapter."""
-        given = self._prepare_inputs(for_the_loss(inputs))
+        given = self._prepare_inputs(for_the_model(inputs))
         mask = given.pop("completion_mask")
         labels = given["input_ids"].masked_fill(mask == 0, -100)
         with torch.no_grad(), self.accelerator.autocast():
@@ -78,7 +79,7 @@ class PreferenceTrainer(RecordedTrainer, DPOTrainer):
 
     def reference_log_probs(self, model: nn.Module, inputs: dict[str, Any]) -> SideLogProbs:
         """Returns the log-probabilities of the answers of a batch under the reference."""
-        given = self._prepare_inputs(for_the_loss(inputs))
+        given = self._prepare_inputs(for_the_model(inputs))
         return SideLogProbs(*self.compute_ref_log_probs(model, given))
 
     def check_first_step(self, model: nn.Module, inputs: dict[str, Any]) -> None:
@@ -107,7 +108,7 @@ class PreferenceTrainer(RecordedTrainer, DPOTrainer):
         num_items_in_batch: torch.Tensor | None = None,
     ) -> Any:
         """Returns trl's loss of the pairs: the mean of a micro-batch."""
-        loss = super().compute_loss(model, for_the_loss(inputs), return_outputs)
+        loss = super().compute_loss(model, for_the_model(inputs), return_outputs)
         if self.memory is not None:
             self.memory.forward_ended()
         return loss

@@ -27,6 +27,7 @@ from sftlab.fastpath.selection import FastPath
 from sftlab.measurement.flops import flops_per_token
 from sftlab.measurement.memory import MemorySplit, PeakMemory
 from sftlab.measurement.throughput import Meter
+from sftlab.models.inner_model import inner_model
 from sftlab.models.own_logits import own_log_probs_if_needed
 from sftlab.models.plain_adapter import Matrices
 from sftlab.training.checkpointing import Checkpointer
@@ -129,7 +130,7 @@ class RecordedTrainer(UpstreamFixes):
 
     @property
     def _base(self) -> PreTrainedModel:
-        return self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
+        return inner_model(self.model)
 
     @property
     def _trained(self) -> list[nn.Parameter]:
