@@ -26,7 +26,7 @@ import threading
 import time
 from pathlib import Path
 
-import tqdm
+from own_progress_lock import take_own_progress_lock
 
 FOLDER = Path()  # of the executable and the socket; conftest.py sets it
 # In the order of recipes/sft.py; the first two change how the others are imported.
@@ -160,8 +160,7 @@ def _become(wanted: dict, streams: list[int], executable: str) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN if wanted["deaf"] else signal.default_int_handler)
     random.seed()
     sys.executable = executable
-    # the lock is a semaphore that all forks share: one that dies with it would stop the others
-    tqdm.tqdm.set_lock(threading.RLock())
+    take_own_progress_lock()
     # imported for its effect, which depends on the environment
     for name in [name for name in sys.modules if name.startswith("sftlab.startup.")]:
         del sys.modules[name]

@@ -34,8 +34,7 @@ def start_compilers(recipe: Recipe, config: PreTrainedConfig, fast: FastPath) ->
         return done
     dtype = getattr(torch, COMPUTE_DTYPE[PRECISIONS[recipe.training.mixed_precision]])
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-    # a new thread begins on the first GPU, also if its process uses another one
-    thread = ThreadPoolExecutor(1, "rehearsal", torch.cuda.set_device, (device,))
+    thread = ThreadPoolExecutor(1, "rehearsal")
     longest = recipe.training.max_length
     kinds = tuple(dict.fromkeys(one.for_rows(longest) for one in fast.layers.attention))
     fused_loss = fast.fused_loss is not False
@@ -56,6 +55,8 @@ def rehearse(
     `kinds` are the different attentions of the layers. The fused loss runs on less than a chunk:
     with the stand-in for the head, it takes about the memory of the step's own chunk.
     """
+    if device.type == "cuda":  # a new thread begins on the first GPU
+        torch.cuda.set_device(device)
     make = partial(torch.zeros, dtype=dtype, device=device, requires_grad=True)
     tokens = TOKENS_MULTIPLE
     table = tiles([tokens]).to(device)

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.data import IterableDataset
+from torch.utils.data import DataLoader, IterableDataset, Sampler
 from transformers import (
     Trainer,
     TrainerCallback,
@@ -74,6 +74,24 @@ class UpstreamFixes(Trainer):
             passes, share = divmod(state.epoch, 1)
             return int(passes), round(share * max_steps * args.gradient_accumulation_steps)
         return done
+
+    def _run_epoch(
+        self,
+        model: nn.Module,
+        epoch: int,
+        train_dataloader: DataLoader,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        """Shuffle for the epoch also where its first batches are skipped.
+
+        accelerate, data_loader.py, `DataLoaderShard.set_epoch` looks for a sampler two levels down.
+        Under several processes `skip_first_batches` adds a third, and a run that resumed within its
+        second epoch took the rows of the first. Delete when it finds every sampler.
+        """
+        if hasattr(order := innermost_sampler(train_dataloader), "set_epoch"):
+            order.set_epoch(epoch)
+        return super()._run_epoch(model, epoch, train_dataloader, *args, **kwargs)
 
     def _load_from_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         """Keep the dtypes: see `dtypes_kept`."""
@@ -160,6 +178,14 @@ class SaveAfterEvaluation(TrainerCallback):
     ) -> None:
         """Ask for the checkpoint that was postponed."""
         control.should_save, self._postponed = control.should_save or self._postponed, False
+
+
+def innermost_sampler(loader: DataLoader) -> Sampler | None:
+    """Returns the sampler of single rows, below all that batch, deal and skip (stream: None)."""
+    sampler = loader.batch_sampler
+    while hasattr(sampler, "batch_sampler"):
+        sampler = sampler.batch_sampler
+    return getattr(sampler, "sampler", None)
 
 
 @contextmanager

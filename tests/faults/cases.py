@@ -77,6 +77,9 @@ CPU_CASES = {
     "packed": Case(
         DROPPED | {"packing": "true", "per_device_train_batch_size": 8}, prepare=packed_on_a_cpu
     ),
+    "packed DDP": Case(
+        DROPPED | TWO_RANKS | {"packing": "true"}, processes=2, prepare=packed_on_a_cpu
+    ),
     "QLoRA": Case(DROPPED | QLORA, precision="bf16"),
     "best model": Case(DROPPED | BEST),
 }

@@ -19,7 +19,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import ModuleType
 
-from tqdm import tqdm
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from own_progress_lock import take_own_progress_lock
 
 
 @dataclass
@@ -140,8 +142,7 @@ def _become(
         if processes > 1:
             os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "MASTER_PORT": str(port)}
             os.environ |= {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes)}
-        # the lock is a semaphore that all forks share: one that dies with it would stop the others
-        tqdm.set_lock(threading.RLock())
+        take_own_progress_lock()
         if prepare:
             prepare()
         if moment:

@@ -19,7 +19,7 @@ from pathlib import Path
 import datasets
 from conftest import ROOT, load_script
 from dask.distributed import LocalCluster
-from tqdm import tqdm
+from own_progress_lock import take_own_progress_lock
 from transformers.trainer_callback import DefaultFlowCallback
 from world import FOREIGN
 
@@ -186,7 +186,7 @@ def _settle(script: str, work: Path) -> None:
     if script == "study":  # its trainings fail at once
         sys.executable = str(work.parent / "bin" / "python")
     datasets.config.HF_DATASETS_CACHE = work.parent / "cache"
-    tqdm.set_lock(threading.RLock())
+    take_own_progress_lock()
     resource.setrlimit(resource.RLIMIT_CPU, (LIMIT_S, LIMIT_S + 5))
     resource.setrlimit(resource.RLIMIT_DATA, (MEMORY, MEMORY))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
