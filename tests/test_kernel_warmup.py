@@ -121,3 +121,21 @@ def test_kernels_are_rehearsed_on_the_gpu_of_the_process(fields, monkeypatch):
     assert kernel_warmup.start_compilers(recipe, config, fast).done() and len(done) == 2, (
         "tokenizing forks"
     )
+
+
+def test_a_gpu_that_cannot_be_set_ends_the_wait(fields, monkeypatch):
+    def fail(device):
+        raise RuntimeError("no such GPU")
+
+    monkeypatch.setattr(torch.cuda, "set_device", fail)
+    recipe = parse_recipe(arguments(fields), Launch.from_environment())
+    config = load_config(recipe.model.model_name_or_path, None, recipe.training)
+    fast = selection.FastPath(
+        packing=True,
+        compile_layers=False,
+        fused_loss=None,
+        attn_implementation=None,
+        layers=Layers(2, (Attention(2, 1, 16, 16, 0.25),) * 2),
+    )
+    error = kernel_warmup.start_compilers(recipe, config, fast).exception(20)
+    assert str(error) == "no such GPU"

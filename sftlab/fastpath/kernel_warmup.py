@@ -38,7 +38,12 @@ def start_compilers(recipe: Recipe, config: PreTrainedConfig, fast: FastPath) ->
     longest = recipe.training.max_length
     kinds = tuple(dict.fromkeys(one.for_rows(longest) for one in fast.layers.attention))
     fused_loss = fast.fused_loss is not False
-    future = thread.submit(rehearse, config.get_text_config(), kinds, dtype, device, fused_loss)
+
+    def rehearse_here() -> None:
+        torch.cuda.set_device(device)  # a new thread begins on the first GPU
+        rehearse(config.get_text_config(), kinds, dtype, device, fused_loss)
+
+    future = thread.submit(rehearse_here)
     thread.shutdown(wait=False)
     return future
 
@@ -55,8 +60,6 @@ def rehearse(
     `kinds` are the different attentions of the layers. The fused loss runs on less than a chunk:
     with the stand-in for the head, it takes about the memory of the step's own chunk.
     """
-    if device.type == "cuda":  # a new thread begins on the first GPU
-        torch.cuda.set_device(device)
     make = partial(torch.zeros, dtype=dtype, device=device, requires_grad=True)
     tokens = TOKENS_MULTIPLE
     table = tiles([tokens]).to(device)
