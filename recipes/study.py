@@ -12,10 +12,11 @@ A study file has these keys:
 - `axis`: the fields in which cells may differ (what follows from them may differ too)
 - `cells`: each with recipe fields and, if it has them, `launch`, `processes` and `flags` of its own
 - `seeds` or `repeats`, which are interleaved
+- `speed: false` trains without turns where speed is not the question; its tables have none
 - `tune`: one field with a list of values. Each cell is trained at each value with the first seed,
   and with the other seeds at its own best value by the validation loss
 - `reference`: the cell that the others are compared with (the first)
-- `quality: true` runs eval/quality.py on every run
+- `quality: true` runs eval/quality.py on every run, with `quality_options: {samples: 200}`
 - `published`: figures to show beside the measured ones
 
 Tables and plots go beside the runs, into runs/study-NAME, unless `--out` names another folder.
@@ -23,7 +24,8 @@ Tables of other runs are not replaced.
 
 Start the same command again after an interruption: it skips what is done and trains the rest.
 Memory that ran out counts as a result. `--at_once n` starts n trainings together and times them one
-after the other (sftlab/comparison/timed_turns.py), where the memory has room for them. `--task i`
+after the other (sftlab/comparison/timed_turns.py), where the memory has room for them. Evaluations,
+which are not timed, run n beside one another. `--task i`
 trains the i-th alone (from 0, for a SLURM array) and writes no tables. Of a study that tunes, the
 trainings that choose the values come first.
 """
@@ -38,6 +40,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -95,11 +98,9 @@ def main(argv: list[str]) -> None:
         check_fields(study)
         study = tune(study, arguments)
         tasks = chosen(study, arguments)
-        if arguments.no_train:
-            not_run = not_begun(tasks)
-        else:
-            not_run = train(tasks, arguments.at_once, study.random)
-        unscored = [task for task in tasks if study.quality and not score(task)]
+        only_tables = arguments.no_train
+        not_run = not_begun(tasks) if only_tables else train(study, tasks, arguments.at_once)
+        unscored = score_together(study, tasks, arguments.at_once)
         if arguments.task is None:
             write(study, not_run, out, arguments.allow_confounded, argv, runs)
     except (ValueError, FileNotFoundError) as error:
@@ -205,7 +206,7 @@ def tune(study: Study, arguments: argparse.Namespace) -> Study:
     if not study.tuning or (only is not None and only < len(study.tuning)):
         return study
     if only is None and not arguments.no_train:
-        train(study.tuning, arguments.at_once, study.random)
+        train(study, study.tuning, arguments.at_once)
     return at_best(study)
 
 
@@ -219,28 +220,26 @@ def chosen(study: Study, arguments: argparse.Namespace) -> list[Task]:
     return [every[arguments.task]]
 
 
-def train(
-    tasks: list[Task], at_once: int = 1, random: tuple[str, int] | None = None
-) -> dict[str, str]:
-    """Train what is not done and has the GPUs it needs.
+def train(study: Study, tasks: list[Task], at_once: int = 1) -> dict[str, str]:
+    """Train what is not done and has the GPUs it needs; a random model and its rows come first.
 
-    `at_once` trainings start together and are timed in turn. `random` is the shape of the random
-    model and the longest row, which are made first. Returns why tasks were not run, by name.
+    `at_once` trainings start together. They are timed in turn, if the study compares speed.
+    Returns why tasks were not run, by name.
     """
     places = {
         task.name: f"[{number}/{len(tasks)}] {task.name}"
         for number, task in enumerate(tasks, start=1)
     }
     todo, not_run = runnable(tasks, places)
-    if todo and random:
+    if todo and study.random:
         from sftlab.models.random_models import make_random_files  # imports transformers
 
-        make_random_files(*random)
+        make_random_files(*study.random)
     began = said_at = time.monotonic()
     ended = 0
     while todo:
         group, todo = todo[:at_once], todo[at_once:]
-        for place in train_together(group):
+        for place in train_together(group, study.speed):
             took, said_at, ended = time.monotonic() - said_at, time.monotonic(), ended + 1
             left = (said_at - began) / ended * (len(group) - place - 1 + len(todo))
             said = f"{places[group[place].name]}: {result(group[place])}"
@@ -249,7 +248,7 @@ def train(
         if again:
             names = ", ".join(task.name for task in again)
             print(f"out of memory beside others, so each alone again: {names}", flush=True)
-            not_run |= train(again)
+            not_run |= train(study, again)
     return not_run
 
 
@@ -270,20 +269,30 @@ def runnable(tasks: Sequence[Task], places: dict[str, str]) -> tuple[list[Task],
     return todo, not_run
 
 
-def train_together(group: Sequence[Task]) -> Iterator[int]:
-    """Start a group of trainings, time them in turn, and give the place of each as it ends."""
+def train_together(group: Sequence[Task], timed: bool) -> Iterator[int]:
+    """Start a group of trainings, time them in turn or not; give the place of each as it ends."""
     for task in group:
         begin(task, beside=len(group) - 1)
     commands = [Command(python_command(task), task.folder / "log") for task in group]
-    yield from in_turn(commands, cwd=ROOT)
+    yield from in_turn(commands, timed, cwd=ROOT)
 
 
-def score(task: Task) -> bool:
+def score_together(study: Study, tasks: Sequence[Task], at_once: int) -> list[Task]:
+    """Evaluate runs, `at_once` beside one another; returns those whose evaluation failed."""
+    if not study.quality:
+        return []
+    options = [f"--{name}={value}" for name, value in study.quality_options.items()]
+    with ThreadPoolExecutor(at_once) as pool:
+        done = pool.map(lambda task: score(task, options), tasks)
+        return [task for task, went_well in zip(tasks, done, strict=True) if not went_well]
+
+
+def score(task: Task, options: Sequence[str] = ()) -> bool:
     """Evaluate a run that has an adapter and no scores; returns whether none is missing then."""
     if not (task.folder / "adapter").is_dir() or read_results(task.folder).quality:
         return True
     print(f"{task.name}: evaluating base and tuned on the held-out rows", flush=True)
-    command = [sys.executable, "eval/quality.py", "--run", str(task.folder)]
+    command = [sys.executable, "eval/quality.py", "--run", str(task.folder), *options]
     with (task.folder / "log").open("a", encoding="utf-8") as log:
         done = subprocess.run(command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT)
     return done.returncode == 0

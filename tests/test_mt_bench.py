@@ -218,7 +218,7 @@ def test_answers_follow_the_categories_temperature_and_the_real_history(
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (["--questions", "nothing.jsonl"], "nothing.jsonl not found: MT-Bench's question.jsonl"),
+        (["--questions", "nothing.jsonl"], "no file 'nothing.jsonl': MT-Bench's question.jsonl"),
         (["--limit", "-1"], "--limit of 0"),
         (["--judge", ""], "expected --judge"),
     ],

@@ -278,8 +278,9 @@ def test_memory_that_ran_out_beside_others_says_nothing_of_the_cell(
     monkeypatch.setattr(SCRIPT, "python_command", fake)
     # what the stand-in writes is no whole record
     monkeypatch.setattr("sftlab.comparison.study_tasks.read_run", read)
-    tasks = load(write({**TWO, "r8": {"lora_r": 8, "lora_alpha": 16}}), tmp_path / "runs", {}).tasks
-    assert SCRIPT.train(tasks, at_once=3) == {}
+    study = load(write({**TWO, "r8": {"lora_r": 8, "lora_alpha": 16}}), tmp_path / "runs", {})
+    tasks = study.tasks
+    assert SCRIPT.train(study, tasks, at_once=3) == {}
     assert [SCRIPT.result(task).split(" ")[0] for task in tasks] == [
         "out",
         "succeeded",

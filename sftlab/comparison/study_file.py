@@ -31,6 +31,8 @@ STUDY_KEYS = {
     "tune": dict,
     "repeats": int,
     "quality": bool,
+    "quality_options": dict,
+    "speed": bool,
     "fields": dict,
     "cells": dict,
     "grid": dict,
@@ -48,6 +50,8 @@ KINDS = {
     bool: "true or false",
     dict: "lines of name: value",
 }
+# options of eval/quality.py that a study may set
+QUALITY_OPTIONS = ("samples", "batch_size", "max_new_tokens", "bleu_tokenize")
 # Recipe fields that say where a run is kept: the study sets them.
 ITS_OWN = ("output_dir", "overwrite", "config", "resume_from_checkpoint")
 # Random weights are not saved, and all rows train.
@@ -71,6 +75,8 @@ class Study:
     tasks: list[Task]
     reference: str
     quality: bool = False
+    quality_options: Mapping[str, Any] = field(default_factory=dict)
+    speed: bool = True
     published: list[dict[str, Any]] = field(default_factory=list)
     published_as: str = ""
     grid: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -129,6 +135,8 @@ def load(path: Path, runs: Path, given: Mapping[str, Any]) -> Study:
         tasks=tasks,
         reference=content["reference"],
         quality=content.get("quality", False),
+        quality_options=content.get("quality_options", {}),
+        speed=content.get("speed", True),
         published=content.get("published", []) if _is_as_published(given, recipe) else [],
         published_as=content.get("published_as", ""),
         grid=content.get("grid", {}),
@@ -150,6 +158,10 @@ def _read(path: Path) -> dict[str, Any]:
     content.setdefault("reference", next(iter(content["cells"])))
     if content["reference"] not in content["cells"]:
         raise ValueError(f"{path}: the reference {content['reference']} is none of the cells")
+    if odd := [one for one in content.get("quality_options", {}) if one not in QUALITY_OPTIONS]:
+        raise ValueError(
+            f"{path}: quality_options has {odd[0]!r}: expected {', '.join(QUALITY_OPTIONS)}"
+        )
     published = content.get("published", [])
     if odd := [one for one in published if not (isinstance(one, dict) and "cell" in one)]:
         raise ValueError(f"{path}: published holds {odd[0]!r}: expected a cell and its figures")

@@ -29,6 +29,8 @@ MEASURED = (
     "largest_loss_difference",
     "validation_loss",
 )
+# Figures that a study without speed does not have: its trainings run beside one another.
+OF_SPEED = ("step_time_s", "tokens_per_s", "rows_per_s", "share_of_limit", "train_seconds")
 # Figures in which the factors of a grid are compared, and the least change that counts.
 CHANGED = ("step_time_s", *(f"step_{part}_gb" for part in STEP_PARTS))
 COUNTS = 0.05
@@ -53,6 +55,7 @@ def collect(
         row = {"cell": task.cell, "repeat": task.repeat, "seed": task.fields.get("seed")}
         if task.name in found:
             row |= figures(found[task.name], compared[task.name].facts)
+            row |= {} if study.speed else dict.fromkeys(OF_SPEED)
         else:
             row["status"] = "not run" if task.name in not_run else "failed"
             row["reason"] = not_run.get(task.name) or task.logged_error()

@@ -26,9 +26,10 @@ class Command(NamedTuple):
     log: Path
 
 
-def in_turn(commands: Sequence[Command], **options: Any) -> Iterator[int]:
+def in_turn(commands: Sequence[Command], timed: bool = True, **options: Any) -> Iterator[int]:
     """Start all commands, let them through one by one, and give the place of each as it ends.
 
+    Without `timed` none waits for another.
     `options` are Popen's. When this process is told to stop, all commands are, and each may save.
     KeyboardInterrupt with the signal's number follows when they have ended.
     """
@@ -40,7 +41,7 @@ def in_turn(commands: Sequence[Command], **options: Any) -> Iterator[int]:
         child = None
         for (words, log), folder in zip(commands, folders, strict=True):
             folder.mkdir()
-            turn = {VARIABLE: f"{os.getpid()}:{folder}"} if together else {}
+            turn = {VARIABLE: f"{os.getpid()}:{folder}"} if together and timed else {}
             with log.open("w", encoding="utf-8") as output:
                 given = {
                     "env": environment | turn,

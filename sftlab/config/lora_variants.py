@@ -50,8 +50,14 @@ PARAMETER_FIELDS = tuple(variant.field for variant in VARIANTS if variant.trains
 
 
 def lora_scale(recipe: Mapping[str, Any]) -> float:
-    """Returns the factor of the LoRA update that a recipe's fields ask for; 0.0 without LoRA."""
+    """Returns the factor of the LoRA update that a recipe's fields ask for; 0.0 without LoRA.
+
+    Raises ValueError where alpha or rank is no number.
+    """
     alpha, rank = recipe.get("lora_alpha", 0), recipe.get("lora_r") or 1
+    for name, value in {"lora_alpha": alpha, "lora_r": rank}.items():
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise ValueError(f"{name} is {value!r}, expected a number")
     for variant in VARIANTS:
         if variant.scale and recipe.get(variant.field):
             return variant.scale(alpha, rank)

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel
 from peft.tuners.lora import LoraLayer
 from safetensors import safe_open
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -112,7 +112,7 @@ def refuse_for_vllm(adapter: Path) -> int:
     start = config.get("init_lora_weights")
     if isinstance(start, str) and start.lower() not in _PLAIN_STARTS:
         found.append(f"its start changed the base model's weights (init_lora_weights {start})")
-    ranks = [config["r"], *(config.get("rank_pattern") or {}).values()]
+    ranks = [config.get("r", LoraConfig.r), *(config.get("rank_pattern") or {}).values()]
     if max(ranks) > VLLM_RANKS[-1]:
         found.append(f"its rank is {max(ranks)}, and vLLM takes up to {VLLM_RANKS[-1]}")
     if found:

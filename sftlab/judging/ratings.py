@@ -260,7 +260,8 @@ def _is_list(value: object, kind: type) -> bool:
 def _lines(path: Path, *keys: str) -> list[dict[str, Any]]:
     if not path.exists():
         raise ValueError(
-            f"{path} not found: MT-Bench's question.jsonl and reference_answer are at {_SOURCE}"
+            f"no file {str(path)!r}: MT-Bench's question.jsonl and reference_answer are at "
+            f"{_SOURCE}"
         )
     lines = read_content(path)
     try:

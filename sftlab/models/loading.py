@@ -199,11 +199,12 @@ def load_weights(
     if getattr(loaded, "_hf_peft_config_loaded", False):
         raise ValueError(f"base model {name} holds an adapter: give the base model alone")
     _refuse_other_tensors(loaded, found, name, kwargs.get("num_hidden_layers"))
-    ends = loaded.generation_config.eos_token_id
-    if not all(type(one) is int for one in (ends if isinstance(ends, list) else [ends or 0])):
-        raise ValueError(
-            f"generation_config.json of {name}: eos_token_id is {ends!r}, expected token ids"
-        )
+    for key in ("eos_token_id", "bos_token_id", "pad_token_id", "decoder_start_token_id"):
+        ids = getattr(loaded.generation_config, key)
+        if not all(type(one) is int for one in (ids if isinstance(ids, list) else [ids or 0])):
+            raise ValueError(
+                f"generation_config.json of {name}: {key} is {ids!r}, expected token ids"
+            )
     return loaded
 
 

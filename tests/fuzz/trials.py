@@ -34,6 +34,7 @@ PATIENCE = 4
 MEMORY = 6 * 2**30
 STEPS = 20
 ENDS = (0, 1, 2, 130)
+_SENTENCE = re.compile(r"(\S+: )?error: \S|stopped: ")
 SCRIPTS = {
     "sft": "recipes/sft.py",
     "plan": "recipes/plan.py",
@@ -288,7 +289,8 @@ def outcome(ended: Ended, damaged: list[str], work: Path) -> tuple[str, str]:
         return "finished", ""
     if ended.code == 130:
         return "stopped", ""
-    if not re.match(r"(\S+: )?error: \S|stopped: ", last) or len(last) > 1500:
+    # a list may follow the sentence
+    if not any(map(_SENTENCE.match, lines[-8:])) or len(last) > 1500:
         return "no sentence", f"exit status {ended.code}: {last[:200]!r}"
     return "refused", ""
 
