@@ -41,7 +41,17 @@ REFUSED = [
         {"early_stopping_patience": "2", "eval_strategy": "no"},
         "counts evaluations, and eval_strategy is no",
     ),
-    ({"init_lora_weights": "eva"}, "init_lora_weights eva is not possible here: it reads the data"),
+    ({"init_lora_weights": "corda"}, "init_lora_weights corda is not possible here: eva reads"),
+    ({"init_lora_weights": "loftq"}, "loftq begins with what rounding to 4 bits takes away: add"),
+    (
+        {"init_lora_weights": "eva", "dataset_streaming": "true"},
+        "eva reads training rows before the first step, in a random order: leave out",
+    ),
+    (
+        {"init_lora_weights": "loftq", "load_in_4bit": "true", "use_dora": "true"},
+        "init_lora_weights loftq does not go with use_dora",
+    ),
+    ({"init_lora_weights": "eva", "adapter_name_or_path": "x"}, "go with adapter_name_or_path"),
     ({"init_lora_weights": "pisa"}, "expected true, gaussian, orthogonal, pissa"),
     ({"init_lora_weights": "pissa", "load_in_4bit": "true"}, "does not go with load_in_4bit"),
     ({"init_lora_weights": "olora", "use_dora": "true"}, "does not go with use_dora"),

@@ -35,7 +35,7 @@ _GROUPS = {
         rope_scaling overrides_of_model_config mixture_of_depths train_from_scratch enable_thinking
         low_cpu_mem_usage cache_dir split_special_tokens""",
     "give init_lora_weights": "lora_weight_layer_init lora_init",
-    "LoftQ is not supported: use load_in_4bit": "loftq",
+    "give init_lora_weights: loftq and load_in_4bit: true": "loftq",
     _SAMPLING: """temperature top_p top_k do_sample max_new_tokens eval_max_new_tokens
         eval_table_size eval_num_beams predict_with_generate infer_backend infer_dtype use_kv_cache
         fast_inference gpu_memory_utilization num_beams""",

@@ -1,7 +1,7 @@
 """What follows for a recipe from its method: preference tuning reads pairs, without dropout."""
 
 from sftlab.config.launch import Launch
-from sftlab.config.lora_start import changes_base
+from sftlab.config.lora_start import changes_base, reads_first
 from sftlab.config.recipe import Recipe
 
 SHAPE = "preference"
@@ -37,6 +37,13 @@ def resolve_method(recipe: Recipe, launch: Launch) -> None:
             f"init_lora_weights {model.init_lora_weights} changes the base model, which is the "
             "reference of method dpo: leave it out"
         )
+    if reads_first(model.init_lora_weights):
+        why = (
+            "reads rows of one answer, and pairs have two"
+            if model.init_lora_weights == "eva"
+            else "changes the answers at the start, and the reference of method dpo is the base"
+        )
+        raise ValueError(f"init_lora_weights {model.init_lora_weights} {why}: leave it out")
     if model.lora_dropout and "lora_dropout" in recipe.given:
         raise ValueError(
             f"lora_dropout is {model.lora_dropout}, and method dpo trains without dropout: leave "

@@ -184,7 +184,8 @@ class ModelArguments(ModelConfig):
         default="true",
         metadata={
             "help": "How the LoRA matrices begin: true (A random, B zero), gaussian, orthogonal, "
-            "pissa, pissa_niter_16 or olora. The last three take the largest parts of the weights."
+            "pissa, pissa_niter_16, olora, eva or loftq. PiSSA and OLoRA take the largest parts of "
+            "the weights, EVA reads rows, LoftQ corrects load_in_4bit."
         },
     )
     lora_bias: bool = field(

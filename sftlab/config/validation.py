@@ -30,7 +30,8 @@ def resolve(recipe: Recipe, launch: Launch) -> None:
     """
     _check_required(recipe)
     _check_lora(recipe.model)
-    check_start(recipe.model, launch, recipe.training.mixed_precision)
+    streaming = recipe.data.dataset_streaming
+    check_start(recipe.model, launch, recipe.training.mixed_precision, streaming)
     resolve_method(recipe, launch)
     check_values(recipe)
     refuse_wrong_schedule(recipe.training)

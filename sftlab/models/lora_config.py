@@ -3,7 +3,7 @@
 from peft import LoraConfig
 from trl import get_peft_config
 
-from sftlab.config.lora_start import DEFAULT
+from sftlab.config.lora_start import DEFAULT, reads_first
 from sftlab.config.recipe import ModelArguments
 
 
@@ -16,7 +16,7 @@ def lora_config(model: ModelArguments) -> LoraConfig | None:
     if config is None:
         return None
     init, excluded = model.init_lora_weights, model.exclude_modules
-    config.init_lora_weights = True if init == DEFAULT else init
+    config.init_lora_weights = True if init == DEFAULT or reads_first(init) else init
     config.lora_bias = model.lora_bias
     config.exclude_modules = set(excluded) if isinstance(excluded, list) else excluded
     return config

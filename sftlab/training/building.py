@@ -7,7 +7,7 @@ import torch
 from transformers import PreTrainedTokenizerBase, TrainerCallback, set_seed
 
 from sftlab.config.launch import Launch
-from sftlab.config.lora_start import changes_base
+from sftlab.config.lora_start import changes_base, reads_first
 from sftlab.config.recipe import Recipe
 from sftlab.data.encoded_pairs import encode_pairs
 from sftlab.data.encoded_rows import encode_splits
@@ -18,6 +18,7 @@ from sftlab.measurement.throughput import Meter
 from sftlab.models.lora_config import lora_config
 from sftlab.models.plain_adapter import initial_matrices
 from sftlab.models.started_adapter import with_adapter
+from sftlab.training.adapter_start import AdapterStart
 from sftlab.training.base_model import base_model
 from sftlab.training.early_stopping import EarlyStopping
 from sftlab.training.preference_trainer import PreferenceTrainer
@@ -60,6 +61,7 @@ def build_trainer(
         args.dataset_kwargs = (args.dataset_kwargs or {}) | {"skip_prepare_dataset": True}
     # the rows become input_ids and labels when read, from columns that no model takes
     args.remove_unused_columns = False
+    start = AdapterStart(recipe) if reads_first(recipe.model.init_lora_weights) else None
     set_seed(args.seed)
     trainer = (PreferenceTrainer if pairs else LabTrainer)(
         model=with_adapter(base_model(recipe, fast), recipe.model),
@@ -77,4 +79,6 @@ def build_trainer(
     )
     if changes_base(recipe.model.init_lora_weights):
         trainer.initial_matrices = initial_matrices(trainer.model)
+    if start:
+        trainer.begin_adapter_with(start)
     return trainer

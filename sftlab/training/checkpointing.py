@@ -8,7 +8,7 @@ beside its files. A checkpoint counts once its manifest is written.
 import json
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -44,7 +44,7 @@ class Checkpointer(TrainerCallback):
     """
 
     def __init__(
-        self, trainer: SFTTrainer, parts: Mapping[str, Part], seconds: Callable[[], float]
+        self, trainer: SFTTrainer, parts: dict[str, Part], seconds: Callable[[], float]
     ) -> None:
         self.must_match: dict[str, Any] = {}
         self.hardware: dict[str, Any] = {}
@@ -54,6 +54,10 @@ class Checkpointer(TrainerCallback):
         self.folder = Path(trainer.args.output_dir)
         self.resume_from: str | None = None
         self._trainer, self._parts, self._seconds = trainer, parts, seconds
+
+    def keep(self, name: str, part: Part) -> None:
+        """Save one more part with every checkpoint, and restore it."""
+        self._parts[name] = part
 
     def on_train_begin(
         self,

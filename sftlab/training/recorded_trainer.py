@@ -30,6 +30,7 @@ from sftlab.measurement.throughput import Meter
 from sftlab.models.inner_model import inner_model
 from sftlab.models.own_logits import own_log_probs_if_needed
 from sftlab.models.plain_adapter import Matrices
+from sftlab.training.adapter_start import AdapterStart
 from sftlab.training.checkpointing import Checkpointer
 from sftlab.training.clock import TrainingClock
 from sftlab.training.finiteness import Finiteness
@@ -62,6 +63,7 @@ class RecordedTrainer(UpstreamFixes):
         self.row_facts = row_facts
         # the LoRA matrices as they began, where they took parts of the base model's weights
         self.initial_matrices: Matrices | None = None
+        self.adapter_start: AdapterStart | None = None
         self.meter, self.launch, self.fast, self.memory = meter, launch, fast, memory
         super().__init__(*args, **kwargs)
         plugin = self.accelerator.state.fsdp_plugin if self.is_fsdp_enabled else None
@@ -141,7 +143,18 @@ class RecordedTrainer(UpstreamFixes):
         """Train, or resume from a checkpoint's folder; the clock starts."""
         self.clock.start()
         self.checkpointer.resume_from = resume_from_checkpoint
+        if self.adapter_start and not resume_from_checkpoint:
+            # compiled layers would not run peft's hooks
+            with torch.compiler.set_stance("force_eager"):
+                self.adapter_start.begin(
+                    self.model, self.train_dataset, self.data_collator, self.args.seed
+                )
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+
+    def begin_adapter_with(self, start: AdapterStart) -> None:
+        """Begin the adapter so before the first step; checkpoints keep what was measured."""
+        self.adapter_start = start
+        self.checkpointer.keep("adapter_start", start)
 
     # ---- the step ----
 
@@ -224,4 +237,5 @@ class RecordedTrainer(UpstreamFixes):
 
     def what_ran(self) -> dict[str, Any]:
         """Returns precision, dtypes, strategy and sizes as they are, for run.json."""
-        return what_ran(self, self.fast, self.first_step.observed)
+        started = {"adapter_start": self.adapter_start.facts} if self.adapter_start else {}
+        return what_ran(self, self.fast, self.first_step.observed) | started
