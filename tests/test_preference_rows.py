@@ -116,6 +116,12 @@ def test_a_batch_has_the_chosen_sides_first():
     [
         (["--dataset_shape=dolly"], "dataset_shape is dolly, and method dpo trains on pairs"),
         (["--use_peft=false"], "use_peft is false, and the reference"),
+        (["--init_lora_weights=pissa"], "pissa changes the base model, which is the reference"),
+        (["--init_lora_weights=eva"], "eva reads rows of one answer, and pairs have two"),
+        (
+            ["--init_lora_weights=loftq", "--load_in_4bit=true"],
+            "loftq changes the answers at the start",
+        ),
         (["--lora_dropout=0.1"], "lora_dropout is 0.1, and method dpo trains without dropout"),
         (["--loss_type=nll"], "loss_type is 'nll': expected sigmoid or"),
         (["--beta=0"], "beta is 0.0: it must be a finite number above 0"),
