@@ -6,12 +6,12 @@ A name is a file, a folder, a pattern such as data/*.jsonl, or several files.
 import codecs
 import glob
 import gzip
-import importlib.util
 import io
 import re
 from pathlib import Path
 from typing import IO, Any
 
+import pyarrow
 from huggingface_hub import HfFileSystem
 
 # how the address of a file on the hub begins
@@ -55,7 +55,7 @@ def open_text(path: str | Path, newline: str | None = None) -> IO[str]:
     """Open a file of UTF-8 text, compressed or not, on this machine or on the hub (hf://...).
 
     A file that begins with the byte order mark of UTF-16 is read as that. Raises ValueError for a
-    file that is not text, and for a .zst file where the package that reads it is missing.
+    file that is not text.
     """
     file = _opened(str(path))
     try:
@@ -77,14 +77,8 @@ def _opened(name: str) -> Any:
     if name.endswith(".gz"):
         return gzip.open(source, "rb")
     if name.endswith(".zst"):
-        if importlib.util.find_spec("zstandard") is None:
-            raise ValueError(
-                f"{name} needs the package zstandard, which is not installed: pip install "
-                f"zstandard, or unpack the file with `unzstd {name}`"
-            )
-        import zstandard
-
-        return io.BufferedReader(zstandard.open(source, "rb"))
+        packed = pyarrow.OSFile(name) if source == name else source
+        return io.BufferedReader(pyarrow.CompressedInputStream(packed, "zstd"))
     return open(name, "rb") if source == name else io.BufferedReader(source)
 
 

@@ -10,6 +10,7 @@ import io
 import json
 import re
 import sys
+import zlib
 from collections.abc import Iterator, Sequence
 from itertools import chain
 from pathlib import Path
@@ -29,6 +30,8 @@ _LOOKED_AT = 1000
 _SEPARATORS = (";", "\t", "|")
 # keys of a file's only object that hold its rows
 _OF_ROWS = ("data", "train", "rows", "instances", "examples")
+# what a file raises that is no text, or whose packed bytes are not whole
+_DAMAGED = (UnicodeDecodeError, EOFError, OSError, zlib.error)
 
 
 def read_text_rows(paths: Sequence[Path | str], streaming: bool) -> Dataset | IterableDataset:
@@ -63,7 +66,7 @@ def documents(files: list[tuple[str, int, int]]) -> Iterator[dict[str, str]]:
         with open_text(path) as file:
             try:
                 yield {"text": file.read()}
-            except (UnicodeDecodeError, EOFError, OSError) as error:
+            except _DAMAGED as error:
                 raise ValueError(_unreadable(path, error)) from error
 
 
@@ -75,7 +78,7 @@ def json_rows(files: list[tuple[str, int, int]]) -> Iterator[dict[str, str]]:
                 for text in _json_texts(file):
                     if text.strip():
                         yield {JSON_ROW: text.strip()}
-            except (UnicodeDecodeError, EOFError, OSError) as error:
+            except _DAMAGED as error:
                 raise ValueError(_unreadable(path, error)) from error
 
 
@@ -173,7 +176,7 @@ def _csv_lines(path: str, file: Any) -> Iterator[list[str]]:
         yield from filter(None, reader)
     except csv.Error as error:
         raise ValueError(f"{path}, line {before + reader.line_num}: {error}") from error
-    except (UnicodeDecodeError, EOFError, OSError) as error:
+    except _DAMAGED as error:
         raise ValueError(_unreadable(path, error)) from error
 
 
