@@ -23,7 +23,7 @@ from sftlab.config.recipe import Recipe
 from sftlab.data.before_training import look_at_rows
 from sftlab.data.chat_template import set_template
 from sftlab.data.loss_check import end_tokens_of
-from sftlab.data.row_checks import check_lines, check_rows
+from sftlab.data.row_checks import check_lines, check_rows, end_of_loss
 from sftlab.data.row_notes import fields_of
 from sftlab.data.row_pictures import (
     COLOUR,
@@ -101,9 +101,9 @@ def print_row(
 ) -> None:
     """Print one row: its size, what was cut, how it ends, and its text or its tokens."""
     in_loss = [label for label in row.labels if label != -100]
-    last = tokenizer.decode(in_loss[-1:]) if in_loss else ""
-    end = f"ends with {last!r}" if in_loss and in_loss[-1] in ends else "NO END TOKEN in the loss"
-    if len(in_loss) == len(row.ids) and in_loss[-1] not in ends:
+    last = end_of_loss(row.labels, ends)
+    end = f"ends with {tokenizer.decode(last)!r}" if last else "NO END TOKEN in the loss"
+    if len(in_loss) == len(row.ids) and not last:
         end = "a piece of a longer text"
     cut = f", cut from {row.whole:,}" if row.whole > len(row.ids) else ""
     size = f"{len(row.ids):,} tokens{cut}, {len(in_loss):,} in the loss"

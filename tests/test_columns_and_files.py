@@ -65,14 +65,45 @@ def test_common_names_of_columns_are_recognised(columns, shape, read):
         (["prompt", "response", "answer"], "--columns prompt=prompt completion=response"),
         (["title", "text of it"], '--columns prompt=title "completion=text of it"'),
         (["question", "input", "reply"], "--columns prompt=question completion=reply"),
-        (["prompt", "chosen", "rejected"], "--columns prompt=prompt completion=chosen"),
         (["question", "text of it", "id"], '--columns prompt=question "completion=text of it"'),
     ],
 )
 def test_columns_that_could_be_several_things_are_asked_about(columns, typed):
     with pytest.raises(ValueError, match="match no data format") as caught:
         read_columns(columns, None, {}, "rows.csv")
-    assert str(caught.value).endswith(f"for example {typed}")
+    assert f"for example {typed}; the first line" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("columns", "typed"),
+    [
+        (["prompt", "chosen", "rejected"], "prompt=prompt completion=chosen"),
+        (["chosen", "rejected"], "messages=chosen"),
+        (["chosen", "rejected", "score"], "messages=chosen"),
+        (["rejected_response", "prompt", "note"], "prompt=prompt completion=note"),
+        (
+            ["input", "preferred_output", "non_preferred_output"],
+            "prompt=input completion=preferred_output",
+        ),
+    ],
+)
+def test_pairs_are_named_and_their_rejected_answers_never_proposed(columns, typed):
+    with pytest.raises(ValueError, match=r"hold preference pairs: .* --method dpo") as caught:
+        read_columns(columns, None, {}, "rows.csv")
+    assert str(caught.value).endswith(f"wanted answers alone with --columns {typed}")
+
+
+@pytest.mark.parametrize(
+    ("columns", "name", "message"),
+    [
+        (["input_ids", "labels"], "a.jsonl", "are token ids of an unknown tokenizer"),
+        (["A cat?", "Yes."], "a.csv.gz", "first line of the file must name the columns$"),
+        (["A cat?", "Yes."], "a.jsonl", r'"completion=Yes\."$|completion=Yes\.$'),
+    ],
+)
+def test_what_no_columns_can_say_is_said(columns, name, message):
+    with pytest.raises(ValueError, match=message):
+        read_columns(columns, None, {}, name)
 
 
 def test_a_column_of_conversations_is_told_how_to_be_mapped():

@@ -81,6 +81,19 @@ def test_a_conversation_may_be_json_text(column, read_row):
     assert read_row({column: json.dumps([ASK, SAY])}).messages == [ASK, SAY]
 
 
+def test_a_request_of_openai_is_its_messages_and_tools(read_row):
+    request = {"messages": [ASK], "tools": [TOOL], "parallel_tool_calls": True}
+    found = read_row({"prompt": request, "completion": [SAY]})
+    assert (found.messages, found.tools) == ([ASK, SAY], [SCHEMA])
+
+
+@pytest.mark.parametrize("row", [{}, {"tools": [TOOL]}])
+def test_tools_of_a_message_are_the_rows(row, read_row):
+    system = {"role": "system", "content": "Be brief."}
+    found = read_row({"messages": [system | {"tools": [TOOL]}, ASK, SAY]} | row)
+    assert (found.messages, found.tools) == ([system, ASK, SAY], [SCHEMA])
+
+
 def test_answers_of_xlam_are_calls(read_row):
     row = {"id": 0, "query": "Time?", "answers": json.dumps([CALL["function"]])}
     found = read_row(row | {"tools": json.dumps([TOOL])})
@@ -180,14 +193,18 @@ def test_what_is_left_out_is_counted_and_named(tmp_path):
         {"messages": [SAY]},
         {"messages": [ASK, SAY | {"weight": 0}]},
         {"messages": [ASK, SAY], "parallel_tool_calls": False, "loss_mask": [0, 1]},
+        {"messages": [ASK, SAY, ASK]},
+        {"messages": [ASK, SAY, SAY | {"loss_weight": 0}], "": 0, "role": "x"},
     ]
     facts = loaded(write_jsonl(tmp_path / "rows.jsonl", rows)).facts
     assert facts["rows_without_an_answer"] == 3
     assert "3 without an answer to a user (the first is row 1)" in "\n".join(data_lines(facts))
     said = "\n".join(unused_lines(facts["not_used"]))
     assert "message of the assistant before the first user's (2 rows)" in said
-    assert "column loss_mask (1 rows)" in said
+    assert "column loss_mask (1 rows), column role (1 rows)" in said
+    assert "column without a name (1 rows), message behind the last answer (2 rows)" in said
     assert "columns and fields that no training uses: column parallel_tool_calls (1 rows)" in said
+    assert said.startswith("warning: not used in training: column loss_mask")
 
 
 def test_fields_of_a_message_that_nothing_reads_are_counted(tmp_path):
@@ -197,11 +214,14 @@ def test_fields_of_a_message_that_nothing_reads_are_counted(tmp_path):
         {"messages": [ASK | {"train": True}, SAY | {"weight": 1}]},
         {"messages": [ASK | {"weight": 0}, SAY | {"value": "One.", "weight": 1}]},
         {"messages": [{"role": "user", "content": [part]}, SAY | {"value": SAY["content"]}]},
+        {"messages": [ASK, SAY | {"reasoning": "a", "reasoning_content": "b", "thinking": "a"}]},
     ]
     facts = loaded(write_jsonl(tmp_path / "rows.jsonl", rows)).facts
     assert facts["not_used"] == {
         "cache_control of a part of content": 1,
         "content of a message that has value too": 1,
+        "reasoning of a message that has reasoning_content too": 1,
+        "thinking of a message that has reasoning_content too": 1,
         "train of a message that is not the assistant's": 1,
         "weight of a message that is not the assistant's": 1,
     }
@@ -246,7 +266,19 @@ def test_answers_that_are_calls_alone_need_a_template_for_calls(tmp_path):
         ({"messages": [ASK, {"role": "robot", "content": "a"}]}, "unknown role 'robot'"),
         ({"messages": [{"Role": "user", "Content": "a"}]}, "message 0 has no role: it has Role, C"),
         ({"messages": [{"role": "user", "message": "a"}, SAY]}, "message 0 of the user has no te"),
-        ({"messages": "user: a"}, "must be a list of messages, got str"),
+        ({"messages": "user: a"}, "a list of messages, or such a list as JSON text, got str 'user"),
+        ({"prompt": ["a", "b"], "completion": "c"}, "prompt is a list of texts"),
+        ({"prompt": "a", "completion": ["b", "c"]}, "completion is a list of texts"),
+        ({"prompt": {"messages": [ASK], "n": 2}, "completion": "c"}, "a request with n: leave"),
+        ({"prompt": None, "completion": "c"}, "the prompt is empty: write one, or leave"),
+        (
+            {"messages": [ASK, SAY | {"tool_calls": [{"name": "clock", "arguments": "{a"}]}]},
+            "the arguments of a call of clock are no JSON",
+        ),
+        (
+            {"tools": [TOOL], "messages": [ASK | {"tools": [{"name": "other"}]}, SAY]},
+            "message 0 has other tools than stand before it",
+        ),
         (
             {"prompt": [ASK], "completion": [SAY], "history": [["a", "b"]]},
             "a history, and messages in prompt or completion",

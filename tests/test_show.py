@@ -28,6 +28,25 @@ def test_rows_are_printed_with_their_loss_marked(show, fields, capsys):
     assert "training row 1" not in said
 
 
+def test_a_line_end_behind_the_end_token_is_no_missing_end(show, fields, capsys, tmp_path):
+    turns = [{"role": role, "content": "a"} for role in ("user", "assistant") * 2]
+    write_jsonl(tmp_path / "rows.jsonl", [{"messages": turns}] * 10)
+    template = (
+        "{% for m in messages %}{{ m.role }}: {{ m.content }}{{ eos_token }}\n{% endfor %}"
+        "{% if add_generation_prompt %}assistant: {% endif %}"
+    )
+    (tmp_path / "t.jinja").write_text(template)
+    own = fields | {
+        "dataset_name": str(tmp_path / "rows.jsonl"),
+        "split_fractions": ["1", "0", "0"],
+        "chat_template_path": str(tmp_path / "t.jinja"),
+    }
+    said = printed(show, capsys, own, "--rows", "1")
+    assert r"6 in the loss, ends with '<eos>\n'" in said
+    cut = printed(show, capsys, own | {"max_length": "44"}, "--rows", "1")
+    assert "4 in the loss, NO END TOKEN in the loss" in cut and "[[a<eos>" in cut
+
+
 def test_rows_that_are_cut_say_so_and_are_warned_of(show, fields, capsys):
     said = printed(show, capsys, fields | {"max_length": "66"}, "--rows", "1")
     assert "row 0: 66 tokens, cut from 71, 3 in the loss, NO END TOKEN in the loss" in said

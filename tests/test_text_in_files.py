@@ -155,6 +155,29 @@ def test_rows_under_a_key_are_told_how_to_be_written(tmp_path):
         answers(tmp_path / "a.json")
 
 
+@pytest.mark.parametrize("orient", ["list", "dict"])
+def test_a_file_of_whole_columns_is_no_conversation(orient, tmp_path):
+    table = pd.DataFrame({"prompt": ["q", "r"], "completion": ["a", "b"]}).to_dict(orient)
+    (tmp_path / "a.json").write_text(json.dumps(table))
+    with pytest.raises(
+        ValueError, match=r"a\.json cannot be read: it is one object that holds who"
+    ):
+        answers(tmp_path / "a.json")
+
+
+def test_the_first_row_that_is_no_object_is_named_with_its_file(tmp_path):
+    (tmp_path / "a.json").write_text('[["q", "a"]]')
+    with pytest.raises(ValueError, match=r"a\.json cannot be read: expected an object of columns"):
+        answers(tmp_path / "a.json")
+
+
+def test_an_empty_cell_of_a_typed_file_is_an_empty_question(tmp_path):
+    table = pd.DataFrame({"prompt": ["q", None], "completion": ["a", "b"]})
+    table.to_parquet(tmp_path / "a.parquet")
+    with pytest.raises(ValueError, match=r"row 1 of .*a\.parquet .*: the prompt is empty"):
+        answers(tmp_path / "a.parquet")
+
+
 def test_columns_of_two_formats_are_asked_about(tmp_path):
     messages = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
     rows = [{"question": "x", "answer": "y", "messages": messages}]

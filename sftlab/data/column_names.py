@@ -6,8 +6,11 @@ possible.
 """
 
 import difflib
+import re
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
+from sftlab.data.data_files import data_suffix
 from sftlab.data.formats import DATA_FORMATS
 
 # the format's column: the column of the data set that it is read from
@@ -21,7 +24,9 @@ _ANSWER = (
     *("target", "targets"),
 )
 # columns that are proposed as an answer before others, and those that never are
-_LIKELY, _NO_ANSWER = ("chosen", "answers"), ("id", "rejected", "label", "tools", "system")
+_LIKELY, _NO_ANSWER = ("chosen", "preferred", "answers"), ("id", "label", "tools", "system")
+# columns of answers that nobody wants
+_REJECTED = re.compile(r"reject|non_?preferred|dispreferred", re.IGNORECASE)
 _CONVERSATION = ("messages", "conversations", "conversation", "dialogue", "dialog", "chat")
 _SYSTEM = ("system_prompt", "system")
 # other names of columns that a format may have
@@ -61,7 +66,7 @@ def read_columns(
         return data_format, dict(given) | _optional(data_format, there)
     if data_format is not None:
         raise ValueError(_missing(data_format, found, there))
-    data_format, guessed = _guessed(found, there)
+    data_format, guessed = _guessed(found, there, name)
     sources = {one: given.get(column, column) for one, column in guessed.items()}
     return data_format, sources | _optional(data_format, there)
 
@@ -121,7 +126,7 @@ def _named(there: Sequence[str], names: Sequence[str]) -> list[str]:
     return [column for column in there if column.lower() in names]
 
 
-def _guessed(found: Sequence[str], there: Sequence[str]) -> tuple[str, Columns]:
+def _guessed(found: Sequence[str], there: Sequence[str], name: str) -> tuple[str, Columns]:
     """Returns the format of common names. Raises ValueError where several readings are possible."""
     questions, answers, conversations, system = (
         _named(there, names) for names in (_QUESTION, _ANSWER, _CONVERSATION, _SYSTEM)
@@ -140,15 +145,36 @@ def _guessed(found: Sequence[str], there: Sequence[str]) -> tuple[str, Columns]:
     )
     example = f"; a conversation is read with --columns messages={found[0]}"
     if len(found) > 1:
-        question = (questions or [c for c in found if c not in answers] or found)[0]
-        likely = [c for c in found if c.lower() in _LIKELY]
-        others = [c for c in found[::-1] if c.lower() not in _NO_ANSWER]
-        answer = next(c for c in [*answers, *likely, *others, *found] if c != question)
-        typed = as_words({"prompt": question, "completion": answer})
-        example = f"; say which column is which, for example --columns {typed}"
+        example = f"; say which column is which, for example --columns {_proposed(found)}"
+    table = data_suffix(Path(name)) in (".csv", ".tsv")
+    heading = "; the first line of the file must name the columns" * table
+    if "input_ids" in found:
+        raise ValueError(
+            f"the columns {', '.join(found)} are token ids of an unknown tokenizer: give the text, "
+            "and slurm/tokenize_dataset.py tokenizes it"
+        )
+    if any(map(_REJECTED.search, found)):
+        raise ValueError(
+            f"the columns {', '.join(found)} hold preference pairs: train on them with --method "
+            "dpo (columns chosen and rejected), or on the wanted answers alone with --columns "
+            f"{_proposed(found)}"
+        )
     raise ValueError(
-        f"the columns {', '.join(found)} match no data format; known are {known}{example}"
+        f"the columns {', '.join(found)} match no data format; known are {known}{example}{heading}"
     )
+
+
+def _proposed(found: Sequence[str]) -> str:
+    """Returns columns to type, of which no answer is a rejected one if there is another."""
+    questions, answers = _named(found, _QUESTION), _named(found, _ANSWER)
+    wanted = [c for c in found if not _REJECTED.search(c)] or list(found)
+    likely = [c for c in wanted if c.lower().startswith(_LIKELY)]
+    if not questions and likely[:1] == wanted[:1]:  # a wanted conversation, with its question
+        return as_words({"messages": likely[0]})
+    question = (questions or [c for c in wanted if c not in answers] or found)[0]
+    others = [c for c in wanted[::-1] if c.lower() not in _NO_ANSWER]
+    answer = next(c for c in [*answers, *likely, *others, *found] if c != question)
+    return as_words({"prompt": question, "completion": answer})
 
 
 def _missing(data_format: str, found: Sequence[str], there: Sequence[str]) -> str:

@@ -62,7 +62,7 @@ class Converter:
         self, reader: RowReader, fractions: tuple[float, ...], loss_on: str, source: int = 0
     ) -> None:
         self.reader, self.fractions, self.loss_on, self.source = reader, fractions, loss_on, source
-        self.version = 4  # of what it makes: caches of other versions are not read
+        self.version = 5  # of what it makes: caches of other versions are not read
 
     def __call__(self, batch: dict[str, list], indices: list[int]) -> dict[str, list]:
         names = (*COLUMNS, REJECTED) if self.reader.data_format == PAIRS else COLUMNS
@@ -70,8 +70,9 @@ class Converter:
         for offset, index in enumerate(indices):
             try:
                 row, notes = self.reader.read(batch, offset)
-                row = row if JSON_ROW in batch else without_nulls(row)
-                conversation = DATA_FORMATS[self.reader.data_format][2](row)
+                needed, _, read = DATA_FORMATS[self.reader.data_format]
+                row = row if JSON_ROW in batch else dict.fromkeys(needed) | without_nulls(row)
+                conversation = read(row)
                 notes += conversation.notes
                 for values in self._rows(conversation):
                     notes += values.pop("parts", [])

@@ -7,11 +7,14 @@ from sftlab.data.messages import DOCUMENT, Conversation, Message, read_conversat
 from sftlab.data.preference_sides import side_messages
 from sftlab.data.tool_calls import parsed
 
+# what OpenAI's requests say besides messages and tools; it is no part of a text
+_OF_REQUEST = ("parallel_tool_calls",)
+
 
 def _single(row: dict[str, Any], user: str, response: str) -> Conversation:
     """Returns a question and its answer, behind the row's system prompt and earlier turns."""
     if not user.strip():
-        raise ValueError("the prompt is empty")
+        raise ValueError("the prompt is empty: write one, or leave the row out")
     asked = [*_history(row), {"role": "user", "content": user}]
     answered = [*asked, {"role": "assistant", "content": response}]
     return read_conversation(answered, row.get("tools"), text(row, "system"))
@@ -51,7 +54,24 @@ def _messages(row: dict[str, Any]) -> Conversation:
     return read_conversation(row["messages"], tools, text(row, "system"))
 
 
+def _of_openai(row: dict[str, Any]) -> dict[str, Any]:
+    """Returns a row whose prompt is a list of messages, where it is OpenAI's request with them."""
+    prompt = row.get("prompt")
+    if not isinstance(prompt, dict) or not isinstance(prompt.get("messages"), list):
+        return row
+    if others := [name for name in prompt if name not in ("messages", *_OF_REQUEST, "tools")]:
+        raise ValueError(f"prompt is a request with {', '.join(others)}: leave that out")
+    return row | {"prompt": prompt["messages"], "tools": row.get("tools") or prompt.get("tools")}
+
+
 def _prompt_completion(row: dict[str, Any]) -> Conversation:
+    row = _of_openai(row)
+    for column in ("prompt", "completion"):
+        if isinstance(row[column], list) and any(isinstance(one, str) for one in row[column]):
+            raise ValueError(
+                f"{column} is a list of texts ({row[column]!r:.60}): write one text, or a list of "
+                "messages with role and content"
+            )
     prompt, completion = row["prompt"], row["completion"]
     if not isinstance(prompt, list) and not isinstance(completion, list):
         return _single(row, text(row, "prompt"), text(row, "completion"))
@@ -75,7 +95,7 @@ def _prompt_completion(row: dict[str, Any]) -> Conversation:
 def _xlam(row: dict[str, Any]) -> Conversation:
     query = text(row, "query")
     if not query.strip():
-        raise ValueError("the query is empty")
+        raise ValueError("the query is empty: write one, or leave the row out")
     asked = {"role": "user", "content": query}
     calls = {"role": "assistant", "tool_calls": row["answers"]}
     return read_conversation([asked, calls], row["tools"])
@@ -86,6 +106,7 @@ def _preference(row: dict[str, Any]) -> Conversation:
 
     Sides are texts or messages, with the prompt in front or in a column of its own.
     """
+    row = _of_openai(row)
     chosen, rejected = (
         read_conversation(side_messages(row, side), row.get("tools"))
         for side in ("chosen", "rejected")

@@ -26,15 +26,20 @@ _CALLS = ("function_call", "tool_call")
 # fields of a message that hold its role and its text; the first one there is read
 _ROLE, CONTENT = ("from", "role", "speaker"), ("value", "content", "text")
 # fields that say whether an answer is trained on
-WEIGHTS = ("weight", "train", "trainable", "loss")
+WEIGHTS = ("weight", "train", "trainable", "training", "loss", "loss_weight", "loss_scale")
 _OWN = {"from", "role", "value", "content", "tool_calls", "function_call", *WEIGHTS}
 # what is left out, and what a row has (row_notes counts both)
 EARLY = "message of the assistant before the first user's"
+LATE = "message behind the last answer"
 UNTRAINED = "with turns of weight 0"
 OF_OTHERS = "of a message that is not the assistant's"
 OF_A_PART = "of a part of content"
 # fields that are not read beside another one
-SHADOWED = (("role", "from"), ("content", "value"), ("function_call", "tool_calls"))
+SHADOWED = (
+    *(("role", "from"), ("content", "value"), ("function_call", "tool_calls")),
+    *(("reasoning", "reasoning_content"), ("thinking", "reasoning_content")),
+    ("thinking", "reasoning"),
+)
 
 
 # the role of a document's only message: no template sees it
@@ -105,7 +110,10 @@ def read_conversation(
         with suppress(json.JSONDecodeError):
             given = json.loads(given)
     if not isinstance(given, list):
-        raise TypeError(f"a conversation must be a list of messages, got {type(given).__name__}")
+        raise TypeError(
+            f"a conversation must be a list of messages, or such a list as JSON text, got "
+            f"{type(given).__name__} {given!r:.60}"
+        )
     if given and all(isinstance(one, str) for one in given):
         roles = cycle(("user", "assistant"))
         given = [{"role": role, "content": one} for role, one in zip(roles, given, strict=False)]
@@ -115,6 +123,7 @@ def read_conversation(
     asked = False
     for number, one in enumerate(given):
         message = read_message(one, number)
+        tools = _tools_with(message.pop("tools", None), tools, number)
         role = message["role"]
         notes |= dict.fromkeys(_unread(one, role))
         asked = asked or role == "user"
@@ -128,7 +137,22 @@ def read_conversation(
         elif role == "assistant" and number >= first:
             answers.append(len(messages))
         messages.append(message)
+    if answers and answers[-1] < len(messages) - 1:
+        notes[LATE] = None
     return Conversation(messages, answers, read_tools(tools), tuple(notes))
+
+
+def _tools_with(found: Any, tools: Any, number: int) -> Any:
+    """Returns the tools of a row, which some writers put into a message.
+
+    Raises ValueError where they stand in two places and differ.
+    """
+    if found and tools and read_tools(found) != read_tools(tools):
+        raise ValueError(
+            f"message {number} has other tools than stand before it: give a conversation one list "
+            "of tools, in the column tools"
+        )
+    return tools or found
 
 
 def _is_said(message: Message, before: list[Message], system: str) -> bool:

@@ -13,7 +13,7 @@ from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, OfflineModeIs
 
 from sftlab.config.data_words import single_names
 from sftlab.data.column_names import read_columns
-from sftlab.data.data_files import TEXT_KINDS, expanded, file_kind, known_types
+from sftlab.data.data_files import HUB, TEXT_KINDS, expanded, file_kind, known_types
 from sftlab.data.hub_files import downloaded, hub_files
 from sftlab.data.row_reading import RowReader
 from sftlab.data.text_rows import columns_of, read_text_rows
@@ -34,6 +34,18 @@ class Wanted(NamedTuple):
     numbers_as_text: bool = False
 
 
+def _columns(rows: Dataset | IterableDataset, name: str) -> list[str]:
+    """Returns the columns. Raises ValueError where the first row of JSON has none."""
+    try:
+        return column_names(rows)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{name} cannot be read: its first row is not JSON: {error}") from error
+    except ValueError as error:
+        if f"{error}".startswith((name, HUB)):  # it names a file of several
+            raise
+        raise ValueError(f"{name} cannot be read: {error}") from error
+
+
 def read_rows(wanted: Wanted) -> tuple[Dataset | IterableDataset, RowReader]:
     """Returns the rows of a data set as they are, and how they are read.
 
@@ -42,15 +54,13 @@ def read_rows(wanted: Wanted) -> tuple[Dataset | IterableDataset, RowReader]:
     name = wanted.name
     try:
         dataset, files = _load(wanted)
-        found = column_names(dataset)
+        found = _columns(dataset, name)
     except (DatasetGenerationError, NotImplementedError, FileNotFoundError) as error:
         raise ValueError(
             f"{name} cannot be read: {first_line(error.__cause__ or error)}"
         ) from error
     except pa.ArrowInvalid as error:
         raise ValueError(f"{name} cannot be read: {first_line(error)}") from error
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{name} cannot be read: its first row is not JSON: {error}") from error
     data_format, columns = read_columns(found, wanted.shape, wanted.columns, name)
     if isinstance(dataset, Dataset) and len(dataset) == 0:
         raise ValueError(f"{name} is empty")

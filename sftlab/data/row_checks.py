@@ -1,6 +1,7 @@
 """Is something wrong with rows as the model gets them? Token ids and labels are looked at."""
 
 from collections.abc import Collection, Iterable, Sequence
+from itertools import pairwise
 from typing import NamedTuple
 
 from datasets import Dataset
@@ -56,6 +57,19 @@ def check_rows(
         prompts.add(prompt)
     counted = {name: (len(hits), hits[0] if hits else None) for name, hits in found.items()}
     return RowChecks(number + 1, **counted)
+
+
+def end_of_loss(labels: Sequence[int], ends: Collection[int]) -> list[int]:
+    """Returns the last answer's end token with what a template writes behind it; [] without one."""
+    found: list[int] = []
+    for before, label in pairwise([MASKED, *labels]):
+        if label in ends:
+            found = [label]
+        elif label != MASKED and before == MASKED:  # another answer begins
+            found = []
+        elif label != MASKED and found:
+            found.append(label)
+    return found
 
 
 def check_lines(checks: RowChecks, limit: int | None) -> list[str]:

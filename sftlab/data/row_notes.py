@@ -14,8 +14,10 @@ TOOLS, ONLY_CALLS = "tools", "answers that are tool calls alone"
 THOUGHTS_END = "</think>"
 FIELD = "field "
 _WITH = "with "
+# a column whose heading is blank, as pandas writes its index
+NAMELESS = "without a name"
 # fields of messages that are text to learn from
-_LEARNED = ("tools", "tool_calls", "reasoning_content", "reasoning", "thinking")
+_LEARNED = ("tools", "tool_calls", "reasoning_content", "reasoning", "thinking", "channel")
 # columns and messages whose absence changes what is learned
 _MATTER = {
     EARLY.split(" ", 1)[1],
@@ -23,7 +25,8 @@ _MATTER = {
     *(f"of a message that has {read} too" for _, read in SHADOWED),
     *("tools", "functions", "system", "system_prompt", "instruction", "input", "context"),
     *("history", "loss_mask", "images", "image", "audio", "documents", "chat_template_kwargs"),
-    *("label", "rejected"),
+    *("label", "rejected", "non_preferred_output", "reasoning", "reasoning_content", "thinking"),
+    *("role", "from", "parent_id", "weight"),
 }
 
 
@@ -31,7 +34,7 @@ def unused_parts(row: Mapping[str, Any], data_format: str) -> list[str]:
     """Returns the columns of a row that are not trained on. Empty ones do not count."""
     needed, optional, _ = DATA_FORMATS[data_format]
     unused = [c for c in row if c not in (*needed, *optional) and not _empty(row[c])]
-    return [f"column {name}" for name in unused]
+    return [f"column {name or NAMELESS}" for name in unused]
 
 
 def _empty(value: Any) -> bool:
@@ -60,7 +63,7 @@ def unused_columns(rows: Dataset, data_format: str) -> dict[str, int]:
     table = rows.data
     unused = [c for c in rows.column_names if c not in (*needed, *optional)]
     filled = {c: len(rows) - table.column(c).null_count for c in unused}
-    return {f"column {name}": max(0, count) for name, count in filled.items() if count > 0}
+    return {f"column {n or NAMELESS}": max(0, count) for n, count in filled.items() if count > 0}
 
 
 def count_notes(noted: Iterable[tuple[str, int]]) -> dict[str, dict[str, int]]:

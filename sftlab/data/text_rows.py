@@ -218,7 +218,10 @@ def parse_row(text: str, numbers_as_text: bool = False) -> dict[str, Any]:
     except RecursionError as error:
         raise ValueError("its JSON is nested too deeply") from error
     if not isinstance(row, dict):
-        raise ValueError(f"expected an object of columns, got {text!r:.60}")
+        raise ValueError(
+            f'expected an object of columns such as {{"prompt": "...", "completion": "..."}}, got '
+            f"{text!r:.60}"
+        )
     return row
 
 
@@ -252,3 +255,17 @@ def _refuse_rows_under_key(only: dict[str, Any]) -> None:
                 f"the rows are a list under the key {key!r}: write the list alone, for example "
                 f"with `jq .{key} FILE > rows.json`"
             )
+    if len(only) > 1 and _are_columns(list(only.values())):
+        raise ValueError(
+            "it is one object that holds whole columns: write an object a row, for example with "
+            'pandas\' to_json(..., orient="records", lines=True)'
+        )
+
+
+def _are_columns(values: list[Any]) -> bool:
+    """Whether values are pandas' columns: lists of texts of one length, or objects of them."""
+    if all(isinstance(one, dict) for one in values):
+        return bool(values[0]) and all(list(one) == list(values[0]) for one in values)
+    if not all(isinstance(one, list) and len(one) == len(values[0]) for one in values):
+        return False
+    return bool(values[0]) and all(isinstance(held, str) for one in values for held in one)

@@ -26,7 +26,7 @@ def read_tools(value: Any) -> list[dict[str, Any]]:
 def read_calls(value: Any) -> list[dict[str, Any]]:
     """Returns the calls of an answer: one or a list of them, or their JSON text.
 
-    Raises ValueError for JSON that is not valid, and for a call without a name.
+    Raises ValueError for JSON that is not valid, the arguments' too, and for a call without a name.
     """
     calls = parsed(value, "tool_calls")
     if not calls:
@@ -35,7 +35,8 @@ def read_calls(value: Any) -> list[dict[str, Any]]:
     for call in [calls] if isinstance(calls, dict) else calls:
         one = _as_function(parsed(call, "a tool call"), "a tool call")
         arguments = one["function"].get("arguments")
-        one["function"] = {**one["function"], "arguments": _arguments(arguments)}
+        arguments = _arguments(arguments, one["function"]["name"])
+        one["function"] = {**one["function"], "arguments": arguments}
         read.append(one)
     return read
 
@@ -50,15 +51,18 @@ def _as_function(given: Any, what: str) -> dict[str, Any]:
     return {"type": "function", **given}
 
 
-def _arguments(value: Any) -> Any:
+def _arguments(value: Any, name: str) -> Any:
     if value is None or value == "":
         return {}
     if not isinstance(value, str):
         return value
     try:
         return json.loads(value)
-    except json.JSONDecodeError:
-        return value  # a template may write the text as it is
+    except json.JSONDecodeError as error:
+        raise ValueError(
+            f"the arguments of a call of {name} are no JSON ({value!r:.60}): correct them, or "
+            "leave the row out"
+        ) from error
 
 
 def parsed(value: Any, what: str) -> Any:
