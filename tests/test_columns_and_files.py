@@ -80,7 +80,7 @@ def test_columns_that_could_be_several_things_are_asked_about(columns, typed):
         (["prompt", "chosen", "rejected"], "prompt=prompt completion=chosen"),
         (["chosen", "rejected"], "messages=chosen"),
         (["chosen", "rejected", "score"], "messages=chosen"),
-        (["rejected_response", "prompt", "note"], "prompt=prompt completion=note"),
+        (["prompt", "note", "rejected_response"], "prompt=prompt completion=note"),
         (
             ["input", "preferred_output", "non_preferred_output"],
             "prompt=input completion=preferred_output",
