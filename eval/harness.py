@@ -3,22 +3,29 @@
 python eval/harness.py --run runs/x --tasks mmlu,arc_challenge,gsm8k,truthfulqa_mc2 [--limit 100]
     [--num_fewshot 5] [--batch_size 16] [--no_chat_template]
     [--files gsm8k_test=FILE gsm8k_train=FILE ...]
+    [--server http://127.0.0.1:8000/v1 [--server_likelihoods]]
+python eval/harness.py --config_file accelerate_configs/ddp.yaml --num_processes 4 --run runs/x ...
 
 Both models answer from one load of the weights, under the run's chat template.
 RUN/eval/harness.json keeps the newest entry of each task, template on or off, few-shot count and
 limit. RUN/eval/harness/ has one record per document and filter. The tasks *_local read --files
 instead of the hub. After an interruption the same command asks only what is not answered yet.
+Several processes are dealt whole batches, and results are those of one. A server generates texts;
+log-likelihoods stay on transformers without --server_likelihoods.
 """
 
 import sftlab.startup.filter_warnings  # noqa: I001  (before the libraries that it quiets)
+import sftlab.startup.launcher  # it may replace this process
 import sftlab.startup.preload  # noqa: F401
 
 import argparse
 import hashlib
+import io
 import json
 import logging
 import sys
 import time
+from contextlib import nullcontext, redirect_stderr
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -27,7 +34,6 @@ import datasets
 import lm_eval
 import transformers
 from lm_eval.api.model import CachingLM
-from lm_eval.models.huggingface import HFLM
 
 from sftlab.config.recipe import ModelArguments
 from sftlab.evaluation.base_and_tuned import (
@@ -47,14 +53,26 @@ from sftlab.evaluation.harness_comparison import (
     pair,
 )
 from sftlab.evaluation.entries import read_entries
+from sftlab.evaluation.harness_models import (
+    SERVER,
+    TRANSFORMERS,
+    DealtModel,
+    ServedModel,
+    answered_by,
+    joined_cache,
+)
 from sftlab.evaluation.harness_tasks import SEED, LoadedTasks, load_units
+from sftlab.evaluation.processes import Processes
+from sftlab.evaluation.served_answers import ServedModels, add_server_flags, served_models
 from sftlab.evaluation.significance import FEW_ROWS, add_holm
 from sftlab.exit_messages import mistakes_in_one_line
+from sftlab.export.server_agreement import LoadedRun, hold_side
 from sftlab.files import write_json
 from sftlab.models.identity import base_identity, tokenizer_identity
 from sftlab.runs.environment import environment
 from sftlab.runs.run_directory import SIDES, adapter_hash
 from sftlab.script_options import Options
+from sftlab.startup.launcher import reported_to_launcher
 from sftlab.tables import aligned, interval, p_value
 
 LOCAL_TASKS = str(Path(__file__).parent / "tasks")
@@ -70,20 +88,33 @@ Entry = dict[str, Any]  # one of harness.json
 def main(argv: list[str]) -> None:
     """Load the tasks, then the models; ask, compare, write, print."""
     arguments = parse_arguments(argv)
-    quiet_libraries()
     with evaluation_errors(
         f" at --batch_size {arguments.batch_size}: take a smaller one; answers are kept"
     ):
         check_at_least(arguments, limit=1, batch_size=1, num_fewshot=0)
+        processes = Processes.joined()
+        quiet_libraries(processes)
+        if processes.count > 1 and arguments.server:
+            raise ValueError("a server is asked by one process: launch one, or leave out --server")
+        served = served_models(arguments)
         run = finished_run(arguments.run)
         names = arguments.tasks.replace(" ", "").split(",")
         units = load_units(names, arguments.num_fewshot, arguments.files, LOCAL_TASKS)
+        who = answerers(units, arguments)
         tokenizer = run_tokenizer(arguments.run, run)
         model = load_pair(arguments.run, run, arguments.trust_remote_code)
         refuse_unknown_ids(model, tokenizer)
         facts = describe(arguments.run, run, model.device.type)
-        lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=arguments.batch_size)
-        entries = [evaluate(name, loaded, lm, arguments, facts) for name, loaded in units.items()]
+        lm = model_for(LoadedRun(run, model, tokenizer), served, processes, arguments)
+        entries = []
+        for name, loaded in units.items():
+            about = facts | who[name]
+            path = records_path(name, loaded, arguments)
+            asked = ask_both(name, loaded, lm, arguments, about, path)
+            if processes.is_main:
+                entries.append(evaluate(name, loaded, lm, asked, arguments, path) | about)
+    if not processes.is_main:
+        return
     add_holm({entry["task"]: entry["metrics"][entry["main_metric"]] for entry in entries})
     write_entries(arguments.run / "eval" / "harness.json", entries)
     for entry in entries:
@@ -112,6 +143,12 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--files", nargs="+", default=[], metavar="NAME=FILE", help="the files of the *_local tasks"
     )
+    add_server_flags(parser)
+    parser.add_argument(
+        "--server_likelihoods",
+        action="store_true",
+        help="the server gives log-likelihoods too (default: transformers does)",
+    )
     return parser.parse_args(argv)
 
 
@@ -122,8 +159,44 @@ def check_at_least(arguments: argparse.Namespace, **least: int) -> None:
             raise ValueError(f"--{name} is {value}: expected {smallest} or more")
 
 
-def quiet_libraries() -> None:
+def answerers(
+    units: dict[str, LoadedTasks], arguments: argparse.Namespace
+) -> dict[str, dict[str, str | None]]:
+    """Returns of each unit who answers it, and the server's address.
+
+    Raises ValueError where a server would answer nothing.
+    """
+    url, likelihoods = arguments.server, arguments.server_likelihoods
+    if likelihoods and not url:
+        raise ValueError("--server_likelihoods asks a server: give --server too, or leave it out")
+    found = {name: answered_by(loaded, bool(url), likelihoods) for name, loaded in units.items()}
+    if url and not any(SERVER in who for who in found.values()):
+        raise ValueError(
+            f"--server generates texts, and {', '.join(found)} compares log-likelihoods: leave it "
+            "out, or ask for them with --server_likelihoods"
+        )
+    return {name: {"answered_by": who, "server": url} for name, who in found.items()}
+
+
+def model_for(
+    pair: LoadedRun,
+    served: ServedModels | None,
+    processes: Processes,
+    arguments: argparse.Namespace,
+) -> DealtModel:
+    """Returns lm-eval's model of the run. A server is held to transformers first."""
+    size = arguments.batch_size
+    if served is None:
+        return DealtModel(pair.model, pair.tokenizer, size, processes)
+    for side in SIDES:
+        hold_side(served, pair, side)
+    return ServedModel(pair.model, pair.tokenizer, size, served, arguments.server_likelihoods)
+
+
+def quiet_libraries(processes: Processes) -> None:
     """Silence progress bars and messages that say nothing to the reader."""
+    if not processes.is_main:
+        logging.disable(logging.WARNING)
     datasets.disable_progress_bars()
     transformers.logging.disable_progress_bar()
     logging.getLogger("transformers.tokenization_utils_base").setLevel(logging.ERROR)
@@ -151,18 +224,31 @@ def describe(folder: Path, run: dict[str, Any], device: str) -> Entry:
     }
 
 
+def records_path(name: str, loaded: LoadedTasks, arguments: argparse.Namespace) -> Path:
+    """Returns the file of a unit's records."""
+    prompts = "plain" if arguments.no_chat_template else "template"
+    first = f"-first{arguments.limit}" if arguments.limit else ""
+    file = f"{name}-{prompts}-{few_shot(loaded)}shot{first}.jsonl"
+    return arguments.run / "eval" / "harness" / file
+
+
+def few_shot(loaded: LoadedTasks) -> int:
+    """Returns how many examples the prompts of a unit's tasks have, at most."""
+    return max(task.get_config("num_fewshot") for task in loaded["tasks"].values())
+
+
 def evaluate(
-    name: str, loaded: LoadedTasks, lm: HFLM, arguments: argparse.Namespace, facts: Entry
+    name: str,
+    loaded: LoadedTasks,
+    lm: DealtModel,
+    asked: dict[str, dict[str, Any]],
+    arguments: argparse.Namespace,
+    path: Path,
 ) -> Entry:
-    """Ask both models, compare their answers and write the records.
+    """Compare what both models answered and write the records.
 
     Returns an entry of harness.json.
     """
-    template, limit = not arguments.no_chat_template, arguments.limit
-    shots = max(task.get_config("num_fewshot") for task in loaded["tasks"].values())
-    prompts, first = "template" if template else "plain", f"-first{limit}" if limit else ""
-    path = arguments.run / "eval" / "harness" / f"{name}-{prompts}-{shots}shot{first}.jsonl"
-    asked = ask_both(name, loaded, lm, arguments, facts, path)
     samples = {side: asked[side]["samples"] for side in SIDES}
     records = {
         task: pair(task, *(samples[side][task] for side in SIDES)) for task in loaded["tasks"]
@@ -174,9 +260,9 @@ def evaluate(
     metrics = compare_items(name, pooled, figures, means)
     entry = {
         "task": name,
-        "chat_template": template,
-        "few_shot": shots,
-        "limit": limit,
+        "chat_template": not arguments.no_chat_template,
+        "few_shot": few_shot(loaded),
+        "limit": arguments.limit,
         "task_version": asked["base"]["versions"][name],
         "documents": len({(record["task"], record["doc_id"]) for record in pooled}),
         "main_metric": max(metrics, key=lambda key: any(part in key for part in MAIN)),
@@ -184,6 +270,7 @@ def evaluate(
         "cut_prompts": sum(count_cut_prompts(lm, part) for part in samples["base"].values()),
         "window": lm.max_length,
         "batch_size": arguments.batch_size,
+        "processes": lm.processes.count,
         "records": path.name,
     }
     for key in ("seconds", "answers_reused"):
@@ -193,13 +280,13 @@ def evaluate(
         entry["subtasks"] = {
             task: compare_items(task, records[task], figures, means) for task in records
         }
-    return entry | facts
+    return entry
 
 
 def ask_both(
     name: str,
     loaded: LoadedTasks,
-    lm: HFLM,
+    lm: DealtModel,
     arguments: argparse.Namespace,
     facts: Entry,
     path: Path,
@@ -208,21 +295,25 @@ def ask_both(
     path.parent.mkdir(parents=True, exist_ok=True)
     identity = {key: fact for key, fact in facts.items() if key not in ("git_commit", "hardware")}
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]
-    asked = {}
+    asked, template = {}, not arguments.no_chat_template
     for side in SIDES:
-        print(f"{name}, {side}", file=sys.stderr)
         cache = path.with_name(f".unfinished-{path.name}.{side}.{digest}.db")
-        asked[side] = ask(loaded, lm, side, arguments.limit, not arguments.no_chat_template, cache)
+        with nullcontext() if lm.processes.is_main else redirect_stderr(io.StringIO()):
+            print(f"{name}, {side}", file=sys.stderr)
+            own = joined_cache(cache, lm.processes)
+            asked[side] = ask(loaded, lm, side, arguments.limit, template, own)
     return asked
 
 
 def ask(
-    loaded: LoadedTasks, lm: HFLM, side: str, limit: int | None, template: bool, cache: Path
+    loaded: LoadedTasks, lm: DealtModel, side: str, limit: int | None, template: bool, cache: Path
 ) -> dict[str, Any]:
     """Returns lm-eval's results of one model.
 
     Every answer is kept in `cache`. Its keys name the request but no model.
     """
+    if isinstance(lm, ServedModel):
+        lm.side = side
     caching = CachingLM(lm, str(cache))
     reused = len(caching.dbdict)
     transformers.set_seed(SEED)
@@ -275,6 +366,8 @@ def print_table(folder: Path, entries: list[Entry]) -> None:
     print("  other scores: intervals by bootstrap-t, p by a paired permutation test")
     print(f"  p (Holm): corrected for {len(entries)} task(s), each by its first line")
     for entry in entries:
+        if entry["server"] and TRANSFORMERS in entry["answered_by"]:
+            print(f"  {entry['task']}: log-likelihoods by transformers, not by the server")
         if entry["limit"]:
             print(f"  {entry['task']}: the first documents only (--limit), no random sample")
         if entry["documents"] < FEW_ROWS:
@@ -287,5 +380,5 @@ def print_table(folder: Path, entries: list[Entry]) -> None:
 
 
 if __name__ == "__main__":
-    with mistakes_in_one_line():
+    with reported_to_launcher(), mistakes_in_one_line():
         main(sys.argv[1:])

@@ -4,7 +4,7 @@ import json
 
 import lm_eval
 import pytest
-from conftest import ROOT
+from conftest import ROOT, write_jsonl
 from lm_eval.tasks import TaskManager
 
 TASKS = ROOT / "eval" / "tasks"
@@ -57,6 +57,23 @@ def truthful_rows(count):
         }
         for i in range(count)
     ]
+
+
+def write_files(folder):
+    """Handmade files with the hub's columns, by the names that --files gives them."""
+    rows = {
+        "arc_challenge_test": arc_rows(32),
+        "arc_challenge_train": arc_rows(6, 100),
+        "arc_easy_test": arc_rows(9, 50),
+        "gsm8k_test": gsm8k_rows(12),
+        "gsm8k_train": gsm8k_rows(30, 20),
+        "truthfulqa_validation": truthful_rows(5),
+        "mmlu_test": mmlu_rows(4),
+        "mmlu_dev": mmlu_rows(3),
+    }
+    return {
+        name: str(write_jsonl(folder / f"{name}.jsonl", content)) for name, content in rows.items()
+    }
 
 
 def named(files, *names):

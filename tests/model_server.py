@@ -41,7 +41,8 @@ class ModelServer(LocalServer):
         side = self.tuned_is if asked["model"] == "tuned" else "base"
         chat = path.endswith("/chat/completions")
         ids = prompt_ids(self.tokenizer, asked["messages"]) if chat else asked["prompt"]
-        ends = [*self.ends, *asked.get("stop_token_ids", [])]
+        own = [] if asked.get("ignore_eos") else self.ends
+        ends = [*own, *asked.get("stop_token_ids", [])]
         with torch.no_grad(), answering(self.model, side):
             new = self.generated(ids, ends, asked["max_tokens"])
             ended = bool(new) and new[-1] in ends
@@ -50,7 +51,7 @@ class ModelServer(LocalServer):
             text, ended = text[: min(cuts, default=None)], ended or bool(cuts)
             choice = {"index": 0, "finish_reason": "stop" if ended else "length", "text": text}
             if asked.get("echo"):
-                choice["logprobs"] = {"token_logprobs": self.log_probs(ids)}
+                choice["logprobs"] = self.log_probs(ids)
         choice["message"] = {"role": "assistant", "content": text}
         return {"choices": [choice], "usage": {"completion_tokens": len(new)}}
 
@@ -68,4 +69,6 @@ class ModelServer(LocalServer):
         given = torch.tensor([ids])
         logits = self.model(input_ids=given).logits.log_softmax(-1)[0, :-1]
         each = logits.gather(-1, given[0, 1:, None])[:, 0].tolist()
-        return [None, *each, -1.0]
+        best = logits.max(dim=-1).values.tolist()
+        top = [{"own": one, "likeliest": most} for one, most in zip(each, best, strict=True)]
+        return {"token_logprobs": [None, *each, -1.0], "top_logprobs": [None, *top, {"x": -1.0}]}

@@ -4,7 +4,7 @@ import argparse
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
@@ -22,6 +22,20 @@ WORDS = Words(
 )
 # what settings of answers say of them: rounding may turn near ties of two tokens
 FACTS = {"answered_by": "server"}
+
+
+Found = TypeVar("Found")
+
+
+class LogProbs(NamedTuple):
+    """Log-probabilities of a prompt's tokens, each after those before it.
+
+    `each` has one a token, and None for the first. `top` has the likeliest tokens at each place,
+    by their text; None where the server tells none.
+    """
+
+    each: list[float | None]
+    top: list[dict[str, float] | None] | None
 
 
 class ServedModels(NamedTuple):
@@ -81,28 +95,45 @@ def fill_served(
     an answer does not come; those under way are waited for and kept, and no more are asked.
     """
     missing = [place for place, row in enumerate(rows) if (side, row) not in file.found]
+    before = time.perf_counter()
+    with tqdm(total=len(rows), initial=len(rows) - len(missing), desc=title, unit="row") as bar:
+
+        def keep(place: int, found: Answer) -> None:
+            nonlocal before
+            now = time.perf_counter()
+            file.add(side, [rows[place]], [found], now - before)
+            before = now
+            bar.update()
+
+        asked_together(served, missing, lambda place: answer(prompts[place], place), keep)
+
+
+def asked_together(
+    served: ServedModels,
+    places: Sequence[int],
+    ask: Callable[[int], Found],
+    keep: Callable[[int, Found], None],
+) -> None:
+    """Call `ask` on each place, many at once, and `keep` on what it returns, as it comes.
+
+    Raises the first ValueError of `ask`. What is under way then is waited for and kept, and no more
+    is asked.
+    """
     failed: list[ValueError] = []
 
-    def ask(place: int) -> Answer | None:
+    def patiently(place: int) -> Found | None:
         try:
-            return None if failed else answer(prompts[place], place)
+            return None if failed else ask(place)
         except ValueError as error:
             failed.append(error)
             return None
 
-    with (
-        ThreadPoolExecutor(served.at_once) as threads,
-        tqdm(total=len(rows), initial=len(rows) - len(missing), desc=title, unit="row") as bar,
-    ):
-        coming = {threads.submit(ask, place): rows[place] for place in missing}
-        before = time.perf_counter()
+    with ThreadPoolExecutor(served.at_once) as threads:
+        coming = {threads.submit(patiently, place): place for place in places}
         try:
             for one in as_completed(coming):
                 if (found := one.result()) is not None:
-                    now = time.perf_counter()
-                    file.add(side, [coming[one]], [found], now - before)
-                    before = now
-                    bar.update()
+                    keep(coming[one], found)
         finally:  # Ctrl-C waits for no more than what is under way
             for one in coming:
                 one.cancel()
@@ -129,9 +160,23 @@ class Asking:
 
     def __call__(self, prompt: list[int], seed: int) -> Answer:
         """Returns the answer to a prompt. `seed` is added to the seed of the sampling."""
+        body = self.completion(prompt, seed)
+        choice, used = body["choices"][0], used_tokens(body)
+        text, finish = choice["text"], choice["finish_reason"]
+        ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        # its end token is counted by the server alone
+        by_token = finish == "stop" and not isinstance(choice.get("stop_reason"), str)
+        tokens = len(ids) if used is None else max(0, used - by_token)
+        return Answer(text.strip(), tokens, finish, repeats_itself(ids))
+
+    def completion(self, prompt: list[int], seed: int) -> dict[str, Any]:
+        """Returns what the server says to a prompt, whose first choice ended by itself or was cut.
+
+        Raises ValueError for another end.
+        """
         sampling, url = self.sampling, self.client.url
         # a server's own defaults must not apply
-        plain = {"top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0}
+        plain = {"top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0, "ignore_eos": True}
         body = self.client.completion(
             model=self.name,
             prompt=prompt,
@@ -144,15 +189,30 @@ class Asking:
             frequency_penalty=0.0,
             extra_body=plain | {"stop_token_ids": self.turn.end_tokens},
         )
-        choice = body["choices"][0]
-        finish = choice.get("finish_reason")
+        finish = body["choices"][0].get("finish_reason")
         if finish not in ("stop", "length"):
             raise ValueError(
                 f"the server at {url} broke an answer off (finish_reason {finish!r}); {WORDS.kept}"
             )
-        text, used = choice["text"], used_tokens(body)
-        ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
-        # its end token is counted by the server alone
-        by_token = finish == "stop" and not isinstance(choice.get("stop_reason"), str)
-        tokens = len(ids) if used is None else max(0, used - by_token)
-        return Answer(text.strip(), tokens, finish, repeats_itself(ids))
+        return body
+
+
+def prompt_logprobs(client: ServerClient, name: str, ids: list[int], most: int = 1) -> LogProbs:
+    """Returns the log-probabilities of a prompt's tokens under a server's model.
+
+    `most` is how many of the likeliest tokens it is asked for beside each. Raises ValueError where
+    the server tells none.
+    """
+    body = client.completion(
+        model=name, prompt=ids, max_tokens=1, echo=True, logprobs=most, temperature=0
+    )
+    found = body["choices"][0].get("logprobs")
+    found = found if isinstance(found, dict) else {}
+    each, top = (found.get(key) for key in ("token_logprobs", "top_logprobs"))
+    told = isinstance(each, list) and len(each) >= len(ids)
+    if not told or not all(isinstance(one, float | int) for one in each[1 : len(ids)]):
+        raise ValueError(
+            f"the server at {client.url} gives no log-probabilities of a prompt (echo with "
+            "logprobs): serve it with vLLM"
+        )
+    return LogProbs(each[: len(ids)], top[: len(ids)] if isinstance(top, list) else None)

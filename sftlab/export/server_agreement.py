@@ -17,7 +17,12 @@ from sftlab.evaluation.answer_file import AnswerFile
 from sftlab.evaluation.base_and_tuned import answering
 from sftlab.evaluation.generation import Sampling, turn_of
 from sftlab.evaluation.held_out import HeldOut, ScoredRows, held_out
-from sftlab.evaluation.served_answers import Asking, ServedModels, fill_served
+from sftlab.evaluation.served_answers import (
+    Asking,
+    ServedModels,
+    fill_served,
+    prompt_logprobs,
+)
 from sftlab.evaluation.server_client import ServerClient
 from sftlab.export.agreement import (
     MAX_NEW_TOKENS,
@@ -76,6 +81,18 @@ class LoadedRun(NamedTuple):
         return turn_of(self.model, self.tokenizer)
 
 
+def hold_side(served: ServedModels, loaded: LoadedRun, side: str) -> None:
+    """Hold the server's base or tuned to transformers, on a few held-out rows of the run.
+
+    Raises ValueError where it differs.
+    """
+    run, model, tokenizer = loaded
+    recipe = run["recipe"]
+    limits = (HELD_ROWS, recipe["max_length"], recipe["dtype"])
+    with answering(model, side):
+        hold_to_run(served.client, served.names[side], model, tokenizer, held_out(run), *limits)
+
+
 def answers_of_held_server(
     served: ServedModels,
     loaded: LoadedRun,
@@ -93,12 +110,8 @@ def answers_of_held_server(
     """
     if all((side, row) in file.found for row in rows):
         return
-    run, model, tokenizer = loaded
-    recipe, name = run["recipe"], served.names[side]
-    limits = (HELD_ROWS, recipe["max_length"], recipe["dtype"])
-    with answering(model, side):
-        hold_to_run(served.client, name, model, tokenizer, held_out(run), *limits)
-    ask = Asking(served.client, name, tokenizer, sampling, loaded.turn)
+    hold_side(served, loaded, side)
+    ask = Asking(served.client, served.names[side], loaded.tokenizer, sampling, loaded.turn)
     fill_served(file, side, rows, prompts, served, ask, title)
 
 
@@ -132,19 +145,8 @@ def _prompt_ids(client: ServerClient, name: str, row: dict[str, Any]) -> list[in
 
 def _nats(client: ServerClient, name: str, row: dict[str, list[int]]) -> list[float]:
     """Returns the summed nats of a row's response, and its number of tokens."""
-    ids = row["input_ids"]
-    body = client.completion(
-        model=name, prompt=ids, max_tokens=1, echo=True, logprobs=1, temperature=0
-    )
-    found = body["choices"][0].get("logprobs") or {}
-    each = found.get("token_logprobs") if isinstance(found, dict) else None
+    each = prompt_logprobs(client, name, row["input_ids"]).each
     places = [i for i, label in enumerate(row["labels"]) if i and label != -100]
-    told = isinstance(each, list) and len(each) >= len(ids)
-    if not told or not all(isinstance(each[place], float | int) for place in places):
-        raise ValueError(
-            f"the server at {client.url} gives no log-probabilities of a prompt (echo with "
-            "logprobs): serve it with vLLM"
-        )
     return [-sum(each[place] for place in places), len(places)]
 
 

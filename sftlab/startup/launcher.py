@@ -1,6 +1,6 @@
 """`python recipes/sft.py --config_file LAUNCH.yaml ...` launches itself, when this is imported.
 
-eval/quality.py does so too.
+The evaluations in eval/ do so too.
 
 accelerate reads the launch config and starts the processes, as `accelerate launch` does. That
 command adds a traceback of its own wherever a training exits with another status than 0. Here the
@@ -31,7 +31,7 @@ FLAGS = (
     *("main_process_ip", "main_process_port", "rdzv_backend"),
 )
 # the scripts that launch themselves
-LAUNCHED = ("sft.py", "quality.py")
+LAUNCHED = ("sft.py", "quality.py", "alpaca.py", "mt_bench.py", "harness.py")
 _NOISY = ("torch.distributed.run", "torch.distributed.elastic")
 
 
