@@ -4,17 +4,20 @@ python eval/alpaca.py --run runs/x --judge prometheus-eval/prometheus-7b-v2.0 [-
     [--reference base|FILE|NAME] [--judge_in_4bit | --judge_url http://localhost:8000/v1]
     [--agreement annotations.json]
 python eval/alpaca.py --run runs/x --annotators weighted_alpaca_eval_gpt4_turbo
+python eval/alpaca.py --config_file accelerate_configs/ddp.yaml --num_processes 4 --run runs/x ...
 python eval/alpaca.py --outputs model_outputs.json --annotations annotations.json
 
 Each pair is judged in both orders. Sanity checks come first: pairs whose right verdict is known.
 RUN/eval/alpaca.json keeps the newest entry of each judge and reference. Beside it,
 alpaca-judgements-*.jsonl and alpaca-sanity_checks-*.jsonl hold every prompt, answer, judgement and
 verdict. Answers and judgements are kept as they come: after a kill the same command goes on, and a
-finished evaluation is scored again without a GPU. With --outputs the leaderboard's figures of
-finished outputs are printed, and no run is needed.
+finished evaluation is scored again without a GPU. Several processes are dealt whole batches of
+answers and of judgements, and the results are those of one. With --outputs the leaderboard's
+figures of finished outputs are printed, and no run is needed.
 """
 
 import sftlab.startup.filter_warnings  # noqa: I001  (before the libraries that it quiets)
+import sftlab.startup.launcher  # it may replace this process
 import sftlab.startup.preload  # noqa: F401
 
 import argparse
@@ -27,6 +30,7 @@ from typing import Any
 from sftlab.evaluation.answer_file import answer_facts, digest
 from sftlab.evaluation.base_and_tuned import evaluation_errors, finished_run
 from sftlab.evaluation.generation import Answer, Sampling
+from sftlab.evaluation.processes import Processes
 from sftlab.evaluation.significance import FEW_ROWS, method
 from sftlab.exit_messages import mistakes_in_one_line
 from sftlab.judging.alpaca_annotators import Annotators
@@ -50,6 +54,7 @@ from sftlab.judging.sanity_checks import UNPARSED_REFUSED, UNPARSED_SAID, Sanity
 from sftlab.judging.unparsed import cut_warning, unparsed_lines
 from sftlab.runs.run_directory import SIDES
 from sftlab.script_options import Options
+from sftlab.startup.launcher import reported_to_launcher
 from sftlab.tables import aligned, figure, percent
 
 Judged = Callable[..., list[dict[str, Any]]]
@@ -66,7 +71,7 @@ def main(argv: list[str]) -> None:
     with evaluation_errors(
         ": take a smaller --batch_size or --judge_batch_size; what is done is kept"
     ):
-        evaluate(arguments)
+        evaluate(arguments, Processes.joined())
 
 
 def score_outputs(arguments: argparse.Namespace) -> None:
@@ -117,7 +122,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def evaluate(arguments: argparse.Namespace) -> None:
+def evaluate(arguments: argparse.Namespace, processes: Processes) -> None:
     """Run the whole evaluation. Raises ValueError where it cannot be done."""
     if arguments.run is None:
         raise ValueError("expected --run with a finished run, or --outputs and --annotations")
@@ -129,8 +134,10 @@ def evaluate(arguments: argparse.Namespace) -> None:
     run = finished_run(arguments.run)
     task = read_task(arguments.reference, arguments.instructions, arguments.limit)
     preferences = read_preferences(arguments.agreement) if arguments.agreement else None
-    judged, judge = choose_judge(arguments)
-    contestants = contestants_of(arguments, run)
+    # alpaca-eval's annotators keep their own annotations: one process asks them
+    judges = processes.is_main or not arguments.annotators
+    chosen = choose_judge(arguments, processes) if judges else None
+    contestants = contestants_of(arguments, run, processes)
     asked = [[{"role": "user", "content": text}] for text in task.questions.instructions]
     answers = {
         side: contestants.answers(side, asked, sampling, f"{side} answers") for side in SIDES
@@ -142,9 +149,14 @@ def evaluate(arguments: argparse.Namespace) -> None:
     noise = Sampling(arguments.max_new_tokens, NOISE_TEMPERATURE)
     drawn = contestants.draws([asked[row] for row in few], noise, "base answers, sampled")
     contestants.free()
+    if chosen is None:
+        return
 
+    judged, judge = chosen
     checks = check_judge(judged, task, few, drawn, preferences, arguments.sanity_checks)
     records = compare_with_reference(judged, task, answers)
+    if not processes.is_main:
+        return
     checks.behaviour([record for side in records.values() for record in side])
     report = facts_of(arguments, task, judge, checks, records)
     report |= {"answers": about, "instructions_cut": prompts_cut}
@@ -186,7 +198,9 @@ def facts_of(
     }
 
 
-def choose_judge(arguments: argparse.Namespace) -> tuple[Judged, dict[str, Any]]:
+def choose_judge(
+    arguments: argparse.Namespace, processes: Processes
+) -> tuple[Judged, dict[str, Any]]:
     """Returns the function that judges pairs, and the facts that name the judge."""
     folder = arguments.run / "eval"
     if bool(arguments.judge) == bool(arguments.annotators):
@@ -196,7 +210,7 @@ def choose_judge(arguments: argparse.Namespace) -> tuple[Judged, dict[str, Any]]
         return annotators.judged, annotators.facts
     judge, style = judge_from(arguments)
     facts = judge.facts | {"format": style.name}
-    file, size = verdict_file(folder, facts), arguments.judge_batch_size
+    file, size = verdict_file(folder, facts, processes), arguments.judge_batch_size
     return partial(judge_pairs, judge, style, file=file, size=size), facts
 
 
@@ -309,5 +323,5 @@ def print_report(report: dict[str, Any], records: dict[str, list[dict[str, Any]]
 
 
 if __name__ == "__main__":
-    with mistakes_in_one_line():
+    with reported_to_launcher(), mistakes_in_one_line():
         main(sys.argv[1:])

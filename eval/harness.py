@@ -63,7 +63,12 @@ from sftlab.evaluation.harness_models import (
 )
 from sftlab.evaluation.harness_tasks import SEED, LoadedTasks, load_units
 from sftlab.evaluation.processes import Processes
-from sftlab.evaluation.served_answers import ServedModels, add_server_flags, served_models
+from sftlab.evaluation.served_answers import (
+    ServedModels,
+    add_server_flags,
+    refuse_many_askers,
+    served_models,
+)
 from sftlab.evaluation.significance import FEW_ROWS, add_holm
 from sftlab.exit_messages import mistakes_in_one_line
 from sftlab.export.server_agreement import LoadedRun, hold_side
@@ -94,8 +99,7 @@ def main(argv: list[str]) -> None:
         check_at_least(arguments, limit=1, batch_size=1, num_fewshot=0)
         processes = Processes.joined()
         quiet_libraries(processes)
-        if processes.count > 1 and arguments.server:
-            raise ValueError("a server is asked by one process: launch one, or leave out --server")
+        refuse_many_askers(arguments, processes)
         served = served_models(arguments)
         run = finished_run(arguments.run)
         names = arguments.tasks.replace(" ", "").split(",")

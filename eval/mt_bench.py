@@ -3,15 +3,18 @@
 python eval/mt_bench.py --run runs/x --judge prometheus-eval/prometheus-7b-v2.0 [--limit 40]
     --questions question.jsonl --references reference_answer/gpt-4.jsonl
     [--judge_in_4bit | --judge_url http://localhost:8000/v1]
+python eval/mt_bench.py --config_file accelerate_configs/ddp.yaml --num_processes 4 --run runs/x ...
 
 Answers are sampled at the published temperature of each category; the judge is greedy. It rates
 from 1 to 10, Prometheus from 1 to 5. RUN/eval/mt_bench.json keeps the newest entry of each judge.
 Beside it are a radar plot, a bar plot, and mt_bench-judgements-*.jsonl with every prompt, answer,
 judgement and rating. Answers and judgements are kept as they come: after a kill the same command
-goes on, and a finished evaluation is scored again without a GPU.
+goes on, and a finished evaluation is scored again without a GPU. Batches of answers and of
+judgements are dealt over several processes, and the results are those of one.
 """
 
 import sftlab.startup.filter_warnings  # noqa: I001  (before the libraries that it quiets)
+import sftlab.startup.launcher  # it may replace this process
 import sftlab.startup.preload  # noqa: F401
 
 import argparse
@@ -27,6 +30,7 @@ from matplotlib.figure import Figure
 from sftlab.evaluation.answer_file import answer_facts, digest
 from sftlab.evaluation.base_and_tuned import evaluation_errors, finished_run
 from sftlab.evaluation.generation import Answer, Sampling
+from sftlab.evaluation.processes import Processes
 from sftlab.evaluation.significance import FEW_ROWS, method
 from sftlab.exit_messages import mistakes_in_one_line
 from sftlab.judging.judge_options import add_evaluation_flags, contestants_of, judge_from
@@ -60,6 +64,7 @@ from sftlab.judging.two_turns import both_turns, draw_twice
 from sftlab.judging.unparsed import cut_warning, unparsed_lines
 from sftlab.runs.run_directory import SIDES
 from sftlab.script_options import Options
+from sftlab.startup.launcher import reported_to_launcher
 from sftlab.tables import aligned, interval, p_value, percent
 
 COLOURS = {"base": "0.6", "tuned": "tab:blue"}
@@ -75,7 +80,7 @@ def main(argv: list[str]) -> None:
     with evaluation_errors(
         ": take a smaller --batch_size or --judge_batch_size; what is done is kept"
     ):
-        evaluate(arguments)
+        evaluate(arguments, Processes.joined())
 
 
 def parse_arguments(argv: list[str]) -> argparse.Namespace:
@@ -103,7 +108,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def evaluate(arguments: argparse.Namespace) -> None:
+def evaluate(arguments: argparse.Namespace, processes: Processes) -> None:
     """Run the whole evaluation. Raises ValueError where it cannot be done."""
     small = arguments.limit < 0 or arguments.batch_size < 1 or arguments.sanity_checks < 1
     if small or not arguments.judge:
@@ -116,7 +121,7 @@ def evaluate(arguments: argparse.Namespace) -> None:
     every = read_questions(arguments.questions, arguments.references)
     questions = spread(every, arguments.limit or len(every))
     judge, style = judge_from(arguments)
-    contestants = contestants_of(arguments, run)
+    contestants = contestants_of(arguments, run, processes)
     turns = {side: both_turns(contestants, side, questions, sampling) for side in SIDES}
     about = {
         side: answer_facts([answer for one in turns[side] for answer in one]) for side in SIDES
@@ -127,11 +132,13 @@ def evaluate(arguments: argparse.Namespace) -> None:
     contestants.free()
 
     facts = judge.facts | {"format": style.name}
-    file, size = verdict_file(arguments.run / "eval", facts), arguments.judge_batch_size
+    file, size = verdict_file(arguments.run / "eval", facts, processes), arguments.judge_batch_size
     rated = partial(rate_answers, judge, style, file=file, size=size)
     referenced = [one for one in every if one.references][: arguments.sanity_checks]
     checks, tried = check_judge(rated, referenced, again, style.scale)
     records = {side: rate_both(rated, questions, turns[side], f"judging {side}") for side in SIDES}
+    if not processes.is_main:
+        return
     every_record = [*tried, *records["base"], *records["tuned"]]
     checks += [unparsed(every_record), contradictions(every_record)]
     report = facts_of(arguments, questions, facts, style.scale, checks, records)
@@ -312,5 +319,5 @@ def print_report(report: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    with mistakes_in_one_line():
+    with reported_to_launcher(), mistakes_in_one_line():
         main(sys.argv[1:])

@@ -7,7 +7,7 @@ python eval/quality.py --config_file accelerate_configs/ddp.yaml --num_processes
 Both models answer the same rows under the run's own template and mask, from one load of the
 weights. RUN/eval/quality.json has the scores, and RUN/eval/quality.jsonl one record per row.
 Answers are kept in RUN/eval/answers-*.jsonl as they are generated. After a kill the same command
-goes on from there. Several processes are dealt whole batches, and greedy results are those of one.
+goes on from there. Several processes are dealt whole batches, and the results are those of one.
 """
 
 import sftlab.startup.filter_warnings  # noqa: I001  (before the libraries that it quiets)
@@ -53,6 +53,7 @@ from sftlab.evaluation.served_answers import (
     FACTS,
     ServedModels,
     add_server_flags,
+    refuse_many_askers,
     served_models,
 )
 from sftlab.export.server_agreement import LoadedRun, answers_of_held_server
@@ -87,11 +88,7 @@ def main(argv: list[str]) -> None:
         f" at --batch_size {arguments.batch_size}: take a smaller one; answers are kept"
     ):
         processes = Processes.joined()
-        if processes.count > 1 and (arguments.server or arguments.temperature > 0):
-            raise ValueError(
-                "several processes give greedy answers alone: leave out --temperature and "
-                "--server, or launch one process"
-            )
+        refuse_many_askers(arguments, processes)
         evaluate(arguments, processes)
 
 
@@ -224,20 +221,12 @@ def generate(
     generator = generator_for(pair.model, pair.tokenizer, sampling, rows, arguments)
     generation = generation_facts(sampling, generator.turn)
     generation["compiled"] = generator.static_rows is not None
-    kept = arguments.run / "eval", answer_settings(arguments, pair.run, dataset, generation)
-    if processes.is_main:  # it makes the file, or mends it
-        answers = AnswerFile(*kept)
-    processes.wait()
-    if not processes.is_main:
-        answers = AnswerFile(*kept)
-    processes.wait()  # every process has seen the same answers
+    settings = answer_settings(arguments, pair.run, dataset, generation)
+    answers = AnswerFile(arguments.run / "eval", settings, processes=processes)
     asked = rows.numbers, rows.prompts, arguments.batch_size, generator.answers
     for side in SIDES:
         with answering(pair.model, side):
-            fill(answers, side, *asked, f"{side} answers", processes)
-    processes.wait()
-    if processes.count > 1:  # the others' answers
-        answers = AnswerFile(*kept)
+            fill(answers, side, *asked, f"{side} answers")
     return answers, generation | {"processes": processes.count}
 
 

@@ -20,12 +20,37 @@ class AnswerFile:
 
     A killed evaluation goes on from it, and scoring can be repeated. `settings` hold whatever the
     answers depend on: the file's name has their hash, and its first line has them. A row is named
-    by its number or by the hash of its prompt.
+    by its number or by the hash of its prompt. All `processes` open it together, and each has seen
+    the same answers then.
     """
 
-    def __init__(self, folder: Path, settings: dict[str, Any], kind: str = "answers") -> None:
-        text = json.dumps(settings, sort_keys=True)
-        self.path = folder / f"{kind}-{hashlib.sha256(text.encode()).hexdigest()[:12]}.jsonl"
+    def __init__(
+        self,
+        folder: Path,
+        settings: dict[str, Any],
+        kind: str = "answers",
+        processes: Processes = ALONE,
+    ) -> None:
+        self._text = json.dumps(settings, sort_keys=True)
+        digits = hashlib.sha256(self._text.encode()).hexdigest()[:12]
+        self.path, self.processes = folder / f"{kind}-{digits}.jsonl", processes
+        if processes.is_main:  # it makes the file, or mends it
+            self._read()
+        processes.wait()
+        if not processes.is_main:
+            self._read()
+        processes.wait()
+
+    def read_others(self) -> None:
+        """Wait for the other processes, and take the answers that they have added."""
+        self.processes.wait()
+        if self.processes.count > 1:
+            self._read()
+            self.processes.wait()
+
+    def _read(self) -> None:
+        """Read the file's answers; make it, or mend it, where it is not whole."""
+        text, folder = self._text, self.path.parent
         self.found: dict[tuple[str, int | str], Answer] = {}
         self.seconds: dict[str, float] = {}
         lines = read_content(self.path).splitlines(keepends=True) if self.path.exists() else []
@@ -95,15 +120,14 @@ def fill(
     size: int,
     answer: Callable[[Sequence[Any], int], Sequence[Answer]],
     title: str,
-    processes: Processes = ALONE,
 ) -> None:
     """Generate and keep the answers that `file` does not hold yet.
 
     `answer` takes a batch of prompts and a seed, which is the batch's first row. Batches are dealt
-    over `processes`; `file` has those of this one. Raises ValueError where the model's logits are
-    NaN.
+    over the file's processes, and `file` has those of all of them in the end. Raises ValueError
+    where the model's logits are NaN.
     """
-    found = sum((side, row) in file.found for row in rows)
+    processes, found = file.processes, sum((side, row) in file.found for row in rows)
     quiet = not processes.is_main
     with tqdm(total=len(rows), initial=found, desc=title, unit="row", disable=quiet) as bar:
         for number, start in enumerate(range(0, len(rows), size)):
@@ -126,6 +150,7 @@ def fill(
                     raise
                 file.add(side, names, new, time.perf_counter() - started)
                 bar.update(len(missing))
+    file.read_others()
 
 
 def answer_facts(answers: Sequence[Answer]) -> dict[str, Any]:

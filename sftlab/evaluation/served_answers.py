@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from sftlab.data.chat_template import TurnEnd
 from sftlab.evaluation.answer_file import AnswerFile
 from sftlab.evaluation.generation import Answer, Sampling, repeats_itself
+from sftlab.evaluation.processes import Processes
 from sftlab.evaluation.server_client import ServerClient, Words, used_tokens
 from sftlab.runs.run_directory import SIDES
 
@@ -62,6 +63,12 @@ def add_server_flags(parser: argparse.ArgumentParser) -> None:
         "--server_requests", type=int, default=64, help="requests under way at once"
     )
     parser.add_argument("--server_timeout", type=float, default=300, help="seconds for an answer")
+
+
+def refuse_many_askers(arguments: argparse.Namespace, processes: Processes) -> None:
+    """Raise ValueError where several processes would ask a server: one asks it all at once."""
+    if processes.count > 1 and arguments.server:
+        raise ValueError("a server is asked by one process: launch one, or leave out --server")
 
 
 def served_models(arguments: argparse.Namespace) -> ServedModels | None:

@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from sftlab.evaluation.base_and_tuned import add_trust_flag
-from sftlab.evaluation.served_answers import add_server_flags, served_models
+from sftlab.evaluation.processes import Processes
+from sftlab.evaluation.served_answers import add_server_flags, refuse_many_askers, served_models
 from sftlab.judging.judge_formats import JudgeFormat, load_format
 from sftlab.judging.judges import Judge, LocalJudge
 from sftlab.judging.model_answers import Contestants
@@ -44,11 +45,14 @@ def add_evaluation_flags(
     )
 
 
-def contestants_of(arguments: argparse.Namespace, run: dict[str, Any]) -> Contestants:
+def contestants_of(
+    arguments: argparse.Namespace, run: dict[str, Any], processes: Processes
+) -> Contestants:
     """Returns the two models of a run, which answer here or on the server of the options."""
+    refuse_many_askers(arguments, processes)
     served = served_models(arguments)
     size, trusted = arguments.batch_size, arguments.trust_remote_code
-    return Contestants(arguments.run, run, size, trusted, served)
+    return Contestants(arguments.run, run, size, trusted, served, processes)
 
 
 def add_judge_flags(parser: argparse.ArgumentParser) -> None:

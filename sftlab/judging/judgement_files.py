@@ -9,19 +9,20 @@ from typing import Any
 
 from sftlab.evaluation.answer_file import AnswerFile, digest
 from sftlab.evaluation.entries import read_entries
+from sftlab.evaluation.processes import Processes
 from sftlab.files import write_json
 from sftlab.runs.environment import environment
 from sftlab.runs.run_directory import adapter_hash
 from sftlab.tables import aligned
 
 
-def verdict_file(folder: Path, judge: Mapping[str, Any]) -> AnswerFile:
+def verdict_file(folder: Path, judge: Mapping[str, Any], processes: Processes) -> AnswerFile:
     """Open the judge's kept judgements in `folder`. The server's address does not matter for them.
 
-    `judge` holds the facts that name the judge.
+    `judge` holds the facts that name the judge. Its batches are dealt over `processes`.
     """
     settings = {name: fact for name, fact in judge.items() if name != "server"}
-    return AnswerFile(folder, settings, kind="verdicts")
+    return AnswerFile(folder, settings, "verdicts", processes)
 
 
 def entry_facts(

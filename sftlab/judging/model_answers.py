@@ -28,6 +28,7 @@ from sftlab.evaluation.generation import (
     Sampling,
     longest_prompt,
 )
+from sftlab.evaluation.processes import ALONE, Processes
 from sftlab.evaluation.served_answers import FACTS, ServedModels
 from sftlab.export.server_agreement import LoadedRun, answers_of_held_server
 from sftlab.models.loading import read_config
@@ -43,10 +44,14 @@ class Contestants:
         batch_size: int,
         trusted: bool = False,
         served: ServedModels | None = None,
+        processes: Processes = ALONE,
     ) -> None:
-        """`trusted` lets code that the base model brings run. `served` answers in their place."""
+        """`trusted` lets code that the base model brings run. `served` answers in their place.
+
+        Batches are dealt over `processes`.
+        """
         self.folder, self.run, self.batch_size, self.trusted = folder, run, batch_size, trusted
-        self.served = served
+        self.served, self.processes = served, processes
         refuse_untrusted(folder, run, trusted)
         self.tokenizer = run_tokenizer(folder, run)
         name, revision = (run["recipe"][x] for x in ("model_name_or_path", "model_revision"))
@@ -100,7 +105,7 @@ class Contestants:
                 asked = rows, [by_key[row] for row in rows], sampling
                 answers_of_held_server(self.served, loaded, side, file, *asked, title)
             return [file.found[side, key] for key in keys]
-        file = AnswerFile(self.folder / "eval", settings)
+        file = AnswerFile(self.folder / "eval", settings, processes=self.processes)
         missing = sum((side, row) not in file.found for row in rows)
         if missing:
             compiled = (
