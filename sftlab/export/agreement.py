@@ -124,12 +124,15 @@ def compare(run: Behaviour, export: Behaviour, dtype: str) -> Agreement:
             )
             break
     if found is None and export.ends is not None and run.ends != export.ends:
-        found = f"answers end at the tokens {export.ends}, and in the run at {run.ends}"
-    worst = int(np.abs(difference).argmax())
+        felt = f"first felt at prompt {other[0]}" if other else "felt at none of the prompts yet"
+        found = f"answers end at the tokens {export.ends}, and in the run at {run.ends}, {felt}"
     if found is None and not abs(mean) <= TOLERANCE[dtype]:
+        most = int(np.abs(difference).argmax())
+        first = int((~(np.abs(difference) <= TOLERANCE[dtype])).argmax())
         found = (
             f"responses differ by {mean:.3g} nats a token ({TOLERANCE[dtype]:g} is allowed in "
-            f"{dtype}), most at prompt {worst}: the weights are not the run's"
+            f"{dtype}), first at prompt {first}, most at prompt {most}: the weights are not the "
+            "run's"
         )
     if found is None and len(other) > OTHER_ENDS[dtype] * rows:
         ends = "ends" if run.ended[other[0]] else "does not end"
