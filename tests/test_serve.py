@@ -58,6 +58,8 @@ def test_base_and_adapter_are_served_side_by_side(serve, run, base, capsys):
     given = dict(pairwise(words))
     assert given["--lora-modules"] == f"tuned={run / 'adapter'}"
     assert (given["--max-lora-rank"], given["--dtype"]) == ("8", "float32")
+    layers = words.index("--lora-target-modules") + 1
+    assert words[layers : layers + 3] == ["q_proj", "v_proj", "--chat-template"]
     assert (given["--host"], given["--port"]) == ("127.0.0.1", "8123")
     assert words[-2:] == ["--max-model-len", "256"]
     assert seen["files"]["chat_template.jinja"] == template

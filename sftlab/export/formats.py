@@ -12,12 +12,11 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from sftlab.data.chat_template import pad_id
 from sftlab.evaluation.generation import turn_of
+from sftlab.export.vllm_ranks import VLLM_RANKS, served_rank
 from sftlab.files import write_json
 from sftlab.models.inner_model import inner_model
 from sftlab.schema import read_object
 
-# the ranks that vLLM takes as --max-lora-rank; an adapter's may be lower
-VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 # beginnings (init_lora_weights) after which the base model's weights are as they were
 _PLAIN_STARTS = ("gaussian", "eva", "orthogonal", "mica", "lora_ga")
 _WEIGHTS, _CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -114,13 +113,22 @@ def refuse_for_vllm(adapter: Path) -> int:
         found.append(f"its start changed the base model's weights (init_lora_weights {start})")
     ranks = [config.get("r", LoraConfig.r), *(config.get("rank_pattern") or {}).values()]
     if max(ranks) > VLLM_RANKS[-1]:
+    served = served_rank(max(ranks))
+    if served is None:
         found.append(f"its rank is {max(ranks)}, and vLLM takes up to {VLLM_RANKS[-1]}")
-    if found:
+    if found or served is None:
         raise ValueError(
             f"vLLM does not serve the adapter in {adapter}: {'; '.join(found)}. Export it with "
             "--to merged and serve that"
         )
-    return next(rank for rank in VLLM_RANKS if rank >= max(ranks))
+    return served
+
+
+def adapted_layers(adapter: Path) -> list[str]:
+    """Returns the last names of the layers that an adapter changes, such as q_proj."""
+    with safe_open(adapter / _WEIGHTS, framework="pt") as file:
+        names = [name.partition(".lora_") for name in file.keys()]  # noqa: SIM118
+    return sorted({layer.rpartition(".")[2] for layer, lora, _ in names if lora})
 
 
 def stored_dtype(out: Path) -> str:

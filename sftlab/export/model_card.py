@@ -9,6 +9,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
 from sftlab.evaluation.text_metrics import NAMES
+from sftlab.export.vllm_ranks import served_rank
 from sftlab.tables import figure, interval, markdown, p_value
 
 _LIBRARY = {"merged": "transformers", "adapter": "peft", "gguf": "gguf"}
@@ -52,7 +53,7 @@ def model_card(
         f"{_what(kind)} of {origin}, {tuned}.",
         *_own_folder(quality, base, local),
         "## How to use it",
-        *_usage(kind, name, base),
+        *_usage(kind, name, recipe),
         "## How it was trained",
         *markdown([["what", "value"], *_training(run)]),
         "## What really ran",
@@ -142,7 +143,7 @@ def _scores(quality: dict[str, Any]) -> list[str]:
     ]
 
 
-def _usage(kind: str, name: str, base: str) -> list[str]:
+def _usage(kind: str, name: str, recipe: dict[str, Any]) -> list[str]:
     message = '[{"role": "user", "content": "..."}]'
     if kind == "merged":
         load = f'pipe = pipeline("text-generation", "{name}")'
@@ -159,13 +160,14 @@ def _usage(kind: str, name: str, base: str) -> list[str]:
             "print(tokenizer.decode(model.generate(**ids, max_new_tokens=256)[0]))"
         )
         pipe = f'pipeline("text-generation", model="{name}", tokenizer="{name}")'
-        serve = f"vllm serve {base} --enable-lora --lora-modules tuned={name}"
+        rank = None if recipe.get("use_dora") else served_rank(recipe["lora_r"])
+        lora = f"--enable-lora --max-lora-rank {rank} --lora-modules tuned={name}"
+        serve = _code(f"vllm serve {recipe['model_name_or_path']} {lora}", "")
         return [
             _code(code),
             "A pipeline takes the base model's tokenizer, unless this one is named:",
             _code(f"from transformers import pipeline\n\npipe = {pipe}"),
-            "With vLLM:",
-            _code(serve, ""),
+            *(["With vLLM:", serve] if rank else []),
         ]
     return [_code(f"llama-cli -m {name} --jinja", "")]
 

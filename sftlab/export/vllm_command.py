@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from sftlab.data.chat_template import end_of_turn
-from sftlab.export.formats import generation_config, refuse_for_vllm
+from sftlab.export.formats import adapted_layers, generation_config, refuse_for_vllm
 from sftlab.models.loading import read_config
 
 BASE, TUNED = "base", "tuned"
@@ -78,6 +78,9 @@ def vllm_command(
         *("--tokenizer", str(adapter), "--dtype", recipe["dtype"]),
         *("--enable-lora", "--max-lora-rank", str(refuse_for_vllm(adapter))),
         *("--lora-modules", f"{TUNED}={adapter}"),
+        # vLLM prepares all layers otherwise; its CPU build then ends where it is asked for the
+        # log-probabilities of a prompt, as it adapts lm_head
+        *("--lora-target-modules", *adapted_layers(adapter)),
         *("--chat-template", str(settings / "chat_template.jinja")),
         *("--generation-config", str(settings)),
         *("--host", address.host, "--port", str(address.port)),

