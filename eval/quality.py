@@ -223,7 +223,10 @@ def generate(
     generation["compiled"] = generator.static_rows is not None
     settings = answer_settings(arguments, pair.run, dataset, generation)
     answers = AnswerFile(arguments.run / "eval", settings, processes=processes)
-    asked = rows.numbers, rows.prompts, arguments.batch_size, generator.answers
+    # the longest prompts first: those of a batch are about as long, and memory fails early
+    order = sorted(range(len(rows.numbers)), key=lambda i: (-len(rows.prompts[i]), i))
+    numbers, prompts = ([of[i] for i in order] for of in (rows.numbers, rows.prompts))
+    asked = numbers, prompts, arguments.batch_size, generator.answers
     for side in SIDES:
         with answering(pair.model, side):
             fill(answers, side, *asked, f"{side} answers")

@@ -88,6 +88,46 @@ def test_an_answer_ends_at_the_end_token_and_before_a_stop_string(model, tokeniz
         assert answer.text == whole.text.partition(free[0].text[5])[0].strip()
 
 
+@pytest.fixture
+def sizes(model, monkeypatch):
+    """The rows of each call of the model's generation."""
+    found, generate = [], model.generate
+    spy = lambda **given: found.append(len(given["input_ids"])) or generate(**given)  # noqa: E731
+    monkeypatch.setattr(model, "generate", spy)
+    return found
+
+
+def ended_at(generator, model, ends):
+    """A generator whose answers end at the tokens `ends`."""
+    generator.turn = TurnEnd(ends, [])
+    model.get_base_model().generation_config.eos_token_id = ends
+    return generator
+
+
+def test_rows_that_have_ended_leave_the_batch_and_no_answer_changes(model, tokenizer, sizes):
+    texts, greedy = prompts(tokenizer), Sampling(max_new_tokens=60)
+    free = Generator(model, tokenizer, greedy).answers(texts)
+    assert sizes == [9] * 4, "a look every 16 tokens"
+    sizes.clear()
+    [end] = tokenizer(free[0].text[5], add_special_tokens=False)["input_ids"]
+    generator = ended_at(Generator(model, tokenizer, greedy), model, [end])
+    answers = generator.answers(texts)
+    left = [answer.tokens // 16 + 1 for answer in answers]
+    assert sizes == [sum(calls > number for calls in left) for number in range(max(left))]
+    assert sizes[-1] < 9, "some have left"
+    assert answers == [generator.answers([text])[0] for text in texts]
+
+
+def test_rows_stay_where_the_others_would_go_on_otherwise(model, tokenizer, sizes):
+    Generator(model, tokenizer, Sampling(40, temperature=1.0)).answers(prompts(tokenizer))
+    Generator(model, tokenizer, Sampling(40), static_rows=9).answers(prompts(tokenizer))
+    assert sizes == [9, 9]
+    greedy = Generator(model, tokenizer, Sampling(40))
+    assert greedy._rows_leave()
+    model.get_base_model().config.layer_types = ["full_attention", "sliding_attention"]
+    assert not greedy._rows_leave()
+
+
 def test_the_prompt_is_no_part_of_the_answer(model, tokenizer):
     generator = Generator(model, tokenizer, Sampling(max_new_tokens=8))
     for text, answer in zip(prompts(tokenizer), generator.answers(prompts(tokenizer)), strict=True):

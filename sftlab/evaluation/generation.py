@@ -23,6 +23,8 @@ from sftlab.models.inner_model import inner_model
 
 # tokens between two looks for a stop string, because decoding takes time
 _CHECK_EVERY = 8
+# tokens after which rows that have ended leave their batch; a multiple of the number above
+_LEAVE_EVERY = 16
 # Compiling takes as long as six uncompiled batches of 64 rows and 256 tokens (1B model, H200).
 BATCHES_WORTH_COMPILING = 6
 
@@ -87,7 +89,7 @@ class Generator:
 
     With `static_rows` every batch has that many rows and a key-value cache of fixed shape, so
     that transformers compiles the decoding step on a GPU. Compiling takes half a minute per model;
-    decoding is then several times as fast.
+    decoding is then several times as fast. Without it, rows that have ended leave a greedy batch.
     """
 
     def __init__(
@@ -123,21 +125,58 @@ class Generator:
         """
         filled = [*prompts, *[prompts[-1]] * ((self.static_rows or 0) - len(prompts))]
         ids, mask = left_padded(filled, self.pad, self.model.device)
-        width = ids.shape[1]
         torch.manual_seed(self.sampling.seed + seed)
-        broken = _NanWatch()
-        generated = self.model.generate(
-            input_ids=ids,
-            attention_mask=mask,
-            logits_processor=LogitsProcessorList([broken]),
-            stopping_criteria=StoppingCriteriaList(
-                [_NextTurn(self.tokenizer, self.turn.stop_strings, width)]
-            ),
-        )
-        if broken.rows is not None and broken.rows.any():
-            raise NotANumber(int(broken.rows.int().argmax()))
-        new_tokens = generated[: len(prompts), width:].tolist()
+        new_tokens = self._continued(ids, mask)[: len(prompts)]
         return [self._answer(new) for new in new_tokens]
+
+    def _continued(self, ids: torch.Tensor, mask: torch.Tensor) -> list[list[int]]:
+        """Returns the token ids that each row [rows, width] is continued with.
+
+        A row that has ended is no longer computed, where rows can leave a batch.
+        """
+        width, most = ids.shape[1], self.sampling.max_new_tokens
+        rows, found, kept = list(range(len(ids))), {}, {}
+        while rows:
+            done = ids.shape[1] - width
+            step = min(_LEAVE_EVERY, most - done) if self._rows_leave() else most
+            broken = _NanWatch()
+            next_turn = _NextTurn(self.tokenizer, self.turn.stop_strings, width)
+            made = self.model.generate(
+                input_ids=ids,
+                attention_mask=mask,
+                max_new_tokens=step,
+                logits_processor=LogitsProcessorList([broken]),
+                stopping_criteria=StoppingCriteriaList([next_turn]),
+                return_dict_in_generate=True,
+                **kept,
+            )
+            if broken.rows is not None and broken.rows.any():
+                raise NotANumber(rows[int(broken.rows.int().argmax())])
+            ids, new = made.sequences, made.sequences[:, width:].tolist()
+            full = step == most - done
+            ended = [full or self._answer(one).finish == "stop" for one in new]
+            ended = [one or at_stop for one, at_stop in zip(ended, next_turn.ended(), strict=True)]
+            found |= {row: one for row, one, end in zip(rows, new, ended, strict=True) if end}
+            stay = [place for place, end in enumerate(ended) if not end]
+            rows = [rows[place] for place in stay]
+            if rows:
+                grown = mask.new_ones(len(mask), ids.shape[1] - mask.shape[1])
+                places = torch.tensor(stay, device=ids.device)
+                ids, mask = ids[places], torch.cat([mask, grown], dim=1)[places]
+                made.past_key_values.batch_select_indices(places)
+                kept = {"past_key_values": made.past_key_values}
+        return [found[row] for row in sorted(found)]
+
+    def _rows_leave(self) -> bool:
+        """Returns whether rows can leave a batch: the others must go on as they would have.
+
+        Drawn tokens depend on the rows beside them. A cache of fixed shape keeps its rows, and
+        only full attention's is known to lose some rightly.
+        """
+        config = inner_model(self.model).config.get_text_config()
+        layers = set(getattr(config, "layer_types", None) or ["full_attention"])
+        plain = layers == {"full_attention"} and not inner_model(self.model)._is_stateful
+        return plain and self.static_rows is None and self.sampling.temperature == 0
 
     def _answer(self, new: list[int]) -> Answer:
         ends = [
@@ -179,6 +218,12 @@ class _NextTurn(StoppingCriteria):
     ) -> None:
         self.tokenizer, self.stop_strings, self.width = tokenizer, stop_strings, width
         self.window = max((len(stop.encode()) for stop in stop_strings), default=0) + _CHECK_EVERY
+        self.done: torch.Tensor | None = None  # [rows], at the last token
+
+    def ended(self) -> list[bool]:
+        """Returns of each row whether its last token ended it."""
+        assert self.done is not None
+        return self.done.tolist()
 
     def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
         done = torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
@@ -187,6 +232,7 @@ class _NextTurn(StoppingCriteria):
             texts = self.tokenizer.batch_decode(input_ids[:, self.width :][:, -self.window :])
             hits = [any(stop in text for stop in self.stop_strings) for text in texts]
             done |= torch.tensor(hits, device=done.device)
+        self.done = done
         return done
 
 
