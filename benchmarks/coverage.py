@@ -33,8 +33,9 @@ from sftlab.tables import aligned, write_csv
 
 RESAMPLES = 1_000
 SIZES = (10, 30, 100)
-# ratings from 1 to 10 of a strong model, and of a middling one
+# ratings from 1 to 10 of a strong model, of one that seldom fails, and of a middling one
 STRONG = (0.02, 0, 0.02, 0.02, 0.02, 0.02, 0.05, 0.15, 0.3, 0.4)
+RARE_FAILURES = (0.05, 0, 0, 0, 0, 0, 0, 0, 0.45, 0.5)
 MIDDLING = (0.02, 0.03, 0.05, 0.08, 0.1, 0.15, 0.2, 0.2, 0.12, 0.05)
 
 
@@ -72,9 +73,10 @@ def cases(records: Path | None) -> Iterator[Case]:
         yield demo([json.loads(line) for line in records.read_text().splitlines()])
     for sigma in (1.0, 1.5):
         yield heavy_tails(sigma)
-    for rate in (0.02, 0.1):
+    for rate in (0.004, 0.02, 0.1):
         yield win_rates(rate)
-    for name, shares in (("strong", STRONG), ("middling", MIDDLING)):
+    known = {"strong": STRONG, "rare failures": RARE_FAILURES, "middling": MIDDLING}
+    for name, shares in known.items():
         yield ratings(name, shares)
 
 

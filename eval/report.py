@@ -96,8 +96,8 @@ def as_markdown(
         lines += ["## Base and tuned on held-out rows", ""]
         lines += [*grid(table(comparison, [], scores(comparison))), *pictures(plots, "quality")]
         lines += [
-            "In brackets are 95 % intervals: bootstrap-t over rows, or the score interval of the "
-            "scale where few rows decide. Intervals and p-values say how far other "
+            "In brackets are 95 % intervals: the score interval of the scale and bootstrap-t "
+            "over rows. Intervals and p-values say how far other "
             "rows could move a score. They do not say how far another training seed would.\n"
         ]
     said, differences = against

@@ -22,9 +22,9 @@ class Server(LocalServer):
     `says(number)` is the message of a request, or (status, body) of a fault.
     """
 
-    def __init__(self, dies_at=10**6, refuses=None, garbles=None, says=None):
+    def __init__(self, dies_at=10**6, refuses=None, garbles=None, says=None, ends="stop"):
         self.requests, self.dies_at, self.refuses = [], dies_at, refuses
-        self.garbles, self.says = garbles, says
+        self.garbles, self.says, self.ends = garbles, says, ends
         super().__init__([{"id": "m", "object": "model", "max_model_len": 400}])
 
     def answer(self, path, asked):
@@ -40,7 +40,7 @@ class Server(LocalServer):
             return 500, {"error": {"message": "out of order"}}
         text = f" judged {asked['messages'][0]['content']} [RESULT] A"
         message = fault or {"role": "assistant", "content": text}
-        choice = {"index": 0, "message": message, "finish_reason": "stop"}
+        choice = {"index": 0, "message": message, "finish_reason": self.ends}
         usage = {"prompt_tokens": 1, "completion_tokens": 7, "total_tokens": 8}
         top = {"id": "1", "object": "chat.completion", "created": 1, "model": "m"}
         return 200, {**top, "choices": [choice], "usage": usage}
@@ -146,6 +146,25 @@ def test_a_server_that_hangs_is_given_up(monkeypatch):
 def test_a_message_is_its_content(message, text):
     with Server(says=lambda number: {"role": "assistant"} | message) as server:
         assert ServerJudge("m", server.url, 100).answers([PLAIN])[0].text == text
+
+
+@pytest.mark.parametrize(
+    ("ends", "finish"),
+    [("length", "length"), ("content_filter", "content_filter"), ("stop", "stop"), (None, "stop")],
+)
+def test_how_a_judgement_ended_is_kept(ends, finish):
+    with Server(ends=ends) as server:
+        assert ServerJudge("m", server.url, 100).answers([PLAIN])[0].finish == finish
+
+
+@pytest.mark.parametrize("ends", ["abort", "error"])
+def test_a_judgement_that_the_server_gave_up_is_not_kept(ends, tmp_path):
+    with Server(ends=ends) as server:
+        judge = ServerJudge("m", server.url, 100)
+        file = AnswerFile(tmp_path, judge.facts, kind="verdicts")
+        with pytest.raises(ValueError, match=rf"broke a judgement off \(finish_reason '{ends}'\)"):
+            ask(judge, [PLAIN], file, 2, "judging")
+        assert not file.found
 
 
 @pytest.mark.parametrize("bad", ["", "Error: the upstream model is overloaded"])

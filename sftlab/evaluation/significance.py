@@ -13,7 +13,14 @@ from typing import Any, NamedTuple
 import numpy as np
 from scipy.stats import binomtest
 
-from sftlab.evaluation.intervals import Scale, effective_rows, gradient, interval
+from sftlab.evaluation.intervals import (
+    Scale,
+    effective_rows,
+    gradient,
+    interval,
+    rate_interval,
+    wilson,
+)
 
 # exchanges for a p-value, and resamples for an interval
 RESAMPLES, INTERVAL_RESAMPLES = 10_000, 4_000
@@ -63,7 +70,7 @@ def compare(
     """Returns each score's values, difference (tuned - base), 95 % intervals and p-value.
 
     Rows are drawn with replacement, the same ones for both models and for every score. Intervals
-    are bootstrap-t; with few effective rows they are score intervals on the score's own scale. An
+    are score intervals on a scale with ends, and bootstrap-t (sftlab/evaluation/intervals.py). An
     end that the rows cannot tell is None. The p-value of 'no difference' is two-sided, from
     exchanging the two models row by row (Noreen 1989). `clusters` [rows] names what belongs
     together, such as a conversation: its rows are drawn and exchanged together. `effective_rows`
@@ -248,7 +255,7 @@ def _estimates(one: Paired, drawn: np.ndarray) -> dict[str, Any]:
     moved = (weights[1] * influences[1] - weights[0] * influences[0])[used[0] | used[1]]
     center = weights[1] * judged[1] - weights[0] * judged[0]
     difference = value[1] - value[0]
-    ends = interval(center, moved, drawn[:, 2], Scale(-apart, apart, None), difference)
+    ends = interval(center, moved, drawn[:, 2], Scale(-apart, apart, None, paired=True), difference)
     found["difference"] = {"value": difference, "interval_95": ends}
     return found | {"effective_rows": round(effective_rows(moved), 1)}
 
@@ -256,27 +263,28 @@ def _estimates(one: Paired, drawn: np.ndarray) -> dict[str, Any]:
 def method(what: str = "rows") -> str:
     """Returns in words how `compare` finds intervals and p-values."""
     return (
-        f"bootstrap-t over {what} ({INTERVAL_RESAMPLES:,} resamples), or where few {what} decide "
-        "the score interval of the scale; p by exchanging the models' answers"
+        f"intervals by bootstrap-t over {what} ({INTERVAL_RESAMPLES:,} resamples) and the score "
+        "interval of the scale; p by exchanging the models' answers"
     )
 
 
 def compare_rates(base: np.ndarray, tuned: np.ndarray) -> dict[str, Any]:
     """Returns what `compare` does, for answers [rows] that are right (1) or wrong (0).
 
-    A bootstrap would claim certainty where all are right or all wrong. The intervals are Wilson's
-    (1927), for the paired difference Newcombe's hybrid of them (Statistics in Medicine 17, 1998,
-    pages 2635 to 2650, method 10). The p-value is McNemar's exact one (1947).
+    A bootstrap would claim certainty where all are right or all wrong. The intervals are those of
+    `rate_interval`; for the paired difference Newcombe's hybrid of Wilson's (Statistics in Medicine
+    17, 1998, pages 2635 to 2650, method 10). The p-value is McNemar's exact one (1947).
     """
     n = len(base)
     both, lost, won = (int(((base == b) & (tuned == t)).sum()) for b, t in ((1, 1), (1, 0), (0, 1)))
     neither = n - both - lost - won
     rates = {"base": (both + lost) / n, "tuned": (both + won) / n}
-    limits = {
-        name: binomtest(round(rate * n), n).proportion_ci(method="wilson")
-        for name, rate in rates.items()
+    right = {name: round(rate * n) for name, rate in rates.items()}
+    limits = {name: wilson(count, n) for name, count in right.items()}
+    found = {
+        name: {"value": rates[name], "interval_95": rate_interval(count, n)}
+        for name, count in right.items()
     }
-    found = {name: {"value": rates[name], "interval_95": list(limits[name])} for name in rates}
     margins = math.prod((both + lost, won + neither, both + won, lost + neither))
     agreement = both * neither - won * lost
     if agreement > 0:

@@ -112,7 +112,6 @@ def refuse_for_vllm(adapter: Path) -> int:
     if isinstance(start, str) and start.lower() not in _PLAIN_STARTS:
         found.append(f"its start changed the base model's weights (init_lora_weights {start})")
     ranks = [config.get("r", LoraConfig.r), *(config.get("rank_pattern") or {}).values()]
-    if max(ranks) > VLLM_RANKS[-1]:
     served = served_rank(max(ranks))
     if served is None:
         found.append(f"its rank is {max(ranks)}, and vLLM takes up to {VLLM_RANKS[-1]}")

@@ -3,25 +3,28 @@
 import re
 
 # How models mark their thinking: where it begins, and where it ends. A tag counts at the beginning
-# of a line alone, since a judge may speak of a tag in an answer.
+# of a line or a sentence alone, since a judge may speak of a tag in an answer.
+_TAG = r"(?:\w+[:_])?(?:think|thinking|thought|reasoning|reflection)|scratchpad|analysis"
+_START = r"(?:^|[.!?])\s*"
+_FINAL = r"<\|channel\|>\s*final\b[^\n]*?<\|message\|>"
 _MARKS = (
-    (r"^\s*<(think|thinking|thought|reasoning|reflection|seed:think)>", r"</{name}>"),
-    (r"^\s*\[(THINK)\]", r"\[/{name}\]"),
-    (
-        r"<\|channel\|>(analysis|commentary)<\|message\|>",
-        r"<\|end\|>|<\|channel\|>final<\|message\|>",
-    ),
+    (rf"{_START}<({_TAG})\s*>", r"</{name}\s*>"),
+    (rf"{_START}\[(THINK)\]", r"\[/{name}\]"),
+    (rf"{_START}◁(think)▷", r"◁/{name}▷"),
+    (r"<\|channel\|>\s*(analysis|commentary)\b", rf"<\|end\|>|{_FINAL}"),
+    (r"<\|channel>\s*(thought)\b", r"<channel\|>"),
+    (r"<unused94>\s*(thought)\b", r"<unused95>"),
     (r"<\|(begin_of_thought|START_THINKING)\|>", r"<\|(?:end_of_thought|END_THINKING)\|>"),
 )
 _OPENED = [(re.compile(begin, re.IGNORECASE | re.MULTILINE), end) for begin, end in _MARKS]
 # An end without a beginning: the template of some models writes the beginning into the prompt.
 _ENDS = re.compile(
-    r"</(?:think|thinking|thought|reasoning|reflection|seed:think)>|\[/THINK\]"
-    r"|<\|channel\|>final<\|message\|>|<\|(?:end_of_thought|END_THINKING)\|>",
+    rf"</(?:{_TAG})\s*>|\[/THINK\]|◁/think▷|{_FINAL}|<channel\|>|<unused95>"
+    r"|<\|(?:end_of_thought|END_THINKING)\|>",
     re.IGNORECASE,
 )
 # gpt-oss's channels, where a tokenizer has dropped their marks
-_BARE_ANALYSIS = re.compile(r"analysis(?=[A-Z\"'])")
+_BARE_ANALYSIS = re.compile(r"analysis(?=[^\W\d_a-z]|[\"'“*(])")
 _BARE_FINAL = re.compile(r"assistantfinal")
 # marks of a turn's end that a server may leave in the text
 _ENDINGS = re.compile(r"(?:\s*(?:</s>|<\|[\w ]{2,24}\|>|<end_of_turn>|<eos>))+\s*$")
@@ -47,3 +50,12 @@ def final_text(text: str) -> str | None:
                 return None
             text = text[: opened.start()] + text[close.end() :]
     return text.strip()
+
+
+def thinking_ended(text: str) -> bool:
+    """Whether a text marks the end of its thinking.
+
+    Without such a mark a text that was cut off may be thinking to its end: templates write the
+    beginning into the prompt, and tokenizers drop marks that are special tokens.
+    """
+    return bool(_ENDS.search(text) or _BARE_FINAL.search(text))

@@ -5,9 +5,9 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
-from scipy.stats import binomtest
 
 from sftlab.evaluation.answer_file import AnswerFile
+from sftlab.evaluation.intervals import rate_interval
 from sftlab.evaluation.significance import Paired, compare, mean
 from sftlab.judging.asking import ask, longest_fitting
 from sftlab.judging.contradictions import contradicts
@@ -89,14 +89,13 @@ def _prompt(judge: Judge, style: JudgeFormat, pair: Pair, a: str, b: str) -> tup
 
 
 def rate(count: int, number: int) -> dict[str, Any]:
-    """Returns `count` of `number` as a share with Wilson's score interval (1927).
+    """Returns `count` of `number` as a share with its score interval.
 
     The value is None where `number` is 0.
     """
     if not number:
         return {"value": None, "interval_95": [None, None]}
-    interval = binomtest(count, number).proportion_ci(method="wilson")
-    return {"value": count / number, "interval_95": [float(interval.low), float(interval.high)]}
+    return {"value": count / number, "interval_95": rate_interval(count, number)}
 
 
 def parts(scores: Sequence[float | None]) -> np.ndarray:

@@ -14,6 +14,8 @@ WORDS = Words(
     "judgements are kept, and the same command goes on from there",
     "a slow judge needs a longer --judge_timeout",
 )
+# how a server ends an answer that it gives up: vLLM while it stops, and routers of requests
+BROKEN_OFF = ("abort", "error")
 
 
 class ServerJudge:
@@ -65,7 +67,13 @@ class ServerJudge:
         )
         choice = body["choices"][0]
         text, tokens = _said(choice["message"]), used_tokens(body)
-        finish = "length" if choice.get("finish_reason") == "length" else "stop"
+        finish = choice.get("finish_reason")
+        if finish in BROKEN_OFF:
+            raise ValueError(
+                f"{WORDS.who} at {self.client.url} broke a judgement off (finish_reason "
+                f"{finish!r}): {WORDS.kept}"
+            )
+        finish = finish if finish in ("length", "content_filter") else "stop"
         return Answer(text, len(text.split()) if tokens is None else tokens, finish, False)
 
 

@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable
 from typing import NamedTuple
 
-from sftlab.judging.final_text import final_text
+from sftlab.judging.final_text import final_text, thinking_ended
 
 Verdict = str | float | None
 
@@ -24,7 +24,7 @@ _INTEGER = re.compile(
 )
 _ONE_LETTER = r"\[\[[\s*]*([ABC])[\s*]*\]\]"
 _DOUBLE_LETTER = re.compile(_ONE_LETTER)
-_NUMBER = r"\d+(?:[.,]\d+)?"
+_NUMBER = r"\d+(?:\.\d+|,\d{1,2})?"
 _DOUBLE_NUMBER = re.compile(
     rf"\[\[[\s*]*(?:rating:?\s*)?({_NUMBER})\.?(?:\s*/\s*10)?[\s*]*\]\]", re.IGNORECASE
 )
@@ -35,6 +35,7 @@ _QUOTED = re.compile(rf"[\"'“‘`]{_ONE_LETTER}[\"'”’`]")
 _CONDITION = re.compile(
     rf"{_ONE_LETTER}\W{{1,3}}(?:if\s+assistant\s+[AB]\s+is|for\s+a\s+tie)", re.I
 )
+_NOT = re.compile(rf"\b(?:not|neither|nor)\s+(?:\w+\s+)?{_ONE_LETTER}", re.IGNORECASE)
 _ALL_THREE = re.compile(r"\[\[A\]\]\W+\[\[B\]\]\W+(?:or|and)?\W*\[\[C\]\]", re.IGNORECASE)
 _EXAMPLE = re.compile(
     r"\b(?:for example|for instance|such as|e\.g\.)[\s,:]*[\"'“‘`]?(?:rating:?\s*)?"
@@ -43,9 +44,15 @@ _EXAMPLE = re.compile(
 )
 
 
+# brackets, letters and digits of Chinese and Japanese texts, and the format's own
+_WIDE = str.maketrans(
+    "【】［］（）：。．／" + "ＡＢＣ０１２３４５６７８９", "[][]():../" + "ABC0123456789"
+)
+
 # kinds of texts without a verdict: nothing, other words, thinking alone, a text that was cut off
 EMPTY, OTHER_WORDS = "empty", "no verdict in the format"
-THINKING, CUT_OFF = "cut off while thinking", "cut off before its verdict"
+THINKING, CUT_OFF = "cut off while thinking", "cut off before its end"
+FILTERED = "stopped by the server's content filter"
 # what a server that fails may say
 NO_JUDGEMENT = (EMPTY, OTHER_WORDS)
 
@@ -60,15 +67,20 @@ class Reading(NamedTuple):
 def read(reader: str, text: str, finish: str = "stop") -> Reading:
     """Returns what a judgement says in the format `reader`, a name of READERS.
 
-    `finish` is stop, or length for a text that was cut off at the longest judgement.
+    `finish` is stop, length for a text that was cut off at the longest judgement, or
+    content_filter. A text that was cut off counts only behind the end of its thinking.
     """
     find, scale = READERS[reader]
+    if finish == "content_filter":
+        return Reading(None, FILTERED)
     if not text.strip():
         # a server gives thinking in another field
         return Reading(None, THINKING if finish == "length" else EMPTY)
     if (said := final_text(text)) is None:
         return Reading(None, THINKING)
-    found = find(said.replace("\\[", "[").replace("\\]", "]"))
+    if finish == "length" and not thinking_ended(text):
+        return Reading(None, CUT_OFF)
+    found = find(said.translate(_WIDE).replace("\\[", "[").replace("\\]", "]"))
     if len(set(found)) == 1 and found[0] is not None:
         if scale and not scale[0] <= found[0] <= scale[1]:
             return Reading(None, f"not from {scale[0]} to {scale[1]}")
@@ -87,7 +99,7 @@ def _marked(pattern: re.Pattern, convert: Callable[[str], Verdict], text: str) -
 
 
 def _letters(text: str) -> list[Verdict]:
-    said = _CONDITION.sub("", _ALL_THREE.sub("", text))
+    said = _NOT.sub("", _CONDITION.sub("", _ALL_THREE.sub("", text)))
     if len(set(_QUOTED.findall(said))) > 1:
         said = _QUOTED.sub("", said)
     return _DOUBLE_LETTER.findall(said)
