@@ -59,9 +59,9 @@ def test_better_needs_three_seeds_and_a_difference_that_they_agree_on(write, tmp
     assert words(write, tmp_path, {"a": [2.0, 2.1, 2.2], "b": [1.0, 2.6, 2.3]}) == [
         "not distinguishable"
     ]
-    assert words(write, tmp_path, {"a": [2.0, 2.1, 2.2], "b": [2.0, 2.1, 2.2]}) == [
-        "not distinguishable"
-    ]
+    for shift in (0.0, 1.0):  # no detectable difference can be named
+        same = {"a": [2.0, 2.5, 3.0], "b": [2.0 + shift, 2.5 + shift, 3.0 + shift]}
+        assert words(write, tmp_path, same) == ["untested: no spread over seeds"]
 
 
 def test_cells_that_are_equal_are_rarely_called_better(write, tmp_path):

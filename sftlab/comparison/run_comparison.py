@@ -174,14 +174,12 @@ def against_reference(comparison: Comparison, asked: Path | None) -> tuple[str, 
         return "", []
     reference = (named or scored)[0]
     compared, left_out = compare_tuned(runs, reference, SHOWN)
-    every = {
-        f"{name} {score}": one for name, scores in compared.items() for score, one in scores.items()
-    }
-    add_holm(every)
+    for score in SHOWN:
+        add_holm({name: scores[score] for name, scores in compared.items() if score in scores})
     said = (
         f"Tuned models against {reference}: tuned minus tuned on the same held-out rows, in "
         f"brackets 95 % intervals; p by exchanging the models ({RESAMPLES:,} times), after Holm "
-        f"over all {len(every)} comparisons made here"
+        "over the runs of a score"
     )
     said += f"; not compared: {', '.join(left_out)}" if left_out else ""
     return said, _difference_table(compared) if compared else []

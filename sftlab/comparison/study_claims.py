@@ -15,15 +15,17 @@ from sftlab.evaluation.significance import add_holm
 # the least number of seeds that are tested
 SEEDS_FOR_A_CLAIM = 3
 UNTESTED, ALIKE = "untested", "not distinguishable"
+# seeds that change nothing do not say how far another seed would
+NO_SPREAD = "untested: no spread over seeds"
 
 
 def claims(study: Study, rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Compare each cell with the reference in every score, over runs of equal seed.
 
     Returns the mean difference, its interval and a word: 'better', 'worse', 'not distinguishable'
-    or, below three seeds, 'untested'. The test is a paired t-test over seeds (Student 1908), with
-    p-values after Holm over the cells of a score. An interval is adjusted like the p beside it: it
-    holds 0 where that p is 0.05 or more.
+    or, below three seeds and where seeds change nothing, 'untested'. The test is a paired t-test
+    over seeds (Student 1908), with p-values after Holm over the cells of a score. An interval is
+    adjusted like the p beside it: it holds 0 where that p is 0.05 or more.
     """
     found: list[dict[str, Any]] = []
     for score, less_is_better in LESS_IS_BETTER.items():
@@ -39,6 +41,9 @@ def claims(study: Study, rows: Sequence[Mapping[str, Any]]) -> list[dict[str, An
             one |= {"least_found": least, "low": None, "high": None, "word": UNTESTED}
             if one["p_value"] is None:
                 one["p_holm"] = None
+                continue
+            if not one["deviation"]:
+                one["word"] = NO_SPREAD
                 continue
             one["low"], one["high"] = _adjusted(one, len(tested))
             better = (one["difference"] < 0) == less_is_better
@@ -68,16 +73,13 @@ def _paired_test(pairs: Sequence[tuple[float, float]]) -> dict[str, Any]:
         return found
     deviation = float(differences.std(ddof=1))
     if deviation <= 1e-12 * abs(mean) or not deviation:
-        # seeds that change nothing do not say how far another seed would
         return found | {"deviation": 0.0, "p_value": 1.0}
     ratio = abs(mean) * math.sqrt(seeds) / deviation
     return found | {"deviation": deviation, "p_value": float(2 * t.sf(ratio, seeds - 1))}
 
 
-def _adjusted(one: Mapping[str, Any], cells: int) -> tuple[float | None, float | None]:
+def _adjusted(one: Mapping[str, Any], cells: int) -> tuple[float, float]:
     """Returns the interval of a difference at the level that Holm's correction leaves to it."""
-    if not one["deviation"]:
-        return None, None
     # a corrected p of 1 may have been cut there: then the level is that of the most cells
     share = one["p_value"] / one["p_holm"] if one["p_holm"] < 1 else 1 / cells
     reach = t.isf(ALPHA * share / 2, one["seeds"] - 1) * one["deviation"] / math.sqrt(one["seeds"])
