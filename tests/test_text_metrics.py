@@ -9,6 +9,7 @@ from sacrebleu.metrics import BLEU
 
 from sftlab.evaluation.significance import compare
 from sftlab.evaluation.text_metrics import (
+    AnyScript,
     Bleu,
     paired_scores,
     rouge,
@@ -133,3 +134,8 @@ def test_short_answers_have_exact_match_and_no_bleu():
     assert (found["base"]["value"], found["tuned"]["value"]) == (0.5, 1.0)
     assert short_references(base, "bleu") == 4
     assert rouge(["🎉 👍"], ["🎉 👍"]).tolist() == [[1, 1, 1]]
+
+
+def test_vowel_signs_are_part_of_a_word():
+    assert rouge(["का"], ["की"]).tolist() == [[0.0, 0.0, 0.0]]
+    assert AnyScript().tokenize("नमस्ते दुनिया, தமிழ்") == ["नमस्ते", "दुनिया", "தமிழ்"]

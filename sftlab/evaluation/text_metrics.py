@@ -5,6 +5,7 @@ They are kept as per-row parts, which a paired bootstrap sums (sftlab/evaluation
 
 import math
 import re
+import unicodedata
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from typing import Any
@@ -38,7 +39,13 @@ _SOUTHEAST = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff"
 _UNSPACED = _KANA + _HAN + _SOUTHEAST
 # arrows, mathematical and other signs, emoji
 _SYMBOLS = "\u2190-\u2bff\U0001f000-\U0001faff"
-_WORD = re.compile(f"[{_UNSPACED}{_SYMBOLS}]|[^\\W_{_UNSPACED}]+")
+# vowel signs and accents, which are no letters of their own: Hindi's "ki" and "ka" differ in one
+_MARKS = "".join(
+    chr(code)
+    for code in range(0x300, 0x1D00)
+    if unicodedata.category(chr(code)) in ("Mn", "Mc") and not re.match(f"[{_UNSPACED}]", chr(code))
+)
+_WORD = re.compile(f"[{_UNSPACED}{_SYMBOLS}]|(?:[^\\W_{_UNSPACED}]|[{_MARKS}])+")
 # Letters of such scripts weigh more than others, since one is a word or a syllable.
 _LEAST_UNSPACED, _LEAST_KANA = 0.3, 0.1
 # the least number of a reference's tokens at which a score says anything
