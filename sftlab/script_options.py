@@ -3,9 +3,12 @@
 import argparse
 import sys
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 from sftlab.field_words import near_name
+
+# characters: a value of a megabyte is no sentence
+LONGEST_MESSAGE = 600
 
 
 class Options(argparse.ArgumentParser):
@@ -33,6 +36,13 @@ class Options(argparse.ArgumentParser):
         words = list(sys.argv[1:] if args is None else args)
         end = words.index("--") if "--" in words else len(words)
         return super().parse_known_args([*map(self._spelt, words[:end]), *words[end:]], namespace)
+
+    def error(self, message: str) -> NoReturn:
+        """Exit with status 2 and the message, whose middle is left out where it is very long."""
+        if len(message) > LONGEST_MESSAGE:
+            half = LONGEST_MESSAGE // 2
+            message = f"{message[:half]} ... {message[-half:]}"
+        super().error(message)
 
     def _spelt(self, word: str) -> str:
         """Returns the word with its option spelt as it was added."""

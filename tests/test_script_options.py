@@ -43,3 +43,11 @@ def test_every_script_reads_its_options_so():
     files = [path for folder in folders for path in (ROOT / folder).rglob("*.py")]
     own = [path.name for path in files if "= argparse.ArgumentParser(" in path.read_text()]
     assert not own, "these scripts parse their options themselves"
+
+
+def test_a_value_of_a_megabyte_is_not_said_whole(parser, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        parser.parse_args(["a", "--at_once", "x" * 10**6])
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert stopped.value.code == 2
+    assert "argument --at_once: invalid int value: 'xxx" in said and len(said) < 1000

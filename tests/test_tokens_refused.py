@@ -220,6 +220,7 @@ BAD_VALUES = {
     "split": (lambda m: m["facts"].update(train=None), "has no facts.train.rows"),
     "not used": (lambda m: m["facts"].update(not_used={"x": 1}), "facts.not_used is"),
     "kept": (lambda m: m["tokenized"].update(train={"kept": -1}), "tokenized.train.kept is -1"),
+    "longest": (lambda m: m["tokenized"]["train"].pop("longest"), "has no tokenized.train.longest"),
     "shards": (lambda m: m["shards"].append(3), "shards is [{"),
     "shard": (lambda m: m["shards"][0].update(files={"a": 1}), "shards[0]: files is {"),
 }

@@ -6,6 +6,17 @@ from typing import Any
 from sftlab.schema import COUNT, OBJECT, OBJECTS, TEXT, Kind, check, list_of
 
 _SPLITS = ("train", "validation", "test")
+# what sequence_facts.count counts beside `kept`
+_SEQUENCES = (
+    "dropped",
+    "cut",
+    "tokens",
+    "longest",
+    "longest_before_cut",
+    "loss_tokens",
+    "loss_tokens_cut",
+    "conversations_split",
+)
 _FILES = Kind(
     "an object of files with rows, kept, bytes and sha256",
     lambda value: (
@@ -44,6 +55,7 @@ _OF_FINISHED = {
     **{f"facts.{split}.rows": COUNT for split in _SPLITS},
     **{f"facts.{split}.fingerprint": TEXT for split in _SPLITS},
     **{f"tokenized.{split}.kept": COUNT for split in _SPLITS},
+    **{f"tokenized.{split}.{one}": COUNT for split in _SPLITS[:2] for one in _SEQUENCES},
 }
 _COUNTED = {
     "facts.rows_there": COUNT,
