@@ -132,6 +132,8 @@ def test_what_vllm_does_not_serve_is_refused(finished, tmp_path, change, said):
     path.write_text(json.dumps(config | change))
     with pytest.raises(ValueError, match=f"{said}.*--to merged"):
         refuse_for_vllm(adapter)
+    path.write_text(json.dumps({key: value for key, value in config.items() if key != "r"}))
+    assert refuse_for_vllm(adapter) == 8, "peft's rank where none is named"
 
 
 def test_a_command_for_vllm_names_the_rank_and_the_layers(script, finished, tmp_path):

@@ -52,5 +52,7 @@ def test_recipes_have_the_field_of_every_variant():
 def test_plain_lora_is_no_variant():
     plain = SimpleNamespace(**{variant.field: False for variant in VARIANTS})
     assert lora_scale({"lora_alpha": 12, "lora_r": 4}) == 3.0
+    with pytest.raises(ValueError, match="lora_alpha is '4x', expected a number"):
+        lora_scale({"lora_alpha": "4x", "lora_r": 4})
     assert allows_mixed_batches(plain)
     assert float8_conflict(plain) is None

@@ -286,8 +286,12 @@ def test_a_spoilt_tokenizer_is_a_sentence(own, file, change):
     assert "\n" not in str(caught.value)
 
 
-def test_a_base_models_end_tokens_are_ids(own):
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("eos_token_id", ["x"]), ("bos_token_id", {"value": 1})],
+)
+def test_a_base_models_special_tokens_are_ids(own, key, value):
     model = Path(read(own)["recipe"]["model_name_or_path"])
-    changed(model / "generation_config.json", eos_token_id=["x"])
-    with pytest.raises(ValueError, match="eos_token_id"):
+    changed(model / "generation_config.json", **{key: value})
+    with pytest.raises(ValueError, match=rf"{key} is .*, expected token ids"):
         load_pair(own, finished_run(own))
