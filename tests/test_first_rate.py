@@ -1,0 +1,45 @@
+"""A plan holds the recipe's learning rate against a published sweep."""
+
+import pytest
+from conftest import ROOT, load_script
+
+from sftlab.planning.first_rate import first_rate, rate_lines
+
+
+@pytest.mark.parametrize(
+    ("parameters", "lora", "rate"),
+    [(1.24e9, True, 1e-3), (8e9, True, 3e-4), (1.24e9, False, 1e-4), (70e9, False, 3e-5)],
+)
+def test_small_models_begin_higher_and_full_fine_tuning_at_a_tenth(parameters, lora, rate):
+    assert first_rate(parameters, lora).rate == pytest.approx(rate)
+
+
+@pytest.mark.parametrize(
+    ("rate", "said"),
+    [
+        (2e-4, "outside"),
+        (3.4e-4, "within"),
+        (1e-3, "within"),
+        (2.9e-3, "within"),
+        (4e-3, "outside"),
+    ],
+)
+def test_a_rate_is_within_the_range_or_outside(rate, said):
+    assert rate_lines(rate, 1_236_000_000, True, 32) == [
+        f"learning rate {rate:g}: {said} 0.00033 to 0.003, where a published sweep looks first for "
+        "LoRA (0.001)"
+    ]
+
+
+def test_what_the_sweep_did_not_have_is_said():
+    lines = rate_lines(1e-3, 135_000_000, True, 64)
+    assert "1 billion parameters" in lines[1]
+    assert "lora_alpha 32, this recipe has 64" in lines[2]
+    assert len(rate_lines(1e-4, 135_000_000, False, None)) == 2
+
+
+def test_a_plan_says_it(capsys, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    words = ["--random", "llama3.2-1b", "--rows", "100"]
+    load_script("recipes/plan.py").main([*words, "--config", "recipes/llama3.2-1b/attn_r16.yaml"])
+    assert "learning rate 0.0002: outside 0.00033 to 0.003" in capsys.readouterr().out
