@@ -92,7 +92,7 @@ def as_markdown(
     lines += [f"**Warning:** {warning}\n" for warning in comparison.warnings]
     lines += ["## Runs", "", *grid(table(comparison, list(COLUMNS)))]
     lines += pictures(plots, "speed", "memory", "losses")
-    if any(one.quality or one.tasks or one.judged for one in comparison.runs.values()):
+    if any(one.quality or one.texts or one.tasks or one.judged for one in comparison.runs.values()):
         lines += ["## Base and tuned on held-out rows", ""]
         lines += [*grid(table(comparison, [], scores(comparison))), *pictures(plots, "quality")]
         lines += [

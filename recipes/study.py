@@ -16,7 +16,8 @@ A study file has these keys:
 - `tune`: one field with a list of values. Each cell is trained at each value with the first seed,
   and with the other seeds at its own best value by the validation loss
 - `reference`: the cell that the others are compared with (the first)
-- `quality: true` runs eval/quality.py on every run, with `quality_options: {samples: 200}`
+- `quality: true` runs eval/quality.py on every run, with `quality_options: {samples: 200}`, and
+  on `known_text`, a file of text that the base model knew: what did the tuning forget?
 - `published`: figures to show beside the measured ones
 
 Tables and plots go beside the runs, into runs/study-NAME, unless `--out` names another folder.
@@ -281,21 +282,31 @@ def score_together(study: Study, tasks: Sequence[Task], at_once: int) -> list[Ta
     """Evaluate runs, `at_once` beside one another; returns those whose evaluation failed."""
     if not study.quality:
         return []
-    options = [f"--{name}={value}" for name, value in study.quality_options.items()]
     with ThreadPoolExecutor(at_once) as pool:
-        done = pool.map(lambda task: score(task, options), tasks)
+        done = pool.map(lambda task: score(study, task), tasks)
         return [task for task, went_well in zip(tasks, done, strict=True) if not went_well]
 
 
-def score(task: Task, options: Sequence[str] = ()) -> bool:
-    """Evaluate a run that has an adapter and no scores; returns whether none is missing then."""
-    if not (task.folder / "adapter").is_dir() or read_results(task.folder).quality:
+def score(study: Study, task: Task) -> bool:
+    """Evaluate a run that has an adapter and lacks scores; returns whether none is missing then."""
+    if not (task.folder / "adapter").is_dir():
         return True
-    print(f"{task.name}: evaluating base and tuned on the held-out rows", flush=True)
-    command = [sys.executable, "eval/quality.py", "--run", str(task.folder), *options]
-    with (task.folder / "log").open("a", encoding="utf-8") as log:
-        done = subprocess.run(command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT)
-    return done.returncode == 0
+    found, wanted = read_results(task.folder), []
+    if not found.quality:
+        wanted.append([f"--{name}={value}" for name, value in study.quality_options.items()])
+    if study.known_text and not found.texts:
+        wanted.append(["--dataset_name", study.known_text])
+    for options in wanted:
+        # one write, as others beside it print too
+        said = " ".join(["evaluating base and tuned", *options])
+        sys.stdout.write(f"{task.name}: {said}\n")
+        sys.stdout.flush()
+        command = [sys.executable, "eval/quality.py", "--run", str(task.folder), *options]
+        with (task.folder / "log").open("a", encoding="utf-8") as log:
+            done = subprocess.run(command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT)
+        if done.returncode:
+            return False
+    return True
 
 
 def exit_unless_complete(

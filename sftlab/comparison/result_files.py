@@ -54,6 +54,7 @@ _TASK = _ADAPTER | {
     "main_metric": TEXT,
     "metrics": OBJECT,
 }
+_OF_TEXT = _ADAPTER | {"scores.text_perplexity": _SCORE, "held_out.dataset": TEXT}
 _JUDGED = _ADAPTER | {"title": TEXT, "judge_fit": BOOLEAN, "scores": OBJECT}
 _JUDGED |= {"judge": OBJECT, "generation": OBJECT, "questions_hash": TEXT}
 _JUDGED |= {f"{part}.tuned.hash": TEXT for part in ("answers", "judged")}
@@ -114,6 +115,15 @@ def read_tasks(path: Path) -> list[dict[str, Any]]:
         if not _SCORE.holds(entry["metrics"].get(entry["main_metric"])):
             raise ValueError(f"{where}: metrics.{entry['main_metric']}: expected {_SCORE.name}")
     return entries
+
+
+def read_text_scores(folder: Path) -> list[dict[str, Any]]:
+    """Returns each perplexity*.json in a folder. Raises ValueError for another form."""
+    found = []
+    for path in sorted(folder.glob("perplexity*.json")):
+        found.append(read_object(path))
+        check(found[-1], str(path), _OF_TEXT)
+    return found
 
 
 def read_judged(path: Path) -> list[dict[str, Any]]:

@@ -12,7 +12,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from sftlab.comparison.result_files import read_judged, read_quality, read_records, read_tasks
+from sftlab.comparison.result_files import (
+    read_judged,
+    read_quality,
+    read_records,
+    read_tasks,
+    read_text_scores,
+)
 from sftlab.evaluation.significance import compare
 from sftlab.evaluation.text_metrics import NAMES, PARTS, paired_scores
 from sftlab.runs.run_directory import SIDES, adapter_hash, read_run
@@ -39,14 +45,16 @@ class RunResults(NamedTuple):
     """A run directory: run.json, the scores of the run's own adapter, and hashes of what it holds.
 
     `quality` is quality.json ({} where there is none of this adapter) and `records` the lines of
-    quality.jsonl. `tasks` are the entries of harness.json, `judged` those of alpaca.json and
-    mt_bench.json. `stale` names the scores that are of another adapter and were left out. `held`
+    quality.jsonl. `texts` are perplexities of plain text, `tasks` the entries of harness.json, and
+    `judged` those of alpaca.json and mt_bench.json. `stale` names the scores that are of another
+    adapter and were left out. `held`
     has the hashes of adapter, answers and judgements.
     """
 
     folder: Path
     run: dict[str, Any]
     quality: dict[str, Any]
+    texts: list[dict[str, Any]]
     tasks: list[dict[str, Any]]
     judged: list[dict[str, Any]]
     records: list[dict[str, Any]]
@@ -92,9 +100,13 @@ def read_results(folder: Path) -> RunResults:
         entries[name] = [one for one in found if one["adapter_hash"] == adapter]
         stale += [f"stale {name} scores"] if len(entries[name]) < len(found) else []
     judged = entries["alpaca"] + entries["mt_bench"]
+    written = read_text_scores(evaluated)
+    texts = [one for one in written if one["adapter_hash"] == adapter]
+    stale += ["stale perplexity of text"] if len(texts) < len(written) else []
     records = read_records(evaluated / "quality.jsonl") if quality else []
     held = _hashes(evaluated, adapter, records, judged)
-    return RunResults(folder, run, quality, entries["harness"], judged, records, stale, held)
+    tasks = entries["harness"]
+    return RunResults(folder, run, quality, texts, tasks, judged, records, stale, held)
 
 
 def _hashes(
@@ -185,6 +197,8 @@ def _memory_figures(peaks: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 def _scores(one: RunResults) -> dict[str, Any]:
     """Returns the scores of base and tuned by their name in a report; None where not scored."""
     scores = {score: one.quality.get("scores", {}).get(score) for score in NAMES}
+    for text in one.texts:
+        scores[perplexity_of(text["held_out"]["dataset"])] = text["scores"]["text_perplexity"]
     for task in one.tasks:
         plain = "" if task["chat_template"] else " plain"
         limit = f" first {task['limit']}" if task["limit"] else ""
@@ -196,6 +210,11 @@ def _scores(one: RunResults) -> dict[str, Any]:
             if name in judged["scores"]:
                 scores[f"{what}, {judged['title']}{unfit}"] = judged["scores"][name]
     return scores
+
+
+def perplexity_of(dataset: str) -> str:
+    """Returns what a report calls the perplexity of a data set of plain text."""
+    return f"perplexity of {Path(dataset).name}"
 
 
 def about(run: Mapping[str, Any]) -> dict[str, str]:

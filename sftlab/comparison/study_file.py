@@ -33,6 +33,7 @@ STUDY_KEYS = {
     "quality": bool,
     "quality_options": dict,
     "speed": bool,
+    "known_text": str,
     "fields": dict,
     "cells": dict,
     "grid": dict,
@@ -77,6 +78,7 @@ class Study:
     quality: bool = False
     quality_options: Mapping[str, Any] = field(default_factory=dict)
     speed: bool = True
+    known_text: str | None = None
     published: list[dict[str, Any]] = field(default_factory=list)
     published_as: str = ""
     grid: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -137,6 +139,7 @@ def load(path: Path, runs: Path, given: Mapping[str, Any]) -> Study:
         quality=content.get("quality", False),
         quality_options=content.get("quality_options", {}),
         speed=content.get("speed", True),
+        known_text=content.get("known_text"),
         published=content.get("published", []) if _is_as_published(given, recipe) else [],
         published_as=content.get("published_as", ""),
         grid=content.get("grid", {}),

@@ -9,9 +9,10 @@ from itertools import product
 from typing import Any
 
 from sftlab.comparison import comparability
-from sftlab.comparison.run_results import STEP_PARTS, figures, read_results
+from sftlab.comparison.run_results import STEP_PARTS, figures, perplexity_of, read_results
 from sftlab.comparison.run_settings import settings
 from sftlab.comparison.study_file import Study, combination, options
+from sftlab.runs.run_directory import SIDES
 
 # Figures that a summary shows of a cell, where they were measured.
 MEASURED = (
@@ -28,6 +29,7 @@ MEASURED = (
     "train_loss",
     "largest_loss_difference",
     "validation_loss",
+    "base known_perplexity",
 )
 # Figures that a study without speed does not have: its trainings run beside one another.
 OF_SPEED = ("step_time_s", "tokens_per_s", "rows_per_s", "share_of_limit", "train_seconds")
@@ -35,7 +37,12 @@ OF_SPEED = ("step_time_s", "tokens_per_s", "rows_per_s", "share_of_limit", "trai
 CHANGED = ("step_time_s", *(f"step_{part}_gb" for part in STEP_PARTS))
 COUNTS = 0.05
 # Scores in which cells are compared, and whether less of them is better.
-LESS_IS_BETTER = {"tuned response_perplexity": True, "tuned bleu": False, "tuned rougeL": False}
+LESS_IS_BETTER = {
+    "tuned response_perplexity": True,
+    "tuned bleu": False,
+    "tuned rougeL": False,
+    "tuned known_perplexity": True,
+}
 
 
 def collect(
@@ -56,6 +63,10 @@ def collect(
         if task.name in found:
             row |= figures(found[task.name], compared[task.name].facts)
             row |= {} if study.speed else dict.fromkeys(OF_SPEED)
+            if study.known_text:
+                named = perplexity_of(study.known_text)
+                for side in SIDES:
+                    row[f"{side} known_perplexity"] = row.get(f"{side} {named}")
         else:
             row["status"] = "not run" if task.name in not_run else "failed"
             row["reason"] = not_run.get(task.name) or task.logged_error()

@@ -28,6 +28,8 @@ TITLES = {
     "tuned response_perplexity": "response perplexity",
     "tuned bleu": "BLEU",
     "tuned rougeL": "ROUGE-L",
+    "base known_perplexity": "perplexity of known text, base",
+    "tuned known_perplexity": "perplexity of known text",
 }
 ARROWS = {"up": "↑", "down": "↓", "same": "="}
 
