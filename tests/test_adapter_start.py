@@ -80,6 +80,7 @@ def test_what_is_saved_is_the_trained_model_on_the_plain_base(start, fields, tmp
     assert not any(torch.equal(now[name], one) for name, one in begun.items())
 
 
+@pytest.mark.long
 def test_eva_begins_with_the_main_directions_of_the_tokens_in_the_loss(fields):
     trainer, begun = trained(fields, "eva")
     facts = trainer.what_ran()["adapter_start"]
@@ -113,6 +114,7 @@ def test_loftq_begins_nearer_to_the_exact_weights(fields):
     assert left.norm() < 1.02 * best, "no four directions take away more"
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("start", STARTS)
 def test_a_continued_run_takes_its_checkpoint_and_begins_no_second_time(start, fields, monkeypatch):
     whole, _ = trained(fields, start)
@@ -126,6 +128,7 @@ def test_a_continued_run_takes_its_checkpoint_and_begins_no_second_time(start, f
     assert again.what_ran()["adapter_start"] == whole.what_ran()["adapter_start"] != {}
 
 
+@pytest.mark.long
 def test_the_rows_that_eva_reads_do_not_depend_on_the_micro_batch(fields, tmp_path):
     found = []
     for size in ("8", "2"):
