@@ -1,6 +1,4 @@
-"""A tiny random base model with a byte-level tokenizer, rows for it, and the launcher as a user
-types it.
-"""
+"""Fixtures of every test: a tiny base model, rows for it, and trainings as a user starts them."""
 
 import own_cores  # noqa: F401, I001  (before torch counts the cores)
 
@@ -13,17 +11,23 @@ import signal
 import subprocess
 import sys
 import traceback
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 
 import fork_server
 import pytest
-import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from file_order import pytest_collection_modifyitems, pytest_xdist_make_scheduler  # noqa: F401
+from tiny_base import (  # noqa: F401
+    answered,
+    byte_tokenizer,
+    instruction_rows,
+    pair_rows,
+    write_base,
+    write_jsonl,
+)
+from transformers import PreTrainedTokenizerFast
 
 from sftlab.config.launch import exported
-from sftlab.data.converter import turn_of
 from sftlab.files import write_json
 from sftlab.training import stop_on_signal
 
@@ -33,38 +37,6 @@ SHARED = ROOT.parent / "shared" / "data"
 needs_shared = pytest.mark.skipif(
     not SHARED.is_dir(), reason="the shared data sets are not beside this checkout"
 )
-
-
-# Files that take the longest come first, so that the workers end together. One of the first four
-# trains the run that most of the others look at, in a minute; the other three do not wait for it.
-SLOWEST_FIRST = (
-    *("demo", "browser", "harness_refusals", "compiled", "kernels", "pace"),
-    *("harness", "quality", "continuation", "sft", "app", "report", "plan", "tokens"),
-    *("fsdp", "faults", "study", "significance", "step_memory", "fuzz", "families"),
-    *("reference", "tokenizing", "fastpath", "chat"),
-)
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    def place(item: pytest.Item) -> int:
-        name = item.path.stem.removeprefix("test_")
-        starts = [name.startswith(first) for first in SLOWEST_FIRST]
-        return starts.index(True) if any(starts) else len(starts)
-
-    items.sort(key=place)
-
-
-@pytest.hookimpl(optionalhook=True)
-def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> object:
-    """Tests of a file share a worker, and so do all that talk to the running app."""
-    from xdist.scheduler.loadfile import LoadFileScheduling
-
-    class AppTogether(LoadFileScheduling):
-        def _split_scope(self, nodeid: str) -> str:
-            file = super()._split_scope(nodeid)
-            return "app" if Path(file).stem.startswith(("test_app", "test_browser")) else file
-
-    return AppTogether(config, log)
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -103,22 +75,6 @@ def build_once(run_folder) -> Callable[[str, Callable[[Path], object]], Path]:
     return build_once
 
 
-def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """A byte-level tokenizer of 259 tokens: the bytes and bos, eos, pad."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocab = {token: i for i, token in enumerate([*alphabet, "<bos>", "<eos>", "<pad>"])}
-    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        bos_token="<bos>",
-        eos_token="<eos>",
-        pad_token="<pad>",
-        model_max_length=512,
-    )
-
-
 @pytest.fixture(scope="session")
 def tokenizer() -> PreTrainedTokenizerFast:
     return byte_tokenizer()
@@ -128,47 +84,6 @@ def tokenizer() -> PreTrainedTokenizerFast:
 def base(build_once) -> Path:
     """Folder of a random two-layer Llama of hidden size 32 (float32)."""
     return build_once("base", write_base)
-
-
-def write_base(folder: Path, head_dim: int = 16) -> None:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=259,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=head_dim,
-        max_position_embeddings=512,
-        bos_token_id=256,
-        eos_token_id=257,
-        pad_token_id=258,
-        initializer_range=0.1,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
-    byte_tokenizer().save_pretrained(folder)
-
-
-def instruction_rows(count: int) -> list[dict[str, str]]:
-    return [
-        {
-            "instruction": f"Repeat the number {i} in words.",
-            "context": "",
-            "response": f"It is {i}{'!' * (i % 17)}",
-        }
-        for i in range(count)
-    ]
-
-
-def write_jsonl(path: Path, rows: list[dict]) -> Path:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return path
-
-
-def answered(rows: Iterable[dict]) -> list[dict]:
-    """Converted rows of one answer, each as prompt and completion."""
-    return [{name: turn_of(row)[name] for name in ("prompt", "completion")} for row in rows]
 
 
 @pytest.fixture(scope="session")
@@ -206,18 +121,6 @@ def arguments(
     several = [word for k, v in fields.items() if isinstance(v, list) for word in (f"--{k}", *v)]
     one = [f"--{k}={v}" for k, v in fields.items() if not isinstance(v, list)]
     return ["--config", str(ROOT / recipe), *one, *several]
-
-
-def pair_rows(count: int) -> list[dict[str, str]]:
-    """Preference pairs: the number itself is chosen, another one is rejected."""
-    return [
-        {
-            "prompt": f"Repeat the number {i} in words.",
-            "chosen": f"It is {i}{'!' * (i % 17)}",
-            "rejected": f"No number{'?' * (i % 5)}",
-        }
-        for i in range(count)
-    ]
 
 
 def launch_command(

@@ -1,0 +1,80 @@
+"""A tiny random base model with a byte-level tokenizer, and rows for it."""
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from sftlab.data.converter import turn_of
+
+
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """A byte-level tokenizer of 259 tokens: the bytes and bos, eos, pad."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocab = {token: i for i, token in enumerate([*alphabet, "<bos>", "<eos>", "<pad>"])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token="<bos>",
+        eos_token="<eos>",
+        pad_token="<pad>",
+        model_max_length=512,
+    )
+
+
+def write_base(folder: Path, head_dim: int = 16) -> None:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=259,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=head_dim,
+        max_position_embeddings=512,
+        bos_token_id=256,
+        eos_token_id=257,
+        pad_token_id=258,
+        initializer_range=0.1,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+
+
+def instruction_rows(count: int) -> list[dict[str, str]]:
+    return [
+        {
+            "instruction": f"Repeat the number {i} in words.",
+            "context": "",
+            "response": f"It is {i}{'!' * (i % 17)}",
+        }
+        for i in range(count)
+    ]
+
+
+def write_jsonl(path: Path, rows: list[dict]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def answered(rows: Iterable[dict]) -> list[dict]:
+    """Converted rows of one answer, each as prompt and completion."""
+    return [{name: turn_of(row)[name] for name in ("prompt", "completion")} for row in rows]
+
+
+def pair_rows(count: int) -> list[dict[str, str]]:
+    """Preference pairs: the number itself is chosen, another one is rejected."""
+    return [
+        {
+            "prompt": f"Repeat the number {i} in words.",
+            "chosen": f"It is {i}{'!' * (i % 17)}",
+            "rejected": f"No number{'?' * (i % 5)}",
+        }
+        for i in range(count)
+    ]
