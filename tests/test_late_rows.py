@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 from conftest import copy_of, read
-from test_what_is_in_the_loss import CHATML, ENDLESS, HEADER, chats, in_template, with_template
+from loss_templates import CHATML, ENDLESS, HEADER, chats, in_template, with_template
 
 from sftlab.data.chat_template import template_hash
 from sftlab.data.converter import split_index
