@@ -1,4 +1,4 @@
-"""Planned memory is what torch, autograd and inductor allocate, and what was measured."""
+"""Planned memory is what torch, autograd and inductor allocate."""
 
 import contextlib
 import dataclasses
@@ -29,8 +29,7 @@ from sftlab.data.collator import tiles
 from sftlab.fastpath import compile_layers, varlen_attention
 from sftlab.models.layers import describe
 from sftlab.models.loading import model_class
-from sftlab.models.random_models import random_lengths
-from sftlab.planning.row_lengths import RowLengths, of_lengths
+from sftlab.planning.row_lengths import RowLengths
 from sftlab.planning.step import Shape, Step
 from sftlab.planning.step_memory import kept_bytes
 from sftlab.planning.weight_memory import Weights, count_weights, optimizer_bytes, packed_bytes
@@ -231,59 +230,6 @@ def test_more_norms_than_llamas_keep_what_autograd_keeps(attention_on_cpu, confi
     assert shape.norm_elements > 0
     step = dataclasses.replace(planned_step(ATTENTION, "bf16", True, False, 0.0), shape=shape)
     assert TOKENS * kept_bytes(step) == pytest.approx(held, rel=0.01)
-
-
-def test_measured_runs_of_the_fast_path_are_near():
-    """results/throughput/throughput.csv: 1B shape on an H200, 120 steps of lognormal rows."""
-    rows = of_lengths(random_lengths(3000, 512), None, "its own")
-    for launch, count, fields, peak in (
-        ("single", 32, {}, 14.445),
-        ("single", 64, {"targets": ALL}, 33.456),
-        ("fp8", 64, {}, 25.278),
-        ("single", 32, {"compile_layers": "false"}, 19.694),
-        ("ddp", 64, {}, 24.014),
-        ("fsdp", 64, {}, 23.456),
-    ):
-        batch = {
-            "per_device_train_batch_size": count,
-            "global_batch_size": 0,
-            "max_steps": 120,
-            "lora_dropout": 0,
-        }
-        assert forecast(
-            launch, rows=rows, **batch, **fields
-        ).memory.allocated / 2**30 == pytest.approx(peak, rel=0.05)
-
-
-def test_measured_runs_of_whole_trainings_are_near():
-    """results/techniques: fp32 weights, 16 rows a step, a gradient beside each of them, AdamW's
-    copies.
-    """
-    rows = of_lengths(random_lengths(3000, 512), None, "its own")
-    whole = {"use_peft": "false", "dtype": "float32", "global_batch_size": 16, "max_steps": 10}
-    for precision, micro_batch, checkpointing, optimizer, peak, at in (
-        ("no", 16, "true", "sgd", 10.35, "gradients"),
-        ("no", 4, "true", "sgd", 11.24, "gradients"),
-        ("no", 16, "true", "adamw_torch", 23.11, "optimizer"),
-        ("bf16", 4, "true", "adamw_torch", 23.09, "optimizer"),
-        ("no", 4, "false", "adamw_torch", 23.16, "optimizer"),
-        ("bf16", 16, "false", "adamw_torch", 24.18, "loss"),
-        ("no", 16, "false", "adamw_torch", 28.52, "loss"),
-    ):
-        fields = {
-            "per_device_train_batch_size": micro_batch,
-            "gradient_checkpointing": checkpointing,
-        }
-        plan = forecast(
-            "fp32",
-            rows=rows,
-            flags={"mixed_precision": precision},
-            **whole,
-            **fields,
-            optim=optimizer,
-        )
-        assert plan.memory.allocated / 2**30 == pytest.approx(peak, rel=0.05)
-        assert plan.memory.at == at
 
 
 def test_4_bit_weights_are_whole_until_they_are_sharded():
