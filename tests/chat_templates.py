@@ -54,6 +54,12 @@ PLAIN = (
     "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
     "{% if add_generation_prompt %}assistant:{% endif %}"
 )
+# the number of questions first: no prompt is the beginning of the next one
+COUNTS = (
+    "{{ messages | selectattr('role', 'equalto', 'user') | list | length }} asked\n"
+    "{% for m in messages %}{{ m.role }}: {{ m.content }}"
+    "{{ eos_token }}{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}"
+)
 TEMPLATES = {
     "chatml": CHATML,
     "llama": LLAMA,
