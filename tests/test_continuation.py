@@ -1,34 +1,23 @@
 """A training that was stopped or killed continues bit for bit, and says what it cost."""
 
-import json
 import os
 import re
 import shutil
 import signal
 import subprocess
-import time
 
 import pytest
 import torch
-from conftest import ROOT, arguments, launch_command, launched, read
+from conftest import ROOT, launch_command, launched, read
 from packed_training import build, train
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from training_curves import scalars
 
-from sftlab.config.launch import Launch
-from sftlab.config.parser import parse_recipe
 from sftlab.files import write_json
 from sftlab.runs.checkpoint_manifest import in_order
 from sftlab.runs.run_directory import adapter_hash
 from sftlab.training.determinism import compute_deterministically
-from sftlab.training.early_stopping import stopped_early
 from sftlab.training.trainer import LabTrainer
 from sftlab.training.upstream_fixes import dtypes_kept
-
-
-def scalars(run, tag="train/loss"):
-    return [
-        (e.step, e.value) for e in EventAccumulator(str(run / "tensorboard")).Reload().Scalars(tag)
-    ]
 
 
 def stopped_after(fields, step, number=signal.SIGTERM, whom="worker", config="cpu"):
@@ -239,86 +228,6 @@ def test_a_run_killed_after_its_last_step_takes_no_step_more(fields):
     assert again.first_step.observed == first.first_step.observed
 
 
-@pytest.mark.long
-def test_an_extended_run_is_the_longer_run(fields, tmp_path, trained_here):
-    own = fields | {"lr_scheduler_type": "constant_with_warmup", "lora_dropout": "0.1"}
-    trained_here(own | {"max_steps": "9", "output_dir": str(tmp_path / "whole")})
-    trained_here(own | {"max_steps": "6"})
-    done = trained_here(own | {"max_steps": "9", "extend": "true"})
-    assert "6 steps done" in done.stdout and "it may differ" not in done.stderr
-    assert adapter_hash(fields["output_dir"]) == adapter_hash(tmp_path / "whole")
-    record, whole = read(fields["output_dir"]), read(tmp_path / "whole")
-    assert record["losses"] == whole["losses"]
-    assert record["measured"]["train_loss"] == whole["measured"]["train_loss"]
-    assert scalars(tmp_path / "run") == scalars(tmp_path / "whole")
-
-
-EARLY = {
-    "max_steps": "30",
-    "eval_strategy": "steps",
-    "eval_steps": "2",
-    "save_steps": "1",
-    "save_total_limit": "40",
-    "learning_rate": "0.5",
-    "early_stopping_patience": "3",
-}
-
-
-@pytest.mark.long
-def test_early_stopping_continues_exactly_and_ends_once(fields):
-    whole = build({**fields, **EARLY})
-    losses = [entry["loss"] for entry in train(whole)]
-    ended = whole.state.global_step
-    assert 6 <= ended < 30
-    assert stopped_early(whole).startswith(f"stopped early at step {ended} of 30: eval_loss has")
-    for step in (ended - 1, ended):
-        again = build({**fields, **EARLY}, overwrite="true")
-        found = train(again, resume_from_checkpoint=f"{fields['output_dir']}/checkpoint-{step}")
-        assert again.state.global_step == ended
-        assert [entry["loss"] for entry in found] == losses
-        assert stopped_early(again) == stopped_early(whole)
-
-
-@pytest.mark.long
-def test_a_run_that_stops_early_succeeds_and_says_so(fields, trained_here):
-    patience = EARLY | {"early_stopping_patience": "1", "early_stopping_threshold": "100"}
-    done = trained_here(fields | patience | {"save_steps": "100"})
-    record = read(fields["output_dir"])
-    assert record["measured"]["global_step"] == 4
-    assert record["measured"]["stopped_early"] in done.stdout
-    assert record["recipe"]["metric_for_best_model"] == "loss"
-
-
-def without_times(history):
-    return [
-        {k: v for k, v in entry.items() if not k.endswith(("runtime", "_per_second"))}
-        for entry in history
-    ]
-
-
-def test_what_adds_up_between_logs_goes_on(fields):
-    more = {
-        "logging_steps": 4,
-        "save_steps": 6,
-        "max_steps": 18,
-        "lora_dropout": 0.1,
-        "save_total_limit": 5,
-    }
-    whole = build(fields, **more)
-    expected = whole.train()
-    again = build(fields, **more, overwrite="true")
-    found = again.train(resume_from_checkpoint=f"{fields['output_dir']}/checkpoint-6")
-    assert found.training_loss == expected.training_loss
-    assert without_times(again.state.log_history) == without_times(whole.state.log_history)
-    saved = json.loads((again.checkpointer.folder / "checkpoint-6/resume_state-0.json").read_text())
-    before, this_start = saved["clock"]["train_seconds"], time.perf_counter() - again.clock._started
-    assert again.clock.seconds == pytest.approx(before + this_start, abs=0.01)
-    assert before > 0.02
-    timed = again.meter.facts(again.flops)["timed_steps"]
-    assert timed == 2 + 9, "both starts, each without its warm-up"
-    assert again.meter.first_step_s == whole.meter.first_step_s
-
-
 def test_deterministic_training_says_so_and_trains(fields, monkeypatch):
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "")
     try:
@@ -332,21 +241,6 @@ def test_deterministic_training_says_so_and_trains(fields, monkeypatch):
         torch.use_deterministic_algorithms(False)
         torch.backends.cuda.enable_cudnn_sdp(True)
         torch._inductor.config.deterministic = False
-
-
-@pytest.mark.parametrize(
-    ("processes", "on_a_cpu", "more", "looked_for"),
-    [
-        (2, True, {}, False),
-        (3, True, {}, True),
-        (3, False, {}, False),
-        (3, False, {"deterministic": "true"}, True),
-    ],
-)
-def test_sums_over_three_processes_keep_their_order(fields, processes, on_a_cpu, more, looked_for):
-    launch = Launch("fp32", "ddp", processes, processes, on_a_cpu, {})
-    recipe = parse_recipe(arguments({**fields, "global_batch_size": "12", **more}), launch)
-    assert recipe.training.ddp_find_unused_parameters is looked_for
 
 
 def test_loading_leaves_the_dtypes_of_the_parameters():

@@ -57,7 +57,7 @@ class UpstreamFixes(Trainer):
         - A stream counts as one epoch, however often it has begun again.
         - `eval_on_start` evaluates again at every start.
 
-        Delete each when a resumed run of transformers passes its test in test_continuation.py.
+        Delete each when a resumed run of transformers passes tests/test_*continuation*.py.
         """
         done = super()._init_training_state(max_steps, steps_per_epoch, epochs, checkpoint, trial)
         if checkpoint is None:
