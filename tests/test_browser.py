@@ -1,107 +1,13 @@
-"""The chat app's page in a headless Chromium: what a user clicks, at both widths, light and dark.
-
-Screenshots go to the folder that SCREENSHOTS names, if it does.
-"""
+"""A conversation on the chat app's page in a headless Chromium, at both widths, light and dark."""
 
 import json
-import os
-import shutil
-from functools import cache
 from pathlib import Path
 
 import pytest
+from browser_pages import MARKS, WIDTHS, answered, say, shot, slide
 from serving import waits_for
 
-from sftlab.chat import votes
-
-playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-CHROMIUM = next(
-    filter(None, map(shutil.which, ("chromium", "google-chrome", "chromium-browser"))), None
-)
-pytestmark = [
-    pytest.mark.long,
-    pytest.mark.skipif(
-        CHROMIUM is None, reason="neither chromium nor google-chrome is on the PATH"
-    ),
-]
-ARGUMENTS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--disable-background-networking"]
-WIDTHS = {"desktop": {"width": 1280, "height": 900}, "phone": {"width": 390, "height": 844}}
-
-
-@pytest.fixture(scope="module")
-def browser():
-    with playwright.sync_playwright() as driver:
-        yield driver.chromium.launch(executable_path=CHROMIUM, args=ARGUMENTS)
-
-
-@pytest.fixture(scope="module")
-def context_of(browser):
-    """A browser of a width and a colour scheme.
-
-    Its pages share what it keeps of a server's files, which take seconds to read.
-    """
-
-    @cache
-    def context_of(width: str, scheme: str):
-        context = browser.new_context(
-            viewport=WIDTHS[width], color_scheme=scheme, accept_downloads=True
-        )
-        context.grant_permissions(["clipboard-read", "clipboard-write"])
-        return context
-
-    return context_of
-
-
-@pytest.fixture
-def visit(context_of):
-    """Opens the page of a server.
-
-    What it asked of other hosts and what broke in it fail the test.
-    """
-    pages = []
-
-    def open_page(url: str, width: str = "desktop", scheme: str = "light", loaded: str = "rank 16"):
-        page = context_of(width, scheme).new_page()
-        page.asked, page.broke = [], []
-        page.on("request", lambda request: page.asked.append(request.url))
-        page.on("pageerror", lambda error: page.broke.append(str(error)))
-        page.on("dialog", lambda dialog: page.broke.append(f"dialog {dialog.message}"))
-        page.set_default_timeout(30_000)
-        page.goto(url)
-        pages.append((page, url))
-        page.get_by_text(loaded).first.wait_for()
-        return page
-
-    yield open_page
-    for page, url in pages:
-        outside = [asked for asked in page.asked if not asked.startswith((url, "data:", "blob:"))]
-        assert not outside
-        assert not page.broke
-        page.close()
-
-
-def shot(page, name: str) -> None:
-    if os.environ.get("SCREENSHOTS"):
-        page.wait_for_timeout(300)
-        page.screenshot(path=str(Path(os.environ["SCREENSHOTS"]) / f"{name}.png"), full_page=True)
-
-
-def say(page, text: str) -> None:
-    page.fill("#message textarea", text)
-    page.get_by_role("button", name="Send").click()
-
-
-def answered(page, column: str = "left", says: str = ""):
-    """The footnote of the newest answer, once it says that and the page takes messages again."""
-    footnote = page.locator(f"#{column} .message small", has_text=says).last
-    footnote.wait_for()
-    page.get_by_role("button", name="Send").wait_for()
-    return footnote.inner_text()
-
-
-def slide(page, label: str, value: str) -> None:
-    page.get_by_label(f"number input for {label}").fill(value)
-    page.get_by_label(f"number input for {label}").press("Enter")
+pytestmark = MARKS
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
@@ -256,53 +162,6 @@ def test_html_is_inert_and_code_is_code(slow, visit):
     assert page.locator("#left .message img").count() == 0
 
 
-def test_a_blind_vote_is_revealed_written_and_summed(server, visit):
-    page = visit(server.url)
-    slide(page, "Max new tokens", "10")
-    page.get_by_label("Blind").check()
-    say(page, "Repeat the number 3 in words.")
-    page.get_by_role("button", name="Right is better").wait_for()
-    assert (answered(page), answered(page, "right")) == ("answer A", "answer B")
-    shot(page, "blind")
-    page.get_by_role("button", name="Right is better").click()
-    page.locator("#note").get_by_text("Voted").wait_for()
-    vote = votes.read(server.ballot).votes[-1]
-    assert (vote["blind"], vote["vote"], vote["message"]) == (
-        True,
-        vote["order"][1],
-        "Repeat the number 3 in words.",
-    )
-    page.locator("#right small", has_text=f"{vote['order'][1]} · ").wait_for()
-    page.get_by_role("row", name="first blind").wait_for()
-    shot(page, "voted")
-
-
-def test_another_run_a_broken_one_and_a_reload(server, visit):
-    page = visit(server.url)
-    slide(page, "Max new tokens", "5")
-    for run, words in (("broken", "broken cannot be used"), ("second", "rank 16")):
-        page.get_by_label("Run", exact=True).click()
-        page.get_by_role("option", name=run).click()
-        page.locator("#facts").get_by_text(words).wait_for()
-        shot(page, run)
-    say(page, "Hello")
-    assert "tokens/s" in answered(page)
-    page.get_by_role("tab", name="Runs").click()
-    page.get_by_role("cell", name="second", exact=True).wait_for()
-    shot(page, "runs")
-    page.get_by_role("tab", name="Results").click()
-    page.locator(".tables img").first.wait_for()
-    assert page.evaluate(
-        "[...document.querySelectorAll('.tables img')].every(image => image.naturalWidth > 100)"
-    )
-    shot(page, "results")
-    page.reload()
-    page.locator("#facts").get_by_text("rank 16").wait_for()
-    slide(page, "Max new tokens", "5")
-    say(page, "Hello again")
-    assert "tokens/s" in answered(page)
-
-
 def test_editing_copying_and_saving(slow, visit):
     page = visit(slow.url)
     slide(page, "Max new tokens", "3")
@@ -325,22 +184,3 @@ def test_editing_copying_and_saving(slow, visit):
     [turn] = json.loads(Path(download.value.path()).read_text())["turns"]
     assert turn["message"] == "three"
     assert turn["texts"]["tuned"].startswith("heard three")
-
-
-def test_the_api_page_is_there(server, visit):
-    page = visit(server.url)
-    page.get_by_role("button", name="Use via API").click()
-    page.get_by_text("/chat").first.wait_for()
-    shot(page, "api")
-
-
-def test_without_a_run_the_page_says_how_to_make_one_and_finds_it_later(slow, visit):
-    runs = slow.folder / "runs"
-    runs.rename(slow.folder / "gone")
-    page = visit(slow.url, "phone", loaded="No finished run yet")
-    assert not page.locator("#message").is_visible()
-    shot(page, "empty")
-    (slow.folder / "gone").rename(runs)
-    page.reload()
-    page.locator("#facts").get_by_text("rank 16").wait_for()
-    assert page.locator("#message").is_visible()
