@@ -28,6 +28,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 
 import cases
+import touched_files
 import trials
 import world
 from conftest import ROOT
@@ -76,11 +77,12 @@ class Campaign:
         place = self.folder / f"case-{number}"
         cases.copy_world(self.folder / "world", place)
         case = cases.prepare(self.seed, number, place)
-        before = trials.seen(place)
+        before = touched_files.seen(place)
         hashes = {
-            path: trials.digest(place / path)
+            path: touched_files.digest(place / path)
             for path in before
-            if path.removeprefix("work/").startswith(trials.KEPT) and (place / path).is_file()
+            if path.removeprefix("work/").startswith(touched_files.KEPT)
+            and (place / path).is_file()
         }
         log = self.folder / f"case-{number}.log"
         process = trials.start(case.script, case.argv, place / "work", log)
@@ -91,7 +93,7 @@ class Campaign:
             if (ended := process.ended()) is None:
                 continue
             case, place, before, hashes = self.running.pop(process)
-            damaged = trials.damage(case.script, ended.code, place, before, hashes)
+            damaged = touched_files.damage(case.script, ended.code, place, before, hashes)
             kind, what = trials.outcome(ended, damaged, place / "work")
             self.counts[case.border, kind] += 1
             self.seconds[case.script] += ended.seconds
@@ -101,7 +103,7 @@ class Campaign:
             if self.keep:
                 print(f"{case}\n{ended}\nkept in {place}")
             else:
-                trials.clean(place)
+                touched_files.clean(place)
                 process.log.unlink()
 
     def rows(self) -> list[dict[str, object]]:
@@ -171,7 +173,7 @@ def main(argv: list[str]) -> int:
         campaign.run(chosen, given.jobs, given.seconds)
     finally:
         if not given.keep:
-            trials.clean(folder)
+            touched_files.clean(folder)
     rows = campaign.rows()
     print()
     print(aligned([list(rows[0]), *([str(cell) for cell in row.values()] for row in rows)]))
