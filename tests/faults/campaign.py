@@ -15,10 +15,8 @@ depends on the machine. The exit status is 1 if anything came out otherwise.
 import argparse
 import json
 import os
-import random
 import shutil
 import signal
-import statistics
 import sys
 import tempfile
 import time
@@ -31,127 +29,25 @@ os.environ.update({"CUDA_VISIBLE_DEVICES": "-1", "HF_HUB_OFFLINE": "1", "OMP_NUM
 TESTS = Path(__file__).parent.parent
 sys.path[:0] = [str(TESTS.parent), str(TESTS), str(TESTS / "faults")]
 
-import torch  # noqa: E402
-import transformers  # noqa: E402
-from cases import CASES, CPU_CASES, FIELDS, environment  # noqa: E402
-from conftest import arguments, byte_tokenizer, instruction_rows, load_script, read, write_jsonl  # noqa: E402
-from forked import Moment, Training  # noqa: E402
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # noqa: E402
+from cases import CASES, CPU_CASES  # noqa: E402
+from conftest import read  # noqa: E402
+from controls import CONTROLS  # noqa: E402
 from test_checkpoint import FAULTS  # noqa: E402
-from transformers import LlamaConfig, LlamaForCausalLM  # noqa: E402
+from undisturbed import UndisturbedRuns  # noqa: E402
+from verdicts import outcome, refusal, succeeded, summary  # noqa: E402
 
-import sftlab.runs.checkpoint_manifest  # noqa: E402
-from sftlab.files import file_hash  # noqa: E402
 from sftlab.runs.environment import provenance  # noqa: E402
-from sftlab.runs.record import read_run  # noqa: E402
 from sftlab.tables import aligned, write_csv  # noqa: E402
 
 KINDS = ("start-up", "steps", "saving", "sealing", "rotating", "final save", "signal")
 
 
-class Campaign:
-    """Undisturbed runs, and trials against them, in a folder."""
+class Campaign(UndisturbedRuns):
+    """Trials against undisturbed runs, and what came out."""
 
     def __init__(self, folder: Path, seed: int) -> None:
-        self.folder, self.random = folder, random.Random(seed)
-        self.sft = load_script("recipes/sft.py")
+        super().__init__(folder, seed)
         self.lines: list[dict[str, Any]] = []
-        torch.manual_seed(0)
-        config = LlamaConfig(
-            vocab_size=259,
-            hidden_size=64,
-            intermediate_size=64,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            num_key_value_heads=1,
-            bos_token_id=256,
-            eos_token_id=257,
-            pad_token_id=258,
-            initializer_range=0.1,
-        )
-        LlamaForCausalLM(config).save_pretrained(folder / "base")
-        byte_tokenizer().save_pretrained(folder / "base")
-        write_jsonl(folder / "rows.jsonl", instruction_rows(200))
-        self.undisturbed: dict[str, dict[str, Any]] = {}
-        self.changes: dict[str, list[tuple[float, str]]] = {}
-
-    def start(
-        self,
-        name: str,
-        run: Path,
-        moment: Moment | None = None,
-        victim: int = 0,
-        sabotage: Callable | None = None,
-    ) -> Training:
-        """Start a case in a run directory."""
-        case = CASES[name]
-        data = {
-            "model_name_or_path": self.folder / "base",
-            "dataset_name": self.folder / "rows.jsonl",
-        }
-        argv = arguments(
-            {k: str(v) for k, v in (data | {"output_dir": run} | FIELDS | case.fields).items()}
-        )
-
-        def prepare() -> None:
-            for one in (case.prepare, sabotage):
-                if one:
-                    one()
-
-        return Training(
-            self.sft,
-            argv,
-            Path(f"{run}.log"),
-            case.processes,
-            moment,
-            victim,
-            prepare,
-            environment(case),
-            case.config is not None,
-        )
-
-    def begin(self, name: str) -> None:
-        """The undisturbed run of a case, and when it changes its folder."""
-        if name in self.undisturbed:
-            return
-        run = self.folder / f"{name} undisturbed"
-        if not self.start(name, run, Moment(count=-1)).wait():
-            raise RuntimeError(
-                f"{name}: the undisturbed run failed: {Path(f'{run}.log').read_text()[-2000:]}"
-            )
-        self.undisturbed[name] = outcome(run)
-        lines = Path(f"{run}.changes").read_text().splitlines()
-        self.changes[name] = [
-            (float(line.split(" ", 1)[0]), line.split(" ", 1)[1]) for line in lines
-        ]
-
-    def moment(self, name: str, kind: str, victim: int) -> Moment:
-        """A random moment of a kind in the life of a rank.
-
-        Only the first one notes progress and seals.
-        """
-        changes, draw = self.changes[name], self.random.uniform
-        first = next(at for at, change in changes if "progress.json" in change)
-        saved = next(at for at, change in changes if ".adapter" in change)
-        end = changes[-1][0]
-        if kind == "start-up":
-            return Moment(after_s=draw(0, first))
-        if victim and kind == "saving":
-            return Moment("resume_state-", self.random.randint(1, 4), draw(0, 0.01))
-        if victim:
-            return Moment(after_s=draw(first, saved) if kind != "final save" else draw(saved, end))
-        if kind == "steps":
-            return Moment("progress.json", 1, draw(0, saved - first))
-        if kind == "final save" and self.random.random() < 0.5:
-            return Moment(".adapter", 1, draw(0, end - saved))
-        where, delay = {
-            "saving": ("/checkpoint-", 0.004),
-            "sealing": ("manifest.json", 0),
-            "rotating": ("os.rmdir", 0.001),
-            "final save": (".adapter", 0.003),
-        }[kind]
-        events = sum(where in change for _, change in changes)
-        return Moment(where, self.random.randint(1, events), draw(0, delay))
 
     def trial(self, name: str, kind: str, number: int) -> None:
         """Interrupt once or more, start until it ends, compare."""
@@ -218,12 +114,6 @@ class Campaign:
         chosen = self.random.sample(pairs, len(pairs) if most is None else most)
         return [partial(self.break_file, name, cut, path, fault) for path, fault in chosen]
 
-    def cut_off(self, name: str, run: Path) -> None:
-        """A run that was killed after its checkpoint of step 10."""
-        while not (run / "checkpoint-10" / "manifest.json").is_file():
-            shutil.rmtree(run, ignore_errors=True)
-            self.start(name, run, Moment("checkpoint-10/manifest.json", 1, 0.06)).wait()
-
     def break_file(self, name: str, cut: Path, path: Path, fault: Callable[[Path], None]) -> None:
         """Break a file of a copy of a run that was cut off, and start again."""
         run = self.folder / f"{name} {str(path).replace('/', ' ')[:60]} {fault.__name__}"
@@ -279,89 +169,6 @@ class Campaign:
             Path(f"{run}.log").unlink(missing_ok=True)
         else:
             print(f"  see {run} and {run}.log", flush=True)
-
-
-def succeeded(run: Path) -> bool:
-    """Whether a run says so; a damaged run.json is refused and stays as it is."""
-    try:
-        return read_run(run)["status"] == "succeeded"
-    except ValueError:
-        return False
-
-
-def outcome(run: Path) -> dict[str, Any]:
-    """What must be the same."""
-    record = read(run)
-    events = EventAccumulator(str(run / "tensorboard")).Reload()
-    tags = [tag for tag in events.Tags()["scalars"] if not tag.endswith(("runtime", "_per_second"))]
-    return {
-        "adapter": file_hash(run / "adapter" / "adapter_model.safetensors"),
-        "losses": record["losses"],
-        "train_loss": record["measured"]["train_loss"],
-        "validation_loss": record["measured"]["validation_loss"],
-        "trainable_dtypes": record["ran"]["trainable_dtypes"],
-        "curves": {
-            tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in tags
-        },
-    }
-
-
-def refusal(run: Path) -> dict[str, Any]:
-    """A start that ended in one sentence was refused; with a traceback it failed."""
-    said = Path(f"{run}.log").read_text()
-    last = said.strip().splitlines()[-1]
-    return {
-        "result": "refused" if last.startswith("error: ") and "Traceback" not in said else "failed",
-        "why": last,
-    }
-
-
-def no_random_states() -> None:
-    """The random states are not restored."""
-    transformers.Trainer._load_rng_state = lambda self, checkpoint: None
-
-
-def no_verification() -> None:
-    """A checkpoint is taken for whole without a look at its files."""
-    manifest = sftlab.runs.checkpoint_manifest
-    manifest.verify = manifest._read_manifest
-
-
-def no_sums() -> None:
-    """What has added up since the last log is not restored."""
-    from sftlab.training.log_sums import TokenSums, TrainerSums
-
-    TokenSums.restore = TrainerSums.restore = lambda self, state: None
-
-
-CONTROLS = {
-    "random states are not restored": (no_random_states,),
-    "sums since the last log are not restored": (no_sums,),
-    "a flipped bit, hashes not looked at": (no_verification, FAULTS[-1]),
-}
-
-
-def summary(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """A row a case and kind."""
-    rows = []
-    for case, kind in dict.fromkeys((line["case"], line["kind"]) for line in lines):
-        mine = [line for line in lines if (line["case"], line["kind"]) == (case, kind)]
-        count = {
-            result: sum(line["result"] == result for line in mine)
-            for result in ("exact", "refused", "caught")
-        }
-        steps = [line["steps_again"] for line in mine if line.get("steps_again") is not None]
-        row = {"case": case, "kind": kind, "trials": len(mine)}
-        row |= {how: sum(line.get(how, 0) for line in mine) for how in ("kills", "signals")} | count
-        row["otherwise"] = len(mine) - sum(count.values())
-        row["steps_done_again"] = (
-            f"{statistics.median(steps):g} [{min(steps)}, {max(steps)}]" if steps else ""
-        )
-        row["checkpoints_set_aside"] = sum(line.get("set_aside", 0) for line in mine)
-        rows.append(row)
-    keys = ("trials", "kills", "signals", "exact", "refused", "caught", "otherwise")
-    whole = {key: sum(row[key] for row in rows) for key in keys}
-    return [*rows, {"case": "all", "kind": "", **whole}]
 
 
 def main(argv: list[str]) -> int:
