@@ -6,11 +6,7 @@ import shutil
 from contextlib import contextmanager
 
 import pytest
-from conftest import (
-    instruction_rows,
-    load_script,
-    write_jsonl,
-)
+from conftest import instruction_rows, load_script, write_jsonl
 from dask.distributed import LocalCluster
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
 from tokenizing import ODD, TURNS, contents, fields_of, recipe_of, refused, tokenized
