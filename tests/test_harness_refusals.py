@@ -4,27 +4,19 @@ import json
 
 import pytest
 from conftest import copy_of, load_script, read, write_jsonl
-from harness_files import TASKS, arc_rows, gsm8k_rows, mmlu_rows, named, sample, truthful_rows
+from harness_files import (
+    TASKS,
+    named,
+    sample,
+    write_files,
+)
 from lm_eval.tasks import TaskManager
 
 
 @pytest.fixture(scope="session")
 def files(tmp_path_factory):
     """Handmade files with the hub's columns, by the names that --files gives them."""
-    folder = tmp_path_factory.mktemp("files")
-    rows = {
-        "arc_challenge_test": arc_rows(32),
-        "arc_challenge_train": arc_rows(6, 100),
-        "arc_easy_test": arc_rows(9, 50),
-        "gsm8k_test": gsm8k_rows(12),
-        "gsm8k_train": gsm8k_rows(30, 20),
-        "truthfulqa_validation": truthful_rows(5),
-        "mmlu_test": mmlu_rows(4),
-        "mmlu_dev": mmlu_rows(3),
-    }
-    return {
-        name: str(write_jsonl(folder / f"{name}.jsonl", content)) for name, content in rows.items()
-    }
+    return write_files(tmp_path_factory.mktemp("files"))
 
 
 @pytest.fixture(scope="module")

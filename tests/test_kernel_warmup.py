@@ -93,11 +93,8 @@ def test_the_rehearsed_kernels_are_those_of_every_step(fields, monkeypatch, weig
     assert called == rehearsed
 
 
-def test_kernels_are_rehearsed_on_the_gpu_of_the_process(fields, monkeypatch):
-    done = []
-    note = lambda what: lambda *given: done.append((threading.current_thread().name, what, *given))  # noqa: E731
-    monkeypatch.setattr(torch.cuda, "set_device", note("device"))
-    monkeypatch.setattr(kernel_warmup, "rehearse", note("rehearsed"))
+def packed(fields, attention):
+    """A recipe, the config of its model, and packed rows in two layers of this attention."""
     recipe = parse_recipe(arguments(fields), Launch.from_environment())
     config = load_config(recipe.model.model_name_or_path, None, recipe.training)
     fast = selection.FastPath(
@@ -105,8 +102,17 @@ def test_kernels_are_rehearsed_on_the_gpu_of_the_process(fields, monkeypatch):
         compile_layers=False,
         fused_loss=None,
         attn_implementation=None,
-        layers=Layers(2, (Attention(2, 1, 16, 16, 0.25, window=64),) * 2),
+        layers=Layers(2, (attention,) * 2),
     )
+    return recipe, config, fast
+
+
+def test_kernels_are_rehearsed_on_the_gpu_of_the_process(fields, monkeypatch):
+    done = []
+    note = lambda what: lambda *given: done.append((threading.current_thread().name, what, *given))  # noqa: E731
+    monkeypatch.setattr(torch.cuda, "set_device", note("device"))
+    monkeypatch.setattr(kernel_warmup, "rehearse", note("rehearsed"))
+    recipe, config, fast = packed(fields, Attention(2, 1, 16, 16, 0.25, window=64))
     recipe.training.max_length = 64
     monkeypatch.setenv("LOCAL_RANK", "1")
     assert kernel_warmup.start_compilers(recipe, config, fast).exception(20) is None
@@ -128,14 +134,6 @@ def test_a_gpu_that_cannot_be_set_ends_the_wait(fields, monkeypatch):
         raise RuntimeError("no such GPU")
 
     monkeypatch.setattr(torch.cuda, "set_device", fail)
-    recipe = parse_recipe(arguments(fields), Launch.from_environment())
-    config = load_config(recipe.model.model_name_or_path, None, recipe.training)
-    fast = selection.FastPath(
-        packing=True,
-        compile_layers=False,
-        fused_loss=None,
-        attn_implementation=None,
-        layers=Layers(2, (Attention(2, 1, 16, 16, 0.25),) * 2),
-    )
+    recipe, config, fast = packed(fields, Attention(2, 1, 16, 16, 0.25))
     error = kernel_warmup.start_compilers(recipe, config, fast).exception(20)
     assert str(error) == "no such GPU"
