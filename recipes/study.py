@@ -47,7 +47,7 @@ from typing import Any
 
 from sftlab.comparison.output_folder import claim_output_folder
 from sftlab.comparison.plots import draw_study, draw_tuning
-from sftlab.comparison.run_results import read_results
+from sftlab.comparison.run_results import perplexity_of, read_results
 from sftlab.comparison.study_file import GIVEN, Study, check_comparable, load
 from sftlab.comparison.study_output import RUNS_LINE, check_not_emptied, check_output
 from sftlab.comparison.study_claims import claims, least_found_line
@@ -294,7 +294,8 @@ def score(study: Study, task: Task) -> bool:
     found, wanted = read_results(task.folder), []
     if not found.quality:
         wanted.append([f"--{name}={value}" for name, value in study.quality_options.items()])
-    if study.known_text and not found.texts:
+    scored = {perplexity_of(one["held_out"]["dataset"]) for one in found.texts}
+    if study.known_text and perplexity_of(study.known_text) not in scored:
         wanted.append(["--dataset_name", study.known_text])
     for options in wanted:
         # one write, as others beside it print too

@@ -7,13 +7,7 @@ from pathlib import Path
 import lm_eval
 import pytest
 from conftest import ROOT, copy_of, load_script, write_jsonl
-from harness_files import (
-    TASKS,
-    entries,
-    gsm8k_rows,
-    named,
-    write_files,
-)
+from harness_files import TASKS, entries, gsm8k_rows, named, write_files
 from lm_eval.api.task import ConfigurableTask
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager

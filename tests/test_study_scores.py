@@ -39,7 +39,8 @@ def written(tmp_path, **more):
         ({"quality_options": {"samples": 20}}, ({}, []), [["--samples=20"]]),
         ({"known_text": "k.jsonl"}, ({}, []), [[], ["--dataset_name", "k.jsonl"]]),
         ({"known_text": "k.jsonl"}, ({"scores": {}}, []), [["--dataset_name", "k.jsonl"]]),
-        ({"known_text": "k.jsonl"}, ({"scores": {}}, [{}]), []),
+        ({"known_text": "k.jsonl"}, ({"scores": {}}, ["k.jsonl"]), []),
+        ({"known_text": "k.jsonl"}, ({"scores": {}}, ["o.jsonl"]), [["--dataset_name", "k.jsonl"]]),
         ({"quality": False, "known_text": "k.jsonl"}, ({}, []), []),
     ],
 )
@@ -51,7 +52,8 @@ def test_what_a_run_lacks_is_evaluated(tmp_path, monkeypatch, more, found, asked
         return SimpleNamespace(returncode=0)
 
     monkeypatch.setattr(SCRIPT.subprocess, "run", run)
-    results = SimpleNamespace(quality=found[0], texts=found[1])
+    texts = [{"held_out": {"dataset": name}} for name in found[1]]
+    results = SimpleNamespace(quality=found[0], texts=texts)
     monkeypatch.setattr(SCRIPT, "read_results", lambda folder: results)
     for task in study.tasks:
         (task.folder / "adapter").mkdir(parents=True)
