@@ -22,6 +22,7 @@ from sftlab.models.adapter_names import check_adapter_names
 from sftlab.models.layers import describe
 from sftlab.models.loading import model_class
 from sftlab.models.own_logits import logit_changes
+from sftlab.models.text_part import has_causal_model
 from sftlab.paths import ROOT
 from sftlab.planning.step import step_of
 
@@ -44,6 +45,7 @@ MIXTURE = {"num_experts_per_tok": 2, "moe_intermediate_size": 32}
 PER_LAYER = {"hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 97}
 GRANITE = {"logits_scaling": 8.0, "attention_multiplier": 0.0625, "residual_multiplier": 0.22}
 MLA = {"q_lora_rank": 32, "kv_lora_rank": 16, "qk_rope_head_dim": 16, "v_head_dim": 16}
+MROPE = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [2, 3, 3]}
 # Family, the class of its config without `Config`, and fields of a tiny model that differ.
 FAMILIES: dict[str, tuple[str, dict[str, object]]] = {
     "Llama 2, 3; SmolLM2": ("Llama", {}),
@@ -58,6 +60,8 @@ FAMILIES: dict[str, tuple[str, dict[str, object]]] = {
     ),
     "Qwen 2, 2.5": ("Qwen2", {}),
     "Qwen 3": ("Qwen3", {"head_dim": 16}),
+    "Qwen 2.5-VL (text)": ("Qwen2_5_VLText", {"rope_parameters": MROPE}),
+    "Qwen 3-VL (text)": ("Qwen3VLText", {"head_dim": 16, "rope_parameters": MROPE}),
     "Qwen 3 MoE": ("Qwen3Moe", {"head_dim": 16, "num_local_experts": 4, **MIXTURE}),
     "Qwen 3.5 (text)": ("Qwen3_5Text", {"layer_types": ["linear_attention", "full_attention"]}),
     "Gemma 2": ("Gemma2", {"head_dim": 32, **WINDOWS}),
@@ -141,7 +145,10 @@ def main() -> None:
 def config_of(family: str) -> PreTrainedConfig:
     """Returns the config of a family's tiny model."""
     name, fields = FAMILIES[family]
-    return getattr(transformers, f"{name}Config")(**SMALL | fields)
+    config = getattr(transformers, f"{name}Config")(**SMALL | fields)
+    if not has_causal_model(config):
+        raise ValueError(f"{family}: transformers has no causal language model for {name}Config")
+    return config
 
 
 def model_of(family: str) -> PreTrainedModel:
@@ -213,10 +220,20 @@ def _no_plan(config: PreTrainedConfig) -> str | None:
 TAIL = """\
 ## What about checkpoints that take images?
 
-Images are never trained, and the run says so. Where transformers has a class for the text alone
-that reads the whole checkpoint (Qwen 3.5, Llama 4), the text model trains. Every tensor of it comes
-from the checkpoint. The others (Gemma 3 and 4, Mistral 3, Qwen 2.5-VL and 3-VL) are refused in one
-sentence. Their text models train where they are published alone.
+Gemma 3 and 4, Qwen 2.5-VL and 3-VL, Mistral Small 3, GLM-4V, InternVL, LLaVA and others are
+published as one checkpoint for images and text. Give its name as `model_name_or_path`. Its text
+model trains, and the run says so. Images are never trained.
+
+- Every tensor comes from the checkpoint. Before use, the text model's logits are held to those of
+  the whole model; where they differ, as in Aya Vision, the model is refused.
+- The adapter has the checkpoint's own names, and its config names every layer that it adapts. So it
+  loads into the checkpoint with plain peft, and leaves the part for images alone.
+- `recipes/export.py --to merged` writes the text model alone where transformers has a class for it
+  (Gemma 3 and 4, Mistral 3). For the others export the adapter.
+
+Where transformers itself reads the text out of the checkpoint (Qwen 3.5, Llama 4), its class is
+used. A checkpoint whose text model is built otherwise (Llama 3.2 Vision, SmolVLM) is refused in one
+sentence.
 """
 
 

@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import AutoPeftModelForCausalLM
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from sftlab.comparison.result_files import check_differences, read_quality
@@ -34,6 +33,7 @@ from sftlab.evaluation.server_client import ServerClient, Words
 from sftlab.exit_messages import first_line
 from sftlab.export.agreement import PROMPTS, Behaviour, compare, observe
 from sftlab.export.formats import (
+    adapted_base,
     adapted_layers,
     end_ids,
     facts_of_sizes,
@@ -243,7 +243,7 @@ def as_a_user(
         with_fused_head(model)
     else:
         kept, tokenizer = recipe["dtype"], AutoTokenizer.from_pretrained(out)
-        model = AutoPeftModelForCausalLM.from_pretrained(out, dtype=getattr(torch, kept), **trust)
+        model = adapted_base(out, dtype=getattr(torch, kept), **trust)
         ends = GenerationConfig.from_pretrained(out).eos_token_id
         with_fused_head(model.get_base_model())
     ends = ends if isinstance(ends, list) else [ends]

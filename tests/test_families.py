@@ -6,20 +6,14 @@ import pytest
 import torch
 from conftest import ROOT, load_script
 from packed_training import examples, reference_attention
-from peft import LoraConfig, PeftModel, get_peft_model
 from torch.nn import functional as F
 from transformers import (
     AutoModelForCausalLM,
-    Gemma3Config,
-    Gemma3ForConditionalGeneration,
-    Llama4Config,
-    Llama4ForConditionalGeneration,
 )
 
 from sftlab.data.collator import Collator, for_the_model
 from sftlab.fastpath import fused_loss, varlen_attention
 from sftlab.models.layers import decoder_of
-from sftlab.models.loading import load_config, load_weights
 from sftlab.models.own_logits import logit_changes
 from sftlab.training.router_loss import leave_out_frozen_router
 
@@ -76,55 +70,6 @@ def test_packed_rows_are_computed_as_rows_alone_are(family, rows, monkeypatch):
         found = decoder_of(other.eval())(**packed, use_cache=False).last_hidden_state[0]
     apart = (found[: len(expected)] - expected).norm() / expected.norm()
     assert apart < 1e-5
-
-
-VISION = {
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-    "image_size": 28,
-    "patch_size": 14,
-}
-
-
-def checkpoint_with_images(folder, text_family, config_class, model_class, **vision):
-    text = models.config_of(text_family).to_dict()
-    config = config_class(text_config=text, vision_config=VISION | vision)
-    torch.manual_seed(0)
-    model = model_class(config).eval()
-    model.save_pretrained(folder)
-    return model
-
-
-def test_the_text_of_a_checkpoint_with_images_trains_and_its_adapter_fits_there(tmp_path, caplog):
-    sizes = {"vision_output_dim": 32, "projector_input_dim": 32, "projector_output_dim": 32}
-    whole = checkpoint_with_images(
-        tmp_path, "Llama 4 (text)", Llama4Config, Llama4ForConditionalGeneration, **sizes
-    )
-    load_config(
-        str(tmp_path), None, SimpleNamespace(model_init_kwargs=None, trust_remote_code=False)
-    )
-    kwargs = {"trust_remote_code": False, "dtype": "float32"}
-    text = load_weights(str(tmp_path), kwargs, None, None)
-    assert "takes images too: its text model alone is trained" in caplog.text
-    ids = torch.arange(3, 30)[None]
-    with torch.no_grad():
-        assert torch.equal(text(input_ids=ids).logits, whole(input_ids=ids).logits)
-    lora = LoraConfig(target_modules=["q_proj"], init_lora_weights=False, task_type="CAUSAL_LM")
-    tuned = get_peft_model(text, lora).eval()
-    tuned.save_pretrained(tmp_path / "adapter")
-    again = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
-    again = PeftModel.from_pretrained(again, tmp_path / "adapter").eval()
-    with torch.no_grad():
-        assert torch.equal(tuned(input_ids=ids).logits, again(input_ids=ids).logits)
-
-
-def test_a_checkpoint_with_images_and_no_class_for_its_text_is_refused(tmp_path):
-    checkpoint_with_images(tmp_path, "Gemma 3 (text)", Gemma3Config, Gemma3ForConditionalGeneration)
-    training = SimpleNamespace(model_init_kwargs=None, trust_remote_code=False)
-    with pytest.raises(ValueError, match="which takes more than text: give a text-only model"):
-        load_config(str(tmp_path), None, training)
 
 
 @pytest.mark.parametrize(

@@ -5,16 +5,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel
+from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel
 from peft.tuners.lora import LoraLayer
 from safetensors import safe_open
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForImageTextToText,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from sftlab.data.chat_template import pad_id
 from sftlab.evaluation.generation import turn_of
 from sftlab.export.vllm_ranks import VLLM_RANKS, served_rank
 from sftlab.files import write_json
 from sftlab.models.inner_model import inner_model
+from sftlab.models.loading import model_class, read_config
+from sftlab.models.text_part import unnested
 from sftlab.schema import read_object
 
 # beginnings (init_lora_weights) after which the base model's weights are as they were
@@ -30,6 +37,8 @@ def merge(
 ) -> PreTrainedModel:
     """Returns the model in a dtype, with the adapter merged in and `ends` as its end tokens.
 
+    Of a checkpoint that takes images too it is the text model alone.
+
     Raises ValueError where a merged weight is not finite, and for biases that find no place.
     """
     _refuse_biases(model)
@@ -38,7 +47,7 @@ def merge(
     if isinstance(merged, PeftModel):
         merged = merged.merge_and_unload(safe_merge=True)
     merged.generation_config = generation
-    return merged
+    return unnested(merged)
 
 
 def _refuse_biases(model: PreTrainedModel | PeftModel) -> None:
@@ -75,6 +84,17 @@ def write_adapter(
     ends = end_ids(model, tokenizer)
     inner = inner_model(model).generation_config
     generation_config(inner, tokenizer, ends).save_pretrained(out)
+
+
+def adapted_base(adapter: Path, dtype: torch.dtype, trust_remote_code: bool) -> PeftModel:
+    """Load an adapter with its base model by transformers and peft alone, as its users do."""
+    base, trust = read_object(adapter / _CONFIG)["base_model_name_or_path"], trust_remote_code
+    if model_class(read_config(base, None, trust)) is not None or trust:
+        return AutoPeftModelForCausalLM.from_pretrained(
+            adapter, dtype=dtype, trust_remote_code=trust
+        )
+    whole = AutoModelForImageTextToText.from_pretrained(base, dtype=dtype)
+    return PeftModel.from_pretrained(whole, adapter)
 
 
 def end_ids(model: PeftModel | PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:

@@ -53,7 +53,7 @@ def model_card(
         f"{_what(kind)} of {origin}, {tuned}.",
         *_own_folder(quality, base, local),
         "## How to use it",
-        *_usage(kind, name, recipe),
+        *_usage(kind, name, recipe, (run.get("ran") or {}).get("text_of")),
         "## How it was trained",
         *markdown([["what", "value"], *_training(run)]),
         "## What really ran",
@@ -143,7 +143,8 @@ def _scores(quality: dict[str, Any]) -> list[str]:
     ]
 
 
-def _usage(kind: str, name: str, recipe: dict[str, Any]) -> list[str]:
+def _usage(kind: str, name: str, recipe: dict[str, Any], text_of: str | None) -> list[str]:
+    """Returns how it is used; `text_of` is the class of a base model that takes images too."""
     message = '[{"role": "user", "content": "..."}]'
     if kind == "merged":
         load = f'pipe = pipeline("text-generation", "{name}")'
@@ -151,24 +152,33 @@ def _usage(kind: str, name: str, recipe: dict[str, Any]) -> list[str]:
         code = f"from transformers import pipeline\n\n{load}\n{ask}"
         return [_code(code), "With vLLM:", _code(f"vllm serve {name}", "")]
     if kind == "adapter":
+        base, load = recipe["model_name_or_path"], "AutoPeftModelForCausalLM.from_pretrained"
         code = (
             "from peft import AutoPeftModelForCausalLM\nfrom transformers import AutoTokenizer\n\n"
-            f'model = AutoPeftModelForCausalLM.from_pretrained("{name}", dtype="auto")\n'
+            f'model = {load}("{name}", dtype="auto")\n'
+        )
+        if text_of:
+            whole = "AutoModelForImageTextToText"
+            code = (
+                f"from peft import PeftModel\nfrom transformers import {whole}, AutoTokenizer\n\n"
+                f'whole = {whole}.from_pretrained("{base}", dtype="auto")\n'
+                f'model = PeftModel.from_pretrained(whole, "{name}")\n'
+            )
+        code += (
             f'tokenizer = AutoTokenizer.from_pretrained("{name}")\n'
             f"ids = tokenizer.apply_chat_template({message}, add_generation_prompt=True, "
             'return_tensors="pt", return_dict=True)\n'
             "print(tokenizer.decode(model.generate(**ids, max_new_tokens=256)[0]))"
         )
         pipe = f'pipeline("text-generation", model="{name}", tokenizer="{name}")'
+        piped = "A pipeline takes the base model's tokenizer, unless this one is named:"
         rank = None if recipe.get("use_dora") else served_rank(recipe["lora_r"])
         lora = f"--enable-lora --max-lora-rank {rank} --lora-modules tuned={name}"
         serve = _code(f"vllm serve {recipe['model_name_or_path']} {lora}", "")
-        return [
-            _code(code),
-            "A pipeline takes the base model's tokenizer, unless this one is named:",
-            _code(f"from transformers import pipeline\n\npipe = {pipe}"),
-            *(["With vLLM:", serve] if rank else []),
-        ]
+        used = [_code(code)]
+        if not text_of:
+            used += [piped, _code(f"from transformers import pipeline\n\npipe = {pipe}")]
+        return [*used, *(["With vLLM:", serve] if rank else [])]
     return [_code(f"llama-cli -m {name} --jinja", "")]
 
 

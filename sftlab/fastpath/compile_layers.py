@@ -44,15 +44,11 @@ def decoder_layers(model: PreTrainedModel) -> Sequence[nn.Module]:
 def _with_dynamic_tokens(compiled: Callable) -> Callable:
     def forward(hidden_states: torch.Tensor, *args: object, **kwargs: object) -> object:
         rotary, tiles = kwargs.get("position_embeddings"), kwargs.get("tiles")
-        by_token = [
-            hidden_states,
-            kwargs.get("position_ids"),
-            *(rotary if isinstance(rotary, tuple) else ()),
-            tiles,
-        ]
-        for tensor in by_token:
+        for tensor in (hidden_states, kwargs.get("position_ids"), tiles):
             if tensor is not None:
                 torch._dynamo.maybe_mark_dynamic(tensor, 1)
+        for tensor in rotary if isinstance(rotary, tuple) else ():
+            torch._dynamo.maybe_mark_dynamic(tensor, tensor.ndim - 2)  # some have an axis of images
         if kwargs.get("attention_mask") is not None:
             torch._dynamo.maybe_mark_dynamic(kwargs["attention_mask"], [2, 3])
         return compiled(hidden_states, *args, **kwargs)

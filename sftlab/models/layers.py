@@ -15,6 +15,8 @@ import torch
 from torch import nn
 from transformers import AttentionInterface, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
+from sftlab.models.text_part import Nested
+
 _NAME = "described"
 _TOKENS = 4
 # Tensors among an attention's arguments that do not change it, or are understood.
@@ -105,7 +107,8 @@ def describe(config: PreTrainedConfig, model_class: type | None) -> Layers:
 def decoder_of(model: PreTrainedModel) -> nn.Module:
     """Returns the model without its head; some classes name a `base_model` that they lack."""
     base = model.base_model
-    return model.model if base is model else base
+    decoder = model.model if base is model else base
+    return decoder.language_model if isinstance(decoder, Nested) else decoder
 
 
 @lru_cache(maxsize=16)

@@ -18,6 +18,7 @@ from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     AutoTokenizer,
     PreTrainedConfig,
     PreTrainedModel,
@@ -28,6 +29,7 @@ from trl import get_quantization_config
 
 from sftlab.config.model_overrides import check_overrides
 from sftlab.config.recipe import ModelArguments, TrainingArguments
+from sftlab.models.text_part import text_config_of, text_model
 from sftlab.models.trust import FLAG, check_base_folder, refuse_hub_kernels
 
 logger = logging.getLogger(__name__)
@@ -102,21 +104,34 @@ def load_config(
 ) -> PreTrainedConfig:
     """Load the base model's config, with the overrides of `model_init_kwargs`.
 
-    Raises ValueError where it cannot be loaded, for a model without safetensors, and for one that
-    takes more than text.
+    Of a checkpoint that takes images too it is the text model's. Raises ValueError where it cannot
+    be loaded, for a model without safetensors, and for one without a text model.
     """
     overrides, trusted = training.model_init_kwargs, training.trust_remote_code
     config = read_config(name, revision, trusted, overrides, with_weights)
     taken = model_class(config)
-    if config.get_text_config() is not config and not _has_text_model(taken, config):
+    if config.get_text_config() is config or _has_text_model(taken, config):
+        return config
+    text = text_config_of(config)
+    if text is None:
         kind = taken.__name__ if taken else f"{config.model_type} model"
         raise ValueError(f"{name} is a {kind}, which takes more than text: give a text-only model")
-    return config
+    _refuse_overrides(overrides, name)
+    return text
 
 
 def _has_text_model(taken: type | None, config: PreTrainedConfig) -> bool:
     """Whether transformers' class for a config of several parts is that of its text alone."""
     return taken is not None and taken.config_class is type(config.get_text_config())
+
+
+def _refuse_overrides(overrides: dict[str, Any] | None, name: str) -> None:
+    """Raise ValueError for overrides that would change the whole model's config, not its text's."""
+    if overrides:
+        raise ValueError(
+            f"{name} takes images too, and model_init_kwargs ({', '.join(overrides)}) would not "
+            "reach its text model: leave model_init_kwargs out"
+        )
 
 
 def read_config(
@@ -180,13 +195,16 @@ def load_weights(
     name: str, kwargs: dict[str, Any], device_map: str | None, quantization: Any
 ) -> PreTrainedModel:
     """Load a causal language model as `load_model` does, the base model's or a judge's."""
-    if Path(name).is_dir():
-        check_base_folder(Path(name), kwargs["trust_remote_code"])
+    kwargs, trusted = dict(kwargs), kwargs["trust_remote_code"]
+    config = read_config(name, kwargs.get("revision"), trusted)
+    within = not _has_text_model(model_class(config), config) and text_config_of(config) is not None
+    # the other parts have no attention for packed rows
+    attention = kwargs.pop("attn_implementation", None) if within else None
     loader = logging.getLogger("transformers.modeling_utils")
     loader.addFilter(_no_report)
     try:
         loaded, found = _from_hub(
-            AutoModelForCausalLM,
+            AutoModelForImageTextToText if within else AutoModelForCausalLM,
             name,
             device_map=device_map,
             quantization_config=quantization,
@@ -199,6 +217,11 @@ def load_weights(
     if getattr(loaded, "_hf_peft_config_loaded", False):
         raise ValueError(f"base model {name} holds an adapter: give the base model alone")
     _refuse_other_tensors(loaded, found, name, kwargs.get("num_hidden_layers"))
+    if within:
+        loaded = text_model(loaded)
+        _say_text_alone(name)
+        if attention is not None:
+            loaded.set_attn_implementation(attention)
     for key in ("eos_token_id", "bos_token_id", "pad_token_id", "decoder_start_token_id"):
         ids = getattr(loaded.generation_config, key)
         if not all(type(one) is int for one in (ids if isinstance(ids, list) else [ids or 0])):
@@ -226,11 +249,16 @@ def _refuse_other_tensors(
             f"the weights of base model {name} are not those of a {type(model).__name__}, tensors: "
             f"{', '.join(parts)}; missing ones would be random numbers, so give the whole model"
         )
-    if other_parts and int(os.environ.get("RANK", 0)) == 0:
-        logger.warning(f"{name} takes images too: its text model alone is trained")
+    if other_parts:
+        _say_text_alone(name)
     if cut and int(os.environ.get("RANK", 0)) == 0:
         whole = 1 + max(map(_layer, cut))
         logger.warning(f"{name} is cut to {layers} of {whole} layers, as model_init_kwargs asks")
+
+
+def _say_text_alone(name: str) -> None:
+    if int(os.environ.get("RANK", 0)) == 0:
+        logger.warning(f"{name} takes images too: its text model alone is trained")
 
 
 def _layer(tensor: str) -> int:

@@ -6,6 +6,7 @@ from sftlab.config.recipe import Recipe
 from sftlab.fastpath import varlen_attention
 from sftlab.fastpath.selection import FastPath
 from sftlab.models.loading import load_model, model_init_kwargs
+from sftlab.models.text_part import unnested
 
 
 def base_model(recipe: Recipe, fast: FastPath) -> PreTrainedModel:
@@ -22,4 +23,6 @@ def base_model(recipe: Recipe, fast: FastPath) -> PreTrainedModel:
     varlen_attention.register(args.max_length)
     state = args.distributed_state
     whole = state.distributed_type in ("MULTI_GPU", "DEEPSPEED") or state.device.type != "cuda"
-    return load_model(recipe.model, kwargs, None if whole else "auto")
+    model = load_model(recipe.model, kwargs, None if whole else "auto")
+    # without an adapter, what is saved is a text-only model
+    return model if recipe.model.use_peft else unnested(model)

@@ -18,6 +18,7 @@ from sftlab.measurement.throughput import Meter
 from sftlab.models.lora_config import lora_config
 from sftlab.models.plain_adapter import initial_matrices
 from sftlab.models.started_adapter import with_adapter
+from sftlab.models.text_part import name_adapted_layers
 from sftlab.training.adapter_start import AdapterStart
 from sftlab.training.base_model import base_model
 from sftlab.training.early_stopping import EarlyStopping
@@ -77,6 +78,8 @@ def build_trainer(
         launch=launch,
         fast=fast,
     )
+    if recipe.model.use_peft:
+        name_adapted_layers(trainer.model)
     if changes_base(recipe.model.init_lora_weights):
         trainer.initial_matrices = initial_matrices(trainer.model)
     if start:

@@ -14,6 +14,7 @@ from trl import SFTTrainer
 
 from sftlab.config.launch import COMPUTE_DTYPE, PRECISIONS, Launch
 from sftlab.fastpath.selection import FastPath
+from sftlab.models.inner_model import inner_model
 from sftlab.models.loading import LINEAR_LAYERS
 
 
@@ -140,7 +141,9 @@ def what_ran(trainer: SFTTrainer, fast: FastPath, observed: Mapping[str, str]) -
     model, accelerator, args = trainer.model, trainer.accelerator, trainer.args
     trained = [p for p in model.parameters() if p.requires_grad]
     frozen = [p for p in model.parameters() if not p.requires_grad]
+    whole = getattr(inner_model(model), "text_of", None)
     return {
+        **({"text_of": whole} if whole else {}),
         "precision": PRECISIONS[accelerator.mixed_precision],
         "compute": dict(observed),
         "tf32": tf32_products() if torch.cuda.is_available() else None,

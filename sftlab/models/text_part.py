@@ -1,0 +1,184 @@
+"""The text model within a checkpoint that takes images or sound too.
+
+transformers loads the whole checkpoint; its decoder and its head become a causal language model.
+The decoder keeps its name in the checkpoint, so an adapter that is trained on it loads into the
+checkpoint with plain peft. Before use, the text model's logits are held to the whole model's.
+"""
+
+from typing import Any
+
+import torch
+from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+from transformers import (
+    MODEL_MAPPING,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    GenerationMixin,
+    PreTrainedConfig,
+    PreTrainedModel,
+    Qwen2ForCausalLM,
+)
+
+# Where the decoder stands in a checkpoint of several parts, and its head.
+DECODER, HEAD = "model.language_model", "lm_head"
+# Largest difference of equal logits, relative to the largest: float32 and fewer bits.
+SAME = {torch.float32: 1e-5}
+SAME_IN_16_BITS = 2**-6
+_TOKENS = 16
+# What transformers notes on a model that it has quantised.
+_OF_QUANTISED = (
+    "hf_quantizer",
+    "is_quantized",
+    "quantization_method",
+    "is_loaded_in_4bit",
+    "is_loaded_in_8bit",
+    "is_4bit_serializable",
+    "is_8bit_serializable",
+)
+
+
+class Nested(nn.Module):
+    """A decoder under the name that it has in its checkpoint. It is asked like the decoder."""
+
+    def __init__(self, decoder: PreTrainedModel) -> None:
+        super().__init__()
+        self.language_model = decoder
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Returns what the decoder returns."""
+        return self.language_model(*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        """Returns what the decoder has under a name that this module lacks."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("language_model"), name)
+
+
+def text_config_of(config: PreTrainedConfig) -> PreTrainedConfig | None:
+    """Returns the config of a checkpoint's text model; None where it has no such part.
+
+    transformers' own class for the whole checkpoint must be one for images and text.
+    """
+    text = config.get_text_config()
+    if text is config or type(config) not in AutoModelForImageTextToText._model_mapping:
+        return None
+    if not has_causal_model(text):
+        return None
+    text.name_or_path = config.name_or_path
+    return text
+
+
+def has_causal_model(text: PreTrainedConfig) -> bool:
+    """Whether a text config has a causal language model, after one is made of its decoder here."""
+    known = AutoModelForCausalLM._model_mapping
+    if type(text) not in known and type(text) in MODEL_MAPPING:
+        made = _with_head(MODEL_MAPPING[type(text)])
+        AutoModelForCausalLM.register(type(text), made, exist_ok=True)
+    return type(text) in known
+
+
+def text_model(whole: PreTrainedModel) -> PreTrainedModel:
+    """Returns the causal language model within a checkpoint that transformers has loaded.
+
+    Its decoder and its head are those of `whole`. Raises ValueError where they are not found, or
+    where the text model's logits would not be the whole model's.
+    """
+    name, config = type(whole).__name__, text_config_of(whole.config)
+    modules = dict(whole.named_modules())
+    decoder, head = modules.get(DECODER), modules.get(HEAD)
+    if config is None or decoder is None or head is None:
+        raise ValueError(
+            f"{name} has no text model named {DECODER} with a head named {HEAD}: give a text-only "
+            "model"
+        )
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=whole.dtype)
+    model.model, model.lm_head, model.config = Nested(decoder), head, decoder.config
+    model.generation_config, model.name_or_path = whole.generation_config, whole.name_or_path
+    model.text_of = name
+    for one in _OF_QUANTISED:
+        if hasattr(whole, one):
+            setattr(model, one, getattr(whole, one))
+    model.train(whole.training)
+    if head.weight.device.type != "meta":
+        _refuse_other_logits(model, whole)
+    return model
+
+
+def unnested(model: PreTrainedModel) -> PreTrainedModel:
+    """Returns the model with its decoder under the name that text-only models use.
+
+    Raises ValueError where transformers could not load it without the rest of its checkpoint.
+    """
+    if not isinstance(getattr(model, "model", None), Nested):
+        return model
+    if type(model).__module__ == __name__:
+        raise ValueError(
+            f"transformers has no text-only class for {model.config.model_type}, so its text model "
+            "alone could not be loaded: train an adapter (use_peft: true) and export it with "
+            "--to adapter"
+        )
+    model.model = model.model.language_model
+    return model
+
+
+def name_adapted_layers(model: PeftModel) -> None:
+    """Let the adapter's config name every layer that it adapts within a larger checkpoint.
+
+    A layer of the vision part may have the same short name, and peft would adapt it too.
+    """
+    if not isinstance(getattr(model.get_base_model(), "model", None), Nested):
+        return
+    modules = model.get_base_model().named_modules()
+    adapted = sorted(name for name, one in modules if isinstance(one, BaseTunerLayer))
+    for config in model.peft_config.values():
+        config.target_modules = adapted
+        config.exclude_modules = config.layers_to_transform = config.layers_pattern = None
+
+
+def _refuse_other_logits(model: PreTrainedModel, whole: PreTrainedModel) -> None:
+    """Raise ValueError where text alone gives other logits than the whole model gives of it."""
+    training = whole.training
+    ids = torch.arange(3, 3 + _TOKENS, device=model.lm_head.weight.device)[None]
+    whole.eval()
+    with torch.no_grad():
+        expected = whole(input_ids=ids, use_cache=False).logits.float()
+        got = model.eval()(input_ids=ids, use_cache=False).logits.float()
+    whole.train(training)
+    model.train(training)
+    largest, apart = float(expected.abs().max()), float((got - expected).abs().max())
+    if not apart <= SAME.get(model.lm_head.weight.dtype, SAME_IN_16_BITS) * largest:
+        raise ValueError(
+            f"the text model within {type(whole).__name__} gives other logits than the whole model "
+            f"(by up to {apart:.3g} of {largest:.3g}): give a text-only model"
+        )
+
+
+def _with_head(decoder: type[PreTrainedModel]) -> type[PreTrainedModel]:
+    """Returns a causal language model's class for a decoder that transformers has no other for."""
+    name = decoder.__name__.removesuffix("TextModel") + "ForCausalLM"
+    base = next(one for one in decoder.__mro__[1:] if one.__name__.endswith("PreTrainedModel"))
+
+    def initialise(self: PreTrainedModel, config: PreTrainedConfig) -> None:
+        super(made, self).__init__(config)
+        self.model, self.vocab_size = decoder(config), config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    made = type(
+        name,
+        (base, GenerationMixin),
+        {
+            "__doc__": f"{decoder.__name__} with a head.",
+            "__module__": __name__,
+            "__init__": initialise,
+            "_tied_weights_keys": Qwen2ForCausalLM._tied_weights_keys,
+            "config_class": decoder.config_class,
+            "forward": Qwen2ForCausalLM.forward,
+        },
+    )
+    return made
