@@ -249,6 +249,14 @@ def test_an_empty_split_is_refused_and_an_unwanted_one_is_not(tmp_path):
         load(path, split_fractions=[0.4, 0.3, 0.3])
 
 
+def test_a_split_that_is_empty_says_what_became_of_the_rows(tmp_path):
+    rows = [{"instruction": "Hi", "output": f"Hello {i}"} for i in range(20)]
+    path = write_jsonl(tmp_path / "rows.jsonl", [*rows, {"instruction": "Hi", "output": ""}])
+    said = r"20 usable rows \(and 1 without a response\), which begin with 1 different question"
+    with pytest.raises(ValueError, match=said + ".*stay together"):
+        load(path, split_fractions=[0.8, 0.1, 0.1])
+
+
 @needs_shared
 def test_real_data_sets_are_recognised():
     alpaca = load(SHARED / "alpaca_en_1k.json", split_fractions=[0.8, 0.1, 0.1])

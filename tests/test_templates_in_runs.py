@@ -31,7 +31,7 @@ def test_a_run_says_what_its_template_does_and_keeps_it(trained_here, fields, tm
     done = trained_here(fields | given | {"save_strategy": "no", "max_steps": "1"})
     assert "warning: the chat template drops the thoughts of answers" in done.stdout
     assert "60 rows have texts in them that the tokenizer reads as control tokens" in done.stdout
-    assert "60, 60 used; train " in done.stdout
+    assert ": 60 read; train " in done.stdout
     loss = read(fields["output_dir"])["loss"]
     assert any("drops the thoughts" in one for one in loss["warnings"])
     assert loss["rows_with_control_marks"] == 60

@@ -178,6 +178,6 @@ def test_the_summary_says_what_was_dropped_and_why():
         **{name: {"rows": 100} for name in ("train", "validation", "test")},
     }
     assert data_lines(facts) == [
-        "rows of a.jsonl (messages): 40,000, 400 used; train 100, validation 100, test 100",
+        "rows of a.jsonl (messages): 400 of 40,000 read; train 100, validation 100, test 100",
         "rows dropped: 3 without a response, 2 without an answer to a user (the first is row 17)",
     ]

@@ -15,7 +15,8 @@ from sftlab.data.column_names import as_words
 from sftlab.data.loss_check import ROWS_LOOKED_AT, look_at_loss, refuse_unrendered
 from sftlab.data.messages import Conversation
 from sftlab.data.model_limits import refuse_long_stream, refuse_unknown_tokens
-from sftlab.data.row_notes import unused_lines, unwritten
+from sftlab.data.row_notes import TURNS, unused_lines, unwritten
+from sftlab.data.source_facts import dropped_words
 from sftlab.data.splits import Splits
 from sftlab.data.template_errors import (
     TEMPLATE_ERRORS,
@@ -94,20 +95,15 @@ def data_lines(facts: Mapping[str, Any]) -> list[str]:
         lines = [f"rows: streamed from {facts['dataset']} ({facts['shape']})"]
         return [*lines, *_known_lines(facts), *column_lines(facts), *_stream_lines(facts)]
     sizes = ", ".join(f"{name} {facts[name]['rows']:,}" for name in SPLITS)
-    used = f"{facts['rows_read']:,} used"
-    if "rows_there" in facts:
-        used = f"{facts['rows_there']:,}, {used}"
-    lines = [f"rows of {facts['dataset']} ({facts['shape']}): {used}; {sizes}"]
-    dropped = {
-        "without a response": facts["empty_responses_dropped"],
-        "without an answer to a user": facts.get("rows_without_an_answer", 0),
-        "with equal sides": facts.get("equal_pairs_dropped", 0),
-        "that are not text": facts.get("bad_rows_left_out", 0),
-    }
-    if listed := [f"{count:,} {why}" for why, count in dropped.items() if count]:
+    if TURNS in facts.get("rows_with", {}) and facts["test"]["rows"]:
+        sizes += " (a row an answer)"
+    read, there = facts["rows_read"], facts.get("rows_there", facts["rows_read"])
+    seen = f"{read:,} read" if read == there else f"{read:,} of {there:,} read"
+    lines = [f"rows of {facts['dataset']} ({facts['shape']}): {seen}; {sizes}"]
+    if dropped := dropped_words(facts):
         row = facts.get("first_without_an_answer")
         which = f" (the first is row {row})" if row is not None else ""
-        lines.append(f"rows dropped: {', '.join(listed)}{which}")
+        lines.append(f"rows dropped: {dropped}{which}")
     sources = facts.get("sources", [])
     return [*lines, *_known_lines(facts), *column_lines(facts), *source_lines(sources)]
 

@@ -104,8 +104,11 @@ def finish(
     facts["not_used"] |= settings["columns_not_used"]
     for name, table in tables.items():
         own = next((s["reader"]["name"] for s in settings["sources"] if s["split"] == name), None)
-        shares, total = settings["split_fractions"], sum(map(len, tables.values()))
-        refuse_empty(len(table), name, settings["dataset_name"], shares, total, own)
+        shares, keys = (
+            settings["split_fractions"],
+            [t["opening"].to_numpy() for t in tables.values()],
+        )
+        refuse_empty(len(table), name, settings["dataset_name"], shares, keys, facts, own)
         facts[name] = {"rows": len(table), "fingerprint": _fingerprint(table)}
     if len(settings["sources"]) > 1:
         numbers = [table["source"].to_numpy() for table in tables.values()]

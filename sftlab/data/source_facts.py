@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -69,17 +70,30 @@ def dropped_facts(split_of: np.ndarray, without_turn: list[int]) -> dict[str, An
     }
 
 
+def dropped_words(facts: Mapping[str, Any]) -> str:
+    """Returns how many rows are in no split and why, in words; "" for none."""
+    dropped = {
+        "without a response": facts.get("empty_responses_dropped", 0),
+        "without an answer to a user": facts.get("rows_without_an_answer", 0),
+        "with equal sides": facts.get("equal_pairs_dropped", 0),
+        "that are not text": facts.get("bad_rows_left_out", 0),
+    }
+    return ", ".join(f"{count:,} {why}" for why, count in dropped.items() if count)
+
+
 def refuse_empty(
     rows: int,
     split: str,
     dataset: str | None,
     fractions: Sequence[float],
-    total: int,
+    openings: Sequence[np.ndarray] = (),
+    facts: Mapping[str, Any] = MappingProxyType({}),
     own: str | None = None,
 ) -> None:
     """Raise ValueError for a split that should have rows and has none.
 
-    `own` names the data that all of its rows come from, if it has such.
+    `openings` are the keys of the first questions of every split's rows, `facts` those of
+    `dropped_facts`. `own` names the data that all of the split's rows come from, if it has such.
     """
     if rows:
         return
@@ -88,10 +102,16 @@ def refuse_empty(
             f"the {split} split is empty: {own} has no usable row that is not in another split"
         )
     if fractions[SPLITS.index(split)] > 0:
+        keys = np.concatenate([*openings, np.zeros(0, np.int64)])
+        rows, questions = len(keys), len(np.unique(keys))
+        together = "" if questions == rows else "; rows with one first question stay together"
+        alike = "" if questions == rows else f", which begin with {questions} different questions"
+        dropped = dropped_words(facts)
+        besides = f" (and {dropped})" if dropped else ""
         raise ValueError(
-            f"the {split} split of {dataset} is empty: {total} usable rows with split_fractions "
-            f"{list(fractions)}; give more rows or other fractions (0 for a split that is not "
-            "wanted)"
+            f"the {split} split of {dataset} is empty: {rows} usable rows{besides}{alike}, with "
+            f"split_fractions {list(fractions)}; give more rows or other fractions (0 for a split "
+            f"that is not wanted){together}"
         )
 
 

@@ -82,8 +82,8 @@ def load_splits(args: "DataArguments", num_proc: int | None = None) -> Splits:
     facts |= left_out
     for name, part in zip(SPLITS, parts, strict=True):
         own = next((source.reader.name for source in sources if source.split == name), None)
-        total = sum(map(len, parts))
-        refuse_empty(len(part), name, args.dataset_name, args.split_fractions, total, own)
+        keys = [] if len(part) else [one.with_format("numpy")["opening"][:] for one in parts]
+        refuse_empty(len(part), name, args.dataset_name, args.split_fractions, keys, facts, own)
         facts[name] = {"rows": len(part), "fingerprint": fingerprint(part["row_hash"])}
     if len(sources) > 1:
         numbers = [part.with_format("numpy")["source"][:] for part in parts]
@@ -155,7 +155,7 @@ def _split_streams(sources: list[Source], args: "DataArguments", facts: dict[str
     parts = []
     for name, kept in zip(SPLITS[1:], held_out, strict=True):
         own = next((source.reader.name for source in sources if source.split == name), None)
-        refuse_empty(len(kept), name, args.dataset_name, args.split_fractions, 0, own)
+        refuse_empty(len(kept), name, args.dataset_name, args.split_fractions, own=own)
         facts[name] = {"rows": len(kept), "fingerprint": fingerprint(r["row_hash"] for r in kept)}
         columns = {c: [r[c] for r in kept] for c in TEXT_COLUMNS}
         parts.append(Dataset.from_dict(columns, Features({c: FEATURES[c] for c in columns})))
@@ -167,7 +167,7 @@ def _split_streams(sources: list[Source], args: "DataArguments", facts: dict[str
         args.datasets_stopping_strategy,
     ).select_columns(list(TEXT_COLUMNS))
     if next(iter(train), None) is None:
-        refuse_empty(0, "train", args.dataset_name, args.split_fractions, 0)
+        refuse_empty(0, "train", args.dataset_name, args.split_fractions)
     facts |= {
         "streaming": True,
         "empty_responses_dropped": None,
