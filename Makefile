@@ -56,7 +56,7 @@ demo-dpo: $(STAMP)
 	else $(BIN)/python recipes/sft.py --config_file accelerate_configs/cpu.yaml --config recipes/demo/attn_r16.yaml; fi
 	@if grep -qs '"status": "succeeded"' $(DEMO_DPO)/run.json; then echo "$(DEMO_DPO) is there already"; \
 	else $(BIN)/python recipes/dpo.py --config_file accelerate_configs/cpu.yaml --config recipes/demo-dpo/attn_r16.yaml; fi
-	$(BIN)/python eval/quality.py --run $(DEMO_DPO)
+	$(BIN)/python eval/preferences.py --run $(DEMO_DPO)
 
 results: $(STAMP)
 	$(BIN)/python recipes/demo/build.py

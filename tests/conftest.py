@@ -31,7 +31,7 @@ from sftlab.config.launch import exported
 from sftlab.files import write_json
 from sftlab.training import stop_on_signal
 
-pytest_plugins = ("report_runs", "running_apps", "browser_pages")
+pytest_plugins = ("report_runs", "running_apps", "browser_pages", "preference_runs")
 ROOT = Path(__file__).parent.parent
 SHARED = ROOT.parent / "shared" / "data"
 needs_shared = pytest.mark.skipif(

@@ -23,6 +23,7 @@ from sftlab.data.template_errors import TEMPLATE_ERRORS, is_of_template
 from sftlab.data.template_facts import write_day
 from sftlab.data.time_limit import time_limit
 from sftlab.evaluation.full_models import as_base, hold_base
+from sftlab.evaluation.start_model import START, start_answers
 from sftlab.exit_messages import first_line, mistakes_in_one_line
 from sftlab.fastpath import varlen_attention
 from sftlab.models.identity import base_identity, tokenizer_identity
@@ -271,10 +272,15 @@ def _refuse_other_tensors(model: PeftModel, folder: Path) -> None:
 
 
 def answering(model: PeftModel | PreTrainedModel, side: str) -> AbstractContextManager:
-    """Let the model answer as `side`: base (without adapter, or with its own weights) or tuned."""
-    assert side in SIDES
+    """Let the model answer as `side`: base (without adapter, or with its own weights) or tuned.
+
+    As start it answers where sftlab/evaluation/start_model.py has loaded what the run started from.
+    """
+    assert side in (*SIDES, START)
     if side == "tuned":
         return nullcontext()
+    if side == START:
+        return start_answers(model)
     return model.disable_adapter() if isinstance(model, PeftModel) else as_base(model)
 
 

@@ -71,12 +71,17 @@ class ScoredRows(NamedTuple):
 
 
 def held_out(
-    run: dict[str, Any], dataset: str | None = None, config: str | None = None, split: str = "train"
+    run: dict[str, Any],
+    dataset: str | None = None,
+    config: str | None = None,
+    split: str = "train",
+    shape: str | None = None,
 ) -> HeldOut:
     """Returns the test split of the run's data, or all rows of `split` of another data set.
 
-    The run's data are read and split again. Raises ValueError where they have changed since, where
-    there is no test split, and where a question was among the training or validation rows.
+    The other one is read in a `shape`, None to recognise it. The run's data are read and split
+    again. Raises ValueError where they have changed since, where there is no test split, and where
+    a question was among the training or validation rows.
     """
     check(run, "run.json", _NEEDED, _OPTIONAL)
     recipe = run["recipe"]
@@ -102,7 +107,7 @@ def held_out(
         other = _load(
             {name: recipe[name] for name in kept if name in recipe}
             | {"dataset_name": dataset, "dataset_config": config, "dataset_train_split": split}
-            | {"split_fractions": [0.0, 0.0, 1.0]}
+            | {"split_fractions": [0.0, 0.0, 1.0], "dataset_shape": shape}
         )
         rows, facts, origin = other.test, other.facts["test"], dataset
     facts = {"dataset": origin, "fingerprint": facts["fingerprint"]}
@@ -114,6 +119,19 @@ def held_out(
         return HeldOut(rows, facts, unchecked)
     _refuse_overlap(rows, splits, origin)
     return HeldOut(rows, facts, None)
+
+
+def questions_of(run: dict[str, Any]) -> frozenset[int]:
+    """Returns the keys of the questions of the run's training and validation rows.
+
+    The run's data are read again. Raises ValueError for a record that does not say how, and for a
+    stream.
+    """
+    check(run, "run.json", _NEEDED, _OPTIONAL)
+    if run["recipe"]["dataset_streaming"]:
+        raise ValueError("a stream was trained on, whose questions are not known")
+    splits = _load(run["recipe"])
+    return frozenset(key for part in (splits.train, splits.validation) for key in part["opening"])
 
 
 def select(

@@ -1,6 +1,6 @@
 """Base's and tuned's scores of every held-out row: likelihoods, answers and their overlaps."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -33,14 +33,15 @@ def likelihoods(
     tokenizer: PreTrainedTokenizerBase,
     size: int,
     processes: Processes = ALONE,
+    sides: Sequence[str] = SIDES,
 ) -> tuple[dict[str, Likelihood], dict[str, float]]:
-    """Returns both models' likelihood of the references and nats of the token just read.
+    """Returns the models' likelihood of the references and nats of the token just read.
 
     Batches are right-padded, as in training, and dealt over the processes.
     """
     batch = right_padded(rows, tokenizer, model.device)
     nll, same_token = {}, {}
-    for side in SIDES:
+    for side in sides:
         with answering(model, side):
             try:
                 own = {

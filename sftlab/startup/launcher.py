@@ -31,7 +31,7 @@ FLAGS = (
     *("main_process_ip", "main_process_port", "rdzv_backend"),
 )
 # the scripts that launch themselves
-LAUNCHED = ("sft.py", "quality.py", "alpaca.py", "mt_bench.py", "harness.py")
+LAUNCHED = ("sft.py", "quality.py", "preferences.py", "alpaca.py", "mt_bench.py", "harness.py")
 _NOISY = ("torch.distributed.run", "torch.distributed.elastic")
 
 

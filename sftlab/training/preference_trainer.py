@@ -1,6 +1,7 @@
 """trl's DPOTrainer with this project's counting, checkpoints and checks."""
 
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,6 +29,17 @@ class SideLogProbs(NamedTuple):
 
     chosen: torch.Tensor
     rejected: torch.Tensor
+
+
+def pairs_of_batches(pairs: int, at_once: int) -> list[int]:
+    """Returns how many of `pairs` each batch of all processes has."""
+    return [min(at_once, pairs - start) for start in range(0, pairs, at_once)]
+
+
+def _mean(values: Sequence[float], weights: Sequence[int]) -> float:
+    if len(values) != len(weights):  # one for all batches
+        return sum(values) / len(values)
+    return sum(v * w for v, w in zip(values, weights, strict=True)) / sum(weights)
 
 
 class PreferenceTrainer(RecordedTrainer, DPOTrainer):
@@ -114,24 +126,45 @@ class PreferenceTrainer(RecordedTrainer, DPOTrainer):
         return loss
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
-        """Run transformers' loop; its output has trl's metrics too, as means over batches."""
+        """Run transformers' loop; its output has trl's metrics too, as means over pairs."""
         output = super().evaluation_loop(*args, **kwargs)
         prefix = kwargs.get("metric_key_prefix", "eval")
-        found = {name: sum(v) / len(v) for name, v in self._metrics["eval"].items() if v}
+        of_batches = pairs_of_batches(len(self.eval_dataset), self._pairs_at_once)
+        found = {
+            n: _mean(values, of_batches) for n, values in self._metrics["eval"].items() if values
+        }
         output.metrics.update({f"{prefix}_{name}": value for name, value in found.items()})
         return output
 
+    @property
+    def _pairs_at_once(self) -> int:
+        return self.args.per_device_eval_batch_size * self.args.world_size
+
     def validation(self) -> dict[str, float]:
-        """Returns loss, reward accuracy and margin of the validation pairs."""
+        """Returns loss, reward accuracy and margin of the validation pairs, each pair counted once.
+
+        The batch size and the number of processes do not matter.
+        """
         loop = self.evaluation_loop(
             self.get_eval_dataloader(), "validation", prediction_loss_only=True
         )
         self._metrics["eval"].clear()
+        margins = self._validation_margins()
         return {
             "validation_loss": loop.metrics["eval_loss"],
-            "validation_reward_accuracy": loop.metrics["eval_rewards/accuracies"],
-            "validation_reward_margin": loop.metrics["eval_rewards/margins"],
+            "validation_reward_accuracy": float((margins > 0).float().mean()),
+            "validation_reward_margin": float(margins.mean()),
         }
+
+    def _validation_margins(self) -> torch.Tensor:
+        """Returns the reward margin of each validation pair, [pairs]; trl has those of batches."""
+        model, found = self.model.eval(), []
+        for inputs in self.get_eval_dataloader():
+            now = self.side_log_probs(model, inputs)
+            reference = self.reference_log_probs(model, inputs)
+            apart = now.chosen - reference.chosen - (now.rejected - reference.rejected)
+            found.append(self.accelerator.gather_for_metrics(self.beta * apart))
+        return torch.cat(found)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         """Save the trained adapter alone: the reference is made again from what it was."""
