@@ -2,6 +2,9 @@
 
 python recipes/show.py --config recipes/demo/attn_r16.yaml [--rows 3] [--look 1000] [--tokens]
     [--any_field value]
+python recipes/show.py --config recipes/demo-dpo/attn_r16.yaml
+
+Of preference pairs, both sides are printed, each with its answer in the loss.
 
 The part in the loss is green, or stands in [[ ]] where there is no colour. `--tokens` prints a
 line a token. `--look` says how many training rows are encoded for the lengths and the checks.
@@ -33,7 +36,7 @@ from sftlab.data.row_pictures import (
     template_frame,
     token_table,
 )
-from sftlab.data.shown_rows import ShownRow, shown_rows
+from sftlab.data.shown_rows import ShownPair, ShownRow, shown_pairs, shown_rows
 from sftlab.data.splits import load_splits
 from sftlab.data.template_facts import template_facts
 from sftlab.exit_messages import mistakes_in_one_line
@@ -60,7 +63,9 @@ def main(argv: list[str]) -> None:
     splits = load_splits(recipe.data, training.dataset_num_proc)
     facts = template_facts(tokenizer, template, fields_of(splits.facts["rows_with"]))
     looked = look_at_rows(tokenizer, config, splits, training, facts)
-    rows = list(islice(shown_rows(splits, tokenizer, training), max(options.look, options.rows)))
+    pairs = training.method == "dpo"
+    shown = (shown_pairs if pairs else shown_rows)(splits, tokenizer, training)
+    rows = list(islice(shown, max(options.look, options.rows)))
 
     if splits.facts["shape"] == "text":
         print(
@@ -71,15 +76,32 @@ def main(argv: list[str]) -> None:
         print(template_frame(tokenizer))
     ends = end_tokens_of(tokenizer, config.get_text_config().eos_token_id)
     for number, row in enumerate(rows[: options.rows]):
-        print_row(number, row, tokenizer, ends, options.tokens)
-    print_lengths(rows, recipe)
+        if pairs:
+            print_pair(number, row, tokenizer, ends, options.tokens)
+        else:
+            print_row(f"training row {number}", row, tokenizer, ends, options.tokens)
+    sides = sides_of(rows) if pairs else {"training rows": rows}
+    print_lengths([row for side in sides.values() for row in side], recipe)
     print()
     for line in [*(f"note: {one}" for one in recipe.notes), *looked.lines]:
         print(line)
-    kept, limit = ((row.ids, row.labels) for row in rows), training.max_length
-    for line in check_lines(check_rows(kept, ends, tokenizer.bos_token_id, limit), limit):
-        print(line)
-    print("\nNext: train it with recipes/sft.py and the same options")
+    if left_out := sum(bool(row.left_out) for row in rows) if pairs else 0:
+        print(f"warning: {left_out:,} of the first {len(rows):,} training pairs are left out")
+    for name, side in sides.items():
+        kept, limit = ((row.ids, row.labels) for row in side), training.max_length
+        for line in check_lines(check_rows(kept, ends, tokenizer.bos_token_id, limit), limit, name):
+            print(line)
+    script = "dpo.py" if pairs else "sft.py"
+    print(f"\nNext: train it with recipes/{script} and the same options")
+
+
+def sides_of(pairs: list[ShownPair]) -> dict[str, list[ShownRow]]:
+    """Returns the sides of the pairs that are trained on, by what they are."""
+    kept = [pair for pair in pairs if not pair.left_out]
+    return {
+        "chosen sides": [pair.chosen for pair in kept],
+        "rejected sides": [pair.rejected for pair in kept],
+    }
 
 
 def parsed(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
@@ -96,8 +118,19 @@ def parsed(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     return options, fields
 
 
+def print_pair(
+    number: int, pair: ShownPair, tokenizer: PreTrainedTokenizerBase, ends: set[int], tokens: bool
+) -> None:
+    """Print both sides of a pair, and why it is left out, if it is."""
+    for side in ("chosen", "rejected"):
+        name = f"training pair {number}, {side}"
+        print_row(name, getattr(pair, side), tokenizer, ends, tokens)
+    if pair.left_out:
+        print(f"this pair is left out: {pair.left_out}")
+
+
 def print_row(
-    number: int, row: ShownRow, tokenizer: PreTrainedTokenizerBase, ends: set[int], tokens: bool
+    name: str, row: ShownRow, tokenizer: PreTrainedTokenizerBase, ends: set[int], tokens: bool
 ) -> None:
     """Print one row: its size, what was cut, how it ends, and its text or its tokens."""
     in_loss = [label for label in row.labels if label != -100]
@@ -107,7 +140,7 @@ def print_row(
         end = "a piece of a longer text"
     cut = f", cut from {row.whole:,}" if row.whole > len(row.ids) else ""
     size = f"{len(row.ids):,} tokens{cut}, {len(in_loss):,} in the loss"
-    print(f"\n--- training row {number}: {size}, {end}")
+    print(f"\n--- {name}: {size}, {end}")
     if tokens:
         print(token_table(tokenizer, row.ids, row.labels))
     else:
@@ -116,12 +149,14 @@ def print_row(
 
 
 def print_lengths(rows: list[ShownRow], recipe: Recipe) -> None:
-    """Print how long the rows are before they are cut."""
-    limit = recipe.training.max_length
+    """Print how long the rows, or the sides of pairs, are before they are cut."""
+    if not rows:
+        return
+    limit, what = recipe.training.max_length, "training rows"
+    if recipe.training.method == "dpo":
+        what = "sides of training pairs"
     cut = sum(row.whole > len(row.ids) for row in rows)
-    print(
-        f"\ntokens of the first {len(rows):,} training rows before max_length {limit} cuts {cut:,}:"
-    )
+    print(f"\ntokens of the first {len(rows):,} {what} before max_length {limit} cuts {cut:,}:")
     print(histogram([row.whole for row in rows], limit))
 
 

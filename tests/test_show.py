@@ -2,6 +2,7 @@
 
 import pytest
 from conftest import arguments, load_script, write_jsonl
+from preference_runs import pair_fields
 from tokenizing import fields_of, tokenized
 
 from sftlab.data.row_checks import check_lines, check_rows
@@ -117,3 +118,35 @@ def test_a_run_says_before_its_first_step_what_is_wrong_with_its_rows(fields, tm
 def test_numbers_of_rows_that_mean_nothing_are_refused(show, words):
     with pytest.raises(ValueError, match="--rows must be from 0 to 1,000,000,000"):
         show.main(list(words))
+
+
+def test_both_sides_of_a_pair_are_printed(show, base, tmp_path, capsys):
+    rows = [
+        {"prompt": f"Is {n} even?", "chosen": f"Yes, {n}.", "rejected": "No, it is odd."}
+        for n in range(20)
+    ]
+    path = write_jsonl(tmp_path / "pairs.jsonl", rows)
+    own = pair_fields(base, path, tmp_path / "run") | {"split_fractions": ["1", "0", "0"]}
+    said = printed(show, capsys, own, "--rows", "1")
+    prompt = len("### Instruction:\nIs 0 even?\n\n### Response:\n") + 1
+    for side, answer in (("chosen", 8), ("rejected", 15)):
+        size = f"{prompt + answer} tokens, {answer} in the loss, ends with '<eos>'"
+        assert f"training pair 0, {side}: {size}" in said
+    assert "[[Yes, 0.<eos>]]" in said and "[[No, it is odd.<eos>]]" in said
+    assert "have the prompt of an earlier row" not in said
+    assert "tokens of the first 40 sides of training pairs" in said
+    assert "recipes/dpo.py and the same options" in said
+    cut = printed(show, capsys, own | {"max_length": str(prompt + 10)}, "--rows", "0")
+    assert "20 of the first 20 rejected sides lose their end token to max_length" in cut
+    assert "chosen sides lose" not in cut
+
+
+def test_a_pair_that_the_cut_leaves_out_is_said_so(show, base, tmp_path, capsys):
+    rows = [{"prompt": "Why?", "chosen": f"Because {n}.", "rejected": "Because."} for n in range(9)]
+    path = write_jsonl(tmp_path / "pairs.jsonl", rows)
+    own = pair_fields(base, path, tmp_path / "run") | {"split_fractions": ["1", "0", "0"]}
+    whole = printed(show, capsys, own, "--rows", "1")
+    size = int(whole.split("pair 0, chosen: ")[1].split(" tokens")[0])
+    same = printed(show, capsys, own | {"max_length": str(size - 4)}, "--rows", "1")
+    assert "this pair is left out: max_length" in same and "makes its sides equal" in same
+    assert "9 of the first 9 training pairs are left out" in same

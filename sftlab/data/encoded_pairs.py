@@ -51,8 +51,7 @@ def encode_pair(
     no token left, and where the cut sides are equal (`equal` is 1).
     """
     starts = [one.spans[0] if one.spans else len(one.ids) for one in (chosen, rejected)]
-    start, ends = min(starts), [sum(one.spans[-2:]) for one in (chosen, rejected)]
-    whole = [one.ids[:end] for one, end in zip((chosen, rejected), ends, strict=True)]
+    start, whole = min(starts), [one.ids[: answer_end(one)] for one in (chosen, rejected)]
     within = [ids[:limit] for ids in whole]
     answers = [ids[start:] for ids in within]
     equal = answers[0] == answers[1]
@@ -69,6 +68,11 @@ def encode_pair(
         "kept": int(kept),
         "equal": int(equal and all(answers)),
     }
+
+
+def answer_end(side: TokenSequence) -> int:
+    """Returns how many tokens of a side there are up to the end of its answer."""
+    return sum(side.spans[-2:])
 
 
 def encode_pairs(

@@ -72,8 +72,13 @@ def end_of_loss(labels: Sequence[int], ends: Collection[int]) -> list[int]:
     return found
 
 
-def check_lines(checks: RowChecks, limit: int | None) -> list[str]:
-    """Returns a line for each kind of fault that rows have, and for repeated prompts."""
+def check_lines(
+    checks: RowChecks, limit: int | None, what_rows: str = "training rows"
+) -> list[str]:
+    """Returns a line for each kind of fault that rows have, and for repeated prompts.
+
+    `what_rows` says what the rows are.
+    """
     said = {
         "cut_off": f"lose their end token to max_length {limit}, so they do not teach to stop: "
         "raise it, or leave long rows out",
@@ -88,7 +93,7 @@ def check_lines(checks: RowChecks, limit: int | None) -> list[str]:
         if count:
             mark = "" if name == "repeated" else "warning: "
             lines.append(
-                f"{mark}{count:,} of the first {checks.rows:,} training rows {what} (the first is "
+                f"{mark}{count:,} of the first {checks.rows:,} {what_rows} {what} (the first is "
                 f"row {first})"
             )
     return lines
