@@ -8,6 +8,7 @@ python recipes/plan.py --random llama3.2-1b --rows 38105 --row_tokens 315
 
 A plan needs only the model's config, no weights and no GPU. It reads row lengths from a local data
 set. For a data set on the hub, pass `--rows` and `--row_tokens` (the tokens of an average row).
+A preference pair is a row of both sides.
 `--random` plans a published shape instead of the recipe's model; rows then count as `max_length`
 tokens, unless `--row_tokens` says otherwise. `--compare` plans for every launch config.
 
@@ -112,7 +113,9 @@ class Request:
                 tokenizer = load_tokenizer(model.model_name_or_path, model.model_revision, training)
                 self._rows = measure_rows(recipe, tokenizer)
             else:
-                self._rows = given_rows(given.rows, given.row_tokens, recipe.training.max_length)
+                sides = 2 if recipe.training.method == "dpo" else 1
+                longest = recipe.training.max_length
+                self._rows = given_rows(given.rows, given.row_tokens, longest, sides)
         return self._rows
 
 
@@ -148,14 +151,21 @@ def parsed(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     return given, fields
 
 
-def given_rows(count: int | None, mean: float | None, longest: int | None) -> RowLengths:
-    """Returns the row lengths of `--rows` and `--row_tokens`, up to `max_length` tokens."""
+def given_rows(
+    count: int | None, mean: float | None, longest: int | None, sides: int
+) -> RowLengths:
+    """Returns the row lengths of `--rows` and `--row_tokens`, up to `max_length` tokens a side.
+
+    A pair has two `sides`, and a row one.
+    """
     if longest is None:
         raise ValueError("max_length is null, so the longest row is not known: pass --max_length")
+    longest *= sides
     source = "as given" if mean else "unknown lengths, so every row counts as max_length"
     mean = min(mean or longest, longest)
     # the lengths of texts deviate about half as far as their mean
-    return RowLengths(count, mean, min(0.5 * mean, longest - mean), longest, source)
+    deviation = min(0.5 * mean, longest - mean)
+    return RowLengths(count, mean, deviation, longest, source, sides)
 
 
 def main(argv: list[str]) -> None:
@@ -181,7 +191,8 @@ def described(request: Request, recipe: Recipe, plan: Plan) -> str:
         sure += f"; {plan.gpu.name} is extrapolated from its published rates"
     lines = [
         f"{step.processes} x {plan.gpu.name}, {step.precision}, {step.strategy}",
-        f"  rows: {rows.source}; {rows.mean:,.0f} tokens on average, {rows.longest:,} at most",
+        f"  rows: {rows.source}; {rows.mean:,.0f} tokens on average, {rows.longest:,} at most"
+        + "; a pair is a row of both sides" * step.reference,
         f"  global batch: {plan.micro_batch * step.accumulation * step.processes} rows = "
         f"micro-batch {plan.micro_batch} x accumulation {step.accumulation} x "
         f"{step.processes} processes",

@@ -251,13 +251,14 @@ def test_a_recipe_says_what_its_name_says(path, monkeypatch):
     parse_recipe(["--config", str(path), *(own if path.parent.name == "own" else [])], launch)
 
 
+PAIRS = ("demo-dpo", "llama3.2-1b-dpo", "smollm2-135m-dpo")
 THREE = ("own", "qwen3-1.7b", "gemma3-1b", "smollm2-1.7b", "smollm2-135m")
 
 
-@pytest.mark.parametrize("folder", ["demo", "demo-dpo", "llama3.2-1b", "llama2-7b", *THREE])
+@pytest.mark.parametrize("folder", ["demo", "llama3.2-1b", "llama2-7b", *THREE, *PAIRS])
 def test_the_recipes_of_a_folder_differ_in_rank_and_targets_alone(folder):
     recipes = [read_yaml(p) for p in RECIPES if p.parent.name == folder]
-    assert len(recipes) == {"llama2-7b": 2, "demo-dpo": 3, **dict.fromkeys(THREE, 3)}.get(folder, 7)
+    assert len(recipes) == {"llama2-7b": 2, **dict.fromkeys((*THREE, *PAIRS), 3)}.get(folder, 7)
     assert len({r["lora_alpha"] / r["lora_r"] for r in recipes}) == 1
     may_differ = {"lora_r", "lora_alpha", "lora_target_modules", "output_dir"}
     may_differ |= {"adapter_name_or_path"}  # of the same rank and targets

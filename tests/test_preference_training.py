@@ -1,5 +1,6 @@
 """Preference tuning: what it begins from, what it learns, and how it is continued."""
 
+import math
 import os
 import signal
 from pathlib import Path
@@ -8,8 +9,10 @@ import pytest
 import torch
 from conftest import ROOT, launched, load_script, pair_rows, read, write_jsonl
 from packed_training import build
+from preference_runs import pair_fields
 from safetensors.torch import load_file
 
+from sftlab.config.preference_fields import LOSSES
 from sftlab.runs.run_directory import adapter_hash
 from sftlab.training.preference_trainer import PreferenceTrainer
 
@@ -20,20 +23,7 @@ NO_CHOICE = 0.693147  # log 2: the loss of a pair whose margin is 0
 def pairs(base, tmp_path):
     """Fields of a preference training of four steps."""
     rows = write_jsonl(tmp_path / "pairs.jsonl", pair_rows(60))
-    return {
-        "method": "dpo",
-        "model_name_or_path": str(base),
-        "dataset_name": str(rows),
-        "output_dir": str(tmp_path / "run"),
-        "max_steps": "4",
-        "global_batch_size": "8",
-        "per_device_train_batch_size": "8",
-        "max_length": "128",
-        "logging_steps": "1",
-        "warmup_steps": "1",
-        "save_steps": "100",
-        "learning_rate": "0.01",
-    }
+    return pair_fields(base, rows, tmp_path / "run")
 
 
 def losses(folder):
@@ -149,3 +139,54 @@ def test_its_script_becomes_the_training_script(monkeypatch):
     monkeypatch.setattr(os, "execv", lambda path, words: became.extend(words[1:]))
     script.main(["--config", "r.yaml"])
     assert became == [str(ROOT / "recipes" / "sft.py"), "--method", "dpo", "--config", "r.yaml"]
+
+
+BETA = 0.1
+# each loss where the model is its reference, from its formula
+AT_THE_START = {
+    **dict.fromkeys(("sigmoid", "robust", "aot", "aot_unpaired", "sigmoid_norm"), math.log(2)),
+    **dict.fromkeys(("nca_pair", "bco_pair"), 2 * math.log(2)),
+    **dict.fromkeys(("hinge", "apo_zero", "apo_down"), 1.0),
+    "ipo": (1 / (2 * BETA)) ** 2,
+    "sppo_hard": 2 * (0.5 / BETA) ** 2,
+    "discopop": 0.5 * math.log(2) + 0.5,
+    # label smoothing 0.001, which stands for 0: 0.5 log(0.5 / (1 - s)) + 0.5 log(0.5 / s)
+    "exo_pair": 0.5 * math.log(0.25 / (0.001 * 0.999)),
+}
+
+
+def test_every_loss_begins_where_its_formula_says(pairs):
+    trainer = build(pairs | {"beta": str(BETA)})
+    rows = [trainer.train_dataset[n] for n in range(4)]
+    assert {*AT_THE_START, "sft"} == set(LOSSES)
+    for name, expected in AT_THE_START.items():
+        trainer.loss_types = [name]
+        trainer.args.label_smoothing = trainer.label_smoothing = (
+            0.001 if name == "exo_pair" else 0.0
+        )
+        loss, margin = loss_of(trainer, rows, BETA)
+        assert (name, loss) == (name, pytest.approx(expected, rel=1e-4))
+        assert margin == pytest.approx(0, abs=1e-5)
+    trainer.loss_types = ["sft"]
+    inputs = trainer.data_collator(rows)
+    log_probs = trainer.side_log_probs(trainer.model, inputs).chosen
+    tokens = sum(len(row["chosen_ids"]) - row["prompt_length"] for row in rows)
+    assert loss_of(trainer, rows)[0] == pytest.approx(-float(log_probs.sum()) / tokens, rel=1e-4)
+
+
+def test_weights_of_later_tokens_do_not_make_a_model_differ_from_its_reference(pairs, trained_here):
+    trained_here(pairs | {"ld_alpha": "0.5", "max_steps": "1"})
+    assert losses(pairs["output_dir"])[0] == pytest.approx(NO_CHOICE, abs=1e-5)
+
+
+def test_validation_counts_each_pair_once_whatever_the_batch(pairs, trained_here):
+    found = []
+    for size in ("8", "3"):
+        folder = f"{pairs['output_dir']}-{size}"
+        more = {"per_device_eval_batch_size": size, "split_fractions": ["0.6", "0.4", "0"]}
+        trained_here(pairs | more | {"output_dir": folder})
+        measured = read(folder)["measured"]
+        names = ("validation_loss", "validation_reward_accuracy", "validation_reward_margin")
+        found.append([measured[name] for name in names])
+    assert read(folder)["data"]["validation"]["rows"] % 8 and found[0][2] > 0
+    assert found[0] == pytest.approx(found[1], rel=1e-5)

@@ -110,6 +110,6 @@ class WholeBatches(IterableDataset):
         self._rows.set_epoch(epoch)
 
 
-def row_lengths(dataset: Dataset) -> np.ndarray:
+def row_lengths(dataset: Dataset, column: str = "input_ids") -> np.ndarray:
     """Returns the number of tokens of every row."""
-    return pc.list_value_length(dataset.with_format("arrow")[:]["input_ids"]).to_numpy()
+    return pc.list_value_length(dataset.with_format("arrow")[:][column]).to_numpy()

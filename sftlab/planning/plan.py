@@ -5,16 +5,14 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any, NamedTuple
 
-from transformers import PreTrainedConfig
-from trl import SFTTrainer
+from transformers import PreTrainedConfig, Trainer
 
 from sftlab.config.launch import BF16_CAPABILITY, Launch, check_precision
 from sftlab.config.parser import parse_recipe
 from sftlab.config.recipe import Recipe
-from sftlab.data.samplers import row_lengths
 from sftlab.fastpath.selection import FastPath, choose
 from sftlab.planning.gpu_specs import GPU
-from sftlab.planning.row_lengths import RowLengths, of_lengths
+from sftlab.planning.row_lengths import RowLengths, of_encoded
 from sftlab.planning.step import Step, step_of
 from sftlab.planning.step_memory import Memory, memory
 from sftlab.planning.step_time import StepTime, step_time
@@ -67,9 +65,11 @@ class Plan(NamedTuple):
         """Model FLOPs of the training, as if every token were in the loss."""
         if self.steps is None:
             return None
+        # of a frozen weight's 4 FLOPs, 2 are the forward's
+        again = 1.5 if self.step.reference else 1.0
         flops = self.step.weights.flops
         rows = self.steps * self.step.accumulation * self.micro_batch * self.step.processes
-        return rows * self.rows.mean * (flops.token + flops.loss_token)
+        return rows * self.rows.mean * again * (flops.token + flops.loss_token)
 
 
 def read_recipe(argv: list[str], launch: Launch, gpu: GPU, gpus: int | None) -> Recipe:
@@ -168,14 +168,13 @@ def largest_divisor(number: int, limit: int) -> int:
 
 
 def planned_memory(
-    recipe: Recipe, launch: Launch, fast: FastPath, trainer: SFTTrainer
+    recipe: Recipe, launch: Launch, fast: FastPath, trainer: Trainer
 ) -> dict[str, Any]:
     """Returns the memory plan of a run after its training, by part in GB, for run.json.
 
     Where no plan can be made, it has the reason instead.
     """
-    lengths, training = row_lengths(trainer.train_dataset), recipe.training
-    rows = of_lengths(lengths, len(lengths), "its tokens")
+    rows, training = of_encoded(trainer.train_dataset), recipe.training
     many = launch.world_size * training.gradient_accumulation_steps
     tokens = rows.largest(
         training.per_device_train_batch_size, many, fast.packing, trainer.state.max_steps

@@ -75,6 +75,8 @@ class Step:
     `optimizer_copies`: torch's AdamW, unless fused, takes the roots of all second moments at once.
     `optimizer_waits`: bitsandbytes' optimizers wait for the GPU after every trained tensor.
     `whole_logits`: the number of float32 copies of all logits, 0 for a loss in chunks.
+    `reference`: preference tuning's frozen model runs forward too, with an adapter of its own where
+    `reference_adapter` is set.
     """
 
     shape: Shape
@@ -97,6 +99,8 @@ class Step:
     optimizer_copies: bool = False
     optimizer_waits: bool = False
     whole_logits: float = 0.0
+    reference: bool = False
+    reference_adapter: bool = False
 
     @property
     def compute_bytes(self) -> int:
@@ -123,7 +127,8 @@ def step_of(
     no plan is made for.
     """
     model, training = recipe.model, recipe.training
-    if training.fused_loss is False:
+    pairs = training.method == "dpo"  # its log-probabilities come in chunks
+    if training.fused_loss is False and not pairs:
         raise ValueError(
             "fused_loss: false keeps whole logits, and plans are made for the fused loss alone: "
             "leave fused_loss out"
@@ -149,6 +154,8 @@ def step_of(
         accumulation=training.gradient_accumulation_steps,
         optimizer_copies=training.optim == "adamw_torch",
         optimizer_waits=is_bitsandbytes(training.optim),
+        reference=pairs,
+        reference_adapter=pairs and bool(model.adapter_name_or_path),
     )
 
 

@@ -3,6 +3,7 @@
 No weights are loaded. Sizes are bytes of one rank. Activations are the tensors that autograd keeps
 of a Llama decoder layer. Eager mode and inductor's partitioner choose differently, and the tests
 count both.
+The reference of preference tuning keeps no activations, and works on less than a backward does.
 The peak can be at one of four moments:
 - in the loss, which holds a chunk of logits beside all activations
 - in the backward of the last layer, which holds its working tensors
@@ -119,7 +120,7 @@ def _in_a_step(step: Step) -> Memory:
     gradients = _gradients(step) if step.rank or step.accumulation > 1 else 0
     return Memory(
         parameters=w.base // share,
-        adapter=w.adapter // trained_share,
+        adapter=w.adapter * (1 + step.reference_adapter) // trained_share,
         gradients=gradients,
         optimizer_state=w.optimizer_state // trained_share,
         activations=_kept_at_end(step, tokens) + (int(working) if at == "backward" else 0),

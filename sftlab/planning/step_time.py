@@ -50,6 +50,9 @@ HOST_FP8, HOST_QUANTIZED, HOST_FSDP = (7.0e-3, 2.4e-3), 3.25e-3, (1.0e-3, 3.6e-3
 # How many times longer both take with checkpointing: the forward runs again, and hooks pack and
 # unpack every tensor.
 HOST_CHECKPOINTED, HOST_AGAIN = 1.6, 1.2
+# How many times longer the host takes where a reference runs forward too, which keeps nothing for
+# a backward (an estimate).
+HOST_REFERENCE = 1.4
 # Seconds of a step in which the GPU waits for float16's loss scale to be checked for overflow.
 HOST_SCALER = 0.010
 # Seconds for each trained tensor where the optimizer waits for the idle GPU after it.
@@ -104,7 +107,7 @@ def step_time(step: Step, gpu: GPU) -> StepTime:
         matrices=_matrix_seconds(step, gpu),
         attention=_attention_seconds(step, gpu),
         memory_traffic=tokens * s.layers * traffic(step) / (bandwidth * MEMORY),
-        loss=3 * b * tokens * s.vocabulary / bandwidth / 0.6,
+        loss=(3 + step.reference) * b * tokens * s.vocabulary / bandwidth / 0.6,
         dequantising=_dequantised_bytes(step) / bandwidth,
         communication=_sent_bytes(step) / (gpu.link_gbs * 1e9 * LINK),
         host=host_seconds(step) * slower,
@@ -117,18 +120,18 @@ def _matrix_seconds(step: Step, gpu: GPU) -> float:
     w, fp32 = step.weights, step.compute_bytes == 4
     reached = MATRIX_FP32 if fp32 else MATRIX
     layer_weights = w.linears * step.shape.layers
-    # a product's forward, its input's gradient, its weight's where it is trained, and the forward
-    # again with checkpointing
-    passes = 2.0 * (2 + (w.trained >= layer_weights) + step.checkpointing)
+    # a product's forward, its input's gradient, its weight's where it is trained, the forward
+    # again with checkpointing, and the reference's forward
+    passes = 2.0 * (2 + (w.trained >= layer_weights) + step.checkpointing + step.reference)
     rate = gpu.tflops(step.precision) * 1e12
     head_rate = gpu.tflops("fp32" if fp32 else "bf16") * 1e12  # the head is not rounded to float8
     layers = step.tokens * passes * layer_weights / (rate * reached)
-    return layers + step.tokens * 4.0 * w.head / (head_rate * reached)
+    return layers + step.tokens * (4.0 + 2.0 * step.reference) * w.head / (head_rate * reached)
 
 
 def _attention_seconds(step: Step, gpu: GPU) -> float:
     s, fp32 = step.shape, step.compute_bytes == 4
-    products = (3.5 + step.checkpointing) * 2 * step.tokens * step.row_length
+    products = (3.5 + step.checkpointing + step.reference) * 2 * step.tokens * step.row_length
     flops = products * s.heads * s.head_size * s.layers
     if fp32 and step.packed:
         return flops / (gpu.tflops("bf16") * 1e12 * ATTENTION_FP32)
@@ -140,7 +143,7 @@ def _dequantised_bytes(step: Step) -> float:
     """Returns the bytes that dequantising 4-bit weights moves, scaled to how slow it is."""
     if not step.quantized:
         return 0.0
-    times = 3 if step.checkpointing else 2
+    times = 2 + step.checkpointing + step.reference
     return 2.5 * step.weights.linears * step.shape.layers * times * DEQUANTISING
 
 
@@ -160,7 +163,7 @@ def traffic(step: Step) -> float:
 
     Forward and backward together.
     """
-    b, again, ends = step.compute_bytes, step.checkpointing, widths(step)
+    b, again, ends = step.compute_bytes, step.checkpointing + step.reference, widths(step)
     with_lora = [ends[name] for name in step.targets if step.rank]
     uncompiled = TRAFFIC_EAGER_FP32 if b == 4 else TRAFFIC_EAGER
     bare = replace(step, targets=frozenset(), dropout=False)
@@ -170,7 +173,8 @@ def traffic(step: Step) -> float:
         * (1 + FORWARD * again)
     )
     elements = LORA_COMPILED if step.compiled else LORA_CASTS if step.casts else LORA_EAGER
-    moved += b * elements * sum(a + z for a, z in with_lora) * (1 + FORWARD_LORA * again)
+    lora_again = step.checkpointing + step.reference_adapter
+    moved += b * elements * sum(a + z for a, z in with_lora) * (1 + FORWARD_LORA * lora_again)
     # an element read and written, and a byte of mask; the same in the backward
     moved += step.dropout * (2 * b + 1) * sum(a for a, _ in with_lora) * (2 + again)
     if step.precision == "fp8":
@@ -193,6 +197,8 @@ def host_seconds(step: Step) -> float:
     besides += HOST_FSDP[step.processes > 1] * (step.strategy == "fsdp")
     if step.checkpointing:
         own, besides = own * HOST_CHECKPOINTED, besides * HOST_AGAIN
+    if step.reference:
+        own, besides = own * HOST_REFERENCE, besides * HOST_REFERENCE
     return step.shape.layers * (own + besides) + HOST_MICRO + HOST_STEP / step.accumulation
 
 

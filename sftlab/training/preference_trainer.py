@@ -9,6 +9,7 @@ import torch
 from datasets import Dataset
 from torch import nn
 from trl import DPOTrainer
+from trl.trainer.utils import use_adapter
 
 from sftlab.config.launch import COMPUTE_DTYPE, PRECISIONS
 from sftlab.data.collator import for_the_model
@@ -90,9 +91,13 @@ class PreferenceTrainer(RecordedTrainer, DPOTrainer):
         return SideLogProbs(*found.log_probs.sum(dim=1).chunk(2))
 
     def reference_log_probs(self, model: nn.Module, inputs: dict[str, Any]) -> SideLogProbs:
-        """Returns the log-probabilities of the answers of a batch under the reference."""
-        given = self._prepare_inputs(for_the_model(inputs))
-        return SideLogProbs(*self.compute_ref_log_probs(model, given))
+        """Returns the log-probabilities of the answers of a batch under the reference.
+
+        They are sums over tokens also where `ld_alpha` weights those of trl's loss.
+        """
+        inner = self.accelerator.unwrap_model(self.model)
+        with use_adapter(inner, REFERENCE if REFERENCE in inner.peft_config else None):
+            return self.side_log_probs(model, inputs)
 
     def check_first_step(self, model: nn.Module, inputs: dict[str, Any]) -> None:
         """Check strategy and precision and, at step 0, that the model begins as its reference."""
