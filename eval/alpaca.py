@@ -3,17 +3,19 @@
 python eval/alpaca.py --run runs/x --judge prometheus-eval/prometheus-7b-v2.0 [--limit 100]
     [--reference base|FILE|NAME] [--judge_in_4bit | --judge_url http://localhost:8000/v1]
     [--agreement annotations.json]
+python eval/alpaca.py --run runs/x-dpo --with_start --judge ...    # base, start and tuned
 python eval/alpaca.py --run runs/x --annotators weighted_alpaca_eval_gpt4_turbo
 python eval/alpaca.py --config_file accelerate_configs/ddp.yaml --num_processes 4 --run runs/x ...
 python eval/alpaca.py --outputs model_outputs.json --annotations annotations.json
 
-Each pair is judged in both orders. Sanity checks come first: pairs whose right verdict is known.
-RUN/eval/alpaca.json keeps the newest entry of each judge and reference. Beside it,
-alpaca-judgements-*.jsonl and alpaca-sanity_checks-*.jsonl hold every prompt, answer, judgement and
-verdict. Answers and judgements are kept as they come: after a kill the same command goes on, and a
-finished evaluation is scored again without a GPU. Several processes are dealt whole batches of
-answers and of judgements, and the results are those of one. With --outputs the leaderboard's
-figures of finished outputs are printed, and no run is needed.
+With --with_start the model that the run went on from is judged too: for preference tuning, that
+after supervised fine-tuning. Each pair is judged in both orders. Sanity checks come first:
+pairs whose right verdict is known. RUN/eval/alpaca.json keeps the newest entry of each judge and
+reference. Beside it, alpaca-judgements-*.jsonl and alpaca-sanity_checks-*.jsonl hold every prompt,
+answer, judgement and verdict. Answers and judgements are kept as they come: after a kill the same
+command goes on, and a finished evaluation is scored again without a GPU. Several processes are
+dealt whole batches of answers and of judgements, and the results are those of one. With --outputs
+the leaderboard's figures of finished outputs are printed, and no run is needed.
 """
 
 import sftlab.startup.filter_warnings  # noqa: I001  (before the libraries that it quiets)
@@ -35,7 +37,14 @@ from sftlab.evaluation.significance import FEW_ROWS, method
 from sftlab.exit_messages import mistakes_in_one_line
 from sftlab.judging.alpaca_annotators import Annotators
 from sftlab.judging.alpaca_files import Task, read_preferences, read_task
-from sftlab.judging.alpaca_report import rates, reference_name, table, title, unparsed_rate
+from sftlab.judging.alpaca_report import (
+    difference_table,
+    rates,
+    reference_name,
+    table,
+    title,
+    unparsed_rate,
+)
 from sftlab.judging.finished_outputs import score_finished
 from sftlab.judging.judge_options import add_evaluation_flags, contestants_of, judge_from
 from sftlab.judging.judgement_files import (
@@ -52,7 +61,6 @@ from sftlab.judging.model_answers import refuse_twins
 from sftlab.judging.pairwise import Pair, judge_pairs, tally
 from sftlab.judging.sanity_checks import UNPARSED_REFUSED, UNPARSED_SAID, SanityChecks, spread
 from sftlab.judging.unparsed import cut_warning, unparsed_lines
-from sftlab.runs.run_directory import SIDES
 from sftlab.script_options import Options
 from sftlab.startup.launcher import reported_to_launcher
 from sftlab.tables import aligned, figure, percent
@@ -119,6 +127,9 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--temperature", type=float, default=0.0, help="of the answers; 0 (default) is greedy"
     )
+    parser.add_argument(
+        "--with_start", action="store_true", help="judge the model that the run went on from too"
+    )
     return parser.parse_args(argv)
 
 
@@ -134,16 +145,19 @@ def evaluate(arguments: argparse.Namespace, processes: Processes) -> None:
     run = finished_run(arguments.run)
     task = read_task(arguments.reference, arguments.instructions, arguments.limit)
     preferences = read_preferences(arguments.agreement) if arguments.agreement else None
+    contestants = contestants_of(arguments, run, processes)
+    if arguments.with_start:
+        contestants.add_start()
     # alpaca-eval's annotators keep their own annotations: one process asks them
     judges = processes.is_main or not arguments.annotators
     chosen = choose_judge(arguments, processes) if judges else None
-    contestants = contestants_of(arguments, run, processes)
+    sides = contestants.sides
     asked = [[{"role": "user", "content": text}] for text in task.questions.instructions]
     answers = {
-        side: contestants.answers(side, asked, sampling, f"{side} answers") for side in SIDES
+        side: contestants.answers(side, asked, sampling, f"{side} answers") for side in sides
     }
-    prompts_cut = contestants.prompts_cut // len(SIDES)
-    about = {side: answer_facts(answers[side]) | mean_characters(answers[side]) for side in SIDES}
+    prompts_cut = contestants.prompts_cut // len(sides)
+    about = {side: answer_facts(answers[side]) | mean_characters(answers[side]) for side in sides}
     refuse_twins(about)
     few = spread(range(len(asked)), arguments.sanity_checks)
     noise = Sampling(arguments.max_new_tokens, NOISE_TEMPERATURE)
@@ -244,12 +258,12 @@ def compare_with_reference(
 ) -> dict[str, list[dict[str, Any]]]:
     """Returns the judge's records of each side against the reference.
 
-    Where base is the reference, only tuned is judged.
+    Where base is the reference, it is not judged.
     """
     base = [answer.text for answer in answers["base"]]
     reference = task.reference.texts if task.reference else base
     found = {}
-    for side in SIDES if task.reference else ("tuned",):
+    for side in answers if task.reference else [one for one in answers if one != "base"]:
         rows = enumerate(zip(task.questions.instructions, answers[side], reference, strict=True))
         pairs = [
             Pair(row, instruction, answer.text, text) for row, (instruction, answer, text) in rows
@@ -299,6 +313,8 @@ def print_report(report: dict[str, Any], records: dict[str, list[dict[str, Any]]
     """Print warnings, sanity checks, the result and the judge's contradictions."""
     print(report_head(report, "instructions"))
     print(aligned(table(report)))
+    if differences := difference_table(report):
+        print(f"\n{aligned(differences)}")
     for side, metrics in report.get("alpaca_eval", {}).items():
         shown = ", ".join(
             f"{key} {value if isinstance(value, str) else figure(value)}"

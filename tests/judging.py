@@ -46,11 +46,13 @@ def answer(text: str) -> Answer:
     return Answer(text, len(text.split()), "stop", False)
 
 
-def canned(monkeypatch, base: dict[str, str], tuned: dict[str, str]) -> None:
-    """Both models answer a conversation by its last message; two draws of base are the same."""
+def canned(
+    monkeypatch, base: dict[str, str], tuned: dict[str, str], start: dict[str, str] | None = None
+) -> None:
+    """The models answer a conversation by its last message; two draws of base are the same."""
 
     def answers(self, side, conversations, sampling, title):
-        said = {"base": base, "tuned": tuned}[side]
+        said = {"base": base, "start": start, "tuned": tuned}[side]
         return [answer(said[conversation[-1]["content"]]) for conversation in conversations]
 
     def draws(self, conversations, sampling, title):

@@ -4,12 +4,13 @@ from pathlib import Path
 from typing import Any
 
 from sftlab.evaluation.generation import Answer
+from sftlab.evaluation.significance import add_holm
+from sftlab.evaluation.start_model import START
 from sftlab.judging.alpaca_annotators import ALPACA_EVAL_2, official
 from sftlab.judging.alpaca_files import Task
 from sftlab.judging.judgement_files import share, unfit_mark
 from sftlab.judging.length_control import length_controlled, lengths
 from sftlab.judging.pairwise import win_rates
-from sftlab.runs.run_directory import SIDES
 from sftlab.tables import figure, interval, p_value
 
 # rows of the printed table: what a reader sees, and its key in the entry
@@ -65,10 +66,13 @@ def rates(
     if any(set(one) == {None} for one in scores.values()):
         return {}
     found: dict[str, Any] = {"scores": {"win_rate": win_rates(scores.get("base"), scores["tuned"])}}
-    texts = {side: [answer.text for answer in answers[side]] for side in SIDES}
+    texts = {side: [answer.text for answer in of] for side, of in answers.items()}
+    if START in scores:
+        found["with_start"] = _with_start(scores)
     reference = task.reference.texts if task.reference else texts["base"]
     found["length"] = {side: lengths(one, texts[side], reference) for side, one in scores.items()}
-    found["length_controlled"] = length_controlled(scores, texts, reference)
+    pair = {side: one for side, one in scores.items() if side != START}
+    found["length_controlled"] = length_controlled(pair, texts, reference)
     if annotators:
         control = is_alpaca_eval_2(task, annotators, limit)
         found["alpaca_eval"] = {
@@ -76,6 +80,28 @@ def rates(
             for side, one in records.items()
         }
     return found
+
+
+def _with_start(scores: dict[str, list[float | None]]) -> dict[str, Any]:
+    """Returns the start's win rate, and the differences of the three models' win rates.
+
+    Their p-values are corrected for their number (`p_holm`).
+    """
+    base = scores.get("base")
+    pairs = {
+        f"{START} - base": win_rates(base, scores[START]),
+        f"tuned - {START}": win_rates(scores[START], scores["tuned"]),
+        "tuned - base": win_rates(base, scores["tuned"]),
+    }
+    add_holm(pairs)
+    own = pairs[f"{START} - base"]["tuned"]
+    kept = ("value", "interval_95")
+    differences = {
+        name: {key: one["difference"][key] for key in kept}
+        | {key: one[key] for key in ("p_value", "p_holm")}
+        for name, one in pairs.items()
+    }
+    return {"win_rate": own, "differences": differences}
 
 
 def unparsed_rate(report: dict[str, Any]) -> float:
@@ -95,23 +121,43 @@ def _at_equal_length(one: dict[str, Any] | None) -> str:
 
 def table(report: dict[str, Any]) -> list[list[str]]:
     """Returns the result as lines of cells, with a column for each model."""
-    mark, three = unfit_mark(report), ("base", "tuned", "difference")
-    lines = [["", "base", "tuned", "tuned - base", "p"]]
+    mark, sides = unfit_mark(report), list(report["answers"])
+    shown = [*sides, "difference"]
+    lines = [["", *sides, "tuned - base", "p"]]
     if report["scores"]:
         one = report["scores"]["win_rate"]
-        cells = [interval(one[name]) for name in three]
-        lines.append([f"win rate, %{mark}", *cells, p_value(one["p_value"])])
+        p = (
+            report["with_start"]["differences"]["tuned - base"]["p_holm"]
+            if START in sides
+            else None
+        )
+        found = one | ({START: report["with_start"]["win_rate"]} if START in sides else {})
+        cells = [interval(found[name]) for name in shown]
+        lines.append([f"win rate, %{mark}", *cells, p_value(one["p_value"] if p is None else p)])
     if controlled := report.get("length_controlled"):
-        cells = [_at_equal_length(controlled.get(name)) for name in three]
+        cells = [_at_equal_length(controlled.get(name)) for name in shown]
         lines.append([f"at equal length, %, fitted to this judge's own verdicts{mark}", *cells, ""])
     judged, length = report["judged"], report.get("length", {})
     for name, key in JUDGED_ROWS:
-        cells = [share(judged[side][key]) if side in judged else "" for side in SIDES]
+        cells = [share(judged[side][key]) if side in judged else "" for side in sides]
         lines.append([name, *cells, "", ""])
     for name in ("longer", "shorter") if length else ():
-        cells = [share(length[side][name]) if side in length else "" for side in SIDES]
+        cells = [share(length[side][name]) if side in length else "" for side in sides]
         lines.append([f"wins when {name}", *cells, "", ""])
     for name, key in ANSWER_ROWS:
-        cells = [figure(report["answers"][side][key]) for side in SIDES]
+        cells = [figure(report["answers"][side][key]) for side in sides]
         lines.append([name, *cells, "", ""])
+    return lines
+
+
+def difference_table(report: dict[str, Any]) -> list[list[str]]:
+    """Returns the differences of three models' win rates as lines of cells; [] of two models."""
+    if "with_start" not in report:
+        return []
+    differences = report["with_start"]["differences"]
+    lines = [
+        [f"difference of win rates, %{unfit_mark(report)}", "", f"p, Holm over {len(differences)}"]
+    ]
+    for name, one in differences.items():
+        lines.append([name, interval(one), p_value(one["p_holm"])])
     return lines

@@ -4,6 +4,7 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -76,17 +77,18 @@ def judgement_hashes(
 ) -> dict[str, str]:
     """Returns a hash of each side's judgements and of what was judged (`keys` of a record).
 
-    Raises ValueError where both sides have the same hash.
+    Raises ValueError where two sides have the same hash.
     """
     found = {
         side: digest([[record[key] for key in keys] for record in one])
         for side, one in records.items()
     }
-    if len(set(found.values())) < len(found):
-        raise ValueError(
-            "base and tuned have the same judgements (their hashes are equal): one model was taken "
-            "for the other, and there is nothing to compare"
-        )
+    for one, other in combinations(found, 2):
+        if found[one] == found[other]:
+            raise ValueError(
+                f"{one} and {other} have the same judgements (their hashes are equal): one model "
+                "was taken for the other, and there is nothing to compare"
+            )
     return found
 
 

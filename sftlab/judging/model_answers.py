@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from functools import cached_property
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -30,12 +31,14 @@ from sftlab.evaluation.generation import (
 )
 from sftlab.evaluation.processes import ALONE, Processes
 from sftlab.evaluation.served_answers import FACTS, ServedModels
+from sftlab.evaluation.start_model import START, load_start, start_of
 from sftlab.export.server_agreement import LoadedRun, answers_of_held_server
 from sftlab.models.loading import read_config
+from sftlab.runs.run_directory import SIDES
 
 
 class Contestants:
-    """The two models of a finished run. Answers are kept in RUN/eval/answers-*.jsonl."""
+    """Base and tuned of a finished run. Answers are kept in RUN/eval/answers-*.jsonl."""
 
     def __init__(
         self,
@@ -61,12 +64,36 @@ class Contestants:
             raise ValueError(
                 f"the base model {name} of the run cannot be loaded: {error}"
             ) from error
-        self.prompts_cut = 0
+        self.prompts_cut, self.start = 0, None
+
+    @property
+    def sides(self) -> tuple[str, ...]:
+        """Returns the names of the models that answer."""
+        return SIDES if self.start is None else ("base", START, "tuned")
+
+    def add_start(self) -> None:
+        """Let the model that the run went on from answer too, as the side start.
+
+        Raises ValueError for a run that began with a new adapter, and where a server answers.
+        """
+        if self.served:
+            raise ValueError(
+                "--with_start loads the model that the run went on from, and --server has base "
+                "and tuned alone: leave one of them out"
+            )
+        self.start = start_of(self.folder, self.run)
+        if self.start is None:
+            raise ValueError(
+                f"{self.folder} began with a new adapter, so there is no model that it went on "
+                "from: leave --with_start out"
+            )
 
     @cached_property
     def model(self) -> PeftModel | PreTrainedModel:
-        """Returns both models, loaded at the first answer that is not kept."""
+        """Returns the models, loaded at the first answer that is not kept."""
         model = load_pair(self.folder, self.run, self.trusted)
+        if self.start:
+            load_start(model, self.start)
         refuse_unknown_ids(model, self.tokenizer)
         return model
 
@@ -79,7 +106,7 @@ class Contestants:
     def answers(
         self, side: str, conversations: Sequence[list[Message]], sampling: Sampling, title: str
     ) -> list[Answer]:
-        """Returns the answers of one side, base or tuned.
+        """Returns the answers of one of `sides`.
 
         A prompt that leaves no room for an answer is cut in the middle and counted. A sampled
         answer depends on its batch, so other conversations or another batch size give other ones.
@@ -94,6 +121,8 @@ class Contestants:
         prompts = [_without_middle(prompt, longest) for prompt in prompts]
         keys = [digest(prompt) for prompt in prompts]
         settings = model_settings(self.folder, self.run) | asdict(sampling)
+        if side == START:
+            settings |= {START: self.start.weights}
         by_key = dict(zip(keys, prompts, strict=True))
         rows = sorted(by_key, key=lambda key: (-len(by_key[key]), key))
         if sampling.temperature > 0:
@@ -134,13 +163,14 @@ class Contestants:
 
 
 def refuse_twins(facts: dict[str, dict[str, Any]]) -> None:
-    """Raise ValueError where base and tuned gave the same answers."""
-    if facts["base"]["hash"] == facts["tuned"]["hash"]:
-        raise ValueError(
-            "base and tuned gave the same answers word for word (their hashes are equal): the "
-            "adapter changes nothing, or one model was taken for the other; there is nothing to "
-            "judge"
-        )
+    """Raise ValueError where two models gave the same answers."""
+    for one, other in combinations(facts, 2):
+        if facts[one]["hash"] == facts[other]["hash"]:
+            raise ValueError(
+                f"{one} and {other} gave the same answers word for word (their hashes are equal): "
+                "the adapter changes nothing, or one model was taken for the other; there is "
+                "nothing to judge"
+            )
 
 
 def _without_middle(prompt: list[int], longest: int) -> list[int]:
