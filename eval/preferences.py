@@ -50,7 +50,6 @@ from sftlab.evaluation.held_out import held_out
 from sftlab.evaluation.preference_pairs import (
     CHOSEN,
     REJECTED,
-    SCORES,
     Pairs,
     log_probs,
     of_models,
@@ -58,16 +57,16 @@ from sftlab.evaluation.preference_pairs import (
     perplexities,
     read_pairs,
 )
-from sftlab.evaluation.preference_words import lines_of, warnings
+from sftlab.evaluation.preference_words import SCORES, lines_of, warnings
 from sftlab.evaluation.processes import Processes
 from sftlab.evaluation.row_scores import likelihoods
 from sftlab.evaluation.significance import add_holm, mean, method, with_counts
-from sftlab.evaluation.start_model import START, Start, load_start, start_of
+from sftlab.evaluation.start_model import Start, load_start, start_of
 from sftlab.evaluation.start_rows import StartRows, pairs_known_to_start, start_rows
 from sftlab.exit_messages import mistakes_in_one_line
 from sftlab.files import write_json
 from sftlab.runs.environment import environment
-from sftlab.runs.run_directory import SIDES, adapter_hash
+from sftlab.runs.run_directory import SIDES, START, adapter_hash
 from sftlab.script_options import Options
 from sftlab.startup.launcher import reported_to_launcher
 

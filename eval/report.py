@@ -26,11 +26,20 @@ from sftlab.comparison.run_comparison import (
     shared_facts,
 )
 from sftlab.comparison.run_results import find_runs, read_results
+from sftlab.evaluation.preference_words import SCORES as PREFERENCE_SCORES
 from sftlab.evaluation.text_metrics import NAMES
 from sftlab.exit_messages import mistakes_in_one_line
-from sftlab.runs.run_directory import SIDES
+from sftlab.runs.run_directory import SIDES, START
 from sftlab.script_options import Options
-from sftlab.tables import aligned, interval, markdown, preview, without_empty_columns, write_csv
+from sftlab.tables import (
+    aligned,
+    interval,
+    markdown,
+    p_value,
+    preview,
+    without_empty_columns,
+    write_csv,
+)
 
 HEADING = "# Runs side by side"
 # What the terminal has room for.
@@ -100,6 +109,12 @@ def as_markdown(
             "over rows. Intervals and p-values say how far other "
             "rows could move a score. They do not say how far another training seed would.\n"
         ]
+    if preferences := preference_table(comparison):
+        lines += ["## What preference tuning gained and lost", "", *grid(preferences)]
+        lines += [
+            "Of `eval/preferences.py`: in brackets 95 % intervals over questions; p after Holm "
+            "over the scores of a run. Start is the model that the run went on from.\n"
+        ]
     said, differences = against
     if differences:
         title, _, explained = said.partition(": ")
@@ -111,6 +126,8 @@ def as_text(comparison: Comparison, against: tuple[str, Table]) -> str:
     """Returns the report for the terminal."""
     lines = [*unexplained(comparison), *shared_facts(comparison), *comparison.notes]
     lines += ["", aligned(table(comparison, BRIEF, [f"tuned {score}" for score in SHOWN]))]
+    if preferences := preference_table(comparison):
+        lines += ["", aligned(preferences)]
     said, differences = against
     if differences:
         lines += ["", aligned(differences), said]
@@ -146,6 +163,18 @@ def scores(comparison: Comparison) -> list[str]:
         if key.startswith(tuple(SIDES))
     )
     return shown + [key for key in found if key not in known]
+
+
+def preference_table(comparison: Comparison) -> Table:
+    """Returns a heading and a row for each score of eval/preferences.py; [] without any."""
+    lines = [["run", "score", "base", "start", "tuned", "difference", "p"]]
+    for name, one in comparison.runs.items():
+        for score, found in one.preferences.get("scores", {}).items():
+            sides = ("base", START, "tuned", "difference")
+            cells = [interval(found[side]) if side in found else "" for side in sides]
+            called = PREFERENCE_SCORES.get(score, score)
+            lines.append([name, called, *cells, p_value(found["p_holm"])])
+    return without_empty_columns(lines) if len(lines) > 1 else []
 
 
 def table(comparison: Comparison, columns: Sequence[str], scores: Sequence[str] = ()) -> Table:

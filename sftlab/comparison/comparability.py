@@ -39,18 +39,29 @@ _COVERED_BY = {
 }
 _BATCH = "micro_batch accumulation"
 _QUANTIZED = "quantization compute *_dtypes gradients_reduced_in bnb_4bit_* use_bnb_nested_quant"
+# what a stage of training has of its own: its data, its loss, its steps
+_STAGE = (
+    "adapter_name_or_path data.* dataset_* datasets* columns tokens *_file loss_on "
+    "learning_rate lr_* warmup_* max_steps num_train_epochs max_length truncation_mode "
+    f"global_batch {_BATCH} loss_type beta reference lora_dropout neftune_noise_alpha "
+    "packing compile_layers fused_loss attn_implementation completion_only_loss "
+    "quality.fingerprint quality.rows"
+)
 _TURNS = "template tokens quality.end_tokens quality.stop_strings"
 # Fields that change with an axis, beside the field of its name. global_batch and lora_scale follow
 # only from the fields that set them: rank under a fixed alpha, or processes under a fixed
 # micro-batch, are two changes in one.
 FOLLOWS = {
+    "method": _STAGE,
     "precision": "dtype compute tf32 *_dtypes gradients_reduced_in launch.*FP8*",
     "strategy": "gradients_reduced_in trainable_dtypes launch.FSDP_*",
     # sftlab/config/validation.py has DDP of three or more processes look for unused parameters
     "world_size": f"local_world_size {_BATCH} gradients_reduced_in hardware.host_cores "
     "ddp_find_unused_parameters",
     **dict.fromkeys(
-        ("lora_r", "lora_target_modules", "lora_target_parameters"), "trainable_parameters"
+        ("lora_r", "lora_target_modules", "lora_target_parameters"),
+        # an adapter to go on from has the rank and the targets
+        "trainable_parameters adapter_name_or_path",
     ),
     **dict.fromkeys(
         ("lora_modules_to_save", *PARAMETER_FIELDS, "model_init_kwargs"), "trainable_parameters"

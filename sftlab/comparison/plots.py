@@ -61,6 +61,8 @@ def draw_comparison(comparison: Comparison, out: Path) -> list[str]:
         for name, (title, paint) in PLOTS.items():
             for suffix in ("png", "svg"):
                 (out / f"{name}.{suffix}").unlink(missing_ok=True)
+            if name == "losses" and not comparison.one_method:
+                continue
             canvas = _canvas((9, 1.6 + 0.36 * len(comparison.rows)), layout="constrained")
             if paint(comparison, canvas):
                 canvas.suptitle(f"{mark}{title}\n{below}", x=0.01, ha="left", fontsize=9)

@@ -54,6 +54,8 @@ _TASK = _ADAPTER | {
     "main_metric": TEXT,
     "metrics": OBJECT,
 }
+_PREFERENCES = _ADAPTER | {"scores": OBJECT, "models": list_of(TEXT), "pairs": COUNT}
+_PREFERENCES |= {"held_out.dataset": TEXT}
 _OF_TEXT = _ADAPTER | {"scores.text_perplexity": _SCORE, "held_out.dataset": TEXT}
 _JUDGED = _ADAPTER | {"title": TEXT, "judge_fit": BOOLEAN, "scores": OBJECT}
 _JUDGED |= {"judge": OBJECT, "generation": OBJECT, "questions_hash": TEXT}
@@ -123,6 +125,20 @@ def read_text_scores(folder: Path) -> list[dict[str, Any]]:
     for path in sorted(folder.glob("perplexity*.json")):
         found.append(read_object(path))
         check(found[-1], str(path), _OF_TEXT)
+    return found
+
+
+def read_preferences(path: Path) -> dict[str, Any]:
+    """Returns preferences.json, {} without one. Raises ValueError for another form."""
+    if not path.exists():
+        return {}
+    found = read_object(path)
+    check(found, str(path), _PREFERENCES)
+    for name in found["scores"]:
+        where = f"{path}, scores.{name}"
+        check(found["scores"], where, {name: OBJECT})
+        sides = dict.fromkeys((*found["models"], "difference"), _ESTIMATE)
+        check(found["scores"][name], where, {"tuned": _ESTIMATE, "p_holm": NUMBER}, sides)
     return found
 
 

@@ -48,6 +48,16 @@ class Comparison(NamedTuple):
     notes: list[str]
     warnings: list[str]
 
+    @property
+    def one_method(self) -> bool:
+        """Whether all runs were trained in the same way, with losses that can be compared."""
+        return len({method_of(one.run) for one in self.runs.values()}) == 1
+
+
+def method_of(run: Mapping[str, Any]) -> str:
+    """Returns sft or dpo; runs of earlier versions know supervised fine-tuning alone."""
+    return run["recipe"].get("method") or "sft"
+
 
 def check_comparable(
     runs: Mapping[str, RunResults], asked: Sequence[str], allow: bool
@@ -67,8 +77,12 @@ def check_comparable(
         rows[name] = {"run": name, "confounded": "; ".join(unexplained) or "no"}
         rows[name] |= {f"axis {axis}": comparability.short(one.value(axis)) for axis in axes}
         rows[name] |= figures(runs[name], one.facts)
+    methods = {name: method_of(one.run) for name, one in runs.items()}
+    if len(set(methods.values())) > 1:
+        for row in rows.values():
+            row |= dict.fromkeys(("train_loss", "validation_loss"))
     notes = _axis_notes(compared, axes, left, inferred=not asked)
-    notes += _code_notes(runs) + _speed_notes(compared, rows)
+    notes += _method_notes(methods) + _code_notes(runs) + _speed_notes(compared, rows)
     warnings = _stale_warnings(runs) + _axis_warnings(compared, rows, axes)
     warnings += _duplicate_warnings(runs, rows)
     for row in rows.values():
@@ -101,6 +115,21 @@ def _axis_notes(
         if field not in shown
     }
     return notes + [f"differs with the axis: {x}" for x in comparability.describe(follows)]
+
+
+def _method_notes(methods: Mapping[str, str]) -> list[str]:
+    """Returns what cannot be compared of runs that were trained in different ways."""
+    if len(set(methods.values())) == 1:
+        return []
+    kinds = " | ".join(
+        f"{kind} ({', '.join(name for name, one in methods.items() if one == kind)})"
+        for kind in dict.fromkeys(methods.values())
+    )
+    return [
+        f"methods: {kinds}. Losses are left out, for they are of different kinds; a token of dpo "
+        "costs a forward of its reference more. Scores of the same held-out rows can be compared: "
+        "they are of whole stages, data and settings together"
+    ]
 
 
 def _code_notes(runs: Mapping[str, RunResults]) -> list[str]:

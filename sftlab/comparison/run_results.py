@@ -14,6 +14,7 @@ import numpy as np
 
 from sftlab.comparison.result_files import (
     read_judged,
+    read_preferences,
     read_quality,
     read_records,
     read_tasks,
@@ -46,8 +47,8 @@ class RunResults(NamedTuple):
 
     `quality` is quality.json ({} where there is none of this adapter) and `records` the lines of
     quality.jsonl. `texts` are perplexities of plain text, `tasks` the entries of harness.json, and
-    `judged` those of alpaca.json and mt_bench.json. `stale` names the scores that are of another
-    adapter and were left out. `held`
+    `judged` those of alpaca.json and mt_bench.json. `preferences` is preferences.json. `stale`
+    names the scores that are of another adapter and were left out. `held`
     has the hashes of adapter, answers and judgements.
     """
 
@@ -60,6 +61,7 @@ class RunResults(NamedTuple):
     records: list[dict[str, Any]]
     stale: list[str]
     held: dict[str, str]
+    preferences: dict[str, Any]
 
 
 def find_runs(paths: Sequence[Path]) -> dict[str, Path]:
@@ -106,7 +108,10 @@ def read_results(folder: Path) -> RunResults:
     records = read_records(evaluated / "quality.jsonl") if quality else []
     held = _hashes(evaluated, adapter, records, judged)
     tasks = entries["harness"]
-    return RunResults(folder, run, quality, texts, tasks, judged, records, stale, held)
+    preferences = read_preferences(evaluated / "preferences.json")
+    if preferences and preferences["adapter_hash"] != adapter:
+        preferences, stale = {}, [*stale, "stale scores of preferences"]
+    return RunResults(folder, run, quality, texts, tasks, judged, records, stale, held, preferences)
 
 
 def _hashes(
@@ -177,6 +182,11 @@ def figures(one: RunResults, facts: Mapping[str, Any]) -> dict[str, Any]:
             )
             row |= {f"{side} {score}": value}
             row |= {f"{side} {score} low": low, f"{side} {score} high": high}
+    for name, found in one.preferences.get("scores", {}).items():
+        for side in (side for side in one.preferences["models"] if side in found):
+            key = f"preferences: {side} {name}"
+            low, high = found[side]["interval_95"]
+            row |= {key: found[side]["value"], f"{key} low": low, f"{key} high": high}
     again = ["continued: figures of all starts together"] if one.run.get("interruptions") else []
     return row | {"note": "; ".join(one.stale + again)}
 

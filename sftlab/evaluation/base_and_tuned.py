@@ -23,7 +23,7 @@ from sftlab.data.template_errors import TEMPLATE_ERRORS, is_of_template
 from sftlab.data.template_facts import write_day
 from sftlab.data.time_limit import time_limit
 from sftlab.evaluation.full_models import as_base, hold_base
-from sftlab.evaluation.start_model import START, start_answers
+from sftlab.evaluation.start_model import start_answers
 from sftlab.exit_messages import first_line, mistakes_in_one_line
 from sftlab.fastpath import varlen_attention
 from sftlab.models.identity import base_identity, tokenizer_identity
@@ -31,7 +31,7 @@ from sftlab.models.likelihood import with_fused_head
 from sftlab.models.loading import load_model, model_init_kwargs, read_tokenizer
 from sftlab.models.trust import FLAG, check_adapter
 from sftlab.runs.record import read_run
-from sftlab.runs.run_directory import SIDES, adapter_hash
+from sftlab.runs.run_directory import SIDES, START, adapter_hash
 from sftlab.schema import BOOLEAN, OBJECT, TEXT, Kind, check, one_of
 
 _TEMPLATE_S = 20

@@ -15,24 +15,12 @@ from sftlab.evaluation.answer_file import digest
 from sftlab.evaluation.held_out import HeldOut, ScoredRows
 from sftlab.evaluation.intervals import Score
 from sftlab.evaluation.significance import Paired, compare, mean, perplexity, with_counts
-from sftlab.evaluation.start_model import START
 from sftlab.exit_messages import first_line
 from sftlab.models.likelihood import Likelihood
+from sftlab.runs.run_directory import START
 
 # sides of a pair: [pairs, 2]
 CHOSEN, REJECTED = 0, 1
-# what is scored, and how it is called
-SCORES = {
-    "reward_accuracy": "reward accuracy",
-    "reward_margin": "reward margin, nats",
-    "chosen_reward": "reward of chosen answers, nats",
-    "rejected_reward": "reward of rejected answers, nats",
-    "chosen_likelier": "chosen side likelier a token",
-    "start_perplexity": "response perplexity, test rows of the start",
-    "answer_tokens": "tokens of an answer",
-}
-# scores of the run alone, whose p-value is against no preference learnt
-OF_TUNED = ("reward_accuracy", "reward_margin", "chosen_reward", "rejected_reward")
 Estimates = dict[str, dict[str, Any]]
 
 
@@ -140,8 +128,8 @@ def pair_scores(
 ) -> tuple[Estimates, np.ndarray]:
     """Returns the scores of pairs, and the rewards [pairs, 2].
 
-    `found` are `log_probs` by model, base first, tuned last. A p-value of OF_TUNED is against a
-    reward that is on either side by chance; others compare tuned with what it started from.
+    `found` are `log_probs` by model, base first, tuned last. The p-value of a reward, and of
+    its accuracy, is against one on either side by chance; others compare tuned with the start.
     """
     reference = START if START in found else "base"
     of = rewards(found["tuned"], found[reference], beta)

@@ -3,11 +3,20 @@
 from collections.abc import Iterable
 from typing import Any
 
-from sftlab.evaluation.preference_pairs import SCORES
 from sftlab.evaluation.significance import FEW_ROWS
-from sftlab.evaluation.start_model import START
+from sftlab.runs.run_directory import START
 from sftlab.tables import aligned, interval, p_value
 
+# what is scored, and how it is called
+SCORES = {
+    "reward_accuracy": "reward accuracy",
+    "reward_margin": "reward margin, nats",
+    "chosen_reward": "reward of chosen answers, nats",
+    "rejected_reward": "reward of rejected answers, nats",
+    "chosen_likelier": "chosen side likelier a token",
+    "start_perplexity": "response perplexity, test rows of the start",
+    "answer_tokens": "tokens of an answer",
+}
 LEFT_OUT = {
     "without_a_token": "pairs left out: max_length leaves a side without a token of its answer",
     "equal_after_cut": "pairs left out: max_length makes their sides equal",

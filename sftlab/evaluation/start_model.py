@@ -10,10 +10,9 @@ from peft import PeftModel
 from sftlab.files import file_hash
 from sftlab.models.trust import check_adapter
 from sftlab.runs.record import RECORD
+from sftlab.runs.run_directory import START
 from sftlab.schema import OBJECT, TEXT, check
 
-# the side that answers as the run's start did, between base and tuned
-START = "start"
 _TRAINED = "default"  # peft's name of the run's own adapter
 
 

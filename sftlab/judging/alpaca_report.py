@@ -5,12 +5,12 @@ from typing import Any
 
 from sftlab.evaluation.generation import Answer
 from sftlab.evaluation.significance import add_holm
-from sftlab.evaluation.start_model import START
 from sftlab.judging.alpaca_annotators import ALPACA_EVAL_2, official
 from sftlab.judging.alpaca_files import Task
 from sftlab.judging.judgement_files import share, unfit_mark
 from sftlab.judging.length_control import length_controlled, lengths
 from sftlab.judging.pairwise import win_rates
+from sftlab.runs.run_directory import START
 from sftlab.tables import figure, interval, p_value
 
 # rows of the printed table: what a reader sees, and its key in the entry

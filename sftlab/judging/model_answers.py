@@ -31,10 +31,10 @@ from sftlab.evaluation.generation import (
 )
 from sftlab.evaluation.processes import ALONE, Processes
 from sftlab.evaluation.served_answers import FACTS, ServedModels
-from sftlab.evaluation.start_model import START, load_start, start_of
+from sftlab.evaluation.start_model import load_start, start_of
 from sftlab.export.server_agreement import LoadedRun, answers_of_held_server
 from sftlab.models.loading import read_config
-from sftlab.runs.run_directory import SIDES
+from sftlab.runs.run_directory import SIDES, START
 
 
 class Contestants:

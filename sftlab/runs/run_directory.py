@@ -24,6 +24,8 @@ from sftlab.runs.tensorboard_curves import restore
 
 # the two models of a run, as evaluations name them
 SIDES = ("base", "tuned")
+# the model that a run went on from, between the two
+START = "start"
 ENDED = {"running": "did not end", "failed": "failed", "interrupted": "was interrupted"}
 # what to change where a training diverged
 REMEDY = (
