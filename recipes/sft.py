@@ -67,6 +67,7 @@ from sftlab.training.first_step_wait import FirstStepWait
 from sftlab.training.recorded_end import recorded_end, say_how_to_go_on
 from sftlab.training.recorded_trainer import RecordedTrainer
 from sftlab.training.save_adapter import after_training, save_adapter
+from sftlab.training.start_leaks import refuse_tested_rows
 from sftlab.training.stop_on_signal import Stopped, StopOnSignal
 from sftlab.training.summary import summary_rows
 from sftlab.training.truncation import length_facts, length_lines
@@ -157,6 +158,8 @@ def prepare(
     splits, facts = read_data(recipe, tokenizer, template)
     facts |= started
     looked = look_at_rows(tokenizer, config, splits, training, facts["template"])
+    with training.main_process_first(desc="reading the rows of the run before"):
+        looked.lines.extend(refuse_tested_rows(model, splits))
     for line in [*(f"note: {one}" for one in recipe.notes), *looked.lines] if run.is_main else []:
         print(line, flush=True)
     run.check(start, facts, recipe.data.resume_anyway)

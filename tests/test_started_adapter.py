@@ -1,8 +1,11 @@
 """A training goes on from an adapter that another one made."""
 
+import shutil
+
 import pytest
 import torch
-from conftest import read
+from conftest import copy_of, pair_rows, read, write_jsonl
+from preference_runs import pair_fields
 from safetensors.torch import load_file
 
 
@@ -40,3 +43,34 @@ def test_an_adapter_of_another_shape_is_refused(more, message, finished, fields,
     assert done.stderr.count("error: ") == 1
     with pytest.raises(ValueError, match=message):
         raise ValueError(done.stderr)
+
+
+@pytest.mark.parametrize("method", ["sft", "dpo"])
+def test_rows_that_the_run_before_is_tested_on_are_not_trained_on(
+    finished, fields, base, pairs_file, train_here, tmp_path, method
+):
+    own = pair_fields(base, pairs_file, tmp_path / "run") if method == "dpo" else fields
+    other = {"split_fractions": ["1", "0", "0"], "adapter_name_or_path": str(finished[0])}
+    done = train_here(own | other)
+    assert done.returncode
+    assert "training rows ask what the test split of" in done.stderr
+    assert "give both trainings the same split_fractions" in done.stderr
+    assert not (tmp_path / "run" / "run.json").exists()
+
+
+def test_where_the_data_of_the_run_before_are_gone_it_is_said(
+    finished, base, tmp_path, trained_here
+):
+    before = copy_of(finished[0], tmp_path / "before")
+    record = (before / "run.json").read_text()
+    data = read(before)["recipe"]["dataset_name"]
+    data = data[0] if isinstance(data, list) else data
+    (before / "run.json").write_text(record.replace(data, str(tmp_path / "gone.jsonl")))
+    pairs = write_jsonl(tmp_path / "pairs.jsonl", pair_rows(60))
+    own = pair_fields(base, pairs, tmp_path / "run") | {"max_steps": "1"}
+    done = trained_here(own | {"adapter_name_or_path": str(before)})
+    assert "note: whether training rows ask what the test rows of" in done.stdout
+    # an adapter without its run has no test rows
+    shutil.copytree(before / "adapter", tmp_path / "bare")
+    bare = own | {"adapter_name_or_path": str(tmp_path / "bare"), "overwrite": "true"}
+    assert "note: whether" not in trained_here(bare).stdout
