@@ -57,6 +57,11 @@ demo-dpo: $(STAMP)
 	@if grep -qs '"status": "succeeded"' $(DEMO_DPO)/run.json; then echo "$(DEMO_DPO) is there already"; \
 	else $(BIN)/python recipes/dpo.py --config_file accelerate_configs/cpu.yaml --config recipes/demo-dpo/attn_r16.yaml; fi
 	$(BIN)/python eval/preferences.py --run $(DEMO_DPO)
+	@echo
+	@echo "Next: beside the run that it went on from   .venv/bin/python eval/report.py --runs $(DEMO) $(DEMO_DPO) --axis method"
+	@echo "      both sides of the pairs                .venv/bin/python recipes/show.py --config recipes/demo-dpo/attn_r16.yaml"
+	@echo "      chat with it                           .venv/bin/python app/app.py --run $(DEMO_DPO)"
+	@echo "      your own pairs                         ... --dataset_name PAIRS.jsonl --output_dir runs/NAME"
 
 results: $(STAMP)
 	$(BIN)/python recipes/demo/build.py

@@ -38,6 +38,8 @@ BEST = {
     "save_total_limit": 1,
     "metric_for_best_model": "eval_loss",
 }
+# preference tuning, of a new adapter against the base model
+PAIRS = {"method": "dpo"}
 DROPPED = {"lora_dropout": 0.1}
 TWO_RANKS = {"per_device_train_batch_size": 8}
 # Nothing but the number of steps decides when a GPU's run logs, saves and ends.
@@ -82,6 +84,8 @@ CPU_CASES = {
     ),
     "QLoRA": Case(DROPPED | QLORA, precision="bf16"),
     "best model": Case(DROPPED | BEST),
+    "DPO": Case(PAIRS),
+    "DPO DDP": Case(PAIRS | TWO_RANKS, processes=2),
 }
 GPU_CASES = {
     "GPU bf16": Case(ON_A_GPU, config="single", precision="bf16"),

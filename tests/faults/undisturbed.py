@@ -8,7 +8,14 @@ from typing import Any
 
 import torch
 from cases import CASES, FIELDS, environment
-from conftest import arguments, byte_tokenizer, instruction_rows, load_script, write_jsonl
+from conftest import (
+    arguments,
+    byte_tokenizer,
+    instruction_rows,
+    load_script,
+    pair_rows,
+    write_jsonl,
+)
 from forked import Moment, Training
 from transformers import LlamaConfig, LlamaForCausalLM
 from verdicts import outcome
@@ -36,6 +43,7 @@ class UndisturbedRuns:
         LlamaForCausalLM(config).save_pretrained(folder / "base")
         byte_tokenizer().save_pretrained(folder / "base")
         write_jsonl(folder / "rows.jsonl", instruction_rows(200))
+        write_jsonl(folder / "pairs.jsonl", pair_rows(200))
         self.undisturbed: dict[str, dict[str, Any]] = {}
         self.changes: dict[str, list[tuple[float, str]]] = {}
 
@@ -51,7 +59,7 @@ class UndisturbedRuns:
         case = CASES[name]
         data = {
             "model_name_or_path": self.folder / "base",
-            "dataset_name": self.folder / "rows.jsonl",
+            "dataset_name": self.folder / f"{'pairs' if 'method' in case.fields else 'rows'}.jsonl",
         }
         argv = arguments(
             {k: str(v) for k, v in (data | {"output_dir": run} | FIELDS | case.fields).items()}

@@ -11,6 +11,7 @@ from pathlib import Path
 import mutators
 import world
 
+from sftlab.config.preference_fields import PreferenceArguments
 from sftlab.config.recipe import DataArguments, ModelArguments, TrainingArguments
 
 TRAIN = ("sft", ["--config", "recipe.yaml"])
@@ -20,6 +21,12 @@ RESUME = ("sft", ["--config", "recipe.yaml", "--output_dir", "stopped"])
 RESUME_ANEW = ("sft", ["--config", "recipe.yaml", "--output_dir", "stopped", "--overwrite"])
 PLAN = ("plan", ["--config", "recipe.yaml", "--config_file", "launch.yaml"])
 SHOW = ("show", ["--config", "recipe.yaml", "--rows", "2", "--look", "20"])
+DPO = ("sft", ["--config", "dpo.yaml"])
+SHOW_DPO = ("show", ["--config", "dpo.yaml", "--rows", "2", "--look", "20"])
+PLAN_DPO = ("plan", ["--config", "dpo.yaml", "--config_file", "launch.yaml"])
+GO_ON = ("sft", ["--config", "dpo.yaml", "--adapter_name_or_path", "run"])
+PREFERENCES = ("preferences", ["--run", "preferred", "--samples", "2", "--max_new_tokens", "4"])
+REPORT_BOTH = ("report", ["--runs", "run", "preferred", "--out", "report"])
 MIXED = ("sft", ["--config", "mixture.yaml"])
 SHOW_MIXED = ("show", ["--config", "mixture.yaml", "--rows", "2", "--look", "20"])
 TOKENIZE_MIXED = ("tokenize", ["--config", "mixture.yaml", "--out", "mixed_tokens"])
@@ -65,6 +72,12 @@ def _rows(name: str) -> list[tuple[str, list[str]]]:
 INPUTS = [
     ("recipe", "recipe.yaml", "yaml", [TRAIN, TRAIN, TRAIN, PLAN, TOKENIZE, STUDY, JOB, SHOW]),
     ("recipe", "mixture.yaml", "yaml", [MIXED, MIXED, SHOW_MIXED, TOKENIZE_MIXED]),
+    ("recipe", "dpo.yaml", "yaml", [DPO, DPO, SHOW_DPO, PLAN_DPO]),
+    ("command line", None, "words", [DPO, DPO, SHOW_DPO, PREFERENCES]),
+    ("rows", "pairs.jsonl", "jsonl", [DPO, DPO, SHOW_DPO, PLAN_DPO, PREFERENCES]),
+    ("run.json", "run/run.json", "json", [GO_ON]),
+    ("run.json", "preferred/run.json", "json", [PREFERENCES, REPORT_BOTH]),
+    ("answer file", "preferred/eval/preferences.json", "json", [REPORT_BOTH]),
     ("command line", None, "words", [TRAIN, TRAIN, TRAIN]),
     ("command line", None, "words", [PLAN, STUDY, QUALITY, REPORT, DOCTOR, SHOW]),
     ("command line", None, "words", [TOKENIZE, JOB, EVALUATE_JOB, APP, ALPACA, MT_BENCH, EXPORT]),
@@ -104,12 +117,22 @@ INPUTS = [
     ("answer file", "references.jsonl", "jsonl", [MT_BENCH]),
     ("judge reply", "reply.json", "reply", [ALPACA, MT_BENCH]),
 ]
-SLOW = ("sft", "show", "quality", "tokenize", "alpaca", "mt_bench", "report", "export")
+SLOW = (
+    "sft",
+    "show",
+    "quality",
+    "preferences",
+    "tokenize",
+    "alpaca",
+    "mt_bench",
+    "report",
+    "export",
+)
 # fields whose values are right and take minutes
 _LONG = {"torch_compile", "torch_compile_backend", "torch_compile_mode", "compile_layers"}
 FIELDS = tuple(
     field.name
-    for group in (DataArguments, TrainingArguments, ModelArguments)
+    for group in (DataArguments, TrainingArguments, ModelArguments, PreferenceArguments)
     for field in dataclasses.fields(group)
     if field.init and field.name not in _LONG
 )

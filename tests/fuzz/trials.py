@@ -39,6 +39,7 @@ SCRIPTS = {
     "export": "recipes/export.py",
     "doctor": "recipes/doctor.py",
     "quality": "eval/quality.py",
+    "preferences": "eval/preferences.py",
     "alpaca": "eval/alpaca.py",
     "mt_bench": "eval/mt_bench.py",
     "report": "eval/report.py",

@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.ipc
 import pyarrow.parquet
 import yaml
-from conftest import ROOT, instruction_rows, write_base, write_jsonl
+from conftest import ROOT, instruction_rows, pair_rows, write_base, write_jsonl
 
 RECIPE = {
     "model_name_or_path": "base",
@@ -34,6 +34,8 @@ RECIPE = {
     "disable_tqdm": True,
     "seed": 1,
 }
+# no shape is recognised of pairs alone: the method says what they are
+DPO = RECIPE | {"method": "dpo", "dataset_name": "pairs.jsonl", "beta": 0.1, "loss_type": "sigmoid"}
 MIXTURE = {name: value for name, value in RECIPE.items() if name != "dataset_name"} | {
     "datasets": [
         {"name": "rows.jsonl", "weight": 2},
@@ -77,6 +79,9 @@ def build(folder: Path, call: Callable[[str, list[str]], None]) -> None:
     call("sft", ["--config", "recipe.yaml", "--output_dir", "run"])
     shutil.copytree(work / "run", work / "stopped")
     _interrupt(work / "stopped")
+    call("sft", ["--config", "dpo.yaml", "--output_dir", "preferred"])
+    scored = ["--run", "preferred", "--samples", "2", "--max_new_tokens", "4"]
+    call("preferences", scored)
     call("quality", ["--run", "run", "--samples", "2", "--max_new_tokens", "4", "--no_compile"])
     call("tokenize", ["--config", "recipe.yaml", "--out", "tokens"])
     for name in FOREIGN:
@@ -90,6 +95,8 @@ def build(folder: Path, call: Callable[[str, list[str]], None]) -> None:
 
 def _write_inputs(work: Path) -> None:
     (work / "recipe.yaml").write_text(yaml.safe_dump(RECIPE, sort_keys=False))
+    (work / "dpo.yaml").write_text(yaml.safe_dump(DPO, sort_keys=False))
+    write_jsonl(work / "pairs.jsonl", pair_rows(40))
     (work / "mixture.yaml").write_text(yaml.safe_dump(MIXTURE, sort_keys=False))
     (work / "study.yaml").write_text(yaml.safe_dump(STUDY, sort_keys=False))
     shutil.copy(ROOT / "accelerate_configs" / "cpu.yaml", work / "launch.yaml")
