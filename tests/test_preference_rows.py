@@ -7,6 +7,7 @@ from sftlab.config.launch import Launch
 from sftlab.config.parser import parse_recipe
 from sftlab.data.encoded_pairs import encode_pair
 from sftlab.data.formats import DATA_FORMATS
+from sftlab.data.messages import Conversation
 from sftlab.data.pair_collator import PairCollator
 from sftlab.data.splits import load_splits
 from sftlab.data.token_sequence import TokenSequence
@@ -137,3 +138,38 @@ def test_pairs_are_for_preference_tuning_alone(fields):
     words = [*arguments(fields), "--dataset_shape=preference"]
     with pytest.raises(ValueError, match="holds pairs, which method dpo trains on: add method"):
         parse_recipe(words, Launch.from_environment())
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"prompt": "a", "completion": "b", "label": True}, "hold one answer and a label a row"),
+        (
+            {"prompt": "a", "response_0": "b", "response_1": "c"},
+            "method dpo trains on pairs, in the columns chosen and rejected; found prompt, "
+            "response_0, response_1: say which columns they are with --columns",
+        ),
+    ],
+)
+def test_rows_that_are_no_pairs_say_what_to_do(fields, tmp_path, row, message):
+    path = write_jsonl(tmp_path / "rows.jsonl", [row] * 20)
+    with pytest.raises(ValueError, match=message):
+        load_splits(recipe_of(path, fields).data)
+
+
+def test_a_pair_may_end_in_a_call_of_a_tool(fields, tmp_path):
+    call = {"type": "function", "function": {"name": "f", "arguments": {}}}
+    rows = [
+        {
+            "prompt": [{"role": "user", "content": f"Number {n}?"}],
+            "chosen": [{"role": "assistant", "content": "", "tool_calls": [call]}],
+            "rejected": [{"role": "assistant", "content": "No."}],
+            "tools": [{"type": "function", "function": {"name": "f", "parameters": {}}}],
+        }
+        for n in range(60)
+    ]
+    splits = load_splits(recipe_of(write_jsonl(tmp_path / "rows.jsonl", rows), fields).data)
+    assert splits.facts["rows_with"]["tools"] == 60
+    pair = Conversation.from_row(splits.train[0])
+    assert pair.tools == pair.rejected_side().tools != []
+    assert pair.messages[-1]["tool_calls"] and "tool_calls" not in pair.rejected[0]

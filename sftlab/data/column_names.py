@@ -28,6 +28,7 @@ _LIKELY, _NO_ANSWER = ("chosen", "preferred", "answers"), ("id", "label", "tools
 # columns of answers that nobody wants
 _REJECTED = re.compile(r"reject|non_?preferred|dispreferred", re.IGNORECASE)
 _CONVERSATION = ("messages", "conversations", "conversation", "dialogue", "dialog", "chat")
+_PAIRS = "preference"
 _SYSTEM = ("system_prompt", "system")
 # other names of columns that a format may have
 _OPTIONAL = {
@@ -50,7 +51,7 @@ def read_columns(
     there = [*given, *(c for c in found if c not in given and c not in given.values())]
     if data_format is None:
         # pairs are read as such only where the training asks for them
-        formats = [one for one in DATA_FORMATS if one != "preference"]
+        formats = [one for one in DATA_FORMATS if one != _PAIRS]
         fits = [one for one in formats if _fits(one, there, given)]
         # many data sets have the whole row as text in one more column
         if len(fits) > 1 or (_named(there, _QUESTION) and _named(there, _ANSWER)):
@@ -184,8 +185,24 @@ def _missing(data_format: str, found: Sequence[str], there: Sequence[str]) -> st
     for one in (one for one in needed if one not in there):
         alike = next((names for names in (_QUESTION, _ANSWER, _CONVERSATION) if one in names), ())
         words[one] = next(iter(_named(there, alike)), "NAME")
+    if data_format == _PAIRS:
+        return _no_pairs(found, as_words(words))
     return (
         f"dataset_shape {data_format} needs the columns {', '.join(needed)}; found "
         f"{', '.join(found)}: leave dataset_shape out, or say which columns they are with "
         f"--columns {as_words(words)}"
+    )
+
+
+def _no_pairs(found: Sequence[str], words: str) -> str:
+    """Returns a sentence about columns without pairs, which `words` would name."""
+    if "label" in found and {"chosen", "rejected"}.isdisjoint(found):
+        return (
+            f"the columns {', '.join(found)} hold one answer and a label a row, and method dpo "
+            "trains on pairs: put a wanted and an unwanted answer to the same prompt into one row "
+            "(chosen, rejected), or train on the wanted ones alone with --method sft"
+        )
+    return (
+        f"method dpo trains on pairs, in the columns chosen and rejected; found "
+        f"{', '.join(found)}: say which columns they are with --columns {words}"
     )
