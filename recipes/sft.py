@@ -343,7 +343,8 @@ def finish(trainer: RecordedTrainer, run: Run, facts: dict[str, Any]) -> None:
             from sftlab.export.model_card import adapter_card  # late: it imports what scores texts
 
             adapter_card(read_run(run.folder), run.adapter).save(run.adapter / "README.md")
-            print(f"\nNext: python eval/quality.py --run {run.folder}")
+            script = "preferences" if args.method == "dpo" else "quality"
+            print(f"\nNext: python eval/{script}.py --run {run.folder}")
         else:
             print("\nThe adapter was not saved (save_adapter: false)")
     trainer.accelerator.end_training()

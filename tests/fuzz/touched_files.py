@@ -12,13 +12,21 @@ from world import FOREIGN
 OWNS = {
     "sft": ("run/", "stopped/", "out/"),
     "quality": ("run/eval/",),
+    "preferences": ("preferred/eval/",),
     "alpaca": ("run/eval/",),
     "mt_bench": ("run/eval/",),
     "tokenize": ("tokens/",),
     "app": ("votes.jsonl",),
 }
 # every content of these must still be somewhere after a refusal
-KEPT = ("run/adapter/", "run/eval/", "run/checkpoint-", "stopped/checkpoint-")
+KEPT = (
+    "run/adapter/",
+    "run/eval/",
+    "preferred/adapter/",
+    "preferred/eval/",
+    "run/checkpoint-",
+    "stopped/checkpoint-",
+)
 
 
 def seen(folder: Path) -> dict[str, tuple]:
