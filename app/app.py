@@ -9,7 +9,6 @@ SFTLAB_RUN=runs/x, SFTLAB_PORT=7860, SFTLAB_LOAD_IN_4BIT=1. This folder is also 
 Space.
 """
 
-import html
 import json
 import os
 import signal
@@ -31,7 +30,7 @@ from starlette.middleware import Middleware
 from sftlab.chat.conversation import Turn, column, edited_message, history, new_turn, saved
 from sftlab.chat.engine import Settings
 from sftlab.chat.fair_queue import share_queue, shares_of
-from sftlab.chat.limits import in_a_sentence, text
+from sftlab.chat.limits import in_a_note, message_text, refusal, text
 from sftlab.chat.options import parse_options
 from sftlab.chat.page_words import BETTER, EXAMPLES, FAILED
 from sftlab.chat.request_filter import Gate
@@ -43,11 +42,10 @@ MODEL = PRIVATE | {"concurrency_id": "model", "concurrency_limit": 1, "show_prog
 OFF = dict.fromkeys(
     ("share", "run_history", "enable_monitoring", "ssr_mode", "pwa", "mcp_server"), False
 )
-# a call that is refused is answered with the sentence of the ValueError
-SAID = in_a_sentence(partial(gr.Error, print_exception=False))
+SAID = partial(in_a_note, gr.skip)  # refusals of a handler, in the note
 QUICK = PRIVATE | {"queue": False, "show_progress": "hidden"}
 CSS = Path(__file__).with_name("page.css")
-DOWNLOAD = Path(__file__).with_name("download.js")
+DOWNLOAD, COPY = (Path(__file__).with_name(f"{name}.js") for name in ("download", "copy"))
 
 
 class Page:
@@ -79,19 +77,13 @@ class Page:
         """Whether the session's last message is still being answered. Only Stop works then."""
         return request.session_hash in self.stops and not self.stops[request.session_hash].is_set()
 
-    @SAID
+    @SAID(outputs=3, note=2)
     def send(self, request: gr.Request, box: str) -> tuple[Any, ...]:
-        """Take the message out of the box.
-
-        The pending text begins with the time, so that it changes with every message.
-        """
+        """Take the message out of the box. The time before it makes every pending text new."""
         if self.busy(request):
-            return gr.skip(), gr.skip()
-        if not text(box, "message").strip():
-            raise ValueError("the message is empty: type something to answer")
-        return f"{time.time()} {box}", ""
+            return gr.skip(), gr.skip(), gr.skip()
+        return f"{time.time()} {message_text(box)}", "", ""
 
-    @SAID
     def begin(
         self,
         request: gr.Request,
@@ -104,8 +96,11 @@ class Page:
     ) -> tuple[Any, ...]:
         """Add a message as a new turn, and show it."""
         chosen = dict(zip(Settings.__dataclass_fields__, settings, strict=True))
-        message = text(asked, "message").partition(" ")[2]
-        turns = [*turns, new_turn(message, side, bool(blind), run, chosen)]
+        try:
+            message = text(asked, "message").partition(" ")[2]
+            turns = [*turns, new_turn(message, side, bool(blind), run, chosen)]
+        except ValueError as error:
+            raise gr.Error(str(error), print_exception=False) from error
         turns[-1].markdown = request.session_hash in self.rendered
         self.stop(request)
         self.stops[request.session_hash] = threading.Event()
@@ -118,10 +113,10 @@ class Page:
         names = turns[-1].order if turns else ("conversation",)
         if both and turns[-1].hidden:
             names = ("A", "B")
-        left = gr.update(value=column(turns, 0), label=names[0])
-        return left, gr.update(
-            value=column(turns, 1) if both else [], label=names[-1], visible=both
-        )
+        look = {"render_markdown": bool(turns) and turns[-1].markdown}
+        left = gr.update(value=column(turns, 0), label=names[0], **look)
+        right = column(turns, 1) if both else []
+        return left, gr.update(value=right, label=names[-1], visible=both, **look)
 
     def answer(
         self, turns: list[Turn], system: str, request: gr.Request
@@ -176,12 +171,17 @@ class Page:
             return gr.skip(), gr.skip(), gr.skip()
         return f"{time.time()} {turns[-1].message}", turns[:-1], int(seed or 0) + 1
 
-    @SAID
     def edit(self, request: gr.Request, turns: list[Turn], edited: gr.EditData) -> tuple[Any, ...]:
         """Ask a message that was edited. The conversation continues from there."""
-        place, value = edited_message(edited)
-        asked = f"{time.time()} {html.unescape(value)}"
-        return (gr.skip(), gr.skip()) if self.busy(request) else (asked, turns[: place // 2])
+        same = gr.skip(), turns, *self.columns(turns)
+        if self.busy(request):
+            return *same, gr.skip()
+        try:
+            place, asked = edited_message(edited)
+        except ValueError as error:  # the page shows the edited text already
+            return *same, refusal(error)
+        left = turns[: place // 2]
+        return f"{time.time()} {asked}", left, *self.columns(left), ""
 
     def undo(self, request: gr.Request, box: str, turns: list[Turn]) -> tuple[Any, ...]:
         """Take the last message back into the box."""
@@ -195,7 +195,7 @@ class Page:
         turns = turns if self.busy(request) else []
         return turns, *self.columns(turns), gr.update(visible=False), ""
 
-    @SAID
+    @SAID(outputs=6, note=4)
     def vote(self, turns: list[Turn], system: str, choice: str) -> tuple[Any, ...]:
         """Record which answer is better, and say whose it was."""
         said = self.lab.vote(turns, text(system, "system"), choice)
@@ -259,7 +259,7 @@ def build(page: Page) -> gr.Blocks:
             for name, content in (("Runs", page.lab.runs_table), ("Results", page.lab.report)):
                 with gr.Tab(name) as tab:
                     tab.select(content, None, gr.Markdown(elem_classes="tables"), **QUICK)
-        blocks.load(page.arrive, None, [run, found, empty], **QUICK)
+        blocks.load(page.arrive, None, [run, found, empty], js=COPY.read_text(), **QUICK)
         blocks.unload(page.leave)
         gr.api(page.chat, api_name="chat", concurrency_id="model", concurrency_limit=1)
     return blocks
@@ -286,10 +286,9 @@ def conversation_column() -> SimpleNamespace:
     """Returns the components of the conversation: both columns, votes, message box, buttons."""
     shown = SimpleNamespace(turns=gr.State([]), pending=gr.Textbox(elem_classes="off"))
     with gr.Row():
-        look = {"height": "50vh", "buttons": ["copy", "copy_all"], "allow_tags": False}
-        look |= {"latex_delimiters": [], "min_width": 280}
-        examples = [{"text": prompt} for prompt in EXAMPLES]
-        shown.left = gr.Chatbot(label="conversation", elem_id="left", examples=examples, **look)
+        look = {"height": "45vh", "buttons": ["copy", "copy_all"], "allow_tags": False}
+        look |= {"latex_delimiters": [], "min_width": 280, "render_markdown": False}
+        shown.left = gr.Chatbot(label="conversation", elem_id="left", examples=EXAMPLES, **look)
         shown.right = gr.Chatbot(visible=False, elem_id="right", **look)
     with gr.Row(visible=False) as shown.ballot:
         shown.better = {
@@ -332,10 +331,11 @@ def connect_messages(page: Page, shown: SimpleNamespace, chosen: list[Any]) -> N
     }
     answered.then(**ended)  # not after a failure, such as a full queue
     answered.failure(**ended).then(lambda: FAILED, None, shown.note, **QUICK)
-    gr.on([shown.send.click, box.submit], page.send, box, [pending, box], **QUICK)
-    retried = [turns, settings[-1]]
-    shown.retry.click(page.again, retried, [pending, *retried], **QUICK)
-    gr.on([shown.left.edit, shown.right.edit], page.edit, turns, [pending, turns], **QUICK)
+    gr.on([shown.send.click, box.submit], page.send, box, [pending, box, shown.note], **QUICK)
+    seed = settings[-1]
+    shown.retry.click(page.again, [turns, seed], [pending, turns, seed], **QUICK)
+    edits = [shown.left.edit, shown.right.edit]
+    gr.on(edits, page.edit, turns, [pending, *talk, shown.note], **QUICK)
     shown.stop.click(page.stop, None, None, **QUICK)
     shown.markdown.change(page.render, [turns, shown.markdown], talk, **QUICK)
     shown.left.example_select(page.example, None, pending, **QUICK)

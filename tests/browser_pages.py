@@ -90,7 +90,7 @@ def say(page, text: str) -> None:
 
 def answered(page, column: str = "left", says: str = ""):
     """The footnote of the newest answer, once it says that and the page takes messages again."""
-    footnote = page.locator(f"#{column} .message small", has_text=says).last
+    footnote = page.locator(f"#{column} .bot .thought", has_text=says).last
     footnote.wait_for()
     page.get_by_role("button", name="Send").wait_for()
     return footnote.inner_text()

@@ -50,7 +50,11 @@ def test_the_api_is_documented_by_one_endpoint(client):
         ({"message": 5}, "message is a number: expected a text"),
         ({"message": "x" * 300_000}, "300,000 characters: at most 200,000"),
         ({"history": [{"role": "root", "content": "x"}]}, r"history\[0\].role is 'root'"),
-        ({"history": "abc"}, "history is a str: expected a list"),
+        ({"history": "x"}, "history is a text: expected a list of messages"),
+        ({"history": {}}, "history is an object: expected a list of messages"),
+        ({"message": None}, "the message is empty"),
+        ({"message": True}, "message is true: expected a text"),
+        ({"max_new_tokens": -5}, "max_new_tokens must be a whole number of at least 1, got -5"),
         ({"side": ["base"]}, "side .*expected base, tuned or both"),
         ({"system": 5}, "system is a number"),
         ({"run": {"a": 1}}, "no finished run"),
@@ -223,7 +227,8 @@ def test_without_a_run_the_page_says_how_to_make_one(app, tmp_path):
     _, found, empty = page.arrive()
     assert (found["visible"], empty["visible"]) == (False, True)
     assert "make demo" in page.lab.without_runs()
-    assert "no report yet" in page.lab.report()
+    command = f"eval/report.py --runs {tmp_path} --out {tmp_path}"
+    assert f"There is no report yet: `python {command}` makes one." in page.lab.report()
 
 
 def test_a_run_that_cannot_be_used_is_said_on_the_page(app, offered):

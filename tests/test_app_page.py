@@ -1,5 +1,6 @@
 """The app's page hands its settings to the model, and keeps and counts votes."""
 
+import html
 import json
 import os
 import threading
@@ -61,13 +62,14 @@ def test_a_message_waits_for_the_one_before(app, page):
     turns, *_ = page.begin(
         request, "0.5 Hello", [], "second", "tuned", False, *vars(Settings()).values()
     )
-    assert page.send(request, "And?") == (nothing, nothing)
+    assert page.send(request, "And?") == (nothing, nothing, nothing)
     assert page.clear(request, turns)[0] == turns
     box, turns, *_ = page.end(request, "", turns)  # what had no answer returns to the box
     assert (box, turns) == ("Hello", [])
-    with pytest.raises(app.gr.Error, match="the message is empty"):
-        page.send(request, "  ")
-    assert page.send(request, "And?")[0].endswith(" And?")
+    refused = "**Not taken:** the message is empty: type something to answer"
+    assert page.send(request, "  ") == (nothing, nothing, refused)
+    sent, box, note = page.send(request, "And?")
+    assert (sent.partition(" ")[2], box, note) == ("And?", "", "")
     page.leave(request)
     assert page.stops == {}
 
@@ -190,7 +192,7 @@ def test_the_conversation_goes_on_from_the_better_answer():
         finished={"base": "stop"},
     )
     assert blind.goes_on == "base"
-    assert column([blind], 0)[1]["content"][0]["text"] == "*(an empty answer)*"
+    assert column([blind], 0)[1]["content"][0]["text"] == "(an empty answer)"
 
 
 def test_an_answer_stopped_while_it_waited_gives_its_message_back(page):
@@ -221,15 +223,19 @@ def test_the_space_needs_the_versions_that_were_tested():
 
 def test_answers_are_shown_as_written_until_markdown_is_asked_for(page):
     request = SimpleNamespace(session_hash="one")
-    text = "``` ` ``` <b>bold</b> **x**\n  1. in"
+    text = "``` ` ``` <b>bold</b> **x** R&D &lt;\n  1. in && a < b"
     turn = Turn(
-        "Hi", ("tuned",), False, "r", {"seed": 1}, {"tuned": text}, finished={"tuned": "stop"}
+        text, ("tuned",), False, "r", {"seed": 1}, {"tuned": text}, finished={"tuned": "stop"}
     )
-    assert column([turn], 0)[1]["content"][0]["text"] == as_written(text)
-    assert as_written(text) == (
-        r"\`\`\` \` \`\`\` \<b\>bold\<\/b\> \*\*x\*\*" + "\n&nbsp;&nbsp;" + r"1\. in"
-    )
-    shown = page.render(request, [turn], True)[1]["value"]
+    left = page.columns([turn])[0]
+    asked, said = (one["content"] for one in left["value"])
+    assert not left["render_markdown"]
+    assert asked == said[0]["text"] == as_written(text)
+    assert "&lt;b>bold&lt;/b> **x** R&amp;D &amp;lt;\n  1. in && a < b" in as_written(text)
+    assert html.unescape(as_written(text)) == text
+    left = page.render(request, [turn], True)[1]
+    shown = left["value"]
+    assert left["render_markdown"]
     assert shown[1]["content"][0]["text"] == inert(text)
     asked, *_ = page.begin(
         request, "0.5 Hi", [], "second", "tuned", False, *vars(Settings()).values()
@@ -244,3 +250,21 @@ def test_an_example_is_sent_as_a_message(page):
     request = SimpleNamespace(session_hash="one")
     chosen = SimpleNamespace(value={"text": "Write a poem."})
     assert page.example(request, chosen).partition(" ")[2] == "Write a poem."
+
+
+def test_an_edit_goes_on_from_its_place_and_an_empty_one_is_refused(app, page):
+    request = SimpleNamespace(session_hash="one")
+    said = {"texts": {"tuned": "yes"}, "finished": {"tuned": "stop"}}
+    turns = [Turn(text, ("tuned",), False, "second", {"seed": 0}, **said) for text in ("a", "b")]
+    asked, left, *_, note = page.edit(request, turns, SimpleNamespace(index=2, value="&lt;b> R&D"))
+    assert (asked.partition(" ")[2], left, note) == ("<b> R&D", turns[:1], "")
+    asked, left, shown, _, note = page.edit(request, turns, SimpleNamespace(index=0, value=" "))
+    assert (asked, left) == (app.gr.skip(), turns)
+    assert [one["content"] for one in shown["value"]][::2] == ["a", "b"]  # as before the edit
+    assert note == "**Not taken:** the message is empty: type something to answer"
+
+
+def test_a_vote_that_is_refused_is_said_beside_the_conversation(app, page):
+    *before, note, after = page.vote([], "", "left")
+    assert note == "**Not taken:** there is nothing to vote on: ask something first"
+    assert [*before, after] == [app.gr.skip()] * 5

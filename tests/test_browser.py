@@ -17,6 +17,13 @@ def test_a_conversation_at_every_width_and_scheme(server, visit, width, scheme):
     shot(page, f"{width}-{scheme}-empty")
     box = page.locator("#message").bounding_box()
     assert box["y"] + box["height"] <= WIDTHS[width]["height"], "the box is on the first screen"
+    shown = page.locator("#left").bounding_box()
+    examples = page.locator("#left .example").all()
+    assert len(examples) == 3
+    for example in examples:
+        place = example.bounding_box()
+        assert shown["y"] <= place["y"], "an example is whole"
+        assert place["y"] + place["height"] <= shown["y"] + shown["height"], "an example is whole"
     slide(page, "Max new tokens", "20")
     slide(page, "Temperature", "0")
     say(page, "Repeat the number 7 in words.")
@@ -36,19 +43,19 @@ def test_sliders_act_and_retry_takes_the_next_seed(server, visit):
     page.locator("#side").get_by_text("tuned").click()
     slide(page, "Max new tokens", "5")
     say(page, "Repeat the number 7 in words.")
-    page.locator("#left small", has_text=" 5 tokens").wait_for()
+    page.locator("#left .bot .thought", has_text=" 5 tokens").wait_for()
     assert "seed 0" in answered(page, says="cut at max new tokens")
     assert page.locator("#right").count() == 0 or not page.locator("#right").is_visible()
     slide(page, "Max new tokens", "9")
     page.get_by_role("button", name="Retry").click()
-    page.locator("#left small", has_text="seed 1").wait_for()
-    page.locator("#left small", has_text=" 9 tokens").wait_for()
+    page.locator("#left .bot .thought", has_text="seed 1").wait_for()
+    page.locator("#left .bot .thought", has_text=" 9 tokens").wait_for()
     answered(page)
     page.get_by_role("button", name="Undo").click()
     page.wait_for_function(
         "document.querySelector('#message textarea').value.startsWith('Repeat the number 7')"
     )
-    assert page.locator("#left small").count() == 0
+    assert page.locator("#left .bot .thought").count() == 0
 
 
 def test_text_streams_and_stop_ends_it_within_a_token(slow, visit):
@@ -73,7 +80,7 @@ def test_text_streams_and_stop_ends_it_within_a_token(slow, visit):
     assert last["history"][-1]["content"] == "Go on"
     assert last["step"] - last["stopped_at"] <= 1
     page.get_by_role("button", name="Clear", exact=True).last.click()
-    page.wait_for_function("document.querySelectorAll('#left small').length == 0")
+    page.wait_for_function("document.querySelectorAll('#left .bot .thought').length == 0")
 
 
 def test_a_place_in_the_queue_is_shown_and_a_full_one_says_so(slow, visit):
@@ -154,12 +161,51 @@ def test_html_is_inert_and_code_is_code(slow, visit):
     answered(page, says=" 2 tokens")
     answer = page.locator("#left .bot").first
     assert "**bold** `a <b>`" in answer.inner_text()  # as it was written
+    page.locator("#left .bot").first.hover()
+    page.locator("#left").get_by_label("Copy").last.click()
+    copied = "heard <script>alert(1)</script> <img src=http://evil.example/x onerror=alert(2)> "
+    assert waits_for(
+        lambda: page.evaluate("navigator.clipboard.readText()").startswith(f"{copied}**bold** `a <")
+    )
     page.get_by_label("Render Markdown").check()
     answer.locator("strong").wait_for()
     assert "<script>alert(1)</script>" in answer.inner_text()
     assert answer.locator("strong").inner_text() == "bold"
     assert answer.locator("code").inner_text() == "a <b>"
     assert page.locator("#left .message img").count() == 0
+
+
+def test_fences_before_html_make_no_element(slow, visit):
+    page = visit(slow.url)
+    slide(page, "Max new tokens", "2")
+    say(
+        page, "``` ``` ` ```\n<h1 id=made>x</h1><iframe src=//evil.example></iframe> ```\n&copy R&D"
+    )
+    answered(page, says=" 2 tokens")
+    for text in (page.locator("#left .user").first, page.locator("#left .bot").first):
+        assert "``` ``` ` ```\n<h1 id=made>x</h1><iframe" in text.inner_text()
+        assert "&copy R&D" in text.inner_text()
+    for markdown in (False, True):
+        page.get_by_label("Render Markdown").set_checked(markdown)
+        page.wait_for_timeout(500)
+        assert page.locator("#made, #left h1, #left iframe, #right h1, #right iframe").count() == 0
+
+
+def test_an_empty_message_is_refused_in_words(slow, visit):
+    page = visit(slow.url)
+    refused = page.locator("#note").get_by_text("Not taken: the message is empty")
+    for text in ("", "  \n "):
+        say(page, text)
+        refused.wait_for()
+    slide(page, "Max new tokens", "2")
+    say(page, "one")
+    answered(page, says=" 2 tokens")
+    assert not refused.is_visible()
+    page.locator("#left").get_by_label("Edit").first.click()
+    page.locator("#left textarea").fill(" ")
+    page.locator("#left").get_by_label("Submit").click()
+    refused.wait_for()
+    assert page.locator("#left .user").first.inner_text().strip() == "one"
 
 
 def test_editing_copying_and_saving(slow, visit):

@@ -23,7 +23,7 @@ def test_a_blind_vote_is_revealed_written_and_summed(server, visit):
         vote["order"][1],
         "Repeat the number 3 in words.",
     )
-    page.locator("#right small", has_text=f"{vote['order'][1]} · ").wait_for()
+    page.locator("#right .bot .thought", has_text=f"{vote['order'][1]} · ").wait_for()
     page.get_by_role("row", name="first blind").wait_for()
     shot(page, "voted")
 

@@ -33,7 +33,7 @@ def chat(base, tmp_path_factory) -> Chat:
         (" \n", [], "", "message is empty"),
         ([{"type": "text"}], [], "", "message is a list"),
         ("\ud800", [], "", "half a character"),
-        ("x", "abc", "", "history is a str"),
+        ("x", "abc", "", "history is a text: expected a list of messages"),
         ("x", [1], "", r"history\[0\] is no message"),
         ("x", [{"role": "user"}], "", r"history\[0\] is no message"),
         ("x", [USER | {"role": "root"}], "", r"history\[0\].role is 'root'"),

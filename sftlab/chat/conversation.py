@@ -1,11 +1,13 @@
 """A conversation with base, tuned or both: its prompt, what a page shows, what is saved."""
 
+import html
 import random
 import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from sftlab.chat.limits import message_text
 from sftlab.runs.run_directory import SIDES
 
 
@@ -103,20 +105,21 @@ def new_turn(message: str, side: str, blind: bool, run: str, settings: dict[str,
     Raises ValueError for an empty message and an unknown side.
     """
     order = list(sides(side))
-    if not message.strip():
-        raise ValueError("the message is empty: type something to answer")
     if blind:
         random.shuffle(order)
-    return Turn(message, tuple(order), blind, run, settings)
+    return Turn(message_text(message), tuple(order), blind, run, settings)
 
 
 def edited_message(edited: Any) -> tuple[int, str]:
-    """Returns the place and the new text of gradio's EditData. Raises ValueError without them."""
+    """Returns the place and the new text of gradio's EditData, which shows the text as HTML.
+
+    Raises ValueError without them, and for an empty text.
+    """
     place, value = getattr(edited, "index", None), getattr(edited, "value", None)
     place = place[0] if isinstance(place, list | tuple) and place else place
     if type(place) is not int or not isinstance(value, str):
         raise ValueError("an edit needs the place of a message and its new text")
-    return place, value
+    return place, message_text(html.unescape(value))
 
 
 def history(turns: Sequence[Turn], system: str) -> list[dict[str, str]]:
@@ -137,30 +140,25 @@ def inert(text: str) -> str:
 
 
 def as_written(text: str) -> str:
-    """Returns Markdown that shows a text as it was written: every mark of it, and its indents."""
-    marks = re.sub(r"([!-/:-@\[-`{-~])", r"\\\1", text)
-    return re.sub(
-        r"^[ \t]+", lambda found: "&nbsp;" * len(found[0].expandtabs(4)), marks, flags=re.M
-    )
+    """Returns HTML that shows a text as it was written. `html.unescape` gives the text again."""
+    return re.sub(r"<(?=[/!?a-zA-Z])", "&lt;", re.sub(r"&(?=[#a-zA-Z])", "&amp;", text))
 
 
 def column(turns: Sequence[Turn], place: int) -> list[dict[str, Any]]:
     """Returns the messages of the page's left (0) or right (1) column.
 
-    Answers are shown as they were written, or rendered where the turn says `markdown`.
+    Texts are HTML that shows what was written, or inert Markdown where the turn says `markdown`.
     """
     shown: list[dict[str, Any]] = []
     for turn in turns:
         side = turn.order[min(place, len(turn.order) - 1)]
-        shown.append({"role": "user", "content": inert(turn.message)})
+        safe = inert if turn.markdown else as_written
+        shown.append({"role": "user", "content": safe(turn.message)})
         if turn.texts:
             empty = turn.finished[side] and not turn.texts[side].strip()
-            said = (inert if turn.markdown else as_written)(turn.texts[side])
-            text = "*(an empty answer)*" if empty else said
-            footnote = {"type": "text", "text": f"<small>{turn.footnote(side)}</small>"}
-            shown.append(
-                {"role": "assistant", "content": [{"type": "text", "text": text or "…"}, footnote]}
-            )
+            said = "(an empty answer)" if empty else safe(turn.texts[side])
+            parts = [{"type": "text", "text": text} for text in (said or "…", turn.footnote(side))]
+            shown.append({"role": "assistant", "content": parts})
     return shown
 
 

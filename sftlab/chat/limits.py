@@ -19,7 +19,7 @@ def conversation(message: object, history: object, system: object) -> list[dict[
     instruction = text(system, "system").strip()
     earlier = [{"role": "system", "content": instruction}] if instruction else []
     if history is not None and not isinstance(history, list):
-        raise ValueError(f"history is a {_kind(history)}: expected a list of messages")
+        raise ValueError(f"history is {_kind(history)}: expected a list of messages")
     for number, one in enumerate(history or []):
         where = f"history[{number}]"
         if not isinstance(one, dict) or set(one) != {"role", "content"}:
@@ -33,10 +33,15 @@ def conversation(message: object, history: object, system: object) -> list[dict[
         if one["content"] is None:
             raise ValueError(f"{where}.content is missing: expected a text")
         earlier.append({"role": one["role"], "content": text(one["content"], f"{where}.content")})
-    asked = text(message, "message")
-    if not asked.strip():
+    return [*earlier, {"role": "user", "content": message_text(message)}]
+
+
+def message_text(value: object) -> str:
+    """Returns a message's text. Raises ValueError for anything else, and for blanks alone."""
+    said = text(value, "message")
+    if not said.strip():
         raise ValueError("the message is empty: type something to answer")
-    return [*earlier, {"role": "user", "content": asked}]
+    return said
 
 
 def check_size(messages: Sequence[dict[str, str]], context: int) -> None:
@@ -63,7 +68,7 @@ def text(value: Any, name: str) -> str:
     if value is None:
         return ""
     if not isinstance(value, str):
-        raise ValueError(f"{name} is a {_kind(value)}: expected a text")
+        raise ValueError(f"{name} is {_kind(value)}: expected a text")
     try:
         value.encode()
     except UnicodeEncodeError as error:
@@ -73,8 +78,12 @@ def text(value: Any, name: str) -> str:
     return value
 
 
-def in_a_sentence(error_class: Callable[[str], Exception]) -> Callable[..., Any]:
-    """Returns a decorator: what a handler refuses with a ValueError becomes an `error_class`."""
+def in_a_note(skip: Callable[[], Any], outputs: int, note: int) -> Callable[..., Any]:
+    """Returns a decorator: what a handler refuses with a ValueError is said in the page's note.
+
+    The note is the output at `note` of `outputs`, and the others get `skip()`. An error of a call
+    that does not wait in gradio's queue reaches the page without its words.
+    """
 
     def decorate(handler: Callable[..., Any]) -> Callable[..., Any]:
         @wraps(handler)
@@ -82,14 +91,23 @@ def in_a_sentence(error_class: Callable[[str], Exception]) -> Callable[..., Any]
             try:
                 return handler(*args, **kwargs)
             except ValueError as error:
-                raise error_class(str(error)) from error
+                said = [skip() for _ in range(outputs)]
+                said[note] = refusal(error)
+                return tuple(said)
 
         return answer
 
     return decorate
 
 
+def refusal(error: ValueError) -> str:
+    """Returns the page's note on what was refused."""
+    return f"**Not taken:** {error}"
+
+
 def _kind(value: object) -> str:
-    """Returns what JSON calls a value."""
-    kinds = {list: "list", dict: "object", bool: "true or false", int: "number", float: "number"}
-    return kinds.get(type(value), type(value).__name__)
+    """Returns what JSON calls a value, with its article."""
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    kinds = {list: "a list", dict: "an object", int: "a number", float: "a number", str: "a text"}
+    return kinds.get(type(value), f"a {type(value).__name__}")

@@ -4,9 +4,9 @@ FAILED = (
     "**Not answered:** too many messages are waiting, or the server failed. Try again in a moment."
 )
 # what an empty page offers to ask
-EXAMPLES = (
-    "Tell me the colour of an elephant.",
-    "Write a short poem about rain.",
-    "Explain in two sentences why the sky is blue.",
-)
+EXAMPLES = [
+    {"text": "Tell me the colour of an elephant."},
+    {"text": "Write a short poem about rain."},
+    {"text": "Explain in two sentences why the sky is blue."},
+]
 BETTER = {"left": "Left is better", "tie": "Tie", "right": "Right is better"}

@@ -2,6 +2,7 @@
 
 import base64
 import re
+import shlex
 import threading
 from argparse import Namespace
 from collections.abc import Iterator
@@ -246,10 +247,8 @@ class Lab:
         """Returns the report as Markdown, with its plots inside."""
         folder = self.report_folder
         if not (folder / "report.md").is_file():
-            return (
-                "There is no report yet: `python eval/report.py --runs runs --out results/report` "
-                "makes one."
-            )
+            command = ("python", "eval/report.py", "--runs", str(self.folder), "--out", str(folder))
+            return f"There is no report yet: `{shlex.join(command)}` makes one."
 
         def plot(match: re.Match[str]) -> str:
             image = folder / f"{match[2]}.png"
