@@ -19,6 +19,7 @@ import sftlab.startup.preload  # noqa: F401
 
 import argparse
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -230,8 +231,14 @@ def warnings(report: dict[str, Any], records: dict[str, list[dict[str, Any]]]) -
             found.append(
                 f"{cut} answers of {side} were too long for the judge and were cut in the middle"
             )
-    if len(records["base"]) // 2 < FEW_ROWS:
+    questions = Counter(one["category"] for one in records["base"] if one["turn"] == 1)
+    if questions.total() < FEW_ROWS:
         found.append(f"fewer than {FEW_ROWS} questions: the intervals are wide")
+    elif (fewest := min(questions.values())) < FEW_ROWS:
+        found.append(
+            f"categories have as few as {fewest} questions: their intervals are wide, and rare "
+            "failures may be missing from them"
+        )
     if report["prompts_cut"]:
         found.append(
             f"{report['prompts_cut']} prompts were too long for the model and were cut in the "

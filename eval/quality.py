@@ -68,7 +68,7 @@ from sftlab.evaluation.text_metrics import (
     tokenizer_of,
 )
 from sftlab.evaluation.significance import add_holm, compare, method
-from sftlab.evaluation.quality_warnings import short_row_warnings, warnings
+from sftlab.evaluation.quality_warnings import few_row_warnings, short_row_warnings, warnings
 from sftlab.script_options import Options
 from sftlab.startup.launcher import reported_to_launcher
 from sftlab.tables import aligned, interval, p_value, preview
@@ -185,13 +185,15 @@ def evaluate_documents(
     if not processes.is_main:
         return
     records = document_records(rows, nll)
-    report = compared(arguments, records) | {
-        "documents": len({record["conversation"] for record in records}),
+    report, documents = compared(arguments, records), {one["conversation"] for one in records}
+    report |= {
+        "documents": len(documents),
         "pieces": len(records),
         "held_out": dataset.facts,
         "statistics": method("documents"),
         "warnings": [dataset.unchecked] if dataset.unchecked else [],
     }
+    report["warnings"] += few_row_warnings(report["scores"], len(documents), "documents")
     write(arguments, report, records, "perplexity")
     print(
         f"\n{arguments.run}: base against tuned on {report['documents']} held-out documents "

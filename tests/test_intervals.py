@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from sftlab.evaluation.intervals import rate_interval
+from sftlab.evaluation.quality_warnings import few_row_warnings
 from sftlab.evaluation.significance import Paired, compare, mean, perplexity, with_counts
 
 
@@ -82,3 +83,34 @@ def test_numbers_beyond_a_float_have_no_interval():
     with np.errstate(all="ignore"):
         found = compare({"x": Paired(perplexity, nats, nats, 1.0, math.inf, True)}, 100)["x"]
     assert found["difference"]["interval_95"] == [None, None]
+
+
+def said_of(drawn):
+    found = compare({"response_perplexity": drawn}, 100)
+    return few_row_warnings(found, len(drawn.base), "rows")
+
+
+def test_an_interval_that_may_be_too_narrow_has_its_warning_beside_it():
+    """Ten rows of such nats are in the interval in 91 % of samples: it is said of all of them."""
+    rng = np.random.default_rng(0)
+    for _ in range(40):
+        wide, narrow = said_of(heavy_tails(rng, 10))
+        assert wide == "fewer than 30 rows: the intervals are wide"
+        assert narrow.startswith("response perplexity rests on about ")
+        assert " of 10 rows: its interval may be too narrow, and about " in narrow
+    said = [len(said_of(heavy_tails(rng, 805))) for _ in range(20)]
+    assert sum(said) >= 12
+    even = (with_counts(1 + 0.1 * rng.normal(size=805)) for _ in range(2))
+    assert said_of(Paired(perplexity, *even, 1.0, math.inf, True)) == []
+
+
+def test_the_warning_is_of_the_figure_that_rests_on_fewest_rows():
+    """Three rows are hard for both models alike, so their difference rests on all the others."""
+    rng = np.random.default_rng(0)
+    hard = np.where(np.arange(200) < 3, 60.0, 0.0)
+    sides = (with_counts(1 + 0.1 * rng.normal(size=200) + hard) for _ in range(2))
+    (said,) = said_of(Paired(perplexity, *sides, 1.0, math.inf, True))
+    assert said == (
+        "response perplexity rests on about 3 of 200 rows: its interval may be too narrow, and "
+        "about 968 rows would do"
+    )

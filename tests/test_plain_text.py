@@ -113,6 +113,7 @@ def test_a_run_on_text_is_judged_by_its_perplexity(stories, fields, trained_here
     assert "no answers are generated, as text has none" in said
     assert "whole-text perplexity" in said
     assert "BLEU" not in said
+    assert "warning: fewer than 30 documents: the intervals are wide" in said
     report = json.loads((Path(fields["output_dir"]) / "eval" / "perplexity.json").read_text())
     assert report["documents"] == read(fields["output_dir"])["data"]["test"]["rows"]
     assert report["pieces"] > report["documents"]

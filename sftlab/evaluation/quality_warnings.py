@@ -11,17 +11,9 @@ from sftlab.evaluation.text_metrics import LEAST_TOKENS, NAMES, short_references
 def warnings(report: dict[str, Any], unchecked: str | None) -> list[str]:
     """Returns what a reader must know before believing the table."""
     found = [unchecked] if unchecked else []
-    rows, likelihoods = report["rows"], report["scores"]["response_perplexity"]
-    if report["conversations"] < FEW_ROWS:
-        what = "rows" if report["conversations"] == rows else "conversations"
-        found.append(f"fewer than {FEW_ROWS} {what}: the intervals are wide")
-    for name in ("response_perplexity", "text_perplexity"):
-        if (rests := report["scores"][name]["effective_rows"]) and rests < FEW_EFFECTIVE:
-            found.append(
-                f"{NAMES[name]} rests on about {max(1, round(rests))} of {rows} rows: its interval "
-                f"may be too narrow, and about {math.ceil(rows * FEW_EFFECTIVE / rests)} rows "
-                "would do"
-            )
+    rows, drawn = report["rows"], report["conversations"]
+    likelihoods = report["scores"]["response_perplexity"]
+    found += few_row_warnings(report["scores"], drawn, "rows" if drawn == rows else "conversations")
     if (likelihoods["difference"]["interval_95"][0] or 0) > 0:
         found.append("the tuned model's response perplexity is higher than the base model's")
     repeating = report["answers"]["tuned"]["repetitive"]
@@ -35,6 +27,21 @@ def warnings(report: dict[str, Any], unchecked: str | None) -> list[str]:
             f"the next one ({following:.2f} nats): it seems to be trained on labels that were not "
             "shifted by one, so distrust every score"
         )
+    return found
+
+
+def few_row_warnings(scores: dict[str, dict[str, Any]], number: int, what: str) -> list[str]:
+    """Returns which intervals may be too wide or too narrow, of scores over `number` of `what`."""
+    found = []
+    if number < FEW_ROWS:
+        found.append(f"fewer than {FEW_ROWS} {what}: the intervals are wide")
+    for name in ("response_perplexity", "text_perplexity"):
+        if (rests := scores.get(name, {}).get("effective_rows")) and rests < FEW_EFFECTIVE:
+            enough = math.ceil(number * FEW_EFFECTIVE / rests)
+            found.append(
+                f"{NAMES[name]} rests on about {max(1, round(rests))} of {number} {what}: its "
+                f"interval may be too narrow, and about {enough} {what} would do"
+            )
     return found
 
 

@@ -74,8 +74,8 @@ def compare(
     end that the rows cannot tell is None. The p-value of 'no difference' is two-sided, from
     exchanging the two models row by row (Noreen 1989). `clusters` [rows] names what belongs
     together, such as a conversation: its rows are drawn and exchanged together. `effective_rows`
-    is of the difference. Raises ValueError where scores differ in their number of rows, or have
-    none.
+    is of the figure that rests on fewest: base, tuned or difference. Raises ValueError where scores
+    differ in their number of rows, or have none.
     """
     scores, kinds, sizes = _kinds_of_rows(scores, clusters)
     rng = np.random.default_rng(seed)
@@ -246,8 +246,10 @@ def _estimates(one: Paired, drawn: np.ndarray) -> dict[str, Any]:
         worst = max(float(mean(part[rows]).max()) for part, rows in zip(sides, used, strict=True))
         scale, apart = Scale(math.log(one.low), math.inf, worst), math.inf
     found: dict[str, Any] = {}
+    rests = []
     for place, name in enumerate(("base", "tuned")):
         moved = influences[place][used[place]]
+        rests.append(effective_rows(moved))
         ends = interval(judged[place], moved, drawn[:, place], scale)
         if one.logarithmic:
             ends = [None if end is None or end > _LARGEST else math.exp(end) for end in ends]
@@ -257,7 +259,8 @@ def _estimates(one: Paired, drawn: np.ndarray) -> dict[str, Any]:
     difference = value[1] - value[0]
     ends = interval(center, moved, drawn[:, 2], Scale(-apart, apart, None, paired=True), difference)
     found["difference"] = {"value": difference, "interval_95": ends}
-    return found | {"effective_rows": round(effective_rows(moved), 1)}
+    rests.append(effective_rows(moved))
+    return found | {"effective_rows": round(min(filter(None, rests), default=0.0), 1)}
 
 
 def method(what: str = "rows") -> str:
