@@ -91,9 +91,12 @@ def score_outputs(arguments: argparse.Namespace) -> None:
     found = score_finished(arguments.outputs, arguments.annotations)
     title, *about = (found.pop(name) for name in ("title", "model", "judge", "reference"))
     print(f"{title}: {about[0]}, judge {about[1]}, reference {about[2]}")
-    if missing := found.pop("not_annotated"):
-        print(f"  warning: {missing} outputs are not annotated and are left out")
-    print(aligned([[key, x if isinstance(x, str) else figure(x)] for key, x in found.items()]))
+    for warning in found.pop("warnings"):
+        print(f"  warning: {warning}")
+    note = found.pop("note", None)
+    print(aligned([[key, figure(value)] for key, value in found.items()]))
+    if note:
+        print(f"  {note}")
 
 
 def parse_arguments(argv: list[str]) -> argparse.Namespace:

@@ -97,7 +97,7 @@ def official(
 
     glm = alpaca_metrics()
     table = pandas.DataFrame([record["annotation"] for record in records])
-    known = table["preference"].map(_is_preference)
+    known = table["preference"].map(is_preference)
     table["preference"] = table["preference"].where(known).astype(float)
     table["generator_2"], table["generator_1"] = names
     with quiet_alpaca():
@@ -118,14 +118,15 @@ def forget_missing(kept: Path) -> None:
     if not kept.is_file():
         return
     rows = read_json_list(kept, ())
-    known = [row for row in rows if _is_preference(row.get("preference"))]
+    known = [row for row in rows if is_preference(row.get("preference"))]
     if not known:
         kept.unlink()
     elif len(known) < len(rows):
         write_json(kept, known)
 
 
-def _is_preference(value: object) -> bool:
+def is_preference(value: object) -> bool:
+    """Whether a value is alpaca-eval's preference: from 1 to 2, or 0 for a tie."""
     return isinstance(value, int | float) and (value == 0 or 1 <= value <= 2)
 
 
@@ -136,7 +137,7 @@ def _verdict(preference: float | None) -> Verdict:
     The answer is the second output of the first call, so A says there that the answer won. In the
     other call it is the first output, and B says so.
     """
-    if not _is_preference(preference):
+    if not is_preference(preference):
         return None
     return "C" if preference in (0, 1.5) else "AB"[preference < 1.5]
 

@@ -52,13 +52,33 @@ class Outputs(NamedTuple):
 
 
 def read_outputs(path: Path) -> Outputs:
-    """Read a file in AlpacaEval's form. Raises ValueError where it has another form."""
+    """Read a file in AlpacaEval's form.
+
+    Raises ValueError where it has another form, and where an instruction comes twice.
+    """
     rows = read_json_list(path, ("instruction", "output"))
     instructions = [row["instruction"] for row in rows]
     name = rows[0].get("generator", path.stem)
-    return Outputs(
-        name, instructions, [row["output"] for row in rows], digest(instructions) == _ALPACA_EVAL
-    )
+    refuse_twice(path, instructions)
+    texts = [row["output"] for row in rows]
+    return Outputs(name, instructions, texts, is_alpaca_eval(instructions))
+
+
+def is_alpaca_eval(instructions: list[str]) -> bool:
+    """Whether these are AlpacaEval's 805 instructions in their published order."""
+    return digest(instructions) == _ALPACA_EVAL
+
+
+def refuse_twice(path: Path, instructions: list[str]) -> None:
+    """Raise ValueError where an instruction comes twice."""
+    first: dict[str, int] = {}
+    for place, instruction in enumerate(instructions):
+        if instruction in first:
+            raise ValueError(
+                f"{path} has the instruction {instruction[:60]!r} twice, in rows "
+                f"{first[instruction]} and {place}: expected each once"
+            )
+        first[instruction] = place
 
 
 def published_outputs(name: str) -> Outputs:

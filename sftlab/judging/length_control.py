@@ -139,10 +139,12 @@ def alpaca_metrics() -> Any:
 def quiet_alpaca() -> Iterator[None]:
     """Hide what alpaca-eval does when it is imported.
 
-    It sets the root logger to INFO and warns about a deprecated module.
+    It sets the root logger to INFO and warns about a deprecated module. Its fits warn about coming
+    changes of scikit-learn.
     """
     level = logging.getLogger().level
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="pkg_resources is deprecated")
+        warnings.filterwarnings("ignore", category=FutureWarning, module="sklearn")
         yield
     logging.getLogger().setLevel(level)
