@@ -152,6 +152,10 @@ def test_a_judge_without_any_verdict_passes_nothing_that_asks_for_one(evaluate, 
         evaluate(lambda q, a, b: "Both are fine.")
     report = entry(run)
     assert [row["check"] for row in report["sanity_checks"] if row["passed"]] == ["contradictions"]
+    sick = ScriptedJudge(lambda q, a, b: "Error: overloaded")
+    sick.facts = sick.facts | {"server": "http://localhost:1/v1"}
+    with pytest.raises(SystemExit, match=r"is no judgement is asked again by the same command$"):
+        evaluate(None, judge=sick)
     assert evaluate(None, flags=["--allow-unparsed"])["scores"] == {}
 
 

@@ -147,6 +147,13 @@ def test_one_rating_for_everything_is_unfit(evaluate, capsys):
     assert "mean rating (UNFIT judge)" in capsys.readouterr().out
 
 
+def test_ratings_that_contradict_the_judges_words_fail_the_judge(evaluate, capsys):
+    report = evaluate(lambda prompt: "The response is completely wrong. Rating: [[9]]")
+    (row,) = (row for row in report["sanity_checks"] if row["check"] == "contradictions")
+    assert (row["value"], row["passed"], report["judge_fit"]) == (1, False, False)
+    assert "contradictions" in capsys.readouterr().out.partition("UNFIT, it failed: ")[2]
+
+
 def forget(run):
     """Let the judge be asked again."""
     for path in (run / "eval").glob("verdicts-*.jsonl"):

@@ -34,16 +34,20 @@ _MEASURE = re.compile(
     r"['\"“*]*(?-i:[AB])\b['\"”*]*(?:'s(?:\s+\w+)?)?",
     re.IGNORECASE,
 )
-_IS = r"\b(?:response|answer|assistant|it)(?:'s\s+\w+)?\s+(?:is|was)\s+(?:\w+\s+){0,2}?"
+_WHAT = r"\b(?:response|answer|assistant|it|this|that)(?:'s\s+\w+)?(?:\s+(?:provided|given))?\s+"
+_IS = _WHAT + r"(?:is|was)\s+(?:(?!not\b|no\b|never\b|hardly\b)\w+\s+){0,2}?"
+_GOOD = r"(?:excellent|perfect|outstanding|flawless|exceptional)"
+_BAD = r"(?:incorrect|wrong|irrelevant|nonsensical|useless|unhelpful|poor|terrible)"
+# "gives a wrong answer" says it of this answer, "a perfect response would" of none
+_GIVES = r"\b(?:is|was|gives|gave|provides|provided)\s+an?\s+(?:\w+\s+)?{0}\s+(?:response|answer)\b"
 _PRAISE = re.compile(
-    _IS + r"(?:excellent|perfect|outstanding|flawless|exceptional"
-    r"|(?:entirely|fully|completely)\s+correct)\b",
+    rf"{_IS}(?:{_GOOD}|(?:entirely|fully|completely)\s+correct)\b|{_GIVES.format(_GOOD)}",
     re.IGNORECASE,
 )
 _BLAME = re.compile(
-    _IS + r"(?:incorrect|wrong|irrelevant|nonsensical|useless|unhelpful|poor|terrible)\b"
+    rf"{_IS}{_BAD}\b|{_GIVES.format(_BAD)}"
     r"|\b(?:completely|entirely|totally)\s+(?:wrong|incorrect|irrelevant|fails?)\b"
-    r"|\bfails\s+to\s+(?:answer|address|follow)\b|\bdoes\s+not\s+(?:answer|address)\s+the\b",
+    r"|\bfails\s+to\s+(?:answer|address|follow)\b|\bdoes\s+not\s+(?:answer|address|follow)\s+the\b",
     re.IGNORECASE,
 )
 _DENIED = re.compile(r"\b(?:not|no|never|hardly|neither|if|would|could)\b|n't\b", re.IGNORECASE)

@@ -5,6 +5,8 @@ from typing import Any
 
 from sftlab.tables import percent
 
+# What follows on a result that is refused, where a server judged.
+ASKED_AGAIN = "; what the server gave that is no judgement is asked again by the same command"
 # A share of judgements that were cut off above which it is said on top.
 CUT_SAID = 0.01
 
