@@ -1,11 +1,17 @@
 """A judge behind a server is asked greedily, and keeps its answers when the server dies."""
 
 import json
+import signal
+import subprocess
+import sys
+import threading
 import time
 
 import pytest
+from conftest import ROOT
 from judging import prompt
 from local_server import LocalServer
+from serving import waits_for
 
 from sftlab.evaluation import server_client
 from sftlab.evaluation.answer_file import AnswerFile
@@ -132,6 +138,34 @@ def test_a_server_that_hangs_is_given_up(monkeypatch):
         pytest.raises(ValueError, match=r"did not answer within 0.1 s, tried 2 times: judgements"),
     ):
         ServerJudge("m", server.url, 100, timeout=0.1).answers([PLAIN])
+
+
+WAITS = """
+import signal, sys, time
+from sftlab.judging.server_judge import ServerJudge
+signal.signal(signal.SIGINT, signal.default_int_handler)
+judge = ServerJudge("m", sys.argv[1], 100)
+print("asking", flush=True)
+judge.answers([[{"role": "user", "content": "Which?"}]] * 3)
+"""
+
+
+def test_a_stop_does_not_wait_for_a_server_that_hangs():
+    released = threading.Event()
+    with Server(says=lambda number: released.wait(60) and None) as server:
+        command = [sys.executable, "-c", WAITS, server.url]
+        waiting = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, cwd=ROOT
+        )
+        try:
+            assert waiting.stdout.readline() == "asking\n"
+            assert waits_for(lambda: len(server.requests) == 3)
+            waiting.send_signal(signal.SIGINT)
+            assert waiting.wait(10) != 0
+        finally:
+            waiting.kill()
+            waiting.wait()
+            released.set()
 
 
 @pytest.mark.parametrize(

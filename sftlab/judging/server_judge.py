@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from threading import Thread
 from typing import Any
 
 from sftlab.evaluation.generation import Answer, Unfinished
@@ -52,13 +52,25 @@ class ServerJudge:
 
         Raises Unfinished with the answers that came, where one request fails.
         """
-        with ThreadPoolExecutor(len(prompts)) as threads:
-            asked = [threads.submit(self._answer, messages) for messages in prompts]
-        done = {i: one.result() for i, one in enumerate(asked) if one.exception() is None}
-        try:
-            return [one.result() for one in asked]
-        except ValueError as error:
-            raise Unfinished(str(error), done) from error
+        done: dict[int, Answer] = {}
+        failed: dict[int, ValueError] = {}
+
+        def answer(place: int) -> None:
+            try:
+                done[place] = self._answer(prompts[place])
+            except ValueError as error:
+                failed[place] = error
+
+        # daemons: a stop does not wait for minutes for a server that hangs
+        threads = [Thread(target=answer, args=[i], daemon=True) for i in range(len(prompts))]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        if failed:
+            first = failed[min(failed)]
+            raise Unfinished(str(first), done) from first
+        return [done[place] for place in range(len(prompts))]
 
     def _answer(self, messages: Messages) -> Answer:
         """Returns the judgement of one prompt. Raises ValueError for what is no completion."""
