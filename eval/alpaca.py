@@ -60,7 +60,7 @@ from sftlab.judging.length_control import mean_characters
 from sftlab.judging.model_answers import refuse_twins
 from sftlab.judging.pairwise import Pair, judge_pairs, tally
 from sftlab.judging.sanity_checks import UNPARSED_REFUSED, UNPARSED_SAID, SanityChecks, spread
-from sftlab.judging.unparsed import ASKED_AGAIN, cut_warning, unparsed_lines
+from sftlab.judging.unparsed import asked_again, cut_warning, unparsed_lines
 from sftlab.script_options import Options
 from sftlab.startup.launcher import reported_to_launcher
 from sftlab.tables import aligned, figure, percent
@@ -187,7 +187,7 @@ def evaluate(arguments: argparse.Namespace, processes: Processes) -> None:
         sys.exit(
             f"error: {percent(unparsed_rate(report))} of the judgements hold no verdict, more than "
             f"{percent(UNPARSED_REFUSED)}: no win rate is given without --allow-unparsed; the "
-            f"files named above hold every judgement{ASKED_AGAIN if 'server' in judge else ''}"
+            f"files named above hold every judgement{asked_again(judge, report['judged'])}"
         )
 
 

@@ -62,7 +62,7 @@ from sftlab.judging.ratings import (
 )
 from sftlab.judging.sanity_checks import UNPARSED_REFUSED, UNPARSED_SAID, spread
 from sftlab.judging.two_turns import both_turns, draw_twice
-from sftlab.judging.unparsed import ASKED_AGAIN, cut_warning, unparsed_lines
+from sftlab.judging.unparsed import asked_again, cut_warning, unparsed_lines
 from sftlab.runs.run_directory import SIDES
 from sftlab.script_options import Options
 from sftlab.startup.launcher import reported_to_launcher
@@ -154,7 +154,7 @@ def evaluate(arguments: argparse.Namespace, processes: Processes) -> None:
         sys.exit(
             f"error: more than {percent(UNPARSED_REFUSED)} of the judgements hold no rating: no "
             "mean is given without --allow-unparsed; the files named above hold every judgement"
-            f"{ASKED_AGAIN if 'server' in facts else ''}"
+            f"{asked_again(facts, report['judged'])}"
         )
 
 

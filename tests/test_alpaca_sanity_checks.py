@@ -156,6 +156,9 @@ def test_a_judge_without_any_verdict_passes_nothing_that_asks_for_one(evaluate, 
     sick.facts = sick.facts | {"server": "http://localhost:1/v1"}
     with pytest.raises(SystemExit, match=r"is no judgement is asked again by the same command$"):
         evaluate(None, judge=sick)
+    sick.rule = lambda q, a, b: "<think>At first sight [[A]]"  # asked again, it says the same
+    with pytest.raises(SystemExit, match=r"files named above hold every judgement$"):
+        evaluate(None, judge=sick)
     assert evaluate(None, flags=["--allow-unparsed"])["scores"] == {}
 
 

@@ -3,10 +3,9 @@
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from sftlab.judging.verdict_parsing import NO_JUDGEMENT
 from sftlab.tables import percent
 
-# What follows on a result that is refused, where a server judged.
-ASKED_AGAIN = "; what the server gave that is no judgement is asked again by the same command"
 # A share of judgements that were cut off above which it is said on top.
 CUT_SAID = 0.01
 
@@ -37,6 +36,17 @@ def unparsed_lines(kinds: Mapping[str, Mapping[str, Any]]) -> list[str]:
         f"unparsed, {why}: {one['count']}, for instance: {one['example'] or '(nothing)'}"
         for why, one in ordered
     ]
+
+
+def asked_again(judge: Mapping[str, Any], judged: Mapping[str, Mapping[str, Any]]) -> str:
+    """Returns what follows on a refused result where the same command asks a server again.
+
+    `judge` holds the judge's facts, `judged` each side's `unparsed_kinds`.
+    """
+    kinds = {kind for side in judged.values() for kind in side["unparsed_kinds"]}
+    if "server" not in judge or kinds.isdisjoint(NO_JUDGEMENT):
+        return ""
+    return "; what the server gave that is no judgement is asked again by the same command"
 
 
 def cut_warning(share: float | None, whose: str, most: int | None) -> list[str]:
