@@ -4,6 +4,8 @@ import math
 
 import numpy as np
 import pytest
+import yaml
+from conftest import ROOT
 from scipy.stats import norm, ttest_1samp
 from small_studies import SCRIPT
 
@@ -51,3 +53,10 @@ def test_a_user_asks_before_anything_is_trained(tmp_path, capsys):
     ):
         with pytest.raises(SystemExit, match=message):
             SCRIPT.main([*argv, *more])
+
+
+def test_studies_that_score_quality_have_five_seeds():
+    contents = [yaml.safe_load(path.read_text()) for path in (ROOT / STUDY).parent.glob("*.yaml")]
+    scored = [one for one in contents if one.get("quality")]
+    assert len(scored) >= 8
+    assert all(len(one["seeds"]) >= 5 for one in scored)
