@@ -37,6 +37,7 @@ from sftlab.export.formats import (
     adapted_layers,
     end_ids,
     facts_of_sizes,
+    full_name,
     merge,
     refuse_for_vllm,
     stored_dtype,
@@ -53,6 +54,7 @@ from sftlab.export.gguf_file import (
 from sftlab.export.model_card import model_card
 from sftlab.export.server_agreement import hold_to_run
 from sftlab.export.unfinished_folder import unfinished_folder
+from sftlab.export.usage import Export, serve_command
 from sftlab.files import write_json
 from sftlab.models.likelihood import with_fused_head
 from sftlab.models.loading import read_config
@@ -125,7 +127,8 @@ def export(arguments: argparse.Namespace) -> None:
     config = base_config(recipe, arguments.trust_remote_code)
     stored = config.dtype  # of the base model's weights, if it says so
     own_dtype = recipe["dtype"] if stored is None else str(stored).removeprefix("torch.")
-    rank = refuse_for_vllm(folder / "adapter") if arguments.to == "adapter" else None
+    if arguments.to == "adapter":
+        refuse_for_vllm(folder / "adapter")
     if arguments.to == "gguf":
         refuse_unwritable(config, tokenizer)
     with unfinished_folder(out) as unfinished:
@@ -150,8 +153,8 @@ def export(arguments: argparse.Namespace) -> None:
         agreement = compare(expected, found, kept)
         if agreement.differs:
             raise ValueError(f"the export does not answer as {folder}: {agreement.differs}")
-        card = model_card(run, quality_of(folder), arguments.to, out.name)
-        card.save(unfinished / "README.md")
+        made = described(arguments, run, kept, ends)
+        model_card(run, quality_of(folder), made).save(unfinished / "README.md")
         write_json(
             unfinished / VERIFIED, agreement.facts(kept) | {"files": facts_of_sizes(unfinished)}
         )
@@ -165,7 +168,7 @@ def export(arguments: argparse.Namespace) -> None:
             "the run trained on quantised weights; the export is made of the base model's own, "
             "whose answers may differ a little from the run's evaluations"
         )
-    print(f"serve it: {serving(arguments.to, out, recipe['model_name_or_path'], rank)}")
+    print(f"serve it: {serve_command(made._replace(name=str(out), hub=False))}")
 
 
 def verify_server(arguments: argparse.Namespace) -> None:
@@ -199,15 +202,25 @@ def quality_of(folder: Path) -> dict[str, Any]:
     return found
 
 
-def serving(kind: str, out: Path, base: str, rank: int | None) -> str:
-    """Returns the command that serves an export."""
-    if kind == "gguf":
-        return f"llama-server --jinja -m {out / out.name}.gguf"
-    if kind == "merged":
-        return f"vllm serve {out}"
-    layers = " ".join(adapted_layers(out))
-    lora = f"--enable-lora --max-lora-rank {rank} --lora-modules tuned={out}"
-    return f"vllm serve {base} {lora} --lora-target-modules {layers}"
+def described(
+    arguments: argparse.Namespace, run: dict[str, Any], kept: str, ends: list[int]
+) -> Export:
+    """Returns what was written, under the name by which its users load it."""
+    kind, out, recipe = arguments.to, arguments.out, run["recipe"]
+    adapter = kind == "adapter"
+    return Export(
+        name=arguments.push or out.name,
+        kind=kind,
+        dtype=kept,
+        ends=ends,
+        base=full_name(recipe["model_name_or_path"]),
+        revision=recipe["model_revision"],
+        rank=refuse_for_vllm(arguments.run / "adapter") if adapter else None,
+        layers=tuple(adapted_layers(arguments.run / "adapter")) if adapter else (),
+        file=f"{out.name}.gguf" if kind == "gguf" else None,
+        text_of=(run["ran"] or {}).get("text_of"),
+        hub=arguments.push is not None,
+    )
 
 
 def base_config(recipe: dict[str, Any], trusted: bool) -> Any:

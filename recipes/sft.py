@@ -340,9 +340,13 @@ def finish(trainer: RecordedTrainer, run: Run, facts: dict[str, Any]) -> None:
         for name, value in summary_rows(read_run(run.folder)).items():
             print(f"  {name:<28}{value}")
         if args.save_adapter:
-            from sftlab.export.model_card import adapter_card  # late: it imports what scores texts
+            # late: they import what scores texts
+            from sftlab.export.formats import end_ids
+            from sftlab.export.model_card import adapter_card
 
-            adapter_card(read_run(run.folder), run.adapter).save(run.adapter / "README.md")
+            ends = end_ids(trainer.model, trainer.processing_class)
+            card = adapter_card(read_run(run.folder), run.adapter, ends)
+            card.save(run.adapter / "README.md")
             script = "preferences" if args.method == "dpo" else "quality"
             print(f"\nNext: python eval/{script}.py --run {run.folder}")
         else:

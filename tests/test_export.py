@@ -28,7 +28,6 @@ from sftlab.data.chat_template import prompt_ids, set_template
 from sftlab.evaluation.base_and_tuned import finished_run, load_pair
 from sftlab.export.formats import refuse_for_vllm
 from sftlab.export.gguf_file import ends_of, read_gguf, refuse_unwritable, write_gguf
-from sftlab.export.model_card import model_card
 from sftlab.models.demo import train_tokenizer
 
 LLAMA3_ROPE = {
@@ -134,20 +133,6 @@ def test_what_vllm_does_not_serve_is_refused(finished, tmp_path, change, said):
         refuse_for_vllm(adapter)
     path.write_text(json.dumps({key: value for key, value in config.items() if key != "r"}))
     assert refuse_for_vllm(adapter) == 8, "peft's rank where none is named"
-
-
-def test_a_command_for_vllm_names_the_rank_and_the_layers(script, finished, tmp_path):
-    run = finished_run(finished[0])
-    for rank, said in ((24, "--max-lora-rank 32 --lora-modules tuned=x"), (1024, None)):
-        changed = run | {"recipe": run["recipe"] | {"lora_r": rank}}
-        card = str(model_card(changed, None, "adapter", "x", ask_hub=False))
-        assert said in card if said else "vllm" not in card
-    dora = run | {"recipe": run["recipe"] | {"use_dora": True}}
-    assert "vllm" not in str(model_card(dora, None, "adapter", "x", ask_hub=False))
-    served = script.serving("adapter", finished[0] / "adapter", "b", 16)
-    layers = " ".join(sorted(run["recipe"]["lora_target_modules"]))
-    assert served.endswith(f"/adapter --lora-target-modules {layers}")
-    assert served.startswith("vllm serve b --enable-lora --max-lora-rank 16 --lora-modules tuned=")
 
 
 @pytest.fixture(scope="module")

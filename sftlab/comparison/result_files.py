@@ -80,7 +80,7 @@ def check_differences(path: Path, quality: dict[str, Any]) -> None:
     for name in NAMES:
         if score := quality["scores"].get(name):
             where = f"{path}, scores.{name}"
-            check(score, where, {"difference": _ESTIMATE, "p_value": NUMBER.or_null()})
+            check(score, where, {"difference": _ESTIMATE, "p_holm": NUMBER})
     check(quality, str(path), {"held_out.dataset": TEXT})
 
 

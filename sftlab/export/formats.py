@@ -77,7 +77,7 @@ def write_adapter(
     """
     adapter = folder / "adapter"
     config = read_object(adapter / _CONFIG)
-    config["base_model_name_or_path"] = str(Path(base).resolve()) if Path(base).is_dir() else base
+    config["base_model_name_or_path"] = full_name(base)
     shutil.copyfile(adapter / _WEIGHTS, out / _WEIGHTS)
     write_json(out / _CONFIG, config)
     tokenizer.save_pretrained(out)
@@ -95,6 +95,11 @@ def adapted_base(adapter: Path, dtype: torch.dtype, trust_remote_code: bool) -> 
         )
     whole = AutoModelForImageTextToText.from_pretrained(base, dtype=dtype)
     return PeftModel.from_pretrained(whole, adapter)
+
+
+def full_name(base: str) -> str:
+    """Returns a base model's name: of one in a local folder, its full path."""
+    return str(Path(base).resolve()) if Path(base).is_dir() else base
 
 
 def end_ids(model: PeftModel | PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:

@@ -2,6 +2,7 @@
 
 import json
 import re
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -9,37 +10,52 @@ from huggingface_hub import ModelCard, ModelCardData
 from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
 from sftlab.evaluation.text_metrics import NAMES
-from sftlab.export.vllm_ranks import served_rank
+from sftlab.export.formats import refuse_for_vllm
+from sftlab.export.usage import Export, usage, usage_in_run
 from sftlab.tables import figure, interval, markdown, p_value
 
 _LIBRARY = {"merged": "transformers", "adapter": "peft", "gguf": "gguf"}
+_FROM_BESIDE = "From the folder in which `{name}` is:"
 
 
-def adapter_card(run: dict[str, Any], adapter: Path) -> ModelCard:
+def adapter_card(run: dict[str, Any], adapter: Path, ends: list[int]) -> ModelCard:
     """Returns the card of a run's own adapter, which says what run.json knows.
 
-    The hub is not asked for the base model's licence: a node that trains may not reach it.
+    `ends` are the token ids that end an answer. The hub is not asked for the base model's licence:
+    a node that trains may not reach it.
     """
-    kind = "adapter" if run["recipe"]["use_peft"] else "merged"
-    return model_card(run, None, kind, str(adapter), ask_hub=False)
+    recipe = run["recipe"]
+    rank = None
+    if recipe["use_peft"]:
+        with suppress(ValueError):  # vLLM does not take it
+            rank = refuse_for_vllm(adapter)
+    kind = "adapter" if recipe["use_peft"] else "merged"
+    base, dtype = recipe["model_name_or_path"], recipe["dtype"]
+    within = (run["ran"] or {}).get("text_of")
+    own = Export(str(adapter), kind, dtype, ends, base, rank=rank, text_of=within)
+    return _card(run, None, own, usage_in_run(own, str(adapter.parent)), ask_hub=False)
 
 
-def model_card(
+def model_card(run: dict[str, Any], quality: dict[str, Any], export: Export) -> ModelCard:
+    """Returns the card of an export.
+
+    `quality` is quality.json, {} where the run was not evaluated.
+    """
+    return _card(run, quality, export, usage(export), ask_hub=True)
+
+
+def _card(
     run: dict[str, Any],
     quality: dict[str, Any] | None,
-    kind: str,
-    name: str,
-    ask_hub: bool = True,
+    export: Export,
+    used: list[str],
+    ask_hub: bool,
 ) -> ModelCard:
-    """Returns the card of an export of `kind` (merged, adapter or gguf) with the name `name`.
-
-    `quality` is quality.json, {} where the run was not evaluated, None in the run's own folder.
-    """
     recipe = run["recipe"]
     base = recipe["model_name_or_path"]
     local = Path(base).is_dir()
     data = ModelCardData(
-        library_name=_LIBRARY[kind],
+        library_name=_LIBRARY[export.kind],
         pipeline_tag="text-generation",
         tags=[*(["lora"] if recipe["use_peft"] else []), "sft", "trl"],
         base_model=None if local else base,
@@ -48,12 +64,14 @@ def model_card(
     )
     origin = f"the local base model `{base}`" if local else f"[{base}]({_link(base)})"
     tuned = "fine-tuned with LoRA" if recipe["use_peft"] else "fully fine-tuned"
+    where = [] if export.hub or quality is None else [_FROM_BESIDE.format(name=export.name)]
     parts = [
-        f"# {name}",
-        f"{_what(kind)} of {origin}, {tuned}.",
+        f"# {export.name}",
+        f"{_what(export.kind)} of {origin}, {tuned}.",
         *_own_folder(quality, base, local),
         "## How to use it",
-        *_usage(kind, name, recipe, (run.get("ran") or {}).get("text_of")),
+        *where,
+        *used,
         "## How it was trained",
         *markdown([["what", "value"], *_training(run)]),
         "## What really ran",
@@ -132,58 +150,15 @@ def _scores(quality: dict[str, Any]) -> list[str]:
                     interval(one["base"]),
                     interval(one["tuned"]),
                     interval(one["difference"]),
-                    p_value(one["p_value"]),
+                    p_value(one["p_holm"]),
                 ]
             )
     about = f"{quality['rows']:,} held-out rows of {quality['held_out']['dataset']}"
     return [
         "## Scores",
-        f"Base against tuned on {about}, in brackets 95 % intervals.",
+        f"Base against tuned on {about}. In brackets are 95 % intervals; p is after Holm.",
         *markdown(lines),
     ]
-
-
-def _usage(kind: str, name: str, recipe: dict[str, Any], text_of: str | None) -> list[str]:
-    """Returns how it is used; `text_of` is the class of a base model that takes images too."""
-    message = '[{"role": "user", "content": "..."}]'
-    if kind == "merged":
-        load = f'pipe = pipeline("text-generation", "{name}")'
-        ask = f"print(pipe({message}, max_new_tokens=256))"
-        code = f"from transformers import pipeline\n\n{load}\n{ask}"
-        return [_code(code), "With vLLM:", _code(f"vllm serve {name}", "")]
-    if kind == "adapter":
-        base, load = recipe["model_name_or_path"], "AutoPeftModelForCausalLM.from_pretrained"
-        code = (
-            "from peft import AutoPeftModelForCausalLM\nfrom transformers import AutoTokenizer\n\n"
-            f'model = {load}("{name}", dtype="auto")\n'
-        )
-        if text_of:
-            whole = "AutoModelForImageTextToText"
-            code = (
-                f"from peft import PeftModel\nfrom transformers import {whole}, AutoTokenizer\n\n"
-                f'whole = {whole}.from_pretrained("{base}", dtype="auto")\n'
-                f'model = PeftModel.from_pretrained(whole, "{name}")\n'
-            )
-        code += (
-            f'tokenizer = AutoTokenizer.from_pretrained("{name}")\n'
-            f"ids = tokenizer.apply_chat_template({message}, add_generation_prompt=True, "
-            'return_tensors="pt", return_dict=True)\n'
-            "print(tokenizer.decode(model.generate(**ids, max_new_tokens=256)[0]))"
-        )
-        pipe = f'pipeline("text-generation", model="{name}", tokenizer="{name}")'
-        piped = "A pipeline takes the base model's tokenizer, unless this one is named:"
-        rank = None if recipe.get("use_dora") else served_rank(recipe["lora_r"])
-        lora = f"--enable-lora --max-lora-rank {rank} --lora-modules tuned={name}"
-        serve = _code(f"vllm serve {recipe['model_name_or_path']} {lora}", "")
-        used = [_code(code)]
-        if not text_of:
-            used += [piped, _code(f"from transformers import pipeline\n\npipe = {pipe}")]
-        return [*used, *(["With vLLM:", serve] if rank else [])]
-    return [_code(f"llama-cli -m {name} --jinja", "")]
-
-
-def _code(text: str, language: str = "python") -> str:
-    return f"```{language}\n{text}\n```"
 
 
 def _training(run: dict[str, Any]) -> list[list[str]]:
@@ -215,7 +190,7 @@ def _ran(run: dict[str, Any]) -> list[list[str]]:
         ["precision", str(ran["precision"])],
         ["strategy", f"{ran['strategy']}, world size {ran['world_size']}"],
         ["trainable parameters", f"{ran['trainable_parameters']:,}"],
-        ["hardware", json.dumps(run["hardware"].get("gpu") or "CPU")],
+        ["hardware", str(run["hardware"].get("gpu") or "CPU")],
         ["real tokens/s", figure(measured["tokens_per_s"]) if measured.get("tokens_per_s") else ""],
         ["validation loss (nats a token)", figure(loss) if loss is not None else ""],
     ]
