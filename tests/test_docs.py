@@ -30,7 +30,8 @@ WRITES = re.compile(r"--(?:out|table|output_dir|runs|votes)[ =]\S+")
 # Options of programs that are not ours: sbatch, lm_eval, hf, tensorboard.
 FOREIGN = OPTION.findall(
     "--nodes --gpus-per-node --cpus-per-task --ntasks-per-node --dependency --parsable --time "
-    "--model --model_args --apply_chat_template --type --sdk --include --logdir --enable-lora"
+    "--model --model_args --apply_chat_template --type --sdk --include --logdir --enable-lora "
+    "--enforce-eager"
 )
 # Its text is the code's and its libraries', which mention options of other programs.
 REFERENCE = ROOT / "docs" / "reference.md"
