@@ -156,7 +156,7 @@ def table(
                 "answers_of_own": sum(a == b for a, b in zip(found[0], texts, strict=True)),
                 "rounds": " ".join(f"{one:.1f}" for one in pace),
                 "threads": torch.get_num_threads(),
-                "hardware": f"CPU, {os.cpu_count()} cores",
+                "hardware": f"{os.cpu_count()} CPU cores",
                 "versions": " ".join(f"{k} {v}" for k, v in where["versions"].items()),
                 "command": shown_command(arguments),
             }
