@@ -5,13 +5,15 @@ import threading
 import time
 import weakref
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import httpx
 import pytest
-from conftest import load_script
+from conftest import ROOT, load_script
 from serving import serve, waits_for
 
 from sftlab.chat.engine import Chat, Settings
+from sftlab.chat.options import parse_options
 from sftlab.chat.service import Lab
 
 pytest.importorskip("gradio", reason="gradio is not installed")
@@ -229,6 +231,10 @@ def test_without_a_run_the_page_says_how_to_make_one(app, tmp_path):
     assert "make demo" in page.lab.without_runs()
     command = f"eval/report.py --runs {tmp_path} --out {tmp_path}"
     assert f"There is no report yet: `python {command}` makes one." in page.lab.report()
+    # what the project's own runs found is never shown under a user's names
+    shown = parse_options([], "").report
+    assert f"| [{shown.name}]" not in (ROOT / "results" / "README.md").read_text()
+    assert shown != Path("results")
 
 
 def test_a_run_that_cannot_be_used_is_said_on_the_page(app, offered):

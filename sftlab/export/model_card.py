@@ -57,7 +57,7 @@ def _card(
     data = ModelCardData(
         library_name=_LIBRARY[export.kind],
         pipeline_tag="text-generation",
-        tags=[*(["lora"] if recipe["use_peft"] else []), "sft", "trl"],
+        tags=[*(["lora"] if recipe["use_peft"] else []), recipe.get("method", "sft"), "trl"],
         base_model=None if local else base,
         datasets=_hub_data(recipe),
         license=license_of(base) if ask_hub or local else None,

@@ -20,6 +20,7 @@ from sftlab.judging.sanity_checks import (
     CHANCE,
     CONTRADICTIONS,
     UNPARSED_REFUSED,
+    at_most,
     surely_above,
 )
 from sftlab.judging.unparsed import by_kind
@@ -218,8 +219,7 @@ def contradictions(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     rated = [record for record in records if record["rating"] is not None]
     found = rate(sum(record["contradiction"] for record in rated), len(rated))
     row = {"check": "contradictions", "expected": f"at most {percent(CONTRADICTIONS)}"}
-    passed = found["value"] is None or found["value"] <= CONTRADICTIONS
-    return row | {"pairs": len(records), "note": "", **found, "passed": passed}
+    return row | {"pairs": len(records)} | found | at_most(CONTRADICTIONS, found["value"])
 
 
 def mean_ratings(

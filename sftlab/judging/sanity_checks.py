@@ -53,6 +53,13 @@ def surely_above(row: Mapping[str, Any], pairs: int) -> dict[str, Any]:
     return {"passed": None, "note": f"too few of {pairs} pairs, {takes} (--sanity_checks)"}
 
 
+def at_most(limit: float, share: float | None) -> dict[str, Any]:
+    """Returns `passed` of a share that must not be larger, and a note where there is none."""
+    if share is None:
+        return {"passed": None, "note": "no judgement could be read"}
+    return {"passed": share <= limit, "note": ""}
+
+
 class SanityChecks:
     """Runs sanity checks and collects a row of each: what was expected, what was found, passed.
 
@@ -127,15 +134,8 @@ class SanityChecks:
         """
         found = tally([*self.records, *records])
         for what, limit in (("unparsed", UNPARSED_REFUSED), ("contradictions", CONTRADICTIONS)):
-            row = {
-                "check": what,
-                "expected": f"at most {percent(limit)}",
-                "pairs": found["pairs"],
-                **found[what],
-                "note": "",
-            }
-            value = row["value"]
-            self.rows.append(row | {"passed": value is None or value <= limit})
+            row = {"check": what, "expected": f"at most {percent(limit)}", "pairs": found["pairs"]}
+            self.rows.append(row | found[what] | at_most(limit, found[what]["value"]))
 
     @property
     def fit(self) -> bool:
