@@ -17,9 +17,11 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     Gemma2Config,
+    Glm4Config,
     LlamaConfig,
     LlamaForCausalLM,
     Olmo2Config,
+    Phi3Config,
     Qwen3Config,
 )
 
@@ -32,7 +34,13 @@ from sftlab.models.loading import model_class
 from sftlab.planning.row_lengths import RowLengths
 from sftlab.planning.step import Shape, Step
 from sftlab.planning.step_memory import kept_bytes
-from sftlab.planning.weight_memory import Weights, count_weights, optimizer_bytes, packed_bytes
+from sftlab.planning.weight_memory import (
+    FUSED,
+    Weights,
+    count_weights,
+    optimizer_bytes,
+    packed_bytes,
+)
 
 HIDDEN, MLP, HEADS, KEY_HEADS, TOKENS, RANK = 64, 160, 4, 2, 256, 4
 
@@ -211,24 +219,36 @@ def test_what_a_compiled_layer_keeps_is_what_inductors_partitioner_keeps(
     )
 
 
-@pytest.mark.parametrize("config_class", [Qwen3Config, Gemma2Config, Olmo2Config])
-def test_more_norms_than_llamas_keep_what_autograd_keeps(attention_on_cpu, config_class):
+@pytest.mark.parametrize(
+    "config_class, targets",
+    [
+        (Qwen3Config, ATTENTION),
+        (Gemma2Config, ATTENTION),
+        (Olmo2Config, ATTENTION),
+        (Phi3Config, ("qkv_proj", "o_proj")),
+        (Phi3Config, ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")),
+        (Glm4Config, (*ATTENTION, "gate_up_proj", "down_proj")),
+    ],
+)
+def test_other_layers_than_llamas_keep_what_autograd_keeps(attention_on_cpu, config_class, targets):
     sizes = {"vocab_size": 64, "hidden_size": HIDDEN, "intermediate_size": MLP, "head_dim": 16}
     heads = {"num_attention_heads": HEADS, "num_key_value_heads": KEY_HEADS}
-    config = config_class(**sizes, **heads, num_hidden_layers=3)
+    config = config_class(**sizes, **heads, num_hidden_layers=3, pad_token_id=0)
     model = AutoModelForCausalLM.from_config(
         config, attn_implementation="varlen", dtype=torch.bfloat16
     )
     model = get_peft_model(
-        model, LoraConfig(r=RANK, target_modules=ATTENTION, task_type="CAUSAL_LM")
+        model, LoraConfig(r=RANK, target_modules=list(targets), task_type="CAUSAL_LM")
     )
     for name, parameter in model.named_parameters():
         if "lora_" in name:
             parameter.data = parameter.data.float()
     held = kept_by_autograd(model.train(), torch.bfloat16, True)
     shape = Shape.of(config, describe(config, model_class(config)))
-    assert shape.norm_elements > 0
-    step = dataclasses.replace(planned_step(ATTENTION, "bf16", True, False, 0.0), shape=shape)
+    assert (shape.norm_elements > 0) == (config_class is not Phi3Config)
+    named = frozenset(one for name in targets for one in FUSED.get(name, (name,)))
+    step = planned_step(named, "bf16", True, False, 0.0)
+    step = dataclasses.replace(step, shape=shape, fused=frozenset(targets) & set(FUSED))
     assert TOKENS * kept_bytes(step) == pytest.approx(held, rel=0.01)
 
 

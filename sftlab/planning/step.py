@@ -11,7 +11,7 @@ from sftlab.config.recipe import ModelArguments, Recipe
 from sftlab.config.validation import is_bitsandbytes
 from sftlab.fastpath.selection import FastPath
 from sftlab.models.layers import Layers
-from sftlab.planning.weight_memory import LINEARS, Weights, count_weights
+from sftlab.planning.weight_memory import FUSED, LINEARS, Weights, count_weights
 
 
 class Shape(NamedTuple):
@@ -75,6 +75,7 @@ class Step:
     `optimizer_copies`: torch's AdamW, unless fused, takes the roots of all second moments at once.
     `optimizer_waits`: bitsandbytes' optimizers wait for the GPU after every trained tensor.
     `whole_logits`: the number of float32 copies of all logits, 0 for a loss in chunks.
+    `fused`: trained linears that are several of `targets` in one.
     `reference`: preference tuning's frozen model runs forward too, with an adapter of its own where
     `reference_adapter` is set.
     """
@@ -99,6 +100,7 @@ class Step:
     optimizer_copies: bool = False
     optimizer_waits: bool = False
     whole_logits: float = 0.0
+    fused: frozenset[str] = frozenset()
     reference: bool = False
     reference_adapter: bool = False
 
@@ -133,10 +135,11 @@ def step_of(
             "fused_loss: false keeps whole logits, and plans are made for the fused loss alone: "
             "leave fused_loss out"
         )
-    targets = _targets(model)
+    targets, shape = _targets(model), Shape.of(config, fast.layers)
+    weights = count_weights(recipe, config)
     return Step(
-        shape=Shape.of(config, fast.layers),
-        weights=count_weights(recipe, config),
+        shape=shape,
+        weights=weights,
         precision=PRECISIONS[training.mixed_precision],
         targets=targets,
         rank=model.lora_r if model.use_peft else 0,
@@ -154,18 +157,20 @@ def step_of(
         accumulation=training.gradient_accumulation_steps,
         optimizer_copies=training.optim == "adamw_torch",
         optimizer_waits=is_bitsandbytes(training.optim),
+        fused=frozenset(one for one in weights.fused if targets >= set(FUSED[one])),
         reference=pairs,
         reference_adapter=pairs and bool(model.adapter_name_or_path),
     )
 
 
 def _targets(model: ModelArguments) -> frozenset[str]:
-    """Returns the linears that train, with LoRA or whole."""
+    """Returns the linears that train, with LoRA or whole, under Llama's names."""
     names = model.lora_target_modules or []
     if names == "all-linear" or not model.use_peft:
         names = LINEARS
     names = [names] if isinstance(names, str) else names
-    targets = frozenset(name.rpartition(".")[2] for name in names)
+    ends = (name.rpartition(".")[2] for name in names)
+    targets = frozenset(one for end in ends for one in FUSED.get(end, (end,)))
     if unknown := sorted(targets - set(LINEARS)):
         raise ValueError(f"LoRA on {', '.join(unknown)}: plans are made for {', '.join(LINEARS)}")
     return targets

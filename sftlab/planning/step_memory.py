@@ -77,15 +77,17 @@ def kept_bytes(step: Step) -> float:
     # with a padding mask, keys and values are repeated for every query head
     attention = b * 2 * (query + (key if step.packed else query)) + 4 * s.heads
     residual = max(b, step.weight_bytes)
-    into_attention = len(targets & {"q_proj", "k_proj", "v_proj"})
-    into_mlp = len(targets & {"gate_proj", "up_proj"})
+    qkv, gate_up = "qkv_proj" in step.fused, "gate_up_proj" in step.fused
+    into_attention = 1 if qkv else len(targets & {"q_proj", "k_proj", "v_proj"})
+    into_mlp = 1 if gate_up else len(targets & {"gate_proj", "up_proj"})
+    adapters = len(targets) - 2 * qkv - gate_up
     separate = step.dropout or (step.casts and not step.compiled)
     inputs = s.hidden * sum(n if separate else min(n, 1) for n in (into_attention, into_mlp))
     inputs += query * ("o_proj" in targets and (step.casts or step.dropout))
     inputs += s.mlp * ("down_proj" in targets)
     masks = step.dropout * (s.hidden * (into_attention + into_mlp) + query * ("o_proj" in targets))
     masks += step.dropout * s.mlp * ("down_proj" in targets)
-    lora = b * (inputs + step.rank * len(targets)) + masks
+    lora = b * (inputs + step.rank * adapters) + masks
     if step.compiled:
         norms = 2 * (residual * s.hidden + 4) + b * s.norm_elements + 4 * s.norm_vectors
         return norms + attention + b * 2 * s.mlp + lora

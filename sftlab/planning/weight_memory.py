@@ -19,6 +19,8 @@ from sftlab.models.lora_config import lora_config
 
 # The linears of a Llama decoder layer.
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+# Linears that some families compute as one; their widths are the sums.
+FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
 
 
 class Weights(NamedTuple):
@@ -27,6 +29,7 @@ class Weights(NamedTuple):
     Bytes are `base`, `adapter`, `gradients` and `optimizer_state`, and the two units that FSDP2
     gathers: `layer`, a decoder layer, and `tail`, the head with the last norm. Elements of matrices
     are `trained` and `frozen` of the model, `linears` of one layer without its adapter, and `head`.
+    `fused` are a layer's linears that are several of Llama's in one.
     """
 
     base: int
@@ -40,6 +43,7 @@ class Weights(NamedTuple):
     linears: int
     head: int
     flops: Flops
+    fused: frozenset[str] = frozenset()
 
 
 def count_weights(recipe: Recipe, config: PreTrainedConfig) -> Weights:
@@ -82,6 +86,7 @@ def count_weights(recipe: Recipe, config: PreTrainedConfig) -> Weights:
         linears=sum(p.numel() for p in layer.parameters() if p.ndim > 1 and id(p) in base),
         head=head.numel(),
         flops=flops_per_token(model),
+        fused=_linears(layer) & set(FUSED),
     )
 
 
@@ -111,14 +116,18 @@ def _first_layer(model: nn.Module) -> nn.Module:
             f"{type(model).__name__} has no list of decoder layers or no head: no plan is made for "
             "it"
         )
-    names = (name for name, m in layers[0].named_modules() if _is_frozen_linear(name, m))
-    linears = {name.removesuffix(".base_layer").rpartition(".")[2] for name in names}
-    if other := sorted(linears - set(LINEARS)):
+    if other := sorted(_linears(layers[0]) - {*LINEARS, *FUSED}):
         raise ValueError(
             f"{model.config.model_type} has {', '.join(other)} in a layer: plans are made for "
             f"layers of {', '.join(LINEARS)}"
         )
     return layers[0]
+
+
+def _linears(layer: nn.Module) -> frozenset[str]:
+    """Returns the last words of the names of a layer's linears, without its adapter's."""
+    names = (name for name, m in layer.named_modules() if _is_frozen_linear(name, m))
+    return frozenset(name.removesuffix(".base_layer").rpartition(".")[2] for name in names)
 
 
 def _is_frozen_linear(name: str, module: nn.Module) -> bool:
