@@ -112,7 +112,7 @@ def test_one_process_asks_alpaca_evals_annotators(untrained, instructions, monke
 class Drawing:
     """Two models whose answers are there already."""
 
-    prompts_cut = 0
+    prompts_cut, sides = 0, ("base", "tuned")
 
     def answers(self, side, asked, sampling, title):
         return [answer(side) for _ in asked]

@@ -89,7 +89,7 @@ def test_the_adapters_card_says_what_the_run_knows(finished, base):
     card = (adapter / "README.md").read_text()
     assert "More Information Needed" not in card and "[None]" not in card
     assert f"local base model `{base}`" in card and "rank 16, alpha 32" in card
-    assert f'pipeline("text-generation", model="{adapter}", tokenizer="{adapter}")' in card
+    assert f'pipeline("text-generation", "{adapter}", tokenizer="{adapter}"' in card
     pipe = pipeline("text-generation", model=str(adapter), tokenizer=str(adapter))
     assert template_hash(pipe.tokenizer) == read(adapter.parent)["template"]["hash"]
 

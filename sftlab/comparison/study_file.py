@@ -193,6 +193,8 @@ def _check_keys(path: Path, content: dict[str, Any]) -> None:
     for key, value in content.items():
         if not isinstance(value, STUDY_KEYS[key]):
             raise ValueError(f"{path}: {key} is {value!r}: expected {KINDS[STUDY_KEYS[key]]}")
+    if wrong := [one for one in content["axis"] if not isinstance(one, str)]:
+        raise ValueError(f"{path}: axis holds {wrong[0]!r}: expected names of fields")
     for key in ("cells", "grid"):
         for name, fields in content.get(key, {}).items():
             if not isinstance(fields, dict) and not (fields is None and key == "cells"):

@@ -29,7 +29,7 @@ from trl import get_quantization_config
 
 from sftlab.config.model_overrides import check_overrides
 from sftlab.config.recipe import ModelArguments, TrainingArguments
-from sftlab.models.text_part import text_config_of, text_model
+from sftlab.models.text_part import refuse_other_structure, text_config_of, text_model
 from sftlab.models.trust import FLAG, check_base_folder, refuse_hub_kernels
 
 logger = logging.getLogger(__name__)
@@ -117,6 +117,7 @@ def load_config(
         kind = taken.__name__ if taken else f"{config.model_type} model"
         raise ValueError(f"{name} is a {kind}, which takes more than text: give a text-only model")
     _refuse_overrides(overrides, name)
+    refuse_other_structure(config)
     return text
 
 

@@ -72,6 +72,16 @@ def text_config_of(config: PreTrainedConfig) -> PreTrainedConfig | None:
     return text
 
 
+def _parts(whole: PreTrainedModel) -> tuple[nn.Module, nn.Module]:
+    modules = dict(whole.named_modules())
+    if DECODER not in modules or HEAD not in modules:
+        raise ValueError(
+            f"{type(whole).__name__} has no text model named {DECODER} with a head named {HEAD}: "
+            "give a text-only model"
+        )
+    return modules[DECODER], modules[HEAD]
+
+
 def has_causal_model(text: PreTrainedConfig) -> bool:
     """Whether a text config has a causal language model, after one is made of its decoder here."""
     known = AutoModelForCausalLM._model_mapping
@@ -81,25 +91,24 @@ def has_causal_model(text: PreTrainedConfig) -> bool:
     return type(text) in known
 
 
+def refuse_other_structure(config: PreTrainedConfig) -> None:
+    """Raise ValueError where a checkpoint's text model is not where `text_model` looks for it."""
+    with torch.device("meta"):
+        _parts(AutoModelForImageTextToText.from_config(config))
+
+
 def text_model(whole: PreTrainedModel) -> PreTrainedModel:
     """Returns the causal language model within a checkpoint that transformers has loaded.
 
     Its decoder and its head are those of `whole`. Raises ValueError where they are not found, or
     where the text model's logits would not be the whole model's.
     """
-    name, config = type(whole).__name__, text_config_of(whole.config)
-    modules = dict(whole.named_modules())
-    decoder, head = modules.get(DECODER), modules.get(HEAD)
-    if config is None or decoder is None or head is None:
-        raise ValueError(
-            f"{name} has no text model named {DECODER} with a head named {HEAD}: give a text-only "
-            "model"
-        )
+    config, (decoder, head) = text_config_of(whole.config), _parts(whole)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=whole.dtype)
     model.model, model.lm_head, model.config = Nested(decoder), head, decoder.config
     model.generation_config, model.name_or_path = whole.generation_config, whole.name_or_path
-    model.text_of = name
+    model.text_of = type(whole).__name__
     for one in _OF_QUANTISED:
         if hasattr(whole, one):
             setattr(model, one, getattr(whole, one))
