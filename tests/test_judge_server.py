@@ -150,6 +150,7 @@ judge.answers([[{"role": "user", "content": "Which?"}]] * 3)
 """
 
 
+@pytest.mark.long
 def test_a_stop_does_not_wait_for_a_server_that_hangs():
     released = threading.Event()
     with Server(says=lambda number: released.wait(60) and None) as server:
