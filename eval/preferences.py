@@ -16,7 +16,6 @@ import sftlab.startup.launcher  # it may replace this process
 import sftlab.startup.preload  # noqa: F401
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from datetime import UTC, datetime
@@ -41,6 +40,7 @@ from sftlab.evaluation.base_and_tuned import (
 )
 from sftlab.evaluation.generation import (
     BATCHES_WORTH_COMPILING,
+    Answer,
     Generator,
     Sampling,
     generation_facts,
@@ -61,12 +61,12 @@ from sftlab.evaluation.preference_words import SCORES, lines_of, warnings
 from sftlab.evaluation.processes import Processes
 from sftlab.evaluation.row_scores import likelihoods
 from sftlab.evaluation.significance import add_holm, mean, method, with_counts
-from sftlab.evaluation.start_model import Start, load_start, start_of
+from sftlab.evaluation.start_model import Start, load_start, sides_of, start_of
 from sftlab.evaluation.start_rows import StartRows, pairs_known_to_start, start_rows
 from sftlab.exit_messages import mistakes_in_one_line
-from sftlab.files import write_json
+from sftlab.files import write_json, write_lines
 from sftlab.runs.environment import environment
-from sftlab.runs.run_directory import SIDES, START, adapter_hash
+from sftlab.runs.run_directory import adapter_hash
 from sftlab.script_options import Options
 from sftlab.startup.launcher import reported_to_launcher
 
@@ -81,7 +81,7 @@ class Models(NamedTuple):
     @property
     def sides(self) -> tuple[str, ...]:
         """Returns base, start (if the run went on from an adapter) and tuned."""
-        return SIDES if self.start is None else ("base", START, "tuned")
+        return sides_of(self.start)
 
 
 def main(argv: list[str]) -> None:
@@ -123,20 +123,17 @@ def evaluate(arguments: argparse.Namespace, processes: Processes) -> None:
     other = arguments.dataset_name, arguments.dataset_config, arguments.dataset_split
     dataset = held_out(run, *other, shape=PAIRS)
     models = load(arguments, run, start)
-    room = longest_prompt(models.model.config, sampling)
+    longest, room = run["recipe"]["max_length"], longest_prompt(models.model.config, sampling)
     if room < 1:
         raise ValueError("--max_new_tokens leaves the model no room for a prompt: give fewer")
-    pairs = read_pairs(
-        dataset, arguments.samples, models.tokenizer, run["recipe"]["max_length"], room
-    )
+    pairs = read_pairs(dataset, arguments.samples, models.tokenizer, longest, room)
     rows = start_rows(start, run, arguments.samples)
 
-    asked = models.model, pairs.sides, models.tokenizer, arguments.batch_size, processes
-    nll, _ = likelihoods(*asked, models.sides)
+    asking = arguments.batch_size, processes, models.sides
+    nll, _ = likelihoods(models.model, pairs.sides, models.tokenizer, *asking)
     of_rows = {}
     if rows.scored:
-        asked = models.model, rows.scored, rows.tokenizer, arguments.batch_size, processes
-        of_rows, _ = likelihoods(*asked, models.sides)
+        of_rows, _ = likelihoods(models.model, rows.scored, rows.tokenizer, *asking)
     answers, generation = generate(arguments, run, models, pairs, sampling, processes)
     if not processes.is_main:
         return
@@ -147,9 +144,8 @@ def evaluate(arguments: argparse.Namespace, processes: Processes) -> None:
     if rows.scored:
         scores["start_perplexity"] = perplexities(of_rows, rows.conversations)
     made = {side: [answers.found[side, key] for key in pairs.prompts] for side in models.sides}
-    lengths = {side: with_counts(np.array([a.tokens for a in of])) for side, of in made.items()}
     if pairs.prompts:
-        scores["answer_tokens"] = of_models(lengths, mean, [*pairs.asked.values()], 0.0)
+        scores["answer_tokens"] = lengths(made, pairs)
     add_holm(scores)
     report = {
         "run": str(arguments.run),
@@ -172,6 +168,12 @@ def evaluate(arguments: argparse.Namespace, processes: Processes) -> None:
     report["warnings"] = warnings(report, [dataset.unchecked, rows.why_not, known])
     write(arguments.run / "eval", report, pair_records(pairs, found, rewards), rows, of_rows)
     print("\n".join(lines_of(report)))
+
+
+def lengths(made: dict[str, list[Answer]], pairs: Pairs) -> dict[str, Any]:
+    """Returns the mean tokens of each model's answers to the prompts, by question."""
+    tokens = {side: with_counts(np.array([a.tokens for a in of])) for side, of in made.items()}
+    return of_models(tokens, mean, [*pairs.asked.values()], 0.0)
 
 
 def load(arguments: argparse.Namespace, run: dict[str, Any], start: Start | None) -> Models:
@@ -245,12 +247,6 @@ def write(
         ]
         lines.sort(key=lambda line: line["row"])
         write_lines(folder / "preferences-start_rows.jsonl", lines)
-
-
-def write_lines(path: Path, records: Sequence[dict[str, Any]]) -> None:
-    """Write records, one JSON object a line."""
-    lines = (json.dumps(record, ensure_ascii=False) + "\n" for record in records)
-    path.write_text("".join(lines), encoding="utf-8")
 
 
 if __name__ == "__main__":

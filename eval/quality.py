@@ -15,7 +15,6 @@ import sftlab.startup.launcher  # it may replace this process
 import sftlab.startup.preload  # noqa: F401
 
 import argparse
-import json
 import re
 import sys
 from datetime import UTC, datetime
@@ -27,7 +26,7 @@ from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
 from sftlab.exit_messages import mistakes_in_one_line
-from sftlab.files import write_json
+from sftlab.files import write_json, write_lines
 from sftlab.evaluation.documents import document_records, holds_documents, select_documents
 from sftlab.evaluation.answer_file import AnswerFile, answer_facts, fill
 from sftlab.evaluation.generation import (
@@ -313,8 +312,7 @@ def write(
     other = arguments.dataset_name and re.sub(r"\W+", "-", Path(arguments.dataset_name).stem)
     name = f"{name}-{other}" if other else name
     (arguments.run / "eval").mkdir(exist_ok=True)
-    text = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
-    (arguments.run / "eval" / f"{name}.jsonl").write_text(text, encoding="utf-8")
+    write_lines(arguments.run / "eval" / f"{name}.jsonl", records)
     write_json(arguments.run / "eval" / f"{name}.json", report)
 
 

@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import socket
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,11 @@ def write_text(path: Path, text: str) -> None:
     finally:
         # after an error, such as a full disk, no part is left
         part.unlink(missing_ok=True)
+
+
+def write_lines(path: Path, records: Iterable[Any]) -> None:
+    """Write records as JSON, one a line, as `write_text` writes text."""
+    write_text(path, "".join(json.dumps(one, ensure_ascii=False) + "\n" for one in records))
 
 
 def part_of(path: Path) -> Path:

@@ -248,7 +248,8 @@ def test_other_layers_than_llamas_keep_what_autograd_keeps(attention_on_cpu, con
     assert (shape.norm_elements > 0) == (config_class is not Phi3Config)
     named = frozenset(one for name in targets for one in FUSED.get(name, (name,)))
     step = planned_step(named, "bf16", True, False, 0.0)
-    step = dataclasses.replace(step, shape=shape, fused=frozenset(targets) & set(FUSED))
+    weights = step.weights._replace(fused=frozenset(targets) & set(FUSED))
+    step = dataclasses.replace(step, shape=shape, weights=weights)
     assert TOKENS * kept_bytes(step) == pytest.approx(held, rel=0.01)
 
 

@@ -24,6 +24,7 @@ from sftlab.data.sources import reading_of
 from sftlab.data.template_errors import (
     TEMPLATE_ERRORS,
     is_of_template,
+    refusals_of,
     rendering_limit,
 )
 from sftlab.data.tokenized_dataset import (
@@ -34,7 +35,6 @@ from sftlab.data.tokenized_dataset import (
     read_manifest,
     record_path,
 )
-from sftlab.exit_messages import first_line
 from sftlab.files import file_hash, part_of, write_text
 
 # rows that are converted and encoded together
@@ -131,17 +131,9 @@ def refuse_rendering(
     for offset in range(len(next(iter(batch.values())))):
         row = {name: values[offset : offset + 1] for name, values in batch.items()}
         one = convert_counting(convert, row, first + offset, {"bad": 0, "first_bad": None})
-        try:
-            with rendering_limit("it"):
-                encoder.refuse([read for _, read in conversations(one)])
-        except TEMPLATE_ERRORS as error:
-            if not is_of_template(error):
-                raise
-            raise ValueError(
-                f"{convert.reader.place(first + offset)}: the chat template refuses it: "
-                f"{first_line(error)}; leave the row out or give another template with "
-                "--chat_template_path"
-            ) from error
+        advice = "; leave the row out or give another template with --chat_template_path"
+        with refusals_of(convert.reader.place(first + offset), advice):
+            encoder.refuse([read for _, read in conversations(one)])
 
 
 def conversations(converted: dict[str, list]) -> list[tuple[int, Conversation]]:

@@ -5,12 +5,14 @@ The same kinds of errors can be faults of this program, so `except TEMPLATE_ERRO
 """
 
 import traceback
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 
 from jinja2 import TemplateError
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from sftlab.data.time_limit import TooSlow, call_limit
+from sftlab.exit_messages import first_line
 
 # seconds that one conversation may take
 LIMIT_S = 10
@@ -30,6 +32,23 @@ TEMPLATE_ERRORS = (
 def rendering_limit(what: str) -> AbstractContextManager[None]:
     """Raise TooSlow, which names `what`, once rendering a conversation within takes too long."""
     return call_limit(LIMIT_S, render_jinja_template, f"rendering {what} with the chat template")
+
+
+@contextmanager
+def refusals_of(row: str, advice: str = "") -> Iterator[None]:
+    """Turn a template's refusal within into a ValueError that names the `row` and ends in `advice`.
+
+    A template that never ends is stopped.
+    """
+    try:
+        with rendering_limit("it"):
+            yield
+    except TEMPLATE_ERRORS as error:
+        if not is_of_template(error):
+            raise
+        raise ValueError(
+            f"{row}: the chat template refuses it: {first_line(error)}{advice}"
+        ) from error
 
 
 def is_of_template(error: BaseException) -> bool:

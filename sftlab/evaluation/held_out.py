@@ -11,9 +11,8 @@ from sftlab.data.chat_template import encoder_of
 from sftlab.data.converter import turn_of
 from sftlab.data.messages import Conversation, Message
 from sftlab.data.splits import Splits, load_splits
-from sftlab.data.template_errors import TEMPLATE_ERRORS, is_of_template, rendering_limit
+from sftlab.data.template_errors import refusals_of
 from sftlab.data.token_sequence import TokenSequence, labels_of
-from sftlab.exit_messages import first_line
 from sftlab.schema import BOOLEAN, COUNT, NUMBER, TEXT, Kind, check, list_of, one_of
 
 # what reading the run's data again takes from run.json
@@ -158,19 +157,11 @@ def select(
         if not row["prompt"]:  # plain text asks nothing
             documents += 1
             continue
-        try:
-            with rendering_limit("it"):
-                turn = Conversation.from_row(converted)
-                ((whole,),) = encoder([turn])
-                asked = encoder.render.text_of(turn)[0]
-                prompt = tokenizer(asked, add_special_tokens=False)["input_ids"]
-        except TEMPLATE_ERRORS as error:
-            if not is_of_template(error):
-                raise
-            raise ValueError(
-                f"row {number} of {dataset.facts['dataset']}: the chat template refuses it: "
-                f"{first_line(error)}"
-            ) from error
+        with refusals_of(f"row {number} of {dataset.facts['dataset']}"):
+            turn = Conversation.from_row(converted)
+            ((whole,),) = encoder([turn])
+            asked = encoder.render.text_of(turn)[0]
+            prompt = tokenizer(asked, add_special_tokens=False)["input_ids"]
         kept = whole.cut(max_length, truncation_mode)
         if not kept.spans:
             no_response += 1

@@ -9,13 +9,12 @@ from transformers import PreTrainedTokenizerBase
 from sftlab.data.chat_template import encoder_of
 from sftlab.data.encoded_pairs import PROMPT, encode_pair
 from sftlab.data.messages import Conversation
-from sftlab.data.template_errors import TEMPLATE_ERRORS, is_of_template, rendering_limit
+from sftlab.data.template_errors import refusals_of
 from sftlab.data.token_sequence import labels_of
 from sftlab.evaluation.answer_file import digest
 from sftlab.evaluation.held_out import HeldOut, ScoredRows
 from sftlab.evaluation.intervals import Score
 from sftlab.evaluation.significance import Paired, compare, mean, perplexity, with_counts
-from sftlab.exit_messages import first_line
 from sftlab.models.likelihood import Likelihood
 from sftlab.runs.run_directory import START
 
@@ -64,17 +63,9 @@ def read_pairs(
     left_out = {"without_a_token": 0, "equal_after_cut": 0, "prompts_without_room": 0}
     for number, row in enumerate(rows):
         pair = Conversation.from_row(row)
-        try:
-            with rendering_limit("it"):
-                (chosen,), (rejected,) = encoder([pair, pair.rejected_side()])
-                text = encoder.render.text_of(pair)[0]
-        except TEMPLATE_ERRORS as error:
-            if not is_of_template(error):
-                raise
-            raise ValueError(
-                f"row {number} of {dataset.facts['dataset']}: the chat template refuses it: "
-                f"{first_line(error)}"
-            ) from error
+        with refusals_of(f"row {number} of {dataset.facts['dataset']}"):
+            (chosen,), (rejected,) = encoder([pair, pair.rejected_side()])
+            text = encoder.render.text_of(pair)[0]
         one = encode_pair(chosen, rejected, max_length)
         if not one["kept"]:
             left_out["equal_after_cut" if one["equal"] else "without_a_token"] += 1

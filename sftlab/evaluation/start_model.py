@@ -10,7 +10,7 @@ from peft import PeftModel
 from sftlab.files import file_hash
 from sftlab.models.trust import check_adapter
 from sftlab.runs.record import RECORD
-from sftlab.runs.run_directory import START
+from sftlab.runs.run_directory import SIDES, START
 from sftlab.schema import OBJECT, TEXT, check
 
 _TRAINED = "default"  # peft's name of the run's own adapter
@@ -51,6 +51,11 @@ def start_of(folder: Path, run: dict[str, Any]) -> Start | None:
         )
     is_run = (adapter.parent / RECORD).is_file()
     return Start(adapter, then, adapter.parent if is_run else None)
+
+
+def sides_of(start: Start | None) -> tuple[str, ...]:
+    """Returns the names of the models that answer: base, the start if there is one, and tuned."""
+    return SIDES if start is None else ("base", START, "tuned")
 
 
 def load_start(model: PeftModel, start: Start) -> None:

@@ -31,10 +31,10 @@ from sftlab.evaluation.generation import (
 )
 from sftlab.evaluation.processes import ALONE, Processes
 from sftlab.evaluation.served_answers import FACTS, ServedModels
-from sftlab.evaluation.start_model import load_start, start_of
+from sftlab.evaluation.start_model import load_start, sides_of, start_of
 from sftlab.export.server_agreement import LoadedRun, answers_of_held_server
 from sftlab.models.loading import read_config
-from sftlab.runs.run_directory import SIDES, START
+from sftlab.runs.run_directory import START
 
 
 class Contestants:
@@ -69,7 +69,7 @@ class Contestants:
     @property
     def sides(self) -> tuple[str, ...]:
         """Returns the names of the models that answer."""
-        return SIDES if self.start is None else ("base", START, "tuned")
+        return sides_of(self.start)
 
     def add_start(self) -> None:
         """Let the model that the run went on from answer too, as the side start.

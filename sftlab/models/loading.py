@@ -109,11 +109,11 @@ def load_config(
     """
     overrides, trusted = training.model_init_kwargs, training.trust_remote_code
     config = read_config(name, revision, trusted, overrides, with_weights)
-    taken = model_class(config)
-    if config.get_text_config() is config or _has_text_model(taken, config):
+    text = _text_within(config)
+    if text is config:
         return config
-    text = text_config_of(config)
     if text is None:
+        taken = model_class(config)
         kind = taken.__name__ if taken else f"{config.model_type} model"
         raise ValueError(f"{name} is a {kind}, which takes more than text: give a text-only model")
     _refuse_overrides(overrides, name)
@@ -121,9 +121,16 @@ def load_config(
     return text
 
 
-def _has_text_model(taken: type | None, config: PreTrainedConfig) -> bool:
-    """Whether transformers' class for a config of several parts is that of its text alone."""
-    return taken is not None and taken.config_class is type(config.get_text_config())
+def _text_within(config: PreTrainedConfig) -> PreTrainedConfig | None:
+    """Returns the config of the text model that `text_model` takes out of the whole checkpoint.
+
+    That is `config` itself where transformers' own class is that of the text alone, and None where
+    there is no text model.
+    """
+    text, taken = config.get_text_config(), model_class(config)
+    if text is config or (taken is not None and taken.config_class is type(text)):
+        return config
+    return text_config_of(config)
 
 
 def _refuse_overrides(overrides: dict[str, Any] | None, name: str) -> None:
@@ -198,7 +205,8 @@ def load_weights(
     """Load a causal language model as `load_model` does, the base model's or a judge's."""
     kwargs, trusted = dict(kwargs), kwargs["trust_remote_code"]
     config = read_config(name, kwargs.get("revision"), trusted)
-    within = not _has_text_model(model_class(config), config) and text_config_of(config) is not None
+    text = _text_within(config)
+    within = text is not None and text is not config
     # the other parts have no attention for packed rows
     attention = kwargs.pop("attn_implementation", None) if within else None
     loader = logging.getLogger("transformers.modeling_utils")

@@ -75,7 +75,6 @@ class Step:
     `optimizer_copies`: torch's AdamW, unless fused, takes the roots of all second moments at once.
     `optimizer_waits`: bitsandbytes' optimizers wait for the GPU after every trained tensor.
     `whole_logits`: the number of float32 copies of all logits, 0 for a loss in chunks.
-    `fused`: trained linears that are several of `targets` in one.
     `reference`: preference tuning's frozen model runs forward too, with an adapter of its own where
     `reference_adapter` is set.
     """
@@ -100,9 +99,13 @@ class Step:
     optimizer_copies: bool = False
     optimizer_waits: bool = False
     whole_logits: float = 0.0
-    fused: frozenset[str] = frozenset()
     reference: bool = False
     reference_adapter: bool = False
+
+    @property
+    def fused(self) -> frozenset[str]:
+        """Trained linears that are several of `targets` in one."""
+        return frozenset(one for one in self.weights.fused if self.targets >= set(FUSED[one]))
 
     @property
     def compute_bytes(self) -> int:
@@ -136,10 +139,9 @@ def step_of(
             "leave fused_loss out"
         )
     targets, shape = _targets(model), Shape.of(config, fast.layers)
-    weights = count_weights(recipe, config)
     return Step(
         shape=shape,
-        weights=weights,
+        weights=count_weights(recipe, config),
         precision=PRECISIONS[training.mixed_precision],
         targets=targets,
         rank=model.lora_r if model.use_peft else 0,
@@ -157,7 +159,6 @@ def step_of(
         accumulation=training.gradient_accumulation_steps,
         optimizer_copies=training.optim == "adamw_torch",
         optimizer_waits=is_bitsandbytes(training.optim),
-        fused=frozenset(one for one in weights.fused if targets >= set(FUSED[one])),
         reference=pairs,
         reference_adapter=pairs and bool(model.adapter_name_or_path),
     )
