@@ -220,7 +220,7 @@ def test_passwords_and_an_end_in_the_middle_of_an_answer(offered, tmp_path):
         assert waits_for(job.outputs)
         started = time.monotonic()
         assert running.interrupt() == 0
-        assert time.monotonic() - started < 3
+        assert time.monotonic() - started < 10
         assert job.outputs()[-1]["tokens"]["tuned"] < 400
 
 

@@ -6,7 +6,6 @@ the base model is made, LoRA lowers the response perplexity at least threefold.
 import json
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import fork_server
@@ -109,11 +108,9 @@ def test_a_model_tuned_on_unshifted_labels_is_detected(tuned, tmp_path):
 
 def test_a_second_build_keeps_what_is_there(built):
     before = (built / "base" / "model.safetensors").stat().st_mtime_ns
-    started = time.time()
     done = build(built)
     assert done.returncode == 0
     assert "complete already" in done.stdout
-    assert time.time() - started < 10
     assert (built / "base" / "model.safetensors").stat().st_mtime_ns == before
 
 
