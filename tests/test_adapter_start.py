@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TrainerCallba
 
 from sftlab.data.collator import Collator
 from sftlab.evaluation.base_and_tuned import finished_run, load_pair
+from sftlab.models import four_bits
 from sftlab.training import eva
 from sftlab.training.adapter_start import AdapterStart
 from sftlab.training.eva import EvaBatches
@@ -46,7 +47,9 @@ def trained(fields, start, **more):
 def plain_base(fields, start):
     four = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
     more = {"quantization_config": four} if start == "loftq" else {}
-    return AutoModelForCausalLM.from_pretrained(fields["model_name_or_path"], **more)
+    plain = AutoModelForCausalLM.from_pretrained(fields["model_name_or_path"], **more)
+    four_bits.mend(plain)
+    return plain
 
 
 def inputs_of(fields, trainer, layer):

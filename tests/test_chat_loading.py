@@ -87,7 +87,7 @@ def test_an_adapter_that_peft_cannot_mix_answers_one_side_after_the_other(finish
 
 
 @pytest.mark.parametrize("width", [32, 64])
-def test_four_bits_answer_both_sides_or_are_refused(finished, tmp_path, base, width):
+def test_four_bits_answer_both_sides(finished, tmp_path, base, width):
     config = AutoConfig.from_pretrained(
         base, hidden_size=width, head_dim=width // 2, intermediate_size=64
     )
@@ -100,11 +100,7 @@ def test_four_bits_answer_both_sides_or_are_refused(finished, tmp_path, base, wi
     run = finished_run(folder)
     run["recipe"]["model_name_or_path"] = str(tmp_path / "base")
     (folder / "run.json").write_text(json.dumps(run))
-    try:
-        chat = Chat(folder, load_in_4bit=True)
-    except ValueError as error:
-        assert width == 32 and "does not run in 4 bits here" in str(error)
-        return
+    chat = Chat(folder, load_in_4bit=True)
     assert chat._model.get_base_model().is_loaded_in_4bit
     letters_alone(chat._model)
     both = texts(chat)

@@ -262,13 +262,6 @@ class Chat:
         )
         self.mixed = _answers_in_one_batch(self._model)
         self._lock, self._closed = Lock(), Event()
-        if getattr(inner, "is_loaded_in_4bit", False):
-            try:
-                inner(torch.tensor([[0]], device=inner.device))
-            except (RuntimeError, AssertionError) as error:
-                # bitsandbytes on a CPU does not take every matrix
-                reason = str(error).partition("\n")[0]
-                raise ValueError(f"{folder} does not run in 4 bits here: {reason}") from error
 
     def fit(
         self, history: History, max_new_tokens: int, stop: Event | None = None

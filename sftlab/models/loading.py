@@ -29,6 +29,7 @@ from trl import get_quantization_config
 
 from sftlab.config.model_overrides import check_overrides
 from sftlab.config.recipe import ModelArguments, TrainingArguments
+from sftlab.models import four_bits
 from sftlab.models.text_part import refuse_other_structure, text_config_of, text_model
 from sftlab.models.trust import FLAG, check_base_folder, refuse_hub_kernels
 
@@ -223,6 +224,7 @@ def load_weights(
         )
     finally:
         loader.removeFilter(_no_report)
+    four_bits.mend(loaded)
     if getattr(loaded, "_hf_peft_config_loaded", False):
         raise ValueError(f"base model {name} holds an adapter: give the base model alone")
     _refuse_other_tensors(loaded, found, name, kwargs.get("num_hidden_layers"))
