@@ -51,7 +51,7 @@ from sftlab.export.gguf_file import (
     refuse_unwritable,
     write_gguf,
 )
-from sftlab.export.model_card import model_card
+from sftlab.export.model_card import check_run, model_card
 from sftlab.export.server_agreement import hold_to_run
 from sftlab.export.unfinished_folder import unfinished_folder
 from sftlab.export.usage import Export, serve_command
@@ -119,6 +119,7 @@ def export(arguments: argparse.Namespace) -> None:
     if out.resolve().is_relative_to(folder.resolve()):
         raise ValueError(f"--out {out} is inside the run {folder}: give a folder beside it")
     run = finished_run(folder)
+    check_run(run, str(folder / "run.json"))
     recipe = run["recipe"]
     if arguments.to == "adapter" and not recipe["use_peft"]:
         raise ValueError(f"{folder} is full fine-tuning, without an adapter: pass --to merged")

@@ -28,8 +28,8 @@ _CANNOT = (OSError, ImportError, NotImplementedError)
 
 
 def first_line(error: BaseException) -> str:
-    """Returns the first line of what an error says, or its kind where it says nothing."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    """Returns the first line of what an error says, shortened, or its kind if it says nothing."""
+    return short((str(error).strip().splitlines() or [type(error).__name__])[0])
 
 
 def short(text: str) -> str:

@@ -8,7 +8,7 @@ from threading import Thread
 import huggingface_hub.constants
 import pytest
 import torch
-from conftest import load_script
+from conftest import copy_of, load_script, read
 from gguf import GGUFReader
 from peft import AutoPeftModelForCausalLM
 from transformers import (
@@ -104,6 +104,27 @@ def test_a_damaged_evaluation_is_named_before_a_model_card_shows_it(
     (tmp_path / "eval" / "quality.json").write_text(json.dumps(found))
     with pytest.raises(ValueError, match=r"quality\.json"):
         script.quality_of(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (lambda run: run.pop("ran"), "has no ran, expected an object"),
+        (lambda run: run["recipe"].pop("lora_alpha"), "has no recipe.lora_alpha"),
+        (lambda run: run["data"].update(validation="x"), "has no data.validation.rows"),
+        (lambda run: run["measured"].update(global_step="x"), "measured.global_step is"),
+    ],
+)
+def test_a_damaged_record_is_named_before_anything_is_written(
+    script, finished, tmp_path, damage, said
+):
+    folder, out = copy_of(finished[0], tmp_path / "run"), tmp_path / "out"
+    run = read(folder)
+    damage(run)
+    (folder / "run.json").write_text(json.dumps(run))
+    with pytest.raises(SystemExit, match=said):
+        script.main(["--run", str(folder), "--to", "merged", "--out", str(out)])
+    assert not out.exists()
 
 
 def test_an_export_goes_beside_its_run(script, finished):

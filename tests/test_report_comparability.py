@@ -1,5 +1,6 @@
 """Only runs that differ in the axis are compared; every confounded run is named."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -86,6 +87,16 @@ def test_precision_explains_what_follows_from_it_and_no_more(make):
         )
     )
     assert set(differences(runs, ["precision"])) == {"quantization"}
+
+
+@pytest.mark.parametrize("name", ["strategy", "world_size", "precision"])
+def test_a_record_without_its_launch_is_named(make, name):
+    folder = make("cut")
+    run = json.loads((folder / "run.json").read_text())
+    del run["launch"][name]
+    (folder / "run.json").write_text(json.dumps(run))
+    with pytest.raises(ValueError, match=rf"run\.json has no launch\.{name}"):
+        facts(folder)
 
 
 def test_precision_that_was_asked_for_and_did_not_run_is_no_difference(

@@ -214,6 +214,7 @@ BAD_VALUES = {
     "settings": (lambda m: m.update(settings=[]), "settings is [], expected an object"),
     "rows": (lambda m: m["facts"].update(rows_read="many"), 'facts.rows_read is "many", expected'),
     "split": (lambda m: m["facts"].update(train=None), "has no facts.train.rows"),
+    "fields": (lambda m: m["facts"].pop("rows_with"), "has no facts.rows_with"),
     "not used": (lambda m: m["facts"].update(not_used={"x": 1}), "facts.not_used is"),
     "kept": (lambda m: m["tokenized"].update(train={"kept": -1}), "tokenized.train.kept is -1"),
     "longest": (lambda m: m["tokenized"]["train"].pop("longest"), "has no tokenized.train.longest"),

@@ -287,11 +287,16 @@ def test_a_spoilt_tokenizer_is_a_sentence(own, file, change):
 
 
 @pytest.mark.parametrize(
-    ("key", "value"),
-    [("eos_token_id", ["x"]), ("bos_token_id", {"value": 1})],
+    ("key", "value", "expected"),
+    [
+        ("eos_token_id", ["x"], "token ids"),
+        ("bos_token_id", {"value": 1}, "token ids"),
+        ("output_hidden_states", "all", "true or false"),
+        ("output_attentions", [None], "true or false"),
+    ],
 )
-def test_a_base_models_special_tokens_are_ids(own, key, value):
+def test_a_base_models_generation_config_is_checked(own, key, value, expected):
     model = Path(read(own)["recipe"]["model_name_or_path"])
     changed(model / "generation_config.json", **{key: value})
-    with pytest.raises(ValueError, match=rf"{key} is .*, expected token ids"):
+    with pytest.raises(ValueError, match=rf"{key} is .*, expected {expected}"):
         load_pair(own, finished_run(own))

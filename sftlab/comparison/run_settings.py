@@ -11,6 +11,7 @@ from fnmatch import fnmatch
 from typing import Any, NamedTuple
 
 from sftlab.config.lora_variants import SCALE_FIELDS, lora_scale
+from sftlab.schema import COUNT, TEXT, check
 
 # Recipe fields that change no figure of a report: where it is written, logged, saved and uploaded.
 BOOKKEEPING = (
@@ -45,6 +46,10 @@ class Settings(NamedTuple):
         return self.facts.get(axis, self.recipe.get(axis))
 
 
+_LAUNCH = {"strategy": TEXT, "precision": TEXT.or_null(), "world_size": COUNT}
+_LAUNCH = {f"launch.{name}": kind for name, kind in _LAUNCH.items()}
+
+
 def settings(
     run: Mapping[str, Any],
     quality: Mapping[str, Any] | None = None,
@@ -53,8 +58,9 @@ def settings(
     """Returns the settings of a run from the contents of its run.json.
 
     Where its scores are compared too, `quality` is eval/quality.json and `judged` are the entries
-    of eval/alpaca.json and eval/mt_bench.json.
+    of eval/alpaca.json and eval/mt_bench.json. Raises ValueError where run.json lacks its launch.
     """
+    check(run, "run.json", _LAUNCH)
     ran = run.get("ran") or {}
     facts = _recipe_facts(run["recipe"]) | _asked(run) | ran
     if not ran:  # a library would have chosen what is unset, and nobody knows what

@@ -52,6 +52,8 @@ _OF_FINISHED = {
     "facts.shape": TEXT,
     "facts.rows_read": COUNT,
     "facts.empty_responses_dropped": COUNT,
+    "facts.not_used": _UNUSED,
+    "facts.rows_with": _COUNTS,
     **{f"facts.{split}.rows": COUNT for split in _SPLITS},
     **{f"facts.{split}.fingerprint": TEXT for split in _SPLITS},
     **{f"tokenized.{split}.kept": COUNT for split in _SPLITS},
@@ -59,8 +61,6 @@ _OF_FINISHED = {
 }
 _COUNTED = {
     "facts.rows_there": COUNT,
-    "facts.not_used": _UNUSED,
-    "facts.rows_with": _COUNTS,
     "facts.rows_without_an_answer": COUNT,
     "facts.bad_rows_left_out": COUNT,
     "facts.sources": OBJECTS,

@@ -12,9 +12,29 @@ from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 from sftlab.evaluation.text_metrics import NAMES
 from sftlab.export.formats import refuse_for_vllm
 from sftlab.export.usage import Export, usage, usage_in_run
+from sftlab.schema import COUNT, NUMBER, OBJECT, TEXT, Kind, check, list_of
 from sftlab.tables import figure, interval, markdown, p_value
 
 _LIBRARY = {"merged": "transformers", "adapter": "peft", "gguf": "gguf"}
+_SHOWN = {
+    **dict.fromkeys(("ran", "measured", "versions", "hardware", "data", "template"), OBJECT),
+    **{f"data.{split}.rows": COUNT.or_null() for split in ("train", "validation", "test")},
+    "data.train.fingerprint": TEXT,
+    **dict.fromkeys(("template.source", "template.hash"), TEXT),
+    "recipe.dtype": TEXT,
+    "recipe.model_revision": TEXT.or_null(),
+    "recipe.max_length": COUNT.or_null(),
+    "recipe.learning_rate": NUMBER,
+    **dict.fromkeys(("ran.global_batch", "ran.world_size", "ran.trainable_parameters"), COUNT),
+    **dict.fromkeys(("ran.precision", "ran.strategy"), TEXT),
+    "measured.global_step": COUNT,
+}
+_SHOWN_OF_LORA = {
+    **dict.fromkeys(("recipe.lora_r", "recipe.lora_alpha"), NUMBER),
+    "recipe.lora_target_modules": Kind(
+        "a text or a list of texts", lambda value: TEXT.holds(value) or list_of(TEXT).holds(value)
+    ),
+}
 _FROM_BESIDE = "From the folder in which `{name}` is:"
 
 
@@ -159,6 +179,11 @@ def _scores(quality: dict[str, Any]) -> list[str]:
         f"Base against tuned on {about}. In brackets are 95 % intervals; p is after Holm.",
         *markdown(lines),
     ]
+
+
+def check_run(run: dict[str, Any], where: str) -> None:
+    """Raise ValueError where run.json lacks what a card shows of a run."""
+    check(run, where, _SHOWN | (_SHOWN_OF_LORA if run["recipe"]["use_peft"] else {}))
 
 
 def _training(run: dict[str, Any]) -> list[list[str]]:

@@ -20,6 +20,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
     AutoTokenizer,
+    GenerationConfig,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -233,13 +234,23 @@ def load_weights(
         _say_text_alone(name)
         if attention is not None:
             loaded.set_attn_implementation(attention)
+    _check_generation(loaded.generation_config, name)
+    return loaded
+
+
+def _check_generation(config: GenerationConfig, name: str) -> None:
+    """Raise ValueError for a value of generation_config.json that a generation falls over."""
     for key in ("eos_token_id", "bos_token_id", "pad_token_id", "decoder_start_token_id"):
-        ids = getattr(loaded.generation_config, key)
+        ids = getattr(config, key)
         if not all(type(one) is int for one in (ids if isinstance(ids, list) else [ids or 0])):
             raise ValueError(
                 f"generation_config.json of {name}: {key} is {ids!r}, expected token ids"
             )
-    return loaded
+    for key in ("output_hidden_states", "output_attentions", "output_scores", "output_logits"):
+        if (value := getattr(config, key)) not in (None, True, False):
+            raise ValueError(
+                f"generation_config.json of {name}: {key} is {value!r}, expected true or false"
+            )
 
 
 def _refuse_other_tensors(
