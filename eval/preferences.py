@@ -7,8 +7,9 @@ python eval/preferences.py --config_file accelerate_configs/ddp.yaml --num_proce
 Start is the model that the run went on from, usually after supervised fine-tuning (SFT). Three
 things are scored: the held-out pairs, the answers to their prompts, and the test rows of the SFT
 run. RUN/eval/preferences.json has the scores, RUN/eval/preferences.jsonl a record per pair, and
-RUN/eval/preferences-start_rows.jsonl one per test row of the SFT run. Answers are kept in
-RUN/eval/answers-*.jsonl; after a kill the same command goes on from there.
+RUN/eval/start_rows.jsonl one per test row of the SFT run; --dataset_name adds its own name to
+theirs. Answers are kept in RUN/eval/answers-*.jsonl; after a kill the same command goes on from
+there.
 """
 
 import sftlab.startup.filter_warnings  # noqa: I001  (before the libraries that it quiets)
@@ -46,7 +47,7 @@ from sftlab.evaluation.generation import (
     generation_facts,
     longest_prompt,
 )
-from sftlab.evaluation.held_out import held_out
+from sftlab.evaluation.held_out import held_out, result_name
 from sftlab.evaluation.preference_pairs import (
     CHOSEN,
     REJECTED,
@@ -166,7 +167,7 @@ def evaluate(arguments: argparse.Namespace, processes: Processes) -> None:
     }
     known = pairs_known_to_start(start, pairs.questions)
     report["warnings"] = warnings(report, [dataset.unchecked, rows.why_not, known])
-    write(arguments.run / "eval", report, pair_records(pairs, found, rewards), rows, of_rows)
+    write(arguments, report, pair_records(pairs, found, rewards), rows, of_rows)
     print("\n".join(lines_of(report)))
 
 
@@ -230,15 +231,19 @@ def by_answer(values: np.ndarray) -> dict[str, Any]:
 
 
 def write(
-    folder: Path,
+    arguments: argparse.Namespace,
     report: dict[str, Any],
     records: Sequence[dict[str, Any]],
     rows: StartRows,
     of_rows: dict[str, Any],
 ) -> None:
-    """Write preferences.json, preferences.jsonl, and the records of the start's rows."""
-    write_json(folder / "preferences.json", report)
-    write_lines(folder / "preferences.jsonl", records)
+    """Write the scores, and the records of pairs and of the start's rows.
+
+    Another data set's name becomes part of the names.
+    """
+    folder, other = arguments.run / "eval", arguments.dataset_name
+    write_json(folder / f"{result_name('preferences', other)}.json", report)
+    write_lines(folder / f"{result_name('preferences', other)}.jsonl", records)
     if rows.scored:
         nats = {side: one.response.tolist() for side, one in of_rows.items()}
         lines = [
@@ -246,7 +251,7 @@ def write(
             for place, number in enumerate(rows.scored.numbers)
         ]
         lines.sort(key=lambda line: line["row"])
-        write_lines(folder / "preferences-start_rows.jsonl", lines)
+        write_lines(folder / f"{result_name('start_rows', other)}.jsonl", lines)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,6 @@ import sftlab.startup.launcher  # it may replace this process
 import sftlab.startup.preload  # noqa: F401
 
 import argparse
-import re
 import sys
 from datetime import UTC, datetime
 from pathlib import Path
@@ -36,7 +35,7 @@ from sftlab.evaluation.generation import (
     generation_facts,
     longest_prompt,
 )
-from sftlab.evaluation.held_out import HeldOut, ScoredRows, held_out, select
+from sftlab.evaluation.held_out import HeldOut, ScoredRows, held_out, result_name, select
 from sftlab.evaluation.base_and_tuned import (
     add_trust_flag,
     answering,
@@ -309,8 +308,7 @@ def write(
     name: str = "quality",
 ) -> None:
     """Write NAME.json and NAME.jsonl. Another data set's name becomes part of the names."""
-    other = arguments.dataset_name and re.sub(r"\W+", "-", Path(arguments.dataset_name).stem)
-    name = f"{name}-{other}" if other else name
+    name = result_name(name, arguments.dataset_name)
     (arguments.run / "eval").mkdir(exist_ok=True)
     write_lines(arguments.run / "eval" / f"{name}.jsonl", records)
     write_json(arguments.run / "eval" / f"{name}.json", report)

@@ -11,6 +11,7 @@ from conftest import ROOT, launched, load_script, pair_rows, read, write_jsonl
 from packed_training import build
 from preference_runs import pair_fields
 from safetensors.torch import load_file
+from trl import DPOTrainer
 
 from sftlab.config.preference_fields import LOSSES
 from sftlab.runs.run_directory import adapter_hash
@@ -126,6 +127,22 @@ def test_beta_scales_the_margin_and_padding_changes_nothing(trainer):
     loss, _ = loss_of(trainer, rows)
     assert sum(one for one, _ in alone) / 4 == pytest.approx(loss, abs=1e-6)
     assert sum(one for _, one in alone) / 4 == pytest.approx(margin, abs=1e-5)
+
+
+def test_validation_runs_model_and_reference_once_and_logs_means_over_pairs(trainer):
+    trainer.eval_dataset = trainer.train_dataset.select(range(5))
+    trainer.args.per_device_eval_batch_size, calls, logged = 3, [], []
+    trainer.model.register_forward_hook(lambda *_: calls.append(1))
+    trainer.log = lambda logs, *_: logged.append(dict(logs))
+    found = trainer.validation()
+    assert len(calls) == 2 * 2, "two batches, each through the model and its reference"
+    trainer.evaluate()
+    DPOTrainer.log(trainer, logged[0])
+    each = [loss_of(trainer, [row]) for row in trainer.eval_dataset]
+    margins = [margin for _, margin in each]
+    assert found["validation_reward_margin"] == pytest.approx(sum(margins) / 5, rel=1e-4)
+    assert found["validation_loss"] == pytest.approx(sum(loss for loss, _ in each) / 5, rel=1e-5)
+    assert logged[0]["eval_rewards/margins"] == pytest.approx(sum(margins) / 5, rel=1e-4)
 
 
 def test_a_model_that_does_not_begin_as_its_reference_is_refused(trainer):

@@ -57,7 +57,7 @@ def test_three_models_are_scored_on_the_held_out_pairs(
     one = records[0]
     by_hand = found["beta"] * (one["tuned"]["chosen"][0] - one["start"]["chosen"][0])
     assert one["rewards"]["chosen"] == pytest.approx(by_hand)
-    rows = lines_of(run, "preferences-start_rows.jsonl")
+    rows = lines_of(run, "start_rows.jsonl")
     nats, tokens = np.sum([one["start"]["response_nll"] for one in rows], axis=0)
     start = found["scores"]["start_perplexity"]["start"]["value"]
     assert start == pytest.approx(math.exp(nats / tokens))
@@ -106,8 +106,11 @@ def test_pairs_of_another_file_are_scored_unless_they_were_trained_on(
     rows = [one | {"prompt": f"{one['prompt']} Now!"} for one in pair_rows(12)]
     rows[1]["rejected"] = rows[1]["chosen"]
     path = write_jsonl(tmp_path / "other.jsonl", rows)
-    found = evaluated(preferences, preferred, tmp_path, "--dataset_name", str(path))[1]
-    assert found["pairs"] == 11
+    run = copy_of(preferred, tmp_path / "copy")
+    preferences.main(["--run", str(run), "--dataset_name", str(path), *SHORT])
+    assert found_in(run, "preferences-other")["pairs"] == 11
+    assert not (run / "eval" / "preferences.json").exists(), "that is of the run's own pairs"
+    assert len(lines_of(run, "preferences-other.jsonl")) == 11
     assert "fewer than 30 questions" in capsys.readouterr().out
     path = write_jsonl(tmp_path / "known.jsonl", pair_rows(200))
     with pytest.raises(SystemExit, match="trained or validated on"):

@@ -4,7 +4,7 @@ import json
 import shutil
 
 import pytest
-from conftest import copy_of, instruction_rows, load_script, read, write_jsonl
+from conftest import copy_of, instruction_rows, load_script, pair_rows, read, write_jsonl
 from judged_runs import SHORT, change_adapter, report
 
 
@@ -136,3 +136,11 @@ def test_bad_input_is_one_sentence(quality, run, tmp_path, spoil, flags, message
     assert message in text
     assert "\n" not in text
     assert not (run / "eval" / "quality.json").exists()
+
+
+def test_pairs_are_sent_to_what_scores_them(quality, run, tmp_path):
+    pairs = write_jsonl(tmp_path / "pairs.jsonl", pair_rows(3))
+    with pytest.raises(SystemExit) as caught:
+        quality.main(["--run", str(run), "--dataset_name", str(pairs), *SHORT])
+    assert f"{pairs} holds preference pairs: score" in caught.value.code
+    assert "eval/preferences.py" in caught.value.code and "train" not in caught.value.code

@@ -39,6 +39,10 @@ _OPTIONAL = {
 }
 
 
+class HoldPairs(ValueError):
+    """Columns are those of preference pairs, where rows of one answer are expected."""
+
+
 def read_columns(
     found: Sequence[str], data_format: str | None, given: Mapping[str, str], name: str
 ) -> tuple[str, Columns]:
@@ -155,7 +159,7 @@ def _guessed(found: Sequence[str], there: Sequence[str], name: str) -> tuple[str
             "and slurm/tokenize_dataset.py tokenizes it"
         )
     if any(map(_REJECTED.search, found)):
-        raise ValueError(
+        raise HoldPairs(
             f"the columns {', '.join(found)} hold preference pairs: train on them with --method "
             "dpo (columns chosen and rejected), or on the wanted answers alone with --columns "
             f"{_proposed(found)}"

@@ -1,6 +1,8 @@
 """The rows that a run is judged on: its test split, or another data set."""
 
+import re
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from datasets import Dataset
@@ -8,6 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from sftlab.config.recipe import DataArguments
 from sftlab.data.chat_template import encoder_of
+from sftlab.data.column_names import HoldPairs
 from sftlab.data.converter import turn_of
 from sftlab.data.messages import Conversation, Message
 from sftlab.data.splits import Splits, load_splits
@@ -103,7 +106,7 @@ def held_out(
     else:
         # how the run's own data are read does not hold for another data set
         kept = ("loss_on", "dataset_text_from_numbers")
-        other = _load(
+        other = _load_other(
             {name: recipe[name] for name in kept if name in recipe}
             | {"dataset_name": dataset, "dataset_config": config, "dataset_train_split": split}
             | {"split_fractions": [0.0, 0.0, 1.0], "dataset_shape": shape}
@@ -118,6 +121,15 @@ def held_out(
         return HeldOut(rows, facts, unchecked)
     _refuse_overlap(rows, splits, origin)
     return HeldOut(rows, facts, None)
+
+
+def result_name(name: str, dataset: str | None) -> str:
+    """Returns the name of what is written of an evaluation, without an ending.
+
+    That is `name`, and behind it another data set's own.
+    """
+    other = dataset and re.sub(r"\W+", "-", Path(dataset).stem)
+    return f"{name}-{other}" if other else name
 
 
 def questions_of(run: dict[str, Any]) -> frozenset[int]:
@@ -203,6 +215,16 @@ def _load(fields: dict[str, Any]) -> Splits:
             **{name: fields[name] for name in DataArguments.__dataclass_fields__ if name in fields}
         )
     )
+
+
+def _load_other(fields: dict[str, Any]) -> Splits:
+    try:
+        return _load(fields)
+    except HoldPairs as error:
+        raise ValueError(
+            f"{fields['dataset_name']} holds preference pairs: score a run of method dpo on them "
+            "with eval/preferences.py --dataset_name, or give rows of one answer"
+        ) from error
 
 
 def _refuse_overlap(rows: Dataset, splits: Splits, origin: str) -> None:

@@ -52,6 +52,7 @@ class PreferenceTrainer(RecordedTrainer, DPOTrainer):
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self._margins: list[torch.Tensor] = []
         super().__init__(*args, **kwargs)
         self.data_collator = PairCollator(
             self.processing_class.pad_token_id, self.args.pad_to_multiple_of
@@ -130,14 +131,36 @@ class PreferenceTrainer(RecordedTrainer, DPOTrainer):
             self.memory.forward_ended()
         return loss
 
+    def prediction_step(self, *args: Any, **kwargs: Any) -> Any:
+        """Returns the batch's loss, and keeps the reward margin of each pair for `validation`.
+
+        trl has means of batches alone. Its loss runs the model, then the reference.
+        """
+        found: list[torch.Tensor] = []
+        hook = self.model.register_forward_hook(
+            lambda *call: found.append(call[-1].log_probs.sum(dim=1))
+        )
+        try:
+            predicted = super().prediction_step(*args, **kwargs)
+        finally:
+            hook.remove()
+        now, reference = found
+        chosen, rejected = (now - reference).chunk(2)
+        self._margins.append(
+            self.accelerator.gather_for_metrics(self.beta * (chosen - rejected).float())
+        )
+        return predicted
+
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         """Run transformers' loop; its output has trl's metrics too, as means over pairs."""
+        self._margins = []
         output = super().evaluation_loop(*args, **kwargs)
         prefix = kwargs.get("metric_key_prefix", "eval")
         of_batches = pairs_of_batches(len(self.eval_dataset), self._pairs_at_once)
         found = {
             n: _mean(values, of_batches) for n, values in self._metrics["eval"].items() if values
         }
+        self._metrics["eval"].clear()  # trl would log means of batches in place of these
         output.metrics.update({f"{prefix}_{name}": value for name, value in found.items()})
         return output
 
@@ -153,23 +176,12 @@ class PreferenceTrainer(RecordedTrainer, DPOTrainer):
         loop = self.evaluation_loop(
             self.get_eval_dataloader(), "validation", prediction_loss_only=True
         )
-        self._metrics["eval"].clear()
-        margins = self._validation_margins()
+        margins = torch.cat(self._margins)
         return {
             "validation_loss": loop.metrics["eval_loss"],
             "validation_reward_accuracy": float((margins > 0).float().mean()),
             "validation_reward_margin": float(margins.mean()),
         }
-
-    def _validation_margins(self) -> torch.Tensor:
-        """Returns the reward margin of each validation pair, [pairs]; trl has those of batches."""
-        model, found = self.model.eval(), []
-        for inputs in self.get_eval_dataloader():
-            now = self.side_log_probs(model, inputs)
-            reference = self.reference_log_probs(model, inputs)
-            apart = now.chosen - reference.chosen - (now.rejected - reference.rejected)
-            found.append(self.accelerator.gather_for_metrics(self.beta * apart))
-        return torch.cat(found)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         """Save the trained adapter alone: the reference is made again from what it was."""
