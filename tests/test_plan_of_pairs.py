@@ -29,7 +29,10 @@ def test_a_pair_costs_a_forward_more_than_two_rows():
     sft += ["--compile_layers=false", "--lora_dropout=0", "--max_length=1024"]
     sft += ["--per_device_train_batch_size=16", "--global_batch_size=64"]
     # rows of the length that a side has where the average token is
-    pairs, rows = plan_of(), plan_of(words=sft, rows=RowLengths(12_000, 300, 100, 1024, "said"))
+    pairs, rows = (
+        plan_of("--packing=false"),
+        plan_of(words=sft, rows=RowLengths(12_000, 300, 100, 1024, "said")),
+    )
     assert pairs.step.tokens == rows.step.tokens == 16 * 1024
     assert pairs.time.matrices == pytest.approx(1.5 * rows.time.matrices)
     assert pairs.time.attention == pytest.approx(4.5 / 3.5 * rows.time.attention)
@@ -37,6 +40,12 @@ def test_a_pair_costs_a_forward_more_than_two_rows():
     flops = rows.step.weights.flops
     of_rows = 6000 // 64 * 64 * 600 * (flops.token + flops.loss_token)
     assert pairs.total_flops == pytest.approx(1.5 * of_rows)
+
+
+def test_packed_sides_are_planned_without_padding():
+    step = plan_of().step
+    assert step.packed and step.tokens == 8 * 600
+    assert plan_of("--packing=false").step.tokens == 8 * PAIRS.longest
 
 
 def test_the_copy_of_the_adapter_takes_its_memory(tmp_path):

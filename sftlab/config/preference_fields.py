@@ -12,6 +12,8 @@ LOSSES = (
     *("sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot"),
     *("aot_unpaired", "apo_zero", "apo_down", "discopop", "sft", "sigmoid_norm"),
 )
+# Losses that depend on which pairs share a micro-batch.
+MICRO_BATCH_LOSSES = ("aot", "aot_unpaired", "sft")
 # Fields that only preference tuning has, and that do what trl says.
 ALONE = (
     *("beta", "loss_weights", "ld_alpha", "f_divergence_type", "f_alpha_divergence_coef"),
@@ -33,8 +35,6 @@ REFUSED_OF_PAIRS = {
     "average_tokens_across_devices": "the loss is a mean over pairs, not over tokens",
     "loss_on": "each side has one answer, and it is in the loss",
     "dataset_streaming": "pairs are counted and encoded before the training",
-    "packing": "the sides of a pair are padded to the longest of the micro-batch",
-    "fused_loss": "trl's fused head computes the log-probabilities",
     "completion_only_loss": "the log-probabilities are those of the answers",
     "answers_during_training": "eval/quality.py generates the answers after the training",
     "shuffle_dataset": "the sampler shuffles the rows",
@@ -47,12 +47,24 @@ class PreferenceArguments(OwnFields, DPOConfig):
     """trl's DPOConfig with the fields of this project."""
 
     # what the code that both methods share reads
-    packing: ClassVar[bool] = False
-    fused_loss: ClassVar[bool] = False
     completion_only_loss: ClassVar[bool] = True
     answers_during_training: ClassVar[int | None] = None
 
     method: str = field(default="dpo", metadata=OwnFields.__dataclass_fields__["method"].metadata)
+    packing: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Concatenate the sides of a micro-batch instead of padding them. Unset: "
+            "wherever attention can keep them apart."
+        },
+    )
+    fused_loss: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Compute the log-probabilities and their gradient over a frozen head in chunks "
+            "of answers' tokens. Unset: wherever the head allows it. False: trl's own head."
+        },
+    )
     compile_layers: bool | None = field(
         default=False,
         metadata={"help": "Compile each decoder layer. Unset: no."},

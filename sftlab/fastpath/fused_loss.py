@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
+from trl.trainer.utils import FusedCausalLMOutput
 
 from sftlab.models.layers import decoder_of
 from sftlab.models.own_logits import NO_CHANGES, Changes
@@ -127,25 +128,78 @@ def add_frozen_head_loss(model: PreTrainedModel, changes: Changes = NO_CHANGES) 
     ) -> object:
         if loss_positions is None:
             return original(*args, labels=labels, **kwargs)
-        hidden = decoder_of(self)(*args, **kwargs | {"use_cache": False}).last_hidden_state.flatten(
-            0, 1
-        )
-        head = self.get_output_embeddings()
-        weight, bias = (
-            one.full_tensor() if isinstance(one, DTensor) else one
-            for one in (head.weight, head.bias)
-        )
-        device = hidden.device.type
-        dtype = (
-            torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
-        )
-        return FrozenHeadLoss.apply(
-            hidden.to(dtype),
-            weight.to(dtype),
-            loss_positions,
-            targets,
-            None if bias is None else bias.to(dtype),
-            *changes,
+        hidden = decoder_of(self)(*args, **kwargs | {"use_cache": False}).last_hidden_state
+        return _of_frozen_head(self, hidden, loss_positions, targets, changes)
+
+    model.forward = types.MethodType(forward, model)
+
+
+def add_frozen_head_log_probs(model: PreTrainedModel, changes: Changes = NO_CHANGES) -> None:
+    """Make `model(..., fused_lm_head=True, answer_positions=)` return what trl's fused head does.
+
+    `input_ids` are [rows, tokens], and `answer_positions` the flat places of tokens whose next one
+    is scored. `changes` is what the model does to its logits, without a cap. Without
+    `answer_positions` the model does as before.
+    """
+    original = model.forward
+
+    def forward(
+        self: PreTrainedModel,
+        *args: object,
+        input_ids: torch.Tensor | None = None,
+        answer_positions: torch.Tensor | None = None,
+        **kwargs: object,
+    ) -> object:
+        if answer_positions is None:
+            return original(*args, input_ids=input_ids, **kwargs)
+        kwargs = {k: v for k, v in kwargs.items() if k not in ("labels", "fused_lm_head")}
+        outputs = decoder_of(self)(*args, input_ids=input_ids, **kwargs | {"use_cache": False})
+        hidden, targets = outputs.last_hidden_state, input_ids.flatten()[answer_positions + 1]
+        found = _of_frozen_head(self, hidden, answer_positions, targets, changes)
+        means = _mean_logits(self, hidden, answer_positions, changes)
+
+        def by_row(values: torch.Tensor) -> torch.Tensor:
+            flat = values.new_zeros(input_ids.numel()).index_copy(0, answer_positions, values)
+            return flat.view(input_ids.shape)[:, :-1]
+
+        nats, entropy, hits, means = map(by_row, (*found, means))
+        return FusedCausalLMOutput(
+            log_probs=-nats, entropy=entropy, is_top1=hits.bool(), mean_logits=means
         )
 
     model.forward = types.MethodType(forward, model)
+
+
+@torch.no_grad()
+def _mean_logits(
+    model: PreTrainedModel, hidden: torch.Tensor, positions: torch.Tensor, changes: Changes
+) -> torch.Tensor:
+    """Returns the mean over the vocabulary of the logits at flat positions, [n] in float32."""
+    head = model.get_output_embeddings()
+    mean_weight = head.weight.mean(dim=0, dtype=torch.float32).to(hidden.dtype)
+    means = (hidden.flatten(0, 1) @ mean_weight)[positions].float()
+    return changes.factor * (means if head.bias is None else means + head.bias.float().mean())
+
+
+def _of_frozen_head(
+    model: PreTrainedModel,
+    hidden: torch.Tensor,
+    positions: torch.Tensor,
+    targets: torch.Tensor,
+    changes: Changes,
+) -> tuple[torch.Tensor, ...]:
+    """Returns nats, entropies and hits at flat positions of hidden [rows, tokens, size], [n]."""
+    head = model.get_output_embeddings()
+    weight, bias = (
+        one.full_tensor() if isinstance(one, DTensor) else one for one in (head.weight, head.bias)
+    )
+    device = hidden.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+    return FrozenHeadLoss.apply(
+        hidden.flatten(0, 1).to(dtype),
+        weight.to(dtype),
+        positions,
+        targets,
+        None if bias is None else bias.to(dtype),
+        *changes,
+    )

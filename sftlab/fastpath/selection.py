@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from transformers import PreTrainedConfig
 
 from sftlab.config.launch import Launch
+from sftlab.config.preference_fields import MICRO_BATCH_LOSSES
 from sftlab.config.recipe import Recipe
 from sftlab.fastpath import varlen_attention
 from sftlab.models.layers import Layers, describe
@@ -98,6 +99,9 @@ def _no_packing(
         return "rows of a stream come without their lengths"
     if recipe.training.neftune_noise_alpha:
         return "NEFTune scales its noise by the length of a row, and packed rows are one row"
+    by_batch = set(MICRO_BATCH_LOSSES) & set(recipe.training.loss_type)
+    if recipe.training.method == "dpo" and by_batch:
+        return f"loss_type {min(by_batch)} depends on which pairs share a micro-batch"
     if attention not in (None, varlen_attention.NAME):
         return f"attention {attention} would need a dense mask over the packed rows"
     if not recipe.model.use_peft and any(one.sinks for one in layers.attention):

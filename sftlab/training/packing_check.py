@@ -37,7 +37,7 @@ def verify_packing(
     rows = _first_rows(inputs)
     packed = _hidden_states(base, forward, Collator(pad_token_id, packed=True)(rows))[0]
     alone = []
-    with _plain_attention(base):
+    with plain_attention(base):
         for row in rows:
             batch = Collator(pad_token_id, packed=False)([row])
             alone.append(_hidden_states(base, forward, batch)[0])
@@ -86,7 +86,8 @@ def _hidden_states(
 
 
 @contextmanager
-def _plain_attention(base: PreTrainedModel) -> Iterator[None]:
+def plain_attention(base: PreTrainedModel) -> Iterator[None]:
+    """Let padded rows go through a model whose attention is of packed ones."""
     base.set_attn_implementation("sdpa")
     try:
         yield

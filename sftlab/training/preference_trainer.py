@@ -2,9 +2,11 @@
 
 import shutil
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from datasets import Dataset
 from torch import nn
@@ -13,9 +15,14 @@ from trl.trainer.utils import use_adapter
 
 from sftlab.config.launch import COMPUTE_DTYPE, PRECISIONS
 from sftlab.data.collator import for_the_model
-from sftlab.data.encoded_pairs import sequences_of
-from sftlab.data.pair_collator import PairCollator
+from sftlab.data.encoded_pairs import IDS, sequences_of
+from sftlab.data.pair_collator import OF_TRL, PairCollator
+from sftlab.data.samplers import row_lengths
+from sftlab.fastpath.fused_loss import add_frozen_head_log_probs
+from sftlab.fastpath.packed_decoder import pack_decoder
 from sftlab.measurement.flops import Flops
+from sftlab.models.own_logits import Changes
+from sftlab.training.packing_check import plain_attention
 from sftlab.training.recorded_trainer import RecordedTrainer
 
 # peft's name of the frozen copy of an adapter that the training goes on from
@@ -23,6 +30,9 @@ REFERENCE = "ref"
 # the largest difference of two forwards of equal weights, per nat of a side's log-probability,
 # in units of the compute dtype's rounding
 _ROUNDINGS = 32
+# the largest mean difference of a token's log-probability between the fast path and trl's own, in
+# nats: about five times what results/numerical_parity has of fine-tuning
+SAME_LOG_PROBS = {"fp32": 1e-3, "fp16": 0.05, "bf16": 0.1, "fp8": 1.0}
 
 
 class SideLogProbs(NamedTuple):
@@ -55,7 +65,10 @@ class PreferenceTrainer(RecordedTrainer, DPOTrainer):
         self._margins: list[torch.Tensor] = []
         super().__init__(*args, **kwargs)
         self.data_collator = PairCollator(
-            self.processing_class.pad_token_id, self.args.pad_to_multiple_of
+            self.processing_class.pad_token_id,
+            self.args.pad_to_multiple_of,
+            packed=self.fast.packing,
+            fused=bool(self.fast.fused_loss),
         )
         # the reference's forward takes 2 of the 4 FLOPs of a frozen weight once more
         self.flops = Flops(*(1.5 * one for one in self.flops))
@@ -74,6 +87,30 @@ class PreferenceTrainer(RecordedTrainer, DPOTrainer):
             for side in ("chosen", "rejected")
         ]
 
+    def row_lengths(self) -> np.ndarray:
+        """Returns the tokens of every training pair, of both sides."""
+        return sum(row_lengths(self.train_dataset, side) for side in IDS)
+
+    def logit_changes(self) -> Changes | str:
+        """Returns what the model does to its logits, or why there is no fused loss."""
+        if self.use_weighting:
+            return "use_weighting needs the whole distribution"
+        if self.aux_loss_enabled:
+            return "the router has a loss besides"
+        changes = super().logit_changes()
+        capped = not isinstance(changes, str) and changes.cap
+        return "the mean of capped logits needs them whole" if capped else changes
+
+    def choose_loss(self) -> None:
+        """Take the fused log-probabilities and packed sides, before layers are compiled."""
+        super().choose_loss()
+        if self.fast.packing:
+            pack_decoder(self._base)
+
+    def add_fused_loss(self, changes: Changes) -> None:
+        """Let the model return log-probabilities without whole logits, as trl's head does."""
+        add_frozen_head_log_probs(self._base, changes)
+
     def loss_tokens(self, inputs: dict[str, Any]) -> int:
         """Returns how many tokens of a micro-batch are in answers, of both sides."""
         return inputs["loss_tokens"]
@@ -84,12 +121,19 @@ class PreferenceTrainer(RecordedTrainer, DPOTrainer):
 
     def side_log_probs(self, model: nn.Module, inputs: dict[str, Any]) -> SideLogProbs:
         """Returns the log-probabilities of the answers of a batch under the trained adapter."""
+        return SideLogProbs(*self._log_probs(model, inputs).sum(dim=1).chunk(2))
+
+    def _log_probs(self, model: nn.Module, inputs: dict[str, Any]) -> torch.Tensor:
+        """Returns the log-probability of each next token of an answer, [2 pairs, tokens - 1].
+
+        It is for checks: layers are not compiled for it.
+        """
         given = self._prepare_inputs(for_the_model(inputs))
         mask = given.pop("completion_mask")
         labels = given["input_ids"].masked_fill(mask == 0, -100)
-        with torch.no_grad(), self.accelerator.autocast():
-            found = model(**given, labels=labels, use_cache=False, fused_lm_head=True)
-        return SideLogProbs(*found.log_probs.sum(dim=1).chunk(2))
+        eager = torch.compiler.set_stance("force_eager")
+        with torch.no_grad(), self.accelerator.autocast(), eager:
+            return model(**given, labels=labels, use_cache=False, fused_lm_head=True).log_probs
 
     def reference_log_probs(self, model: nn.Module, inputs: dict[str, Any]) -> SideLogProbs:
         """Returns the log-probabilities of the answers of a batch under the reference.
@@ -103,8 +147,24 @@ class PreferenceTrainer(RecordedTrainer, DPOTrainer):
     def check_first_step(self, model: nn.Module, inputs: dict[str, Any]) -> None:
         """Check strategy and precision and, at step 0, that the model begins as its reference."""
         super().check_first_step(model, inputs)
+        if self.fast.packing or self.fast.fused_loss:
+            self._refuse_other_log_probs(model, inputs)
         if self.state.global_step == 0:
             self._refuse_other_reference(model, inputs)
+
+    def _refuse_other_log_probs(self, model: nn.Module, inputs: dict[str, Any]) -> None:
+        """Raise RuntimeError where the fast path's log-probabilities are not trl's own."""
+        precision = PRECISIONS[self.args.mixed_precision]
+        found = self._log_probs(model, inputs)
+        with plain_attention(self._base) if self.fast.packing else nullcontext():
+            own = self._log_probs(model, {name: inputs[name] for name in OF_TRL})
+        apart = float((found.float() - own.float()).abs().sum()) / self.loss_tokens(inputs)
+        if not apart <= SAME_LOG_PROBS[precision]:
+            raise RuntimeError(
+                f"the fast path gives other log-probabilities than trl: they differ by {apart:.3g} "
+                f"nats a token (expected at most {SAME_LOG_PROBS[precision]} in {precision}): pass "
+                "--packing false --fused_loss false"
+            )
 
     def _refuse_other_reference(self, model: nn.Module, inputs: dict[str, Any]) -> None:
         now = torch.stack(self.side_log_probs(model, inputs)).float()

@@ -4,6 +4,7 @@ from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate.data_loader import SeedableRandomSampler
 from datasets import Dataset
@@ -14,6 +15,7 @@ from transformers.trainer_utils import TrainOutput
 
 from sftlab.config.launch import Launch
 from sftlab.data.samplers import BalancedSampler, WholeBatches, row_lengths, whole_batches
+from sftlab.fastpath import fused_loss
 from sftlab.fastpath.compile_layers import compile_layers
 from sftlab.fastpath.float8 import freeze_in_float8
 from sftlab.fastpath.fsdp import (
@@ -28,7 +30,7 @@ from sftlab.measurement.flops import flops_per_token
 from sftlab.measurement.memory import MemorySplit, PeakMemory
 from sftlab.measurement.throughput import Meter
 from sftlab.models.inner_model import inner_model
-from sftlab.models.own_logits import own_log_probs_if_needed
+from sftlab.models.own_logits import Changes, logit_changes, own_log_probs_if_needed
 from sftlab.models.plain_adapter import Matrices
 from sftlab.training.adapter_start import AdapterStart
 from sftlab.training.checkpointing import Checkpointer
@@ -111,8 +113,33 @@ class RecordedTrainer(UpstreamFixes):
             compile_layers(base)
 
     def choose_loss(self) -> None:
-        """Choose how the loss is computed, before layers are compiled: trl's way, here."""
-        self.fast.fused_loss = False
+        """Take the fused loss where the recipe and the model allow it, before layers are compiled.
+
+        Raises ValueError where the recipe asks for it in vain.
+        """
+        changes = self.logit_changes()
+        reason = changes if isinstance(changes, str) else None
+        if reason and self.fast.fused_loss:
+            raise ValueError(
+                f"fused_loss is not possible here: {reason}; leave it out of the recipe"
+            )
+        if reason and self.fast.fused_loss is None:
+            self.fast.reasons["fused_loss"] = reason
+        self.fast.fused_loss = not reason and self.fast.fused_loss is not False
+        if self.fast.fused_loss:
+            self.add_fused_loss(changes)
+
+    def logit_changes(self) -> Changes | str:
+        """Returns what the model does to its logits, or why there is no fused loss."""
+        return fused_loss.why_not(self._base) or logit_changes(self._base)
+
+    def add_fused_loss(self, changes: Changes) -> None:
+        """Let the model compute the fused loss; `changes` is what it does to its logits."""
+        raise NotImplementedError
+
+    def row_lengths(self) -> np.ndarray:
+        """Returns the tokens of every training row."""
+        return row_lengths(self.train_dataset)
 
     def sequences(self) -> list[tuple[str, Dataset]]:
         """Returns rows of `input_ids` and `labels` with the names of their splits."""
@@ -218,9 +245,7 @@ class RecordedTrainer(UpstreamFixes):
         seedable = partial(SeedableRandomSampler, data_seed=self.args.data_seed)
         order = whole_batches(sampler, rows, seedable)
         micro_batch = self.args.per_device_train_batch_size
-        return BalancedSampler(
-            order, row_lengths(self.train_dataset), micro_batch, rows // micro_batch
-        )
+        return BalancedSampler(order, self.row_lengths(), micro_batch, rows // micro_batch)
 
     # ---- counting, checkpoints, records ----
 

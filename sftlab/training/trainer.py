@@ -19,7 +19,7 @@ from sftlab.config.launch import PRECISIONS
 from sftlab.data.collator import Collator, for_the_model
 from sftlab.fastpath import fused_loss
 from sftlab.models.likelihood import nats_per_token
-from sftlab.models.own_logits import Changes, logit_changes
+from sftlab.models.own_logits import Changes
 from sftlab.training.packing_check import verify_packing
 from sftlab.training.recorded_trainer import RecordedTrainer
 
@@ -48,32 +48,17 @@ class LabTrainer(RecordedTrainer, SFTTrainer):
             self.processing_class.pad_token_id, self.fast.packing, self.args.pad_to_multiple_of
         )
 
-    def choose_loss(self) -> None:
-        """Take the fused loss where the recipe and the model allow it.
-
-        Raises ValueError where the recipe asks for it in vain.
-        """
-        changes = self._fused_loss()
-        reason = changes if isinstance(changes, str) else None
-        if reason and self.fast.fused_loss:
-            raise ValueError(
-                f"fused_loss is not possible here: {reason}; leave it out of the recipe"
-            )
-        if reason and self.fast.fused_loss is None:
-            self.fast.reasons["fused_loss"] = reason
-        self.fast.fused_loss = not reason and self.fast.fused_loss is not False
-        if self.fast.fused_loss:
-            fused_loss.add_frozen_head_loss(self._base, changes)
-
-    def _fused_loss(self) -> Changes | str:
+    def logit_changes(self) -> Changes | str:
         """Returns what the model does to its logits, or why there is no fused loss."""
-        if reason := fused_loss.why_not(self._base):
-            return reason
         if self.args.label_smoothing_factor:
             return "label smoothing needs whole logits"
         if self.args.loss_type != "nll":
             return f"loss_type is {self.args.loss_type}"
-        return logit_changes(self._base)
+        return super().logit_changes()
+
+    def add_fused_loss(self, changes: Changes) -> None:
+        """Let the model return nats, entropies and hits of the tokens in the loss."""
+        fused_loss.add_frozen_head_loss(self._base, changes)
 
     def sequences(self) -> list[tuple[str, Dataset]]:
         """Returns the encoded rows with the names of their splits; training first, no streams."""

@@ -86,6 +86,9 @@ CPU_CASES = {
     "best model": Case(DROPPED | BEST),
     "DPO": Case(PAIRS),
     "DPO DDP": Case(PAIRS | TWO_RANKS, processes=2),
+    "DPO packed DDP": Case(
+        PAIRS | TWO_RANKS | {"packing": "true"}, processes=2, prepare=packed_on_a_cpu
+    ),
 }
 GPU_CASES = {
     "GPU bf16": Case(ON_A_GPU, config="single", precision="bf16"),
