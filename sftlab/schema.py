@@ -56,6 +56,11 @@ def list_of(kind: Kind) -> Kind:
     )
 
 
+TEXT_OR_TEXTS = Kind(
+    "a text or a list of texts", lambda value: TEXT.holds(value) or list_of(TEXT).holds(value)
+)
+
+
 def read_content(path: Path) -> bytes:
     """Returns the bytes of a file.
 

@@ -1,5 +1,8 @@
 """A trainer on the fast path on a CPU: plain attention under a block mask replaces the kernels."""
 
+from collections.abc import Callable
+
+import pytest
 import torch
 from conftest import arguments
 from torch.nn.functional import scaled_dot_product_attention
@@ -9,7 +12,7 @@ from sftlab.config.parser import parse_recipe
 from sftlab.data.chat_template import set_template
 from sftlab.data.collator import TILE
 from sftlab.data.splits import load_splits
-from sftlab.fastpath import selection
+from sftlab.fastpath import selection, varlen_attention
 from sftlab.models.loading import load_config, load_tokenizer
 from sftlab.training.building import build_trainer
 from sftlab.training.trainer import LabTrainer
@@ -38,6 +41,21 @@ def reference_attention(query, key, value, table, scale, window=0, cap=0.0, sink
         scores = torch.cat([scores, sinks[:, None, None].expand(-1, tokens, 1)], -1)
     weights = scores.softmax(-1)[..., :tokens]
     return (weights.to(value.dtype) @ value).transpose(0, 1), None
+
+
+def leaking_attention(query, key, value, table, scale, *rest):
+    """Causal attention over the whole batch, whatever row a token is of."""
+    groups = query.shape[1] // key.shape[1]
+    query, key, value = (t.transpose(0, 1) for t in (query, key, value))
+    key, value = key.repeat_interleave(groups, 0), value.repeat_interleave(groups, 0)
+    out = scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale)
+    return out.transpose(0, 1), None
+
+
+def pack_on_a_cpu(monkeypatch: pytest.MonkeyPatch, attention: Callable) -> None:
+    """Let packing run on a CPU, with the given attention in place of the kernels."""
+    monkeypatch.setattr(varlen_attention, "why_not", lambda layers, longest: None)
+    monkeypatch.setattr(varlen_attention, "varlen_attention", attention)
 
 
 def build(fields: dict[str, str], **more: object) -> LabTrainer:

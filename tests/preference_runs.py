@@ -3,10 +3,13 @@
 Its fixtures are those of every test: conftest.py names it as a plugin.
 """
 
+import os
+import signal
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import launched, pair_rows, write_jsonl
+from conftest import launched, pair_rows, read, write_jsonl
 
 
 def pair_fields(base: Path, pairs: Path, folder: Path) -> dict[str, str]:
@@ -25,6 +28,25 @@ def pair_fields(base: Path, pairs: Path, folder: Path) -> dict[str, str]:
         "save_steps": "100",
         "learning_rate": "0.01",
     }
+
+
+def stop_in_the_second_step(
+    fields: dict[str, str], monkeypatch: pytest.MonkeyPatch, train_here: Callable
+) -> None:
+    """Start a preference training that a signal interrupts."""
+    from sftlab.training.preference_trainer import PreferenceTrainer
+
+    step = PreferenceTrainer.training_step
+
+    def told_to_stop(self, *args, **kwargs):
+        if self.state.global_step == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(self, *args, **kwargs)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(PreferenceTrainer, "training_step", told_to_stop)
+        assert train_here(fields).returncode
+    assert read(fields["output_dir"])["status"] == "interrupted"
 
 
 @pytest.fixture(scope="session")

@@ -8,6 +8,7 @@ from packed_training import (
     build,
     examples,
     losses_and_gradients,
+    pack_on_a_cpu,
     reference_attention,
     train,
     with_trained_lora,
@@ -15,7 +16,7 @@ from packed_training import (
 from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from sftlab.fastpath import compile_layers, varlen_attention
+from sftlab.fastpath import compile_layers
 from sftlab.fastpath.float8 import FrozenFloat8Linear, freeze_in_float8
 from sftlab.measurement.flops import flops_per_token
 
@@ -38,8 +39,7 @@ CASES = [
 @pytest.fixture
 def on_a_cpu(monkeypatch):
     """Let packing run here, with the reference attention."""
-    monkeypatch.setattr(varlen_attention, "why_not", lambda layers, longest: None)
-    monkeypatch.setattr(varlen_attention, "varlen_attention", reference_attention)
+    pack_on_a_cpu(monkeypatch, reference_attention)
 
 
 @pytest.fixture

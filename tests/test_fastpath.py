@@ -10,6 +10,7 @@ from packed_training import (
     build,
     examples,
     losses_and_gradients,
+    pack_on_a_cpu,
     reference_attention,
     train,
     with_trained_lora,
@@ -19,14 +20,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from sftlab.data import collator
 from sftlab.data.collator import TILE
 from sftlab.data.samplers import BalancedSampler
-from sftlab.fastpath import fused_loss, varlen_attention
+from sftlab.fastpath import fused_loss
 
 
 @pytest.fixture
 def on_a_cpu(monkeypatch):
     """Let packing run here, with the reference attention."""
-    monkeypatch.setattr(varlen_attention, "why_not", lambda layers, longest: None)
-    monkeypatch.setattr(varlen_attention, "varlen_attention", reference_attention)
+    pack_on_a_cpu(monkeypatch, reference_attention)
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 from conftest import arguments, read, short_fields
-from packed_training import FOUR_BITS, build, reference_attention, train
+from packed_training import FOUR_BITS, build, pack_on_a_cpu, reference_attention, train
 from transformers import (
     Lfm2Config,
     Llama4TextConfig,
@@ -25,8 +25,7 @@ from sftlab.models.loading import model_class
 @pytest.fixture
 def on_a_cpu(monkeypatch):
     """Let packing run here, with the reference attention."""
-    monkeypatch.setattr(varlen_attention, "why_not", lambda layers, longest: None)
-    monkeypatch.setattr(varlen_attention, "varlen_attention", reference_attention)
+    pack_on_a_cpu(monkeypatch, reference_attention)
 
 
 @pytest.fixture

@@ -1,8 +1,9 @@
 """A run stops before its first step where a packed row sees another."""
 
+from functools import partial
+
 import pytest
-from packed_training import build, reference_attention, train
-from torch.nn.functional import scaled_dot_product_attention
+from packed_training import build, leaking_attention, pack_on_a_cpu, reference_attention, train
 
 from sftlab.fastpath import varlen_attention
 
@@ -10,21 +11,7 @@ from sftlab.fastpath import varlen_attention
 @pytest.fixture
 def packed_with(monkeypatch):
     """Let packing run on a CPU, with the given attention in place of the kernels."""
-
-    def use(attention):
-        monkeypatch.setattr(varlen_attention, "why_not", lambda layers, longest: None)
-        monkeypatch.setattr(varlen_attention, "varlen_attention", attention)
-
-    return use
-
-
-def leaking_attention(query, key, value, table, scale, *rest):
-    """Causal attention over the whole batch, whatever row a token is of."""
-    groups = query.shape[1] // key.shape[1]
-    query, key, value = (t.transpose(0, 1) for t in (query, key, value))
-    key, value = key.repeat_interleave(groups, 0), value.repeat_interleave(groups, 0)
-    out = scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale)
-    return out.transpose(0, 1), None
+    return partial(pack_on_a_cpu, monkeypatch)
 
 
 def test_rows_that_see_one_another_stop_the_run(fields, packed_with):

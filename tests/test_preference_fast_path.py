@@ -1,21 +1,25 @@
 """The fast path of preference tuning: what trl computes, from packed sides without whole logits."""
 
-import os
-import signal
+from functools import partial
 
 import pytest
 import torch
 from conftest import pair_rows, read, write_jsonl
-from packed_training import build, reference_attention, train, with_trained_lora
-from preference_runs import pair_fields
-from test_packing_check import leaking_attention
+from packed_training import (
+    build,
+    leaking_attention,
+    pack_on_a_cpu,
+    reference_attention,
+    train,
+    with_trained_lora,
+)
+from preference_runs import pair_fields, stop_in_the_second_step
 
 from sftlab.config.preference_fields import LOSSES, MICRO_BATCH_LOSSES
 from sftlab.data.encoded_pairs import IDS
-from sftlab.fastpath import fused_loss, varlen_attention
+from sftlab.fastpath import fused_loss
 from sftlab.models.own_logits import Changes
 from sftlab.runs.run_directory import adapter_hash
-from sftlab.training.preference_trainer import PreferenceTrainer
 
 FAST = {"packing": "true", "fused_loss": "true"}
 PLAIN = {"packing": "false", "fused_loss": "false"}
@@ -24,12 +28,7 @@ PLAIN = {"packing": "false", "fused_loss": "false"}
 @pytest.fixture
 def packed_with(monkeypatch):
     """Let packing run on a CPU, with the given attention in place of the kernels."""
-
-    def use(attention):
-        monkeypatch.setattr(varlen_attention, "why_not", lambda layers, longest: None)
-        monkeypatch.setattr(varlen_attention, "varlen_attention", attention)
-
-    return use
+    return partial(pack_on_a_cpu, monkeypatch)
 
 
 @pytest.fixture
@@ -175,17 +174,7 @@ def test_a_packed_run_continues_bit_for_bit(
     own = pairs | FAST | {"adapter_name_or_path": str(finished[0])}
     own |= {"per_device_train_batch_size": "2"}
     trained_here(own | {"output_dir": str(tmp_path / "whole")})
-    step = PreferenceTrainer.training_step
-
-    def told_to_stop(self, *args, **kwargs):
-        if self.state.global_step == 1:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return step(self, *args, **kwargs)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(PreferenceTrainer, "training_step", told_to_stop)
-        assert train_here(own).returncode
-    assert read(tmp_path / "run")["status"] == "interrupted"
+    stop_in_the_second_step(own, monkeypatch, train_here)
     trained_here(own)
     assert read(tmp_path / "run")["losses"] == read(tmp_path / "whole")["losses"]
     assert adapter_hash(tmp_path / "run") == adapter_hash(tmp_path / "whole")

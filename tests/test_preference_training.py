@@ -2,20 +2,18 @@
 
 import math
 import os
-import signal
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import ROOT, launched, load_script, pair_rows, read, write_jsonl
 from packed_training import build
-from preference_runs import pair_fields
+from preference_runs import pair_fields, stop_in_the_second_step
 from safetensors.torch import load_file
 from trl import DPOTrainer
 
 from sftlab.config.preference_fields import LOSSES
 from sftlab.runs.run_directory import adapter_hash
-from sftlab.training.preference_trainer import PreferenceTrainer
 
 NO_CHOICE = 0.693147  # log 2: the loss of a pair whose margin is 0
 
@@ -65,17 +63,7 @@ def test_a_stopped_run_continues_bit_for_bit(
 ):
     own = pairs | {"adapter_name_or_path": str(finished[0])}
     trained_here(own | {"output_dir": str(tmp_path / "whole")})
-    step = PreferenceTrainer.training_step
-
-    def told_to_stop(self, *args, **kwargs):
-        if self.state.global_step == 1:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return step(self, *args, **kwargs)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(PreferenceTrainer, "training_step", told_to_stop)
-        assert train_here(own).returncode
-    assert read(tmp_path / "run")["status"] == "interrupted"
+    stop_in_the_second_step(own, monkeypatch, train_here)
     trained_here(own)
     assert losses(tmp_path / "run") == losses(tmp_path / "whole")
     assert adapter_hash(tmp_path / "run") == adapter_hash(tmp_path / "whole")

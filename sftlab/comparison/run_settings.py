@@ -46,8 +46,11 @@ class Settings(NamedTuple):
         return self.facts.get(axis, self.recipe.get(axis))
 
 
-_LAUNCH = {"strategy": TEXT, "precision": TEXT.or_null(), "world_size": COUNT}
-_LAUNCH = {f"launch.{name}": kind for name, kind in _LAUNCH.items()}
+_NEEDED = {
+    "launch.strategy": TEXT,
+    "launch.precision": TEXT.or_null(),
+    "launch.world_size": COUNT,
+}
 
 
 def settings(
@@ -60,7 +63,7 @@ def settings(
     Where its scores are compared too, `quality` is eval/quality.json and `judged` are the entries
     of eval/alpaca.json and eval/mt_bench.json. Raises ValueError where run.json lacks its launch.
     """
-    check(run, "run.json", _LAUNCH)
+    check(run, "run.json", _NEEDED)
     ran = run.get("ran") or {}
     facts = _recipe_facts(run["recipe"]) | _asked(run) | ran
     if not ran:  # a library would have chosen what is unset, and nobody knows what

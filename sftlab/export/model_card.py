@@ -12,7 +12,7 @@ from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 from sftlab.evaluation.text_metrics import NAMES
 from sftlab.export.formats import refuse_for_vllm
 from sftlab.export.usage import Export, usage, usage_in_run
-from sftlab.schema import COUNT, NUMBER, OBJECT, TEXT, Kind, check, list_of
+from sftlab.schema import COUNT, NUMBER, OBJECT, TEXT, TEXT_OR_TEXTS, check
 from sftlab.tables import figure, interval, markdown, p_value
 
 _LIBRARY = {"merged": "transformers", "adapter": "peft", "gguf": "gguf"}
@@ -31,9 +31,7 @@ _SHOWN = {
 }
 _SHOWN_OF_LORA = {
     **dict.fromkeys(("recipe.lora_r", "recipe.lora_alpha"), NUMBER),
-    "recipe.lora_target_modules": Kind(
-        "a text or a list of texts", lambda value: TEXT.holds(value) or list_of(TEXT).holds(value)
-    ),
+    "recipe.lora_target_modules": TEXT_OR_TEXTS,
 }
 _FROM_BESIDE = "From the folder in which `{name}` is:"
 

@@ -18,10 +18,10 @@ def mend(model: torch.nn.Module) -> None:
     CPU has AVX512-BF16. From then on no gradient passes the layer, so a training that validates
     would go on without gradients; and matrices narrower than a block are an error.
     """
-    packing = [one for one in model.modules() if hasattr(one, "support_avx512bf16_for_cpu")]
-    for module in packing:
-        module.support_avx512bf16_for_cpu = False
-    if packing:
+    layers = [one for one in model.modules() if hasattr(one, "support_avx512bf16_for_cpu")]
+    for layer in layers:
+        layer.support_avx512bf16_for_cpu = False
+    if any(layer.weight.is_cpu for layer in layers):
         _dequantize_by_blocks()
 
 
@@ -44,20 +44,19 @@ def _dequantize_by_blocks() -> torch.library.Library:
         shape: list[int],
         dtype: torch.dtype,
     ) -> torch.Tensor:
-        if shape[-1] % block == 0:
+        def given(packed: torch.Tensor, scales: torch.Tensor, shape: list[int]) -> torch.Tensor:
             return original.call_boxed(keys, packed, scales, block, kind, shape, dtype)
-        whole = math.prod(shape) // block
-        cut = whole * block // 2
-        packed = packed.view(torch.uint8).reshape(-1)
-        parts = [
-            original.call_boxed(keys, packed[a:b], scales[c:d], block, kind, [rows, size], dtype)
-            for a, b, c, d, rows, size in (
-                (0, cut, 0, whole, whole, block),
-                (cut, None, whole, None, 1, math.prod(shape) % block),
-            )
-            if rows * size
-        ]
-        return torch.cat([one.flatten() for one in parts]).reshape(shape)
+
+        if shape[-1] % block == 0:
+            return given(packed, scales, shape)
+        blocks, rest = divmod(math.prod(shape), block)
+        two_a_byte = packed.view(torch.uint8).flatten()
+        cut = blocks * block // 2
+        weights = given(two_a_byte[:cut], scales[:blocks], [blocks, block]).flatten()
+        if rest:
+            last = given(two_a_byte[cut:], scales[blocks:], [1, rest])
+            weights = torch.cat([weights, last.flatten()])
+        return weights.reshape(shape)
 
     library = torch.library.Library("bitsandbytes", "IMPL")
     with warnings.catch_warnings():

@@ -12,6 +12,7 @@ from sftlab.schema import (
     OBJECT,
     OBJECTS,
     TEXT,
+    TEXT_OR_TEXTS,
     Kind,
     check,
     list_of,
@@ -50,9 +51,6 @@ _HOST_AND_PROCESS = Kind(
         and TEXT.holds(value[0])
         and COUNT.holds(value[1])
     ),
-)
-_TEXT_OR_TEXTS = Kind(
-    "a text or a list of texts", lambda value: TEXT.holds(value) or list_of(TEXT).holds(value)
 )
 _WORDS = Kind(
     "an object of texts and numbers",
@@ -97,7 +95,7 @@ _OPTIONAL = {
     "recipe.num_train_epochs": FINITE,
     "recipe.global_batch_size": COUNT.or_null(),
     "recipe.lora_r": COUNT.or_null(),
-    "recipe.lora_target_modules": _TEXT_OR_TEXTS.or_null(),
+    "recipe.lora_target_modules": TEXT_OR_TEXTS.or_null(),
     "recipe.load_in_4bit": BOOLEAN.or_null(),
     "recipe.load_in_8bit": BOOLEAN.or_null(),
     "recipe.dtype": TEXT.or_null(),

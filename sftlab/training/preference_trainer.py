@@ -62,7 +62,6 @@ class PreferenceTrainer(RecordedTrainer, DPOTrainer):
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        self._margins: list[torch.Tensor] = []
         super().__init__(*args, **kwargs)
         self.data_collator = PairCollator(
             self.processing_class.pad_token_id,
@@ -213,7 +212,7 @@ class PreferenceTrainer(RecordedTrainer, DPOTrainer):
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         """Run transformers' loop; its output has trl's metrics too, as means over pairs."""
-        self._margins = []
+        self._margins: list[torch.Tensor] = []
         output = super().evaluation_loop(*args, **kwargs)
         prefix = kwargs.get("metric_key_prefix", "eval")
         of_batches = pairs_of_batches(len(self.eval_dataset), self._pairs_at_once)
