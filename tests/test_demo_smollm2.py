@@ -72,6 +72,19 @@ def test_without_hub_and_package_index_it_says_what_to_do(script, monkeypatch, t
         script.downloaded(tmp_path)
 
 
+def test_a_base_model_that_somebody_put_there_is_kept(script, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(script, "write_base", lambda folder: pytest.fail("it was there"))
+    base = tmp_path / "base"
+    base.mkdir()
+    (base / "config.json").write_text("{}")
+    script.main(["--out", str(tmp_path)])
+    assert f"as it was in {base}" in capsys.readouterr().out
+    rows = (tmp_path / "instructions.jsonl").read_text().splitlines()
+    assert len(rows) == script.ROWS and (base / "config.json").read_text() == "{}"
+    script.main(["--out", str(tmp_path)])
+    assert "complete already" in capsys.readouterr().out
+
+
 def test_pages_are_there_and_no_longer_than_a_piece(script):
     pages = script.known_pages()
     assert len(pages) > 50

@@ -36,24 +36,35 @@ HUB = "HuggingFaceTB/SmolLM2-135M-Instruct"
 FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 PACKAGE = Path(__file__).with_name("requirements.txt")
 NEEDED = ["*.json", "*.jinja", "*.txt", "model.safetensors"]
+# what is written last: where it is, all is
+LAST = "known.jsonl"
 ROWS = 4000
 # characters of a page: about 250 tokens
 PAGE = 1000
 
 
 def main(argv: list[str]) -> None:
-    """Build beside the result, then move it into place."""
+    """Build beside the result, then move it into place. A base model that is there stays."""
     parser = Options(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("data/smollm2"), help="folder to write")
     out = parser.parse_args(argv).out
-    if (out / "base" / "config.json").is_file():
+    if (out / LAST).is_file():
         print(f"{out} is complete already; remove it to build it again")
         return
-    with unfinished_folder(out) as folder:
-        source = write_base(folder / "base")
-        write_lines(folder / "instructions.jsonl", instruction_rows(ROWS, seed=0))
-        write_lines(folder / "known.jsonl", known_pages())
+    if (out / "base" / "config.json").is_file():
+        source = f"as it was in {out / 'base'}"
+        write_rows(out)
+    else:
+        with unfinished_folder(out) as folder:
+            source = write_base(folder / "base")
+            write_rows(folder)
     print(f"{out}: SmolLM2-135M-Instruct {source}, {ROWS:,} rows, {len(topics)} pages")
+
+
+def write_rows(folder: Path) -> None:
+    """Write the rows that it is tuned on, and the pages that it should not forget."""
+    write_lines(folder / "instructions.jsonl", instruction_rows(ROWS, seed=0))
+    write_lines(folder / LAST, known_pages())
 
 
 def write_base(folder: Path) -> str:
