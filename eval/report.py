@@ -28,7 +28,7 @@ from sftlab.comparison.run_comparison import (
 from sftlab.comparison.run_results import find_runs, read_results
 from sftlab.evaluation.preference_words import SCORES as PREFERENCE_SCORES
 from sftlab.evaluation.text_metrics import NAMES
-from sftlab.exit_messages import mistakes_in_one_line
+from sftlab.exit_messages import mistakes_in_one_line, short
 from sftlab.runs.run_directory import SIDES, START
 from sftlab.script_options import Options
 from sftlab.tables import (
@@ -58,7 +58,7 @@ def main(argv: list[str]) -> None:
         comparison = check_comparable(found, arguments.axis, arguments.allow_confounded)
         against = against_reference(comparison, arguments.reference)
     except ValueError as error:
-        sys.exit(f"error: {portable(str(error))}")
+        sys.exit(short(f"error: {portable(str(error))}"))
     claim_output_folder(out, "report.md", f"{HEADING}\n")
     plots = draw_comparison(comparison, out)
     write_csv(out / "runs.csv", list(comparison.rows.values()))

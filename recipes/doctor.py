@@ -19,7 +19,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from sftlab.exit_messages import mistakes_in_one_line
+from sftlab.exit_messages import mistakes_in_one_line, short
 from sftlab.config.launch_file import read_launch_config
 from sftlab.paths import ROOT
 from sftlab.script_options import Options
@@ -59,7 +59,7 @@ def main(argv: list[str]) -> None:
             read_yaml(arguments.config)
             read_launch_config(arguments.config_file)
         except ValueError as error:
-            sys.exit(f"error: {error}")
+            sys.exit(short(f"error: {error}"))
     failed = []
     for finding in examine(arguments.runs):
         failed += say(finding)

@@ -33,7 +33,7 @@ from sftlab.config.launch import exported, launched
 from sftlab.config.launch_file import read_launch_config
 from sftlab.config.recipe import Recipe
 from sftlab.config.validation import is_bitsandbytes
-from sftlab.exit_messages import mistakes_in_one_line
+from sftlab.exit_messages import mistakes_in_one_line, short
 from sftlab.models.adapter_names import check_adapter_names
 from sftlab.models.loading import load_config, load_tokenizer
 from sftlab.models.random_models import MODEL_SHAPES
@@ -177,7 +177,7 @@ def main(argv: list[str]) -> None:
         recipe, plan = request.plan(request.given.config_file, request.flags())
         print("\n".join([*notes_of(recipe), described(request, recipe, plan)]))
     except (ValueError, FileNotFoundError) as error:
-        sys.exit(f"error: {error}")
+        sys.exit(short(f"error: {error}"))
 
 
 def described(request: Request, recipe: Recipe, plan: Plan) -> str:

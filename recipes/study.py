@@ -68,7 +68,7 @@ from sftlab.comparison.study_tasks import (
 )
 from sftlab.comparison.study_tuning import at_best, trials, tuning_rows, tuning_table
 from sftlab.comparison.timed_turns import Command, in_turn
-from sftlab.exit_messages import mistakes_in_one_line
+from sftlab.exit_messages import mistakes_in_one_line, short
 from sftlab.field_words import field_name, field_words
 from sftlab.paths import ROOT
 from sftlab.script_options import Options
@@ -105,7 +105,7 @@ def main(argv: list[str]) -> None:
         if arguments.task is None:
             write(study, not_run, out, arguments.allow_confounded, argv, runs)
     except (ValueError, FileNotFoundError) as error:
-        sys.exit(f"error: {error}")
+        sys.exit(short(f"error: {error}"))
     except KeyboardInterrupt as stopped:
         print("stopped: start the same command again to go on", file=sys.stderr)
         sys.exit(128 + (stopped.args[0] if stopped.args else signal.SIGINT))

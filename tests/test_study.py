@@ -141,6 +141,7 @@ def columns(folder, name):
         (TWO, {"seeds": [1, 2.5]}, "seeds holds 2.5: expected whole numbers"),
         (["r4", "r2"], {}, "cells is ['r4', 'r2']: expected lines of name: value"),
         ({"r4": 4}, {}, "r4 of cells is 4: expected fields"),
+        pytest.param("x" * 9000, {}, f"{'x' * 250} ... ", id="endless"),
         (TWO, {"flags": {"mixed_precision": "bf17"}}, "mixed_precision is bf17: expected one of"),
     ],
 )

@@ -23,6 +23,7 @@ from types import FrameType
 from typing import NoReturn
 
 from sftlab.config.launch import exported
+from sftlab.exit_messages import short
 
 CONFIG = "config_file"
 # flags of `accelerate launch` that may stand beside it
@@ -48,7 +49,7 @@ def launch_as_asked(script: str, arguments: list[str]) -> None:
     try:
         variables = exported(config, flags)
     except ValueError as error:
-        sys.exit(f"error: {error}")
+        sys.exit(short(f"error: {error}"))
     if variables["WORLD_SIZE"] == "1":
         kept = {k: v for k, v in variables.items() if not k.endswith("WORLD_SIZE")}
         os.execve(sys.executable, [sys.executable, script, *rest], os.environ | kept)
