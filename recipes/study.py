@@ -46,11 +46,11 @@ from pathlib import Path
 from typing import Any
 
 from sftlab.comparison.output_folder import claim_output_folder
-from sftlab.comparison.plots import draw_study, draw_tuning
+from sftlab.comparison.plots import draw_study
 from sftlab.comparison.run_results import perplexity_of, read_results
 from sftlab.comparison.study_file import GIVEN, Study, check_comparable, load
 from sftlab.comparison.study_output import RUNS_LINE, check_not_emptied, check_output
-from sftlab.comparison.study_claims import claims, least_found_line
+from sftlab.comparison.study_claims import claims, finding_lines, least_found_line
 from sftlab.comparison.study_page import heading, result_lines, tuning_lines
 from sftlab.comparison.study_power import deviations, power_table, rows_needed, seeds_needed
 from sftlab.comparison.study_summary import collect, effects, summarise
@@ -68,6 +68,7 @@ from sftlab.comparison.study_tasks import (
 )
 from sftlab.comparison.study_tuning import at_best, trials, tuning_rows, tuning_table
 from sftlab.comparison.timed_turns import Command, in_turn
+from sftlab.comparison.tuning_plot import draw_tuning
 from sftlab.exit_messages import mistakes_in_one_line, short
 from sftlab.field_words import field_name, field_words
 from sftlab.paths import ROOT
@@ -120,6 +121,7 @@ def parsed(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     add("--recipe", help="another recipe than the study's")
     add("--launch", help="another launch config than the study's, by name or path")
     add("--processes", type=int, help="processes of every cell that names none itself")
+    add("--known_text", metavar="FILE", help="score this text that the base model knew, too")
     add("--random", metavar="SHAPE", help="random weights of this shape, and random rows")
     add("--runs", type=Path, help="where the runs are kept (default: runs/study-NAME)")
     add("--out", type=Path, help="where tables and plots go (default: beside the runs)")
@@ -358,8 +360,8 @@ def write(
     tables += [effects_table(changed)] if changed else []
     tables += [tuning_table(tried, study.tuned)] if tried else []
     print("", *map(aligned, tables), sep="\n")
-    if least := least_found_line(found, TITLES):
-        print(f"\n{least}")
+    for line in [*finding_lines(found, TITLES), least_found_line(found, TITLES)]:
+        print(f"\n{line}" if line else "")
     written = ["study.md", "runs.csv", "summary.csv", *(["tuning.csv"] if tried else [])]
     written += [f"{plot}.png/.svg" for plot in plots]
     print(f"\nwritten to {out}: {', '.join(written)}")

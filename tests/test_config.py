@@ -252,7 +252,7 @@ def test_a_recipe_says_what_its_name_says(path, monkeypatch):
 
 
 PAIRS = ("demo-dpo", "llama3.2-1b-dpo", "smollm2-135m-dpo")
-THREE = ("own", "qwen3-1.7b", "gemma3-1b", "smollm2-1.7b", "smollm2-135m")
+THREE = ("own", "qwen3-1.7b", "gemma3-1b", "smollm2-1.7b", "smollm2-135m", "smollm2-135m-gsm8k")
 
 
 @pytest.mark.parametrize("folder", ["demo", "llama3.2-1b", "llama2-7b", *THREE, *PAIRS])

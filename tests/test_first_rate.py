@@ -1,5 +1,7 @@
 """A plan holds the recipe's learning rate against a published sweep."""
 
+import csv
+
 import pytest
 from conftest import ROOT, load_script
 
@@ -8,7 +10,14 @@ from sftlab.planning.first_rate import first_rate, rate_lines
 
 @pytest.mark.parametrize(
     ("parameters", "lora", "rate"),
-    [(1.24e9, True, 1e-3), (8e9, True, 3e-4), (1.24e9, False, 1e-4), (70e9, False, 3e-5)],
+    [
+        (1.35e8, True, 3e-3),
+        (1.35e8, False, 3e-4),
+        (1.24e9, True, 1e-3),
+        (8e9, True, 3e-4),
+        (1.24e9, False, 1e-4),
+        (70e9, False, 3e-5),
+    ],
 )
 def test_small_models_begin_higher_and_full_fine_tuning_at_a_tenth(parameters, lora, rate):
     assert first_rate(parameters, lora).rate == pytest.approx(rate)
@@ -32,10 +41,23 @@ def test_a_rate_is_within_the_range_or_outside(rate, said):
 
 
 def test_what_the_sweep_did_not_have_is_said():
-    lines = rate_lines(1e-3, 135_000_000, True, 64)
+    lines = rate_lines(1e-3, 360_000_000, True, 64)
     assert "1 billion parameters" in lines[1]
     assert "lora_alpha 32, this recipe has 64" in lines[2]
-    assert len(rate_lines(1e-4, 135_000_000, False, None)) == 2
+    assert len(rate_lines(1e-4, 360_000_000, False, None)) == 2
+
+
+def test_models_of_a_hundred_million_parameters_have_a_sweep_of_their_own():
+    (line,) = rate_lines(1e-3, 135_000_000, True, 32)
+    assert "within 0.001 to 0.009, where a sweep of SmolLM2-135M" in line
+    with (ROOT / "results" / "lora_or_full" / "tuning.csv").open() as file:
+        best = {
+            r["cell"]: float(r["learning_rate"])
+            for r in csv.DictReader(file)
+            if r["best"] == "True"
+        }
+    assert best["LoRA"] == pytest.approx(first_rate(135_000_000, True).rate)
+    assert best["full"] == pytest.approx(first_rate(135_000_000, False).rate)
 
 
 def test_a_plan_says_it(capsys, monkeypatch):

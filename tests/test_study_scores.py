@@ -72,6 +72,13 @@ def test_an_evaluation_that_fails_is_named_and_the_others_go_on(tmp_path, monkey
     assert [task.cell for task in unscored] == ["r4"]
 
 
+def test_the_command_line_names_a_text_that_the_base_model_knew(tmp_path):
+    written(tmp_path, known_text="k.jsonl")
+    path = tmp_path / "small.yaml"
+    assert load(path, tmp_path / "runs", {"known_text": "mine.jsonl"}).known_text == "mine.jsonl"
+    assert load(path, tmp_path / "runs", {"known_text": None}).known_text == "k.jsonl"
+
+
 def test_an_option_that_quality_does_not_have_is_refused(tmp_path):
     with pytest.raises(ValueError, match="quality_options has 'sample': expected samples, batch"):
         written(tmp_path, quality_options={"sample": 3})

@@ -9,7 +9,7 @@ import yaml
 from conftest import ROOT, short_fields
 from small_studies import SCRIPT, TWO, ended
 
-from sftlab.comparison.study_claims import claims, least_found_line
+from sftlab.comparison.study_claims import claims, finding_lines, least_found_line
 from sftlab.comparison.study_file import load
 from sftlab.comparison.study_summary import CHANGED, effects, summarise
 from sftlab.comparison.study_tables import TITLES, claims_table, summary_table
@@ -62,6 +62,16 @@ def test_better_needs_three_seeds_and_a_difference_that_they_agree_on(write, tmp
     for shift in (0.0, 1.0):  # no detectable difference can be named
         same = {"a": [2.0, 2.5, 3.0], "b": [2.0 + shift, 2.5 + shift, 3.0 + shift]}
         assert words(write, tmp_path, same) == ["untested: no spread over seeds"]
+
+
+def test_a_sentence_says_what_was_found_and_how_sure_it_is(write, tmp_path):
+    scores = {"a": [2.0, 2.1, 2.2], "b": [1.0, 1.11, 1.19], "c": [2.05, 2.0, 2.3], "d": [2.0]}
+    study = load(write({name: {} for name in scores}), tmp_path, {})
+    (line,) = finding_lines(claims(study, runs_of(scores)), TITLES)
+    assert line.startswith("Response perplexity, against a over 1 to 3 seeds: b better by 1 [0.9")
+    assert "; c not distinguishable, at most " in line
+    assert line.endswith(" apart; d untested.")
+    assert finding_lines(claims(study, runs_of(scores, "tuned bleu")), TITLES) == []
 
 
 def test_cells_that_are_equal_are_rarely_called_better(write, tmp_path):

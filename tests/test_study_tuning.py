@@ -8,8 +8,9 @@ from conftest import short_fields
 from small_studies import SCRIPT, TWO, ended
 
 from sftlab.comparison.study_file import check_comparable, load
-from sftlab.comparison.study_tasks import begin
-from sftlab.comparison.study_tuning import at_best, trials, tuning_table
+from sftlab.comparison.study_tasks import begin, is_done
+from sftlab.comparison.study_tuning import Trial, at_best, trials, tuning_table
+from sftlab.comparison.tuning_plot import shown_losses
 
 STUDY = {
     "recipe": "recipes/demo/attn_r16.yaml",
@@ -65,6 +66,28 @@ def test_the_table_has_every_loss_and_says_where_the_grid_ends(study):
     assert heading[1:4] == [f"learning_rate {rate}" for rate in ("0.001", "0.004", "0.016")]
     assert r4 == ["r4", "2", "1.5 *", "diverged", "0.004"]
     assert r2 == ["r2", "2", "1.9", "1.8 *", "0.016, at an end of the grid"]
+
+
+def test_one_training_that_went_wrong_does_not_press_the_others_into_a_line(study):
+    losses = {"r4": (0.7, 0.6, 5.2), "r2": (0.8, 0.7, None)}
+    tried = [
+        Trial(cell, value, "succeeded", loss, loss == min(filter(None, mine)), False)
+        for cell, mine in losses.items()
+        for value, loss in zip((1e-3, 3e-3, 1e-2), mine, strict=True)
+    ]
+    low, high = shown_losses(study, tried)
+    assert 0.5 < low < 0.6 and 0.8 < high < 0.9, "5.2 is the neighbour of a best value"
+    wide = [*tried, Trial("r4", 3e-2, "succeeded", 80.0, False, False)]
+    assert shown_losses(study, wide) == (low, high)
+
+
+def test_memory_that_ran_out_beside_others_is_no_result_of_an_interrupted_second_start(study):
+    task = study.tuning[0]
+    begin(task, beside=3)
+    ended(task.folder, "failed", "OutOfMemoryError: CUDA out of memory")
+    assert not is_done(task)
+    begin(task)  # alone, and killed before it writes run.json
+    assert not is_done(task)
 
 
 def test_nothing_is_chosen_before_every_training_has_a_result(study):

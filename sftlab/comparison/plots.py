@@ -5,18 +5,17 @@ matplotlib is imported only when something is drawn.
 
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from sftlab.comparison.canvas import new_canvas, save, style
 from sftlab.comparison.run_comparison import COLUMNS, Comparison, portable, shared_facts
 from sftlab.comparison.study_file import Study
 from sftlab.comparison.study_summary import MEASURED, is_scaling
 from sftlab.comparison.study_tables import TITLES
-from sftlab.comparison.study_tuning import Trial
 from sftlab.evaluation.text_metrics import NAMES
 from sftlab.runs.run_directory import SIDES
 from sftlab.tables import figure
@@ -25,13 +24,6 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-STYLE = {
-    "svg.hashsalt": "sftlab",
-    "svg.fonttype": "none",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "font.size": 9,
-}
 MEASURED_COLOUR, PUBLISHED_COLOUR = "#0072B2", "#D55E00"
 # The figures of a study that are drawn, a panel each: the first of a line that was measured.
 PANELS = (
@@ -41,6 +33,7 @@ PANELS = (
     ("train_loss",),
     ("tuned response_perplexity",),
     ("tuned bleu",),
+    ("tuned known_perplexity",),
 )
 # The side, its colour, and how far from a run's place it is drawn.
 SIDE_STYLES = (("base", "0.6", -0.13), ("tuned", "tab:blue", 0.13))
@@ -57,16 +50,16 @@ def draw_comparison(comparison: Comparison, out: Path) -> list[str]:
     facts = [line.partition(": ")[2] for line in shared_facts(comparison)[:2]]
     below = textwrap.fill(portable("; ".join(facts)), 120)
     mark = "CONFOUNDED: these runs differ in more than the axis\n" if comparison.unexplained else ""
-    with _style():
+    with style():
         for name, (title, paint) in PLOTS.items():
             for suffix in ("png", "svg"):
                 (out / f"{name}.{suffix}").unlink(missing_ok=True)
             if name == "losses" and not comparison.one_method:
                 continue
-            canvas = _canvas((9, 1.6 + 0.36 * len(comparison.rows)), layout="constrained")
+            canvas = new_canvas((9, 1.6 + 0.36 * len(comparison.rows)), layout="constrained")
             if paint(comparison, canvas):
                 canvas.suptitle(f"{mark}{title}\n{below}", x=0.01, ha="left", fontsize=9)
-                _save(canvas, out, name)
+                save(canvas, out, name)
                 drawn.append(name)
     return drawn
 
@@ -77,53 +70,12 @@ def draw_study(study: Study, summary: Sequence[Mapping[str, Any]], out: Path) ->
     Returns the names of the plots for which there was something to show.
     """
     drawn = []
-    with _style():
+    with style():
         for name, paint in ((study.name, _cells), (f"{study.name}_over_processes", _processes)):
             if (canvas := paint(study, summary)) is not None:
-                _save(canvas, out, name)
+                save(canvas, out, name)
                 drawn.append(name)
     return drawn
-
-
-def draw_tuning(study: Study, tried: Sequence[Trial], out: Path) -> list[str]:
-    """Draw the validation loss over the tuned value, a line a cell. Returns the plot's name."""
-    import matplotlib
-
-    name = f"{study.name}_tuning"
-    with _style():
-        canvas = _canvas((6, 3.8), layout="constrained")
-        axes = canvas.subplots()
-        colours = matplotlib.colormaps["viridis"](np.linspace(0.05, 0.9, len(study.cells)))
-        for colour, cell in zip(colours, study.cells, strict=True):
-            mine = [one for one in tried if one.cell == cell and one.validation_loss is not None]
-            values, losses = [one.value for one in mine], [one.validation_loss for one in mine]
-            axes.plot(values, losses, "o-", ms=3, lw=1.2, color=colour, label=cell)
-            for place in (place for place, one in enumerate(mine) if one.best):
-                axes.plot(values[place], losses[place], "o", ms=8, mfc="none", color=colour)
-        axes.set(xlabel=study.tuned, ylabel="validation loss", xscale="log")
-        title = "Validation loss of each cell; circles: its best value"
-        canvas.suptitle(title, x=0.01, ha="left", fontsize=9)
-        canvas.legend(loc="outside right upper", frameon=False)
-        _save(canvas, out, name)
-    return [name]
-
-
-def _style() -> AbstractContextManager:
-    import matplotlib
-
-    return matplotlib.rc_context(STYLE)
-
-
-def _canvas(size: tuple[float, float], **options: Any) -> "Figure":
-    from matplotlib.figure import Figure
-
-    return Figure(figsize=size, **options)
-
-
-def _save(canvas: "Figure", out: Path, name: str) -> None:
-    """Write PNG and SVG, the same bytes for the same figure."""
-    canvas.savefig(out / f"{name}.svg", metadata={"Date": None})
-    canvas.savefig(out / f"{name}.png", dpi=150)
 
 
 def _run_colours(comparison: Comparison) -> np.ndarray:
@@ -238,10 +190,12 @@ def _cells(study: Study, summary: Sequence[Mapping[str, Any]]) -> "Figure | None
     shown = _shown(summary)
     if not shown:
         return None
-    columns = len(shown) if len(summary) > MANY_CELLS else min(3, len(shown))
+    columns = (
+        len(shown) if len(summary) > MANY_CELLS else {4: 2}.get(len(shown), min(3, len(shown)))
+    )
     lines = -(-len(shown) // columns)
     width = 3.2 * columns + 0.06 * max(map(len, study.cells))
-    canvas = _canvas((width, (1.2 + 0.28 * len(summary)) * lines + 0.4))
+    canvas = new_canvas((width, (1.2 + 0.28 * len(summary)) * lines + 0.4))
     panels = canvas.subplots(lines, columns, squeeze=False, sharey=True)
     for key, axes in zip(shown, panels.flat, strict=False):
         _panel(axes, key, study.cells, summary)
@@ -251,7 +205,7 @@ def _cells(study: Study, summary: Sequence[Mapping[str, Any]]) -> "Figure | None
     if any(f"published {key}" in summary[0] for key in shown):
         conditions = f", {study.published_as}" if study.published_as else ""
         published = f"; diamonds: published{conditions}"
-    title = f"{study.name} (circles: median, lines: range of the runs{published})"
+    title = f"{study.title} (circles: median, lines: range of the runs{published})"
     canvas.suptitle(textwrap.fill(title, int(13 * width)), x=0.01, ha="left", fontsize=9)
     canvas.tight_layout()
     return canvas
@@ -310,7 +264,7 @@ def _processes(study: Study, summary: Sequence[Mapping[str, Any]]) -> "Figure | 
     shown = [(processes[line["cell"]], line) for line in summary if line["rows_per_s"]]
     if not is_scaling(study) or not shown:
         return None
-    canvas = _canvas((5, 3.6), layout="constrained")
+    canvas = new_canvas((5, 3.6), layout="constrained")
     axes, every = canvas.subplots(), sorted(processes.values())
     first, base = shown[0]
     ideal = [base["rows_per_s"] / first * count for count in every]
@@ -333,7 +287,7 @@ def _processes(study: Study, summary: Sequence[Mapping[str, Any]]) -> "Figure | 
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
     axes.set(xlabel="processes", ylabel="rows/s")
     axes.margins(x=0.12, y=0.12)
-    axes.set_title(study.name, loc="left", fontsize=9)
+    axes.set_title(study.title, loc="left", fontsize=9)
     axes.grid(lw=0.4, alpha=0.5)
     axes.legend(fontsize=8)
     return canvas

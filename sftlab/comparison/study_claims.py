@@ -11,6 +11,7 @@ from sftlab.comparison.study_file import Study
 from sftlab.comparison.study_power import ALPHA, POWER, deviations, smallest_found
 from sftlab.comparison.study_summary import LESS_IS_BETTER
 from sftlab.evaluation.significance import add_holm
+from sftlab.tables import figure
 
 # the least number of seeds that are tested
 SEEDS_FOR_A_CLAIM = 3
@@ -96,6 +97,34 @@ def _smallest_found(tested: Sequence[Mapping[str, Any]]) -> float | None:
         return None
     (deviation,) = spread.values()
     return smallest_found(deviation, min(one["seeds"] for one in tested), len(tested))
+
+
+def finding_lines(found: Sequence[Mapping[str, Any]], names: Mapping[str, str]) -> list[str]:
+    """Returns what was found in each perplexity, a sentence each, in the order of the scores.
+
+    `names` are those of the scores.
+    """
+    lines = []
+    for score in (score for score in LESS_IS_BETTER if score.endswith("perplexity")):
+        mine = [one for one in found if one["score"] == score]
+        if not mine:
+            continue
+        said = "; ".join(_said(one) for one in mine)
+        few, most = (f(one["seeds"] for one in mine) for f in (min, max))
+        seeds = f"{few} seeds" if few == most else f"{few} to {most} seeds"
+        name = names[score][:1].upper() + names[score][1:]
+        lines.append(f"{name}, against {mine[0]['against']} over {seeds}: {said}.")
+    return lines
+
+
+def _said(one: Mapping[str, Any]) -> str:
+    if one["low"] is None:
+        return f"{one['cell']} {one['word']}"
+    if one["word"] == ALIKE:
+        return f"{one['cell']} {ALIKE}, at most {figure(max(-one['low'], one['high']))} apart"
+    low, high = sorted((abs(one["low"]), abs(one["high"])))
+    by = f"{figure(abs(one['difference']))} [{figure(low)}, {figure(high)}]"
+    return f"{one['cell']} {one['word']} by {by}"
 
 
 def least_found_line(found: Sequence[Mapping[str, Any]], names: Mapping[str, str]) -> str:

@@ -22,9 +22,10 @@ from sftlab.yaml_files import read_yaml
 
 LAUNCH_KEYS = ("launch", "processes", "flags")
 # Options of recipes/study.py that override a study's keys; any other option is a recipe field.
-GIVEN = ("recipe", "launch", "processes", "random")
+GIVEN = ("recipe", "launch", "processes", "random", "known_text")
 # What each key of a study file holds.
 STUDY_KEYS = {
+    "title": str,
     "recipe": str,
     "axis": list,
     "seeds": list,
@@ -67,8 +68,8 @@ class Study:
 
     `tasks` are in the order in which they run: every cell once, then every cell again.
     `tuning` are the trainings that choose each cell's own value of the field `tuned`.
-    `published_as` says under which conditions the `published` figures were measured. `random` is
-    the shape of a random model and the length of its longest row.
+    `title` is for people. `published_as` says under which conditions the `published` figures were
+    measured. `random` is the shape of a random model and the length of its longest row.
     """
 
     name: str
@@ -81,6 +82,7 @@ class Study:
     known_text: str | None = None
     published: list[dict[str, Any]] = field(default_factory=list)
     published_as: str = ""
+    title: str = ""
     grid: dict[str, dict[str, Any]] = field(default_factory=dict)
     random: tuple[str, int] | None = None
     tuned: str = ""
@@ -139,9 +141,10 @@ def load(path: Path, runs: Path, given: Mapping[str, Any]) -> Study:
         quality=content.get("quality", False),
         quality_options=content.get("quality_options", {}),
         speed=content.get("speed", True),
-        known_text=content.get("known_text"),
+        known_text=given.get("known_text") or content.get("known_text"),
         published=content.get("published", []) if _is_as_published(given, recipe) else [],
         published_as=content.get("published_as", ""),
+        title=content.get("title") or path.stem,
         grid=content.get("grid", {}),
         random=random,
         tuned=tuned,

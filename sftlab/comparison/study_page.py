@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from sftlab.comparison.run_results import about
-from sftlab.comparison.study_claims import least_found_line
+from sftlab.comparison.study_claims import finding_lines, least_found_line
 from sftlab.comparison.study_file import Study
 from sftlab.comparison.study_output import RUNS_LINE
 from sftlab.comparison.study_summary import COUNTS
@@ -21,7 +21,7 @@ def heading(study: Study, unexplained: list[str], argv: list[str], runs: Path) -
     command = shlex.join(word for word in argv if word != "--no_train")
     ran = next((task for task in study.tasks if task.has_run()), None)
     facts = about(read_run(ran.folder)) if ran else {}
-    lines = [f"# {study.name}", ""]
+    lines = [f"# {study.title}", ""]
     if unexplained:
         lines += ["**CONFOUNDED**: the cells differ in more than the axis, in"]
         lines += ["", *(f"- {line}" for line in unexplained), ""]
@@ -52,7 +52,8 @@ def result_lines(
 ) -> list[str]:
     """Returns the tables of study.md, each with a line that says how to read it."""
     known = f" Published: {study.published_as}." if study.published and study.published_as else ""
-    lines = [f"Median of the runs, lowest and highest in brackets.{known}", ""]
+    lines = [line for finding in finding_lines(found, TITLES) for line in (finding, "")]
+    lines += [f"Median of the runs, lowest and highest in brackets.{known}", ""]
     lines += [*markdown(summary_table(summary)), ""]
     if changed:
         lines += [

@@ -32,7 +32,11 @@ MEASURED = (
     "base known_perplexity",
 )
 # Figures that a study without speed does not have: its trainings run beside one another.
-OF_SPEED = ("step_time_s", "tokens_per_s", "rows_per_s", "share_of_limit", "train_seconds")
+# Memory by part is a question of such studies too.
+OF_SPEED = (
+    *("step_time_s", "tokens_per_s", "rows_per_s", "share_of_limit", "train_seconds"),
+    *(f"step_{part}_gb" for part in STEP_PARTS),
+)
 # Figures in which the factors of a grid are compared, and the least change that counts.
 CHANGED = ("step_time_s", *(f"step_{part}_gb" for part in STEP_PARTS))
 COUNTS = 0.05

@@ -10,6 +10,7 @@ from sftlab.comparison.run_results import outcome
 from sftlab.config.launch_file import read_launch_config
 from sftlab.files import write_json
 from sftlab.paths import ROOT
+from sftlab.runs.clearing import clear
 from sftlab.runs.run_directory import read_run
 from sftlab.schema import read_object
 from sftlab.tables import preview
@@ -118,9 +119,12 @@ def task_settings(task: Task) -> dict[str, Any]:
 def begin(task: Task, beside: int = 0) -> None:
     """Write task.json, by which a later start knows what the folder holds.
 
-    `beside` is the number of other trainings that share the GPUs.
+    `beside` is the number of other trainings that share the GPUs. A run that ran out of memory is
+    removed: should this start be interrupted, that run would pass for its result.
     """
     task.folder.mkdir(parents=True, exist_ok=True)
+    if ran_out_of_memory(task):
+        clear(task.folder)
     write_json(task.folder / "task.json", task_settings(task) | {"beside": beside})
 
 

@@ -73,8 +73,8 @@ def _loss(task: Task) -> tuple[str, float | None]:
     loss = (run.get("measured") or {}).get("validation_loss")
     if status == "succeeded" and loss is None:
         raise ValueError(
-            f"{task.name} has no validation loss to choose by: its recipe needs eval_strategy and "
-            "a validation split (split_fractions)"
+            f"{task.name} has no validation loss to choose by: its recipe needs a validation "
+            "split (split_fractions)"
         )
     return status, loss if status == "succeeded" else None
 

@@ -1,19 +1,22 @@
-"""A first learning rate for a recipe, from a published sweep.
+"""A first learning rate for a recipe, from a published sweep and from one of this project.
 
-Source: tinker-cookbook, `hyperparam_utils.get_lr`: the best of 1e-4, 3e-4 and 1e-3 for LoRA on all
-linears with alpha 32, on Tulu 3, 780 steps of 128 rows. Of dense models, those of 1 to 4 billion
-parameters did best at 1e-3, those of 27 to 70 billion at 3e-4; at 8 billion one family did best at
-1e-3 and another at 3e-4. For full fine-tuning it gives a tenth.
+Source of the first: tinker-cookbook, `hyperparam_utils.get_lr`: the best of 1e-4, 3e-4 and 1e-3 for
+LoRA on all linears with alpha 32, on Tulu 3, 780 steps of 128 rows. Of dense models, those of 1 to
+4 billion parameters did best at 1e-3, those of 27 to 70 billion at 3e-4; at 8 billion one family
+did best at 1e-3 and another at 3e-4. For full fine-tuning it gives a tenth.
+
+The other is results/lora_rank_tuned and results/lora_or_full: SmolLM2-135M-Instruct on GSM8K, 187
+steps of 32 rows. With alpha 32, LoRA of ranks 1 to 64 did best at 3e-3, full fine-tuning at 3e-4.
 """
 
 from typing import NamedTuple
 
-SMALL, LARGE = 1.0e-3, 3.0e-4
-# parameters up to which the higher rate was the best one
-MOST_OF_SMALL = 5e9
-# the fewest parameters in the sweep
-LEAST_SWEPT = 1e9
-# a grid of three values has neighbours three times apart
+TINY, SMALL, LARGE = 3.0e-3, 1.0e-3, 3.0e-4
+# parameters up to which the higher rates were the best ones
+MOST_OF_TINY, MOST_OF_SMALL = 3e8, 5e9
+# the parameters between which no model was swept
+UNSWEPT = (3e8, 1e9)
+# the grids have neighbours about three times apart
 SPAN = 3
 FULL = 10
 SWEEP_ALPHA = 32
@@ -30,20 +33,23 @@ class FirstRate(NamedTuple):
 def first_rate(parameters: int, lora: bool) -> FirstRate:
     """Returns the rate for a model of so many parameters."""
     rate = SMALL if parameters <= MOST_OF_SMALL else LARGE
+    rate = TINY if parameters <= MOST_OF_TINY else rate
     rate = rate if lora else rate / FULL
     return FirstRate(rate, rate / SPAN, rate * SPAN)
 
 
 def rate_lines(given: float, parameters: int, lora: bool, alpha: float | None) -> list[str]:
-    """Returns what the sweep says of a recipe's rate, a line each."""
+    """Returns what the sweeps say of a recipe's rate, a line each."""
     first = first_rate(parameters, lora)
     how = "LoRA" if lora else "full fine-tuning"
+    tiny = parameters <= MOST_OF_TINY
+    sweep = "a sweep of SmolLM2-135M (docs/studies.md)" if tiny else "a published sweep"
     where = "within" if first.low <= given <= first.high else "outside"
     lines = [
-        f"learning rate {given:g}: {where} {first.low:.2g} to {first.high:.2g}, where a published "
-        f"sweep looks first for {how} ({first.rate:g})"
+        f"learning rate {given:g}: {where} {first.low:.2g} to {first.high:.2g}, where {sweep} "
+        f"looks first for {how} ({first.rate:g})"
     ]
-    if parameters < LEAST_SWEPT:
+    if UNSWEPT[0] < parameters < UNSWEPT[1]:
         lines.append("  its smallest model has 1 billion parameters, so here the range is a guess")
     if lora and alpha != SWEEP_ALPHA:
         lines.append(
