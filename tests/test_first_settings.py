@@ -5,7 +5,7 @@ import csv
 import pytest
 from conftest import ROOT, load_script
 
-from sftlab.planning.first_rate import first_rate, rate_lines
+from sftlab.planning.first_settings import BY_RANK, first_rate, rank_line, rate_lines
 
 
 @pytest.mark.parametrize(
@@ -60,8 +60,21 @@ def test_models_of_a_hundred_million_parameters_have_a_sweep_of_their_own():
     assert best["full"] == pytest.approx(first_rate(135_000_000, False).rate)
 
 
+def test_the_rank_is_held_against_the_ranks_that_were_measured():
+    with (ROOT / "results" / "lora_rank_tuned" / "summary.csv").open() as file:
+        found = {r["cell"]: r["tuned response_perplexity"] for r in csv.DictReader(file)}
+    assert found.keys() == {f"r{rank}" for rank in BY_RANK}
+    for rank, score in BY_RANK.items():
+        assert f"{score:.3f}" == f"{float(found[f'r{rank}']):.3f}"
+    assert rank_line(16).startswith("rank 16: where to begin; ")
+    assert rank_line(1).startswith("rank 1: 16 is where to begin; ")
+    assert "1 1.931, 4 1.887, " in rank_line(1)
+
+
 def test_a_plan_says_it(capsys, monkeypatch):
     monkeypatch.chdir(ROOT)
     words = ["--random", "llama3.2-1b", "--rows", "100"]
     load_script("recipes/plan.py").main([*words, "--config", "recipes/llama3.2-1b/attn_r16.yaml"])
-    assert "learning rate 0.0002: outside 0.00033 to 0.003" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "learning rate 0.0002: outside 0.00033 to 0.003" in said
+    assert "rank 16: where to begin" in said

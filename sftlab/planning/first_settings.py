@@ -1,4 +1,4 @@
-"""A first learning rate for a recipe, from a published sweep and from one of this project.
+"""A first learning rate and rank for a recipe, from a published sweep and one of this project.
 
 Source of the first: tinker-cookbook, `hyperparam_utils.get_lr`: the best of 1e-4, 3e-4 and 1e-3 for
 LoRA on all linears with alpha 32, on Tulu 3, 780 steps of 128 rows. Of dense models, those of 1 to
@@ -20,6 +20,9 @@ UNSWEPT = (3e8, 1e9)
 SPAN = 3
 FULL = 10
 SWEEP_ALPHA = 32
+# response perplexity of each rank at its own best rate, in results/lora_rank_tuned
+BY_RANK = {1: 1.931, 4: 1.887, 16: 1.873, 64: 1.868}
+FIRST_RANK = 16
 
 
 class FirstRate(NamedTuple):
@@ -57,3 +60,10 @@ def rate_lines(given: float, parameters: int, lora: bool, alpha: float | None) -
             "lower rate"
         )
     return lines
+
+
+def rank_line(rank: int) -> str:
+    """Returns what the sweep says of a recipe's rank."""
+    tried = ", ".join(f"{one} {score:.3f}" for one, score in BY_RANK.items())
+    said = "where to begin" if rank == FIRST_RANK else f"{FIRST_RANK} is where to begin"
+    return f"rank {rank}: {said}; response perplexity by rank in a sweep of SmolLM2-135M: {tried}"
