@@ -18,6 +18,7 @@ A study file has these keys:
 - `reference`: the cell that the others are compared with (the first)
 - `quality: true` runs eval/quality.py on every run, with `quality_options: {samples: 200}`, and
   on `known_text`, a file of text that the base model knew: what did the tuning forget?
+- `harness: {tasks: [arc_easy], limit: 200}` runs eval/harness.py on every run
 - `published`: figures to show beside the measured ones
 
 Tables and plots go beside the runs, into runs/study-NAME, unless `--out` names another folder.
@@ -47,14 +48,14 @@ from typing import Any
 
 from sftlab.comparison.output_folder import claim_output_folder
 from sftlab.comparison.plots import draw_study
-from sftlab.comparison.run_results import perplexity_of, read_results
+from sftlab.comparison.run_results import RunResults, perplexity_of, read_results
 from sftlab.comparison.study_file import GIVEN, Study, check_comparable, load
 from sftlab.comparison.study_output import RUNS_LINE, check_not_emptied, check_output
 from sftlab.comparison.study_claims import claims, finding_lines, least_found_line
 from sftlab.comparison.study_page import heading, result_lines, tuning_lines
 from sftlab.comparison.study_power import deviations, power_table, rows_needed, seeds_needed
 from sftlab.comparison.study_summary import collect, effects, summarise
-from sftlab.comparison.study_tables import TITLES, claims_table, effects_table, summary_table
+from sftlab.comparison.study_tables import claims_table, effects_table, summary_table, title_of
 from sftlab.comparison.study_tasks import (
     Task,
     begin,
@@ -186,13 +187,13 @@ def power_lines(study: Study, arguments: argparse.Namespace) -> Iterator[str]:
         )
     cells = max(len(study.cells) - 1, 1)
     yield f"{cells} comparisons with {study.reference}. Found in 80 % of studies:"
-    yield aligned(power_table(spread, cells, TITLES))
+    yield aligned(power_table(spread, cells, title_of))
     scored = (read_results(task.folder).quality for task in study.tasks if task.has_run())
     tested = next((one["rows"] for one in scored if one), None) if rows else None
     for score, deviation in spread.items() if arguments.difference else ():
         seeds = seeds_needed(arguments.difference, deviation, cells)
         takes = "over 1,000 seeds" if seeds is None else f"{seeds} seeds"
-        said = f"{TITLES.get(score, score)}: a difference of {arguments.difference:g} takes {takes}"
+        said = f"{title_of(score)}: a difference of {arguments.difference:g} takes {takes}"
         widths = [row[f"{score} high"] - row[f"{score} low"] for row in rows if row.get(score)]
         if widths and tested:
             asked = rows_needed(arguments.difference, tested, statistics.median(widths) / 2)
@@ -293,23 +294,36 @@ def score(study: Study, task: Task) -> bool:
     """Evaluate a run that has an adapter and lacks scores; returns whether none is missing then."""
     if not (task.folder / "adapter").is_dir():
         return True
-    found, wanted = read_results(task.folder), []
-    if not found.quality:
-        wanted.append([f"--{name}={value}" for name, value in study.quality_options.items()])
-    scored = {perplexity_of(one["held_out"]["dataset"]) for one in found.texts}
-    if study.known_text and perplexity_of(study.known_text) not in scored:
-        wanted.append(["--dataset_name", study.known_text])
-    for options in wanted:
+    for script, *options in lacking(study, read_results(task.folder)):
         # one write, as others beside it print too
-        said = " ".join(["evaluating base and tuned", *options])
+        said = " ".join([f"eval/{script} on base and tuned", *options])
         sys.stdout.write(f"{task.name}: {said}\n")
         sys.stdout.flush()
-        command = [sys.executable, "eval/quality.py", "--run", str(task.folder), *options]
+        command = [sys.executable, f"eval/{script}", "--run", str(task.folder), *options]
         with (task.folder / "log").open("a", encoding="utf-8") as log:
             done = subprocess.run(command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT)
         if done.returncode:
             return False
     return True
+
+
+def lacking(study: Study, found: RunResults) -> list[list[str]]:
+    """Returns the evaluations that a run lacks: a script of eval/ and its options."""
+    wanted = []
+    if not found.quality:
+        given = study.quality_options.items()
+        wanted.append(["quality.py", *(f"--{name}={value}" for name, value in given)])
+    scored = {perplexity_of(one["held_out"]["dataset"]) for one in found.texts}
+    if study.known_text and perplexity_of(study.known_text) not in scored:
+        wanted.append(["quality.py", "--dataset_name", study.known_text])
+    given = dict(study.harness)
+    tasks, files = given.pop("tasks", []), given.pop("files", [])
+    answered = {one["task"] for one in found.tasks if one["limit"] == given.get("limit")}
+    if left := [task for task in tasks if task not in answered]:
+        options = [f"--{name}={value}" for name, value in given.items()]
+        options += ["--files", *files] if files else []
+        wanted.append(["harness.py", "--tasks", ",".join(left), *options])
+    return wanted
 
 
 def exit_unless_complete(
@@ -320,7 +334,7 @@ def exit_unless_complete(
         sys.exit(f"error: {tasks[0].name}: {not_run.get(tasks[0].name) or result(tasks[0])}")
     if unscored:
         logs = ", ".join(str(task.folder / "log") for task in unscored)
-        sys.exit(f"error: eval/quality.py failed, see {logs}")
+        sys.exit(f"error: an evaluation failed, see {logs}")
     if failed := failures(tasks, not_run):
         sys.exit(f"error: no result of {len(failed)} of {len(tasks)}: {'; '.join(failed)}")
 
@@ -360,7 +374,7 @@ def write(
     tables += [effects_table(changed)] if changed else []
     tables += [tuning_table(tried, study.tuned)] if tried else []
     print("", *map(aligned, tables), sep="\n")
-    for line in [*finding_lines(found, TITLES), least_found_line(found, TITLES)]:
+    for line in [*finding_lines(found, title_of), least_found_line(found, title_of)]:
         print(f"\n{line}" if line else "")
     written = ["study.md", "runs.csv", "summary.csv", *(["tuning.csv"] if tried else [])]
     written += [f"{plot}.png/.svg" for plot in plots]

@@ -3,6 +3,7 @@
 import csv
 import json
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -10,9 +11,10 @@ import yaml
 from report_runs import run_writer
 from small_studies import SCRIPT, TWO
 
+from sftlab.comparison.study_claims import claims
 from sftlab.comparison.study_file import load
 from sftlab.comparison.study_summary import collect, summarise
-from sftlab.comparison.study_tables import summary_table
+from sftlab.comparison.study_tables import claims_table, summary_table
 from sftlab.comparison.timed_turns import Command, in_turn
 from sftlab.runs.run_directory import adapter_hash
 
@@ -26,6 +28,9 @@ STUDY = {
 }
 
 
+KNOWN, SCORED = ["quality", "--dataset_name", "k.jsonl"], {"scores": {}}
+
+
 def written(tmp_path, **more):
     path = tmp_path / "small.yaml"
     path.write_text(yaml.safe_dump(STUDY | more, sort_keys=False), encoding="utf-8")
@@ -35,25 +40,32 @@ def written(tmp_path, **more):
 @pytest.mark.parametrize(
     ("more", "found", "asked"),
     [
-        ({}, ({}, []), [[]]),
-        ({"quality_options": {"samples": 20}}, ({}, []), [["--samples=20"]]),
-        ({"known_text": "k.jsonl"}, ({}, []), [[], ["--dataset_name", "k.jsonl"]]),
-        ({"known_text": "k.jsonl"}, ({"scores": {}}, []), [["--dataset_name", "k.jsonl"]]),
-        ({"known_text": "k.jsonl"}, ({"scores": {}}, ["k.jsonl"]), []),
-        ({"known_text": "k.jsonl"}, ({"scores": {}}, ["o.jsonl"]), [["--dataset_name", "k.jsonl"]]),
+        ({}, ({}, []), [["quality"]]),
+        ({"quality_options": {"samples": 20}}, ({}, []), [["quality", "--samples=20"]]),
+        ({"known_text": "k.jsonl"}, ({}, []), [["quality"], KNOWN]),
+        ({"known_text": "k.jsonl"}, (SCORED, []), [KNOWN]),
+        ({"known_text": "k.jsonl"}, (SCORED, ["k.jsonl"]), []),
+        ({"known_text": "k.jsonl"}, (SCORED, ["o.jsonl"]), [KNOWN]),
         ({"quality": False, "known_text": "k.jsonl"}, ({}, []), []),
+        ({"harness": {"tasks": ["a", "b"]}}, (SCORED, []), [["harness", "--tasks", "a,b"]]),
+        (
+            {"harness": {"tasks": ["a", "b"], "limit": 20, "files": ["a_test=f"]}},
+            (SCORED, [], [("a", 20), ("b", None)]),
+            [["harness", "--tasks", "b", "--limit=20", "--files", "a_test=f"]],
+        ),
     ],
 )
 def test_what_a_run_lacks_is_evaluated(tmp_path, monkeypatch, more, found, asked):
     study, calls = written(tmp_path, **more), []
 
     def run(command, **options):
-        calls.append(command[4:])
+        calls.append([Path(command[1]).stem, *command[4:]])
         return SimpleNamespace(returncode=0)
 
     monkeypatch.setattr(SCRIPT.subprocess, "run", run)
     texts = [{"held_out": {"dataset": name}} for name in found[1]]
-    results = SimpleNamespace(quality=found[0], texts=texts)
+    tasks = [{"task": name, "limit": limit} for name, limit in (found[2:] or [[]])[0]]
+    results = SimpleNamespace(quality=found[0], texts=texts, tasks=tasks)
     monkeypatch.setattr(SCRIPT, "read_results", lambda folder: results)
     for task in study.tasks:
         (task.folder / "adapter").mkdir(parents=True)
@@ -65,7 +77,8 @@ def test_an_evaluation_that_fails_is_named_and_the_others_go_on(tmp_path, monkey
     study = written(tmp_path)
     fails = lambda command, **_: SimpleNamespace(returncode="r4" in command[3])  # noqa: E731
     monkeypatch.setattr(SCRIPT.subprocess, "run", fails)
-    monkeypatch.setattr(SCRIPT, "read_results", lambda _: SimpleNamespace(quality={}, texts=[]))
+    empty = SimpleNamespace(quality={}, texts=[], tasks=[])
+    monkeypatch.setattr(SCRIPT, "read_results", lambda _: empty)
     for task in study.tasks:
         (task.folder / "adapter").mkdir(parents=True)
     unscored = SCRIPT.score_together(study, study.tasks, at_once=2)
@@ -79,9 +92,21 @@ def test_the_command_line_names_a_text_that_the_base_model_knew(tmp_path):
     assert load(path, tmp_path / "runs", {"known_text": None}).known_text == "k.jsonl"
 
 
-def test_an_option_that_quality_does_not_have_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="quality_options has 'sample': expected samples, batch"):
-        written(tmp_path, quality_options={"sample": 3})
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (
+            {"quality_options": {"sample": 3}},
+            "quality_options has 'sample': expected samples, batch",
+        ),
+        ({"harness": {"task": ["a"]}}, "harness has 'task': expected tasks, limit"),
+        ({"harness": {"tasks": "a"}}, "harness, tasks: got 'a', expected a list of lm-eval tasks"),
+        ({"harness": {"limit": 3}}, "harness, tasks: got None, expected a list of lm-eval tasks"),
+    ],
+)
+def test_an_option_that_an_evaluation_does_not_have_is_refused(tmp_path, more, said):
+    with pytest.raises(ValueError, match=said):
+        written(tmp_path, **more)
 
 
 @pytest.mark.parametrize("timed", [True, False])
@@ -112,6 +137,31 @@ def test_the_perplexity_of_known_text_is_a_column_and_speed_is_none(tmp_path, re
     column = heading.index("perplexity of known text")
     assert [line[column] for line in lines] == ["4", "6"]
     assert "real tokens/s" not in heading and "perplexity of known text, base" in heading
+
+
+def test_the_scores_of_lm_eval_tasks_are_columns_and_are_compared(tmp_path, recipe):
+    study = written(tmp_path, seeds=[1, 2, 3], harness={"tasks": ["quiz"], "limit": 20})
+    make = run_writer(recipe, tmp_path)
+    for task in study.tasks:
+        seed, rank = task.fields["seed"], task.fields["lora_r"]
+        folder = make(task.folder.name, lora_r=rank, lora_alpha=2 * rank, seed=seed)
+        tuned = 0.1 * rank + 0.01 * seed + (0.001 if (rank, seed) == (2, 2) else 0)
+        score = {
+            side: {"value": value, "interval_95": [0.0, 1.0]}
+            for side, value in (("base", 0.1), ("tuned", tuned))
+        }
+        entry = {"task": "quiz", "chat_template": True, "limit": 20, "few_shot": 0}
+        entry |= {"main_metric": "acc,none", "metrics": {"acc,none": score}}
+        entries = [entry | {"adapter_hash": adapter_hash(folder)}]
+        (folder / "eval" / "harness.json").write_text(json.dumps({"entries": entries}))
+    rows, _ = collect(study, {}, allow=True)
+    heading, r4, r2 = summary_table(summarise(study, rows))
+    column = heading.index("quiz 0-shot first 20")
+    assert heading[column - 1] == "quiz 0-shot first 20, base"
+    assert (r4[column], r2[column]) == ("0.42 [0.41, 0.43]", "0.221 [0.21, 0.23]")
+    (claim,) = [one for one in claims(study, rows) if "quiz" in one["score"]]
+    assert (claim["score"], claim["word"]) == ("tuned quiz 0-shot first 20", "worse")
+    assert claims_table([claim])[1][1] == "quiz 0-shot first 20"
 
 
 def test_a_report_shows_the_perplexity_of_text_of_the_runs_own_adapter(

@@ -12,7 +12,7 @@ from small_studies import SCRIPT, TWO, ended
 from sftlab.comparison.study_claims import claims, finding_lines, least_found_line
 from sftlab.comparison.study_file import load
 from sftlab.comparison.study_summary import CHANGED, effects, summarise
-from sftlab.comparison.study_tables import TITLES, claims_table, summary_table
+from sftlab.comparison.study_tables import claims_table, summary_table, title_of
 from sftlab.comparison.study_tasks import begin
 
 
@@ -67,11 +67,11 @@ def test_better_needs_three_seeds_and_a_difference_that_they_agree_on(write, tmp
 def test_a_sentence_says_what_was_found_and_how_sure_it_is(write, tmp_path):
     scores = {"a": [2.0, 2.1, 2.2], "b": [1.0, 1.11, 1.19], "c": [2.05, 2.0, 2.3], "d": [2.0]}
     study = load(write({name: {} for name in scores}), tmp_path, {})
-    (line,) = finding_lines(claims(study, runs_of(scores)), TITLES)
+    (line,) = finding_lines(claims(study, runs_of(scores)), title_of)
     assert line.startswith("Response perplexity, against a over 1 to 3 seeds: b better by 1 [0.9")
     assert "; c not distinguishable, at most " in line
     assert line.endswith(" apart; d untested.")
-    assert finding_lines(claims(study, runs_of(scores, "tuned bleu")), TITLES) == []
+    assert finding_lines(claims(study, runs_of(scores, "tuned bleu")), title_of) == []
 
 
 def test_cells_that_are_equal_are_rarely_called_better(write, tmp_path):
@@ -113,13 +113,13 @@ def test_a_study_says_what_it_could_have_found(write, tmp_path):
     assert 0.74 < np.mean(hits) < 0.86
     alike = claims(study, runs_of({"a": [80.0, 81, 82, 83, 84], "b": [80.2, 80.8, 82.3, 82.9, 84]}))
     assert claims_table(alike)[1][-1].startswith("not distinguishable: at most 0.")
-    said = least_found_line(alike, TITLES)
+    said = least_found_line(alike, title_of)
     assert said.startswith(
         "A difference of this size would have been found in 80 % of such studies"
     )
     assert f"response perplexity {alike[0]['least_found']:.3g}." in said
     two = claims(study, runs_of({"a": [80.0, 81], "b": [90.0, 91]}))
-    assert (least_found_line(two, TITLES), two[0]["p_holm"]) == ("", None)
+    assert (least_found_line(two, title_of), two[0]["p_holm"]) == ("", None)
     assert claims_table(two)[1][-3:] == ["", "2", "untested"]
 
 
@@ -228,7 +228,7 @@ def test_an_evaluation_that_fails_is_said(write, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "executable", fork_server.python())
     with pytest.raises(SystemExit) as stopped:
         SCRIPT.main([str(path), "--runs", str(tmp_path / "runs")])
-    assert "eval/quality.py failed" in str(stopped.value) and "r4-1/log" in str(stopped.value)
+    assert "an evaluation failed" in str(stopped.value) and "r4-1/log" in str(stopped.value)
     assert "done before" in capsys.readouterr().out
     with pytest.raises(SystemExit, match="the study has tasks 0 to 1"):
         SCRIPT.main([str(path), "--runs", str(tmp_path / "runs"), "--task", "2"])

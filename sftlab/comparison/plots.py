@@ -15,7 +15,7 @@ from sftlab.comparison.canvas import new_canvas, save, style
 from sftlab.comparison.run_comparison import COLUMNS, Comparison, portable, shared_facts
 from sftlab.comparison.study_file import Study
 from sftlab.comparison.study_summary import MEASURED, is_scaling
-from sftlab.comparison.study_tables import TITLES
+from sftlab.comparison.study_tables import TITLES, title_of
 from sftlab.evaluation.text_metrics import NAMES
 from sftlab.runs.run_directory import SIDES
 from sftlab.tables import figure
@@ -217,7 +217,8 @@ def _shown(summary: Sequence[Mapping[str, Any]]) -> list[str]:
     for keys in PANELS:
         there = [key for key in keys if any(line.get(key) is not None for line in summary)]
         found += [key.removeprefix("published ") for key in there[:1]]
-    return found
+    of_tasks = (key for key in summary[0] if key.startswith("tuned ") and key not in TITLES)
+    return found + [key for key in of_tasks if not key.endswith((" low", " high"))]
 
 
 def _panel(
@@ -239,7 +240,7 @@ def _panel(
             axes.annotate(figure(value), (value, place), (0, 5), **options)
         if (known := line.get(f"published {key}")) is not None:
             axes.plot(known, place, "D", mfc="none", color=PUBLISHED_COLOUR, ms=6)
-    axes.set(xlabel=TITLES[key], ylim=(len(summary) - 0.5, -0.7))
+    axes.set(xlabel=title_of(key), ylim=(len(summary) - 0.5, -0.7))
     axes.set_yticks(range(len(summary)), cells)
     axes.margins(x=0.2)
     axes.locator_params(axis="x", nbins=4)

@@ -1,7 +1,7 @@
 """Is a cell of a study better than the reference, and what could the study have found?"""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -9,7 +9,7 @@ from scipy.stats import t
 
 from sftlab.comparison.study_file import Study
 from sftlab.comparison.study_power import ALPHA, POWER, deviations, smallest_found
-from sftlab.comparison.study_summary import LESS_IS_BETTER
+from sftlab.comparison.study_summary import LESS_IS_BETTER, task_scores
 from sftlab.evaluation.significance import add_holm
 from sftlab.tables import figure
 
@@ -29,7 +29,8 @@ def claims(study: Study, rows: Sequence[Mapping[str, Any]]) -> list[dict[str, An
     adjusted like the p beside it: it holds 0 where that p is 0.05 or more.
     """
     found: list[dict[str, Any]] = []
-    for score, less_is_better in LESS_IS_BETTER.items():
+    scores = LESS_IS_BETTER | dict.fromkeys(task_scores(study, rows), False)
+    for score, less_is_better in scores.items():
         family = {}
         for cell in (cell for cell in study.cells if cell != study.reference):
             if pairs := _pairs(rows, study.reference, cell, score):
@@ -99,10 +100,10 @@ def _smallest_found(tested: Sequence[Mapping[str, Any]]) -> float | None:
     return smallest_found(deviation, min(one["seeds"] for one in tested), len(tested))
 
 
-def finding_lines(found: Sequence[Mapping[str, Any]], names: Mapping[str, str]) -> list[str]:
+def finding_lines(found: Sequence[Mapping[str, Any]], name: Callable[[str], str]) -> list[str]:
     """Returns what was found in each perplexity, a sentence each, in the order of the scores.
 
-    `names` are those of the scores.
+    `name` says what a score is called.
     """
     lines = []
     for score in (score for score in LESS_IS_BETTER if score.endswith("perplexity")):
@@ -112,8 +113,9 @@ def finding_lines(found: Sequence[Mapping[str, Any]], names: Mapping[str, str]) 
         said = "; ".join(_said(one) for one in mine)
         few, most = (f(one["seeds"] for one in mine) for f in (min, max))
         seeds = f"{few} seeds" if few == most else f"{few} to {most} seeds"
-        name = names[score][:1].upper() + names[score][1:]
-        lines.append(f"{name}, against {mine[0]['against']} over {seeds}: {said}.")
+        called = name(score)
+        called = called[:1].upper() + called[1:]
+        lines.append(f"{called}, against {mine[0]['against']} over {seeds}: {said}.")
     return lines
 
 
@@ -127,14 +129,14 @@ def _said(one: Mapping[str, Any]) -> str:
     return f"{one['cell']} {one['word']} by {by}"
 
 
-def least_found_line(found: Sequence[Mapping[str, Any]], names: Mapping[str, str]) -> str:
+def least_found_line(found: Sequence[Mapping[str, Any]], name: Callable[[str], str]) -> str:
     """Returns what the study could have found, in a sentence; empty where nothing was tested.
 
-    `names` are those of the scores.
+    `name` says what a score is called.
     """
     least = {one["score"]: one["least_found"] for one in found if one["least_found"] is not None}
     if not least:
         return ""
-    said = ", ".join(f"{names[score]} {value:.3g}" for score, value in least.items())
+    said = ", ".join(f"{name(score)} {value:.3g}" for score, value in least.items())
     often = f"{100 * POWER:.0f} % of such studies"
     return f"A difference of this size would have been found in {often}: {said}."

@@ -35,6 +35,7 @@ STUDY_KEYS = {
     "quality_options": dict,
     "speed": bool,
     "known_text": str,
+    "harness": dict,
     "fields": dict,
     "cells": dict,
     "grid": dict,
@@ -54,6 +55,8 @@ KINDS = {
 }
 # options of eval/quality.py that a study may set
 QUALITY_OPTIONS = ("samples", "batch_size", "max_new_tokens", "bleu_tokenize")
+# options of eval/harness.py that a study may set; `tasks` is a list of names
+HARNESS_OPTIONS = ("tasks", "limit", "num_fewshot", "batch_size", "files")
 # Recipe fields that say where a run is kept: the study sets them.
 ITS_OWN = ("output_dir", "overwrite", "config", "resume_from_checkpoint")
 # Random weights are not saved, and all rows train.
@@ -80,6 +83,7 @@ class Study:
     quality_options: Mapping[str, Any] = field(default_factory=dict)
     speed: bool = True
     known_text: str | None = None
+    harness: Mapping[str, Any] = field(default_factory=dict)
     published: list[dict[str, Any]] = field(default_factory=list)
     published_as: str = ""
     title: str = ""
@@ -142,6 +146,7 @@ def load(path: Path, runs: Path, given: Mapping[str, Any]) -> Study:
         quality_options=content.get("quality_options", {}),
         speed=content.get("speed", True),
         known_text=given.get("known_text") or content.get("known_text"),
+        harness=content.get("harness", {}),
         published=content.get("published", []) if _is_as_published(given, recipe) else [],
         published_as=content.get("published_as", ""),
         title=content.get("title") or path.stem,
@@ -168,6 +173,7 @@ def _read(path: Path) -> dict[str, Any]:
         raise ValueError(
             f"{path}: quality_options has {odd[0]!r}: expected {', '.join(QUALITY_OPTIONS)}"
         )
+    _check_harness(path, content.get("harness", {}))
     published = content.get("published", [])
     if odd := [one for one in published if not (isinstance(one, dict) and "cell" in one)]:
         raise ValueError(f"{path}: published holds {odd[0]!r}: expected a cell and its figures")
@@ -177,6 +183,14 @@ def _read(path: Path) -> dict[str, Any]:
             f"{path}: published figures of {', '.join(unknown)}, which is none of the cells"
         )
     return content
+
+
+def _check_harness(path: Path, options: dict[str, Any]) -> None:
+    if odd := [one for one in options if one not in HARNESS_OPTIONS]:
+        raise ValueError(f"{path}: harness has {odd[0]!r}: expected {', '.join(HARNESS_OPTIONS)}")
+    tasks = options.get("tasks") if options else ["none asked for"]
+    if not isinstance(tasks, list) or not tasks or not all(isinstance(t, str) for t in tasks):
+        raise ValueError(f"{path}: harness, tasks: got {tasks!r}, expected a list of lm-eval tasks")
 
 
 def _check_keys(path: Path, content: dict[str, Any]) -> None:

@@ -10,7 +10,7 @@ from sftlab.comparison.study_claims import finding_lines, least_found_line
 from sftlab.comparison.study_file import Study
 from sftlab.comparison.study_output import RUNS_LINE
 from sftlab.comparison.study_summary import COUNTS
-from sftlab.comparison.study_tables import TITLES, claims_table, effects_table, summary_table
+from sftlab.comparison.study_tables import claims_table, effects_table, summary_table, title_of
 from sftlab.comparison.study_tuning import Trial, tuning_table
 from sftlab.runs.run_directory import read_run
 from sftlab.tables import markdown
@@ -52,7 +52,7 @@ def result_lines(
 ) -> list[str]:
     """Returns the tables of study.md, each with a line that says how to read it."""
     known = f" Published: {study.published_as}." if study.published and study.published_as else ""
-    lines = [line for finding in finding_lines(found, TITLES) for line in (finding, "")]
+    lines = [line for finding in finding_lines(found, title_of) for line in (finding, "")]
     lines += [f"Median of the runs, lowest and highest in brackets.{known}", ""]
     lines += [*markdown(summary_table(summary)), ""]
     if changed:
@@ -70,6 +70,6 @@ def result_lines(
             "",
         ]
         lines += [*markdown(claims_table(found)), ""]
-        if least := least_found_line(found, TITLES):
+        if least := least_found_line(found, title_of):
             lines += [least, ""]
     return lines

@@ -5,7 +5,7 @@ the cells that are compared.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from scipy.optimize import brentq
@@ -61,9 +61,9 @@ def deviations(found: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     }
 
 
-def power_table(spread: Mapping[str, float], cells: int, names: Mapping[str, str]) -> Table:
+def power_table(spread: Mapping[str, float], cells: int, name: Callable[[str], str]) -> Table:
     """Returns a heading, and a row a number of seeds with the smallest difference in each score."""
-    table = [["seeds", *(names.get(score, score) for score in spread)]]
+    table = [["seeds", *(name(score) for score in spread)]]
     for seeds in SHOWN_SEEDS:
         least = (smallest_found(deviation, seeds, cells) for deviation in spread.values())
         table.append([str(seeds), *map(figure, least)])

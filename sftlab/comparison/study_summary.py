@@ -49,6 +49,13 @@ LESS_IS_BETTER = {
 }
 
 
+def task_scores(study: Study, rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Returns the tuned scores of the study's lm-eval tasks that any row has; more is better."""
+    begins = tuple(f"tuned {task} " for task in study.harness.get("tasks", []))
+    named = (key for row in rows for key in row if begins and key.startswith(begins))
+    return list(dict.fromkeys(key for key in named if not key.endswith((" low", " high"))))
+
+
 def collect(
     study: Study, not_run: Mapping[str, str], allow: bool = False
 ) -> tuple[list[dict[str, Any]], list[str]]:
@@ -111,6 +118,8 @@ def add_scaling(
 
 def summarise(study: Study, rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Returns a line a cell: median, lowest and highest of each figure, and how its runs ended."""
+    tasks = task_scores(study, rows)
+    of_tasks = [f"{side} {key.removeprefix('tuned ')}" for key in tasks for side in SIDES]
     lines = []
     for cell in study.cells:
         mine = [row for row in rows if row["cell"] == cell]
@@ -118,7 +127,7 @@ def summarise(study: Study, rows: Sequence[Mapping[str, Any]]) -> list[dict[str,
         statuses = dict.fromkeys(row["status"] for row in mine)
         reason = next((row["reason"] for row in mine if row["reason"]), "")
         line = {"cell": cell, "runs": len(good), "status": ", ".join(statuses), "reason": reason}
-        for key in (*MEASURED, *LESS_IS_BETTER):
+        for key in (*MEASURED, *LESS_IS_BETTER, *of_tasks):
             values = sorted(row[key] for row in good if row.get(key) is not None)
             line[key] = statistics.median(values) if values else None
             line[f"{key} low"] = values[0] if values else None

@@ -36,11 +36,22 @@ ARROWS = {"up": "↑", "down": "↓", "same": "="}
 Table = list[list[str]]
 
 
+def title_of(key: str) -> str:
+    """Returns what a figure is called in tables and plots; an lm-eval task has its own name."""
+    if key in TITLES:
+        return TITLES[key]
+    if key.startswith("base "):
+        return key.removeprefix("base ") + ", base"
+    return key.removeprefix("tuned ")
+
+
 def summary_table(summary: Sequence[Mapping[str, Any]]) -> Table:
     """Returns a heading and a row a cell; columns without any value are left out."""
     published = [key for key in summary[0] if key.startswith("published ")]
     shown = [key for key in TITLES if key in summary[0]]
-    lines = [["cell", "runs", *(TITLES[key] for key in shown), *published, "ended"]]
+    of_tasks = (key for key in summary[0] if key.startswith(("base ", "tuned ")))
+    shown += [k for k in of_tasks if k not in shown and not k.endswith((" low", " high"))]
+    lines = [["cell", "runs", *map(title_of, shown), *published, "ended"]]
     for line in summary:
         cells = [line["cell"], str(line["runs"]), *(_with_range(line, key) for key in shown)]
         cells += ["" if line[key] is None else str(line[key]) for key in published]
@@ -64,7 +75,7 @@ def claims_table(found: Sequence[Mapping[str, Any]]) -> Table:
         ends = "" if one["low"] is None else f" [{figure(one['low'])}, {figure(one['high'])}]"
         difference = figure(one["difference"]) + ends
         p = "" if one["p_holm"] is None else p_value(one["p_holm"])
-        words = [one["cell"], TITLES[one["score"]], difference, p, str(one["seeds"])]
+        words = [one["cell"], title_of(one["score"]), difference, p, str(one["seeds"])]
         lines.append([*words, one["word"] + _bound(one)])
     return lines
 
