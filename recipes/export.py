@@ -18,7 +18,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedTokenizerBase,
+)
 
 from sftlab.comparison.result_files import check_differences, read_quality
 from sftlab.evaluation.base_and_tuned import (
@@ -48,6 +53,7 @@ from sftlab.export.gguf_file import (
     GGUF_TYPES,
     ends_of,
     read_gguf,
+    read_tokenizer,
     refuse_unwritable,
     write_gguf,
 )
@@ -150,7 +156,7 @@ def export(arguments: argparse.Namespace) -> None:
             del merged
         del model
         print("loading it again and asking it the same ...", flush=True)
-        found, kept = as_a_user(unfinished, arguments, rows, recipe, config)
+        found, kept = as_a_user(unfinished, arguments, rows, recipe, config, tokenizer)
         agreement = compare(expected, found, kept)
         if agreement.differs:
             raise ValueError(f"the export does not answer as {folder}: {agreement.differs}")
@@ -236,17 +242,23 @@ def unquantised(run: dict[str, Any]) -> dict[str, Any]:
 
 
 def as_a_user(
-    out: Path, arguments: argparse.Namespace, rows: HeldOut, recipe: dict[str, Any], config: Any
+    out: Path,
+    arguments: argparse.Namespace,
+    rows: HeldOut,
+    recipe: dict[str, Any],
+    config: Any,
+    own: PreTrainedTokenizerBase,
 ) -> tuple[Behaviour, str]:
     """Load an export from its folder alone, and ask it. Returns its answers and its dtype.
 
-    `config` is the base model's, which tells what transformers does not read of a GGUF file.
+    `config` is the base model's and `own` the run's tokenizer. They tell what transformers does
+    not read of a GGUF file.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     trust = {"trust_remote_code": arguments.trust_remote_code}
     if arguments.to == "gguf":
         kept, path = arguments.gguf_type, next(out.glob("*.gguf"))
-        tokenizer = AutoTokenizer.from_pretrained(out, gguf_file=path.name)
+        tokenizer = read_tokenizer(path, own)
         model = read_gguf(path, config)
         ends = ends_of(path)
         with_fused_head(model)

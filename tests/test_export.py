@@ -1,5 +1,6 @@
 """An export answers as the run that it was made from, or is not made."""
 
+import copy
 import json
 import shutil
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -11,6 +12,7 @@ import torch
 from conftest import copy_of, load_script, read
 from gguf import GGUFReader
 from peft import AutoPeftModelForCausalLM
+from tokenizers import Regex, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -27,7 +29,13 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from sftlab.data.chat_template import prompt_ids, set_template
 from sftlab.evaluation.base_and_tuned import finished_run, load_pair
 from sftlab.export.formats import refuse_for_vllm
-from sftlab.export.gguf_file import ends_of, read_gguf, refuse_unwritable, write_gguf
+from sftlab.export.gguf_file import (
+    ends_of,
+    read_gguf,
+    read_tokenizer,
+    refuse_unwritable,
+    write_gguf,
+)
 from sftlab.models.demo import train_tokenizer
 
 LLAMA3_ROPE = {
@@ -188,6 +196,51 @@ def test_a_gguf_file_is_the_model(words, tmp_path, config_class, model_class, mo
     assert prompt_ids(again, QUESTION) == prompt_ids(words, QUESTION)
     assert (logits(found, again) - logits(model, words)).abs().max() < near
     assert ends_of(tmp_path / "x.gguf") == [words.eos_token_id]
+
+
+LETTERS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
+REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+
+
+def by(pattern):
+    split = pre_tokenizers.Split(Regex(LETTERS + pattern + REST), "isolated")
+    return pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(False, use_regex=False)])
+
+
+@pytest.mark.parametrize(
+    ("rule", "name"),
+    [
+        (pre_tokenizers.ByteLevel(False), "gpt-2"),
+        (
+            pre_tokenizers.Sequence([pre_tokenizers.Digits(True), pre_tokenizers.ByteLevel(False)]),
+            "smollm",
+        ),
+        (by(r"\p{N}{1,3}"), "llama-bpe"),
+        (by(r"\p{N}"), "qwen2"),
+    ],
+    ids=["gpt-2", "smollm", "llama-bpe", "qwen2"],
+)
+def test_numbers_and_blanks_of_a_gguf_file_are_split_by_the_rule_that_it_names(
+    tmp_path, rule, name
+):
+    texts = [f"Add  {i}  and {7 * i}, it's 123456.\n\n  {i}" for i in range(300)]
+    words = train_tokenizer(texts, 600)
+    set_template(words)
+    words.backend_tokenizer.pre_tokenizer = rule
+    config = LlamaConfig(
+        vocab_size=640, hidden_size=32, intermediate_size=32, num_hidden_layers=1,
+        num_attention_heads=2, bos_token_id=words.bos_token_id, eos_token_id=words.eos_token_id,
+    )  # fmt: skip
+    write_gguf(LlamaForCausalLM(config), words, tmp_path / "x.gguf", "f16", [words.eos_token_id])
+    pre = GGUFReader(tmp_path / "x.gguf").get_field("tokenizer.ggml.pre")
+    assert pre.contents() == name
+    again = read_tokenizer(tmp_path / "x.gguf", words)
+    for text in texts[:20]:
+        assert again(text).input_ids == words(text).input_ids
+    other = copy.deepcopy(words)
+    other.backend_tokenizer.pre_tokenizer = by(r"\p{N}{1,2}")
+    with pytest.raises(ValueError, match="no byte-level BPE that GGUF has a name for"):
+        read_tokenizer(tmp_path / "x.gguf", other)
 
 
 def test_the_divisors_of_llama_3_are_those_of_transformers(words, tmp_path):

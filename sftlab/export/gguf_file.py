@@ -20,7 +20,12 @@ from gguf import (
     quants,
 )
 from gguf.constants import MODEL_ARCH
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 GGUF_TYPES = ("f32", "f16", "bf16", "q8_0")
 _FILE_TYPES = {
@@ -37,13 +42,8 @@ _FAMILIES = {
     "qwen3": (MODEL_ARCH.QWEN3, False),
 }
 _DIGITS = r"[^\r\n\p{L}\p{N}]?\p{L}+|"
-# part of a pre-tokenizer's JSON: llama.cpp's name of it; the first that fits
-_PRE_TOKENIZERS = (
-    (_DIGITS + r"\p{N}{1,3}|", "llama-bpe"),
-    (_DIGITS + r"\p{N}|", "qwen2"),
-    ('"type": "Digits"', "smollm"),
-    ('"type": "ByteLevel"', "gpt-2"),
-)
+# part of the expression that splits text before its bytes: llama.cpp's name of the rule
+_EXPRESSIONS = ((_DIGITS + r"\p{N}{1,3}|", "llama-bpe"), (_DIGITS + r"\p{N}|", "qwen2"))
 
 
 def write_gguf(
@@ -103,6 +103,19 @@ def read_gguf(path: Path, config: Any) -> PreTrainedModel:
     inner = model.get_decoder()
     inner.rotary_emb = type(inner.rotary_emb)(model.config)
     return model
+
+
+def read_tokenizer(path: Path, own: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    """Load a file's tokenizer with transformers, which splits every text as GPT-2 does.
+
+    The file names its rule of splitting as llama.cpp knows it. Where that is the rule of `own`,
+    the tokenizer that the file was written from, it splits as `own` does.
+    """
+    tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    named = GGUFReader(path).get_field("tokenizer.ggml.pre")
+    if named is not None and named.contents() == _pre_tokenizer(own):
+        tokenizer.backend_tokenizer.pre_tokenizer = own.backend_tokenizer.pre_tokenizer
+    return tokenizer
 
 
 def ends_of(path: Path) -> list[int]:
@@ -180,16 +193,29 @@ def _permuted(weight: torch.Tensor, heads: int) -> torch.Tensor:
 def _pre_tokenizer(tokenizer: PreTrainedTokenizerBase) -> str:
     """Returns llama.cpp's name for how the tokenizer splits text. Raises ValueError for others."""
     backend = json.loads(tokenizer.backend_tokenizer.to_str())
-    shown = json.dumps(backend["pre_tokenizer"], ensure_ascii=False).replace("\\\\", "\\")
+    name = _rule_name(backend["pre_tokenizer"] or {})
     merges = backend["model"].get("merges")
-    if merges and backend.get("normalizer") in (None, {"type": "NFC"}):
-        for part, name in _PRE_TOKENIZERS:
-            if part in shown:
-                return name
+    if name and merges and backend.get("normalizer") in (None, {"type": "NFC"}):
+        return name
     raise ValueError(
         "the tokenizer is no byte-level BPE that GGUF has a name for here: export it with "
         "--to merged and convert that with llama.cpp's convert_hf_to_gguf.py"
     )
+
+
+def _rule_name(rule: dict[str, Any]) -> str | None:
+    """Returns llama.cpp's name for a pre-tokenizer as tokenizers stores it; None for others."""
+    *first, last = rule.get("pretokenizers") or [rule]
+    if last.get("type") != "ByteLevel" or last["add_prefix_space"] or len(first) > 1:
+        return None
+    if not first:
+        return "gpt-2" if last["use_regex"] else None
+    if first[0]["type"] == "Digits":
+        return "smollm" if first[0]["individual_digits"] and last["use_regex"] else None
+    if first[0]["type"] != "Split" or last["use_regex"]:
+        return None
+    expression = first[0]["pattern"].get("Regex", "")
+    return next((name for part, name in _EXPRESSIONS if part in expression), None)
 
 
 def _add_tokenizer(writer: GGUFWriter, tokenizer: PreTrainedTokenizerBase, size: int) -> None:
