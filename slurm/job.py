@@ -146,9 +146,10 @@ def evaluate(words: list[str]) -> int:
         raise ValueError(
             "usage: sbatch slurm/eval.sbatch RUN ['script of eval/ and its options' ...]"
         )
-    run, evaluations = words[0], [shlex.split(one) for one in words[1:] or ["quality"]]
+    run = words[0]
     if not (Path(run) / "run.json").is_file():
         raise ValueError(f"{run} is no run directory: it has no run.json")
+    evaluations = [shlex.split(one) for one in words[1:] or [usual_evaluation(Path(run))]]
     for name, *_ in evaluations:
         if not Path("eval", f"{name}.py").is_file():
             known = ", ".join(sorted(path.stem for path in Path("eval").glob("*.py")))
@@ -161,6 +162,16 @@ def evaluate(words: list[str]) -> int:
         ):
             return code
     return 0
+
+
+def usual_evaluation(run: Path) -> str:
+    """Returns the script of eval/ that answers first whether a run's training did what it should.
+
+    That is preferences for preference tuning, which it scores beside what was lost; else quality.
+    """
+    recipe = _written(run / "run.json").get("recipe")
+    is_dpo = isinstance(recipe, dict) and recipe.get("method") == "dpo"
+    return "preferences" if is_dpo else "quality"
 
 
 def study(words: list[str]) -> int:

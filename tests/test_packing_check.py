@@ -4,6 +4,7 @@ from functools import partial
 
 import pytest
 from packed_training import build, leaking_attention, pack_on_a_cpu, reference_attention, train
+from tiny_base import write_base_of
 
 from sftlab.fastpath import varlen_attention
 
@@ -31,3 +32,21 @@ def test_rows_that_are_apart_pass_and_nothing_else_changes(fields, packed_with):
         losses.append([entry["loss"] for entry in train(trainer)])
         assert trainer.model.config._attn_implementation == varlen_attention.NAME
     assert losses[0] == losses[1], "the check takes nothing of the random state"
+
+
+@pytest.mark.parametrize(
+    ("family", "settings"),
+    [
+        ("gemma2", {"head_dim": 16}),
+        ("gpt_oss", {"head_dim": 16, "num_local_experts": 4, "num_experts_per_tok": 2}),
+    ],
+)
+def test_a_model_whose_own_attention_is_eager_trains_packed(
+    fields, packed_with, tmp_path, family, settings
+):
+    packed_with(reference_attention)
+    base = write_base_of(family, tmp_path, **settings)
+    trainer = build(fields | {"model_name_or_path": str(base)}, packing="true", max_steps=1)
+    assert not trainer._base._supports_sdpa
+    assert len(train(trainer)) == 1
+    assert trainer.model.config._attn_implementation == varlen_attention.NAME

@@ -14,6 +14,8 @@ from packed_training import (
     with_trained_lora,
 )
 from preference_runs import pair_fields, stop_in_the_second_step
+from tiny_base import write_base_of
+from torch.overrides import TorchFunctionMode
 
 from sftlab.config.preference_fields import LOSSES, MICRO_BATCH_LOSSES
 from sftlab.data.encoded_pairs import IDS
@@ -74,6 +76,61 @@ def test_every_loss_and_its_gradients_are_trls_own(
         assert metrics == pytest.approx(trls, abs=1e-4, rel=1e-5)
         for parameter, gradient in gradients.items():
             torch.testing.assert_close(gradient, right[parameter], atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("family", "settings"),
+    [
+        ("gemma2", {"final_logit_softcapping": 2.0, "head_dim": 16}),
+        ("granite", {"logits_scaling": 8.0}),
+        ("cohere", {"logit_scale": 0.0625}),
+    ],
+)
+def test_log_probabilities_of_a_capped_or_scaled_head_are_trls_own(
+    pairs, packed_with, monkeypatch, tmp_path, family, settings
+):
+    packed_with(reference_attention)
+    monkeypatch.setattr(fused_loss, "CHUNK", 50)
+    monkeypatch.setattr(fused_loss, "_MEANS_AT_ONCE", 7)
+    own = pairs | {"model_name_or_path": str(write_base_of(family, tmp_path, **settings))}
+    fast, plain = (with_trained_lora(build(own | switches)) for switches in (FAST, PLAIN))
+    assert (fast.fast.packing, fast.fast.fused_loss) == (True, True)
+    rows = [plain.train_dataset[n] for n in range(4)]
+    loss, gradients, metrics = step_of(fast, rows)
+    expected, right, trls = step_of(plain, rows)
+    assert loss == pytest.approx(expected, abs=1e-5, rel=1e-5)
+    assert metrics == pytest.approx(trls, abs=1e-4, rel=1e-4)
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(gradient, right[name], atol=1e-5, rtol=1e-3)
+
+
+def test_the_mean_of_a_frozen_head_is_computed_once(pairs):
+    trainer = build(pairs | {"fused_loss": "true", "packing": "false"})
+    rows, head = [trainer.train_dataset[n] for n in range(4)], trainer._base.lm_head
+    step_of(trainer, rows)
+    before = step_of(trainer, rows)[2]["logits/chosen"]
+    with CountedMeans() as counted:
+        step_of(trainer, rows)
+    assert counted.of(head.weight) == 0
+    with torch.no_grad():
+        head.weight.mul_(3.0)
+    assert step_of(trainer, rows)[2]["logits/chosen"] == pytest.approx(3 * before, rel=1e-4)
+
+
+class CountedMeans(TorchFunctionMode):
+    """Counts the means that are taken of whole tensors."""
+
+    def __init__(self):
+        super().__init__()
+        self.taken = []
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function is torch.Tensor.mean:
+            self.taken.append(args[0])
+        return function(*args, **(kwargs or {}))
+
+    def of(self, tensor):
+        return sum(one is tensor for one in self.taken)
 
 
 def test_a_packed_side_sees_no_other(pairs, packed_with):

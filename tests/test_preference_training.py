@@ -57,6 +57,21 @@ def test_the_reference_is_the_adapter_that_it_starts_from(pairs, finished, train
     assert all(not torch.equal(before[name], after[name]) for name in before)
 
 
+def test_a_larger_beta_stays_closer_to_the_start(pairs):
+    assert distance_from_start(pairs, 0.05) > 1.3 * distance_from_start(pairs, 5.0) > 0
+
+
+def distance_from_start(pairs, beta):
+    """Nats by which an answer's log-probability has moved after 24 steps, on average."""
+    trainer = build(pairs, beta=beta, max_steps=24)
+    trainer.train()
+    model = trainer.model.eval()
+    batch = trainer.data_collator([trainer.train_dataset[n] for n in range(24)])
+    now = torch.stack(trainer.side_log_probs(model, batch))
+    start = torch.stack(trainer.reference_log_probs(model, batch))
+    return float((now - start).abs().mean())
+
+
 @pytest.mark.long
 def test_a_stopped_run_continues_bit_for_bit(
     pairs, finished, tmp_path, monkeypatch, train_here, trained_here

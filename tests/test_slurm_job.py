@@ -63,6 +63,25 @@ def test_a_mistake_is_one_sentence(words, said, monkeypatch):
     assert said in line
 
 
+@pytest.mark.parametrize(
+    ("recipe", "asked", "started"),
+    [
+        ({"method": "sft"}, [], "quality"),
+        ({}, [], "quality"),
+        ({"method": "dpo"}, [], "preferences"),
+        ({"method": "dpo"}, ["quality"], "quality"),
+        ("damaged", [], "quality"),
+    ],
+)
+def test_a_run_is_evaluated_by_its_method(recipe, asked, started, tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    (tmp_path / "run.json").write_text(json.dumps({"recipe": recipe}))
+    job, commands = load_script("slurm/job.py"), []
+    monkeypatch.setattr(job, "one_command", lambda words, more_to_do: commands.append(words))
+    assert job.main(["evaluate", str(tmp_path), *asked]) == 0
+    assert [words[1:] for words in commands] == [[f"eval/{started}.py", "--run", str(tmp_path)]]
+
+
 SPELLINGS = [
     ["--output_dir", "there"],
     ["--output-dir", "there"],

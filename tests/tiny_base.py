@@ -6,7 +6,13 @@ from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
 from sftlab.data.converter import turn_of
 
@@ -45,6 +51,26 @@ def write_base(folder: Path, head_dim: int = 16) -> None:
     )
     LlamaForCausalLM(config).save_pretrained(folder)
     byte_tokenizer().save_pretrained(folder)
+
+
+def write_base_of(family: str, folder: Path, **settings: object) -> Path:
+    """Write a tiny random base model of a family of transformers. Returns its folder.
+
+    Its weights are so large that attention and what happens to the logits are felt.
+    """
+    size = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 512}
+    ids = {"vocab_size": 259, "bos_token_id": 256, "eos_token_id": 257, "pad_token_id": 258}
+    config = AutoConfig.for_model(family, **size, **heads, **ids, **settings)
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.3)
+    base = folder / family
+    model.save_pretrained(base)
+    byte_tokenizer().save_pretrained(base)
+    return base
 
 
 def instruction_rows(count: int) -> list[dict[str, str]]:

@@ -17,8 +17,8 @@ from sftlab.data.splits import Splits
 from sftlab.evaluation.generation import Generator, Sampling, longest_prompt
 from sftlab.evaluation.held_out import HeldOut, ScoredRows, select
 from sftlab.evaluation.text_metrics import ROUGE_TYPES, Bleu, score_texts, tokenizer_of
-from sftlab.fastpath import varlen_attention
 from sftlab.models.inner_model import inner_model
+from sftlab.models.plain_attention import plain_attention
 
 # answers that are generated at a time
 _BATCH = 32
@@ -66,21 +66,16 @@ class AnswersInTraining:
 def _as_for_answers(model: PeftModel | PreTrainedModel) -> Iterator[None]:
     """The model generates inside the context, and trains on after it as if it had not."""
     inner, was_training = inner_model(model), model.training
-    settings, attention = inner.generation_config, inner.config._attn_implementation
+    settings = inner.generation_config
     devices = [model.device] if model.device.type == "cuda" else []
-    # attention over packed rows knows no padding
-    packs = attention == varlen_attention.NAME
-    if packs:
-        inner.set_attn_implementation("sdpa")
+    eager = torch.compiler.set_stance("force_eager")
     try:
-        with torch.random.fork_rng(devices), torch.compiler.set_stance("force_eager"):
+        with plain_attention(inner), torch.random.fork_rng(devices), eager:
             model.eval()
             yield
     finally:
         model.train(was_training)
         inner.generation_config = settings
-        if packs:
-            inner.set_attn_implementation(attention)
 
 
 def answers_in_training(

@@ -18,6 +18,8 @@ from sftlab.models.own_logits import NO_CHANGES, Changes
 
 # Positions whose logits exist at one time.
 CHUNK = 4096
+# Positions whose capped logits exist in float32 at one time, for their means.
+_MEANS_AT_ONCE = 128
 
 
 class FrozenHeadLoss(torch.autograd.Function):
@@ -25,7 +27,8 @@ class FrozenHeadLoss(torch.autograd.Function):
 
     Takes hidden [tokens, size], weight [words, size], positions and targets [n], and what the model
     does to its logits: `bias` [words] or None, `factor`, `cap`. `hits` is 1.0 where the target has
-    the highest logit. Only the nats have a gradient, and only with respect to `hidden`.
+    the highest logit. Only the nats have a gradient, and only with respect to `hidden`. `means` [n]
+    in float32, where given, is filled with the mean of each position's logits.
     """
 
     @staticmethod
@@ -38,6 +41,7 @@ class FrozenHeadLoss(torch.autograd.Function):
         bias: torch.Tensor | None = None,
         factor: float = 1.0,
         cap: float = 0.0,
+        means: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Compute the loss chunk by chunk, and the gradient of `hidden` with it."""
         picked = hidden.index_select(0, positions)
@@ -53,6 +57,8 @@ class FrozenHeadLoss(torch.autograd.Function):
         for first in range(0, len(picked), CHUNK):
             chunk = slice(first, first + CHUNK)
             logits = nn.functional.linear(picked[chunk], weight, bias)
+            if means is not None:
+                means[chunk] = _row_means(logits, cap)
             cross_entropy_(logits, targets[chunk], nats[chunk], entropies[chunk], hits[chunk], cap)
             if gradient is not None:
                 torch.mm(logits, weight, out=gradient[chunk])
@@ -70,7 +76,13 @@ class FrozenHeadLoss(torch.autograd.Function):
         scattered.index_copy_(
             0, positions, (gradient.float() * (of_nats * ctx.factor)[:, None]).to(gradient.dtype)
         )
-        return scattered, *[None] * 6
+        return scattered, *[None] * 7
+
+
+def _row_means(logits: torch.Tensor, cap: float) -> torch.Tensor:
+    """Returns the mean of each row of capped logits [n, words], in float32."""
+    pieces = (piece.float() for piece in logits.split(_MEANS_AT_ONCE))
+    return torch.cat([cap * torch.tanh(one / cap).mean(dim=-1) for one in pieces])
 
 
 def cross_entropy_(
@@ -138,10 +150,10 @@ def add_frozen_head_log_probs(model: PreTrainedModel, changes: Changes = NO_CHAN
     """Make `model(..., fused_lm_head=True, answer_positions=)` return what trl's fused head does.
 
     `input_ids` are [rows, tokens], and `answer_positions` the flat places of tokens whose next one
-    is scored. `changes` is what the model does to its logits, without a cap. Without
-    `answer_positions` the model does as before.
+    is scored. `changes` is what the model does to its logits. Without `answer_positions` the model
+    does as before.
     """
-    original = model.forward
+    original, head_mean = model.forward, _HeadMean()
 
     def forward(
         self: PreTrainedModel,
@@ -155,8 +167,13 @@ def add_frozen_head_log_probs(model: PreTrainedModel, changes: Changes = NO_CHAN
         kwargs = {k: v for k, v in kwargs.items() if k not in ("labels", "fused_lm_head")}
         outputs = decoder_of(self)(*args, input_ids=input_ids, **kwargs | {"use_cache": False})
         hidden, targets = outputs.last_hidden_state, input_ids.flatten()[answer_positions + 1]
-        found = _of_frozen_head(self, hidden, answer_positions, targets, changes)
-        means = _mean_logits(self, hidden, answer_positions, changes)
+        head = self.get_output_embeddings()
+        if changes.cap:
+            means = hidden.new_empty(len(answer_positions), dtype=torch.float32)
+        else:
+            means = head_mean.logits(head, hidden, answer_positions) * changes.factor
+        of_cap = means if changes.cap else None
+        found = _of_frozen_head(self, hidden, answer_positions, targets, changes, of_cap)
 
         def by_row(values: torch.Tensor) -> torch.Tensor:
             flat = values.new_zeros(input_ids.numel()).index_copy(0, answer_positions, values)
@@ -170,15 +187,23 @@ def add_frozen_head_log_probs(model: PreTrainedModel, changes: Changes = NO_CHAN
     model.forward = types.MethodType(forward, model)
 
 
-@torch.no_grad()
-def _mean_logits(
-    model: PreTrainedModel, hidden: torch.Tensor, positions: torch.Tensor, changes: Changes
-) -> torch.Tensor:
-    """Returns the mean over the vocabulary of the logits at flat positions, [n] in float32."""
-    head = model.get_output_embeddings()
-    mean_weight = head.weight.mean(dim=0, dtype=torch.float32).to(hidden.dtype)
-    means = (hidden.flatten(0, 1) @ mean_weight)[positions].float()
-    return changes.factor * (means if head.bias is None else means + head.bias.float().mean())
+class _HeadMean:
+    """The mean of a frozen head over the vocabulary, kept while its weights stay as they are."""
+
+    def __init__(self) -> None:
+        self._of: list[tuple[int, int]] = []
+        self._row, self._bias = torch.empty(0), torch.empty(0)
+
+    @torch.no_grad()
+    def logits(
+        self, head: nn.Linear, hidden: torch.Tensor, positions: torch.Tensor
+    ) -> torch.Tensor:
+        """Returns the mean over the vocabulary of the logits at flat positions, [n] in float32."""
+        now = [(one.data_ptr(), one._version) for one in head.parameters()]
+        if self._of != now:
+            self._of, self._row = now, head.weight.mean(dim=0, dtype=torch.float32)
+            self._bias = self._row.new_zeros(()) if head.bias is None else head.bias.float().mean()
+        return (hidden.flatten(0, 1) @ self._row.to(hidden.dtype))[positions].float() + self._bias
 
 
 def _of_frozen_head(
@@ -187,8 +212,12 @@ def _of_frozen_head(
     positions: torch.Tensor,
     targets: torch.Tensor,
     changes: Changes,
+    means: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, ...]:
-    """Returns nats, entropies and hits at flat positions of hidden [rows, tokens, size], [n]."""
+    """Returns nats, entropies and hits at flat positions of hidden [rows, tokens, size], [n].
+
+    Fills `means` [n], where given, with the mean of each position's logits.
+    """
     head = model.get_output_embeddings()
     weight, bias = (
         one.full_tensor() if isinstance(one, DTensor) else one for one in (head.weight, head.bias)
@@ -202,4 +231,5 @@ def _of_frozen_head(
         targets,
         None if bias is None else bias.to(dtype),
         *changes,
+        means,
     )

@@ -12,8 +12,9 @@ from torch import nn
 from transformers import AttentionInterface
 
 from sftlab.models.layers import Layers
+from sftlab.models.plain_attention import PACKED
 
-NAME = "varlen"
+NAME = PACKED
 LARGEST_HEAD = 256
 
 

@@ -16,6 +16,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from trl.trainer.utils import FusedCausalLMOutput
 
 from sftlab.models.layers import decoder_of
+from sftlab.models.plain_attention import plain_attention
 
 # Names of configs for a factor of the logits, or its inverse, and for their bound.
 FACTORS = ("logit_scale", "logits_scaling", "lm_head_multiplier", "output_multiplier")
@@ -109,22 +110,18 @@ def own_log_probs_if_needed(model: PreTrainedModel) -> str | None:
 
 @contextmanager
 def _probing(model: PreTrainedModel) -> Iterator[torch.Tensor]:
-    # Packed attention needs tiles, and may have no kernel where the weights are now.
-    attention, training = model.config._attn_implementation, model.training
-    if attention == "varlen":
-        model.set_attn_implementation("sdpa")
+    training = model.training
     rows, tokens = PROBE
     words = model.get_input_embeddings().weight.shape[0]
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(words, (rows, tokens), generator=generator)
     try:
         model.eval()
-        with torch.no_grad():
+        # packed attention needs tiles, and may have no kernel where the weights are now
+        with torch.no_grad(), plain_attention(model):
             yield ids.to(model.get_input_embeddings().weight.device)
     finally:
         model.train(training)
-        if attention == "varlen":
-            model.set_attn_implementation(attention)
 
 
 def _give_own_log_probs(model: PreTrainedModel) -> None:

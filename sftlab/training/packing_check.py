@@ -5,8 +5,7 @@ another. The loss stays plausible. Before the first step, two rows of the first 
 through the model packed, and then each alone, padded, under transformers' own attention.
 """
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -14,8 +13,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from sftlab.data.collator import Collator
-from sftlab.fastpath.varlen_attention import NAME
 from sftlab.models.layers import decoder_of
+from sftlab.models.plain_attention import plain_attention
 
 # Largest difference of a row's last hidden states, relative to their norm.
 TOLERANCE = {"fp32": 0.01, "fp16": 0.1, "bf16": 0.15, "fp8": 0.3}
@@ -83,13 +82,3 @@ def _hidden_states(
     finally:
         hook.remove()
     return found[-1]
-
-
-@contextmanager
-def plain_attention(base: PreTrainedModel) -> Iterator[None]:
-    """Let padded rows go through a model whose attention is of packed ones."""
-    base.set_attn_implementation("sdpa")
-    try:
-        yield
-    finally:
-        base.set_attn_implementation(NAME)

@@ -2,7 +2,6 @@
 
 import shutil
 from collections.abc import Sequence
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,7 +21,7 @@ from sftlab.fastpath.fused_loss import add_frozen_head_log_probs
 from sftlab.fastpath.packed_decoder import pack_decoder
 from sftlab.measurement.flops import Flops
 from sftlab.models.own_logits import Changes
-from sftlab.training.packing_check import plain_attention
+from sftlab.models.plain_attention import plain_attention
 from sftlab.training.recorded_trainer import RecordedTrainer
 
 # peft's name of the frozen copy of an adapter that the training goes on from
@@ -96,9 +95,7 @@ class PreferenceTrainer(RecordedTrainer, DPOTrainer):
             return "use_weighting needs the whole distribution"
         if self.aux_loss_enabled:
             return "the router has a loss besides"
-        changes = super().logit_changes()
-        capped = not isinstance(changes, str) and changes.cap
-        return "the mean of capped logits needs them whole" if capped else changes
+        return super().logit_changes()
 
     def choose_loss(self) -> None:
         """Take the fused log-probabilities and packed sides, before layers are compiled."""
@@ -155,7 +152,7 @@ class PreferenceTrainer(RecordedTrainer, DPOTrainer):
         """Raise RuntimeError where the fast path's log-probabilities are not trl's own."""
         precision = PRECISIONS[self.args.mixed_precision]
         found = self._log_probs(model, inputs)
-        with plain_attention(self._base) if self.fast.packing else nullcontext():
+        with plain_attention(self._base):
             own = self._log_probs(model, {name: inputs[name] for name in OF_TRL})
         apart = float((found.float() - own.float()).abs().sum()) / self.loss_tokens(inputs)
         if not apart <= SAME_LOG_PROBS[precision]:
