@@ -1,4 +1,4 @@
-"""Chat in the browser with the base and the tuned model of a finished run.
+"""Chat in the browser with the base, the tuned model and the start of a finished run.
 
 python app/app.py --run runs/x [--port 7860] [--listen] [--auth user:password|FILE] [--load-in-4bit]
     [--trust_remote_code]
@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, Literal
+from typing import Any
 
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
 import sftlab.startup.filter_warnings  # noqa: I001  (before torch)
@@ -27,15 +27,17 @@ import sftlab.startup.preload  # noqa: F401
 import gradio as gr
 from starlette.middleware import Middleware
 
-from sftlab.chat.conversation import Turn, column, edited_message, history, new_turn, saved
-from sftlab.chat.engine import Settings
+from sftlab.chat.conversation import Answering, Turn, choices, column, edited_message
+from sftlab.chat.conversation import history, new_turn, saved
 from sftlab.chat.fair_queue import share_queue, shares_of
 from sftlab.chat.limits import in_a_note, message_text, refusal, text
 from sftlab.chat.options import parse_options
-from sftlab.chat.page_words import BETTER, EXAMPLES, FAILED
+from sftlab.chat.page_words import BETTER, COLUMN, EXAMPLES, FAILED, FONTS
 from sftlab.chat.request_filter import Gate
+from sftlab.chat.sampling import Settings
 from sftlab.chat.service import Lab, lab_of
 from sftlab.exit_messages import mistakes_in_one_line
+from sftlab.runs.run_directory import SIDES
 
 PRIVATE = {"api_visibility": "private"}
 MODEL = PRIVATE | {"concurrency_id": "model", "concurrency_limit": 1, "show_progress": "minimal"}
@@ -62,16 +64,18 @@ class Page:
         run = gr.update(choices=names, value=names[0] if names else None)
         return run, gr.update(visible=bool(names)), gr.update(visible=not names)
 
-    def pick(self, run: str | None) -> tuple[Any, str]:
-        """Load a run, and show its facts or why it cannot be used."""
+    def pick(self, run: str | None, side: str) -> tuple[Any, str, Any]:
+        """Load a run, and show its facts and who can answer, or why it cannot be used."""
         if not run or not isinstance(run, str):
-            return gr.skip(), ""
+            return gr.skip(), "", gr.skip()
         try:
-            size = self.lab.model(run).context
+            chat, facts = self.lab.model(run), self.lab.page_line(run)
         except ValueError as error:
-            return gr.skip(), f"**{run} cannot be used:** {error}"
-        limits = gr.update(maximum=size - 1, value=min(Settings.max_new_tokens, size // 2))
-        return limits, f"<small>{self.lab.facts_line(run)}</small>"
+            return gr.skip(), f"**{run} cannot be used:** {error}", gr.skip()
+        most, offered = chat.context, choices(chat.sides)
+        limits = gr.update(maximum=most - 1, value=min(Settings.max_new_tokens, most // 2))
+        asked = gr.update(choices=offered, value=side if side in offered else offered[0])
+        return limits, f"<small>{facts}</small>", asked
 
     def busy(self, request: gr.Request) -> bool:
         """Whether the session's last message is still being answered. Only Stop works then."""
@@ -131,7 +135,7 @@ class Page:
             for piece, left_out in self.lab.answer(
                 turn.run, messages, turn.order, Settings(**turn.settings), stop
             ):
-                turn.update(piece, left_out, self.lab.adapter, self.lab.models)
+                turn.update(piece, left_out, self.lab.adapter, self.lab.models_hash(turn.order))
                 yield turns, *self.columns(turns), turn.remark()
         except ValueError as error:
             yield turns, gr.skip(), gr.skip(), f"**Not answered:** {error}"
@@ -205,7 +209,7 @@ class Page:
         self,
         message: str,
         history: list[dict[str, str]] | None = None,
-        side: Literal["tuned", "base", "both"] = "tuned",
+        side: Answering = "tuned",
         system: str = "",
         temperature: float = Settings.temperature,
         top_p: float = Settings.top_p,
@@ -215,12 +219,12 @@ class Page:
         seed: int = Settings.seed,
         run: str | None = None,
     ) -> Iterator[dict[str, Any]]:
-        """Answer a message as the tuned model, the base model or both.
+        """Answer a message as the tuned model, the start, the base model, or two of them.
 
-        history: earlier messages, each with role and content. run: a finished run's name, by
-        default the first one. Yields texts, tokens, tokens_per_s and finished (stop, length or
-        stopped) by side as they grow, and first_token_s, left_out (old turns that did not fit the
-        context), run and settings.
+        start: what the run went on from, where it has one. history: earlier messages, each with
+        role and content. run: a finished run's name, by default the first one. Yields texts,
+        tokens, tokens_per_s and finished (stop, length or stopped) by side as they grow, and
+        first_token_s, left_out (old turns that did not fit the context), run and settings.
         """
         stop = threading.Event()
         try:
@@ -271,25 +275,22 @@ def chat_tab(page: Page, blocks: gr.Blocks, run: gr.Dropdown, facts: gr.Markdown
         with gr.Column(scale=3, min_width=300):
             shown = conversation_column()
         with gr.Column(scale=1, min_width=260):
-            side = gr.Radio(
-                ["both", "tuned", "base"], value="both", label="Who answers", elem_id="side"
-            )
+            asked = choices(SIDES)
+            side = gr.Radio(asked, value=asked[0], label="Who answers", elem_id="side")
             blind = gr.Checkbox(label="Blind: say whose answer it was after the vote")
             shown.markdown = gr.Checkbox(label="Render Markdown (else answers as written)")
             system, *settings = settings_column()
     connect_messages(page, shown, [run, side, blind, system, *settings])
     connect_votes(page, blocks, shown, system)
-    run.change(page.pick, run, [settings[3], facts], **MODEL)
+    run.change(page.pick, [run, side], [settings[3], facts, side], **MODEL)
 
 
 def conversation_column() -> SimpleNamespace:
     """Returns the components of the conversation: both columns, votes, message box, buttons."""
     shown = SimpleNamespace(turns=gr.State([]), pending=gr.Textbox(elem_classes="off"))
     with gr.Row():
-        look = {"height": "45vh", "buttons": ["copy", "copy_all"], "allow_tags": False}
-        look |= {"latex_delimiters": [], "min_width": 280, "render_markdown": False}
-        shown.left = gr.Chatbot(label="conversation", elem_id="left", examples=EXAMPLES, **look)
-        shown.right = gr.Chatbot(visible=False, elem_id="right", **look)
+        shown.left = gr.Chatbot(label="conversation", elem_id="left", examples=EXAMPLES, **COLUMN)
+        shown.right = gr.Chatbot(visible=False, elem_id="right", **COLUMN)
     with gr.Row(visible=False) as shown.ballot:
         shown.better = {
             name: gr.Button(text, size="sm", min_width=80) for name, text in BETTER.items()
@@ -375,9 +376,7 @@ def main(argv: list[str]) -> None:
         server_name="0.0.0.0" if listen else "127.0.0.1",
         server_port=options.port,
         auth=options.auth,
-        theme=gr.themes.Default(
-            font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]
-        ),
+        theme=gr.themes.Default(**FONTS),
         css=CSS.read_text(),
         footer_links=["api", "settings"],
         quiet=True,

@@ -36,8 +36,9 @@ import torch
 from transformers import TextIteratorStreamer
 from transformers.generation.streamers import BaseStreamer
 
-import sftlab.chat.engine
-from sftlab.chat.engine import Chat, Settings
+import sftlab.evaluation.generation
+from sftlab.chat.engine import Chat
+from sftlab.chat.sampling import Settings
 from sftlab.exit_messages import mistakes_in_one_line
 from sftlab.paths import ROOT
 from sftlab.runs.environment import machine_name, provenance
@@ -166,7 +167,7 @@ def endless() -> None:
             end_tokens=[], stop_strings=[stop.upper() for stop in found.stop_strings]
         )
 
-    sftlab.chat.engine.end_of_turn = turn
+    sftlab.evaluation.generation.end_of_turn = turn
 
 
 @contextlib.contextmanager

@@ -11,7 +11,7 @@ pytest.importorskip("gradio", reason="gradio is not installed")
 class Recorder:
     """In a model's place: what reaches it, two pieces."""
 
-    context, mixed = 100, True
+    context, mixed, sides, start, no_start = 100, True, ("base", "tuned"), None, "no start"
 
     def __init__(self, folder, load_in_4bit=False, trusted=False):
         self.run, self.asked, self.four = read(folder), [], load_in_4bit

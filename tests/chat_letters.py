@@ -8,7 +8,7 @@ from unittest.mock import patch
 import torch
 from conftest import byte_tokenizer
 
-from sftlab.chat.engine import Settings
+from sftlab.chat.sampling import Settings
 from sftlab.runs.run_directory import SIDES
 
 QUESTION = [{"role": "user", "content": "Repeat the number 7 in words."}]

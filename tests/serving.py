@@ -31,6 +31,7 @@ def log(**what):
 
 class Slow:
     context, closed, mixed = 4096, False, True
+    sides, start, no_start = ("base", "tuned"), None, "no start"
     def __init__(self, folder, load_in_4bit=False, trusted=False):
         self.run = read_run(folder)
     def fit(self, history, most, stop=None):

@@ -12,8 +12,9 @@ import pytest
 from conftest import ROOT, load_script
 from serving import serve, waits_for
 
-from sftlab.chat.engine import Chat, Settings
+from sftlab.chat.engine import Chat
 from sftlab.chat.options import parse_options
+from sftlab.chat.sampling import Settings
 from sftlab.chat.service import Lab
 
 pytest.importorskip("gradio", reason="gradio is not installed")
@@ -57,7 +58,7 @@ def test_the_api_is_documented_by_one_endpoint(client):
         ({"message": None}, "the message is empty"),
         ({"message": True}, "message is true: expected a text"),
         ({"max_new_tokens": -5}, "max_new_tokens must be a whole number of at least 1, got -5"),
-        ({"side": ["base"]}, "side .*expected base, tuned or both"),
+        ({"side": ["base"]}, "side .*expected base, start, tuned, both"),
         ({"system": 5}, "system is a number"),
         ({"run": {"a": 1}}, "no finished run"),
         ({"temperature": "hot"}, "temperature must be"),
@@ -240,12 +241,16 @@ def test_without_a_run_the_page_says_how_to_make_one(app, tmp_path):
 def test_a_run_that_cannot_be_used_is_said_on_the_page(app, offered):
     page = app.Page(Lab(offered, None, offered, None, False))
     assert set(page.lab.runs()) == {"first", "second", "broken"}
-    said = page.pick("broken")[1]
+    said = page.pick("broken", "tuned")[1]
     assert said.startswith("**broken cannot be used:**")
     assert "does not load" in said
-    slider, facts = page.pick("first")
+    slider, facts, side = page.pick("first", "start and tuned")
     assert slider["maximum"] == 511
     assert "rank 16" in facts
+    assert (side["choices"], side["value"]) == (
+        ["base and tuned", "tuned", "base"],
+        "base and tuned",
+    )
 
 
 def test_one_model_is_in_memory(offered, tmp_path):

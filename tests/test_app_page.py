@@ -11,9 +11,10 @@ from conftest import ROOT, load_script
 
 from sftlab.chat import votes
 from sftlab.chat.conversation import Turn, as_written, column, history, inert, saved
-from sftlab.chat.engine import Piece, Settings
+from sftlab.chat.engine import Piece
 from sftlab.chat.options import parse_options
 from sftlab.chat.request_filter import accounts
+from sftlab.chat.sampling import Settings
 from sftlab.chat.service import Lab
 
 pytest.importorskip("gradio", reason="gradio is not installed")
@@ -169,7 +170,7 @@ def test_the_table_of_votes_has_wilsons_interval(tmp_path):
     with pytest.raises(ValueError, match="expected one of"):
         votes.cast(ballot, "left", run="x")
     opened, blind = votes.summary(votes.read(ballot).votes)
-    assert (blind["base"], blind["tuned"], blind["tie"], blind["won"]) == (2, 8, 1, 0.8)
+    assert (blind["other"], blind["tuned"], blind["tie"], blind["won"]) == (2, 8, 1, 0.8)
     assert blind["interval_95"] == pytest.approx([0.4902, 0.9433], abs=1e-4)
     assert opened["interval_95"] is None
 

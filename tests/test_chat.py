@@ -8,7 +8,8 @@ import pytest
 from chat_letters import GREEDY, QUESTION, letters_alone, pieces, texts, written
 from conftest import byte_tokenizer
 
-from sftlab.chat.engine import UPDATE_S, Chat, Settings
+from sftlab.chat.engine import UPDATE_S, Chat
+from sftlab.chat.sampling import Settings
 from sftlab.data.chat_template import prompt_ids
 from sftlab.evaluation.base_and_tuned import answering, finished_run, load_pair
 from sftlab.evaluation.generation import Generator, Sampling

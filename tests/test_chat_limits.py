@@ -11,10 +11,11 @@ from conftest import copy_of, read
 from gradio import EditData
 from judging import untrained_run
 
-from sftlab.chat.engine import Chat, Settings
+from sftlab.chat.engine import Chat
 from sftlab.chat.fair_queue import Shares, share_queue, shares_of
 from sftlab.chat.limits import MESSAGES, check_size, conversation
 from sftlab.chat.options import parse_options
+from sftlab.chat.sampling import Settings
 from sftlab.chat.service import Lab
 from sftlab.files import write_json
 

@@ -16,7 +16,8 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from sftlab.chat.engine import Chat, Settings, _Draw
+from sftlab.chat.engine import Chat
+from sftlab.chat.sampling import Draw, Settings
 from sftlab.data.chat_template import prompt_ids
 from sftlab.evaluation.base_and_tuned import finished_run
 
@@ -66,7 +67,7 @@ def test_what_may_be_drawn_is_what_transformers_processors_keep(temperature, top
     processors = LogitsProcessorList([TemperatureLogitsWarper(temperature)])
     processors += [TopKLogitsWarper(top_k)] if top_k else []
     processors += [TopPLogitsWarper(top_p)] if top_p < 1 else []
-    logits, tokens = _Draw(Settings(temperature, top_p, top_k), 2, scores.device).kept(scores)
+    logits, tokens = Draw(Settings(temperature, top_p, top_k), 2, scores.device).kept(scores)
     found = (
         logits
         if tokens is None

@@ -11,7 +11,8 @@ from transformers import (
     Cache,
 )
 
-from sftlab.chat.engine import Chat, Settings
+from sftlab.chat.engine import Chat
+from sftlab.chat.sampling import Settings
 from sftlab.runs.run_directory import SIDES
 
 

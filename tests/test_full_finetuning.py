@@ -9,7 +9,8 @@ import torch
 from conftest import arguments, load_script, read, short_fields
 from transformers import AutoModelForCausalLM
 
-from sftlab.chat.engine import Chat, Settings
+from sftlab.chat.engine import Chat
+from sftlab.chat.sampling import Settings
 from sftlab.config.launch import exported
 from sftlab.evaluation.base_and_tuned import answering, finished_run, load_pair
 from sftlab.evaluation.full_models import hold_base

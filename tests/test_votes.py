@@ -9,6 +9,8 @@ from sftlab.chat.conversation import Turn
 from sftlab.chat.service import Lab
 from sftlab.runs.run_directory import SIDES
 
+PAIR = ("start", "tuned")
+
 
 def turn(**changes: object) -> Turn:
     answered = {"texts": {"base": "a", "tuned": "b"}, "finished": dict.fromkeys(SIDES, "stop")}
@@ -28,7 +30,7 @@ def lab(tmp_path) -> Lab:
         ([turn(texts={}, finished={})], "left", "not finished"),
         ([turn(finished={"base": "stop", "tuned": None})], "tie", "not finished"),
         ([turn(vote="base")], "right", "its vote already: base"),
-        ([turn(order=("tuned",))], "left", "ask both"),
+        ([turn(order=("tuned",))], "left", "ask two"),
         ([turn()], "best", "expected left, right or tie"),
         ([turn()], None, "expected left, right or tie"),
     ],
@@ -66,6 +68,10 @@ def test_a_turn_has_one_vote_however_many_come_at_once(lab):
         b'{"run": "a", "adapter_hash": null, "blind": 5, "vote": "tie"}\n',
         b'{"run": "a", "adapter_hash": null, "blind": true, "vote": "zzz"}\n',
         b'{"run": "a", "adapter_hash": null, "blind": true, "vote": ["tie"]}\n',
+        b'{"run": "a", "adapter_hash": null, "blind": true, "vote": "tie", "order": ["base"]}\n',
+        b'{"run": "a", "adapter_hash": null, "blind": true, "vote": "tie", "order": 5}\n',
+        b'{"run": "a", "adapter_hash": null, "blind": true, "vote": "base", '
+        b'"order": ["start", "tuned"]}\n',
         b"\xff\xfe\x00\n",
         b'{"run": "a"',  # cut off by a kill
     ],
@@ -77,7 +83,7 @@ def test_a_broken_line_is_named_and_hinders_no_vote(lab, line):
     assert [one["vote"] for one in kept.votes] == ["base"]
     assert "line 1 is no vote and is left out" in kept.broken[0]
     table = lab.votes_table()
-    assert "| r | blind | 1 | 0 | 0 |" in table
+    assert "| r | blind | base | 1 | 0 | 0 |" in table
     assert "line 1 is no vote" in table
 
 
@@ -93,7 +99,18 @@ def test_a_vote_that_cannot_be_kept_is_not_said_to_be(lab):
 def test_votes_on_other_models_of_a_run_are_counted_apart(lab):
     for models in ("one", "two"):
         lab.vote([turn(models=models, adapter="same")], "", "right")
-    assert lab.votes_table().count("| r | blind | 0 | 1 | 0 |") == 2
+    assert lab.votes_table().count("| r | blind | base | 0 | 1 | 0 |") == 2
+
+
+def test_votes_against_base_and_against_the_start_are_counted_apart(lab):
+    pair = {"texts": {"start": "a", "tuned": "b"}, "finished": dict.fromkeys(PAIR, "stop")}
+    lab.vote([turn()], "", "right")
+    for choice in ("left", "left", "right", "tie"):
+        assert "start" in lab.vote([turn(order=PAIR, **pair)], "", choice)
+    lab.vote([turn(order=PAIR[::-1], **pair)], "", "right")
+    table = lab.votes_table()
+    assert "| r | blind | base | 0 | 1 | 0 |" in table
+    assert "| r | blind | start | 3 | 1 | 1 | 0.25 " in table
 
 
 def test_html_in_a_votes_file_is_shown_not_rendered(lab):

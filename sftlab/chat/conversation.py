@@ -1,14 +1,18 @@
-"""A conversation with base, tuned or both: its prompt, what a page shows, what is saved."""
+"""A conversation with the models of a run: its prompt, what a page shows, what is saved."""
 
 import html
 import random
 import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from sftlab.chat.limits import message_text
-from sftlab.runs.run_directory import SIDES
+from sftlab.runs.run_directory import SIDES, START
+
+# who is asked; "both" are base and tuned
+Answering = Literal["tuned", "start", "base", "both", "base and tuned", "start and tuned"]
+PAIRS = {"both": SIDES, "base and tuned": SIDES, "start and tuned": (START, "tuned")}
 
 
 @dataclass
@@ -180,7 +184,20 @@ def saved(turns: Sequence[Turn], system: str) -> dict[str, Any]:
 
 
 def sides(choice: str) -> tuple[str, ...]:
-    """Returns the sides that answer for base, tuned or both. Raises ValueError otherwise."""
-    if not isinstance(choice, str) or choice not in (*SIDES, "both"):
-        raise ValueError(f"side {str(choice)[:40]!r}: expected base, tuned or both")
-    return SIDES if choice == "both" else (choice,)
+    """Returns the sides that answer for the name of a model or of a pair (`PAIRS`).
+
+    Raises ValueError for another name.
+    """
+    if isinstance(choice, str) and choice in PAIRS:
+        return PAIRS[choice]
+    if choice not in ("base", START, "tuned"):
+        raise ValueError(
+            f"side {str(choice)[:40]!r}: expected base, start, tuned, {', '.join(PAIRS)}"
+        )
+    return (choice,)
+
+
+def choices(offered: Sequence[str]) -> list[str]:
+    """Returns what a page offers to ask where a run's `offered` sides can answer."""
+    pairs = [name for name, pair in PAIRS.items() if name != "both" and set(pair) <= set(offered)]
+    return [*pairs, *reversed(offered)]

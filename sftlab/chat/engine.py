@@ -1,12 +1,10 @@
-"""Chat with the base and the tuned model of a run, both in one batch, with streamed replies."""
+"""Chat with the models of a run, two of them in one batch, with streamed replies."""
 
 import gc
-import math
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 from threading import Event, Lock
 from typing import Any, NamedTuple
@@ -16,6 +14,7 @@ import transformers as hf
 from peft import PeftModel
 
 from sftlab.chat.fitting import fit
+from sftlab.chat.sampling import Draw, Settings
 from sftlab.config.lora_variants import allows_mixed_batches
 from sftlab.data.chat_template import TurnEnd, prompt_ids
 from sftlab.data.template_errors import TEMPLATE_ERRORS, is_of_template
@@ -28,9 +27,10 @@ from sftlab.evaluation.base_and_tuned import (
     run_tokenizer,
 )
 from sftlab.evaluation.generation import turn_of
+from sftlab.evaluation.start_model import Start, load_start, sides_of, start_of
 from sftlab.exit_messages import first_line
 from sftlab.models.inner_model import inner_model
-from sftlab.runs.run_directory import SIDES
+from sftlab.runs.run_directory import START
 
 History = list[dict[str, str]]
 Sides = tuple[str, ...]
@@ -39,47 +39,7 @@ Sides = tuple[str, ...]
 UPDATE_S = 0.04
 # seconds that the chat template may take for one prompt
 TEMPLATE_S = 10
-_DIGITS = 10**40
-_ADAPTERS = dict(zip(SIDES, ("__base__", "default"), strict=True))
-
-
-@dataclass(frozen=True)
-class Settings:
-    """How a reply is generated: greedy at temperature 0, else sampled with `seed`.
-
-    Raises ValueError for a bad field.
-    """
-
-    temperature: float = 0.7
-    top_p: float = 0.9
-    top_k: int = 50
-    max_new_tokens: int = 256
-    repetition_penalty: float = 1.0
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        rules = {
-            "temperature": (
-                float,
-                lambda x: x == 0 or 0.01 <= x <= 10,
-                "0 (greedy) or from 0.01 to 10",
-            ),
-            "top_p": (float, lambda x: 0 < x <= 1, "above 0 and at most 1"),
-            "top_k": (int, lambda x: 0 <= x < 2**31, "a whole number, 0 (off) or more"),
-            "max_new_tokens": (int, lambda x: 1 <= x < 2**31, "a whole number of at least 1"),
-            "repetition_penalty": (float, lambda x: 0.1 <= x <= 10, "from 0.1 to 10 (1 is off)"),
-            "seed": (int, lambda x: 0 <= x < 2**63, "a whole number from 0 to 2^63 - 1"),
-        }
-        for name, (kind, allowed, expected) in rules.items():
-            value = getattr(self, name)
-            endless = isinstance(value, float) and not math.isfinite(value)
-            if type(value) not in (int, kind) or endless or not allowed(value):
-                got = (
-                    "a number of many digits"
-                    if isinstance(value, int) and value > _DIGITS
-                    else value
-                )
-                raise ValueError(f"{name} must be {expected}, got {str(got)[:60]}")
+_ADAPTERS = {"base": "__base__", START: START, "tuned": "default"}  # peft's names
 
 
 class Piece(NamedTuple):
@@ -95,51 +55,6 @@ class Piece(NamedTuple):
     tokens_per_s: dict[str, float]
     first_token_s: float
     finished: dict[str, str | None]
-
-
-class _Draw(hf.LogitsProcessor):
-    """Samples a token by the settings and leaves only it (Gumbel-max).
-
-    Every row has the same noise, whether it is alone in the batch or not. The candidates are those
-    that transformers' temperature, top-k and top-p processors would keep. Top-p looks only among
-    the top-k, because sorting a vocabulary of 128,256 tokens takes 19 ms on a CPU.
-    """
-
-    def __init__(self, settings: Settings, rows: int, device: torch.device) -> None:
-        self.settings = settings
-        self.nan = torch.zeros(rows, dtype=torch.bool, device=device)
-        self.noise = torch.Generator(device).manual_seed(settings.seed)
-
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        self.nan |= scores.amax(dim=-1).isnan()
-        if self.settings.temperature == 0:
-            return scores
-        uniform = torch.rand(
-            scores.shape[-1], dtype=torch.float64, generator=self.noise, device=scores.device
-        )
-        logits, tokens = self.kept(scores)
-        gumbel = -(-(uniform if tokens is None else uniform[tokens]).log()).log()
-        drawn = (logits + gumbel).argmax(dim=-1, keepdim=True)
-        chosen = drawn if tokens is None else tokens.gather(-1, drawn)
-        return torch.full_like(scores, -math.inf).scatter_(-1, chosen, 0.0)
-
-    def kept(self, scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Returns the candidates' logits [rows, kept], and their tokens (None: all, in order).
-
-        Candidates that top-p leaves out have -inf.
-        """
-        settings, tokens = self.settings, None
-        if settings.top_k:
-            scores, tokens = scores.topk(min(settings.top_k, scores.shape[-1]))
-        elif settings.top_p < 1:
-            scores, tokens = scores.sort(descending=True)
-        scores = scores / settings.temperature
-        if settings.top_p < 1:
-            probabilities = scores.softmax(dim=-1)
-            before = probabilities.cumsum(dim=-1) - probabilities
-            before[:, 0] = 0
-            scores = scores.masked_fill(before >= settings.top_p, -math.inf)
-        return scores, tokens
 
 
 class _Stream(hf.StoppingCriteria):
@@ -222,24 +137,39 @@ class _Stream(hf.StoppingCriteria):
 
 
 def _answers_in_one_batch(model: PeftModel | hf.PreTrainedModel) -> bool:
-    """Returns whether base and tuned can be rows of one batch.
+    """Returns whether a run's models can be rows of one batch.
 
     peft ignores or refuses a row's side for modules saved whole and for target parameters.
     """
     if not isinstance(model, PeftModel):
         return False
-    adapter = model.peft_config["default"]
-    whole = adapter.modules_to_save or adapter.target_parameters
-    return allows_mixed_batches(adapter) and not whole
+    return all(
+        allows_mixed_batches(one) and not (one.modules_to_save or one.target_parameters)
+        for one in model.peft_config.values()
+    )
+
+
+def _loaded_start(
+    model: PeftModel | hf.PreTrainedModel, folder: Path, run: dict[str, Any]
+) -> tuple[Start | None, str | None]:
+    """Load what a run went on from beside its own adapter, or say why it cannot answer."""
+    try:
+        start = start_of(folder, run)
+        if start is not None:
+            load_start(model, start)
+    except ValueError as error:
+        return None, str(error)
+    return start, None if start else f"{folder.name} began with a new adapter"
 
 
 class Chat:
-    """The two models of a finished run, from one load of the weights.
+    """The models of a finished run, from one load of the weights: base, tuned, and its start.
 
     Replies for several threads wait for one another. `run` is run.json, `context` the model's
-    context length. `load_in_4bit` quantizes the base model, however the run loaded it. `trusted`
-    lets code that the base model brings run. Raises ValueError where the run, its adapter or its
-    base model cannot be loaded.
+    context length, `sides` names the models that can answer. `start` is the adapter that the run
+    went on from; where it is None, `no_start` says why. `load_in_4bit` quantizes the base model,
+    however the run loaded it. `trusted` lets code that the base model brings run. Raises ValueError
+    where the run, its adapter or its base model cannot be loaded.
     """
 
     def __init__(self, folder: Path, load_in_4bit: bool = False, trusted: bool = False) -> None:
@@ -249,6 +179,8 @@ class Chat:
         self._model: PeftModel | hf.PreTrainedModel | None = load_pair(
             folder, self.run | {"recipe": self.run["recipe"] | quantized}, trusted
         )
+        self.start, self.no_start = _loaded_start(self._model, folder, self.run)
+        self.sides: Sides = sides_of(self.start)
         self.context: int = self._model.config.get_text_config().max_position_embeddings
         inner = inner_model(self._model)
         refuse_unknown_ids(self._model, self._tokenizer)
@@ -281,8 +213,10 @@ class Chat:
         token once `stop` is set or the iterator is closed. Raises ValueError at once for unknown
         sides and for a history that does not fit.
         """
-        if not sides or len(set(sides)) < len(sides) or set(sides) - set(SIDES):
-            raise ValueError(f"sides must be base, tuned or both, got {list(sides)}")
+        if START in sides and self.start is None:
+            raise ValueError(f"the start cannot answer: {self.no_start}")
+        if not sides or len(set(sides)) < len(sides) or set(sides) - set(self.sides):
+            raise ValueError(f"sides must be some of {', '.join(self.sides)}, got {list(sides)}")
         if self.fit(history, settings.max_new_tokens)[1]:
             raise ValueError(
                 f"conversation and reply exceed the model's {self.context} positions: drop the "
@@ -350,7 +284,7 @@ class Chat:
         self, prompt: list[int], rows: Sides, settings: Settings, stream: _Stream
     ) -> None:
         ids = torch.tensor([prompt] * len(rows), device=self._model.device)
-        draw = _Draw(settings, len(rows), ids.device)
+        draw = Draw(settings, len(rows), ids.device)
         stream.begin(rows, ids.device)
         both = len(rows) > 1
         with nullcontext() if both else answering(self._model, rows[0]):

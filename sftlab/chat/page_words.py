@@ -1,4 +1,4 @@
-"""What the app's page says beside its conversations."""
+"""What the app's page says beside its conversations, and how it looks."""
 
 FAILED = (
     "**Not answered:** too many messages are waiting, or the server failed. Try again in a moment."
@@ -10,3 +10,7 @@ EXAMPLES = [
     {"text": "Explain in two sentences why the sky is blue."},
 ]
 BETTER = {"left": "Left is better", "tie": "Tie", "right": "Right is better"}
+# both columns of a conversation, as gradio's Chatbot takes them
+COLUMN = {"height": "45vh", "buttons": ["copy", "copy_all"], "allow_tags": False}
+COLUMN |= {"latex_delimiters": [], "min_width": 280, "render_markdown": False}
+FONTS = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}

@@ -14,12 +14,13 @@ import torch
 
 from sftlab.chat import votes
 from sftlab.chat.conversation import Turn, inert, saved, sides
-from sftlab.chat.engine import Chat, Piece, Settings
+from sftlab.chat.engine import Chat, Piece
 from sftlab.chat.limits import check_size, conversation
 from sftlab.chat.run_list import HEADINGS, cells, list_runs
+from sftlab.chat.sampling import Settings
 from sftlab.evaluation.answer_file import digest
 from sftlab.evaluation.base_and_tuned import model_settings
-from sftlab.runs.run_directory import adapter_hash
+from sftlab.runs.run_directory import START, adapter_hash
 from sftlab.tables import interval
 
 NO_RUN = """## No finished run yet
@@ -64,7 +65,7 @@ class Lab:
         self.load_in_4bit, self.trusted = load_in_4bit, trusted
         self._loaded: tuple[Path, int] | None = None
         self.adapter: str | None = None  # the loaded one's hash
-        self.models: str | None = None  # the hash of all that answers depend on
+        self._settings: dict[str, Any] = {}  # what its answers depend on
         self._voting = threading.Lock()
         self._chat: Chat | None = None
 
@@ -88,8 +89,13 @@ class Lab:
             self.close()
             self._chat = Chat(folder, load_in_4bit=self.load_in_4bit, trusted=self.trusted)
             self._loaded, self.adapter = state, adapter_hash(folder)
-            self.models = digest(model_settings(folder, listed.runs[name]))
+            self._settings = model_settings(folder, listed.runs[name])
         return self._chat
+
+    def models_hash(self, sides: tuple[str, ...]) -> str:
+        """Returns the hash of all that the answers of the loaded run's sides depend on."""
+        start = {"start": self._chat.start.weights} if START in sides else {}
+        return digest(self._settings | start)
 
     def warnings(self, listen: bool, accounts: bool) -> list[str]:
         """Load the first run; returns what a user should know before the first message."""
@@ -167,6 +173,18 @@ class Lab:
         named = zip(HEADINGS[1:], found[1:], strict=True)
         return " · ".join(f"{heading} {inert(cell)}" for heading, cell in named if cell)
 
+    def page_line(self, name: str) -> str:
+        """Returns what a run went on from, or why that is not offered, before its other facts.
+
+        Loads the run. Raises ValueError where it cannot.
+        """
+        chat, facts = self.model(name), self.facts_line(name)
+        if not chat.run.get("started_from"):
+            return facts
+        if chat.start is None:
+            return f"**its start is not offered:** {inert(chat.no_start)} · {facts}"
+        return f"start {inert(str(chat.start.run or chat.start.adapter))} · {facts}"
+
     def without_runs(self) -> str:
         """Returns Markdown on how to make a run."""
         return NO_RUN.format(folder=self.folder)
@@ -190,7 +208,8 @@ class Lab:
             [
                 one["run"],
                 "blind" if one["blind"] else "open",
-                *(str(one[choice]) for choice in votes.CHOICES),
+                one["against"],
+                *(str(one[choice]) for choice in ("other", "tuned", "tie")),
             ]
             + [interval({"value": one["won"], **one}) if one["interval_95"] else "no decided vote"]
             for one in votes.summary(kept.votes)
@@ -199,11 +218,11 @@ class Lab:
             "Share of tuned among the decided votes, with Wilson's 95 % interval. It takes votes "
             "as independent. A run whose models have changed has a row for each."
         )
-        headings = ("run", "how", "base better", "tuned better", "tie", "tuned won")
+        headings = ("run", "how", "against", "other better", "tuned better", "tie", "tuned won")
         shown = (
             f"{table(headings, rows)}\n\n{said}"
             if rows
-            else "No votes yet: answer with both, then say which is better."
+            else "No votes yet: let two models answer, then say which is better."
         )
         return "\n\n".join([shown, *map(inert, kept.broken[:5])])
 
@@ -222,7 +241,7 @@ class Lab:
             if turn.vote is not None:
                 raise ValueError(f"this turn has its vote already: {turn.vote}")
             if len(turn.order) < 2:
-                raise ValueError("one model answered, so there is nothing to compare: ask both")
+                raise ValueError("one model answered, so there is nothing to compare: ask two")
             if any(not turn.finished.get(side) for side in turn.order):
                 raise ValueError("the answers are not finished: vote when both are there")
             vote = {"left": turn.order[0], "right": turn.order[-1]}.get(choice, "tie")

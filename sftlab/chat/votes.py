@@ -9,7 +9,11 @@ from typing import Any, NamedTuple
 
 from scipy.stats import binomtest
 
-CHOICES = ("base", "tuned", "tie")
+from sftlab.runs.run_directory import START
+
+# what tuned may be voted against
+OTHERS = ("base", START)
+CHOICES = (*OTHERS, "tuned", "tie")
 _KINDS = {"run": str, "adapter_hash": str | None, "blind": bool}
 _WRITING = threading.Lock()
 
@@ -22,7 +26,9 @@ class Votes(NamedTuple):
 
 
 def cast(path: Path, vote: str, **facts: Any) -> None:
-    """Append one vote (base, tuned or tie), with the texts and settings it is about.
+    """Append one vote (base, start, tuned or tie), with the texts and settings it is about.
+
+    The fact `order` names the two models that answered; without it they are base and tuned.
 
     A last line that a kill cut off stays a line of its own. Raises ValueError for another vote, and
     where the file cannot be written.
@@ -75,11 +81,23 @@ def _vote(line: bytes) -> dict[str, Any]:
         raise ValueError(
             f"vote is {str(vote.get('vote'))[:40]!r}, expected one of {', '.join(CHOICES)}"
         )
+    pair = vote.get("order", ["base", "tuned"])
+    if not any(pair in ([other, "tuned"], ["tuned", other]) for other in OTHERS):
+        raise ValueError(f"order is {str(pair)[:40]!r}, expected tuned and one of base, start")
+    if vote["vote"] not in (*pair, "tie"):
+        raise ValueError(f"vote is {vote['vote']!r}, and {' and '.join(pair)} answered")
     return vote
+
+
+def _other(vote: dict[str, Any]) -> str:
+    """Returns the side that tuned was voted against."""
+    return next(one for one in vote.get("order", OTHERS) if one in OTHERS)
 
 
 def summary(votes: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     """Count the votes of each run, pair of models and way of voting (blind or not).
+
+    `against` is what tuned was voted against, base or start, and `other` counts the votes for it.
 
     The models are told apart by `models`, a hash of base, adapter, template and tokenizer; votes of
     earlier versions have the adapter's hash alone. Returns one row for each. `won` is the share of
@@ -87,16 +105,18 @@ def summary(votes: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     are None where every vote is a tie. The interval takes votes as independent, which many votes of
     one person are not.
     """
-    groups: dict[tuple[str, str | None, bool], list[str]] = {}
+    groups: dict[tuple[str, str | None, bool, str], list[str]] = {}
     for vote in votes:
         models = vote.get("models")
         models = models if isinstance(models, str) else vote["adapter_hash"]
-        groups.setdefault((vote["run"], models, vote["blind"]), []).append(vote["vote"])
+        group = (vote["run"], models, vote["blind"], _other(vote))
+        groups.setdefault(group, []).append(vote["vote"])
     rows = []
-    for (run, models, blind), choices in sorted(groups.items(), key=str):
-        row: dict[str, Any] = {"run": run, "models": models, "blind": blind}
-        row |= {choice: choices.count(choice) for choice in CHOICES}
-        decided = row["base"] + row["tuned"]
+    for (run, models, blind, against), choices in sorted(groups.items(), key=str):
+        row: dict[str, Any] = {"run": run, "models": models, "blind": blind, "against": against}
+        row |= {"other": choices.count(against)}
+        row |= {choice: choices.count(choice) for choice in ("tuned", "tie")}
+        decided = row["other"] + row["tuned"]
         test = binomtest(row["tuned"], decided) if decided else None
         row["won"] = row["tuned"] / decided if decided else None
         row["interval_95"] = list(test.proportion_ci(method="wilson")) if test else None

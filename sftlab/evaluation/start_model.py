@@ -6,7 +6,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from peft import PeftModel
+from safetensors import SafetensorError
 
+from sftlab.exit_messages import first_line
 from sftlab.files import file_hash
 from sftlab.models.trust import check_adapter
 from sftlab.runs.record import RECORD
@@ -59,11 +61,21 @@ def sides_of(start: Start | None) -> tuple[str, ...]:
 
 
 def load_start(model: PeftModel, start: Start) -> None:
-    """Load the start's adapter beside the run's own, which stays the one that answers."""
+    """Load the start's adapter beside the run's own, which stays the one that answers.
+
+    Raises ValueError where it does not fit the run's base model.
+    """
     check_adapter(start.adapter)
-    model.load_adapter(str(start.adapter), adapter_name=START)
-    model.set_adapter(_TRAINED)
-    model.eval()
+    try:
+        model.load_adapter(str(start.adapter), adapter_name=START)
+    except (OSError, ValueError, TypeError, KeyError, RuntimeError, SafetensorError) as error:
+        raise ValueError(
+            f"the adapter in {start.adapter}, which the run went on from, does not load on its "
+            f"base model: {first_line(error)}"
+        ) from error
+    finally:
+        model.set_adapter(_TRAINED)
+        model.eval()
 
 
 @contextmanager
