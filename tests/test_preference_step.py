@@ -31,9 +31,10 @@ def test_variants_do_the_same_work(base, tmp_path):
         name: turns_of(step.VARIANTS[name], base, tmp_path / str(number))
         for number, name in enumerate(names)
     }
-    for name in names:
+    for number, name in enumerate(names):
+        folder = tmp_path / str(number)
+        assert all((folder / f"ready{turn}").exists() for turn in range(3))
         assert found[name].keys() == {"facts", "done0", "done1", "done2"}
-        assert all((tmp_path / str(names.index(name)) / f"ready{turn}").exists() for turn in range(3))
         assert found[name]["done0"]["seconds"] > 0
         assert found[name]["done2"]["step_gb"] > 0
         assert found[name]["facts"]["tokens"] == found["trl"]["facts"]["tokens"] > 500
