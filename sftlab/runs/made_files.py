@@ -19,6 +19,8 @@ _HASH = "[0-9a-f]" * 8
 # what eval/ writes: its names are fixed, or end in a hash
 _EVALUATIONS = (
     *("quality.json", "quality.jsonl", "quality-*.json", "quality-*.jsonl"),
+    *("preferences.json", "preferences.jsonl", "preferences-*.json", "preferences-*.jsonl"),
+    *("start_rows.jsonl", "start_rows-*.jsonl"),
     *("alpaca.json", "mt_bench.json", "harness.json", "annotations-*.json"),
     *(f"{kind}-{_HASH}{_HASH[:32]}.jsonl" for kind in ("answers", "verdicts")),
     *(f"{kind}-*-{_HASH}.*" for kind in ("alpaca", "mt_bench")),
