@@ -82,6 +82,16 @@ def test_overwrite_removes_exactly_what_the_old_run_made(tmp_path):
     assert start.checkpoint is None
 
 
+def test_overwrite_removes_the_scores_of_pairs(tmp_path):
+    folder = tmp_path / "r"
+    finished_run(folder)
+    scores = ("preferences.json", "preferences.jsonl", "start_rows.jsonl", "start_rows-a.jsonl")
+    names = [f"eval/{name}" for name in (*scores, "preferences-a.json", "preferences-a.jsonl")]
+    put(folder, *names)
+    started(folder, overwrite=True)
+    assert not set(names) & set(snapshot(folder))
+
+
 def test_foreign_checkpoints_are_never_continued_moved_or_counted(tmp_path):
     folder = tmp_path / "r"
     started(folder)
