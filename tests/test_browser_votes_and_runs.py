@@ -1,6 +1,8 @@
 """Votes, runs, results and the API on the chat app's page in a headless Chromium; no run at all."""
 
+import pytest
 from browser_pages import MARKS, answered, say, shot, slide
+from serving import serve
 
 from sftlab.chat import votes
 
@@ -52,6 +54,22 @@ def test_another_run_a_broken_one_and_a_reload(server, visit):
     slide(page, "Max new tokens", "5")
     say(page, "Hello again")
     assert "tokens/s" in answered(page)
+
+
+@pytest.mark.parametrize("width", ["desktop", "phone"])
+def test_the_start_of_a_run_answers_and_is_voted_on(preferred, tmp_path, visit, width):
+    with serve(tmp_path, "--run", str(preferred)) as server:
+        page = visit(server.url, width)
+        page.locator("#facts").get_by_text("start ").wait_for()
+        slide(page, "Max new tokens", "5")
+        page.get_by_label("start and tuned").check()
+        say(page, "Hello")
+        assert answered(page).startswith("start · ")
+        assert answered(page, "right").startswith("tuned · ")
+        shot(page, f"start-{width}")
+        page.get_by_role("button", name="Left is better").click()
+        page.get_by_role("row", name=f"{preferred.name} open start 1 0 0").wait_for()
+        assert votes.read(server.ballot).votes[-1]["vote"] == "start"
 
 
 def test_the_api_page_is_there(server, visit):
