@@ -46,6 +46,17 @@ PER_LAYER = {"hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 97}
 GRANITE = {"logits_scaling": 8.0, "attention_multiplier": 0.0625, "residual_multiplier": 0.22}
 MLA = {"q_lora_rank": 32, "kv_lora_rank": 16, "qk_rope_head_dim": 16, "v_head_dim": 16}
 MROPE = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [2, 3, 3]}
+LINEAR = {"layer_types": ["linear_attention", "full_attention"]}
+DELTA_NET = {
+    **LINEAR,
+    **{"linear_num_key_heads": 2, "linear_num_value_heads": 4},
+    **{"linear_key_head_dim": 16, "linear_value_head_dim": 16},
+}
+MAMBA2 = {
+    **{"mamba_n_heads": 8, "mamba_d_head": 16, "mamba_d_state": 16, "mamba_n_groups": 1},
+    **{"mamba_chunk_size": 16, "mamba_d_conv": 4, "mamba_expand": 2},
+}
+SHARED_EXPERT = {"num_experts": 4, "shared_expert_intermediate_size": 32, **MIXTURE}
 # Family, the class of its config without `Config`, and fields of a tiny model that differ.
 FAMILIES: dict[str, tuple[str, dict[str, object]]] = {
     "Llama 2, 3; SmolLM2": ("Llama", {}),
@@ -63,7 +74,9 @@ FAMILIES: dict[str, tuple[str, dict[str, object]]] = {
     "Qwen 2.5-VL (text)": ("Qwen2_5_VLText", {"rope_parameters": MROPE}),
     "Qwen 3-VL (text)": ("Qwen3VLText", {"head_dim": 16, "rope_parameters": MROPE}),
     "Qwen 3 MoE": ("Qwen3Moe", {"head_dim": 16, "num_local_experts": 4, **MIXTURE}),
-    "Qwen 3.5 (text)": ("Qwen3_5Text", {"layer_types": ["linear_attention", "full_attention"]}),
+    "Qwen3-Next": ("Qwen3Next", {"head_dim": 16, **DELTA_NET, **SHARED_EXPERT}),
+    "Qwen 3.5 (text)": ("Qwen3_5Text", {"head_dim": 16, **DELTA_NET}),
+    "Qwen 3.5 MoE (text)": ("Qwen3_5MoeText", {"head_dim": 16, **DELTA_NET, **SHARED_EXPERT}),
     "Gemma 2": ("Gemma2", {"head_dim": 32, **WINDOWS}),
     "Gemma 3 (text)": ("Gemma3Text", {"head_dim": 32, **WINDOWS}),
     "Gemma 4 (text)": ("Gemma4Text", {"head_dim": 32, **WINDOWS, **PER_LAYER}),
@@ -74,8 +87,32 @@ FAMILIES: dict[str, tuple[str, dict[str, object]]] = {
     "Phi-3, Phi-4": ("Phi3", {"sliding_window": 8}),
     "OLMo 2": ("Olmo2", {}),
     "OLMo 3": ("Olmo3", dict(WINDOWS)),
+    "OLMo Hybrid": ("OlmoHybrid", dict(DELTA_NET)),
     "SmolLM3": ("SmolLM3", {}),
     "Granite 3": ("Granite", dict(GRANITE)),
+    "Granite 4 hybrid": (
+        "GraniteMoeHybrid",
+        {
+            **LINEAR,
+            **MAMBA2,
+            "num_local_experts": 4,
+            "num_experts_per_tok": 2,
+            "shared_intermediate_size": 64,
+        },
+    ),
+    "Bamba": ("Bamba", {**MAMBA2, "attn_layer_indices": [1]}),
+    "Falcon-H1": ("FalconH1", {**MAMBA2, "mamba_d_ssm": 128}),
+    "Nemotron-H": (
+        "NemotronH",
+        {
+            **MIXTURE,
+            "num_hidden_layers": 4,
+            "layer_types": ["linear_attention", "moe", "full_attention", "mlp"],
+            **{"mamba_num_heads": 8, "mamba_head_dim": 16, "ssm_state_size": 16, "n_groups": 1},
+            **{"chunk_size": 16, "head_dim": 16, "n_routed_experts": 4},
+            "moe_shared_expert_intermediate_size": 64,
+        },
+    ),
     "Command R": ("Cohere", {"logit_scale": 0.0625}),
     "Command R7B": ("Cohere2", {"logit_scale": 0.0625, **WINDOWS}),
     "GLM-4": ("Glm4", {"head_dim": 16}),
@@ -97,7 +134,19 @@ FAMILIES: dict[str, tuple[str, dict[str, object]]] = {
             "first_k_dense_replace": 1,
         },
     ),
+    "Kimi Linear": (
+        "KimiLinear",
+        {
+            **{**LINEAR, **MIXTURE, **MLA, "num_key_value_heads": 4},
+            **{"linear_num_heads": 2, "linear_head_dim": 16, "num_local_experts": 4},
+        },
+    ),
     "LFM2": ("Lfm2", {"layer_types": ["conv", "full_attention"]}),
+    "LFM2 MoE": (
+        "Lfm2Moe",
+        {"layer_types": ["conv", "full_attention"], "num_experts": 4, "num_dense_layers": 1}
+        | MIXTURE,
+    ),
     "GPT-2": ("GPT2", {"attn_pdrop": 0.1, "n_inner": 96}),
     "Pythia": ("GPTNeoX", {}),
     "RecurrentGemma": ("RecurrentGemma", {"lru_width": 64, "attention_window_size": 32}),

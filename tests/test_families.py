@@ -13,7 +13,8 @@ from transformers import (
 
 from sftlab.data.collator import Collator, for_the_model
 from sftlab.fastpath import fused_loss, varlen_attention
-from sftlab.models.layers import decoder_of
+from sftlab.fastpath.packed_mixers import pack_mixers
+from sftlab.models.layers import decoder_of, describe
 from sftlab.models.own_logits import logit_changes
 from sftlab.training.router_loss import leave_out_frozen_router
 
@@ -57,7 +58,8 @@ def test_packed_rows_are_computed_as_rows_alone_are(family, rows, monkeypatch):
     monkeypatch.setattr(varlen_attention, "varlen_attention", reference_attention)
     varlen_attention.register(models.LONGEST)
     model = models.model_of(family)
-    packed = for_the_model(Collator(0, packed=True)(ROWS))
+    mixers = describe(model.config, type(model)).mixers > 0
+    packed = for_the_model(Collator(0, packed=True, mixers=mixers)(ROWS))
     del packed["labels"]
     with torch.no_grad():
         alone = [
@@ -67,6 +69,7 @@ def test_packed_rows_are_computed_as_rows_alone_are(family, rows, monkeypatch):
         expected = torch.cat([one.last_hidden_state[0] for one in alone])
         other = AutoModelForCausalLM.from_config(model.config, attn_implementation="varlen")
         other.load_state_dict(model.state_dict())
+        pack_mixers(other)
         found = decoder_of(other.eval())(**packed, use_cache=False).last_hidden_state[0]
     apart = (found[: len(expected)] - expected).norm() / expected.norm()
     assert apart < 1e-5

@@ -12,6 +12,7 @@ from transformers import (
     LlamaConfig,
     MambaConfig,
     MistralConfig,
+    RecurrentGemmaConfig,
     TrainerCallback,
 )
 
@@ -120,7 +121,8 @@ SMALL = {"hidden_size": 64, "num_attention_heads": 2, "num_hidden_layers": 2}
         (Llama4TextConfig(**SMALL, **CHUNKED), 512, "needs a max_length of at most 64"),
         (Llama4TextConfig(**SMALL, **CHUNKED), 64, None),
         (MambaConfig(num_hidden_layers=1, hidden_size=32), 64, "does not take another attention"),
-        (Lfm2Config(**SMALL, layer_types=["conv", "full_attention"]), 64, "convolutions would mix"),
+        (Lfm2Config(**SMALL, layer_types=["conv", "full_attention"]), 64, None),
+        (RecurrentGemmaConfig(**SMALL, lru_width=64), 64, "2 convolutions would mix packed rows"),
     ],
     ids=lambda value: getattr(value, "model_type", None),
 )

@@ -31,17 +31,25 @@ class Collator:
     next tokens are `targets`, and their rows `loss_rows`. `real_tokens` and `real_rows` are ints.
     Of a stream, `by_source` has the data set's number and the tokens of each row.
     With `packed`, rows are concatenated to [1, tokens], and `tiles` tells the
-    attention where they begin. The number of tokens is padded to a `multiple`.
+    attention where they begin; with `mixers`, `boundaries` tells it to the other layers. The
+    number of tokens is padded to a `multiple`.
     """
 
-    def __init__(self, pad_token_id: int, packed: bool, multiple: int | None = None) -> None:
+    def __init__(
+        self,
+        pad_token_id: int,
+        packed: bool,
+        multiple: int | None = None,
+        mixers: bool = False,
+    ) -> None:
         self._collate = DataCollatorForLanguageModeling(
             pad_token_id=pad_token_id,
             padding_free=packed,
             pad_to_multiple_of=None if packed else multiple,
         )
-        self._packed, self._pad, self._multiple = (
+        self._packed, self._mixers, self._pad, self._multiple = (
             packed,
+            mixers,
             pad_token_id,
             math.lcm(TOKENS_MULTIPLE, multiple or 1),
         )
@@ -74,17 +82,37 @@ class Collator:
     def _filled_up(self, batch: dict[str, Any], lengths: torch.Tensor) -> dict[str, torch.Tensor]:
         # the padding is a sequence of its own, so that its attention is defined
         tail = -batch["input_ids"].shape[1] % self._multiple
+        sequences = [*lengths.tolist(), tail]
         return {
             "input_ids": pad(batch["input_ids"], (0, tail), value=self._pad),
             "labels": pad(batch["labels"], (0, tail), value=-100),
             "position_ids": torch.cat([batch["position_ids"], torch.arange(tail)[None]], dim=1),
-            "tiles": tiles([*lengths.tolist(), tail]),
+            "tiles": tiles(sequences),
+            **(boundaries(sequences) if self._mixers else {}),
         }
 
 
 def for_the_model(batch: dict[str, Any]) -> dict[str, Any]:
     """Returns the part of a batch that the model itself takes."""
     return {name: value for name, value in batch.items() if name not in _EXTRAS}
+
+
+def boundaries(lengths: Sequence[int]) -> dict[str, torch.Tensor]:
+    """Returns where sequences of these lengths begin, for layers that are no attention.
+
+    Sequences are counted without empty ones. `cu_seq_lens_q` [sequences + 1] has their starts and
+    the end, `seq_idx` [1, tokens] the sequence of each token, both int32 as kernels want them.
+    `row_places` [sequences, longest] has the place of each token of a sequence; the last one's is
+    repeated.
+    """
+    sizes = torch.tensor([length for length in lengths if length])
+    ends = sizes.cumsum(0)
+    places = torch.arange(int(sizes.max()))[None].minimum(sizes[:, None] - 1)
+    return {
+        "cu_seq_lens_q": pad(ends, (1, 0)).int(),
+        "seq_idx": torch.repeat_interleave(sizes)[None].int(),
+        "row_places": places + (ends - sizes)[:, None],
+    }
 
 
 def tiles(lengths: Sequence[int]) -> torch.Tensor:

@@ -6,7 +6,7 @@ import torch
 from torch.nn.functional import pad
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
-from sftlab.data.collator import TOKENS_MULTIPLE, tiles
+from sftlab.data.collator import TOKENS_MULTIPLE, boundaries, tiles
 from sftlab.data.encoded_pairs import PROMPT
 
 # what trl's own collator gives
@@ -27,9 +27,11 @@ class PairCollator:
         multiple: int | None = None,
         packed: bool = False,
         fused: bool = False,
+        mixers: bool = False,
     ) -> None:
         self._collate = DataCollatorForPreference(pad_token_id, pad_to_multiple_of=multiple)
         self._pad, self._packed, self._fused = pad_token_id, packed, fused
+        self._mixers = mixers
 
     def __call__(self, pairs: list[dict[str, Any]]) -> dict[str, Any]:
         """Returns one batch of encoded pairs."""
@@ -60,10 +62,11 @@ class PairCollator:
         """Returns the sides concatenated; what fills them up is a sequence of its own."""
         ids, places = batch["input_ids"].flatten(), batch["attention_mask"].flatten().nonzero()
         tail, lengths = -len(places) % TOKENS_MULTIPLE, batch["attention_mask"].sum(dim=1).tolist()
-        starts = [torch.arange(length) for length in (*lengths, tail)]
+        sequences = [*lengths, tail]
         return {
             "packed_ids": pad(ids[places[:, 0]], (0, tail), value=self._pad)[None],
             "packed_places": pad(places[:, 0], (0, tail), value=len(ids)),
-            "position_ids": torch.cat(starts)[None],
-            "tiles": tiles([*lengths, tail]),
+            "position_ids": torch.cat([torch.arange(one) for one in sequences])[None],
+            "tiles": tiles(sequences),
+            **(boundaries(sequences) if self._mixers else {}),
         }

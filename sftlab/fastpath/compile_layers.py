@@ -47,6 +47,10 @@ def _with_dynamic_tokens(compiled: Callable) -> Callable:
         for tensor in (hidden_states, kwargs.get("position_ids"), tiles):
             if tensor is not None:
                 torch._dynamo.maybe_mark_dynamic(tensor, 1)
+        if kwargs.get("seq_idx") is not None:
+            torch._dynamo.maybe_mark_dynamic(kwargs["seq_idx"], 1)
+            torch._dynamo.maybe_mark_dynamic(kwargs["cu_seq_lens_q"], 0)
+            torch._dynamo.maybe_mark_dynamic(kwargs["row_places"], [0, 1])
         for tensor in rotary if isinstance(rotary, tuple) else ():
             torch._dynamo.maybe_mark_dynamic(tensor, tensor.ndim - 2)  # some have an axis of images
         if kwargs.get("attention_mask") is not None:

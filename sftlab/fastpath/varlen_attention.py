@@ -40,10 +40,11 @@ def why_not_the_model(layers: Layers, longest: int | None) -> str | None:
     """
     if layers.unknown:
         return layers.unknown
-    if layers.hybrid:
+    others, convolutions = layers.without_packed_form
+    if others or convolutions:
         return (
-            f"{layers.count - len(layers.attention)} of {layers.count} layers have no attention, "
-            f"and {layers.convolutions} convolutions would mix packed rows"
+            f"{others} of {layers.count} layers have neither attention nor another packed form, "
+            f"and {convolutions} convolutions would mix packed rows"
         )
     for one in layers.distinct:
         if max(one.size, one.value_size) > LARGEST_HEAD:

@@ -15,13 +15,15 @@ import torch
 from torch import nn
 from transformers import AttentionInterface, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
+from sftlab.models.mixers import packed_mixers, tokenwise_layers
 from sftlab.models.text_part import Nested
 
 _NAME = "described"
 _TOKENS = 4
 # Tensors among an attention's arguments that do not change it, or are understood.
 _KNOWN_TENSORS = {"position_ids", "tiles", "s_aux"}
-_LAYER_TYPES = {"full_attention", "sliding_attention", "chunked_attention"}
+# "hybrid" layers attend to all earlier tokens, and carry a state besides
+_LAYER_TYPES = {"full_attention", "sliding_attention", "chunked_attention", "hybrid"}
 # What a model may raise that cannot run without numbers.
 _NOT_ON_META = (
     ArithmeticError,
@@ -69,16 +71,19 @@ class Attention(NamedTuple):
 class Layers(NamedTuple):
     """The attention of every layer that has one, in order, and what mixes tokens beside it.
 
-    `count` is the number of decoder layers, `convolutions` that of modules that mix neighbouring
-    tokens. `experts` is the share of the parameters that belong to experts, stacked in tensors of
-    three dimensions. `norms` are the elements and the vectors of a token that a layer normalises
-    beside the two norms of a Llama layer. `unknown` says why the attention cannot be described;
-    None where it is.
+    `count` is the number of decoder layers, and `convolutions` that of modules that mix
+    neighbouring tokens. `mixers` is the number of modules beside attention that have a packed form,
+    and `tokenwise` that of layers that mix nothing. `experts` is the share of the parameters that
+    belong to experts, stacked in tensors of three dimensions. `norms` are the elements and the
+    vectors of a token that a layer normalises beside the two norms of a Llama layer. `unknown` says
+    why the attention cannot be described; None where it is.
     """
 
     count: int
     attention: tuple[Attention, ...] = ()
     convolutions: int = 0
+    mixers: int = 0
+    tokenwise: int = 0
     experts: float = 0.0
     norms: tuple[int, int] = (0, 0)
     unknown: str | None = None
@@ -92,6 +97,12 @@ class Layers(NamedTuple):
     def hybrid(self) -> bool:
         """Whether something beside attention carries a row's state from token to token."""
         return self.convolutions > 0 or len(self.attention) < self.count
+
+    @property
+    def without_packed_form(self) -> tuple[int, int]:
+        """How many layers and convolutions would mix packed rows."""
+        apart = len(self.attention) + self.mixers + self.tokenwise
+        return max(0, self.count - apart), self.convolutions - self.mixers
 
 
 def describe(config: PreTrainedConfig, model_class: type | None) -> Layers:
@@ -118,12 +129,15 @@ def _described(pickled: bytes, takes_another: bool) -> Layers:
         del config.quantization_config
     decoder, found = config.get_text_config(), []
     AttentionInterface.register(_NAME, _recorder(decoder, found))
-    attention = {"attn_implementation": _NAME} if takes_another else {}
     with torch.device("meta"):
         try:
-            model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, **attention)
+            model = AutoModelForCausalLM.from_config(
+                config, dtype=torch.bfloat16, attn_implementation=_NAME
+            )
         except _NOT_ON_META as error:
             return Layers(decoder.num_hidden_layers, unknown=_cannot(decoder, error))
+        # hybrid models hand over their attention too, without saying so
+        takes_another = takes_another or bool(packed_mixers(model))
         other = f"{decoder.model_type} does not take another attention"
         unknown = _run(model) if takes_another else other
     unknown = next((one for one in found if isinstance(one, str)), unknown)
@@ -134,6 +148,8 @@ def _described(pickled: bytes, takes_another: bool) -> Layers:
         decoder.num_hidden_layers,
         () if unknown else tuple(found),
         sum(isinstance(module, nn.Conv1d) for module in model.modules()),
+        len(packed_mixers(model)),
+        tokenwise_layers(model),
         experts / max(1, sum(p.numel() for p in model.parameters())),
         (0, 0) if unknown or not found else _norms(model, decoder.hidden_size, found[0]),
         unknown,

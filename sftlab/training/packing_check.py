@@ -34,7 +34,8 @@ def verify_packing(
     `inputs` is a packed batch, `forward` runs the wrapped model on another. Every rank calls it.
     """
     rows = _first_rows(inputs)
-    packed = _hidden_states(base, forward, Collator(pad_token_id, packed=True)(rows))[0]
+    collate = Collator(pad_token_id, packed=True, mixers="seq_idx" in inputs)
+    packed = _hidden_states(base, forward, collate(rows))[0]
     alone = []
     with plain_attention(base):
         for row in rows:

@@ -67,6 +67,7 @@ class PreferenceTrainer(RecordedTrainer, DPOTrainer):
             self.args.pad_to_multiple_of,
             packed=self.fast.packing,
             fused=bool(self.fast.fused_loss),
+            mixers=self.fast.layers.mixers > 0,
         )
         # the reference's forward takes 2 of the 4 FLOPs of a frozen weight once more
         self.flops = Flops(*(1.5 * one for one in self.flops))

@@ -25,6 +25,7 @@ from sftlab.fastpath.fsdp import (
     is_sharded_over_one_mesh,
     resolve_plugin,
 )
+from sftlab.fastpath.packed_mixers import pack_mixers
 from sftlab.fastpath.selection import FastPath
 from sftlab.measurement.flops import flops_per_token
 from sftlab.measurement.memory import MemorySplit, PeakMemory
@@ -106,6 +107,8 @@ class RecordedTrainer(UpstreamFixes):
             self.fast.reasons["router_loss"] = off
         if differs := own_log_probs_if_needed(base):
             self.fast.reasons["trl_fused_head"] = differs
+        if self.fast.packing:
+            pack_mixers(base)
         self.choose_loss()
         if self.args.mixed_precision == "fp8":
             freeze_in_float8(self.model, self.accelerator.device)

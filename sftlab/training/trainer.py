@@ -45,7 +45,10 @@ class LabTrainer(RecordedTrainer, SFTTrainer):
                 "takes no **kwargs, so short micro-batches would weigh too much"
             )
         self.data_collator = Collator(
-            self.processing_class.pad_token_id, self.fast.packing, self.args.pad_to_multiple_of
+            self.processing_class.pad_token_id,
+            self.fast.packing,
+            self.args.pad_to_multiple_of,
+            mixers=self.fast.layers.mixers > 0,
         )
 
     def logit_changes(self) -> Changes | str:

@@ -1,0 +1,214 @@
+"""Packed rows of models whose layers are not all attention: no state crosses from row to row."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import load_script, pair_rows, short_fields, write_jsonl
+from packed_training import (
+    build,
+    examples,
+    losses_and_gradients,
+    pack_on_a_cpu,
+    reference_attention,
+    train,
+    with_trained_lora,
+)
+from preference_runs import pair_fields
+from tiny_base import byte_tokenizer
+from torch.nn import functional as F
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from sftlab.data import collator
+from sftlab.data.collator import Collator, boundaries, for_the_model
+from sftlab.fastpath import packed_mixers, varlen_attention
+from sftlab.fastpath.packed_mixers import pack_mixers, shifted_products
+from sftlab.models.layers import decoder_of, describe
+from sftlab.models.mixers import PACKED
+
+models = load_script("docs/make_models.py")
+HYBRIDS = [
+    *("LFM2", "LFM2 MoE", "Qwen3-Next", "Qwen 3.5 (text)", "Qwen 3.5 MoE (text)", "OLMo Hybrid"),
+    *("Kimi Linear", "Granite 4 hybrid", "Bamba", "Falcon-H1", "Nemotron-H"),
+]
+ROWS = [
+    {"input_ids": [1 + (7 * n + n * n) % 90 for n in range(start, start + length)],
+     "labels": [5] * length}
+    for start, length in ((0, 19), (3, 1), (11, 37))
+]  # fmt: skip
+
+
+@pytest.fixture
+def on_a_cpu(monkeypatch):
+    """Let packing run here, with the reference attention."""
+    pack_on_a_cpu(monkeypatch, reference_attention)
+    varlen_attention.register(models.LONGEST)
+
+
+def hidden_states(model, batch):
+    given = {name: value for name, value in for_the_model(batch).items() if name != "labels"}
+    return decoder_of(model)(**given, use_cache=False).last_hidden_state
+
+
+def gradients(model):
+    return {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+
+
+def test_every_class_with_a_packed_form_has_a_family_here():
+    found = {type(m).__name__ for one in HYBRIDS for m in models.model_of(one).modules()}
+    assert found >= PACKED
+
+
+@pytest.mark.parametrize("family", HYBRIDS)
+def test_packed_rows_and_their_gradients_are_those_of_rows_alone(family, on_a_cpu):
+    alone = models.model_of(family).train().requires_grad_()
+    expected = [hidden_states(alone, Collator(0, packed=False)([row]))[0] for row in ROWS]
+    expected = torch.cat(expected)
+    packed = AutoModelForCausalLM.from_config(alone.config, attn_implementation="varlen").train()
+    packed.load_state_dict(alone.state_dict())
+    pack_mixers(packed)
+    found = hidden_states(packed, Collator(0, packed=True, mixers=True)(ROWS))[0]
+    found = found[: len(expected)]
+    assert (found - expected).norm() / expected.norm() < 1e-5
+    weights = torch.randn(expected.shape, generator=torch.Generator().manual_seed(0))
+    (found * weights).sum().backward()
+    (expected * weights).sum().backward()
+    right, found = gradients(alone), gradients(packed)
+    assert set(found) == set(right)
+    assert any("conv" in name for name in found)
+    for name, gradient in right.items():
+        assert (found[name] - gradient).norm() <= 1e-4 * gradient.norm() + 1e-6, name
+
+
+@pytest.mark.parametrize("family", ["LFM2", "Qwen 3.5 (text)", "Bamba"])
+def test_padded_rows_go_through_transformers_own_functions(family):
+    model, batch = models.model_of(family).train(), Collator(0, packed=False)(ROWS)
+    before = hidden_states(model, batch)
+    pack_mixers(model)
+    assert torch.equal(hidden_states(model, batch), before)
+
+
+def test_boundaries_leave_out_empty_sequences():
+    found = boundaries([3, 1, 2, 0])
+    assert found["cu_seq_lens_q"].tolist() == [0, 3, 4, 6]
+    assert found["seq_idx"].tolist() == [[0, 0, 0, 1, 2, 2]]
+    assert found["row_places"].tolist() == [[0, 1, 2], [3, 3, 3], [4, 5, 5]]
+    assert found["cu_seq_lens_q"].dtype == found["seq_idx"].dtype == torch.int32
+
+
+def test_a_model_of_attention_alone_is_given_no_boundaries():
+    given = {"input_ids", "labels", "position_ids", "tiles"}
+    assert set(for_the_model(Collator(0, packed=True)(ROWS))) == given
+    config = models.config_of("Llama 2, 3; SmolLM2")
+    assert describe(config, AutoModelForCausalLM._model_mapping[type(config)]).mixers == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("activation", [None, "silu"])
+def test_shifted_products_are_each_rows_convolution(dtype, activation):
+    torch.manual_seed(0)
+    lengths = [5, 1, 2, 9]
+    x, weight = torch.randn(1, 6, sum(lengths), dtype=dtype), torch.randn(6, 4, dtype=dtype)
+    bias, seq_idx = torch.randn(6, dtype=dtype), boundaries(lengths)["seq_idx"]
+    found = shifted_products(x, weight, bias, activation, seq_idx=seq_idx, other="ignored")
+    rows = [
+        F.conv1d(row.float(), weight.float()[:, None], bias.float(), padding=3, groups=6)
+        for row in x.split(lengths, dim=-1)
+    ]
+    expected = torch.cat([row[..., :-3] for row in rows], -1)
+    expected = F.silu(expected) if activation else expected
+    assert found.dtype == dtype
+    torch.testing.assert_close(found.float(), expected.to(dtype).float(), atol=1e-5, rtol=0.01)
+
+
+def test_kernels_of_a_package_are_told_the_boundaries(monkeypatch):
+    calls = []
+    kernels = SimpleNamespace()
+    given = boundaries([2, 3])
+    ends = given["cu_seq_lens_q"]
+    delta = packed_mixers._delta_rule(lambda **kwargs: calls.append(kwargs), kernels)
+    delta(cu_seqlens=ends, seq_idx=1)
+    delta(cu_seq_lens_q=ends, seq_idx=1)
+    assert all(call["cu_seqlens"] is ends for call in calls) and len(calls) == 2
+    own = object()
+    for take in ("_convolution", "_state_space", "_fused_state_space"):
+        assert getattr(packed_mixers, take)(own, kernels) is own
+
+
+# ---- whole trainings ----
+
+
+@pytest.fixture
+def hybrid(request, tmp_path):
+    """Folder of a tiny random model of the named family, with a byte-level tokenizer."""
+    config = AutoConfig.for_model(**models.config_of(request.param).to_dict() | {
+        "vocab_size": 259, "bos_token_id": 256, "eos_token_id": 257, "pad_token_id": 258,
+    })  # fmt: skip
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "hybrid")
+    byte_tokenizer().save_pretrained(tmp_path / "hybrid")
+    return tmp_path / "hybrid"
+
+
+@pytest.fixture
+def fields(hybrid, rows, tmp_path) -> dict[str, str]:
+    short = short_fields(hybrid, rows, tmp_path / "run")
+    more = {
+        "per_device_train_batch_size": "4",
+        "lora_dropout": "0",
+        "lora_target_modules": "k_proj",
+    }
+    return {**short, **more}
+
+
+@pytest.mark.parametrize("hybrid", ["LFM2", "Qwen 3.5 (text)"], indirect=True)
+def test_a_packed_step_is_the_padded_one_and_is_checked_before(fields, on_a_cpu):
+    found = []
+    for switch in ("true", "false"):
+        trainer = with_trained_lora(build(fields, packing=switch, max_steps=1))
+        assert trainer.fast.packing == (switch == "true")
+        found.append(losses_and_gradients(trainer, examples(5)))
+    (nats, gradient), (expected, right) = found
+    torch.testing.assert_close(nats, expected, atol=1e-4, rtol=1e-4)
+    for name, one in right.items():
+        assert (gradient[name] - one).norm() <= 1e-3 * one.norm(), name
+    assert len(train(build(fields, packing="true", max_steps=1))) == 1
+
+
+@pytest.mark.parametrize("hybrid", ["LFM2", "Bamba"], indirect=True)
+def test_a_hybrid_whose_rows_see_one_another_stops(fields, on_a_cpu, monkeypatch):
+    honest = boundaries
+
+    def of_one_sequence(lengths):
+        return honest([sum(lengths)])
+
+    monkeypatch.setattr(collator, "boundaries", of_one_sequence)
+    trainer = build(fields, packing="true", max_steps=1)
+    with torch.no_grad():  # random layers of so small a model hardly move their input
+        for name, parameter in trainer.model.named_parameters():
+            if "conv" in name or "out_proj" in name:
+                parameter.mul_(20)
+    with pytest.raises(RuntimeError, match=r"row 1's hidden states differ by .*--packing false"):
+        train(trainer)
+
+
+@pytest.mark.parametrize("hybrid", ["Bamba"], indirect=True)
+def test_packed_pairs_of_a_hybrid_are_trls_own(hybrid, tmp_path, on_a_cpu):
+    pairs = pair_fields(
+        hybrid, write_jsonl(tmp_path / "pairs.jsonl", pair_rows(60)), tmp_path / "run"
+    )
+    pairs |= {"lora_target_modules": "k_proj"}
+    found = []
+    for switch in ("true", "false"):
+        trainer = with_trained_lora(build(pairs, packing=switch, fused_loss=switch))
+        assert trainer.fast.packing == (switch == "true")
+        rows = [trainer.train_dataset[n] for n in range(4)]
+        model = trainer.model.train()
+        loss = trainer.compute_loss(model, trainer.data_collator(rows))
+        loss.backward()
+        found.append((loss.detach(), gradients(model)))
+    (loss, gradient), (expected, right) = found
+    torch.testing.assert_close(loss, expected, atol=1e-5, rtol=1e-4)
+    for name, one in right.items():
+        assert (gradient[name] - one).norm() <= 1e-3 * one.norm() + 1e-6, name
+    assert len(train(build(pairs, packing="true", max_steps=1))) == 1
