@@ -90,6 +90,7 @@ FAMILIES: dict[str, tuple[str, dict[str, object]]] = {
     "OLMo Hybrid": ("OlmoHybrid", dict(DELTA_NET)),
     "SmolLM3": ("SmolLM3", {}),
     "Granite 3": ("Granite", dict(GRANITE)),
+    "Granite MoE": ("GraniteMoe", {"num_local_experts": 4, "num_experts_per_tok": 2}),
     "Granite 4 hybrid": (
         "GraniteMoeHybrid",
         {

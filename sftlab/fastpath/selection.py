@@ -24,7 +24,8 @@ class FastPath:
     """The parts that are on; `fused_loss` is None until the model is loaded.
 
     `layers` are the model's. `reasons` says, by part, why one that the recipe leaves unset is off.
-    Compiled layers are off on a CPU without a reason.
+    Compiled layers are off on a CPU without a reason. `experts` is how a loaded mixture multiplies
+    its experts, None for other models.
     """
 
     packing: bool
@@ -33,6 +34,7 @@ class FastPath:
     attn_implementation: str | None
     layers: Layers
     reasons: dict[str, str] = field(default_factory=dict)
+    experts: str | None = None
 
 
 def choose(

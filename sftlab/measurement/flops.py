@@ -30,7 +30,9 @@ def flops_per_token(model: nn.Module) -> Flops:
     left_out |= {id(p) for name, p in model.named_parameters() if ".original_module." in name}
     taken = _experts_taken(model.config.get_text_config())
     matrices = {
-        name: p for name, p in model.named_parameters() if p.ndim > 1 and id(p) not in left_out
+        name: p
+        for name, p in model.named_parameters()
+        if p.ndim > 1 and id(p) not in left_out and not name.endswith("bias")  # experts stack them
     }
     return Flops(
         sum(_flops(p) * (taken if ".experts." in name else 1) for name, p in matrices.items()),

@@ -13,10 +13,11 @@ from torch.utils.data import IterableDataset, RandomSampler, Sampler, Sequential
 from transformers import PreTrainedModel
 from transformers.trainer_utils import TrainOutput
 
-from sftlab.config.launch import Launch
+from sftlab.config.launch import PRECISIONS, Launch
 from sftlab.data.samplers import BalancedSampler, WholeBatches, row_lengths, whole_batches
 from sftlab.fastpath import fused_loss
 from sftlab.fastpath.compile_layers import compile_layers
+from sftlab.fastpath.experts import take_experts_product
 from sftlab.fastpath.float8 import freeze_in_float8
 from sftlab.fastpath.fsdp import (
     average_replicated_,
@@ -109,11 +110,18 @@ class RecordedTrainer(UpstreamFixes):
             self.fast.reasons["trl_fused_head"] = differs
         if self.fast.packing:
             pack_mixers(base)
+        self._take_experts_product(base)
         self.choose_loss()
         if self.args.mixed_precision == "fp8":
             freeze_in_float8(self.model, self.accelerator.device)
         if self.fast.compile_layers:
             compile_layers(base)
+
+    def _take_experts_product(self, base: PreTrainedModel) -> None:
+        precision = PRECISIONS[self.args.mixed_precision]
+        self.fast.experts, why = take_experts_product(base, precision)
+        if why and torch.cuda.is_available():
+            self.fast.reasons["grouped_experts"] = why
 
     def choose_loss(self) -> None:
         """Take the fused loss where the recipe and the model allow it, before layers are compiled.

@@ -161,6 +161,7 @@ def what_ran(trainer: SFTTrainer, fast: FastPath, observed: Mapping[str, str]) -
         "packing": fast.packing,
         "compile_layers": fast.compile_layers,
         "fused_loss": fast.fused_loss,
+        **({"experts_implementation": fast.experts} if fast.experts else {}),
         "micro_batch": args.per_device_train_batch_size,
         "accumulation": args.gradient_accumulation_steps,
         "global_batch": global_batch(args),
