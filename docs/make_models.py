@@ -41,6 +41,7 @@ SMALL = {
     "eos_token_id": 2,
 }
 WINDOWS = {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]}
+ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 MIXTURE = {"num_experts_per_tok": 2, "moe_intermediate_size": 32}
 PER_LAYER = {"hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 97}
 GRANITE = {"logits_scaling": 8.0, "attention_multiplier": 0.0625, "residual_multiplier": 0.22}
@@ -171,7 +172,7 @@ larger, never another training. Measured speeds are in [fast_path.md](fast_path.
 | packs | rows are laid end to end; the kernels have the family's attention |
 | fused loss | whole logits never exist |
 | 4 bits | no weights of experts would silently stay in 16 bits; the same holds for fp8 |
-| planned | `recipes/plan.py` makes a plan |
+| planned | `recipes/plan.py` makes a plan; of a mixture, with LoRA on its attention alone |
 """
 COLUMNS = ("packs", "fused loss", "4 bits", "planned")
 
@@ -240,11 +241,12 @@ def page(rows: dict[str, Row]) -> str:
     return "\n".join([HEAD, *lines, "\n## Why not?\n", *reasons, "", TAIL])
 
 
-def _asked(option: str) -> tuple[Recipe, Launch]:
-    """Returns the demo's recipe with one more option, and a launch in bf16 on one GPU."""
+def _asked(*options: str) -> tuple[Recipe, Launch]:
+    """Returns the demo's recipe with more options, and a launch in bf16 on one GPU."""
     path = ROOT / "recipes" / "demo" / "attn_r16.yaml"
     with launched(exported(ROOT / "accelerate_configs" / "single.yaml")) as launch:
-        return parse_recipe(["--config", str(path), "--dtype=bfloat16", option], launch), launch
+        asked = ["--config", str(path), "--dtype=bfloat16", *options]
+        return parse_recipe(asked, launch), launch
 
 
 def _refusal(config: PreTrainedConfig, option: str) -> str | None:
@@ -257,7 +259,14 @@ def _refusal(config: PreTrainedConfig, option: str) -> str | None:
 
 
 def _no_plan(config: PreTrainedConfig) -> str | None:
-    recipe, launch = _asked("--lora_target_modules=all-linear")
+    why = _no_plan_with(config, "all-linear")
+    if why and describe(config, model_class(config)).mixture:
+        return why if _no_plan_with(config, *ATTENTION) else None
+    return why
+
+
+def _no_plan_with(config: PreTrainedConfig, *targets: str) -> str | None:
+    recipe, launch = _asked("--lora_target_modules", *targets)
     fast = FastPath(True, True, True, None, describe(config, model_class(config)))
     try:
         check_adapter_names(recipe.model, config, launch, trust_remote_code=False)

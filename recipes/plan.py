@@ -189,6 +189,8 @@ def described(request: Request, recipe: Recipe, plan: Plan) -> str:
     sure = f"accuracy on {measured_on}: memory {near['memory']}, speed {near['speed']}"
     if plan.gpu.name != MEASURED_ON:
         sure += f"; {plan.gpu.name} is extrapolated from its published rates"
+    if step.shape.experts:
+        sure = "mixtures of experts were not measured: memory and speed are arithmetic"
     lines = [
         f"{step.processes} x {plan.gpu.name}, {step.precision}, {step.strategy}",
         f"  rows: {rows.source}; {rows.mean:,.0f} tokens on average, {rows.longest:,} at most"

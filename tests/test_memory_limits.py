@@ -3,7 +3,7 @@
 import pytest
 from conftest import arguments
 from planned_steps import ALL, forecast
-from transformers import AutoConfig, PhiConfig
+from transformers import AutoConfig, Llama4TextConfig, PhiConfig, Qwen3MoeConfig
 
 from sftlab.config.launch import exported, launched
 from sftlab.config.parser import parse_recipe
@@ -134,16 +134,53 @@ def test_accumulation_shares_a_steps_work_and_keeps_gradients_beside_activations
     assert halved.step.accumulation == 2 and halved.memory.gradients > 0
 
 
-def test_a_model_of_experts_is_refused():
-    from transformers import MixtralConfig
+QWEN_30B = {
+    **{"hidden_size": 2048, "num_hidden_layers": 4, "num_attention_heads": 32, "head_dim": 128},
+    **{"num_key_value_heads": 4, "num_local_experts": 128, "num_experts_per_tok": 8},
+    **{"moe_intermediate_size": 768, "intermediate_size": 6144, "vocab_size": 151936},
+}
 
+
+def plan_of_mixture(config, *fields):
+    argv = ["--config", "recipes/llama3.2-1b/attn_r16.yaml", *fields]
     with launched(exported("accelerate_configs/single.yaml")) as launch:
-        recipe = parse_recipe(["--config", "recipes/llama3.2-1b/attn_r16.yaml"], launch)
-        with pytest.raises(ValueError, match="mixture of experts"):
-            make_plan(
-                recipe,
-                MixtralConfig(num_hidden_layers=1),
-                launch,
-                GPUS["h200"],
-                RowLengths(1, 10, 0, 10, ""),
-            )
+        recipe = parse_recipe(argv, launch)
+        return make_plan(recipe, config, launch, GPUS["h200"], RowLengths(1000, 315, 140, 512, ""))
+
+
+def test_a_mixture_is_planned_by_the_experts_that_a_token_visits():
+    plan = plan_of_mixture(Qwen3MoeConfig(**QWEN_30B))
+    attention = 2048 * 128 * (32 + 4 + 4 + 32)
+    router, expert = 2048 * 128, 3 * 2048 * 768
+    assert plan.step.weights.linears == attention + router + 8 * expert
+    everything = plan_of_mixture(Qwen3MoeConfig(**QWEN_30B | {"num_experts_per_tok": 128}))
+    assert plan.memory.parameters == everything.memory.parameters > 4 * 128 * expert * 2
+    assert 10 * plan.total_flops < everything.total_flops * 2
+    assert plan.memory.activations < everything.memory.activations / 4
+    assert plan.time.matrices < everything.time.matrices
+    few = resized(plan, 1)
+    read = few.step.weights.layer * 4 * 2 / (GPUS["h200"].memory_gbs * 1e9)
+    assert few.time.matrices > read, "a pass reads every expert, however few tokens there are"
+
+
+@pytest.mark.parametrize(
+    ("config", "fields", "why"),
+    [
+        (Qwen3MoeConfig(**QWEN_30B), ["--dtype=float32"], "made for bf16 alone"),
+        (Qwen3MoeConfig(**QWEN_30B), ["--use_peft=false"], "full fine-tuning of a mixture"),
+        (
+            Qwen3MoeConfig(**QWEN_30B),
+            ["--lora_target_modules=all-linear", "--lora_dropout=0"],
+            "no plan is made for LoRA on experts",
+        ),
+        (Llama4TextConfig(num_hidden_layers=1), [], "with experts that every token visits"),
+        (
+            Qwen3MoeConfig(**QWEN_30B | {"mlp_only_layers": [0]}),
+            [],
+            "mixture of experts with layers of several kinds",
+        ),
+    ],
+)
+def test_other_mixtures_are_refused(config, fields, why):
+    with pytest.raises(ValueError, match=why):
+        plan_of_mixture(config, *fields)

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import sys
 import types
+from functools import partial
 
 import pytest
 import torch
@@ -18,17 +19,21 @@ from transformers import (
     AutoModelForCausalLM,
     Gemma2Config,
     Glm4Config,
+    GraniteMoeConfig,
     LlamaConfig,
     LlamaForCausalLM,
+    MixtralConfig,
     Olmo2Config,
     Phi3Config,
     Qwen3Config,
+    Qwen3MoeConfig,
 )
 
 from sftlab.config.launch import exported, launched
 from sftlab.config.parser import parse_recipe
 from sftlab.data.collator import tiles
 from sftlab.fastpath import compile_layers, varlen_attention
+from sftlab.fastpath.experts import GROUPED
 from sftlab.models.layers import describe
 from sftlab.models.loading import model_class
 from sftlab.planning.row_lengths import RowLengths
@@ -43,6 +48,14 @@ from sftlab.planning.weight_memory import (
 )
 
 HIDDEN, MLP, HEADS, KEY_HEADS, TOKENS, RANK = 64, 160, 4, 2, 256, 4
+EXPERTS, TAKEN, EXPERT_MLP = 8, 3, 40
+# runs what inductor would compile, after its partitioner
+PARTITIONED = aot_autograd(
+    fw_compiler=lambda graph, _: graph.forward,
+    bw_compiler=lambda graph, _: graph.forward,
+    partition_fn=min_cut_rematerialization_partition,
+    decompositions=select_decomp_table(),
+)
 
 
 @pytest.mark.parametrize(
@@ -126,7 +139,8 @@ def kept_by_autograd(model, dtype, casts):
 
     def keep(tensor):
         storage = tensor.untyped_storage()
-        if TOKENS in tensor.shape and storage.data_ptr() not in weights:
+        long = {TOKENS, TAKEN * TOKENS} & set(tensor.shape)
+        if long and storage.data_ptr() not in weights:
             sizes.setdefault(storage.data_ptr(), (storage.nbytes(), tensor))
         return tensor
 
@@ -202,14 +216,7 @@ def test_what_a_layer_keeps_is_what_autograd_keeps(
 def test_what_a_compiled_layer_keeps_is_what_inductors_partitioner_keeps(
     attention_on_cpu, targets, monkeypatch
 ):
-    backend = aot_autograd(
-        fw_compiler=lambda graph, _: graph.forward,
-        bw_compiler=lambda graph, _: graph.forward,
-        partition_fn=min_cut_rematerialization_partition,
-        decompositions=select_decomp_table(),
-    )
-    compile_ = torch.compile
-    monkeypatch.setattr(torch, "compile", lambda forward: compile_(forward, backend=backend))
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=PARTITIONED))
     torch.compiler.reset()
     model = llama(targets, torch.bfloat16, True, 0.0)
     compile_layers.compile_layers(model.get_base_model())
@@ -251,6 +258,56 @@ def test_other_layers_than_llamas_keep_what_autograd_keeps(attention_on_cpu, con
     weights = step.weights._replace(fused=frozenset(targets) & set(FUSED))
     step = dataclasses.replace(step, shape=shape, weights=weights)
     assert TOKENS * kept_bytes(step) == pytest.approx(held, rel=0.01)
+
+
+def mixture(config_class, more):
+    """A tiny mixture in bf16 with LoRA on its attention, and its shape."""
+    config = config_class(
+        **{"vocab_size": 64, "hidden_size": HIDDEN, "num_hidden_layers": 3, "pad_token_id": 0},
+        **{"num_attention_heads": HEADS, "num_key_value_heads": KEY_HEADS, "head_dim": 16},
+        **{"num_local_experts": EXPERTS, "num_experts_per_tok": TAKEN, **more},
+    )
+    model = AutoModelForCausalLM.from_config(
+        config,
+        attn_implementation="varlen",
+        experts_implementation=GROUPED,
+        dtype=torch.bfloat16,
+    )
+    lora = LoraConfig(r=RANK, target_modules=ATTENTION, task_type="CAUSAL_LM")
+    model = get_peft_model(model, lora)
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            parameter.data = parameter.data.float()
+    return model.train(), Shape.of(config, describe(config, model_class(config)))
+
+
+MIXTURES = [
+    (Qwen3MoeConfig, {"intermediate_size": MLP, "moe_intermediate_size": EXPERT_MLP}),
+    (MixtralConfig, {"intermediate_size": EXPERT_MLP}),
+    (GraniteMoeConfig, {"intermediate_size": EXPERT_MLP}),
+]
+
+
+@pytest.mark.parametrize(("config_class", "more"), MIXTURES)
+def test_a_mixtures_layer_keeps_what_autograd_keeps(attention_on_cpu, config_class, more):
+    model, shape = mixture(config_class, more)
+    assert (shape.experts, shape.taken, shape.mlp) == (EXPERTS, TAKEN, TAKEN * EXPERT_MLP)
+    step = planned_step(ATTENTION, "bf16", True, False, 0.0)
+    planned = TOKENS * kept_bytes(dataclasses.replace(step, shape=shape))
+    assert planned == pytest.approx(kept_by_autograd(model, torch.bfloat16, True), rel=0.02)
+
+
+@pytest.mark.long
+def test_a_compiled_mixtures_layer_keeps_what_inductors_partitioner_keeps(
+    attention_on_cpu, monkeypatch
+):
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=PARTITIONED))
+    torch.compiler.reset()
+    model, shape = mixture(*MIXTURES[0])
+    compile_layers.compile_layers(model.get_base_model())
+    step = planned_step(ATTENTION, "bf16", True, True, 0.0)
+    planned = TOKENS * kept_bytes(dataclasses.replace(step, shape=shape))
+    assert planned == pytest.approx(kept_by_autograd(model, torch.bfloat16, True), rel=0.02)
 
 
 def test_4_bit_weights_are_whole_until_they_are_sharded():

@@ -5,6 +5,8 @@ from typing import NamedTuple
 from torch import nn
 from transformers import PreTrainedConfig
 
+from sftlab.models.mixture import counts_of
+
 
 class Flops(NamedTuple):
     """FLOPs of every token, and those of the head, which only tokens in the loss add."""
@@ -49,15 +51,8 @@ def _experts_taken(config: PreTrainedConfig) -> float:
 
     Returns 1.0 for dense models and for configs that do not say it in one number.
     """
-    fields = config.to_dict()
-    experts, taken = (
-        next((fields[name] for name in names if isinstance(fields.get(name), int)), None)
-        for names in (
-            ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts"),
-            ("num_experts_per_tok", "num_experts_per_token", "top_k_experts", "moe_topk", "moe_k"),
-        )
-    )
-    return taken / experts if experts and taken else 1.0
+    counts = counts_of(config)
+    return counts[1] / counts[0] if counts else 1.0
 
 
 def _packed_factor(parameter: nn.Parameter) -> float:

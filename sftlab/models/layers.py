@@ -16,6 +16,7 @@ from torch import nn
 from transformers import AttentionInterface, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from sftlab.models.mixers import packed_mixers, tokenwise_layers
+from sftlab.models.mixture import Mixture, mixture_of
 from sftlab.models.text_part import Nested
 
 _NAME = "described"
@@ -74,9 +75,9 @@ class Layers(NamedTuple):
     `count` is the number of decoder layers, and `convolutions` that of modules that mix
     neighbouring tokens. `mixers` is the number of modules beside attention that have a packed form,
     and `tokenwise` that of layers that mix nothing. `experts` is the share of the parameters that
-    belong to experts, stacked in tensors of three dimensions. `norms` are the elements and the
-    vectors of a token that a layer normalises beside the two norms of a Llama layer. `unknown` says
-    why the attention cannot be described; None where it is.
+    belong to experts, stacked in tensors of three dimensions, and `mixture` has their sizes.
+    `norms` are the elements and the vectors of a token that a layer normalises beside the two norms
+    of a Llama layer. `unknown` says why the attention cannot be described; None where it is.
     """
 
     count: int
@@ -87,6 +88,7 @@ class Layers(NamedTuple):
     experts: float = 0.0
     norms: tuple[int, int] = (0, 0)
     unknown: str | None = None
+    mixture: Mixture | None = None
 
     @property
     def distinct(self) -> tuple[Attention, ...]:
@@ -153,6 +155,7 @@ def _described(pickled: bytes, takes_another: bool) -> Layers:
         experts / max(1, sum(p.numel() for p in model.parameters())),
         (0, 0) if unknown or not found else _norms(model, decoder.hidden_size, found[0]),
         unknown,
+        mixture_of(model, decoder),
     )
 
 

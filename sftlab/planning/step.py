@@ -11,6 +11,7 @@ from sftlab.config.recipe import ModelArguments, Recipe
 from sftlab.config.validation import is_bitsandbytes
 from sftlab.fastpath.selection import FastPath
 from sftlab.models.layers import Layers
+from sftlab.models.mixture import COUNTS
 from sftlab.planning.weight_memory import FUSED, LINEARS, Weights, count_weights
 
 
@@ -18,6 +19,8 @@ class Shape(NamedTuple):
     """Sizes of a decoder: widths, layers, query heads, key heads, size of a head, vocabulary.
 
     `norm_elements` and `norm_vectors` of a token are normalised beside a Llama layer's two norms.
+    Of a mixture, `mlp` is the width of all experts that a token visits, `taken` is how many these
+    are, and `experts` how many a layer has.
     """
 
     hidden: int
@@ -29,6 +32,8 @@ class Shape(NamedTuple):
     vocabulary: int
     norm_elements: int = 0
     norm_vectors: int = 0
+    experts: int = 0
+    taken: int = 0
 
     @classmethod
     def of(cls, config: PreTrainedConfig, layers: Layers) -> "Shape":
@@ -55,17 +60,38 @@ class Shape(NamedTuple):
                 f"{config.model_type} has no single width of its MLP or heads: no plan is made for "
                 "it"
             )
-        experts = ("num_experts", "num_local_experts", "n_routed_experts")
-        if any(getattr(config, name, None) for name in experts):
-            raise ValueError(f"{config.model_type} is a mixture of experts: no plan is made for it")
         hidden, mlp, count, heads, vocabulary = (getattr(config, name) for name in names)
+        experts, taken, mlp = _experts(config, layers, mlp)
         if heads_of:
             heads, key_heads, size, _ = heads_of.pop()
             sizes = (hidden, mlp, count, heads, key_heads, size, vocabulary)
-            return cls(*sizes, *layers.norms)
+            return cls(*sizes, *layers.norms, experts, taken)
         key_heads = getattr(config, "num_key_value_heads", None) or heads
         size = getattr(config, "head_dim", None) or hidden // heads
         return cls(hidden, mlp, count, heads, key_heads, size, vocabulary)
+
+
+def _experts(config: PreTrainedConfig, layers: Layers, mlp: int) -> tuple[int, int, int]:
+    """Returns a layer's experts, those that a token visits, and the width of these together.
+
+    (0, 0, mlp) is a dense layer. Raises ValueError for a mixture that no plan is made for.
+    """
+    mixture = layers.mixture
+    if mixture is None:
+        if any(getattr(config, name, None) for name in COUNTS):
+            raise ValueError(
+                f"{config.model_type} is a mixture whose experts are not stacked or not counted: "
+                "no plan is made for it"
+            )
+        return 0, 0, mlp
+    if not layers.attention:
+        raise ValueError(f"{layers.unknown}: no plan is made for this mixture of experts")
+    if mixture.other:
+        raise ValueError(
+            f"{config.model_type} is a mixture of experts with {mixture.other}: no plan is made "
+            "for it"
+        )
+    return mixture.experts, mixture.taken, mixture.taken * mixture.width
 
 
 @dataclass(frozen=True)
@@ -139,6 +165,8 @@ def step_of(
             "leave fused_loss out"
         )
     targets, shape = _targets(model), Shape.of(config, fast.layers)
+    if shape.experts:
+        targets = _targets_of_mixture(recipe, targets)
     return Step(
         shape=shape,
         weights=count_weights(recipe, config),
@@ -175,3 +203,19 @@ def _targets(model: ModelArguments) -> frozenset[str]:
     if unknown := sorted(targets - set(LINEARS)):
         raise ValueError(f"LoRA on {', '.join(unknown)}: plans are made for {', '.join(LINEARS)}")
     return targets
+
+
+def _targets_of_mixture(recipe: Recipe, targets: frozenset[str]) -> frozenset[str]:
+    """Returns the linears of attention that train; ValueError where no plan is made.
+
+    Plans know the grouped product of experts alone, which takes bfloat16.
+    """
+    if not recipe.model.use_peft:
+        raise ValueError("no plan is made for full fine-tuning of a mixture of experts")
+    precision = PRECISIONS[recipe.training.mixed_precision]
+    if recipe.model.dtype != "bfloat16" or precision != "bf16":
+        raise ValueError(
+            "plans of mixtures of experts are made for bf16 alone: pass --dtype bfloat16 "
+            "--mixed_precision bf16"
+        )
+    return targets & {"q_proj", "k_proj", "v_proj", "o_proj"}

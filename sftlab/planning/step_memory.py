@@ -30,6 +30,9 @@ WORK_EAGER_CASTS = (3.0, 3.75)
 WORK_EAGER_AGAIN = (3.0, 2.75)
 # eager float8 rounds through two float32 copies of the MLP's widest input
 WORK_EAGER_FP8 = (5.0, 5.0)
+# Outputs of the experts that a token visits, one for each, which live at once beside what is kept
+# (counted on a CPU, uncompiled)
+OUTPUTS_OF_EXPERTS = 3.0
 # Layers whose whole weights FSDP2 holds at once: the working layer's, the next one's, and the
 # buffer that it arrives in.
 FSDP_LAYERS_IN_FLIGHT = 3
@@ -87,12 +90,22 @@ def kept_bytes(step: Step) -> float:
     inputs += s.mlp * ("down_proj" in targets)
     masks = step.dropout * (s.hidden * (into_attention + into_mlp) + query * ("o_proj" in targets))
     masks += step.dropout * s.mlp * ("down_proj" in targets)
-    lora = b * (inputs + step.rank * adapters) + masks
+    lora = b * (inputs + step.rank * adapters) + masks + _routing_bytes(step)
     if step.compiled:
         norms = 2 * (residual * s.hidden + 4) + b * s.norm_elements + 4 * s.norm_vectors
         return norms + attention + b * 2 * s.mlp + lora
     norms = 2 * (4 * s.hidden + 4) + 4 * (s.norm_elements + s.norm_vectors)
     return norms + attention + b * 3 * s.mlp + lora
+
+
+def _routing_bytes(step: Step) -> float:
+    """Returns the bytes a token that a mixture's layer keeps beside the products within experts.
+
+    That is the router's softmax, the chosen experts, their order three times, and each expert's
+    output with its weight.
+    """
+    s, b = step.shape, step.compute_bytes
+    return 4 * s.experts + s.taken * (4 * 8 + b * s.hidden + b)
 
 
 def memory(step: Step) -> Memory:
@@ -150,7 +163,10 @@ def _working_bytes(step: Step, tokens: int) -> float:
     """Returns the bytes that the backward of a layer works on."""
     s, b = step.shape, step.compute_bytes
     again = kept_bytes(step) if step.checkpointing else 0
-    return tokens * (working_width(step) * b * s.mlp + b * s.hidden + again)
+    width = working_width(step) * s.mlp
+    if s.experts:
+        width = max(OUTPUTS_OF_EXPERTS * s.taken * s.hidden, s.taken * s.hidden + 2 * s.mlp)
+    return tokens * (b * width + b * s.hidden + again)
 
 
 def _logits(step: Step, tokens: int) -> int:

@@ -126,6 +126,9 @@ def _matrix_seconds(step: Step, gpu: GPU) -> float:
     rate = gpu.tflops(step.precision) * 1e12
     head_rate = gpu.tflops("fp32" if fp32 else "bf16") * 1e12  # the head is not rounded to float8
     layers = step.tokens * passes * layer_weights / (rate * reached)
+    if step.shape.experts:  # every pass reads all experts, however few tokens each has
+        read = w.layer * step.shape.layers * passes / 2
+        layers = max(layers, read / (gpu.memory_gbs * 1e9 * MEMORY))
     return layers + step.tokens * (4.0 + 2.0 * step.reference) * w.head / (head_rate * reached)
 
 

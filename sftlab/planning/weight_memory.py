@@ -16,6 +16,7 @@ from sftlab.config.recipe import Recipe
 from sftlab.measurement.flops import Flops, flops_per_token
 from sftlab.models.loading import LINEAR_LAYERS
 from sftlab.models.lora_config import lora_config
+from sftlab.models.mixture import counts_of
 
 # The linears of a Llama decoder layer.
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -29,6 +30,7 @@ class Weights(NamedTuple):
     Bytes are `base`, `adapter`, `gradients` and `optimizer_state`, and the two units that FSDP2
     gathers: `layer`, a decoder layer, and `tail`, the head with the last norm. Elements of matrices
     are `trained` and `frozen` of the model, `linears` of one layer without its adapter, and `head`.
+    Of a mixture, `linears` has the experts that a token visits.
     `fused` are a layer's linears that are several of Llama's in one.
     """
 
@@ -58,6 +60,7 @@ def count_weights(recipe: Recipe, config: PreTrainedConfig) -> Weights:
             "out"
         )
     model, base = _on_meta(recipe, config)
+    _refuse_trained_experts(model)
     layer = _first_layer(model)
     quantized, precision = recipe.model.load_in_4bit, recipe.training.mixed_precision
     linears = {id(m.weight) for n, m in model.named_modules() if _is_frozen_linear(n, m)}
@@ -83,7 +86,7 @@ def count_weights(recipe: Recipe, config: PreTrainedConfig) -> Weights:
         tail=head.numel() * compute,
         trained=sum(p.numel() for p in matrices if p.requires_grad),
         frozen=sum(p.numel() for p in matrices if not p.requires_grad),
-        linears=sum(p.numel() for p in layer.parameters() if p.ndim > 1 and id(p) in base),
+        linears=_multiplied(layer, base, config),
         head=head.numel(),
         flops=flops_per_token(model),
         fused=_linears(layer) & set(FUSED),
@@ -122,6 +125,26 @@ def _first_layer(model: nn.Module) -> nn.Module:
             f"layers of {', '.join(LINEARS)}"
         )
     return layers[0]
+
+
+def _refuse_trained_experts(model: nn.Module) -> None:
+    """Raise ValueError for LoRA on experts or on their router, which peft adds to some names."""
+    trained = {name for name, one in model.named_parameters() if one.requires_grad}
+    if any("lora_" in name and (".experts." in name or ".gate.lora" in name) for name in trained):
+        raise ValueError(
+            "no plan is made for LoRA on experts or their router: pass --lora_target_modules "
+            "q_proj k_proj v_proj o_proj"
+        )
+
+
+def _multiplied(layer: nn.Module, base: set[int], config: PreTrainedConfig) -> int:
+    """Returns the weights of a layer that a token is multiplied with, without its adapter."""
+    experts, taken = counts_of(config.get_text_config()) or (1, 1)
+    return sum(
+        one.numel() * taken // experts if "experts." in name else one.numel()
+        for name, one in layer.named_parameters()
+        if one.ndim > 1 and id(one) in base and not name.endswith("bias")
+    )
 
 
 def _linears(layer: nn.Module) -> frozenset[str]:
