@@ -1,6 +1,7 @@
 """Packed rows of models whose layers are not all attention: no state crosses from row to row."""
 
-from types import SimpleNamespace
+import sys
+from types import ModuleType
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from preference_runs import pair_fields
 from tiny_base import byte_tokenizer
 from torch.nn import functional as F
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.integrations import use_kernel_func_from_hub_with_fallback
 
 from sftlab.data import collator
 from sftlab.data.collator import Collator, boundaries, for_the_model
@@ -123,16 +125,25 @@ def test_shifted_products_are_each_rows_convolution(dtype, activation):
 
 def test_kernels_of_a_package_are_told_the_boundaries(monkeypatch):
     calls = []
-    kernels = SimpleNamespace()
-    given = boundaries([2, 3])
-    ends = given["cu_seq_lens_q"]
-    delta = packed_mixers._delta_rule(lambda **kwargs: calls.append(kwargs), kernels)
+    ends = boundaries([2, 3])["cu_seq_lens_q"]
+    delta = packed_mixers._delta_rule(lambda **kwargs: calls.append(kwargs), True)
     delta(cu_seqlens=ends, seq_idx=1)
     delta(cu_seq_lens_q=ends, seq_idx=1)
     assert all(call["cu_seqlens"] is ends for call in calls) and len(calls) == 2
     own = object()
     for take in ("_convolution", "_state_space", "_fused_state_space"):
-        assert getattr(packed_mixers, take)(own, kernels) is own
+        assert getattr(packed_mixers, take)(own, True) is own
+
+
+@pytest.mark.parametrize("found", [False, True])
+def test_a_kernel_is_known_by_what_transformers_found(monkeypatch, found):
+    package = ModuleType("kernels_of_a_package")
+    if found:
+        package.mix = lambda x: x
+    monkeypatch.setitem(sys.modules, package.__name__, package)
+    decorated = use_kernel_func_from_hub_with_fallback("mix", package.__name__)(lambda x: -x)
+    assert packed_mixers._is_kernel(decorated) == found
+    assert not packed_mixers._is_kernel(lambda x: x)
 
 
 # ---- whole trainings ----

@@ -9,17 +9,15 @@ side by side, padded. Everything else of a layer stays packed.
 import sys
 from collections.abc import Callable
 from functools import wraps
-from importlib import import_module
-from types import ModuleType
+from inspect import getclosurevars
 from typing import Any
 
 import torch
-from torch.nn.functional import pad, silu
+from torch.nn.functional import pad
 from transformers import PreTrainedModel
+from transformers.activations import ACT2FN
 
 from sftlab.models.mixers import packed_mixers
-
-_ACTIVATIONS = {None: lambda x: x, "silu": silu, "swish": silu}
 
 
 def pack_mixers(model: PreTrainedModel) -> None:
@@ -30,10 +28,10 @@ def pack_mixers(model: PreTrainedModel) -> None:
     """
     for name in {type(mixer).__module__ for mixer in packed_mixers(model)}:
         modeling = sys.modules[name]
-        for function, (package, packed) in _FUNCTIONS.items():
+        for function, packed in _FUNCTIONS.items():
             own = getattr(modeling, function, None)
             if own is not None and not hasattr(own, "of_padded_rows"):
-                setattr(modeling, function, _for_packed_rows(own, packed(own, _import(package))))
+                setattr(modeling, function, _for_packed_rows(own, packed(own, _is_kernel(own))))
 
 
 def _for_packed_rows(own: Callable, packed: Callable) -> Callable:
@@ -47,16 +45,16 @@ def _for_packed_rows(own: Callable, packed: Callable) -> Callable:
     return either
 
 
-def _import(package: str) -> ModuleType | None:
-    """Returns the package of kernels, or None where it is missing or does not load here."""
-    try:
-        return import_module(package)
-    except (ImportError, OSError, RuntimeError):
-        return None
+def _is_kernel(own: Callable) -> bool:
+    """Returns whether transformers found the package whose kernel this function stands for.
+
+    Where transformers no longer says so, torch's own way is taken, which is right for both.
+    """
+    return bool(getclosurevars(own).nonlocals.get("is_new_implementation"))
 
 
-def _convolution(own: Callable, kernels: ModuleType | None) -> Callable:
-    return own if kernels else shifted_products
+def _convolution(own: Callable, kernel: bool) -> Callable:
+    return own if kernel else shifted_products
 
 
 def shifted_products(
@@ -82,10 +80,12 @@ def shifted_products(
         out = out + earlier * weight[:, taps - 1 - back, None]
     if bias is not None:
         out = out + bias.float()[:, None]
-    return _ACTIVATIONS[activation](out).to(hidden_states.dtype)
+    if activation is not None:
+        out = ACT2FN[activation](out)
+    return out.to(hidden_states.dtype)
 
 
-def _delta_rule(own: Callable, kernels: ModuleType | None) -> Callable:
+def _delta_rule(own: Callable, kernel: bool) -> Callable:
     def with_boundaries(*args: Any, cu_seq_lens_q: Any = None, **kwargs: Any) -> Any:
         if kwargs.get("cu_seqlens") is None:  # not every layer hands them on by fla's name
             kwargs["cu_seqlens"] = cu_seq_lens_q
@@ -110,10 +110,10 @@ def _delta_rule(own: Callable, kernels: ModuleType | None) -> Callable:
         found = own(query, key, value, g=g, beta=beta, **kwargs)[0]
         return _one_row(found, seq_idx, row_places), None
 
-    return with_boundaries if kernels else torch.compiler.disable(side_by_side)
+    return with_boundaries if kernel else torch.compiler.disable(side_by_side)
 
 
-def _state_space(own: Callable, kernels: ModuleType | None) -> Callable:
+def _state_space(own: Callable, kernel: bool) -> Callable:
     def side_by_side(
         x: torch.Tensor,
         dt: torch.Tensor,
@@ -128,12 +128,12 @@ def _state_space(own: Callable, kernels: ModuleType | None) -> Callable:
         x, dt, B, C = (_rows(one, row_places) for one in (x, dt, B, C))
         return _one_row(own(x, dt, A, B, C, **kwargs), seq_idx, row_places)
 
-    return own if kernels else torch.compiler.disable(side_by_side)
+    return own if kernel else torch.compiler.disable(side_by_side)
 
 
-def _fused_state_space(own: Callable, kernels: ModuleType | None) -> Callable:
-    """Returns `own`; without kernels None, after which a layer goes on to the other functions."""
-    return own if kernels else lambda *args, **kwargs: None
+def _fused_state_space(own: Callable, kernel: bool) -> Callable:
+    """Returns `own`; without a kernel None, after which a layer goes on to the other functions."""
+    return own if kernel else lambda *args, **kwargs: None
 
 
 def _rows(packed: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
@@ -148,12 +148,11 @@ def _one_row(rows: torch.Tensor, seq_idx: torch.Tensor, places: torch.Tensor) ->
     return rows.flatten(0, 1).index_select(0, row * places.shape[1] + place)[None]
 
 
-# transformers' functions, by their names in its modeling files: the package with kernels, and what
-# takes packed rows
-_FUNCTIONS: dict[str, tuple[str, Callable[[Callable, ModuleType | None], Callable]]] = {
-    "causal_conv1d_fn": ("causal_conv1d", _convolution),
-    "torch_chunk_gated_delta_rule": ("fla", _delta_rule),
-    "chunk_kimi_delta_attention": ("fla", _delta_rule),
-    "mamba2_chunk_scan": ("mamba_ssm", _state_space),
-    "mamba2_split_conv1d_scan_combined": ("mamba_ssm", _fused_state_space),
+# what takes packed rows, by the name of the function of transformers' modeling files
+_FUNCTIONS: dict[str, Callable[[Callable, bool], Callable]] = {
+    "causal_conv1d_fn": _convolution,
+    "torch_chunk_gated_delta_rule": _delta_rule,
+    "chunk_kimi_delta_attention": _delta_rule,
+    "mamba2_chunk_scan": _state_space,
+    "mamba2_split_conv1d_scan_combined": _fused_state_space,
 }
