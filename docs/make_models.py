@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import torch
 import transformers
+from peft import get_peft_model
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from sftlab.config.launch import Launch, exported, launched
@@ -21,6 +22,7 @@ from sftlab.fastpath.varlen_attention import why_not_the_model
 from sftlab.models.adapter_names import check_adapter_names
 from sftlab.models.layers import describe
 from sftlab.models.loading import model_class
+from sftlab.models.lora_config import lora_config
 from sftlab.models.own_logits import logit_changes
 from sftlab.models.text_part import has_causal_model
 from sftlab.paths import ROOT
@@ -169,17 +171,19 @@ larger, never another training. Measured speeds are in [fast_path.md](fast_path.
 
 | column | yes means |
 | --- | --- |
+| all linears | LoRA on all linear layers trains, each with a gradient; no: leave some out |
 | packs | rows are laid end to end; the kernels have the family's attention |
 | fused loss | whole logits never exist |
 | 4 bits | no weights of experts would silently stay in 16 bits; the same holds for fp8 |
 | planned | `recipes/plan.py` makes a plan; of a mixture, with LoRA on its attention alone |
 """
-COLUMNS = ("packs", "fused loss", "4 bits", "planned")
+COLUMNS = ("all linears", "packs", "fused loss", "4 bits", "planned")
 
 
 class Row(NamedTuple):
     """Why each part does not work for a family; None where it does."""
 
+    all_linears: str | None
     packs: str | None
     fused_loss: str | None
     rounded: str | None
@@ -221,6 +225,7 @@ def row(family: str) -> Row:
     if fused is None and isinstance(changes := logit_changes(model), str):
         fused = changes
     return Row(
+        _not_all_linears(config, model_of(family)),
         why_not_the_model(layers, LONGEST),
         fused,
         _refusal(config, "--load_in_4bit=true"),
@@ -230,7 +235,7 @@ def row(family: str) -> Row:
 
 def page(rows: dict[str, Row]) -> str:
     """Returns the page as Markdown."""
-    lines = [f"| family | {' | '.join(COLUMNS)} |", "| --- " * 5 + "|"]
+    lines = [f"| family | {' | '.join(COLUMNS)} |", "| --- " * (1 + len(COLUMNS)) + "|"]
     for family, found in rows.items():
         cells = ["no" if why else "yes" for why in found]
         lines.append(f"| {family} | {' | '.join(cells)} |")
@@ -247,6 +252,24 @@ def _asked(*options: str) -> tuple[Recipe, Launch]:
     with launched(exported(ROOT / "accelerate_configs" / "single.yaml")) as launch:
         asked = ["--config", str(path), "--dtype=bfloat16", *options]
         return parse_recipe(asked, launch), launch
+
+
+def _not_all_linears(config: PreTrainedConfig, model: PreTrainedModel) -> str | None:
+    recipe, launch = _asked("--lora_target_modules", "all-linear")
+    try:
+        check_adapter_names(recipe.model, config, launch, trust_remote_code=False)
+    except ValueError as error:
+        return str(error)
+    model = get_peft_model(model, lora_config(recipe.model)).train()
+    ids = torch.arange(3, 35).reshape(2, 16)
+    model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+    gradients = {n: p.grad for n, p in model.named_parameters() if "lora_B" in n}
+    without = [
+        name
+        for name, gradient in gradients.items()
+        if gradient is None or not 0 < float(gradient.norm()) < float("inf")
+    ]
+    return f"{', '.join(without)} get no gradient" if without or not gradients else None
 
 
 def _refusal(config: PreTrainedConfig, option: str) -> str | None:

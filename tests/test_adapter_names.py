@@ -1,7 +1,7 @@
 """Every name in a LoRA field matches a module of the model, or is refused before it is loaded."""
 
 import pytest
-from transformers import LlamaConfig, MambaConfig
+from transformers import Llama4TextConfig, LlamaConfig, MambaConfig
 
 from sftlab.config.launch import Launch
 from sftlab.config.recipe import ModelArguments
@@ -93,6 +93,17 @@ def test_a_mamba_mixers_output_is_refused_with_the_names_to_give(targets):
         ALONE,
         False,
     )
+
+
+@pytest.mark.parametrize("targets", ["all-linear", ["q_proj", "router"]])
+def test_a_router_that_returns_more_than_its_product_is_refused(targets):
+    config = Llama4TextConfig(**CONFIG, num_local_experts=2, intermediate_size_mlp=32)
+    arguments = ModelArguments(use_peft=True, lora_target_modules=targets)
+    said = "does not adapt router of llama4_text, .* leave it out with --exclude_modules router"
+    with pytest.raises(ValueError, match=said):
+        check_adapter_names(arguments, config, ALONE, False)
+    arguments.exclude_modules = ["router"]
+    check_adapter_names(arguments, config, ALONE, False)
 
 
 @pytest.mark.parametrize(

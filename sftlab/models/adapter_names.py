@@ -38,6 +38,7 @@ def check_adapter_names(
     _check_targets(model.lora_target_modules, adapted, type(built).__name__)
     _check_excluded(model, adapted, built)
     _refuse_mixer_outputs(model, adapted, config.model_type)
+    _refuse_routers(model, adapted, built)
     every = [name for name, _ in built.named_modules() if name]
     _check_each("lora_modules_to_save", model.lora_modules_to_save, every, built)
     parameters = [name for name, _ in built.named_parameters()]
@@ -77,6 +78,24 @@ def _refuse_mixer_outputs(model: ModelArguments, linear: Collection[str], model_
             f"peft does not adapt {', '.join(refused)} of {model_type}: pass "
             f"--lora_target_modules {' '.join(others)}, or some of them; or leave them out with "
             f"--exclude_modules {' '.join(refused)}"
+        )
+
+
+def _refuse_routers(model: ModelArguments, linear: Collection[str], built: nn.Module) -> None:
+    """Raise ValueError where a recipe adapts a router that returns more than its product."""
+    targets = model.lora_target_modules
+    routers = [
+        name
+        for name in linear
+        if "Router" in type(built.get_submodule(name)).__name__
+        and (targets == "all-linear" or _matches(targets, name))
+        and not _matches(model.exclude_modules, name)
+    ]
+    if routers:
+        names = " ".join(_ends(routers))
+        raise ValueError(
+            f"peft does not adapt {names} of {built.config.model_type}, which returns more than a "
+            f"product: leave it out with --exclude_modules {names}"
         )
 
 
