@@ -5,6 +5,7 @@ python docs/make_models.py
 tests/test_families.py compares the page with the code, and every `yes` with transformers itself.
 """
 
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -246,6 +247,7 @@ def page(rows: dict[str, Row]) -> str:
     return "\n".join([HEAD, *lines, "\n## Why not?\n", *reasons, "", TAIL])
 
 
+@cache
 def _asked(*options: str) -> tuple[Recipe, Launch]:
     """Returns the demo's recipe with more options, and a launch in bf16 on one GPU."""
     path = ROOT / "recipes" / "demo" / "attn_r16.yaml"
