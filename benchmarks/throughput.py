@@ -3,6 +3,7 @@
 python benchmarks/throughput.py [--variants NAME ...] [--repeats 3] [--out results/throughput]
 CUDA_VISIBLE_DEVICES=0,1 python benchmarks/throughput.py      # into results/throughput_2gpus
 python benchmarks/throughput.py --draw                        # the plot again, from the table
+python benchmarks/throughput.py --fused_lora --out results/fused_lora     # its pairs alone
 
 The models are random-initialised: Llama-3.2-1B's shape, Llama-2-7B's for QLoRA. Rows have 16 to
 512 tokens, lognormal(5.75, 0.7), unless the variant's name says otherwise; their words have one
@@ -124,6 +125,21 @@ VARIANTS = {
     "sft.py bf16, FSDP2, 64 rows": sft("fsdp", rows=64, gb=64, on_all=True),
     "sft.py fp8, DDP": sft("fp8", gb=20, on_all=True),
 }
+# pairs with and without fused_lora, for linears, rows a step and dropout
+FUSED_LORA = {
+    f"sft.py bf16, {linears}, {rows} rows, dropout {dropout}{', LoRA fused' * fused}": sft(
+        "single", rows=rows, gb=gb, lora_dropout=dropout, lora_target_modules=targets,
+        **({"fused_lora": "true"} if fused else {}),
+    )
+    for linears, targets, sizes in (
+        ("all linears", ALL, {64: 64, 20: 24}),
+        ("q, v and o", ["q_proj", "v_proj", "o_proj"], {64: 46}),
+    )
+    for rows, gb in sizes.items()
+    for dropout in (0, 0.05)
+    for fused in (False, True)
+}  # fmt: skip
+VARIANTS |= FUSED_LORA
 
 
 def main() -> None:
@@ -153,13 +169,18 @@ def main() -> None:
 def parse_arguments() -> argparse.Namespace:
     """Returns the command line; on several GPUs the variants that take them all are the default."""
     several = [name for name, variant in VARIANTS.items() if variant.on_all_gpus]
-    default = [name for name in VARIANTS if name not in several]
+    default = [name for name in VARIANTS if name not in [*several, *FUSED_LORA]]
     count, folder = torch.cuda.device_count(), "throughput"
     if count > 1:
         default = ["sft.py bf16", "sft.py fp8", "sft.py bf16, 64 rows", *several]
         folder = f"throughput_{count}gpus"
     parser = Options(description=__doc__.splitlines()[0])
-    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=default, metavar="NAME")
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--variants", nargs="+", choices=VARIANTS, default=default, metavar="NAME")
+    which.add_argument(
+        "--fused_lora", dest="variants", action="store_const", const=list(FUSED_LORA),
+        help="pairs with and without fused LoRA",
+    )  # fmt: skip
     parser.add_argument("--repeats", type=int, default=3, help="timed turns of each variant")
     parser.add_argument(
         "--gb", type=int, default=130, help="memory of a GPU that a group of variants may reserve"

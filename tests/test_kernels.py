@@ -18,6 +18,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from sftlab.data.collator import tiles
 from sftlab.fastpath import fused_loss
+from sftlab.fastpath.dropout_bits import is_kept
 from sftlab.fastpath.fused_loss import FrozenHeadLoss
 from sftlab.fastpath.varlen_attention import varlen_attention
 
@@ -230,6 +231,37 @@ def test_cross_entropy_over_a_frozen_head(monkeypatch, dtype, words):
 
 
 @with_triton
+@runs_kernels
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("rank, layers, columns", [(8, 3, 264), (24, 1, 128)])
+def test_products_under_dropout_and_their_gradients_are_plain_ones(dtype, rank, layers, columns):
+    if interpreted and dtype == torch.bfloat16:
+        pytest.skip("Triton's interpreter multiplies bfloat16's bits as integers")
+    from sftlab.fastpath import dropout_kernel
+
+    torch.manual_seed(0)
+    bits = torch.empty(layers, 130, columns // 8, dtype=torch.uint8, device=device)
+    dropout_kernel.fill_with_bits(bits, torch.tensor([2**40 + 7], device=device), 2**14)
+    kept = [is_kept(one) for one in bits]
+    assert 1 - torch.stack(kept).double().mean().item() == pytest.approx(0.25, abs=0.01)
+    beside = torch.randn(130, columns + 128, device=device).to(dtype)
+    gradient = torch.randn(130, 128, device=device).to(dtype)
+    a = torch.randn(128, columns + 8, device=device).to(dtype)[:, :columns]
+    x, beside[:, columns:] = beside[:, :columns].clone(), 0
+    dropped = [torch.where(one, x, 0).double() for one in kept]
+    dropout_kernel.project(beside[:, :columns], a, bits, rank, 2.0, beside[:, columns:])
+    found = dropout_kernel.project_transposed(gradient, x, bits, rank)
+    a, gradient = a.double().split(rank), gradient.double().split(rank, 1)
+    exact = torch.cat([2 * one @ part.t() for one, part in zip(dropped, a, strict=False)], 1)
+    into_a = torch.cat([part.t() @ one for one, part in zip(dropped, gradient, strict=False)])
+    used = columns + layers * rank
+    assert torch.equal(beside[:, :columns], x)
+    assert not beside[:, used:].any()
+    for mine, plain in ((beside[:, columns:used], exact), (found, into_a)):
+        assert ((mine - plain).abs().max() / plain.abs().max()).item() < TOLERANCE[dtype]
+
+
+@with_triton
 @pytest.mark.skipif(interpreted or on_a_gpu, reason="the kernels run here themselves")
 def test_the_kernels_run_under_tritons_interpreter():
     words = ["-q", "-p", "no:cacheprovider", str(ROOT / "tests" / "test_kernels.py")]
@@ -242,4 +274,4 @@ def test_the_kernels_run_under_tritons_interpreter():
         timeout=300,
     )
     assert done.returncode == 0, done.stdout[-3000:]
-    assert "12 passed, 2 skipped" in done.stdout
+    assert "14 passed, 4 skipped" in done.stdout

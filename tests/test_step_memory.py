@@ -34,6 +34,7 @@ from sftlab.config.parser import parse_recipe
 from sftlab.data.collator import tiles
 from sftlab.fastpath import compile_layers, varlen_attention
 from sftlab.fastpath.experts import GROUPED
+from sftlab.fastpath.fused_lora import fuse_lora
 from sftlab.models.layers import describe
 from sftlab.models.loading import model_class
 from sftlab.planning.row_lengths import RowLengths
@@ -213,17 +214,20 @@ def test_what_a_layer_keeps_is_what_autograd_keeps(
 
 @pytest.mark.long
 @pytest.mark.parametrize("targets", [ATTENTION, ALL], ids=["attention", "all"])
+@pytest.mark.parametrize("fused, dropout", [(False, 0.0), (True, 0.0), (True, 0.1)])
 def test_what_a_compiled_layer_keeps_is_what_inductors_partitioner_keeps(
-    attention_on_cpu, targets, monkeypatch
+    attention_on_cpu, targets, monkeypatch, fused, dropout
 ):
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=PARTITIONED))
     torch.compiler.reset()
-    model = llama(targets, torch.bfloat16, True, 0.0)
+    model = llama(targets, torch.bfloat16, True, dropout)
+    if fused:
+        assert fuse_lora(model, torch.bfloat16) == {}
     compile_layers.compile_layers(model.get_base_model())
     held = kept_by_autograd(model, torch.bfloat16, True)
-    assert TOKENS * kept_bytes(planned_step(targets, "bf16", True, True, 0.0)) == pytest.approx(
-        held, rel=0.01
-    )
+    step = planned_step(targets, "bf16", True, True, dropout)
+    step = dataclasses.replace(step, fused_lora=fused)
+    assert TOKENS * kept_bytes(step) == pytest.approx(held, rel=0.01)
 
 
 @pytest.mark.parametrize(

@@ -44,7 +44,7 @@ _STAGE = (
     "adapter_name_or_path data.* dataset_* datasets* columns tokens *_file loss_on "
     "learning_rate lr_* warmup_* max_steps num_train_epochs max_length truncation_mode "
     f"global_batch {_BATCH} loss_type beta reference lora_dropout neftune_noise_alpha "
-    "packing compile_layers fused_loss attn_implementation completion_only_loss "
+    "packing compile_layers fused_lora fused_loss attn_implementation completion_only_loss "
     "quality.fingerprint quality.rows"
 )
 _TURNS = "template tokens quality.end_tokens quality.stop_strings"
@@ -67,7 +67,8 @@ FOLLOWS = {
         ("lora_modules_to_save", *PARAMETER_FIELDS, "model_init_kwargs"), "trainable_parameters"
     ),
     **dict.fromkeys(("lora_alpha", *SCALE_FIELDS), "lora_scale"),
-    "use_peft": "lora_* dtype trainable_parameters *_dtypes gradients_reduced_in fused_loss",
+    "use_peft": "lora_* dtype trainable_parameters *_dtypes gradients_reduced_in fused_lora "
+    "fused_loss",
     **dict.fromkeys(("load_in_4bit", "load_in_8bit"), _QUANTIZED),
     "dtype": "frozen_dtypes",
     **dict.fromkeys(("per_device_train_batch_size", "gradient_accumulation_steps"), _BATCH),

@@ -27,7 +27,14 @@ TRANSLATED = (
     "global_batch_size"
 )
 # Recipe fields that a library chooses where they are unset.
-CHOSEN = ("tf32", "attn_implementation", "packing", "compile_layers", "fused_loss")
+CHOSEN = (
+    "tf32",
+    "attn_implementation",
+    "packing",
+    "compile_layers",
+    "fused_lora",
+    "fused_loss",
+)
 # Fingerprints of the rows, by split.
 DATA_FACTS = ("data.train", "data.validation", "data.test")
 

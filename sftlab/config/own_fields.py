@@ -58,6 +58,13 @@ class OwnFields:
             "help": "Compile each decoder layer. Unset: on a GPU, unless torch_compile is set."
         },
     )
+    fused_lora: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Compute a frozen linear and its LoRA update, and linears that share their "
+            "input, in one product. Unset: no."
+        },
+    )
     measure_memory: bool | None = field(
         default=None,
         metadata={

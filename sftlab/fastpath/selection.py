@@ -1,4 +1,4 @@
-"""Which parts of the fast path a run takes: packing, compiled layers, fused loss.
+"""Which parts of the fast path a run takes: packing, compiled layers, fused LoRA, fused loss.
 
 The training is the same with and without them. A part whose recipe field is unset is on if it works
 here. A field that is set is obeyed, or refused with a ValueError.
@@ -35,6 +35,7 @@ class FastPath:
     layers: Layers
     reasons: dict[str, str] = field(default_factory=dict)
     experts: str | None = None
+    fused_lora: bool = False
 
 
 def choose(
@@ -78,6 +79,7 @@ def choose(
         varlen_attention.NAME if packing else attention,
         layers,
         reasons,
+        bool(recipe.training.fused_lora),
     )
 
 

@@ -127,6 +127,7 @@ class Step:
     whole_logits: float = 0.0
     reference: bool = False
     reference_adapter: bool = False
+    fused_lora: bool = False
 
     @property
     def fused(self) -> frozenset[str]:
@@ -189,6 +190,7 @@ def step_of(
         optimizer_waits=is_bitsandbytes(training.optim),
         reference=pairs,
         reference_adapter=pairs and bool(model.adapter_name_or_path),
+        fused_lora=fast.fused_lora,
     )
 
 

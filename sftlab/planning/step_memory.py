@@ -11,10 +11,12 @@ The peak can be at one of four moments:
 - in the optimizer's step, which may need copies
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from sftlab.data.collator import TOKENS_MULTIPLE
 from sftlab.fastpath.fused_loss import CHUNK
+from sftlab.fastpath.lora_products import LARGEST_SHARED_RANK, padded
 from sftlab.planning.step import Step
 
 # Tensors of the MLP's width that live at once in a layer's forward or backward beside those that
@@ -90,7 +92,18 @@ def kept_bytes(step: Step) -> float:
     inputs += s.mlp * ("down_proj" in targets)
     masks = step.dropout * (s.hidden * (into_attention + into_mlp) + query * ("o_proj" in targets))
     masks += step.dropout * s.mlp * ("down_proj" in targets)
-    lora = b * (inputs + step.rank * adapters) + masks + _routing_bytes(step)
+    lora = b * (inputs + step.rank * adapters) + masks
+    if step.fused_lora:
+        lora = _kept_by_fused_lora(
+            step,
+            [
+                (s.hidden, into_attention),
+                (s.hidden, into_mlp),
+                (query, "o_proj" in targets),
+                (s.mlp, "down_proj" in targets),
+            ],
+        )
+    lora += _routing_bytes(step)
     if step.compiled:
         norms = 2 * (residual * s.hidden + 4) + b * s.norm_elements + 4 * s.norm_vectors
         return norms + attention + b * 2 * s.mlp + lora
@@ -106,6 +119,21 @@ def _routing_bytes(step: Step) -> float:
     """
     s, b = step.shape, step.compute_bytes
     return 4 * s.experts + s.taken * (4 * 8 + b * s.hidden + b)
+
+
+def _kept_by_fused_lora(step: Step, inputs: Sequence[tuple[int, int]]) -> float:
+    """Returns the bytes a token of what LoRA adds: each input with its ranks, and dropout's bits.
+
+    `inputs` have the size of an input, and how many linears with LoRA read it.
+    """
+    kept = 0.0
+    for size, readers in inputs:
+        together = readers == 1 or padded(readers * step.rank) <= LARGEST_SHARED_RANK
+        copies, rank = (1, readers * step.rank) if together else (readers, step.rank)
+        if readers:
+            kept += step.compute_bytes * copies * (size + padded(rank))
+            kept += step.dropout * readers * size / 8
+    return kept
 
 
 def memory(step: Step) -> Memory:

@@ -13,7 +13,7 @@ from torch.utils.data import IterableDataset, RandomSampler, Sampler, Sequential
 from transformers import PreTrainedModel
 from transformers.trainer_utils import TrainOutput
 
-from sftlab.config.launch import PRECISIONS, Launch
+from sftlab.config.launch import COMPUTE_DTYPE, PRECISIONS, Launch
 from sftlab.data.samplers import BalancedSampler, WholeBatches, row_lengths, whole_batches
 from sftlab.fastpath import fused_loss
 from sftlab.fastpath.compile_layers import compile_layers
@@ -26,6 +26,7 @@ from sftlab.fastpath.fsdp import (
     is_sharded_over_one_mesh,
     resolve_plugin,
 )
+from sftlab.fastpath.fused_lora import take_fused_lora
 from sftlab.fastpath.packed_mixers import pack_mixers
 from sftlab.fastpath.selection import FastPath
 from sftlab.measurement.flops import flops_per_token
@@ -114,6 +115,9 @@ class RecordedTrainer(UpstreamFixes):
         self.choose_loss()
         if self.args.mixed_precision == "fp8":
             freeze_in_float8(self.model, self.accelerator.device)
+        precision = PRECISIONS[self.args.mixed_precision]
+        dtype = getattr(torch, COMPUTE_DTYPE[precision])
+        take_fused_lora(self.model, self.fast, self.launch.strategy, dtype)
         if self.fast.compile_layers:
             compile_layers(base)
 

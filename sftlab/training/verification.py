@@ -160,6 +160,7 @@ def what_ran(trainer: SFTTrainer, fast: FastPath, observed: Mapping[str, str]) -
         "attn_implementation": model.config._attn_implementation,
         "packing": fast.packing,
         "compile_layers": fast.compile_layers,
+        "fused_lora": fast.fused_lora,
         "fused_loss": fast.fused_loss,
         **({"experts_implementation": fast.experts} if fast.experts else {}),
         "micro_batch": args.per_device_train_batch_size,

@@ -1,0 +1,102 @@
+"""Which LoRA layers compute in one product with their frozen linear."""
+
+from collections.abc import Iterator
+
+import torch
+from peft.tuners import lora
+from torch import nn
+from transformers import PreTrainedModel
+
+from sftlab.fastpath.lora_products import (
+    LARGEST_SHARED_RANK,
+    LoraProduct,
+    SharedInput,
+    copy_matrices,
+    padded,
+)
+from sftlab.fastpath.selection import FastPath
+from sftlab.models.inner_model import inner_model
+from sftlab.models.layers import decoder_of
+
+# names under which linears of one module read the same tensor
+SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+SHARDED = "FSDP shards the frozen weights, and one product needs them beside LoRA's matrices"
+
+
+def take_fused_lora(model: nn.Module, fast: FastPath, strategy: str, dtype: torch.dtype) -> None:
+    """Fuse the model's LoRA layers where the recipe asks for it; note why some stay peft's.
+
+    `dtype` is that of the products. Raises ValueError where no layer can.
+    """
+    if not fast.fused_lora:
+        return
+    layers = sum(isinstance(module, lora.LoraLayer) for module in model.modules())
+    left = {SHARDED: layers} if strategy == "fsdp" else fuse_lora(model, dtype)
+    reason = "; ".join(f"{count} of {layers} LoRA layers: {why}" for why, count in left.items())
+    if sum(left.values()) == layers:
+        raise ValueError(
+            f"fused_lora is not possible here: {reason or 'there is no LoRA layer'}; leave it out "
+            "of the recipe"
+        )
+    if reason:
+        fast.reasons["fused_lora"] = f"for {reason}"
+
+
+def fuse_lora(model: nn.Module, dtype: torch.dtype) -> dict[str, int]:
+    """Let every LoRA layer of the model that is understood compute in one product, in place.
+
+    `dtype` is that of the products. Parameters, their names and what peft saves stay as they are.
+    Returns how many layers stay on peft's path, by reason.
+    """
+    left: dict[str, int] = {}
+    for layer in [m for m in model.modules() if isinstance(m, lora.LoraLayer)]:
+        if reason := why_not(layer, dtype):
+            left[reason] = left.get(reason, 0) + 1
+        else:
+            layer.__class__ = LoraProduct
+    groups = [SharedInput(layers) for layers in _sharing(model)]
+    for group in groups:
+        for place, layer in enumerate(group.layers):
+            layer.together, layer.place = group, place
+    if groups:
+        base = inner_model(model)
+        decoder = decoder_of(base) if isinstance(base, PreTrainedModel) else base
+        decoder.register_forward_pre_hook(lambda *_: copy_matrices(groups))
+    return left
+
+
+def why_not(layer: lora.LoraLayer, dtype: torch.dtype) -> str | None:
+    """Returns why a layer stays on peft's path; None if it need not."""
+    base = layer.get_base_layer()
+    if type(layer) is not lora.Linear or type(base) is not nn.Linear or layer.fan_in_fan_out:
+        return f"{type(base).__name__} under peft's {type(layer).__name__} has a product of its own"
+    if len(layer.lora_A) != 1 or any(layer.lora_bias.values()):
+        return "LoRA has a bias, or several adapters"
+    if layer.lora_variant:
+        variant = next(iter(layer.lora_variant.values()))
+        return f"{type(variant).__name__} changes the LoRA update"
+    if base.weight.requires_grad:
+        return "the linear under LoRA trains"
+    if base.weight.dtype != dtype:
+        return f"the weights are {base.weight.dtype}, and the products {dtype}"
+    (dropout,) = layer.lora_dropout.values()
+    if type(dropout) not in (nn.Identity, nn.Dropout):
+        return f"{type(dropout).__name__} is not the dropout of LoRA"
+    if type(dropout) is nn.Dropout and base.in_features % 8:
+        return "dropout needs inputs whose size is a multiple of 8"
+    return None
+
+
+def _sharing(model: nn.Module) -> Iterator[list[LoraProduct]]:
+    """Yields the layers that read one tensor, each layer once; alone where no other does."""
+    found: set[nn.Module] = set()
+    for parent in model.modules():
+        for names in SIBLINGS:
+            layers = [getattr(parent, name, None) for name in names]
+            layers = [layer for layer in layers if isinstance(layer, LoraProduct)]
+            alike = len({one.kind for one in layers}) == 1
+            rank = padded(sum(layer.rank for layer in layers))
+            if alike and len(layers) > 1 and rank <= LARGEST_SHARED_RANK:
+                found.update(layers)
+                yield layers
+    yield from ([m] for m in model.modules() if isinstance(m, LoraProduct) and m not in found)
