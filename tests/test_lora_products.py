@@ -256,6 +256,15 @@ def test_a_linear_that_trains_and_one_of_float8_stay_on_pefts_path():
     assert fuse_lora(model, torch.float64) == {"the linear under LoRA trains": 1}
 
 
+def test_a_layer_outside_the_decoder_and_one_before_its_first_forward_are_pefts():
+    plain, mine = (adapted(["q_proj", "lm_head"]) for _ in range(2))
+    assert fuse_lora(mine, torch.float64) == {"they are outside the decoder": 1}
+    x = torch.randn(1, 5, 64, dtype=torch.float64)
+    first, other = (m.get_base_model().model.layers[0].self_attn.q_proj for m in (mine, plain))
+    assert torch.equal(first(x), other(x))
+    assert difference(loss_and_gradients(plain), loss_and_gradients(mine)) < 1e-6
+
+
 def test_inputs_whose_size_bits_do_not_fill_stay_on_pefts_path_under_dropout():
     model = nn.Sequential(nn.Linear(12, 8))
     found = get_peft_model(model, LoraConfig(r=2, target_modules=["0"], lora_dropout=0.1))

@@ -48,9 +48,13 @@ def fuse_lora(model: nn.Module, dtype: torch.dtype) -> dict[str, int]:
     `dtype` is that of the products. Parameters, their names and what peft saves stay as they are.
     Returns how many layers stay on peft's path, by reason.
     """
+    base = inner_model(model)
+    decoder = decoder_of(base) if isinstance(base, PreTrainedModel) else base
+    within = set(decoder.modules())  # what it begins with copies what LoRA trains
     left: dict[str, int] = {}
     for layer in [m for m in model.modules() if isinstance(m, lora.LoraLayer)]:
-        if reason := why_not(layer, dtype):
+        reason = why_not(layer, dtype) if layer in within else "they are outside the decoder"
+        if reason:
             left[reason] = left.get(reason, 0) + 1
         else:
             layer.__class__ = LoraProduct
@@ -59,8 +63,6 @@ def fuse_lora(model: nn.Module, dtype: torch.dtype) -> dict[str, int]:
         for place, layer in enumerate(group.layers):
             layer.together, layer.place = group, place
     if groups:
-        base = inner_model(model)
-        decoder = decoder_of(base) if isinstance(base, PreTrainedModel) else base
         decoder.register_forward_pre_hook(lambda *_: copy_matrices(groups))
     return left
 

@@ -29,8 +29,9 @@ LARGEST_SHARED_RANK = 128
 class LoraProduct(lora.Linear):
     """peft's LoRA layer, computed in one product with the layers that share its input.
 
-    It falls back to peft's own forward while adapters are merged, disabled or chosen by row, where
-    a hook looks at the frozen linear, and where its products have another dtype than its weight.
+    It falls back to peft's own forward before the decoder's first one, while adapters are merged,
+    disabled or chosen by row, where a hook looks at the frozen linear, and where its products have
+    another dtype than its weight.
     """
 
     together: "SharedInput"
@@ -38,7 +39,8 @@ class LoraProduct(lora.Linear):
 
     def forward(self, x: torch.Tensor, *args: object, **kwargs: object) -> torch.Tensor:
         """Returns x W^T + s dropout(x) A^T B^T: [..., in] to [..., out]."""
-        if args or kwargs or not all(one.adapts for one in self.together.layers):
+        ready = self.together.joined is not None and all(one.adapts for one in self.together.layers)
+        if args or kwargs or not ready:
             return lora.Linear.forward(self, x, *args, **kwargs)
         dtype = self.matrices[0].dtype
         if torch.is_autocast_enabled(x.device.type):
