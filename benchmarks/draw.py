@@ -51,6 +51,14 @@ GROUPS = {
         "sft.py bf16, all linears, 64 rows": "sft.py, bf16, 64 rows",
         "sft.py bf16, all linears": "sft.py, bf16, 32 rows",
     },
+    "1B shape, with and without LoRA and its linear as one product": {
+        f"sft.py bf16, {linears}, {rows} rows, dropout {dropout}{fused}": (
+            f"sft.py, {linears}, {rows} rows, dropout {dropout}{fused}"
+        )
+        for linears, rows in (("all linears", 64), ("all linears", 20), ("q, v and o", 64))
+        for dropout in (0, 0.05)
+        for fused in (", LoRA fused", "")
+    },
     "1B shape, LoRA on q, v and o, fp32": {
         "sft.py fp32, 20 rows": "sft.py, fp32, 20 rows",
         "published loop, fp32": "published loop, fp32, 20 rows",

@@ -79,7 +79,7 @@ def choose(
         varlen_attention.NAME if packing else attention,
         layers,
         reasons,
-        bool(recipe.training.fused_lora),
+        fused_lora=bool(recipe.training.fused_lora),
     )
 
 
