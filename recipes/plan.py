@@ -213,6 +213,7 @@ def described(request: Request, recipe: Recipe, plan: Plan) -> str:
             step.weights.trained + step.weights.frozen,
             recipe.model.use_peft,
             recipe.model.lora_alpha,
+            recipe.model.use_rslora,
         ),
         *([rank_line(recipe.model.lora_r)] if recipe.model.use_peft else []),
         "",

@@ -74,7 +74,7 @@ def parse_options(argv: list[str]) -> argparse.Namespace:
     add("--dataset_split", default="train", help="split of that hub data set")
     add("--out", required=True, type=Path, help="the file of pairs (.jsonl)")
     add("--overwrite", action="store_true", help="replace a file that is there")
-    add("--questions", type=int, default=0, help="the first n questions (default: all)")
+    add("--questions", type=int, default=0, help="the first n questions (0, the default: all)")
     add("--solutions", type=int, default=8, help="solutions of a question")
     add("--pairs_a_question", type=int, default=1, help="most pairs of a question")
     add("--temperature", type=float, default=0.8)
@@ -158,6 +158,8 @@ def check(options: argparse.Namespace) -> None:
             "a question gives a pair where its solutions differ: give --solutions 2 or more and "
             "a --temperature above 0"
         )
+    if options.out.resolve() == Path(options.dataset_name).resolve():
+        raise ValueError(f"--out {options.out} is the file of the questions: name another")
     if options.out.suffix != ".jsonl":
         raise ValueError(f"--out {options.out}: expected a name that ends in .jsonl")
     for path in (options.out, options.out.with_suffix(".json")):

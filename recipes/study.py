@@ -76,6 +76,8 @@ from sftlab.paths import ROOT
 from sftlab.script_options import Options
 from sftlab.tables import aligned, write_csv
 
+# exit statuses of an evaluation that was told to stop, and the signal
+STOPPED = {code: s for s in (signal.SIGINT, signal.SIGTERM) for code in (-s, 128 + s)}
 # What the terminal has no room for.
 LONG = ("rows_per_s", "share_of_limit", "validation_loss", "tuned rougeL")
 
@@ -90,12 +92,11 @@ def main(argv: list[str]) -> None:
         out = arguments.out or runs
         if not arguments.allow_confounded:
             check_comparable(study)
+        check_options(study, arguments)
         if arguments.dry_run:
             return print("\n".join(commands(study)))
         if arguments.power:
             return print("\n".join(power_lines(study, arguments)))
-        if arguments.at_once < 1:
-            raise ValueError(f"--at_once {arguments.at_once}: expected 1 or more trainings")
         if arguments.task is None:
             check_output(out, runs)
         check_fields(study)
@@ -149,6 +150,19 @@ def recipe_fields(words: list[str]) -> dict[str, Any]:
         name: values[0] if len(values) == 1 else values or "true"
         for name, values in field_words(words).items()
     }
+
+
+def check_options(study: Study, arguments: argparse.Namespace) -> None:
+    """Raise ValueError for what the command line asks in vain, before anything is trained."""
+    if arguments.at_once < 1:
+        raise ValueError(f"--at_once {arguments.at_once}: expected 1 or more trainings")
+    last = len(study.tuning) + len(study.tasks) - 1
+    if arguments.task is not None and not 0 <= arguments.task <= last:
+        raise ValueError(f"--task {arguments.task}: the study has tasks 0 to {last}")
+    if study.known_text and not (ROOT / study.known_text).is_file():
+        raise ValueError(f"known_text {study.known_text}: there is no such file")
+    if arguments.known_text and not study.quality:
+        raise ValueError("--known_text: the study evaluates nothing, as it lacks `quality: true`")
 
 
 def check_fields(study: Study) -> None:
@@ -218,10 +232,7 @@ def chosen(study: Study, arguments: argparse.Namespace) -> list[Task]:
     """Returns the tasks that the command line asks for: all, or the one of `--task`."""
     if arguments.task is None:
         return study.tasks
-    every = [*study.tuning, *study.tasks]
-    if not 0 <= arguments.task < len(every):
-        raise ValueError(f"--task {arguments.task}: the study has tasks 0 to {len(every) - 1}")
-    return [every[arguments.task]]
+    return [[*study.tuning, *study.tasks][arguments.task]]
 
 
 def train(study: Study, tasks: list[Task], at_once: int = 1) -> dict[str, str]:
@@ -302,6 +313,8 @@ def score(study: Study, task: Task) -> bool:
         command = [sys.executable, f"eval/{script}", "--run", str(task.folder), *options]
         with (task.folder / "log").open("a", encoding="utf-8") as log:
             done = subprocess.run(command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT)
+        if stopped := STOPPED.get(done.returncode):
+            raise KeyboardInterrupt(stopped)
         if done.returncode:
             return False
     return True

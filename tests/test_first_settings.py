@@ -35,8 +35,8 @@ def test_small_models_begin_higher_and_full_fine_tuning_at_a_tenth(parameters, l
 )
 def test_a_rate_is_within_the_range_or_outside(rate, said):
     assert rate_lines(rate, 1_236_000_000, True, 32) == [
-        f"learning rate {rate:g}: {said} 0.00033 to 0.003, where a published sweep looks first for "
-        "LoRA (0.001)"
+        f"learning rate {rate:g}: {said} 0.00033 to 0.003, three times around 0.001, the best of "
+        "LoRA in a published sweep"
     ]
 
 
@@ -44,12 +44,15 @@ def test_what_the_sweep_did_not_have_is_said():
     lines = rate_lines(1e-3, 360_000_000, True, 64)
     assert "1 billion parameters" in lines[1]
     assert "lora_alpha 32, this recipe has 64" in lines[2]
-    assert len(rate_lines(1e-4, 360_000_000, False, None)) == 2
+    (line, _) = rate_lines(1e-4, 360_000_000, False, None)
+    assert "around 0.0001, a tenth of the best of LoRA in a published sweep" in line
+    lines = rate_lines(1e-3, 1_236_000_000, True, 32, stabilised=True)
+    assert "rank-stabilised scaling" in lines[1] and len(lines) == 2
 
 
 def test_models_of_a_hundred_million_parameters_have_a_sweep_of_their_own():
     (line,) = rate_lines(1e-3, 135_000_000, True, 32)
-    assert "within 0.001 to 0.009, where a sweep of SmolLM2-135M" in line
+    assert "within 0.001 to 0.009, three times around 0.003, the best of LoRA in a sweep" in line
     with (ROOT / "results" / "lora_or_full" / "tuning.csv").open() as file:
         best = {
             r["cell"]: float(r["learning_rate"])

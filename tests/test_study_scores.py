@@ -9,12 +9,13 @@ from types import SimpleNamespace
 import pytest
 import yaml
 from report_runs import run_writer
-from small_studies import SCRIPT, TWO
+from small_studies import SCRIPT, TWO, ended
 
 from sftlab.comparison.study_claims import claims
 from sftlab.comparison.study_file import load
 from sftlab.comparison.study_summary import collect, summarise
 from sftlab.comparison.study_tables import claims_table, summary_table
+from sftlab.comparison.study_tasks import begin
 from sftlab.comparison.timed_turns import Command, in_turn
 from sftlab.runs.run_directory import adapter_hash
 
@@ -101,12 +102,46 @@ def test_the_command_line_names_a_text_that_the_base_model_knew(tmp_path):
         ),
         ({"harness": {"task": ["a"]}}, "harness has 'task': expected tasks, limit"),
         ({"harness": {"tasks": "a"}}, "harness, tasks: got 'a', expected a list of lm-eval tasks"),
+        ({"quality_options": {"samples": -4}}, "samples: got -4, expected a whole number from 0"),
+        ({"quality_options": {"batch_size": "x"}}, "batch_size: got 'x', expected a whole number"),
+        ({"harness": {"tasks": ["a"], "limit": 0}}, "limit: got 0, expected a whole number from 1"),
+        ({"harness": {"tasks": ["a"], "files": "/nope"}}, "files: got '/nope', expected a list"),
         ({"harness": {"limit": 3}}, "harness, tasks: got None, expected a list of lm-eval tasks"),
     ],
 )
 def test_an_option_that_an_evaluation_does_not_have_is_refused(tmp_path, more, said):
     with pytest.raises(ValueError, match=said):
         written(tmp_path, **more)
+
+
+@pytest.mark.parametrize("status", [-2, -15, 130, 143])
+def test_an_evaluation_that_is_told_to_stop_stops_the_study(tmp_path, monkeypatch, capsys, status):
+    study = written(tmp_path)
+    for task in study.tasks:
+        begin(task)
+        ended(task.folder, "succeeded")
+        (task.folder / "adapter").mkdir()
+    monkeypatch.setattr(
+        SCRIPT.subprocess, "run", lambda *_, **__: SimpleNamespace(returncode=status)
+    )
+    with pytest.raises(SystemExit) as stopped:
+        SCRIPT.main([str(tmp_path / "small.yaml"), "--runs", str(tmp_path / "runs")])
+    assert stopped.value.code == 128 + {2: 2, 15: 15, 130: 2, 143: 15}[abs(status)]
+    assert "start the same command again" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--known_text", "nowhere.jsonl"], "known_text nowhere.jsonl: there is no such file"),
+        (["--task", "2"], "--task 2: the study has tasks 0 to 1"),
+        (["--at_once", "0"], "--at_once 0: expected 1 or more"),
+    ],
+)
+def test_what_is_asked_in_vain_is_refused_before_a_dry_run_too(tmp_path, words, said):
+    written(tmp_path)
+    with pytest.raises(SystemExit, match=said):
+        SCRIPT.main([str(tmp_path / "small.yaml"), "--dry-run", *words])
 
 
 @pytest.mark.parametrize("timed", [True, False])

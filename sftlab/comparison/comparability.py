@@ -205,7 +205,8 @@ def _refusal(
         )
     never = f" (no axis explains {', '.join(unexplained)})" if unexplained else ""
     lines.append(
-        f"Name what is compared (--axis {' '.join(suggested) or 'FIELD'}{never}), give fewer runs, "
+        f"Name what is compared (--axis {' '.join(suggested) or 'FIELD'}{never}; in a study "
+        "file: axis), give fewer runs, "
         "or pass --allow-confounded"
     )
     return "\n".join(lines)

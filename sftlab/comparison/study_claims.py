@@ -112,7 +112,7 @@ def finding_lines(found: Sequence[Mapping[str, Any]], name: Callable[[str], str]
             continue
         said = "; ".join(_said(one) for one in mine)
         few, most = (f(one["seeds"] for one in mine) for f in (min, max))
-        seeds = f"{few} seeds" if few == most else f"{few} to {most} seeds"
+        seeds = f"{few} to {most} seeds" if few < most else f"{few} seed{'s' * (few > 1)}"
         called = name(score)
         called = called[:1].upper() + called[1:]
         lines.append(f"{called}, against {mine[0]['against']} over {seeds}: {said}.")

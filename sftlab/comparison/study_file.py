@@ -57,6 +57,8 @@ KINDS = {
 QUALITY_OPTIONS = ("samples", "batch_size", "max_new_tokens", "bleu_tokenize")
 # options of eval/harness.py that a study may set; `tasks` is a list of names
 HARNESS_OPTIONS = ("tasks", "limit", "num_fewshot", "batch_size", "files")
+# the least value of those that are whole numbers
+LEAST = {"samples": 0, "num_fewshot": 0, "batch_size": 1, "max_new_tokens": 1, "limit": 1}
 # Recipe fields that say where a run is kept: the study sets them.
 ITS_OWN = ("output_dir", "overwrite", "config", "resume_from_checkpoint")
 # Random weights are not saved, and all rows train.
@@ -173,7 +175,9 @@ def _read(path: Path) -> dict[str, Any]:
         raise ValueError(
             f"{path}: quality_options has {odd[0]!r}: expected {', '.join(QUALITY_OPTIONS)}"
         )
-    _check_harness(path, content.get("harness", {}))
+    if "harness" in content:
+        _check_harness(path, content["harness"])
+    _check_numbers(path, "quality_options", content.get("quality_options", {}))
     published = content.get("published", [])
     if odd := [one for one in published if not (isinstance(one, dict) and "cell" in one)]:
         raise ValueError(f"{path}: published holds {odd[0]!r}: expected a cell and its figures")
@@ -185,10 +189,23 @@ def _read(path: Path) -> dict[str, Any]:
     return content
 
 
+def _check_numbers(path: Path, key: str, options: Mapping[str, Any]) -> None:
+    """Raise ValueError for an option of an evaluation that is no number that it takes."""
+    for name, value in options.items():
+        if name in LEAST and (type(value) is not int or value < LEAST[name]):
+            raise ValueError(
+                f"{path}: {key}, {name}: got {value!r}, expected a whole number from {LEAST[name]}"
+            )
+
+
 def _check_harness(path: Path, options: dict[str, Any]) -> None:
+    _check_numbers(path, "harness", options)
+    files = options.get("files", [])
+    if not isinstance(files, list) or not all(isinstance(one, str) for one in files):
+        raise ValueError(f"{path}: harness, files: got {files!r}, expected a list of NAME=FILE")
     if odd := [one for one in options if one not in HARNESS_OPTIONS]:
         raise ValueError(f"{path}: harness has {odd[0]!r}: expected {', '.join(HARNESS_OPTIONS)}")
-    tasks = options.get("tasks") if options else ["none asked for"]
+    tasks = options.get("tasks")
     if not isinstance(tasks, list) or not tasks or not all(isinstance(t, str) for t in tasks):
         raise ValueError(f"{path}: harness, tasks: got {tasks!r}, expected a list of lm-eval tasks")
 

@@ -41,16 +41,24 @@ def first_rate(parameters: int, lora: bool) -> FirstRate:
     return FirstRate(rate, rate / SPAN, rate * SPAN)
 
 
-def rate_lines(given: float, parameters: int, lora: bool, alpha: float | None) -> list[str]:
+def rate_lines(
+    given: float,
+    parameters: int,
+    lora: bool,
+    alpha: float | None,
+    stabilised: bool = False,
+) -> list[str]:
     """Returns what the sweeps say of a recipe's rate, a line each."""
     first = first_rate(parameters, lora)
-    how = "LoRA" if lora else "full fine-tuning"
     tiny = parameters <= MOST_OF_TINY
     sweep = "a sweep of SmolLM2-135M (docs/studies.md)" if tiny else "a published sweep"
+    best = "the best of LoRA" if lora else "the best of full fine-tuning"
+    if not lora and not tiny:
+        best = "a tenth of the best of LoRA"
     where = "within" if first.low <= given <= first.high else "outside"
     lines = [
-        f"learning rate {given:g}: {where} {first.low:.2g} to {first.high:.2g}, where {sweep} "
-        f"looks first for {how} ({first.rate:g})"
+        f"learning rate {given:g}: {where} {first.low:.2g} to {first.high:.2g}, three times "
+        f"around {first.rate:g}, {best} in {sweep}"
     ]
     if UNSWEPT[0] < parameters < UNSWEPT[1]:
         lines.append("  its smallest model has 1 billion parameters, so here the range is a guess")
@@ -58,6 +66,11 @@ def rate_lines(given: float, parameters: int, lora: bool, alpha: float | None) -
         lines.append(
             f"  it had lora_alpha {SWEEP_ALPHA}, this recipe has {alpha:g}: a higher alpha wants a "
             "lower rate"
+        )
+    if lora and stabilised:
+        lines.append(
+            "  rank-stabilised scaling divides alpha by the root of the rank: a larger scale, "
+            "which wants a lower rate"
         )
     return lines
 
