@@ -68,7 +68,7 @@ from sftlab.comparison.study_tasks import (
     result,
 )
 from sftlab.comparison.study_tuning import at_best, trials, tuning_rows, tuning_table
-from sftlab.comparison.timed_turns import Command, in_turn
+from sftlab.comparison.timed_turns import Command, environment_beside, in_turn
 from sftlab.comparison.tuning_plot import draw_tuning
 from sftlab.exit_messages import mistakes_in_one_line, short
 from sftlab.field_words import field_name, field_words
@@ -297,11 +297,11 @@ def score_together(study: Study, tasks: Sequence[Task], at_once: int) -> list[Ta
     if not study.quality:
         return []
     with ThreadPoolExecutor(at_once) as pool:
-        done = pool.map(lambda task: score(study, task), tasks)
+        done = pool.map(lambda task: score(study, task, at_once), tasks)
         return [task for task, went_well in zip(tasks, done, strict=True) if not went_well]
 
 
-def score(study: Study, task: Task) -> bool:
+def score(study: Study, task: Task, at_once: int) -> bool:
     """Evaluate a run that has an adapter and lacks scores; returns whether none is missing then."""
     if not (task.folder / "adapter").is_dir():
         return True
@@ -312,7 +312,8 @@ def score(study: Study, task: Task) -> bool:
         sys.stdout.flush()
         command = [sys.executable, f"eval/{script}", "--run", str(task.folder), *options]
         with (task.folder / "log").open("a", encoding="utf-8") as log:
-            done = subprocess.run(command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT)
+            given = {"cwd": ROOT, "env": environment_beside(at_once, timed=False)}
+            done = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, **given)
         if stopped := STOPPED.get(done.returncode):
             raise KeyboardInterrupt(stopped)
         if done.returncode:

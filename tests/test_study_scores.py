@@ -16,7 +16,7 @@ from sftlab.comparison.study_file import load
 from sftlab.comparison.study_summary import collect, summarise
 from sftlab.comparison.study_tables import claims_table, summary_table
 from sftlab.comparison.study_tasks import begin
-from sftlab.comparison.timed_turns import Command, in_turn
+from sftlab.comparison.timed_turns import Command, environment_beside, in_turn
 from sftlab.runs.run_directory import adapter_hash
 
 STUDY = {
@@ -142,6 +142,18 @@ def test_what_is_asked_in_vain_is_refused_before_a_dry_run_too(tmp_path, words, 
     written(tmp_path)
     with pytest.raises(SystemExit, match=said):
         SCRIPT.main([str(tmp_path / "small.yaml"), "--dry-run", *words])
+
+
+def test_processes_beside_one_another_share_the_cores(monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    monkeypatch.setattr("sftlab.comparison.timed_turns.cpu_cores", lambda: 8)
+    threads = [environment_beside(n, timed=False).get("OMP_NUM_THREADS") for n in (1, 2, 3, 20)]
+    assert threads == [None, "4", "2", "1"]
+    in_turns = environment_beside(2, timed=True)
+    assert "OMP_NUM_THREADS" not in in_turns and in_turns["OMP_WAIT_POLICY"] == "PASSIVE"
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    assert environment_beside(2, timed=False)["OMP_NUM_THREADS"] == "3"
 
 
 @pytest.mark.parametrize("timed", [True, False])

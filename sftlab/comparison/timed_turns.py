@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from sftlab.child_process import Child
+from sftlab.cpu_cores import cpu_cores
 from sftlab.measurement.timing_turn import VARIABLE
 
 
@@ -34,8 +35,7 @@ def in_turn(commands: Sequence[Command], timed: bool = True, **options: Any) -> 
     KeyboardInterrupt with the signal's number follows when they have ended.
     """
     together = len(commands) > 1
-    # a compiler process for every core and command would make hundreds
-    environment = ({"TORCHINDUCTOR_COMPILE_THREADS": "4"} if together else {}) | os.environ
+    environment = environment_beside(len(commands), timed)
     with tempfile.TemporaryDirectory() as root:
         folders = [Path(root, str(place)) for place in range(len(commands))]
         child = None
@@ -64,6 +64,21 @@ def in_turn(commands: Sequence[Command], timed: bool = True, **options: Any) -> 
                     each.wait()
                 raise KeyboardInterrupt(child.signal)
             yield place
+
+
+def environment_beside(count: int, timed: bool) -> dict[str, str]:
+    """Returns the environment of one of `count` processes that start together.
+
+    What the user has set stays. Processes that are not timed compute beside one another: with the
+    threads of all cores each, they would wait for one another most of the time.
+    """
+    shared = {}
+    if count > 1:
+        # a compiler process for every core and command would make hundreds
+        shared = {"TORCHINDUCTOR_COMPILE_THREADS": "4", "OMP_WAIT_POLICY": "PASSIVE"}
+    if count > 1 and not timed:
+        shared["OMP_NUM_THREADS"] = str(max(1, cpu_cores() // count))
+    return shared | os.environ
 
 
 def _is_warm(process: subprocess.Popen, folder: Path) -> bool:
