@@ -107,7 +107,7 @@ def make(options: argparse.Namespace, processes: Processes) -> None:
             "cannot be marked"
         )
     solutions, answers, generation = sample(
-        options, run, model, tokenizer, rows, known, dataset, processes
+        options, sampling, run, model, tokenizer, rows, known, dataset, processes
     )
     if not processes.is_main:
         return
@@ -186,6 +186,7 @@ def questions_of(options: argparse.Namespace) -> HeldOut:
 
 def sample(
     options: argparse.Namespace,
+    sampling: Sampling,
     run: dict[str, Any],
     model: Any,
     tokenizer: Any,
@@ -195,7 +196,6 @@ def sample(
     processes: Processes,
 ) -> tuple[dict[int, list[Answer]], AnswerFile, dict[str, Any]]:
     """Returns the solutions of each question by its row, their file, and how they were made."""
-    sampling = Sampling(options.max_new_tokens, options.temperature, options.top_p, options.seed)
     asked = [
         (f"{number}/{solution}", prompt)
         for number, prompt in zip(rows.numbers, rows.prompts, strict=True)

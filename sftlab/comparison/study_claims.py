@@ -119,11 +119,16 @@ def finding_lines(found: Sequence[Mapping[str, Any]], name: Callable[[str], str]
     return lines
 
 
+def most_apart(one: Mapping[str, Any]) -> str:
+    """Returns how far from the reference a cell may be that is not distinguishable from it."""
+    return f"at most {figure(max(-one['low'], one['high']))} apart"
+
+
 def _said(one: Mapping[str, Any]) -> str:
     if one["low"] is None:
         return f"{one['cell']} {one['word']}"
     if one["word"] == ALIKE:
-        return f"{one['cell']} {ALIKE}, at most {figure(max(-one['low'], one['high']))} apart"
+        return f"{one['cell']} {ALIKE}, {most_apart(one)}"
     low, high = sorted((abs(one["low"]), abs(one["high"])))
     by = f"{figure(abs(one['difference']))} [{figure(low)}, {figure(high)}]"
     return f"{one['cell']} {one['word']} by {by}"

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from sftlab.comparison.study_claims import ALIKE
+from sftlab.comparison.study_claims import ALIKE, most_apart
 from sftlab.comparison.study_summary import CHANGED
 from sftlab.tables import figure, p_value, preview, without_empty_columns
 
@@ -76,15 +76,9 @@ def claims_table(found: Sequence[Mapping[str, Any]]) -> Table:
         difference = figure(one["difference"]) + ends
         p = "" if one["p_holm"] is None else p_value(one["p_holm"])
         words = [one["cell"], title_of(one["score"]), difference, p, str(one["seeds"])]
-        lines.append([*words, one["word"] + _bound(one)])
+        bound = f": {most_apart(one)}" if one["word"] == ALIKE and one["low"] is not None else ""
+        lines.append([*words, one["word"] + bound])
     return lines
-
-
-def _bound(one: Mapping[str, Any]) -> str:
-    """Returns how far from the reference a cell may be that is not distinguishable from it."""
-    if one["word"] != ALIKE or one["low"] is None:
-        return ""
-    return f": at most {figure(max(-one['low'], one['high']))} apart"
 
 
 def effects_table(changed: Sequence[Mapping[str, Any]]) -> Table:
