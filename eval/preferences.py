@@ -199,7 +199,7 @@ def generate(
     size, prompts = arguments.batch_size, pairs.prompts
     compiled = models.model.device.type == "cuda" and len(prompts) > BATCHES_WORTH_COMPILING * size
     generator = Generator(models.model, models.tokenizer, sampling, size if compiled else None)
-    generation = generation_facts(sampling, generator.turn) | {"compiled": compiled}
+    generation = generation_facts(sampling, generator.turn) | {"decoding": generator.decoding}
     settings = model_settings(arguments.run, run) | generation
     settings |= {"start": models.start and models.start.weights}
     answers = AnswerFile(arguments.run / "eval", settings, processes=processes)

@@ -102,7 +102,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--no_compile",
         action="store_true",
-        help="never compile the decoding step (by default it is with many batches on a GPU)",
+        help="neither capture nor compile the decoding step (by default a GPU does)",
     )
     parser.add_argument("--max_new_tokens", type=int, default=256, help="longest answer")
     parser.add_argument("--temperature", type=float, default=0.0, help="0 (default) is greedy")
@@ -220,7 +220,7 @@ def generate(
     sampling = sampling_of(arguments)
     generator = generator_for(pair.model, pair.tokenizer, sampling, rows, arguments)
     generation = generation_facts(sampling, generator.turn)
-    generation["compiled"] = generator.static_rows is not None
+    generation["decoding"] = generator.decoding
     settings = answer_settings(arguments, pair.run, dataset, generation)
     answers = AnswerFile(arguments.run / "eval", settings, processes=processes)
     # the longest prompts first: those of a batch are about as long, and memory fails early
@@ -258,11 +258,11 @@ def generator_for(
     rows: ScoredRows,
     arguments: argparse.Namespace,
 ) -> Generator:
-    """Returns a generator, compiled on a GPU where there are enough rows for that to pay."""
+    """Returns a generator; one that compiles only where there are enough rows for that to pay."""
     compiled = model.device.type == "cuda" and not arguments.no_compile
     compiled &= len(rows.numbers) > BATCHES_WORTH_COMPILING * arguments.batch_size
     static_rows = arguments.batch_size if compiled else None
-    return Generator(model, tokenizer, sampling, static_rows)
+    return Generator(model, tokenizer, sampling, static_rows, capture=not arguments.no_compile)
 
 
 def facts_of(

@@ -38,7 +38,7 @@ from sftlab.models.adapter_names import check_adapter_names
 from sftlab.models.loading import load_config, load_tokenizer
 from sftlab.models.random_models import MODEL_SHAPES
 from sftlab.paths import ROOT
-from sftlab.planning.first_settings import rank_line, rate_lines
+from sftlab.planning.first_settings import rank_line, rate_lines, targets_line
 from sftlab.planning.gpu_specs import GPU, GPUS, MEASURED_ON, find_gpu
 from sftlab.planning.known_accuracy import known_accuracy
 from sftlab.planning.plan import GB, MOST_ROWS, Plan, make_plan, most_rows, read_recipe, remedies
@@ -216,6 +216,7 @@ def described(request: Request, recipe: Recipe, plan: Plan) -> str:
             recipe.model.use_rslora,
         ),
         *([rank_line(recipe.model.lora_r)] if recipe.model.use_peft else []),
+        *([targets_line(recipe.model.lora_target_modules)] if recipe.model.use_peft else []),
         "",
         sure,
     ]

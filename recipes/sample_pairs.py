@@ -205,7 +205,7 @@ def sample(
     size = options.batch_size
     compiled = model.device.type == "cuda" and len(asked) > BATCHES_WORTH_COMPILING * size
     generator = Generator(model, tokenizer, sampling, size if compiled else None)
-    generation = generation_facts(sampling, generator.turn) | {"compiled": compiled}
+    generation = generation_facts(sampling, generator.turn) | {"decoding": generator.decoding}
     generation |= {
         name: getattr(options, name) for name in ("questions", "solutions", "batch_size")
     }

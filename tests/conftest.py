@@ -20,6 +20,7 @@ from file_order import pytest_collection_modifyitems, pytest_xdist_make_schedule
 from tiny_base import (  # noqa: F401
     answered,
     byte_tokenizer,
+    writes_letters,
     instruction_rows,
     pair_rows,
     write_base,

@@ -5,7 +5,15 @@ import csv
 import pytest
 from conftest import ROOT, load_script
 
-from sftlab.planning.first_settings import BY_RANK, first_rate, rank_line, rate_lines
+from sftlab.planning.first_settings import (
+    ALL_LINEARS,
+    BY_RANK,
+    BY_TARGETS,
+    first_rate,
+    rank_line,
+    rate_lines,
+    targets_line,
+)
 
 
 @pytest.mark.parametrize(
@@ -74,6 +82,22 @@ def test_the_rank_is_held_against_the_ranks_that_were_measured():
     assert "1 1.931, 4 1.887, " in rank_line(1)
 
 
+def test_the_targets_are_held_against_those_that_were_measured():
+    with (ROOT / "results" / "lora_targets_tuned" / "summary.csv").open() as file:
+        found = {
+            r["cell"].partition(",")[0]: r["tuned response_perplexity"]
+            for r in csv.DictReader(file)
+        }
+    assert found.keys() == BY_TARGETS.keys()
+    for name, score in BY_TARGETS.items():
+        assert f"{score:.3f}" == f"{float(found[name]):.3f}"
+    for everything in ("all-linear", ALL_LINEARS, [*ALL_LINEARS, "lm_head"]):
+        assert targets_line(everything).startswith("LoRA on all linears: where to begin; ")
+    for some in (["q_proj", "v_proj"], ".*q_proj", None):
+        assert targets_line(some).startswith("LoRA on all linears is better; ")
+    assert "all linears 1.873, MLP 1.887, " in targets_line(["q_proj"])
+
+
 def test_a_plan_says_it(capsys, monkeypatch):
     monkeypatch.chdir(ROOT)
     words = ["--random", "llama3.2-1b", "--rows", "100"]
@@ -81,3 +105,4 @@ def test_a_plan_says_it(capsys, monkeypatch):
     said = capsys.readouterr().out
     assert "learning rate 0.0002: outside 0.00033 to 0.003" in said
     assert "rank 16: where to begin" in said
+    assert "LoRA on all linears is better; " in said

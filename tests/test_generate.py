@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import byte_tokenizer
+from conftest import byte_tokenizer, writes_letters
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
@@ -36,11 +36,7 @@ def tokenizer():
 def model(base):
     """A random model that writes letters and blanks alone, as bytes at random are seldom text."""
     model = AutoModelForCausalLM.from_pretrained(base)
-    letters = byte_tokenizer()("abcdefghij klmnop", add_special_tokens=False)["input_ids"]
-    others = [i for i in range(259) if i not in letters]
-    with torch.no_grad():
-        model.lm_head.weight[others] = 0
-        model.lm_head.weight[letters] += 0.01
+    writes_letters(model)
     return get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj"]))
 
 

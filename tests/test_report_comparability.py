@@ -252,7 +252,15 @@ def test_order_of_target_modules_is_no_difference(make):
 
 def test_how_scores_were_found_is_compared(make, report, tmp_path):
     make("a", generation={"processes": 1, "server": "http://127.0.0.1:8000/v1"})
-    make("b", generation={"batch_size": 8, "processes": 2, "server": "http://127.0.0.1:8001/v1"})
+    make(
+        "b",
+        generation={
+            "batch_size": 8,
+            "processes": 2,
+            "decoding": "captured",
+            "server": "http://127.0.0.1:8001/v1",
+        },
+    )
     runs = [tmp_path / "runs" / name for name in "abc"]
     report.main(["--runs", *map(str, runs[:2]), "--out", str(tmp_path / "out")])
     make("c", generation={"max_new_tokens": 32})

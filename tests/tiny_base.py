@@ -17,6 +17,15 @@ from transformers import (
 from sftlab.data.converter import turn_of
 
 
+def writes_letters(model):
+    """Let a random model write letters and blanks alone, as bytes at random are seldom text."""
+    letters = byte_tokenizer()("abcdefghij klmnop", add_special_tokens=False)["input_ids"]
+    others = [i for i in range(259) if i not in letters]
+    with torch.no_grad():
+        model.lm_head.weight[others] = 0
+        model.lm_head.weight[letters] += 0.01
+
+
 def byte_tokenizer() -> PreTrainedTokenizerFast:
     """A byte-level tokenizer of 259 tokens: the bytes and bos, eos, pad."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())

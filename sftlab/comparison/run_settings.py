@@ -155,7 +155,7 @@ def _quality_facts(quality: Mapping[str, Any]) -> dict[str, Any]:
     generation = quality["generation"]
     # batches and seed decide answers only where tokens are sampled; who was asked how never does
     idle = {"file", "processes", "server"}
-    idle |= set() if generation["temperature"] > 0 else {"batch_size", "seed"}
+    idle |= set() if generation["temperature"] > 0 else {"batch_size", "seed", "decoding"}
     found = {name: quality[name] for name in ("rows", "bleu", "rouge")}
     found |= {name: value for name, value in generation.items() if name not in idle}
     found |= {f"versions.{name}": value for name, value in quality["versions"].items()}

@@ -38,7 +38,7 @@ def draw_tuning(study: Study, tried: Sequence[Trial], out: Path) -> list[str]:
             said += f"; {len(above)} above the frame, to {figure(max(above))}"
         title = f"{textwrap.fill(study.title, 90)}\n{textwrap.fill(said, 90)}"
         canvas.suptitle(title, x=0.01, ha="left", fontsize=9)
-        canvas.legend(loc="outside right upper", frameon=False)
+        canvas.legend(loc="outside right center", frameon=False)
         save(canvas, out, name)
     return [name]
 

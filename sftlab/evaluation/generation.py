@@ -1,5 +1,6 @@
 """Generated answers: prompts in left-padded batches, ended where the template ends a turn."""
 
+import logging
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -16,10 +17,20 @@ from transformers import (
     PreTrainedTokenizerBase,
     StoppingCriteria,
     StoppingCriteriaList,
+    TemperatureLogitsWarper,
+    TopPLogitsWarper,
 )
 
 from sftlab.data.chat_template import TurnEnd, end_of_turn, pad_id
+from sftlab.evaluation.captured_decoding import (
+    CapturedSteps,
+    NotCaptured,
+    can_capture,
+    only_full_attention,
+)
 from sftlab.models.inner_model import inner_model
+
+logger = logging.getLogger(__name__)
 
 # tokens between two looks for a stop string, because decoding takes time
 _CHECK_EVERY = 8
@@ -87,9 +98,10 @@ def turn_of(model: PeftModel | PreTrainedModel, tokenizer: PreTrainedTokenizerBa
 class Generator:
     """Generates with one model. The model's own sampling defaults do not apply.
 
-    With `static_rows` every batch has that many rows and a key-value cache of fixed shape, so
-    that transformers compiles the decoding step on a GPU. Compiling takes half a minute per model;
-    decoding is then several times as fast. Without it, rows that have ended leave a greedy batch.
+    On a GPU a step is captured and replayed where the model allows it, unless `capture` is false.
+    Elsewhere, with `static_rows`, every batch has that many rows and a key-value cache of fixed
+    shape, so that transformers compiles the decoding step on a GPU. Compiling takes half a minute
+    per model. Without it, and where steps are captured, rows that have ended leave a greedy batch.
     """
 
     def __init__(
@@ -98,13 +110,12 @@ class Generator:
         tokenizer: PreTrainedTokenizerBase,
         sampling: Sampling,
         static_rows: int | None = None,
+        capture: bool = True,
     ) -> None:
-        self.model, self.tokenizer, self.sampling, self.static_rows = (
-            model,
-            tokenizer,
-            sampling,
-            static_rows,
-        )
+        self.model, self.tokenizer, self.sampling = model, tokenizer, sampling
+        self.captures = capture and can_capture(model)
+        self.static_rows = None if self.captures else static_rows
+        self._steps: CapturedSteps | None = None
         inner, self.turn = inner_model(model), turn_of(model, tokenizer)
         self.pad = pad_id(tokenizer)
         drawn = {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0}
@@ -117,17 +128,34 @@ class Generator:
             **(drawn if sampling.temperature > 0 else {}),
         )
 
-    @torch.no_grad()
+    @property
+    def decoding(self) -> str:
+        """How steps run: captured, compiled or plain."""
+        return "captured" if self.captures else "compiled" if self.static_rows else "plain"
+
     def answers(self, prompts: Sequence[list[int]], seed: int = 0) -> list[Answer]:
         """Returns one answer to each prompt (token ids), all from one batch.
 
         `seed` is added to the seed of the sampling. Raises NotANumber where logits are NaN.
         """
+        return [self._answer(new) for new in self.token_ids(prompts, seed)]
+
+    @torch.no_grad()
+    def token_ids(self, prompts: Sequence[list[int]], seed: int = 0) -> list[list[int]]:
+        """Returns the token ids that each prompt is continued with, what ends it included.
+
+        What an end token is followed by is of no meaning.
+        """
         filled = [*prompts, *[prompts[-1]] * ((self.static_rows or 0) - len(prompts))]
         ids, mask = left_padded(filled, self.pad, self.model.device)
         torch.manual_seed(self.sampling.seed + seed)
-        new_tokens = self._continued(ids, mask)[: len(prompts)]
-        return [self._answer(new) for new in new_tokens]
+        try:
+            continued = self._replayed if self.captures else self._continued
+            return continued(ids, mask)[: len(prompts)]
+        except NotCaptured as error:
+            logger.warning(f"the decoding step is not captured, so answers are slower: {error}")
+            self.captures, self._steps = False, None
+            return self.token_ids(prompts, seed)
 
     def _continued(self, ids: torch.Tensor, mask: torch.Tensor) -> list[list[int]]:
         """Returns the token ids that each row [rows, width] is continued with.
@@ -167,15 +195,49 @@ class Generator:
                 kept = {"past_key_values": made.past_key_values}
         return [found[row] for row in sorted(found)]
 
+    def _replayed(self, ids: torch.Tensor, mask: torch.Tensor) -> list[list[int]]:
+        """Returns what `_continued` does, by captured steps."""
+        width, most = ids.shape[1], self.sampling.max_new_tokens
+        if self._steps is None or not self._steps.fits(len(ids), width + most):
+            self._steps = None  # its memory is needed
+            self._steps = CapturedSteps(self.model, len(ids), width + most, self._chosen)
+        steps, look = self._steps, _CHECK_EVERY if self.turn.stop_strings else _LEAVE_EVERY
+        steps.start(ids, mask)
+        rows, found, done = list(range(len(ids))), {}, 1
+        while rows:
+            turn = min(look - done % look, most - done)
+            steps.advance(turn)
+            done += turn
+            broken = steps.nan[: len(rows)]
+            if broken.any():
+                raise NotANumber(rows[int(broken.int().argmax())])
+            new = steps.ids[: len(rows), width : width + done].tolist()
+            ended = [done == most or self._answer(one).finish == "stop" for one in new]
+            if self.sampling.temperature > 0 and not all(ended):
+                continue  # drawn tokens depend on the rows beside them
+            found |= {row: one for row, one, end in zip(rows, new, ended, strict=True) if end}
+            stay = [place for place, end in enumerate(ended) if not end]
+            rows = [rows[place] for place in stay]
+            if rows and len(stay) < len(ended):
+                steps.keep(stay)
+        return [found[row] for row in sorted(found)]
+
+    def _chosen(self, ids: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+        """Returns the next token of each row [rows] by the logits [rows, vocabulary]."""
+        if self.sampling.temperature == 0:
+            return logits.argmax(dim=-1)
+        logits = TemperatureLogitsWarper(self.sampling.temperature)(ids, logits)
+        if self.sampling.top_p < 1:
+            logits = TopPLogitsWarper(self.sampling.top_p)(ids, logits)
+        return torch.multinomial(logits.softmax(dim=-1), 1)[:, 0]
+
     def _rows_leave(self) -> bool:
         """Returns whether rows can leave a batch: the others must go on as they would have.
 
         Drawn tokens depend on the rows beside them. A cache of fixed shape keeps its rows, and
         only full attention's is known to lose some rightly.
         """
-        config = inner_model(self.model).config.get_text_config()
-        layers = set(getattr(config, "layer_types", None) or ["full_attention"])
-        plain = layers == {"full_attention"} and not inner_model(self.model)._is_stateful
+        plain = only_full_attention(inner_model(self.model))
         return plain and self.static_rows is None and self.sampling.temperature == 0
 
     def _answer(self, new: list[int]) -> Answer:

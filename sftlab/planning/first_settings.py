@@ -5,10 +5,12 @@ LoRA on all linears with alpha 32, on Tulu 3, 780 steps of 128 rows. Of dense mo
 4 billion parameters did best at 1e-3, those of 27 to 70 billion at 3e-4; at 8 billion one family
 did best at 1e-3 and another at 3e-4. For full fine-tuning it gives a tenth.
 
-The other is results/lora_rank_tuned and results/lora_or_full: SmolLM2-135M-Instruct on GSM8K, 187
-steps of 32 rows. With alpha 32, LoRA of ranks 1 to 64 did best at 3e-3, full fine-tuning at 3e-4.
+The other is results/lora_rank_tuned, results/lora_targets_tuned and results/lora_or_full:
+SmolLM2-135M-Instruct on GSM8K, 187 steps of 32 rows. With alpha 32, LoRA of ranks 1 to 64 on all
+linears did best at 3e-3, full fine-tuning at 3e-4.
 """
 
+from collections.abc import Collection
 from typing import NamedTuple
 
 TINY, SMALL, LARGE = 3.0e-3, 1.0e-3, 3.0e-4
@@ -23,6 +25,10 @@ SWEEP_ALPHA = 32
 # response perplexity of each rank at its own best rate, in results/lora_rank_tuned
 BY_RANK = {1: 1.931, 4: 1.887, 16: 1.873, 64: 1.868}
 FIRST_RANK = 16
+# the same of targets with as many parameters as all linears at rank 16, in
+# results/lora_targets_tuned
+BY_TARGETS = {"all linears": 1.873, "MLP": 1.887, "attention": 1.904, "q and v": 1.933}
+ALL_LINEARS = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
 
 
 class FirstRate(NamedTuple):
@@ -80,3 +86,12 @@ def rank_line(rank: int) -> str:
     tried = ", ".join(f"{one} {score:.3f}" for one, score in BY_RANK.items())
     said = "where to begin" if rank == FIRST_RANK else f"{FIRST_RANK} is where to begin"
     return f"rank {rank}: {said}; response perplexity by rank in a sweep of SmolLM2-135M: {tried}"
+
+
+def targets_line(targets: str | Collection[str] | None) -> str:
+    """Returns what the sweep says of a recipe's targets, a list of names or one word or pattern."""
+    names = set() if isinstance(targets, str) else set(targets or ())
+    everything = targets == "all-linear" or names >= ALL_LINEARS
+    tried = ", ".join(f"{name} {score:.3f}" for name, score in BY_TARGETS.items())
+    said = "LoRA on all linears: where to begin" if everything else "LoRA on all linears is better"
+    return f"{said}; response perplexity by targets of one size in a sweep of SmolLM2-135M: {tried}"
