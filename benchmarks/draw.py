@@ -3,6 +3,7 @@
 python benchmarks/draw.py results/kv_cache
 python benchmarks/draw.py results/throughput results/throughput_2gpus results/float32 \
     results/deterministic
+python benchmarks/draw.py results/peers
 
 The name of the table in the first folder says what is drawn: throughput.csv, kv_cache.csv,
 loss_curves.csv or tokenize_speed.csv. The plot stands beside that table. Throughput is drawn in
@@ -20,12 +21,13 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from sftlab.exit_messages import mistakes_in_one_line
+from sftlab.measurement.throughput_variants import FAMILY_OF, family_variants
 from sftlab.script_options import Options
 from sftlab.tables import read_csv
 
-BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#777777"
+BLUE, ORANGE, GREY, GREEN = "#0072B2", "#D55E00", "#777777", "#009E73"
 # Who trained, by the first word of a variant's name.
-TRAINERS = {"sft.py": BLUE, "trl": ORANGE, "published loop": GREY}
+TRAINERS = {"sft.py": BLUE, "trl": ORANGE, "Unsloth": GREEN, "published loop": GREY}
 # Question: the variants that answer it, and what they are called below it.
 GROUPS = {
     "1B shape, LoRA on q, v and o, 16 bits, one GPU": {
@@ -50,6 +52,40 @@ GROUPS = {
         "sft.py fp8, all linears": "sft.py, fp8, 32 rows",
         "sft.py bf16, all linears, 64 rows": "sft.py, bf16, 64 rows",
         "sft.py bf16, all linears": "sft.py, bf16, 32 rows",
+    },
+    "1B shape, LoRA on q, v and o, bf16, beside the fastest others": {
+        "sft.py bf16, 64 rows": "sft.py, 64 rows",
+        "sft.py bf16, 20 rows": "sft.py, 20 rows",
+        "Unsloth bf16, packed, 64 rows": "Unsloth, 64 full rows",
+        "Unsloth bf16, packed, 20 rows": "Unsloth, 20 full rows",
+        "trl bf16, packed, FA2, Liger, 64 rows": "trl, FA2, Liger, 64 full rows",
+        "trl bf16, packed, FA2, Liger, 20 rows": "trl, FA2, Liger, 20 full rows",
+    },
+    "1B shape, LoRA on all seven linears, bf16, beside the fastest other": {
+        "sft.py bf16, all linears, 64 rows": "sft.py, 64 rows",
+        "sft.py bf16, all linears, 20 rows": "sft.py, 20 rows",
+        "Unsloth bf16, packed, all linears, 64 rows": "Unsloth, 64 full rows",
+        "Unsloth bf16, packed, all linears, 20 rows": "Unsloth, 20 full rows",
+    },
+    "8B shape, LoRA on all seven linears, bf16, 2 full rows of 4,096 tokens": {
+        "sft.py bf16, 8B, 2 full rows of 4096": "sft.py",
+        "Unsloth bf16, 8B, 2 full rows of 4096": "Unsloth",
+    },
+    "7B shape in 4 bits (QLoRA), activations kept, rows to 1,024 tokens": {
+        "sft.py QLoRA, 7B, kept activations, 16 rows": "sft.py, 16 rows",
+        "sft.py QLoRA, 7B, kept activations, 4 rows": "sft.py, 4 rows",
+        "Unsloth QLoRA, 7B, packed, 16 rows": "Unsloth, 16 full rows",
+        "Unsloth QLoRA, 7B, packed, 4 rows": "Unsloth, 4 full rows",
+    },
+    **{
+        f"{family.title} shape, bf16, LoRA on {', '.join(family.targets)}": dict(
+            zip(
+                family_variants(shape, family),
+                ("sft.py, 32 rows", "Unsloth, 20 full rows", "trl, FA2, Liger, 20 full rows"),
+                strict=True,
+            )
+        )
+        for shape, family in FAMILY_OF.items()
     },
     "1B shape, with and without LoRA and its linear as one product": {
         f"sft.py bf16, {linears}, {rows} rows, dropout {dropout}{fused}": (
@@ -132,6 +168,8 @@ def draw_throughput(*tables: Sequence[Row]) -> plt.Figure:
         for title, rows in panels.items()
         if not any(names[title] < others for others in names.values())
     }
+    if not panels:
+        raise ValueError("nothing to draw: no variant of the table was measured")
     heights = [len(rows) + 0.9 for rows in panels.values()]
     figure, axes = plt.subplots(
         len(panels),

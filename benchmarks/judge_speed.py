@@ -24,7 +24,7 @@ from sftlab.data.chat_template import set_template
 from sftlab.exit_messages import mistakes_in_one_line
 from sftlab.judging.judge_formats import Messages
 from sftlab.judging.judges import LocalJudge
-from sftlab.models.random_models import MODEL_SHAPES, save_random_llama
+from sftlab.models.random_models import MODEL_SHAPES, save_random_model
 from sftlab.paths import ROOT
 from sftlab.runs.environment import provenance
 from sftlab.script_options import Options
@@ -103,7 +103,7 @@ def make_judge(shape: str) -> Path:
     Returns its folder.
     """
     folder = ROOT / "data" / f"{shape}-judge"
-    save_random_llama(folder, shape=shape)
+    save_random_model(folder, shape=shape)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     set_template(tokenizer)
     tokenizer.save_pretrained(folder)

@@ -22,7 +22,7 @@ from transformers import AutoTokenizer, LlamaForCausalLM
 
 from sftlab.config.launch_command import LAUNCHER, launch_command
 from sftlab.exit_messages import mistakes_in_one_line
-from sftlab.models.random_models import save_random_llama
+from sftlab.models.random_models import save_random_model
 from sftlab.paths import ROOT
 from sftlab.runs.run_directory import read_run
 from sftlab.script_options import Options
@@ -87,7 +87,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", default=list(CELLS))
     arguments = parser.parse_args()
     base = ROOT / "data" / "llama3.2-1b-random"
-    save_random_llama(base, arguments.tokenizer)
+    save_random_model(base, arguments.tokenizer)
     gpus: Queue[str] = Queue()
     for index in range(torch.cuda.device_count()):
         gpus.put(str(index))

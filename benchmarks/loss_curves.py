@@ -18,7 +18,7 @@ import numpy as np
 
 from sftlab.config.launch_command import as_arguments, launch_command
 from sftlab.exit_messages import mistakes_in_one_line
-from sftlab.models.random_models import save_random_llama
+from sftlab.models.random_models import save_random_model
 from sftlab.paths import ROOT
 from sftlab.runs.environment import provenance
 from sftlab.runs.run_directory import read_run
@@ -42,7 +42,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=ROOT / "results" / "loss_curves")
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
-    save_random_llama(ROOT / BASE, arguments.tokenizer)
+    save_random_model(ROOT / BASE, arguments.tokenizer)
     losses = {}
     for name, (launch, fields) in CURVES.items():
         run = train(name, launch, fields, arguments.dataset, arguments.steps)

@@ -29,7 +29,7 @@ from sftlab.config.launch import Launch
 from sftlab.models.loading import load_config, load_tokenizer
 from sftlab.runs.environment import provenance
 from sftlab.paths import ROOT
-from sftlab.models.random_models import save_random_llama
+from sftlab.models.random_models import save_random_model
 from sftlab.script_options import Options
 from sftlab.tables import write_csv
 from sftlab.data.chat_template import set_template
@@ -67,7 +67,7 @@ def main() -> None:
     if not (arguments.tokenizer and arguments.dataset):
         parser.error("--tokenizer and --dataset are required")
     arguments.out.mkdir(parents=True, exist_ok=True)
-    save_random_llama(ROOT / BASE, arguments.tokenizer)
+    save_random_model(ROOT / BASE, arguments.tokenizer)
     with tempfile.TemporaryDirectory() as folder:
         for name, (launch, fields) in STEPS.items():
             start(

@@ -39,7 +39,7 @@ import torch
 
 from sftlab.config.launch_command import as_arguments, launch_command
 from sftlab.exit_messages import mistakes_in_one_line
-from sftlab.models.random_models import random_files, random_lengths, save_random_llama
+from sftlab.models.random_models import random_files, random_lengths, save_random_model
 from sftlab.paths import ROOT
 from sftlab.runs.environment import machine_name, provenance
 from sftlab.script_options import Options
@@ -225,7 +225,7 @@ def inputs(options: argparse.Namespace) -> tuple[str, str, dict[str, int]]:
             raise ValueError(f"{base.parent} has no demo: `python recipes/demo/build.py` makes it")
         return str(base), str(pairs), work
     base, _ = random_files(SHAPE, 512)
-    save_random_llama(base, shape=SHAPE)
+    save_random_model(base, shape=SHAPE)
     pairs = base.with_name(f"{SHAPE}-pairs.jsonl")
     if not pairs.is_file():
         write_pairs(pairs, 2000)

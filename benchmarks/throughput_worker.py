@@ -4,8 +4,8 @@ accelerate launch --config_file accelerate_configs/single.yaml benchmarks/throug
     --kind sft --fields '{}' --base DIR --rows FILE --turns 3 --folder DIR
 
 It warms up and writes `ready0`. At `go0` it trains a turn of steps and writes `done0` (JSON), and
-so on. The turn after the last has ten steps and is profiled. The GPU is idle when a turn starts and
-when it ends.
+so on. With `--profiled 1` a turn of ten steps more is profiled. The GPU is idle when a turn starts
+and when it ends. Warm-up and turns of one process end early after LONGEST_S.
 """
 
 import sftlab.startup.filter_warnings  # noqa: I001  (before the libraries that it quiets)
@@ -14,139 +14,53 @@ import sftlab.startup.single_process  # noqa: F401  (before they see the devices
 import importlib.util
 import json
 import os
-import time
+import sys
+import tempfile
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+if "--kind=unsloth" in sys.argv:  # it patches the libraries below
+    os.environ |= {"UNSLOTH_DISABLE_STATISTICS": "1", "HF_HUB_OFFLINE": "1"}
+    os.environ["UNSLOTH_COMPILE_LOCATION"] = tempfile.mkdtemp()
+    import unsloth  # noqa: F401
+
 import torch
-import torch.distributed as dist
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, TrainerCallback
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from trl import SFTConfig, SFTTrainer
 
-from sftlab.measurement.flops import Flops, flops_per_token
-from sftlab.measurement.hardware_limit import synchronize
-from sftlab.measurement.throughput import Meter
-from sftlab.paths import ROOT
 from sftlab.data.chat_template import encode, set_template
+from sftlab.measurement.flops import flops_per_token
+from sftlab.measurement.throughput import Meter
+from sftlab.measurement.turnstile import Turnstile
+from sftlab.models.mixture import counts_of
+from sftlab.paths import ROOT
 from sftlab.script_options import Options
-from sftlab.training.trainer import LabTrainer
 
 # Steps before the first turn and in a turn; the slower the variant, the fewer.
-WARM_STEPS, STEPS = {"sft": 20, "trl": 10, "loop": 5}, {"sft": 30, "trl": 10, "loop": 8}
-PROFILED_STEPS = 10
+WARM_STEPS = {"sft": 20, "trl": 10, "loop": 5, "unsloth": 10}
+STEPS = {"sft": 30, "trl": 10, "loop": 8, "unsloth": 10}
 LORA = {
     "r": 16,
     "lora_alpha": 32,
     "target_modules": ["q_proj", "v_proj", "o_proj"],
     "task_type": "CAUSAL_LM",
 }
-# What a kernel's name says of its work; the first match counts.
-KERNELS = {
-    "matrix products": ("nvjet", "gemm", "cutlass", "cublas", "splitK"),
-    "attention": ("_forward", "_backward_query", "_backward_key", "flash", "fmha"),
-    "cross-entropy": ("_cross_entropy",),
-    "communication": ("nccl",),
-    "norms, sums and casts with scales": ("triton_red", "triton_per"),
-    "elementwise": ("triton_poi", "elementwise", "vectorized"),
-    "optimizer": ("multi_tensor",),
-    "copies": ("Memcpy", "Memset", "index"),
-    "dequantisation": ("Dequantize", "dequant"),
-}
-
-
-class Turnstile(TrainerCallback):
-    """Lets a turn of steps train when its file appears, times it and counts its tokens.
-
-    The counts are those of all processes.
-    """
-
-    def __init__(self, folder: Path, kind: str, turns: int) -> None:
-        self._folder, self._turns, self._turn = folder, turns, 0
-        self._first, self._steps = WARM_STEPS[kind], STEPS[kind]
-        self.total = self._first + turns * self._steps + PROFILED_STEPS * (kind == "sft")
-        self._profiler = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA])
-        self._counts: list[torch.Tensor | int] = [0, 0, 0]
-        self._loss: float | None = None
-        self.flops: Flops | None = None
-
-    def count(self, *counts: torch.Tensor | int) -> None:
-        """Add a micro-batch's tokens, rows and tokens in the loss; counts on the GPU stay there."""
-        self._counts = [total + count for total, count in zip(self._counts, counts, strict=True)]
-
-    def on_log(
-        self, args: Any, state: Any, control: Any, logs: dict[str, float], **kwargs: Any
-    ) -> None:
-        """Keep the training loss."""
-        self._loss = logs.get("loss", self._loss)
-
-    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Wait at the first step of a turn."""
-        if state.global_step == self._first:
-            synchronize()
-            (self._folder / f"ready{self._turn}").touch()
-            while not (self._folder / f"go{self._turn}").exists():
-                time.sleep(0.01)
-            if self._turn == self._turns:
-                self._steps = PROFILED_STEPS
-                self._profiler.start()
-            self._counts, self._started = [0, 0, 0], time.perf_counter()
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Report at the last step of a turn."""
-        if state.global_step != self._first + self._steps:
-            return
-        synchronize()
-        seconds, report = time.perf_counter() - self._started, {}
-        if self._turn == self._turns:
-            self._profiler.stop()
-            report["kernels"] = kernel_classes(self._profiler, seconds)
-        counts, rank = (
-            torch.tensor([float(count) for count in self._counts], dtype=torch.float64),
-            0,
-        )
-        if dist.is_initialized():
-            counts, rank = counts.cuda(), dist.get_rank()
-            dist.all_reduce(counts)
-        tokens, rows, loss_tokens = (counts / seconds).tolist()
-        work = self.flops.token * tokens + self.flops.loss_token * loss_tokens
-        report |= {
-            "tokens_per_s": tokens,
-            "rows_per_s": rows,
-            "model_flops_per_s": work,
-            "loss": self._loss,
-        }
-        report["peak_gb"] = (
-            torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else 0.0
-        )
-        if rank == 0:
-            (self._folder / "report").write_text(json.dumps(report), encoding="utf-8")
-            (self._folder / "report").rename(self._folder / f"done{self._turn}")
-        self._turn, self._first = self._turn + 1, self._first + self._steps
-
-
-def kernel_classes(profiler: torch.profiler.profile, seconds: float) -> dict[str, float]:
-    """Returns the milliseconds a step that the GPU spends in each class of kernel, and in none."""
-    spent = dict.fromkeys([*KERNELS, "other"], 0.0)
-    for event in profiler.key_averages():
-        found = (
-            name for name, words in KERNELS.items() if any(word in event.key for word in words)
-        )
-        spent[next(found, "other")] += event.self_device_time_total / 1e3 / PROFILED_STEPS
-    return spent | {"none": seconds / PROFILED_STEPS * 1e3 - sum(spent.values())}
 
 
 def train_sft(
     fields: dict[str, Any], base: str, rows: str, steps: int, turnstile: Turnstile, folder: Path
 ) -> None:
     """Train with recipes/sft.py, the turnstile among its callbacks."""
+    from sftlab.training.trainer import LabTrainer  # on trl's trainer, which Unsloth replaces
+
     build, count = LabTrainer.__init__, Meter.count
 
     def with_turnstile(self: LabTrainer, *args: Any, callbacks: list, **kwargs: Any) -> None:
         build(self, *args, callbacks=[*callbacks, turnstile], **kwargs)
-        turnstile.flops = self.flops
+        turnstile.flops, turnstile.parts = self.flops, lambda: parts_of(self.model, self.fast)
 
     LabTrainer.__init__ = with_turnstile
     Meter.count = lambda self, *counts: (count(self, *counts), turnstile.count(*counts))
@@ -229,7 +143,93 @@ def train_trl(
         model=base, args=args, train_dataset=dataset, peft_config=lora, callbacks=[turnstile]
     )
     turnstile.flops = flops_per_token(trainer.model)
+    turnstile.parts = lambda: parts_of(trainer.model, args=trainer.args)
     trainer.train()
+
+
+def train_unsloth(
+    fields: dict[str, Any], base: str, rows: str, steps: int, turnstile: Turnstile, folder: Path
+) -> None:
+    """Train with Unsloth on the same tokens, without dropout and gradient checkpointing."""
+    from unsloth import FastLanguageModel
+
+    longest = fields.pop("max_length")
+    model, tokenizer = FastLanguageModel.from_pretrained(
+        base,
+        max_seq_length=longest,
+        dtype=torch.bfloat16,
+        load_in_4bit=fields.pop("load_in_4bit"),
+        local_files_only=True,
+    )
+    lora = {name: value for name, value in LORA.items() if name != "task_type"}
+    model = FastLanguageModel.get_peft_model(
+        model,
+        lora_dropout=0,
+        bias="none",
+        use_gradient_checkpointing=False,
+        random_state=0,
+        **lora | fields.pop("lora"),
+    )
+    args = SFTConfig(
+        output_dir=str(folder),
+        max_steps=steps,
+        max_length=longest,
+        bf16=True,
+        gradient_checkpointing=False,
+        optim="adamw_torch_fused",
+        report_to="none",
+        logging_steps=10,
+        save_strategy="no",
+        learning_rate=2e-4,
+        disable_tqdm=True,
+        dataset_num_proc=1,
+        dataloader_drop_last=True,
+        **fields,
+    )
+    ids = token_rows(base, rows, longest, 2 * steps * args.per_device_train_batch_size)
+    trainer = SFTTrainer(
+        model=model,
+        args=args,
+        train_dataset=Dataset.from_dict({"input_ids": ids, "labels": ids}),
+        processing_class=tokenizer,
+        callbacks=[turnstile],
+    )
+    compute_loss, pad = trainer.compute_loss, tokenizer.pad_token_id
+
+    def counting(model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        mask, ids = inputs.get("attention_mask"), inputs["input_ids"]
+        tokens = (mask if mask is not None and mask.shape == ids.shape else ids != pad).sum()
+        count = (ids == tokenizer.eos_token_id).sum()  # every row ends with one
+        turnstile.count(tokens, count, tokens - count)
+        return compute_loss(model, inputs, *args, **kwargs)
+
+    trainer.compute_loss = counting
+    turnstile.flops = flops_per_token(trainer.model)
+    turnstile.parts = lambda: parts_of(trainer.model, args=trainer.args)
+    trainer.train()
+
+
+def parts_of(model: Any, fast: Any = None, args: Any = None) -> str:
+    """Returns what makes a step fast or slow, as it runs: by recipes/sft.py's choices or by trl's.
+
+    `fast` is the project's FastPath, with the reasons of parts that are off; `args` are trl's.
+    """
+    parts = {"attention": model.config._attn_implementation}
+    if fast is not None:
+        parts |= {"packing": fast.packing, "compiled layers": fast.compile_layers}
+        parts |= {"fused loss": fast.fused_loss, "fused LoRA": fast.fused_lora}
+        parts |= {f"{part} is off": why for part, why in fast.reasons.items()}
+        experts = fast.experts
+    else:
+        parts |= {"packing": args.packing, "padding-free": args.padding_free}
+        parts |= {"Liger": args.use_liger_kernel, "compiled": args.torch_compile}
+        parts["checkpointing"] = args.gradient_checkpointing
+        mixture = counts_of(model.config.get_text_config())
+        experts = getattr(model.config, "_experts_implementation", None) if mixture else None
+    if experts:
+        parts["experts"] = experts
+    said = {True: "yes", False: "no"}
+    return "; ".join(f"{part}: {said.get(value, value)}" for part, value in parts.items())
 
 
 def train_loop(
@@ -285,16 +285,26 @@ def token_rows(base: str, path: str, max_length: int, count: int) -> list[list[i
 def main() -> None:
     """Train one variant; it stops after its last turn."""
     parser = Options(description=__doc__.splitlines()[0])
-    kinds = {"sft": train_sft, "trl": train_trl, "loop": train_loop}
+    kinds = {"sft": train_sft, "trl": train_trl, "loop": train_loop, "unsloth": train_unsloth}
     parser.add_argument("--kind", choices=kinds, required=True)
     parser.add_argument("--fields", type=json.loads, required=True)
     parser.add_argument("--base", required=True)
     parser.add_argument("--rows", required=True)
     parser.add_argument("--turns", type=int, required=True)
     parser.add_argument("--folder", type=Path, required=True)
+    parser.add_argument("--warm", type=int, help="steps before the first turn")
+    parser.add_argument("--steps", type=int, help="steps of a turn")
+    parser.add_argument("--profiled", type=int, default=0, help="1 for one turn more")
     arguments = parser.parse_args()
-    turnstile = Turnstile(arguments.folder, arguments.kind, arguments.turns)
-    kinds[arguments.kind](
+    kind = arguments.kind
+    turnstile = Turnstile(
+        arguments.folder,
+        arguments.turns,
+        arguments.warm or WARM_STEPS[kind],
+        arguments.steps or STEPS[kind],
+        bool(arguments.profiled),
+    )
+    kinds[kind](
         arguments.fields,
         arguments.base,
         arguments.rows,

@@ -16,17 +16,19 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoTokenizer,
     LlamaConfig,
-    LlamaForCausalLM,
+    PreTrainedConfig,
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
 )
 
 from sftlab.data.chat_template import encode, set_template
+from sftlab.models.family_shapes import FAMILY_SHAPES, family_config
 from sftlab.paths import ROOT
 
-# fields of a LlamaConfig by the name of the shape
+# fields of a LlamaConfig by the name of the shape; other families are in family_shapes.py
 MODEL_SHAPES: dict[str, dict[str, Any]] = {
     "llama3.2-1b": {
         "vocab_size": 128256, "hidden_size": 2048, "intermediate_size": 8192,
@@ -45,6 +47,13 @@ MODEL_SHAPES: dict[str, dict[str, Any]] = {
         "bos_token_id": 31998, "eos_token_id": 31998,
         "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
     },
+    "llama3-8b": {
+        "vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336,
+        "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8,
+        "max_position_embeddings": 8192, "tie_word_embeddings": False,
+        "bos_token_id": 128000, "eos_token_id": 128001,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0},
+    },
     "mistral-7b": {
         "vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 14336,
         "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8,
@@ -61,13 +70,27 @@ MODEL_SHAPES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
+def shape_config(shape: str) -> PreTrainedConfig:
+    """Returns the config of a shape, of any family, in bfloat16.
+
+    Raises ValueError for an unknown one.
+    """
+    if shape in FAMILY_SHAPES:
+        config = family_config(shape)
+        config.dtype = torch.bfloat16
+        return config
+    if shape not in MODEL_SHAPES:
+        known = ", ".join([*MODEL_SHAPES, *FAMILY_SHAPES])
+        raise ValueError(f"no model shape {shape!r}: there are {known}")
+    return LlamaConfig(**MODEL_SHAPES[shape], rms_norm_eps=1e-5, dtype="bfloat16")
+
+
 def random_files(shape: str, longest: int, shortest: int = 16) -> tuple[Path, Path]:
     """Returns the folder of a random-initialised model, and the file of rows for it.
 
     Rows have `shortest` to `longest` tokens. Raises ValueError for an unknown shape.
     """
-    if shape not in MODEL_SHAPES:
-        raise ValueError(f"no model shape {shape!r}: there are {', '.join(MODEL_SHAPES)}")
+    shape_config(shape)
     lengths = f"{longest}" if shortest == 16 else f"{shortest}to{longest}"
     return ROOT / "data" / f"{shape}-words", ROOT / "data" / f"{shape}-rows{lengths}.jsonl"
 
@@ -75,12 +98,12 @@ def random_files(shape: str, longest: int, shortest: int = 16) -> tuple[Path, Pa
 def make_random_files(shape: str, longest: int, count: int = 3000, shortest: int = 16) -> None:
     """Make the files that `random_files` names, where they are missing."""
     folder, rows = random_files(shape, longest, shortest)
-    save_random_llama(folder, shape=shape)
+    save_random_model(folder, shape=shape)
     if not rows.is_file():
         write_rows(rows, AutoTokenizer.from_pretrained(folder), count, longest, shortest)
 
 
-def save_random_llama(
+def save_random_model(
     folder: Path, tokenizer: str | None = None, shape: str = "llama3.2-1b"
 ) -> None:
     """Save a random-initialised model of a published shape, in bfloat16.
@@ -90,9 +113,9 @@ def save_random_llama(
     if (folder / "config.json").is_file():
         return
     torch.manual_seed(0)
-    config = LlamaConfig(**MODEL_SHAPES[shape], rms_norm_eps=1e-5, dtype="bfloat16")
+    config = shape_config(shape)
     with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
-        model = LlamaForCausalLM(config).to(torch.bfloat16)
+        model = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)](config).to(torch.bfloat16)
     model.cpu()
     torch.cuda.empty_cache()
     own = (
@@ -148,12 +171,12 @@ def write_rows(
     lengths = random_lengths(count, longest, shortest, generator)
     texts = {tokenizer.decode([i]).strip() for i in range(256, min(30_000, len(tokenizer)))}
     texts = [text for text in sorted(texts) if re.fullmatch("[a-z]+[0-9]*", text) and len(text) > 2]
-    words = [
-        text for text in texts if len(tokenizer.encode(f" {text}", add_special_tokens=False)) == 1
-    ]
+    ids = tokenizer([f" {text}" for text in texts], add_special_tokens=False)["input_ids"]
+    # choosing from a list would make an array of it for every row
+    words = np.array([text for text, mine in zip(texts, ids, strict=True) if len(mine) == 1])
     row = {
         "prompt": [{"role": "user", "content": "1000"}],
-        "completion": [{"role": "assistant", "content": words[0]}],
+        "completion": [{"role": "assistant", "content": str(words[0])}],
     }
     around = len(encode(tokenizer, row, None)["input_ids"]) - 1
     unfinished = path.with_name(f".{path.name}-{os.getpid()}")
@@ -176,7 +199,7 @@ def train_random_llama(
     kept in data/llama3.2-1b-random. Raises CalledProcessError where the training fails.
     """
     base = ROOT / "data" / "llama3.2-1b-random"
-    save_random_llama(base, tokenizer)
+    save_random_model(base, tokenizer)
     fields = {
         "config": "recipes/llama3.2-1b/attn_r16.yaml",
         "model_name_or_path": str(base),

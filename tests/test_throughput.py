@@ -1,0 +1,150 @@
+"""The throughput benchmark: its command line, its workers in turn, and rows of what failed."""
+
+import json
+import re
+import subprocess
+import sys
+
+import psutil
+import pytest
+from conftest import ROOT, load_script
+
+from sftlab.measurement.throughput_variants import (
+    EVERY,
+    FAMILIES,
+    FAMILY_OF,
+    FUSED_LORA,
+    PEERS,
+    VARIANTS,
+    Variant,
+    family_variants,
+)
+from sftlab.tables import read_csv
+
+script = load_script("benchmarks/throughput.py")
+FIELDS = {"per_device_train_batch_size": 2, "max_length": 64}
+SFT = Variant("sft", "cpu", FIELDS, 64, "tiny", warm=8, steps=4)
+TRL = Variant("trl", "cpu", FIELDS | {"packing": True, "bf16": False}, 64, "tiny", warm=8, steps=4)
+LACKING = SFT._replace(needs=("torch", "no_such_module"))
+
+
+def run(monkeypatch, tmp_path, variants, *words):
+    """Runs the benchmark with other variants on this CPU. Returns its table by variant."""
+    monkeypatch.setattr(script, "matrix_rate", lambda device, dtype: 1e12)
+    monkeypatch.setattr(script, "EVERY", variants)
+    argv = ["throughput.py", "--variants", *variants, "--out", str(tmp_path), *words]
+    monkeypatch.setattr(sys, "argv", argv)
+    script.main()
+    return {row["variant"]: row for row in read_csv(tmp_path / "throughput.csv")}
+
+
+def asked(monkeypatch, *words):
+    monkeypatch.setattr(sys, "argv", ["throughput.py", *words])
+    return script.parse_arguments()
+
+
+def test_variants_train_in_turn_beside_one_that_fails_and_one_that_lacks_a_module(
+    monkeypatch, tmp_path
+):
+    variants = {
+        "sft.py bf16": SFT,
+        "trl bf16": TRL._replace(fields={"no_such_field": 1}),
+        "trl bf16, packed, sdpa": TRL,
+        "sft.py fp8": LACKING,
+    }
+    rows = run(monkeypatch, tmp_path, variants, "--repeats", "2")
+    assert list(rows) == list(variants)
+    for name in ("sft.py bf16", "trl bf16, packed, sdpa"):
+        row = rows[name]
+        assert 0 < float(row["lowest"]) <= float(row["tokens_per_s"]) <= float(row["highest"])
+        assert row["repeats"] == "2" and not row["note"]
+        assert 6 < float(row["loss"]) < 8  # ln 1024 is 6.9
+        assert 64 < float(row["tokens_per_step"]) <= 128
+        assert 0 < float(row["rows_per_s"]) < float(row["tokens_per_s"]) / 16
+    assert "packing: no" in rows["sft.py bf16"]["parts"]
+    assert "packing is off: " in rows["sft.py bf16"]["parts"]
+    assert "packing: yes" in rows["trl bf16, packed, sdpa"]["parts"]
+    assert "TypeError" in rows["trl bf16"]["note"] and "no_such_field" in rows["trl bf16"]["note"]
+    assert rows["sft.py fp8"]["note"] == "not installed here: no_such_module"
+    for name in ("trl bf16", "sft.py fp8"):
+        assert rows[name]["tokens_per_s"] == "failed" and rows[name]["repeats"] == "0"
+    assert (tmp_path / "throughput.png").is_file()
+
+
+def test_a_worker_that_is_never_ready_is_ended_and_the_next_group_starts(monkeypatch, tmp_path):
+    variants = {"trl bf16": TRL, "sft.py fp8": LACKING}
+    rows = run(monkeypatch, tmp_path, variants, "--patience", "1", "--gb", "1")
+    assert re.fullmatch("no ready0 [12] s after its start", rows["trl bf16"]["note"])
+    assert rows["sft.py fp8"]["note"] == "not installed here: no_such_module"
+    assert not psutil.Process().children(recursive=True)
+
+
+def test_at_the_end_of_its_time_the_command_writes_what_it_has(monkeypatch, tmp_path):
+    variants = {"trl bf16": TRL, "sft.py bf16": SFT}
+    rows = run(monkeypatch, tmp_path, variants, "--seconds", "5", "--gb", "1")
+    assert rows["trl bf16"]["note"].startswith("the time was up: no ready0")
+    assert rows["sft.py bf16"]["note"] == "not reached in 5 s"
+    assert not psutil.Process().children(recursive=True)
+
+
+def test_the_table_is_written_after_every_turn(monkeypatch, tmp_path):
+    folder = tmp_path / "0"
+    folder.mkdir()
+    report = {"tokens_per_s": 5.0}
+    code = f"""
+import time
+from pathlib import Path
+folder = Path({str(folder)!r})
+for turn in range(2):
+    (folder / f"ready{{turn}}").touch()
+    while not (folder / f"go{{turn}}").exists():
+        time.sleep(0.01)
+    (folder / f"done{{turn}}.part").write_text({json.dumps(report)!r})
+    (folder / f"done{{turn}}.part").rename(folder / f"done{{turn}}")
+time.sleep(600)
+"""
+    folder.rmdir()  # the script makes it
+    monkeypatch.setattr(script, "start", lambda *_: subprocess.Popen([sys.executable, "-c", code]))
+    found, seen = {"one": script.Found()}, []
+    script.drive(
+        {"one": TRL}, found, 2, tmp_path, script.Limits(60),
+        lambda: seen.append(len(found["one"].reports)),
+    )  # fmt: skip
+    assert seen == [1, 2] and found["one"] == script.Found([report, report])
+
+
+@pytest.mark.parametrize(
+    "log, said",
+    [
+        ("INFO\nValueError: no\nCalledProcessError: it\n", "ValueError: no"),
+        ("a.b.OutOfMemoryError: GPU\n at line 3\n", "a.b.OutOfMemoryError: GPU"),
+        ("error: the recipe\nx.errors.ChildFailedError: \n===\n", "error: the recipe"),
+        ("Killed\n", "Killed"),
+        ("", "it ended without a word"),
+    ],
+)
+def test_a_failure_is_one_line_the_worker_s_own(log, said):
+    assert script.reason(log) == said
+
+
+def test_sets_and_parts_of_them_are_asked_for_by_name(monkeypatch, capsys):
+    assert list(asked(monkeypatch, "--peers").chosen) == list(PEERS)
+    given = asked(monkeypatch, "--families", "--only", "Qwen3-1.7B", "Gemma")
+    assert len(given.chosen) == 6 and given.out == ROOT / "results" / "families"
+    default = asked(monkeypatch).chosen
+    assert not set(default) & (set(FUSED_LORA) | set(FAMILIES))
+    assert default["sft.py bf16, 64 rows"].profiled
+    assert not asked(monkeypatch, "--peers").chosen["sft.py bf16, 64 rows"].profiled
+    with pytest.raises(SystemExit):
+        asked(monkeypatch, "--peers", "--only", "no such text")
+    assert "no variant has no such text" in capsys.readouterr().err
+
+
+def test_what_one_question_compares_fits_one_group():
+    assert set(EVERY) == {*VARIANTS, *FUSED_LORA, *PEERS, *FAMILIES}
+    for shape, family in FAMILY_OF.items():
+        assert len(script.groups(family_variants(shape, family), 135)) == 1
+    together = [set(names) for names in script.groups(PEERS, 135)]
+    for rows in (20, 64):
+        names = {f"sft.py bf16, {rows} rows", f"Unsloth bf16, packed, {rows} rows"}
+        assert any(names <= group for group in together)
