@@ -78,13 +78,10 @@ GROUPS = {
         "Unsloth QLoRA, 7B, packed, 4 rows": "Unsloth, 4 full rows",
     },
     **{
-        f"{family.title} shape, bf16, LoRA on {', '.join(family.targets)}": dict(
-            zip(
-                family_variants(shape, family),
-                ("sft.py, 32 rows", "Unsloth, 20 full rows", "trl, FA2, Liger, 20 full rows"),
-                strict=True,
-            )
-        )
+        f"{family.title} shape, bf16, LoRA on {', '.join(family.targets)}": {
+            name: name.replace(f" bf16, {family.title}", "")
+            for name in family_variants(shape, family)
+        }
         for shape, family in FAMILY_OF.items()
     },
     "1B shape, with and without LoRA and its linear as one product": {

@@ -159,6 +159,7 @@ def train_unsloth(
         max_seq_length=longest,
         dtype=torch.bfloat16,
         load_in_4bit=fields.pop("load_in_4bit"),
+        use_gradient_checkpointing=False,
         local_files_only=True,
     )
     lora = {name: value for name, value in LORA.items() if name != "task_type"}

@@ -53,16 +53,19 @@ def sft(
     return Variant("sft", launch, fields, longest, on_all_gpus=on_all, gb=gb, profiled=True)
 
 
-def trl(targets: list[str], rows: int, gb: int, **others: Any) -> Variant:
-    """Returns trl at its best: packed rows, FlashAttention-2 and the Liger kernels."""
+def trl(targets: list[str], rows: int, gb: int, flash: bool = True, **others: Any) -> Variant:
+    """Returns trl at its best: packed rows, FlashAttention-2 and the Liger kernels.
+
+    Without `flash` rows are padded, and transformers chooses the attention.
+    """
     fields = {
-        "packing": True,
+        "packing": flash,
         "use_liger_kernel": True,
-        "attn_implementation": "flash_attention_2",
+        **({"attn_implementation": "flash_attention_2"} if flash else {}),
         "per_device_train_batch_size": rows,
         "lora": {"target_modules": targets},
     }
-    needs = ("flash_attn", "liger_kernel")
+    needs = (*(("flash_attn",) if flash else ()), "liger_kernel")
     return Variant("trl", "single", fields, gb=gb, needs=needs)._replace(**PACE | others)
 
 
@@ -195,13 +198,15 @@ PEERS = {
 class Family(NamedTuple):
     """A shape beside Llama's: how it is called, and its LoRA targets.
 
-    `gb` is what recipes/sft.py, Unsloth and trl reserve.
+    `gb` is what recipes/sft.py, Unsloth and trl reserve. Without `flash` FlashAttention-2 lacks
+    what the attention needs, and the peers pad the rows.
     """
 
     title: str
     targets: list[str]
     gb: tuple[int, int, int]
     slow: bool = False
+    flash: bool = True
 
 
 # by the name of the shape, the cheapest and most informative first
@@ -212,7 +217,9 @@ FAMILY_OF = {
     "qwen3-30b-a3b-6-layers": Family("Qwen3-30B-A3B, 6 layers", QVO, (30, 36, 36), slow=True),
     "qwen3.5-2b": Family("Qwen3.5-2B", QVO, (40, 40, 40)),
     "phi4-mini": Family("Phi-4-mini", ["qkv_proj", "o_proj"], (42, 46, 46)),
-    "gpt-oss-20b-4-layers": Family("gpt-oss-20b, 4 layers", QVO, (30, 44, 40), slow=True),
+    "gpt-oss-20b-4-layers": Family(
+        "gpt-oss-20b, 4 layers", QVO, (30, 44, 50), slow=True, flash=False
+    ),
 }
 
 
@@ -221,10 +228,13 @@ def family_variants(shape: str, family: Family) -> dict[str, Variant]:
     more = {"shape": shape, **(SLOW if family.slow else PACE)}
     targets, (own, unsloths, trls) = family.targets, family.gb
     mine = paced(sft("single", 32, gb=own, lora_target_modules=targets), **more)
+    packed, flash = (", packed", ", FA2") if family.flash else ("", "")
     return {
         f"sft.py bf16, {family.title}, 32 rows": mine,
-        f"Unsloth bf16, {family.title}, packed, 20 rows": unsloth(targets, 20, unsloths, **more),
-        f"trl bf16, {family.title}, packed, FA2, Liger, 20 rows": trl(targets, 20, trls, **more),
+        f"Unsloth bf16, {family.title}{packed}, 20 rows": unsloth(targets, 20, unsloths, **more),
+        f"trl bf16, {family.title}{packed}{flash}, Liger, 20 rows": trl(
+            targets, 20, trls, family.flash, **more
+        ),
     }
 
 
