@@ -29,7 +29,6 @@ import argparse
 import json
 import math
 import os
-import re
 import signal
 import statistics
 import subprocess
@@ -37,12 +36,10 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import psutil
 import torch
 
 from sftlab.config.launch_command import as_arguments, launch_command
@@ -56,14 +53,13 @@ from sftlab.measurement.throughput_variants import (
     VARIANTS,
     Variant,
 )
+from sftlab.measurement.turn_workers import Limits, Worker, awaited, end, log_of, reason, take_turn
 from sftlab.models.random_models import make_random_files, random_files
 from sftlab.paths import ROOT
 from sftlab.runs.environment import provenance
 from sftlab.script_options import Options
-from sftlab.tables import preview, write_csv
+from sftlab.tables import write_csv
 
-# Seconds of a turn after which a worker hangs.
-TURN_S = 120.0
 # Rows of a file: of full rows few are read, and each takes long to encode.
 ROWS, FULL_ROWS = 3000, 400
 
@@ -77,30 +73,6 @@ class Found:
     note: str = ""
 
 
-@dataclass
-class Limits:
-    """When is a worker late? `end` and what `until` returns are times of time.monotonic()."""
-
-    patience: float
-    end: float = math.inf
-
-    def until(self, seconds: float) -> float:
-        """Returns the time in so many seconds, or the end of the command where that is sooner."""
-        return min(time.monotonic() + seconds, self.end)
-
-    def over(self) -> bool:
-        """Returns whether the command's time is up."""
-        return time.monotonic() >= self.end
-
-
-class Worker(NamedTuple):
-    """A process that trains a variant, with the folder in which it reports."""
-
-    folder: Path
-    process: subprocess.Popen
-    started: float
-
-
 def main() -> None:
     """Make models and rows, run the variants, and write a row for each."""
     started = time.monotonic()
@@ -111,7 +83,7 @@ def main() -> None:
         draw(arguments.out)
         return
     arguments.out.mkdir(parents=True, exist_ok=True)
-    limits = Limits(arguments.patience, started + arguments.seconds)
+    limits = Limits(arguments.patience, started + arguments.seconds, started)
     chosen: dict[str, Variant] = arguments.chosen
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     rate, about = matrix_rate(device, torch.bfloat16), provenance()
@@ -244,6 +216,8 @@ def drive(
         until = limits.until(limits.patience)
         for name, worker in workers.items():
             found[name].note = awaited(worker, "ready0", until, limits) or ""
+        ready = sum(not found[name].note for name in workers)
+        print(f"{ready} of {len(variants)} ready after {limits.passed():.0f} s", flush=True)
         for turn in range(repeats + 1):
             for name, worker in workers.items():
                 one, more = found[name], turn < repeats or variants[name].profiled
@@ -269,45 +243,6 @@ def drive(
                 print(f"{name}: {found[name].note}\n{own[-1500:]}", flush=True)
 
 
-def take_turn(worker: Worker, turn: int, limits: Limits) -> str | None:
-    """Let a worker train a turn. Returns why it did not, None where it did."""
-    until = limits.until(TURN_S)
-    why = awaited(worker, f"ready{turn}", until, limits)
-    if why is None:
-        (worker.folder / f"go{turn}").touch()
-        why = awaited(worker, f"done{turn}", until, limits)
-    return why
-
-
-def awaited(worker: Worker, file: str, until: float, limits: Limits) -> str | None:
-    """Wait until a worker has written a file. Returns why it has not, None where it has."""
-    while not (worker.folder / file).exists():
-        if worker.process.poll() is not None and not (worker.folder / file).exists():
-            return reason(log_of(worker))
-        if time.monotonic() >= until:
-            waited = f"no {file} {time.monotonic() - worker.started:.0f} s after its start"
-            return f"the time was up: {waited}" if limits.over() else waited
-        time.sleep(0.02)
-    return None
-
-
-def log_of(worker: Worker) -> str:
-    """Returns what a worker has printed."""
-    return (worker.folder / "log").read_text(encoding="utf-8", errors="replace")
-
-
-def reason(log: str) -> str:
-    """Returns the line of a log that says why its process failed."""
-    lines = [line.strip() for line in log.splitlines() if line.strip()]
-    errors = [
-        line
-        for line in lines
-        if re.match(r"(error:|[\w.]*(Error|Exception|Exit|Interrupt)\b)", line)
-        and not re.search("CalledProcessError|ChildFailedError", line)  # the launcher's, on it
-    ]
-    return preview((errors or lines or ["it ended without a word"])[-1], 200)
-
-
 def start(variant: Variant, repeats: int, folder: Path) -> subprocess.Popen:
     """Start the worker of a variant, on one GPU or on all."""
     processes = gpus(variant)
@@ -330,20 +265,6 @@ def start(variant: Variant, repeats: int, folder: Path) -> subprocess.Popen:
             stderr=subprocess.STDOUT,
             env=environment,
         )
-
-
-def end(worker: Worker) -> None:
-    """End a worker and all that it started, so that the GPU's memory is free."""
-    try:
-        launcher = psutil.Process(worker.process.pid)
-        mine = [launcher, *launcher.children(recursive=True)]
-    except psutil.NoSuchProcess:
-        mine = []
-    for process in mine:
-        with suppress(psutil.NoSuchProcess):
-            process.kill()
-    psutil.wait_procs(mine, timeout=10)
-    worker.process.wait()
 
 
 def gpus(variant: Variant) -> int:

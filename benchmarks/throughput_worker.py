@@ -5,7 +5,7 @@ accelerate launch --config_file accelerate_configs/single.yaml benchmarks/throug
 
 It warms up and writes `ready0`. At `go0` it trains a turn of steps and writes `done0` (JSON), and
 so on. With `--profiled 1` a turn of ten steps more is profiled. The GPU is idle when a turn starts
-and when it ends. Warm-up and turns of one process end early after LONGEST_S.
+and when it ends. Slow ones end after LONGEST_S (sftlab/measurement/turnstile.py).
 """
 
 import sftlab.startup.filter_warnings  # noqa: I001  (before the libraries that it quiets)

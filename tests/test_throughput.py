@@ -4,11 +4,14 @@ import json
 import re
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import psutil
 import pytest
 from conftest import ROOT, load_script
 
+from sftlab.measurement import turnstile
+from sftlab.measurement.flops import Flops
 from sftlab.measurement.throughput_variants import (
     EVERY,
     FAMILIES,
@@ -148,3 +151,43 @@ def test_what_one_question_compares_fits_one_group():
     for rows in (20, 64):
         names = {f"sft.py bf16, {rows} rows", f"Unsloth bf16, packed, {rows} rows"}
         assert any(names <= group for group in together)
+
+
+class Clock:
+    """A clock that stands until it is moved, for a turnstile."""
+
+    def __init__(self, monkeypatch):
+        self.now = 0.0
+        monkeypatch.setattr(turnstile.time, "perf_counter", lambda: self.now)
+
+
+def steps_of(turns, folder, clock, seconds_a_step):
+    """Trains until the turnstile stops it; returns the steps before the first turn and in all."""
+    control, step, warm = SimpleNamespace(should_training_stop=False), 0, None
+    turns.flops = Flops(1.0, 1.0)
+    while not control.should_training_stop and step < turns.total:
+        for turn in range(9):
+            (folder / f"go{turn}").touch()
+        turns.on_step_begin(None, SimpleNamespace(global_step=step), control)
+        warm = step if warm is None and (folder / "ready0").exists() else warm
+        turns.count(10, 2, 8)
+        clock.now, step = clock.now + seconds_a_step(step), step + 1
+        turns.on_step_end(None, SimpleNamespace(global_step=step), control)
+    return warm, step
+
+
+def test_turns_have_the_steps_asked_for(monkeypatch, tmp_path):
+    turns = turnstile.Turnstile(tmp_path, turns=2, warm=4, steps=3)
+    clock = Clock(monkeypatch)
+    assert steps_of(turns, tmp_path, clock, lambda step: 1.0 + 50 * (step < 2)) == (4, 10)
+    report = json.loads((tmp_path / "done1").read_text(encoding="utf-8"))
+    assert (report["tokens_per_s"], report["tokens_per_step"]) == (10, 10)
+    assert report["model_flops_per_s"] == 18 and not (tmp_path / "done2").exists()
+
+
+def test_slow_steps_end_a_warm_up_and_a_turn_early(monkeypatch, tmp_path):
+    turns = turnstile.Turnstile(tmp_path, turns=2, warm=40, steps=30)
+    warm, steps = steps_of(turns, tmp_path, Clock(monkeypatch), lambda step: 20.0)
+    # two steps compile, two more take longer than 30 s; so do two of each turn
+    assert (warm, steps) == (4, 8)
+    assert json.loads((tmp_path / "done0").read_text(encoding="utf-8"))["tokens_per_step"] == 10

@@ -19,8 +19,8 @@ from sftlab.measurement.flops import Flops
 from sftlab.measurement.hardware_limit import synchronize
 
 PROFILED_STEPS = 10
-# Seconds after which a warm-up of two steps or a turn ends at the next step.
-LONGEST_S = 20.0
+# Seconds after which a turn, or a warm-up beyond its first two steps, ends at the next step.
+LONGEST_S = 30.0
 # What a kernel's name says of its work; the first match counts.
 KERNELS = {
     "matrix products": ("nvjet", "gemm", "cutlass", "cublas", "splitK"),
@@ -69,11 +69,12 @@ class Turnstile(TrainerCallback):
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Wait at the first step of a turn."""
         if self._first < 0:
-            self._entered, self._first = time.perf_counter(), state.global_step
+            self._first = state.global_step
         done = state.global_step - self._first
-        if self._training or (
-            self._turn == 0 and done < self._warm and not (done > 1 and late(self._entered))
-        ):
+        if done <= 2 and self._turn == 0:  # the first steps compile
+            self._entered = time.perf_counter()
+        warm = self._turn > 0 or done >= self._warm or late(self._entered)
+        if self._training or not warm:
             return
         synchronize()
         (self._folder / f"ready{self._turn}").touch()
