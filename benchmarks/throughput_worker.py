@@ -111,6 +111,8 @@ def train_trl(
 
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(folder / "tensorboard")
     model_fields = {"dtype": fields.pop("dtype", "bfloat16")}
+    if "attn_implementation" in fields:
+        model_fields["attn_implementation"] = fields.pop("attn_implementation")
     if fields.pop("load_in_4bit", False):
         model_fields["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=True,
@@ -151,6 +153,7 @@ def train_unsloth(
     fields: dict[str, Any], base: str, rows: str, steps: int, turnstile: Turnstile, folder: Path
 ) -> None:
     """Train with Unsloth on the same tokens, without dropout and gradient checkpointing."""
+    from trl import SFTConfig, SFTTrainer  # Unsloth has replaced them
     from unsloth import FastLanguageModel
 
     longest = fields.pop("max_length")

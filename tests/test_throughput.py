@@ -27,7 +27,15 @@ from sftlab.tables import read_csv
 script = load_script("benchmarks/throughput.py")
 FIELDS = {"per_device_train_batch_size": 2, "max_length": 64}
 SFT = Variant("sft", "cpu", FIELDS, 64, "tiny", warm=8, steps=4)
-TRL = Variant("trl", "cpu", FIELDS | {"packing": True, "bf16": False}, 64, "tiny", warm=8, steps=4)
+TRL = Variant(
+    "trl",
+    "cpu",
+    FIELDS | {"packing": True, "bf16": False, "attn_implementation": "eager"},
+    64,
+    "tiny",
+    warm=8,
+    steps=4,
+)
 LACKING = SFT._replace(needs=("torch", "no_such_module"))
 
 
@@ -66,7 +74,7 @@ def test_variants_train_in_turn_beside_one_that_fails_and_one_that_lacks_a_modul
         assert 0 < float(row["rows_per_s"]) < float(row["tokens_per_s"]) / 16
     assert "packing: no" in rows["sft.py bf16"]["parts"]
     assert "packing is off: " in rows["sft.py bf16"]["parts"]
-    assert "packing: yes" in rows["trl bf16, packed, sdpa"]["parts"]
+    assert "attention: eager; packing: yes" in rows["trl bf16, packed, sdpa"]["parts"]
     assert "TypeError" in rows["trl bf16"]["note"] and "no_such_field" in rows["trl bf16"]["note"]
     assert rows["sft.py fp8"]["note"] == "not installed here: no_such_module"
     for name in ("trl bf16", "sft.py fp8"):
