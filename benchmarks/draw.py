@@ -78,7 +78,7 @@ GROUPS = {
         "Unsloth QLoRA, 7B, packed, 4 rows": "Unsloth, 4 full rows",
     },
     **{
-        f"{family.title} shape, bf16, LoRA on {', '.join(family.targets)}": {
+        f"Shape of {family.title}: bf16, LoRA on {', '.join(family.targets)}": {
             name: name.replace(f" bf16, {family.title}", "")
             for name in family_variants(shape, family)
         }

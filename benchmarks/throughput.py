@@ -26,6 +26,7 @@ of kernel. Writes throughput.csv (after every turn), profile.csv and throughput.
 """
 
 import argparse
+import itertools
 import json
 import math
 import os
@@ -170,12 +171,20 @@ def draw(folder: Path) -> None:
 
 
 def groups(variants: Mapping[str, Variant], gb: int) -> list[list[str]]:
-    """Returns the names of the variants in their order, as many to a group as fit the memory."""
+    """Returns the names of the variants in their order, as many to a group as fit the memory.
+
+    Variants of one model that fit together are not torn apart.
+    """
     found: list[list[str]] = [[]]
-    for name in variants:
-        if sum(variants[other].gb for other in [*found[-1], name]) > gb and found[-1]:
-            found.append([])
-        found[-1].append(name)
+    for _, names in itertools.groupby(variants, lambda name: variants[name].shape):
+        block = list(names)
+        whole = sum(variants[name].gb for name in block)
+        for name in block:
+            used = sum(variants[other].gb for other in found[-1])
+            more = whole if whole <= gb and name == block[0] else variants[name].gb
+            if used + more > gb and found[-1]:
+                found.append([])
+            found[-1].append(name)
     return found
 
 

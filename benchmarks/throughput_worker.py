@@ -209,7 +209,9 @@ def train_unsloth(
 
     trainer.compute_loss = counting
     turnstile.flops = flops_per_token(trainer.model)
-    turnstile.parts = lambda: parts_of(trainer.model, args=trainer.args)
+    own = getattr(sys.modules.get("unsloth.models._utils"), "HAS_FLASH_ATTENTION", False)
+    parts = f"; FlashAttention-2 in its own layers: {'yes' if own else 'no'}"
+    turnstile.parts = lambda: parts_of(trainer.model, args=trainer.args) + parts
     trainer.train()
 
 

@@ -151,14 +151,30 @@ def test_sets_and_parts_of_them_are_asked_for_by_name(monkeypatch, capsys):
     assert "no variant has no such text" in capsys.readouterr().err
 
 
-def test_what_one_question_compares_fits_one_group():
+def test_variants_of_one_model_share_a_group_where_they_fit():
+    def sizes(*shapes):
+        named = {str(i): TRL._replace(shape=shape, gb=4) for i, shape in enumerate(shapes)}
+        return [len(names) for names in script.groups(named, 10)]
+
+    assert sizes("a", "a", "a", "a", "a") == [2, 2, 1]
+    assert sizes("a", "b", "b", "c") == [1, 2, 1]
+    assert sizes("a", "b", "c") == [2, 1]
+
+
+def test_what_one_question_compares_shares_a_group():
     assert set(EVERY) == {*VARIANTS, *FUSED_LORA, *PEERS, *FAMILIES}
+    together = [set(names) for names in script.groups(FAMILIES, 135)]
     for shape, family in FAMILY_OF.items():
-        assert len(script.groups(family_variants(shape, family), 135)) == 1
+        assert any(set(family_variants(shape, family)) <= group for group in together)
     together = [set(names) for names in script.groups(PEERS, 135)]
-    for rows in (20, 64):
-        names = {f"sft.py bf16, {rows} rows", f"Unsloth bf16, packed, {rows} rows"}
-        assert any(names <= group for group in together)
+    for pair in (
+        {"sft.py bf16, 20 rows", "Unsloth bf16, packed, 20 rows"},
+        {"sft.py bf16, 64 rows", "Unsloth bf16, packed, 64 rows"},
+        {"sft.py bf16, all linears, 64 rows", "Unsloth bf16, packed, all linears, 64 rows"},
+        {"sft.py bf16, 8B, 2 full rows of 4096", "Unsloth bf16, 8B, 2 full rows of 4096"},
+        {"sft.py QLoRA, 7B, kept activations, 4 rows", "Unsloth QLoRA, 7B, packed, 4 rows"},
+    ):
+        assert any(pair <= group for group in together), pair
 
 
 class Clock:
