@@ -186,9 +186,9 @@ PEERS = {
     "trl bf16, packed, FA2, Liger, 64 rows": trl(QVO, 64, 44),
     "sft.py QLoRA, 7B, kept activations, 4 rows": qlora(4, 22),
     "Unsloth QLoRA, 7B, packed, 4 rows": unsloth(ALL, 4, 32, _R32, **_QLORA),
-    "sft.py QLoRA, 7B, kept activations, 16 rows": qlora(16, 60),
+    "sft.py QLoRA, 7B, kept activations, 16 rows": qlora(16, 52),
     "sft.py bf16, 8B, 2 full rows of 4096": paced(
-        sft("single", 2, 4096, 75, lora_target_modules=ALL), **_FULL
+        sft("single", 2, 4096, 68, lora_target_modules=ALL), **_FULL
     ),
     "Unsloth bf16, 8B, 2 full rows of 4096": unsloth(ALL, 2, 60, **_FULL),
     "Unsloth QLoRA, 7B, packed, 16 rows": unsloth(ALL, 16, 90, _R32, **_QLORA),
