@@ -25,7 +25,7 @@ HERE = {
     "accumulate_grad_batches": "gradient_accumulation_steps",
 }
 ANSWERED = (
-    *("loraplus_lr_ratio", "pissa_init", "group_by_length", "warmup_ratio"),
+    *("loraplus_lr_embedding", "pissa_init", "group_by_length", "warmup_ratio"),
     *("use_lora", "use_qlora", "neat_packing", "add_tokens", "disable_gradient_checkpointing"),
     *("enable_liger_kernel", "strategy", "hf_hub_token", "dataset_prepared_path", "train_on_eos"),
 )

@@ -78,8 +78,8 @@ _GROUPS = {
     "give shuffle_dataset and seed": "disable_shuffling shuffle curriculum_sampling",
     "give lr_scheduler_type: cosine_with_min_lr, with lr_scheduler_kwargs": """min_lr
         cosine_min_lr_ratio lr_min min_learning_rate""",
-    "LoRA+ is not supported: both matrices have learning_rate": """loraplus_lr_embedding
-        loraplus_lr_lambda embedding_learning_rate""",
+    "embeddings have learning_rate, B matrices loraplus_lr_ratio times it": """loraplus_lr_lambda
+        loraplus_lr_embedding embedding_learning_rate""",
     "give optim: galore_adamw, with optim_target_modules": "galore_target galore_rank galore_scale",
     "give lora_alpha: the scale is lora_alpha over lora_r": "lora_scaling lora_scale",
     "real tokens/s are always measured": """include_tokens_per_second

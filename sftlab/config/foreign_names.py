@@ -140,7 +140,6 @@ ANSWERS = {
     "pissa_convert": "an adapter that began with PiSSA is always converted",
     "loftq_config": "give init_lora_weights: loftq and load_in_4bit: true",
     "eva_config": "give init_lora_weights: eva; every layer keeps the rank lora_r",
-    "loraplus_lr_ratio": "LoRA+ is not supported: both matrices have learning_rate",
     "use_galore": "give optim: galore_adamw, with optim_target_modules",
     "rank_pattern": "every target has the rank lora_r",
     "alpha_pattern": "every target has lora_alpha",

@@ -65,6 +65,13 @@ class OwnFields:
             "input, in one product. Unset: no."
         },
     )
+    loraplus_lr_ratio: float | None = field(
+        default=None,
+        metadata={
+            "help": "LoRA+: the learning rate of the B matrices is learning_rate times this. "
+            "Unset: all that trains has learning_rate."
+        },
+    )
     measure_memory: bool | None = field(
         default=None,
         metadata={

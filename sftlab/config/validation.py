@@ -3,6 +3,8 @@
 `resolve` refuses contradictions and fills in what the recipe leaves open.
 """
 
+import math
+
 from sftlab.config.launch import COMPUTE_DTYPE, PRECISIONS, Launch
 from sftlab.config.lora_start import check_start
 from sftlab.config.lora_variants import float8_conflict
@@ -30,6 +32,7 @@ def resolve(recipe: Recipe, launch: Launch) -> None:
     """
     _check_required(recipe)
     _check_lora(recipe.model)
+    _check_loraplus(recipe.training, recipe.model)
     streaming = recipe.data.dataset_streaming
     check_start(recipe.model, launch, recipe.training.mixed_precision, streaming)
     resolve_method(recipe, launch)
@@ -73,6 +76,21 @@ def _check_lora(model: ModelArguments) -> None:
         raise ValueError(
             "lora_target_modules is unset, and PEFT would take q_proj and v_proj without a "
             "word: name the modules"
+        )
+
+
+def _check_loraplus(training: TrainingArguments, model: ModelArguments) -> None:
+    ratio = training.loraplus_lr_ratio
+    if ratio is None:
+        return
+    if not 0 < ratio < math.inf:
+        raise ValueError(f"loraplus_lr_ratio is {ratio}: it must be positive (16 is usual)")
+    if not model.use_peft:
+        raise ValueError("loraplus_lr_ratio needs use_peft: true, as only LoRA has B matrices")
+    if training.optim_target_modules:
+        raise ValueError(
+            f"loraplus_lr_ratio does not go with optim: {training.optim}, which has groups of its "
+            "own: leave one of them out"
         )
 
 

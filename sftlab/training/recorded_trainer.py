@@ -40,6 +40,7 @@ from sftlab.training.checkpointing import Checkpointer
 from sftlab.training.clock import TrainingClock
 from sftlab.training.finiteness import Finiteness
 from sftlab.training.log_sums import TokenSums, TrainerSums
+from sftlab.training.loraplus import speed_up_b
 from sftlab.training.router_loss import leave_out_frozen_router
 from sftlab.training.source_counts import SourceCounts
 from sftlab.training.upstream_fixes import SaveAfterEvaluation, UpstreamFixes
@@ -126,6 +127,14 @@ class RecordedTrainer(UpstreamFixes):
         self.fast.experts, why = take_experts_product(base, precision)
         if why and torch.cuda.is_available():
             self.fast.reasons["grouped_experts"] = why
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """Make the optimizer once, with the B matrices in groups of their own under LoRA+."""
+        made, ratio = self.optimizer is None, self.args.loraplus_lr_ratio
+        optimizer = super().create_optimizer(model)
+        if made and ratio is not None:
+            speed_up_b(optimizer, self.model if model is None else model, ratio)
+        return optimizer
 
     def choose_loss(self) -> None:
         """Take the fused loss where the recipe and the model allow it, before layers are compiled.
