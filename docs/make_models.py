@@ -18,7 +18,7 @@ from sftlab.config.launch import Launch, exported, launched
 from sftlab.config.parser import parse_recipe
 from sftlab.config.recipe import Recipe
 from sftlab.fastpath import fused_loss
-from sftlab.fastpath.selection import FastPath, choose
+from sftlab.fastpath.selection import choose
 from sftlab.fastpath.varlen_attention import why_not_the_model
 from sftlab.models.adapter_names import check_adapter_names
 from sftlab.models.layers import describe
@@ -27,7 +27,9 @@ from sftlab.models.lora_config import lora_config
 from sftlab.models.own_logits import logit_changes
 from sftlab.models.text_part import has_causal_model
 from sftlab.paths import ROOT
-from sftlab.planning.step import step_of
+from sftlab.planning.recipe_step import step_of
+from sftlab.planning.row_lengths import RowLengths
+from sftlab.planning.step import Step
 
 PAGE = Path(__file__).parent / "models.md"
 LONGEST = 512
@@ -44,7 +46,15 @@ SMALL = {
     "eos_token_id": 2,
 }
 WINDOWS = {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]}
-ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+# what LoRA is planned on, the first that a family trains
+ADAPTED = (
+    ("all-linear",),
+    ("all-linear", "--exclude_modules", "out_proj"),
+    ("all-linear", "--exclude_modules", "router"),
+    ("q_proj", "k_proj", "v_proj", "o_proj"),
+    ("q_a_proj", "q_b_proj", "kv_b_proj", "o_proj"),
+)
+ROWS = RowLengths(None, 48, 8, 64, "")
 MIXTURE = {"num_experts_per_tok": 2, "moe_intermediate_size": 32}
 PER_LAYER = {"hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 97}
 GRANITE = {"logits_scaling": 8.0, "attention_multiplier": 0.0625, "residual_multiplier": 0.22}
@@ -284,21 +294,32 @@ def _refusal(config: PreTrainedConfig, option: str) -> str | None:
 
 
 def _no_plan(config: PreTrainedConfig) -> str | None:
-    why = _no_plan_with(config, "all-linear")
-    if why and describe(config, model_class(config)).mixture:
-        return why if _no_plan_with(config, *ATTENTION) else None
-    return why
-
-
-def _no_plan_with(config: PreTrainedConfig, *targets: str) -> str | None:
-    recipe, launch = _asked("--lora_target_modules", *targets)
-    fast = FastPath(True, True, True, None, describe(config, model_class(config)))
     try:
-        check_adapter_names(recipe.model, config, launch, trust_remote_code=False)
-        step_of(recipe, config, launch, fast, 512, 512)
+        planned(config)
     except ValueError as error:
         return str(error)
     return None
+
+
+def planned(config: PreTrainedConfig, *options: str) -> tuple[Step, Recipe]:
+    """Returns the planned step of a model's layers, not compiled, and its recipe.
+
+    LoRA is on all linears, or on most where not all train. Raises ValueError where no plan is made.
+    """
+    refused = []
+    for adapted in ADAPTED:
+        more = ("--compile_layers=false", "--lora_dropout=0", *options)
+        recipe, launch = _asked("--lora_target_modules", *adapted, *more)
+        try:
+            check_adapter_names(recipe.model, config, launch, trust_remote_code=False)
+        except ValueError:
+            continue
+        try:
+            fast = choose(recipe, config, launch, lambda: None)
+            return step_of(recipe, config, launch, fast, ROWS.longest, ROWS), recipe
+        except ValueError as error:
+            refused.append(error)
+    raise refused[0]
 
 
 TAIL = """\

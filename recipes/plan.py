@@ -191,6 +191,8 @@ def described(request: Request, recipe: Recipe, plan: Plan) -> str:
         sure += f"; {plan.gpu.name} is extrapolated from its published rates"
     if step.shape.experts:
         sure = "mixtures of experts were not measured: memory and speed are arithmetic"
+    if step.measured:
+        sure = "no GPU has measured layers of this kind: memory is counted, speed is arithmetic"
     lines = [
         f"{step.processes} x {plan.gpu.name}, {step.precision}, {step.strategy}",
         f"  rows: {rows.source}; {rows.mean:,.0f} tokens on average, {rows.longest:,} at most"

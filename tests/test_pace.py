@@ -142,7 +142,7 @@ def step_of(
 ) -> Step:
     """The layer to the planner."""
     precision = "fp32" if dtype == torch.float32 else "bf16"
-    weights = Weights(*[0] * (len(Weights._fields) - 1))  # no fused linears
+    weights = Weights(*[0] * 10, None)
     # 4-bit weights have LoRA matrices in the compute dtype, others in float32
     return Step(
         Shape.of(config_of(shape), describe(config_of(shape), LlamaForCausalLM)),

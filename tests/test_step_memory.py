@@ -2,18 +2,13 @@
 
 import contextlib
 import dataclasses
-import sys
-import types
 from functools import partial
 
 import pytest
 import torch
 from conftest import arguments
 from peft import LoraConfig, get_peft_model
-from planned_steps import ALL, ATTENTION, forecast
-from torch._dynamo.backends.common import aot_autograd
-from torch._functorch.partitioners import min_cut_rematerialization_partition
-from torch._inductor.decomposition import select_decomp_table
+from planned_steps import ALL, ATTENTION, PARTITIONED, forecast, kernels_without_numbers
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -32,7 +27,7 @@ from transformers import (
 from sftlab.config.launch import exported, launched
 from sftlab.config.parser import parse_recipe
 from sftlab.data.collator import tiles
-from sftlab.fastpath import compile_layers, varlen_attention
+from sftlab.fastpath import compile_layers
 from sftlab.fastpath.experts import GROUPED
 from sftlab.fastpath.fused_lora import fuse_lora
 from sftlab.models.layers import describe
@@ -50,13 +45,6 @@ from sftlab.planning.weight_memory import (
 
 HIDDEN, MLP, HEADS, KEY_HEADS, TOKENS, RANK = 64, 160, 4, 2, 256, 4
 EXPERTS, TAKEN, EXPERT_MLP = 8, 3, 40
-# runs what inductor would compile, after its partitioner
-PARTITIONED = aot_autograd(
-    fw_compiler=lambda graph, _: graph.forward,
-    bw_compiler=lambda graph, _: graph.forward,
-    partition_fn=min_cut_rematerialization_partition,
-    decompositions=select_decomp_table(),
-)
 
 
 @pytest.mark.parametrize(
@@ -102,14 +90,7 @@ def test_an_unknown_optimizer_is_refused():
 @pytest.fixture
 def attention_on_cpu(monkeypatch):
     """The variable-length kernels' shapes without the kernels."""
-    stub = types.ModuleType("sftlab.fastpath.triton_kernels")
-    stub.attention_forward = lambda q, k, v, *_: (
-        torch.zeros_like(q),
-        torch.zeros(q.shape[1], q.shape[0]),
-    )
-    stub.attention_backward = lambda g, q, k, v, *_: tuple(map(torch.zeros_like, (q, k, v)))
-    monkeypatch.setitem(sys.modules, "sftlab.fastpath.triton_kernels", stub)
-    varlen_attention.register()
+    kernels_without_numbers(monkeypatch)
 
 
 def llama(targets, dtype, casts, dropout):

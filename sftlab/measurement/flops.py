@@ -7,6 +7,9 @@ from transformers import PreTrainedConfig
 
 from sftlab.models.mixture import counts_of
 
+# experts stack their biases, and a recurrence its decays
+NOT_MULTIPLIED = ("bias", "A_log")
+
 
 class Flops(NamedTuple):
     """FLOPs of every token, and those of the head, which only tokens in the loss add."""
@@ -23,8 +26,8 @@ def flops_per_token(model: nn.Module) -> Flops:
     gradients that LoRA never computes.
 
     Embeddings are lookups and take none. Of a mixture of experts, the share that a token visits
-    counts. Of a module saved whole, only the trained copy counts. Attention scores and the
-    recomputation of gradient checkpointing are left out.
+    counts. Of a module saved whole, only the trained copy counts. Attention scores, recurrences and
+    the recomputation of gradient checkpointing are left out.
     """
     head = model.get_output_embeddings()
     head = next(iter(getattr(head, "modules_to_save", {}).values()), head).weight
@@ -34,7 +37,7 @@ def flops_per_token(model: nn.Module) -> Flops:
     matrices = {
         name: p
         for name, p in model.named_parameters()
-        if p.ndim > 1 and id(p) not in left_out and not name.endswith("bias")  # experts stack them
+        if p.ndim > 1 and id(p) not in left_out and not name.endswith(NOT_MULTIPLIED)
     }
     return Flops(
         sum(_flops(p) * (taken if ".experts." in name else 1) for name, p in matrices.items()),

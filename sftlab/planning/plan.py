@@ -12,8 +12,9 @@ from sftlab.config.parser import parse_recipe
 from sftlab.config.recipe import Recipe
 from sftlab.fastpath.selection import FastPath, choose
 from sftlab.planning.gpu_specs import GPU
+from sftlab.planning.recipe_step import step_of
 from sftlab.planning.row_lengths import RowLengths, of_encoded
-from sftlab.planning.step import Step, step_of
+from sftlab.planning.step import Step
 from sftlab.planning.step_memory import Memory, memory
 from sftlab.planning.step_time import StepTime, step_time
 
@@ -107,7 +108,7 @@ def make_plan(
     steps = training.max_steps if training.max_steps > 0 else None
     if steps is None and rows.count is not None:
         steps = int(rows.count // recipe.data.global_batch_size * training.num_train_epochs)
-    step = step_of(recipe, config, launch, fast, 0, rows.attended)
+    step = step_of(recipe, config, launch, fast, 0, rows)
     return _plan(step, gpu, rows, micro_batch, training.gradient_accumulation_steps, steps)
 
 
@@ -180,7 +181,7 @@ def planned_memory(
         training.per_device_train_batch_size, many, fast.packing, trainer.state.max_steps
     )
     try:
-        step = step_of(recipe, trainer.model.config, launch, fast, tokens, rows.attended)
+        step = step_of(recipe, trainer.model.config, launch, fast, tokens, rows)
         planned = memory(step)
     except ValueError as error:
         return {"reason": str(error)}

@@ -1,8 +1,8 @@
 """How much memory does a training step need at its peak? Worked out from shapes and dtypes.
 
 No weights are loaded. Sizes are bytes of one rank. Activations are the tensors that autograd keeps
-of a Llama decoder layer. Eager mode and inductor's partitioner choose differently, and the tests
-count both.
+of a Llama decoder layer, or what was measured of a layer of another kind. Eager mode and inductor's
+partitioner choose differently, and the tests count both.
 The reference of preference tuning keeps no activations, and works on less than a backward does.
 The peak can be at one of four moments:
 - in the loss, which holds a chunk of logits beside all activations
@@ -77,6 +77,8 @@ class Memory(NamedTuple):
 
 def kept_bytes(step: Step) -> float:
     """Returns the bytes a token that one decoder layer keeps for its backward."""
+    if step.measured:
+        return step.measured.kept
     s, b, targets = step.shape, step.compute_bytes, step.targets
     query, key = s.heads * s.head_size, s.key_heads * s.head_size
     # with a padding mask, keys and values are repeated for every query head
@@ -180,6 +182,8 @@ def _kept_at_end(step: Step, tokens: int) -> int:
     residual = max(b, step.weight_bytes)
     layers = s.layers * (residual * s.hidden if step.checkpointing else kept_bytes(step))
     norm = (b if step.compiled else 4) * s.hidden
+    if step.measured:
+        norm = step.measured.outside
     # autocast keeps rounded copies of weights for the backward; with checkpointing only a layer's
     casts = b * w.trained if step.casts else 0
     casts += b * w.frozen if step.weight_bytes > b else 0
@@ -190,6 +194,8 @@ def _kept_at_end(step: Step, tokens: int) -> int:
 def _working_bytes(step: Step, tokens: int) -> float:
     """Returns the bytes that the backward of a layer works on."""
     s, b = step.shape, step.compute_bytes
+    if found := step.measured:
+        return tokens * (found.working + found.largest * step.checkpointing)
     again = kept_bytes(step) if step.checkpointing else 0
     width = working_width(step) * s.mlp
     if s.experts:

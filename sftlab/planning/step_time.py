@@ -44,6 +44,8 @@ DEQUANTISING = 2.4
 # Seconds of the host for a decoder layer, forward and backward, and for each module with LoRA in
 # it.
 HOST_COMPILED, HOST_EAGER = (2.7e-3, 0.36e-3), (4.4e-3, 0.86e-3)
+# Seconds of one operation of torch's that is not compiled (an estimate).
+HOST_OPERATION = 10e-6
 # What a layer takes besides: float8 (eager, compiled), 4-bit weights, FSDP2's hooks (one process,
 # several).
 HOST_FP8, HOST_QUANTIZED, HOST_FSDP = (7.0e-3, 2.4e-3), 3.25e-3, (1.0e-3, 3.6e-3)
@@ -166,9 +168,13 @@ def traffic(step: Step) -> float:
 
     Forward and backward together.
     """
-    b, again, ends = step.compute_bytes, step.checkpointing + step.reference, widths(step)
-    with_lora = [ends[name] for name in step.targets if step.rank]
+    b, again = step.compute_bytes, step.checkpointing + step.reference
     uncompiled = TRAFFIC_EAGER_FP32 if b == 4 else TRAFFIC_EAGER
+    if step.measured:  # what LoRA keeps is in it
+        ratio = TRAFFIC_COMPILED if step.compiled else uncompiled
+        return kept_bytes(step) * ratio * (1 + FORWARD * again)
+    ends = widths(step)
+    with_lora = [ends[name] for name in step.targets if step.rank]
     bare = replace(step, targets=frozenset(), dropout=False)
     moved = (
         kept_bytes(bare)
@@ -188,14 +194,16 @@ def traffic(step: Step) -> float:
 
 def update_seconds(step: Step) -> float:
     """Returns the seconds of a step in which the GPU waits for updates tensor by tensor."""
-    of_a_layer = 2 * len(step.targets) if step.rank else len(widths(step)) + 2
+    of_a_layer = 2 * adapters(step) if step.rank else len(widths(step)) + 2
     return HOST_TENSOR * step.optimizer_waits * of_a_layer * step.shape.layers
 
 
 def host_seconds(step: Step) -> float:
     """Returns the seconds of launching a micro-batch's kernels on the measured host."""
     layer, lora = HOST_COMPILED if step.compiled else HOST_EAGER
-    own = layer + lora * len(step.targets) * (step.rank > 0)
+    own = layer + lora * adapters(step) * (step.rank > 0)
+    if step.measured:  # a recurrence in torch is not compiled
+        own = max(own, step.measured.operations * HOST_OPERATION)
     besides = HOST_FP8[step.compiled] * (step.precision == "fp8") + HOST_QUANTIZED * step.quantized
     besides += HOST_FSDP[step.processes > 1] * (step.strategy == "fsdp")
     if step.checkpointing:
@@ -203,6 +211,11 @@ def host_seconds(step: Step) -> float:
     if step.reference:
         own, besides = own * HOST_REFERENCE, besides * HOST_REFERENCE
     return step.shape.layers * (own + besides) + HOST_MICRO + HOST_STEP / step.accumulation
+
+
+def adapters(step: Step) -> float:
+    """Returns how many modules of a layer have LoRA."""
+    return step.measured.adapters if step.measured else len(step.targets)
 
 
 def widths(step: Step) -> dict[str, tuple[int, int]]:

@@ -9,11 +9,11 @@ from typing import NamedTuple
 import torch
 from peft import get_peft_model
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedConfig
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from sftlab.config.launch import COMPUTE_DTYPE, PRECISIONS
 from sftlab.config.recipe import Recipe
-from sftlab.measurement.flops import Flops, flops_per_token
+from sftlab.measurement.flops import NOT_MULTIPLIED, Flops, flops_per_token
 from sftlab.models.loading import LINEAR_LAYERS
 from sftlab.models.lora_config import lora_config
 from sftlab.models.mixture import counts_of
@@ -31,7 +31,8 @@ class Weights(NamedTuple):
     gathers: `layer`, a decoder layer, and `tail`, the head with the last norm. Elements of matrices
     are `trained` and `frozen` of the model, `linears` of one layer without its adapter, and `head`.
     Of a mixture, `linears` has the experts that a token visits.
-    `fused` are a layer's linears that are several of Llama's in one.
+    `fused` are a layer's linears that are several of Llama's in one, and `other` those that Llama
+    does not have. Where layers are not alike, `layer` is the largest and `linears` the mean.
     """
 
     base: int
@@ -46,22 +47,23 @@ class Weights(NamedTuple):
     head: int
     flops: Flops
     fused: frozenset[str] = frozenset()
+    other: frozenset[str] = frozenset()
 
 
 def count_weights(recipe: Recipe, config: PreTrainedConfig) -> Weights:
     """Returns the weights of a recipe's model with its adapter, gradients and optimizer state.
 
-    Raises ValueError for a model whose layers are not Llama's, weights in 8 bits, or an optimizer
-    whose state is unknown.
+    Raises ValueError for a model without a list of decoder layers, LoRA on experts or their router,
+    weights in 8 bits, or an optimizer whose state is unknown.
     """
     if recipe.model.load_in_8bit:
         raise ValueError(
             "no plan is made for weights in 8 bits: pass --load_in_4bit=true or leave load_in_8bit "
             "out"
         )
-    model, base = _on_meta(recipe, config)
+    model, base = on_meta(recipe, config)
     _refuse_trained_experts(model)
-    layer = _first_layer(model)
+    layers = _layers(model)
     quantized, precision = recipe.model.load_in_4bit, recipe.training.mixed_precision
     linears = {id(m.weight) for n, m in model.named_modules() if _is_frozen_linear(n, m)}
 
@@ -70,6 +72,9 @@ def count_weights(recipe: Recipe, config: PreTrainedConfig) -> Weights:
             return packed_bytes(parameter.numel(), recipe.model.use_bnb_nested_quant)
         rounded = id(parameter) in linears and precision == "fp8"
         return parameter.numel() * (2 if rounded else parameter.element_size())
+
+    def gathered(layer: nn.Module) -> int:
+        return sum(size(p) if id(p) in linears else p.numel() * compute for p in layer.parameters())
 
     trained = [p for p in model.parameters() if p.requires_grad]
     # peft keeps trained weights in float32; over 4-bit weights trl makes them bfloat16
@@ -82,58 +87,74 @@ def count_weights(recipe: Recipe, config: PreTrainedConfig) -> Weights:
         adapter=each * sum(p.numel() for p in model.parameters() if id(p) not in base),
         gradients=each * sum(p.numel() for p in trained),
         optimizer_state=optimizer_bytes(recipe.training.optim, [p.numel() for p in trained], each),
-        layer=sum(size(p) if id(p) in linears else p.numel() * compute for p in layer.parameters()),
+        layer=max(map(gathered, layers)),
         tail=head.numel() * compute,
         trained=sum(p.numel() for p in matrices if p.requires_grad),
         frozen=sum(p.numel() for p in matrices if not p.requires_grad),
-        linears=_multiplied(layer, base, config),
+        linears=sum(_multiplied(layer, base, config) for layer in layers) // len(layers),
         head=head.numel(),
         flops=flops_per_token(model),
-        fused=_linears(layer) & set(FUSED),
+        fused=_linears(layers) & set(FUSED),
+        other=_linears(layers) - {*LINEARS, *FUSED},
     )
 
 
-def _on_meta(recipe: Recipe, config: PreTrainedConfig) -> tuple[nn.Module, set[int]]:
+def on_meta(
+    recipe: Recipe, config: PreTrainedConfig, attention: str | None = None
+) -> tuple[nn.Module, set[int]]:
     """Returns the model with its adapter on the meta device, and the ids of base parameters."""
-    config = copy.deepcopy(config)
-    if hasattr(config, "quantization_config"):  # of a model that was loaded in 4 bits
-        del config.quantization_config
-    trust = recipe.training.trust_remote_code
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(
-            config, trust_remote_code=trust, dtype=recipe.model.dtype
-        )
-        base = {id(p) for p in model.parameters()}
-        peft_config = lora_config(recipe.model)
-        if peft_config is not None:
-            peft_config.init_lora_weights = True  # the meta device has no weights to begin with
+    model = build_on_meta(recipe, config, recipe.model.dtype, attention)
+    base = {id(p) for p in model.parameters()}
+    peft_config = lora_config(recipe.model)
+    if peft_config is not None:
+        peft_config.init_lora_weights = True  # the meta device has no weights to begin with
+        with torch.device("meta"):
             model = get_peft_model(model, peft_config)
     return model, base
 
 
-def _first_layer(model: nn.Module) -> nn.Module:
-    """Returns the first decoder layer; ValueError where its linears are not Llama's."""
+def build_on_meta(
+    recipe: Recipe,
+    config: PreTrainedConfig,
+    dtype: str | torch.dtype,
+    attention: str | None,
+) -> PreTrainedModel:
+    """Returns the base model without numbers; `attention` None is transformers' choice."""
+    config = copy.deepcopy(config)
+    if hasattr(config, "quantization_config"):  # of a model that was loaded in 4 bits
+        del config.quantization_config
+    given = {"attn_implementation": attention} if attention else {}
+    trust = recipe.training.trust_remote_code
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(
+            config, trust_remote_code=trust, dtype=dtype, **given
+        )
+
+
+def _layers(model: nn.Module) -> nn.ModuleList:
+    """Returns the decoder layers; ValueError where there is no list of them, or no head."""
     layers = next((m for m in model.modules() if isinstance(m, nn.ModuleList)), None)
-    if layers is None or model.get_output_embeddings() is None:
+    if not layers or model.get_output_embeddings() is None:
         raise ValueError(
             f"{type(model).__name__} has no list of decoder layers or no head: no plan is made for "
             "it"
         )
-    if other := sorted(_linears(layers[0]) - {*LINEARS, *FUSED}):
-        raise ValueError(
-            f"{model.config.model_type} has {', '.join(other)} in a layer: plans are made for "
-            f"layers of {', '.join(LINEARS)}"
-        )
-    return layers[0]
+    return layers
 
 
 def _refuse_trained_experts(model: nn.Module) -> None:
     """Raise ValueError for LoRA on experts or on their router, which peft adds to some names."""
     trained = {name for name, one in model.named_parameters() if one.requires_grad}
     if any("lora_" in name and (".experts." in name or ".gate.lora" in name) for name in trained):
+        attention = {
+            name
+            for one in model.modules()
+            if "Attention" in type(one).__name__
+            for name in _linears(one)
+        }
         raise ValueError(
             "no plan is made for LoRA on experts or their router: pass --lora_target_modules "
-            "q_proj k_proj v_proj o_proj"
+            f"{' '.join(sorted(attention))}"
         )
 
 
@@ -141,9 +162,9 @@ def _multiplied(layer: nn.Module, base: set[int], config: PreTrainedConfig) -> i
     """Returns the weights of a layer that a token is multiplied with, without its adapter."""
     experts, taken = counts_of(config.get_text_config()) or (1, 1)
     return sum(
-        one.numel() * taken // experts if "experts." in name else one.numel()
+        one.numel() * taken // experts if ".experts." in f".{name}" else one.numel()
         for name, one in layer.named_parameters()
-        if one.ndim > 1 and id(one) in base and not name.endswith("bias")
+        if one.ndim > 1 and id(one) in base and not name.endswith(NOT_MULTIPLIED)
     )
 
 

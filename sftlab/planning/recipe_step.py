@@ -1,0 +1,187 @@
+"""The step of a recipe: its sizes and weights, and layers worked out or measured.
+
+Llama's layers, and those that keep as much, are worked out from their sizes: their speed and memory
+were fitted on GPUs. All others are measured on tensors without numbers.
+"""
+
+import math
+
+import torch
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from sftlab.config.launch import COMPUTE_DTYPE, PRECISIONS, Launch
+from sftlab.config.recipe import ModelArguments, Recipe
+from sftlab.config.validation import is_bitsandbytes
+from sftlab.fastpath import varlen_attention
+from sftlab.fastpath.selection import FastPath
+from sftlab.models.layers import Layers, decoder_of
+from sftlab.models.plain_attention import PACKED
+from sftlab.planning.measured_layers import Measured, Rows, measured
+from sftlab.planning.row_lengths import RowLengths
+from sftlab.planning.step import Shape, Step
+from sftlab.planning.step_memory import kept_bytes
+from sftlab.planning.weight_memory import (
+    FUSED,
+    LINEARS,
+    Weights,
+    build_on_meta,
+    count_weights,
+    on_meta,
+)
+
+# How far what is worked out may be from what autograd saves.
+NEAR = 0.02
+# What was found, by everything that it depends on.
+_FOUND: dict[tuple, Measured] = {}
+_WORKED_OUT: dict[str, bool] = {}
+
+
+def step_of(
+    recipe: Recipe,
+    config: PreTrainedConfig,
+    launch: Launch,
+    fast: FastPath,
+    tokens: int,
+    rows: RowLengths,
+) -> Step:
+    """Returns the step of a recipe under a launch config.
+
+    A micro-batch has `tokens` in `rows`. Raises ValueError for a recipe that no plan is made for.
+    """
+    model, training = recipe.model, recipe.training
+    pairs = training.method == "dpo"  # its log-probabilities come in chunks
+    if training.fused_loss is False and not pairs:
+        raise ValueError(
+            "fused_loss: false keeps whole logits, and plans are made for the fused loss alone: "
+            "leave fused_loss out"
+        )
+    weights, shape = count_weights(recipe, config), Shape.of(config, fast.layers)
+    if fast.layers.mixture:
+        _refuse_mixture(recipe)
+    targets, found = _targets(model), None
+    worked_out = shape is not None and targets is not None and not weights.other
+    if not worked_out or not _keeps_what_is_worked_out(recipe, config, fast.layers, shape):
+        shape, targets = Shape.of_measured(config, fast.layers), frozenset()
+        found = _measured(recipe, config, fast, rows)
+    elif shape.experts:
+        targets = targets & {"q_proj", "k_proj", "v_proj", "o_proj"}
+    return Step(
+        shape=shape,
+        weights=weights,
+        precision=PRECISIONS[training.mixed_precision],
+        targets=targets,
+        rank=model.lora_r if model.use_peft else 0,
+        tokens=tokens,
+        row_length=rows.attended,
+        strategy=launch.strategy,
+        processes=launch.world_size,
+        quantized=bool(model.load_in_4bit),
+        weight_bytes=torch.finfo(getattr(torch, model.dtype)).bits // 8,
+        checkpointing=bool(training.gradient_checkpointing),
+        compiled=fast.compile_layers,
+        packed=fast.packing,
+        dropout=model.lora_dropout > 0 and model.use_peft,
+        reshard=launch.settings.get("FSDP_RESHARD_AFTER_FORWARD", "true") == "true",
+        accumulation=training.gradient_accumulation_steps,
+        optimizer_copies=training.optim == "adamw_torch",
+        optimizer_waits=is_bitsandbytes(training.optim),
+        reference=pairs,
+        reference_adapter=pairs and bool(model.adapter_name_or_path),
+        fused_lora=fast.fused_lora,
+        measured=found,
+    )
+
+
+def _targets(model: ModelArguments) -> frozenset[str] | None:
+    """Returns the linears that train, with LoRA or whole, under Llama's names.
+
+    None where one of them has another name, or some are left out.
+    """
+    names = model.lora_target_modules or []
+    if model.use_peft and model.exclude_modules:
+        return None
+    if names == "all-linear" or not model.use_peft:
+        names = LINEARS
+    names = [names] if isinstance(names, str) else names
+    ends = (name.rpartition(".")[2] for name in names)
+    targets = frozenset(one for end in ends for one in FUSED.get(end, (end,)))
+    return targets if targets <= set(LINEARS) else None
+
+
+def _refuse_mixture(recipe: Recipe) -> None:
+    """Raise ValueError for a training of a mixture of experts that no plan is made for.
+
+    Plans know the grouped product of experts alone, which takes bfloat16.
+    """
+    if not recipe.model.use_peft:
+        raise ValueError("no plan is made for full fine-tuning of a mixture of experts")
+    precision = PRECISIONS[recipe.training.mixed_precision]
+    if recipe.model.dtype != "bfloat16" or precision != "bf16":
+        raise ValueError(
+            "plans of mixtures of experts are made for bf16 alone: pass --dtype bfloat16 "
+            "--mixed_precision bf16"
+        )
+
+
+def _keeps_what_is_worked_out(
+    recipe: Recipe, config: PreTrainedConfig, layers: Layers, shape: Shape
+) -> bool:
+    """Whether a layer without LoRA keeps what `kept_bytes` says; True where it cannot be tried."""
+    if not layers.attention:
+        return True
+    key = config.to_json_string()
+    if key not in _WORKED_OUT:
+        varlen_attention.register()
+        model = build_on_meta(recipe, config, torch.bfloat16, PACKED).requires_grad_(False)
+        step = Step(
+            shape, Weights(*[0] * 10, None), "bf16", frozenset(), 0, 64, 64.0, compiled=False
+        )
+        try:
+            found = measured(model, model, Rows(64, 64, packed=True), True, False).kept
+        except ValueError:
+            found = math.inf
+        _WORKED_OUT[key] = math.isclose(found, kept_bytes(step), rel_tol=NEAR)
+    return _WORKED_OUT[key]
+
+
+def _refuse_adapted_head(model: nn.Module, base: PreTrainedModel) -> None:
+    """Raise ValueError for LoRA on what comes after the decoder, which is not run."""
+    within = {id(one) for one in decoder_of(base).parameters()}
+    named = ((name, one) for name, one in model.named_parameters() if ".lora_" in name)
+    ends = sorted(
+        {n.split(".lora_")[0].split(".")[-1] for n, one in named if id(one) not in within}
+    )
+    if ends:
+        raise ValueError(f"LoRA on {', '.join(ends)}: no plan is made for LoRA on the head")
+
+
+def _measured(
+    recipe: Recipe, config: PreTrainedConfig, fast: FastPath, rows: RowLengths
+) -> Measured:
+    """Returns what the layers of a recipe's model take, found once for all plans that share it."""
+    name = config.get_text_config().model_type
+    if fast.layers.without_packed_form[1] > 0:
+        raise ValueError(
+            f"{name} has layers whose state torch computes token by token: no plan is made for it"
+        )
+    if fast.fused_lora:
+        raise ValueError(f"no plan is made for fused_lora of {name}: leave fused_lora out")
+    # a side of a pair is a row to the model
+    lengths = (rows.mean / rows.sequences, rows.longest / rows.sequences)
+    asked = Rows(*(max(1, round(one)) for one in lengths), packed=fast.packing)
+    training = recipe.training
+    casts = COMPUTE_DTYPE[PRECISIONS[training.mixed_precision]] != "float32"
+    key = (config.to_json_string(), repr(recipe.model), training.max_length, casts, asked)
+    if (key, fast.compile_layers) not in _FOUND:
+        attention = PACKED if fast.packing else recipe.model.attn_implementation
+        varlen_attention.register(training.max_length)
+        model, _ = on_meta(recipe, config, attention)
+        base = model.get_base_model() if recipe.model.use_peft else model
+        _refuse_adapted_head(model, base)
+        if recipe.model.load_in_4bit:  # trl makes LoRA bfloat16 then, and no product is cast
+            casts = False
+            for parameter in model.parameters():
+                parameter.data = parameter.data.to(torch.bfloat16)
+        _FOUND[key, fast.compile_layers] = measured(model, base, asked, casts, fast.compile_layers)
+    return _FOUND[key, fast.compile_layers]
