@@ -5,6 +5,7 @@ python docs/make_models.py
 tests/test_families.py compares the page with the code, and every `yes` with transformers itself.
 """
 
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
@@ -17,35 +18,26 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from sftlab.config.launch import Launch, exported, launched
 from sftlab.config.parser import parse_recipe
 from sftlab.config.recipe import Recipe
-from sftlab.fastpath import fused_loss
+from sftlab.fastpath import fused_loss, varlen_attention
+from sftlab.fastpath.float8 import freeze_in_float8
 from sftlab.fastpath.selection import choose
 from sftlab.fastpath.varlen_attention import why_not_the_model
+from sftlab.measurement.committed_speeds import Speed, committed_speeds
 from sftlab.models.adapter_names import check_adapter_names
+from sftlab.models.families import FAMILIES, SMALL
 from sftlab.models.layers import describe
 from sftlab.models.loading import model_class
 from sftlab.models.lora_config import lora_config
 from sftlab.models.own_logits import logit_changes
 from sftlab.models.text_part import has_causal_model
 from sftlab.paths import ROOT
+from sftlab.planning.measured_layers import Rows, why_several_graphs
 from sftlab.planning.recipe_step import step_of
 from sftlab.planning.row_lengths import RowLengths
 from sftlab.planning.step import Step
 
 PAGE = Path(__file__).parent / "models.md"
 LONGEST = 512
-SMALL = {
-    "vocab_size": 97,
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 512,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
-WINDOWS = {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]}
 # what LoRA is planned on, the first that a family trains
 ADAPTED = (
     ("all-linear",),
@@ -53,120 +45,9 @@ ADAPTED = (
     ("all-linear", "--exclude_modules", "router"),
     ("q_proj", "k_proj", "v_proj", "o_proj"),
     ("q_a_proj", "q_b_proj", "kv_b_proj", "o_proj"),
+    ("in_proj", "x_proj"),
 )
 ROWS = RowLengths(None, 48, 8, 64, "")
-MIXTURE = {"num_experts_per_tok": 2, "moe_intermediate_size": 32}
-PER_LAYER = {"hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 97}
-GRANITE = {"logits_scaling": 8.0, "attention_multiplier": 0.0625, "residual_multiplier": 0.22}
-MLA = {"q_lora_rank": 32, "kv_lora_rank": 16, "qk_rope_head_dim": 16, "v_head_dim": 16}
-MROPE = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [2, 3, 3]}
-LINEAR = {"layer_types": ["linear_attention", "full_attention"]}
-DELTA_NET = {
-    **LINEAR,
-    **{"linear_num_key_heads": 2, "linear_num_value_heads": 4},
-    **{"linear_key_head_dim": 16, "linear_value_head_dim": 16},
-}
-MAMBA2 = {
-    **{"mamba_n_heads": 8, "mamba_d_head": 16, "mamba_d_state": 16, "mamba_n_groups": 1},
-    **{"mamba_chunk_size": 16, "mamba_d_conv": 4, "mamba_expand": 2},
-}
-SHARED_EXPERT = {"num_experts": 4, "shared_expert_intermediate_size": 32, **MIXTURE}
-# Family, the class of its config without `Config`, and fields of a tiny model that differ.
-FAMILIES: dict[str, tuple[str, dict[str, object]]] = {
-    "Llama 2, 3; SmolLM2": ("Llama", {}),
-    "Llama 4 (text)": (
-        "Llama4Text",
-        {
-            "layer_types": ["chunked_attention", "full_attention"],
-            "attention_chunk_size": 8192,
-            "intermediate_size_mlp": 96,
-            "num_local_experts": 2,
-        },
-    ),
-    "Qwen 2, 2.5": ("Qwen2", {}),
-    "Qwen 3": ("Qwen3", {"head_dim": 16}),
-    "Qwen 2.5-VL (text)": ("Qwen2_5_VLText", {"rope_parameters": MROPE}),
-    "Qwen 3-VL (text)": ("Qwen3VLText", {"head_dim": 16, "rope_parameters": MROPE}),
-    "Qwen 3 MoE": ("Qwen3Moe", {"head_dim": 16, "num_local_experts": 4, **MIXTURE}),
-    "Qwen3-Next": ("Qwen3Next", {"head_dim": 16, **DELTA_NET, **SHARED_EXPERT}),
-    "Qwen 3.5 (text)": ("Qwen3_5Text", {"head_dim": 16, **DELTA_NET}),
-    "Qwen 3.5 MoE (text)": ("Qwen3_5MoeText", {"head_dim": 16, **DELTA_NET, **SHARED_EXPERT}),
-    "Gemma 2": ("Gemma2", {"head_dim": 32, **WINDOWS}),
-    "Gemma 3 (text)": ("Gemma3Text", {"head_dim": 32, **WINDOWS}),
-    "Gemma 4 (text)": ("Gemma4Text", {"head_dim": 32, **WINDOWS, **PER_LAYER}),
-    "Mistral 7B v0.1": ("Mistral", {"sliding_window": 8}),
-    "Mistral 7B v0.2 and later": ("Mistral", {"sliding_window": None}),
-    "Mixtral": ("Mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2}),
-    "Phi-2": ("Phi", {}),
-    "Phi-3, Phi-4": ("Phi3", {"sliding_window": 8}),
-    "OLMo 2": ("Olmo2", {}),
-    "OLMo 3": ("Olmo3", dict(WINDOWS)),
-    "OLMo Hybrid": ("OlmoHybrid", dict(DELTA_NET)),
-    "SmolLM3": ("SmolLM3", {}),
-    "Granite 3": ("Granite", dict(GRANITE)),
-    "Granite MoE": ("GraniteMoe", {"num_local_experts": 4, "num_experts_per_tok": 2}),
-    "Granite 4 hybrid": (
-        "GraniteMoeHybrid",
-        {
-            **LINEAR,
-            **MAMBA2,
-            "num_local_experts": 4,
-            "num_experts_per_tok": 2,
-            "shared_intermediate_size": 64,
-        },
-    ),
-    "Bamba": ("Bamba", {**MAMBA2, "attn_layer_indices": [1]}),
-    "Falcon-H1": ("FalconH1", {**MAMBA2, "mamba_d_ssm": 128}),
-    "Nemotron-H": (
-        "NemotronH",
-        {
-            **MIXTURE,
-            "num_hidden_layers": 4,
-            "layer_types": ["linear_attention", "moe", "full_attention", "mlp"],
-            **{"mamba_num_heads": 8, "mamba_head_dim": 16, "ssm_state_size": 16, "n_groups": 1},
-            **{"chunk_size": 16, "head_dim": 16, "n_routed_experts": 4},
-            "moe_shared_expert_intermediate_size": 64,
-        },
-    ),
-    "Command R": ("Cohere", {"logit_scale": 0.0625}),
-    "Command R7B": ("Cohere2", {"logit_scale": 0.0625, **WINDOWS}),
-    "GLM-4": ("Glm4", {"head_dim": 16}),
-    "Seed-OSS": ("SeedOss", {"head_dim": 16}),
-    "Exaone 4": ("Exaone4", dict(WINDOWS)),
-    "ERNIE 4.5": ("Ernie4_5", {}),
-    "Hunyuan (dense)": ("HunYuanDenseV1", {"head_dim": 16}),
-    "gpt-oss": ("GptOss", {"head_dim": 16, "num_local_experts": 4, **MIXTURE, **WINDOWS}),
-    "DeepSeek V3": (
-        "DeepseekV3",
-        {
-            **MIXTURE,
-            **MLA,
-            "qk_nope_head_dim": 16,
-            "n_routed_experts": 4,
-            "n_group": 1,
-            "topk_group": 1,
-            "num_key_value_heads": 4,
-            "first_k_dense_replace": 1,
-        },
-    ),
-    "Kimi Linear": (
-        "KimiLinear",
-        {
-            **{**LINEAR, **MIXTURE, **MLA, "num_key_value_heads": 4},
-            **{"linear_num_heads": 2, "linear_head_dim": 16, "num_local_experts": 4},
-        },
-    ),
-    "LFM2": ("Lfm2", {"layer_types": ["conv", "full_attention"]}),
-    "LFM2 MoE": (
-        "Lfm2Moe",
-        {"layer_types": ["conv", "full_attention"], "num_experts": 4, "num_dense_layers": 1}
-        | MIXTURE,
-    ),
-    "GPT-2": ("GPT2", {"attn_pdrop": 0.1, "n_inner": 96}),
-    "Pythia": ("GPTNeoX", {}),
-    "RecurrentGemma": ("RecurrentGemma", {"lru_width": 64, "attention_window_size": 32}),
-    "Mamba": ("Mamba", {}),
-}
 HEAD = """\
 # Which models train, and how fast?
 
@@ -177,28 +58,53 @@ python docs/make_models.py
 That command writes this page. It asks the code about a tiny random model of each family. Rows have
 at most 512 tokens. A test compares what packs and what has the fused loss with transformers.
 
-Every family of the table trains with LoRA on text. Where a part is not there, the run is slower or
-larger, never another training. Measured speeds are in [fast_path.md](fast_path.md).
+Where a part is not there, the run is slower or larger, never another training.
 
 | column | yes means |
 | --- | --- |
+| trains | LoRA on text trains, on all linears or on some |
 | all linears | LoRA on all linear layers trains, each with a gradient; no: leave some out |
 | packs | rows are laid end to end; the kernels have the family's attention |
 | fused loss | whole logits never exist |
-| 4 bits | no weights of experts would silently stay in 16 bits; the same holds for fp8 |
+| compiled | a decoder layer is compiled in one graph; no: in several, with other code between |
+| 4 bits, fp8 | no weights of experts would silently stay in 16 bits |
 | planned | `recipes/plan.py` makes a plan; of a mixture, with LoRA on its attention alone |
+| measured | the most real tokens/s on one GPU in bf16, where a shape of the family was measured |
 """
-COLUMNS = ("all linears", "packs", "fused loss", "4 bits", "planned")
+COLUMNS = (
+    *("trains", "all linears", "packs", "fused loss", "compiled", "4 bits", "fp8", "planned"),
+    "measured",
+)
+# Which family has a shape whose name begins so? The longest beginning counts.
+SHAPES = {
+    "llama": "Llama 2, 3; SmolLM2",
+    "qwen3-": "Qwen 3",
+    "qwen3-30b-a3b": "Qwen 3 MoE",
+    "qwen3-next": "Qwen3-Next",
+    "qwen3.5-": "Qwen 3.5 (text)",
+    "qwen3.5-moe": "Qwen 3.5 MoE (text)",
+    "gemma2": "Gemma 2",
+    "gemma3": "Gemma 3 (text)",
+    "olmo2": "OLMo 2",
+    "olmo3": "OLMo 3",
+    "phi3": "Phi-3, Phi-4",
+    "phi4": "Phi-3, Phi-4",
+    "gpt-oss": "gpt-oss",
+}
 
 
 class Row(NamedTuple):
-    """Why each part does not work for a family; None where it does."""
+    """Why each part does not work for a family; None where it does. `measured` is a link or ''."""
 
+    trains: str | None
     all_linears: str | None
     packs: str | None
     fused_loss: str | None
-    rounded: str | None
+    compiled: str | None
+    four_bits: str | None
+    fp8: str | None
     planned: str | None
+    measured: str
 
 
 def main() -> None:
@@ -235,59 +141,108 @@ def row(family: str) -> Row:
     fused = fused_loss.why_not(model)
     if fused is None and isinstance(changes := logit_changes(model), str):
         fused = changes
+    all_linears = _no_training(config, family, ADAPTED[:1])
+    no_packing = why_not_the_model(layers, LONGEST)
     return Row(
-        _not_all_linears(config, model_of(family)),
-        why_not_the_model(layers, LONGEST),
+        all_linears and _no_training(config, family, ADAPTED),
+        all_linears,
+        no_packing,
         fused,
-        _refusal(config, "--load_in_4bit=true"),
+        _several_graphs(config, no_packing is None),
+        _refusal(config, "single", "--load_in_4bit=true"),
+        _refusal(config, "fp8") or _nothing_rounded(model),
         _no_plan(config),
+        measured_of(family, committed_speeds(ROOT / "results")),
     )
+
+
+def measured_of(family: str, speeds: dict[str, Speed]) -> str:
+    """Returns a link to the fastest speed that was measured of a family, '' where none was.
+
+    Raises ValueError for a shape of no family.
+    """
+    of_family = []
+    for shape, speed in speeds.items():
+        begins = [name for name in SHAPES if shape.startswith(name)]
+        if not begins:
+            raise ValueError(f"{speed.table} has the shape {shape}, which is of no family")
+        if SHAPES[max(begins, key=len)] == family:
+            of_family.append((speed, shape))
+    if not of_family:
+        return ""
+    (speed, table), shape = max(of_family)
+    return f"[{shape}: {speed:,.0f}](../{table.relative_to(ROOT).as_posix()})"
 
 
 def page(rows: dict[str, Row]) -> str:
     """Returns the page as Markdown."""
     lines = [f"| family | {' | '.join(COLUMNS)} |", "| --- " * (1 + len(COLUMNS)) + "|"]
     for family, found in rows.items():
-        cells = ["no" if why else "yes" for why in found]
-        lines.append(f"| {family} | {' | '.join(cells)} |")
+        cells = ["no" if why else "yes" for why in found[:-1]]
+        lines.append(f"| {family} | {' | '.join(cells)} | {found.measured} |".replace("  ", " "))
     reasons = ["| family | part | what the run or the plan says |", "| --- | --- | --- |"]
     for family, found in rows.items():
-        pairs = zip(COLUMNS, found, strict=True)
+        pairs = zip(COLUMNS[:-1], found[:-1], strict=True)
         reasons += [f"| {family} | {part} | {why} |" for part, why in pairs if why]
     return "\n".join([HEAD, *lines, "\n## Why not?\n", *reasons, "", TAIL])
 
 
 @cache
-def _asked(*options: str) -> tuple[Recipe, Launch]:
-    """Returns the demo's recipe with more options, and a launch in bf16 on one GPU."""
+def _asked(launch_config: str, *options: str) -> tuple[Recipe, Launch]:
+    """Returns the demo's recipe with more options, and a launch in bf16 or fp8 on one GPU."""
     path = ROOT / "recipes" / "demo" / "attn_r16.yaml"
-    with launched(exported(ROOT / "accelerate_configs" / "single.yaml")) as launch:
+    with launched(exported(ROOT / "accelerate_configs" / f"{launch_config}.yaml")) as launch:
         asked = ["--config", str(path), "--dtype=bfloat16", *options]
         return parse_recipe(asked, launch), launch
 
 
-def _not_all_linears(config: PreTrainedConfig, model: PreTrainedModel) -> str | None:
-    recipe, launch = _asked("--lora_target_modules", "all-linear")
-    try:
-        check_adapter_names(recipe.model, config, launch, trust_remote_code=False)
-    except ValueError as error:
-        return str(error)
-    model = get_peft_model(model, lora_config(recipe.model)).train()
-    ids = torch.arange(3, 35).reshape(2, 16)
-    model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
-    gradients = {n: p.grad for n, p in model.named_parameters() if "lora_B" in n}
-    without = [
-        name
-        for name, gradient in gradients.items()
-        if gradient is None or not 0 < float(gradient.norm()) < float("inf")
-    ]
-    return f"{', '.join(without)} get no gradient" if without or not gradients else None
+def _no_training(
+    config: PreTrainedConfig, family: str, adapted: Sequence[Sequence[str]]
+) -> str | None:
+    """Returns why LoRA trains on none of the ways that it is asked for; None where one trains."""
+    refused = []
+    for words in adapted:
+        recipe, launch = _asked("single", "--lora_target_modules", *words)
+        try:
+            check_adapter_names(recipe.model, config, launch, trust_remote_code=False)
+        except ValueError as error:
+            refused.append(str(error))
+            continue
+        model = get_peft_model(model_of(family), lora_config(recipe.model)).train()
+        ids = torch.arange(3, 35).reshape(2, 16)
+        model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+        gradients = {n: p.grad for n, p in model.named_parameters() if "lora_B" in n}
+        without = [
+            name
+            for name, gradient in gradients.items()
+            if gradient is None or not 0 < float(gradient.norm()) < float("inf")
+        ]
+        if gradients and not without:
+            return None
+        refused.append(f"{', '.join(without)} get no gradient")
+    return refused[0]
 
 
-def _refusal(config: PreTrainedConfig, option: str) -> str | None:
-    recipe, launch = _asked(option)
+def _several_graphs(config: PreTrainedConfig, packs: bool) -> str | None:
+    varlen_attention.register(LONGEST)
+    attention = {"attn_implementation": varlen_attention.NAME} if packs else {}
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, **attention)
+    return why_several_graphs(model.requires_grad_(False), Rows(16, 16, packs))
+
+
+def _refusal(config: PreTrainedConfig, launch_config: str, *options: str) -> str | None:
+    recipe, launch = _asked(launch_config, *options)
     try:
         choose(recipe, config, launch, lambda: None)
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+def _nothing_rounded(model: PreTrainedModel) -> str | None:
+    try:
+        freeze_in_float8(model)
     except ValueError as error:
         return str(error)
     return None
@@ -309,7 +264,7 @@ def planned(config: PreTrainedConfig, *options: str) -> tuple[Step, Recipe]:
     refused = []
     for adapted in ADAPTED:
         more = ("--compile_layers=false", "--lora_dropout=0", *options)
-        recipe, launch = _asked("--lora_target_modules", *adapted, *more)
+        recipe, launch = _asked("single", "--lora_target_modules", *adapted, *more)
         try:
             check_adapter_names(recipe.model, config, launch, trust_remote_code=False)
         except ValueError:

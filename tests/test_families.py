@@ -7,13 +7,12 @@ import torch
 from conftest import ROOT, load_script
 from packed_training import examples, reference_attention
 from torch.nn import functional as F
-from transformers import (
-    AutoModelForCausalLM,
-)
+from transformers import AutoModelForCausalLM
+from transformers.models.phi.modeling_phi import PhiDecoderLayer
 
 from sftlab.data.collator import Collator, for_the_model
 from sftlab.fastpath import fused_loss, varlen_attention
-from sftlab.fastpath.packed_mixers import pack_mixers
+from sftlab.fastpath.packed_mixers import IN_TORCH, pack_mixers
 from sftlab.models.layers import decoder_of, describe
 from sftlab.models.own_logits import logit_changes
 from sftlab.training.router_loss import leave_out_frozen_router
@@ -34,6 +33,24 @@ def rows():
 
 def test_the_page_is_what_the_code_says(rows):
     assert (ROOT / "docs" / "models.md").read_text() == models.page(rows)
+
+
+def test_layers_that_are_cut_say_what_cuts_them(rows):
+    cut = {family for family, found in rows.items() if found.compiled}
+    assert cut == {family for family, found in rows.items() if found.compiled == IN_TORCH}
+    assert {"Qwen3-Next", "Bamba", "Kimi Linear"} <= cut
+    assert not {"Llama 2, 3; SmolLM2", "LFM2", "gpt-oss", "DeepSeek V3"} & cut
+
+
+def test_a_layer_that_prints_is_cut(monkeypatch):
+    own = PhiDecoderLayer.forward
+
+    def printing(self, *args, **kwargs):
+        torch._dynamo.graph_break()
+        return own(self, *args, **kwargs)
+
+    monkeypatch.setattr(PhiDecoderLayer, "forward", printing)
+    assert "graph_break" in models.row("Phi-2").compiled
 
 
 @pytest.mark.parametrize("family", models.FAMILIES)

@@ -19,6 +19,9 @@ from transformers.activations import ACT2FN
 
 from sftlab.models.mixers import packed_mixers
 
+# why a recurrence cuts a compiled layer
+IN_TORCH = "the recurrence is not compiled where its package of kernels is missing"
+
 
 def pack_mixers(model: PreTrainedModel) -> None:
     """Let a model's convolutions and recurrences take packed rows, as the collator gives them.
@@ -110,7 +113,7 @@ def _delta_rule(own: Callable, kernel: bool) -> Callable:
         found = own(query, key, value, g=g, beta=beta, **kwargs)[0]
         return _one_row(found, seq_idx, row_places), None
 
-    return with_boundaries if kernel else torch.compiler.disable(side_by_side)
+    return with_boundaries if kernel else torch.compiler.disable(side_by_side, reason=IN_TORCH)
 
 
 def _state_space(own: Callable, kernel: bool) -> Callable:
@@ -128,7 +131,7 @@ def _state_space(own: Callable, kernel: bool) -> Callable:
         x, dt, B, C = (_rows(one, row_places) for one in (x, dt, B, C))
         return _one_row(own(x, dt, A, B, C, **kwargs), seq_idx, row_places)
 
-    return own if kernel else torch.compiler.disable(side_by_side)
+    return own if kernel else torch.compiler.disable(side_by_side, reason=IN_TORCH)
 
 
 def _fused_state_space(own: Callable, kernel: bool) -> Callable:

@@ -7,6 +7,7 @@ Recurrences are those that run on this machine: in torch where their package is 
 """
 
 import contextlib
+import re
 import warnings
 from collections.abc import Iterator
 from functools import partial
@@ -41,6 +42,8 @@ _NOT_ON_FAKE = (
     TypeError,
     ValueError,
 )
+# what torch.compiler.disable was told
+_REASON = re.compile(r"\(reason: (?!None)(.*?)\)")
 
 
 class Rows(NamedTuple):
@@ -248,11 +251,35 @@ def _compiled(
     saved = SavedTensors(model.parameters())
     with (
         warnings.catch_warnings(action="ignore"),
-        torch._dynamo.config.patch(recompile_limit=64),
+        torch._dynamo.config.patch(recompile_limit=64, fail_on_recompile_limit_hit=True),
         _saving(saved, base, casts, alike),
     ):
         decoder_of(base)(**batch, use_cache=False)
     return [saved.bytes[index] for index in range(len(alike))]
+
+
+def why_several_graphs(base: PreTrainedModel, rows: Rows) -> str | None:
+    """Returns why a decoder layer is compiled in several graphs, of a model on the meta device.
+
+    None where it is compiled in one. The model is of no use afterwards.
+    """
+    torch.compiler.reset()
+    with FakeTensorMode(), warnings.catch_warnings(action="ignore"), _gpu_dropout(base):
+        _without_numbers(base)
+        _prepare(base, rows)
+        alike = _alike(base)
+        for layer in decoder_layers(base):
+            layer.forward = torch.compile(
+                layer.forward, backend="eager", fullgraph=True, dynamic=False
+            )
+        batch = _batch(rows, ROWS, bool(packed_mixers(base)))
+        try:
+            with _saving(SavedTensors(base.parameters()), base, True, alike):
+                decoder_of(base)(**batch, use_cache=False)
+        except _NOT_ON_FAKE as error:
+            given = _REASON.search(str(error))
+            return given[1] if given else " ".join(str(error).splitlines()[0].split())
+    return None
 
 
 @contextlib.contextmanager

@@ -1,0 +1,31 @@
+"""How fast has each shape of a model been trained? Read from the tables in results/."""
+
+import csv
+from pathlib import Path
+from typing import NamedTuple
+
+# the shape of tables that do not name one
+SHAPE = "llama3.2-1b"
+# the project's own trainings in bf16
+VARIANT = "sft.py bf16"
+
+
+class Speed(NamedTuple):
+    """Real tokens/s on one GPU, and the table that says so."""
+
+    tokens_per_s: float
+    table: Path
+
+
+def committed_speeds(results: Path) -> dict[str, Speed]:
+    """Returns the fastest training in bf16 on one GPU of every shape in `*/throughput.csv`."""
+    found: dict[str, Speed] = {}
+    for table in sorted(results.glob("*/throughput.csv")):
+        with table.open(encoding="utf-8", newline="") as file:
+            for row in csv.DictReader(file):
+                if not row["variant"].startswith(VARIANT) or row.get("gpus", "1") != "1":
+                    continue
+                shape, speed = row.get("shape") or SHAPE, float(row["tokens_per_s"] or 0)
+                if speed > found.get(shape, Speed(0.0, table)).tokens_per_s:
+                    found[shape] = Speed(speed, table)
+    return found
