@@ -192,7 +192,11 @@ def described(request: Request, recipe: Recipe, plan: Plan) -> str:
     if step.shape.experts:
         sure = "mixtures of experts were not measured: memory and speed are arithmetic"
     if step.measured:
-        sure = "no GPU has measured layers of this kind: memory is counted, speed is arithmetic"
+        sure = (
+            "layers of this kind were not measured on a GPU: memory is counted, speed is arithmetic"
+        )
+        if step.measured.recurrent:
+            sure += "; recurrences are planned as torch computes them, and kernels need less"
     lines = [
         f"{step.processes} x {plan.gpu.name}, {step.precision}, {step.strategy}",
         f"  rows: {rows.source}; {rows.mean:,.0f} tokens on average, {rows.longest:,} at most"

@@ -11,11 +11,12 @@ import torch
 from conftest import ROOT, arguments, load_script
 from datasets import Dataset
 from planned_steps import RECIPE, SAID
-from transformers import AutoConfig
+from transformers import AutoConfig, BambaConfig, PhiConfig
 
 from sftlab.config.launch import exported, launched
 from sftlab.config.parser import parse_recipe
 from sftlab.fastpath.selection import FastPath
+from sftlab.models.families import SMALL
 from sftlab.models.layers import Layers
 from sftlab.planning.plan import planned_memory
 from sftlab.training.summary import planned_row
@@ -260,3 +261,21 @@ def test_the_end_of_a_run_shows_planned_beside_measured():
         "planned memory": "why"
     }
     assert planned_row({"peak_memory": [{"resident_gb": 1.0}]}) == {}
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        (BambaConfig(**SMALL, mamba_n_heads=8, mamba_d_head=16, attn_layer_indices=[1]), True),
+        (PhiConfig(**SMALL), False),
+    ],
+)
+def test_a_plan_of_measured_layers_says_so(config, said, tmp_path, printed):
+    config.save_pretrained(tmp_path)
+    asked = ["--rows", "1000", "--row_tokens", "100", "--compile_layers=false"]
+    linears = ["--lora_target_modules", "q_proj", "k_proj"]
+    text = printed(*RECIPE, "--model_name_or_path", str(tmp_path), *asked, *linears)
+    assert re.search(r"^  activations +\d", text, re.M) and "fits; the largest" in text
+    last = text.splitlines()[-1]
+    assert last.startswith("layers of this kind were not measured on a GPU: memory is counted")
+    assert ("as torch computes them" in last) == said

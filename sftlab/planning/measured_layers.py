@@ -67,7 +67,8 @@ class Measured(NamedTuple):
 
     `working` is what is alive at once beside what is kept, of an uncompiled layer. `operations` is
     how many of torch's operations a layer takes forward and backward, 0 where all are compiled, and
-    `adapters` how many modules of a layer have LoRA, both on average.
+    `adapters` how many modules of a layer have LoRA, both on average. `recurrent` layers carry a
+    state from token to token.
     """
 
     kept: float
@@ -76,6 +77,7 @@ class Measured(NamedTuple):
     working: float
     operations: float
     adapters: float
+    recurrent: bool
 
 
 class _Counted(NamedTuple):
@@ -127,6 +129,7 @@ def measured(
         working=(two.working - one.working) / tokens,
         operations=0 if compiled and not mixers else one.operations / len(set(alike)),
         adapters=adapters / len(alike),
+        recurrent=mixers,
     )
 
 
