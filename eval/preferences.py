@@ -207,7 +207,8 @@ def generate(
     for side in models.sides:
         with answering(models.model, side):
             asked = keys, [prompts[key] for key in keys], size, generator.answers
-            fill(answers, side, *asked, f"{side} answers")
+            fill(answers, side, *asked, f"{side} answers", together=False)
+    answers.read_others()
     return answers, generation | {"batch_size": size, "processes": processes.count}
 
 

@@ -229,7 +229,8 @@ def generate(
     asked = numbers, prompts, arguments.batch_size, generator.answers
     for side in SIDES:
         with answering(pair.model, side):
-            fill(answers, side, *asked, f"{side} answers")
+            fill(answers, side, *asked, f"{side} answers", together=False)
+    answers.read_others()
     return answers, generation | {"processes": processes.count}
 
 

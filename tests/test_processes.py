@@ -1,21 +1,27 @@
 """Several processes of an evaluation: whole batches are dealt, and the results are those of one."""
 
+import itertools
 import subprocess
 
 import fork_server
 import pytest
+import torch.distributed as dist
 from conftest import ROOT, load_script
 
+from sftlab.evaluation import processes
 from sftlab.evaluation.answer_file import AnswerFile, fill
 from sftlab.evaluation.generation import Answer
 from sftlab.evaluation.processes import Processes
 
 
 class Apart(Processes):
-    """Processes that are tried one after the other, and wait for none."""
+    """Processes that are tried one after the other, wait for none, and take turns at batches."""
 
     def wait(self):
         pass
+
+    def dealt(self, batches):
+        return range(self.rank, batches, self.count)
 
 
 def test_whole_batches_are_dealt_and_every_answer_is_kept(tmp_path):
@@ -33,6 +39,33 @@ def test_whole_batches_are_dealt_and_every_answer_is_kept(tmp_path):
     assert asked == [(["a", "b"], 0), (["e", "f"], 4), (["c", "d"], 2), (["g"], 6)]
     found = AnswerFile(tmp_path, {}).found
     assert {row: one.text for (_, row), one in found.items()} == dict(enumerate("abcdefg"))
+
+
+def test_a_process_that_is_free_takes_the_next_batch(monkeypatch):
+    store = dist.HashStore()
+    monkeypatch.setattr(dist.distributed_c10d, "_get_default_store", lambda: store)
+    for _ in range(2):  # a second deal begins anew
+        deal = next(processes._DEALS)
+        monkeypatch.setattr(processes, "_DEALS", itertools.repeat(deal))
+        slow, fast = (iter(Processes(rank, 2).dealt(5)) for rank in (0, 1))
+        monkeypatch.setattr(processes, "_DEALS", itertools.count(deal + 1))
+        assert (next(slow), list(fast), list(slow)) == (0, [1, 2, 3, 4], [])
+
+
+def test_answers_of_one_model_are_not_waited_for(tmp_path):
+    waits = []
+
+    class Counting(Apart):
+        def wait(self):
+            waits.append(self.rank)
+
+    file = AnswerFile(tmp_path, {}, processes=Counting(0, 2))
+    opened = len(waits)
+    asked = [0], ["a"], 1, lambda prompts, seed: [Answer("a", 1, "stop", False)]
+    fill(file, "base", *asked, "", together=False)
+    assert len(waits) == opened
+    fill(file, "tuned", *asked, "")
+    assert len(waits) > opened
 
 
 def test_parts_of_batches_come_back_in_their_order():

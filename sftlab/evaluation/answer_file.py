@@ -3,6 +3,7 @@
 import fcntl
 import hashlib
 import json
+import math
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -120,19 +121,20 @@ def fill(
     size: int,
     answer: Callable[[Sequence[Any], int], Sequence[Answer]],
     title: str,
+    together: bool = True,
 ) -> None:
     """Generate and keep the answers that `file` does not hold yet.
 
     `answer` takes a batch of prompts and a seed, which is the batch's first row. Batches are dealt
-    over the file's processes, and `file` has those of all of them in the end. Raises ValueError
+    over the file's processes, and `file` has those of all of them in the end; if not `together`,
+    only after `file.read_others`, so that a process goes on to what comes next. Raises ValueError
     where the model's logits are NaN.
     """
     processes, found = file.processes, sum((side, row) in file.found for row in rows)
     quiet = not processes.is_main
     with tqdm(total=len(rows), initial=found, desc=title, unit="row", disable=quiet) as bar:
-        for number, start in enumerate(range(0, len(rows), size)):
-            if not processes.has(number):
-                continue
+        for number in processes.dealt(math.ceil(len(rows) / size)):
+            start = number * size
             batch = zip(rows[start : start + size], prompts[start : start + size], strict=True)
             missing = [(row, prompt) for row, prompt in batch if (side, row) not in file.found]
             if missing:
@@ -150,7 +152,8 @@ def fill(
                     raise
                 file.add(side, names, new, time.perf_counter() - started)
                 bar.update(len(missing))
-    file.read_others()
+    if together:
+        file.read_others()
 
 
 def answer_facts(answers: Sequence[Answer]) -> dict[str, Any]:

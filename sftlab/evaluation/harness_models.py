@@ -102,10 +102,9 @@ class DealtModel(HFLM):
         own: dict[int, list[Response]] = {}
         quiet = not self.processes.is_main
         with tqdm(total=len(batches), desc="batches", disable=quiet) as bar:
-            for number, places in enumerate(batches):
-                if self.processes.has(number):
-                    own[number] = answer([requests[place] for place in places])
-                    bar.update(self.processes.count)
+            for number in self.processes.dealt(len(batches)):
+                own[number] = answer([requests[place] for place in batches[number]])
+                bar.update(self.processes.count)
         found = zip(batches, self.processes.merged(own), strict=True)
         by_place = {
             place: response

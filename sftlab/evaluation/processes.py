@@ -1,9 +1,12 @@
 """The processes of an evaluation, one a device: whole batches are dealt over them.
 
-Each batch is what one process alone would compute, so greedy results are the same to the last bit.
+Each batch is what one process alone would compute, so greedy results are the same to the last bit,
+whichever process computes it.
 """
 
+import itertools
 import os
+from collections.abc import Iterator
 from datetime import timedelta
 from typing import NamedTuple, TypeVar
 
@@ -13,6 +16,8 @@ import torch.distributed as dist
 Part = TypeVar("Part")
 # A process waits for the others as long as their rows take.
 _PATIENCE = timedelta(days=7)
+# Every process deals the same batches in the same order, so a number names a deal in all of them.
+_DEALS = itertools.count()
 
 
 class Processes(NamedTuple):
@@ -46,9 +51,20 @@ class Processes(NamedTuple):
                 dist.init_process_group("gloo", timeout=_PATIENCE)
         return found
 
-    def has(self, batch: int) -> bool:
-        """Returns whether a batch, by its number, is this process's."""
-        return batch % self.count == self.rank
+    def dealt(self, batches: int) -> Iterator[int]:
+        """Returns the numbers of the batches that this process computes.
+
+        Each process takes the next batch when it is free, so that none waits for a slower one.
+        """
+        deal = next(_DEALS)
+        taken = (self._next(deal) for _ in itertools.count())
+        numbers = itertools.count() if self.count == 1 else taken
+        return itertools.takewhile(lambda number: number < batches, numbers)
+
+    def _next(self, deal: int) -> int:
+        """Returns the number of the batch that no process of a deal has taken yet."""
+        store = dist.distributed_c10d._get_default_store()
+        return store.add(f"sftlab/deal/{deal}", 1) - 1
 
     def wait(self) -> None:
         """Wait until every process is here."""

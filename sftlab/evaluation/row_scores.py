@@ -39,21 +39,25 @@ def likelihoods(
 
     Batches are right-padded, as in training, and dealt over the processes.
     """
-    batch = right_padded(rows, tokenizer, model.device)
+    batch, parts = right_padded(rows, tokenizer, model.device), list(rows.batches(size))
+    own: dict[str, dict[int, Any]] = {}
+    for side in sides:
+        own[side] = {}
+        with answering(model, side):
+            for number in processes.dealt(len(parts) + 1):
+                if number == len(parts):  # the last one
+                    own[side][number] = nats_of_the_token_read(model, batch(slice(size)))
+                    continue
+                part = parts[number]
+                try:
+                    found = likelihood(model, [batch(part)], names=rows.numbers[part])
+                except ValueError as error:
+                    raise ValueError(f"{side} model, {error}") from error
+                own[side][number] = found
     nll, same_token = {}, {}
     for side in sides:
-        with answering(model, side):
-            try:
-                own = {
-                    number: likelihood(model, [batch(part)], names=rows.numbers[part])
-                    for number, part in enumerate(rows.batches(size))
-                    if processes.has(number)
-                }
-            except ValueError as error:
-                raise ValueError(f"{side} model, {error}") from error
-            parts = zip(*processes.merged(own), strict=True)
-            nll[side] = Likelihood(*map(np.concatenate, parts))
-            same_token[side] = nats_of_the_token_read(model, batch(slice(size)))
+        *found, same_token[side] = processes.merged(own[side])
+        nll[side] = Likelihood(*map(np.concatenate, zip(*found, strict=True)))
     return nll, same_token
 
 
