@@ -44,7 +44,7 @@ class ModelServer(LocalServer):
         own = [] if asked.get("ignore_eos") else self.ends
         ends = [*own, *asked.get("stop_token_ids", [])]
         with torch.no_grad(), answering(self.model, side):
-            new = self.generated(ids, ends, asked["max_tokens"])
+            new = self.generated(ids, ends, asked["max_tokens"], asked.get("logit_bias"))
             ended = bool(new) and new[-1] in ends
             text = self.tokenizer.decode(new[:-1] if ended else new, skip_special_tokens=True)
             cuts = [text.find(stop) for stop in asked.get("stop") or [] if stop in text]
@@ -55,7 +55,10 @@ class ModelServer(LocalServer):
         choice["message"] = {"role": "assistant", "content": text}
         return {"choices": [choice], "usage": {"completion_tokens": len(new)}}
 
-    def generated(self, ids, ends, most):
+    def generated(self, ids, ends, most, biased):
+        if biased:  # by so much that the token is certain
+            (token,) = map(int, biased)
+            return [token] * (1 if token in ends else most)
         config = GenerationConfig(
             max_new_tokens=most, eos_token_id=ends, pad_token_id=pad_id(self.tokenizer)
         )

@@ -47,8 +47,17 @@ def with_another_template(server):
     server.tokenizer.chat_template = changed
 
 
-def with_another_end(server):
-    server.ends = list(range(256))
+def with_many_ends(server):
+    server.ends = [*server.ends, *range(256)]
+
+
+def without_an_end(server):
+    """None of the answers is short enough to feel it."""
+    server.ends = server.ends[:-1]
+
+
+def with_the_pad_as_an_end(server):
+    server.ends = [*server.ends, server.tokenizer.pad_token_id]
 
 
 @pytest.mark.parametrize(
@@ -56,7 +65,9 @@ def with_another_end(server):
     [
         (without_the_adapter, "the weights are not the run's"),
         (with_another_template, "prompt 0 has other token ids"),
-        (with_another_end, "3 of 3 greedy answers end otherwise, first at prompt 0"),
+        (with_many_ends, "3 of 3 greedy answers end otherwise, first at prompt 0"),
+        (without_an_end, r"answers end at the tokens \[.*\], and in the run at \[\d+.*\]"),
+        (with_the_pad_as_an_end, r"answers end at the tokens \[.*\], and in the run at \[\d+.*\]"),
     ],
 )
 def test_a_server_that_differs_is_refused(server, verify, sabotage, said):

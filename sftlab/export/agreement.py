@@ -34,20 +34,20 @@ class Behaviour(NamedTuple):
 
     `prompts` are token ids, `nats` [rows, 2] the summed nats and the tokens of the responses,
     `ended` whether a greedy answer ended by itself within MAX_NEW_TOKENS tokens, and `ends` the
-    token ids that end one, None where a server does not tell.
+    token ids that end one.
     """
 
     prompts: list[list[int]]
     nats: np.ndarray
     ended: list[bool]
-    ends: list[int] | None
+    ends: list[int]
 
 
 class Agreement(NamedTuple):
     """How far an export is from its run. `differs` says in a sentence what disagrees, if anything.
 
-    `nats` is the mean difference a response token, `other_ends` the number of answers that end
-    otherwise.
+    `nats` is the mean of the prompts' differences a response token, whatever their signs, and
+    `other_ends` the number of answers that end otherwise.
     """
 
     prompts: int
@@ -112,8 +112,8 @@ def _ended(model: Any, prompts: list[list[int]], pad: int, ends: list[int]) -> l
 def compare(run: Behaviour, export: Behaviour, dtype: str) -> Agreement:
     """Returns how far an export of this dtype is from its run."""
     rows = len(run.prompts)
-    difference = (export.nats[:, 0] - run.nats[:, 0]) / run.nats[:, 1]
-    mean = float((export.nats[:, 0] - run.nats[:, 0]).sum() / run.nats[:, 1].sum())
+    apart, tokens = np.abs(export.nats[:, 0] - run.nats[:, 0]), run.nats[:, 1]
+    mean, difference = float(apart.sum() / tokens.sum()), apart / tokens
     other = [i for i, (a, b) in enumerate(zip(run.ended, export.ended, strict=True)) if a != b]
     found = None
     for number, (one, two) in enumerate(zip(run.prompts, export.prompts, strict=True)):
@@ -123,12 +123,12 @@ def compare(run: Behaviour, export: Behaviour, dtype: str) -> Agreement:
                 "the tokenizer is not the run's"
             )
             break
-    if found is None and export.ends is not None and run.ends != export.ends:
+    if found is None and run.ends != export.ends:
         felt = f"first felt at prompt {other[0]}" if other else "felt at none of the prompts yet"
         found = f"answers end at the tokens {export.ends}, and in the run at {run.ends}, {felt}"
-    if found is None and not abs(mean) <= TOLERANCE[dtype]:
-        most = int(np.abs(difference).argmax())
-        first = int((~(np.abs(difference) <= TOLERANCE[dtype])).argmax())
+    if found is None and not mean <= TOLERANCE[dtype]:
+        most = int(difference.argmax())
+        first = int((~(difference <= TOLERANCE[dtype])).argmax())
         found = (
             f"responses differ by {mean:.3g} nats a token ({TOLERANCE[dtype]:g} is allowed in "
             f"{dtype}), first at prompt {first}, most at prompt {most}: the weights are not the "

@@ -34,6 +34,8 @@ from sftlab.export.agreement import (
 )
 from sftlab.export.formats import end_ids
 
+# what is added to a token's logit so that it comes next: the most that the interface takes
+_CERTAIN = 100
 # requests that are under way together
 _AT_ONCE = 16
 # rows on which a server is held to transformers before it answers an evaluation
@@ -57,8 +59,8 @@ def hold_to_run(
     """
     client.refuse_unserved(name)
     rows = compared_rows(model.config, tokenizer, dataset, count, max_length)
-    found = observe_server(client, name, rows)
     ends = end_ids(model, tokenizer)
+    found = observe_server(client, name, rows, sorted({*ends, *tokenizer.all_special_ids}))
     expected = observe(model, tokenizer, dataset, count, ends, max_length)
     agreement = compare(expected, found, dtype)
     if agreement.differs:
@@ -115,16 +117,21 @@ def answers_of_held_server(
     fill_served(file, side, rows, prompts, served, ask, title)
 
 
-def observe_server(client: ServerClient, name: str, rows: ScoredRows) -> Behaviour:
+def observe_server(
+    client: ServerClient, name: str, rows: ScoredRows, may_end: Sequence[int]
+) -> Behaviour:
     """Returns what the server's model `name` makes of rows.
 
-    Greedy answers are asked for as chat, so the server's own template and end tokens decide.
+    Greedy answers are asked for as chat, so the server's own template and end tokens decide. Its
+    end tokens are looked for among `may_end`: answers may be too long to feel a missing one.
     """
     with ThreadPoolExecutor(_AT_ONCE) as threads:
         prompts = list(threads.map(lambda row: _prompt_ids(client, name, row), rows.rows))
         nats = list(threads.map(lambda row: _nats(client, name, row), rows.encoded))
         ended = list(threads.map(lambda row: _ends(client, name, row), rows.rows))
-    return Behaviour(prompts, np.array(nats), ended, None)
+        at = list(threads.map(lambda token: _ends_at(client, name, rows.rows[0], token), may_end))
+    ends = [token for token, stops in zip(may_end, at, strict=True) if stops]
+    return Behaviour(prompts, np.array(nats), ended, ends)
 
 
 def _messages(row: dict[str, Any]) -> dict[str, Any]:
@@ -153,4 +160,16 @@ def _nats(client: ServerClient, name: str, row: dict[str, list[int]]) -> list[fl
 def _ends(client: ServerClient, name: str, row: dict[str, Any]) -> bool:
     """Returns whether the server's greedy answer ends by itself."""
     body = client.chat(model=name, max_tokens=MAX_NEW_TOKENS, temperature=0, **_messages(row))
+    return body["choices"][0].get("finish_reason") != "length"
+
+
+def _ends_at(client: ServerClient, name: str, row: dict[str, Any], token: int) -> bool:
+    """Returns whether a token ends the server's answers, by making it the only likely one."""
+    body = client.chat(
+        model=name,
+        max_tokens=2,
+        temperature=0,
+        logit_bias={str(token): _CERTAIN},
+        **_messages(row),
+    )
     return body["choices"][0].get("finish_reason") != "length"
