@@ -16,6 +16,7 @@ import sftlab.startup.preload  # noqa: F401
 
 import argparse
 import sys
+import time
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -145,8 +146,9 @@ def evaluate(arguments: argparse.Namespace, processes: Processes) -> None:
     cut = recipe.get("truncation_mode", "keep_start")
     rows = select(dataset, arguments.samples, tokenizer, recipe["max_length"], longest, cut)
     bleu = bleu or Bleu(tokenizer_of([row["reference"] for row in rows.rows]))
-    memory = {"weights": allocated_gb()}
+    memory, started = {"weights": allocated_gb()}, time.perf_counter()
     nll, same_token = likelihoods(model, rows, tokenizer, arguments.batch_size, processes)
+    likelihood_seconds = round(time.perf_counter() - started, 2)
     memory["likelihood_peak"] = allocated_gb(peak=True)
     pair = LoadedRun(run, model, tokenizer)
     if served:
@@ -160,6 +162,7 @@ def evaluate(arguments: argparse.Namespace, processes: Processes) -> None:
     records = score_rows(rows, nll, answers, bleu)
     report = facts_of(arguments, dataset, rows, records, answers) | {
         "nats_of_the_token_just_read": same_token,
+        "likelihood_seconds": likelihood_seconds,
         "generation": generation | {"batch_size": arguments.batch_size, "file": answers.path.name},
         "bleu": bleu.signature(),
         "gpu_memory_gb": memory if torch.cuda.is_available() else None,
