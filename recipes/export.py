@@ -111,6 +111,8 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     asked = [one for one in (arguments.to, arguments.out, arguments.push) if one is not None]
     if arguments.verify_server and asked:
         parser.error("--verify_server exports nothing: leave out --to, --out and --push")
+    if arguments.dtype and arguments.to in ("adapter", "gguf"):
+        parser.error("--dtype is of merged weights or a server's; --gguf_type is of a GGUF file's")
     if not arguments.verify_server and (arguments.to is None or arguments.out is None):
         parser.error("expected --to and --out, or --verify_server")
     return arguments
@@ -147,7 +149,8 @@ def export(arguments: argparse.Namespace) -> None:
         if arguments.to == "adapter":
             write_adapter(folder, recipe["model_name_or_path"], unfinished, tokenizer, model)
         else:
-            merged = merge(model, tokenizer, arguments.dtype or own_dtype, ends)
+            gguf_dtype = GGUF_TYPES[arguments.gguf_type] if arguments.to == "gguf" else None
+            merged = merge(model, tokenizer, gguf_dtype or arguments.dtype or own_dtype, ends)
             if arguments.to == "merged":
                 write_merged(merged, tokenizer, unfinished)
             else:

@@ -135,6 +135,15 @@ def test_a_damaged_record_is_named_before_anything_is_written(
     assert not out.exists()
 
 
+@pytest.mark.parametrize("kind", ["adapter", "gguf"])
+def test_a_dtype_of_what_is_not_merged_is_refused(script, finished, tmp_path, capsys, kind):
+    words = ["--run", str(finished[0]), "--to", kind, "--out", str(tmp_path / kind)]
+    with pytest.raises(SystemExit):
+        script.main([*words, "--dtype", "float16"])
+    assert "--dtype is of merged weights" in capsys.readouterr().err
+    assert not (tmp_path / kind).exists()
+
+
 def test_an_export_goes_beside_its_run(script, finished):
     out = finished[0] / "adapter" / "export"
     with pytest.raises(SystemExit, match="is inside the run"):

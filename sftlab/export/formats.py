@@ -37,15 +37,19 @@ def merge(
 ) -> PreTrainedModel:
     """Returns the model in a dtype, with the adapter merged in and `ends` as its end tokens.
 
-    Of a checkpoint that takes images too it is the text model alone.
+    Each weight is rounded once, as the sum of base and adapter. Of a checkpoint that takes images
+    too it is the text model alone.
 
     Raises ValueError where a merged weight is not finite, and for biases that find no place.
     """
     _refuse_biases(model)
     generation = generation_config(inner_model(model).generation_config, tokenizer, ends)
-    merged = model.to(getattr(torch, dtype))
+    loaded, written = inner_model(model).dtype, getattr(torch, dtype)
+    wide = torch.promote_types(loaded, written)
+    merged = model if wide == loaded else model.to(wide)
     if isinstance(merged, PeftModel):
         merged = merged.merge_and_unload(safe_merge=True)
+    merged = merged.to(written)
     merged.generation_config = generation
     return unnested(merged)
 
