@@ -51,6 +51,13 @@ def test_answers_that_end_otherwise_are_counted():
     assert "1 of 20" in differs("float32", ended=ROWS - 1)
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "bf16", "q8_0"])
+def test_coarse_rounding_may_move_more_ends(dtype):
+    """A real model's own weights in bfloat16: 3 of 16."""
+    assert differs(dtype, ended=ROWS - 4) is None
+    assert "7 of 20 greedy answers end otherwise" in differs(dtype, ended=ROWS - 7)
+
+
 def test_prompts_and_end_tokens_come_first():
     other = [[row, 1] for row in range(ROWS)]
     other[4] = [4, 1, 1]

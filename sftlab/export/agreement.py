@@ -24,9 +24,10 @@ MAX_NEW_TOKENS = 64
 # chosen: docs/use.md has what the demo's run differs by, which is a hundredth or less of each.
 TOLERANCE = {"float32": 1e-4, "float16": 0.01, "bfloat16": 0.05}
 TOLERANCE |= {"f32": 1e-4, "f16": 0.01, "bf16": 0.05, "q8_0": 0.05}
-# Share of answers that may end otherwise: rounding moves near ties of two tokens.
-OTHER_ENDS = {"float32": 0.0, "float16": 0.05, "bfloat16": 0.1}
-OTHER_ENDS |= {"f32": 0.0, "f16": 0.05, "bf16": 0.1, "q8_0": 0.1}
+# Share of answers that may end otherwise: rounding moves near ties of two tokens, and a long answer
+# goes on from there. SmolLM2's on GSM8K do so in 3 of 16 in bfloat16.
+OTHER_ENDS = {"float32": 0.0, "float16": 0.05, "bfloat16": 0.3}
+OTHER_ENDS |= {"f32": 0.0, "f16": 0.05, "bf16": 0.3, "q8_0": 0.3}
 
 
 class Behaviour(NamedTuple):
