@@ -21,7 +21,7 @@ from sftlab.models.likelihood import likelihood
 PROMPTS = 64
 MAX_NEW_TOKENS = 64
 # Largest mean difference in nats a response token, by the dtype of the exported weights. They are
-# chosen: docs/use.md has what the demo's run differs by, which is a hundredth or less of each.
+# chosen: docs/use.md has what a real model differs by, which is a tenth or less of each.
 TOLERANCE = {"float32": 1e-4, "float16": 0.01, "bfloat16": 0.05}
 TOLERANCE |= {"f32": 1e-4, "f16": 0.01, "bf16": 0.05, "q8_0": 0.05}
 # Share of answers that may end otherwise: rounding moves near ties of two tokens, and a long answer
