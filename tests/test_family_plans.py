@@ -10,7 +10,7 @@ from planned_steps import PARTITIONED, kernels_without_numbers
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 from torch.utils.weak import WeakIdKeyDictionary
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, NemotronConfig
 from transformers.models.phi.modeling_phi import PhiDecoderLayer
 
 from sftlab.data.collator import Collator, for_the_model
@@ -208,3 +208,10 @@ def test_a_whole_model_is_planned_too():
     step, _ = models.planned(config, "--use_peft=false")
     assert step.measured.adapters == 0
     assert step.measured.kept > 0 and memory(step).gradients == 0
+
+
+def test_an_mlp_without_a_gate_is_measured():
+    config = NemotronConfig(**models.SMALL, head_dim=16)
+    step, _ = models.planned(config)
+    gated, _ = models.planned(models.config_of("Llama 2, 3; SmolLM2"))
+    assert step.measured and kept_bytes(step) < kept_bytes(gated)

@@ -95,7 +95,7 @@ def count_weights(recipe: Recipe, config: PreTrainedConfig) -> Weights:
         head=head.numel(),
         flops=flops_per_token(model),
         fused=_linears(layers) & set(FUSED),
-        other=_linears(layers) - {*LINEARS, *FUSED},
+        other=_unlike_llamas(_linears(layers)),
     )
 
 
@@ -172,6 +172,13 @@ def _linears(layer: nn.Module) -> frozenset[str]:
     """Returns the last words of the names of a layer's linears, without its adapter's."""
     names = (name for name, m in layer.named_modules() if _is_frozen_linear(name, m))
     return frozenset(name.removesuffix(".base_layer").rpartition(".")[2] for name in names)
+
+
+def _unlike_llamas(linears: frozenset[str]) -> frozenset[str]:
+    """Returns the linears that Llama does not have; all of an MLP without a gate."""
+    if "up_proj" in linears and "gate_proj" not in linears:
+        return linears
+    return linears - {*LINEARS, *FUSED}
 
 
 def _is_frozen_linear(name: str, module: nn.Module) -> bool:
