@@ -200,7 +200,7 @@ def described(request: Request, recipe: Recipe, plan: Plan) -> str:
     lines = [
         f"{step.processes} x {plan.gpu.name}, {step.precision}, {step.strategy}",
         f"  rows: {rows.source}; {rows.mean:,.0f} tokens on average, {rows.longest:,} at most"
-        + "; a pair is a row of both sides" * step.reference,
+        + "; a pair is a row of both sides" * (step.reference or step.reference_once),
         f"  global batch: {plan.micro_batch * step.accumulation * step.processes} rows = "
         f"micro-batch {plan.micro_batch} x accumulation {step.accumulation} x "
         f"{step.processes} processes",

@@ -210,3 +210,55 @@ def test_validation_counts_each_pair_once_whatever_the_batch(pairs, trained_here
         found.append([measured[name] for name in names])
     assert read(folder)["data"]["validation"]["rows"] % 8 and found[0][2] > 0
     assert found[0] == pytest.approx(found[1], rel=1e-5)
+
+
+def test_a_reference_that_is_computed_once_is_that_of_every_step(pairs, trained_here, monkeypatch):
+    fields = pairs | {"max_steps": "10"}  # of 8 pairs: more than there are
+    calls, forward = [], DPOTrainer.compute_ref_log_probs
+    monkeypatch.setattr(
+        DPOTrainer,
+        "compute_ref_log_probs",
+        lambda self, *args: calls.append(1) or forward(self, *args),
+    )
+    found = {}
+    for asked, folder in ((None, "unset"), ("false", "each"), ("true", "once")):
+        own = fields | {"output_dir": f"{pairs['output_dir']}-{folder}"}
+        trained_here(own | ({"precompute_ref_log_probs": asked} if asked else {}))
+        found[folder] = read(own["output_dir"]), len(calls)
+        calls.clear()
+    assert [run["ran"]["reference_computed"] for run, _ in found.values()] == [
+        "once",
+        "in every step",
+        "once",
+    ]
+    assert found["each"][1] == 0 < found["unset"][1] == found["once"][1]
+    (once, _), (each, _) = found["unset"], found["each"]
+    assert [loss for _, loss in once["losses"]] == pytest.approx(
+        [loss for _, loss in each["losses"]], abs=1e-5
+    )
+    for name in ("validation_loss", "validation_reward_margin", "validation_reward_accuracy"):
+        assert once["measured"][name] == pytest.approx(each["measured"][name], abs=1e-5)
+
+
+def test_wrong_figures_of_the_reference_stop_the_run(pairs, monkeypatch):
+    trainer = build(pairs, precompute_ref_log_probs="true")
+    forward = DPOTrainer.compute_ref_log_probs
+    monkeypatch.setattr(
+        DPOTrainer,
+        "compute_ref_log_probs",
+        lambda self, *args: tuple(one + 1 for one in forward(self, *args)),
+    )
+    with pytest.raises(RuntimeError, match="does not begin as its reference"):
+        trainer.train()
+
+
+def test_once_is_where_pairs_are_trained_on_again(pairs):
+    args = build(pairs, max_steps=-1, num_train_epochs=1).args
+    assert not args.reference_once(100, 8)
+    args.num_train_epochs = 2
+    assert args.reference_once(100, 8)
+    args.max_steps = 12
+    assert not args.reference_once(100, 8) and args.reference_once(95, 8)
+    assert not args.reference_once(None, 8), "a number that is not known"
+    args.ld_alpha = 0.5
+    assert not args.reference_once(95, 8)

@@ -32,6 +32,11 @@ def resolve_method(recipe: Recipe, launch: Launch) -> None:
             "use_peft is false, and the reference of method dpo is the model without what the "
             "adapter learns: pass --use_peft true"
         )
+    if recipe.training.precompute_ref_log_probs and recipe.training.ld_alpha is not None:
+        raise ValueError(
+            "precompute_ref_log_probs does not go with ld_alpha, whose weights depend on both "
+            "sides of a pair: leave one of them out"
+        )
     if changes_base(model.init_lora_weights):
         raise ValueError(
             f"init_lora_weights {model.init_lora_weights} changes the base model, which is the "

@@ -25,10 +25,7 @@ REFUSED_OF_PAIRS = {
     "sync_ref_model": _REFERENCE,
     "ref_model_mixup_alpha": _REFERENCE,
     "ref_model_sync_steps": _REFERENCE,
-    "precompute_ref_log_probs": (
-        "the reference shares the base model's weights, so it needs no memory of its own"
-    ),
-    "precompute_ref_batch_size": "log-probabilities of the reference are computed in each step",
+    "precompute_ref_batch_size": "the reference is computed over micro-batches of the training",
     "disable_dropout": "dropout is always off: model and reference must differ by training alone",
     "truncation_mode": "answers lose their end, so that both sides keep the prompt",
     "label_smoothing_factor": "give label_smoothing, which some values of loss_type use",
@@ -65,6 +62,13 @@ class PreferenceArguments(OwnFields, DPOConfig):
             "of answers' tokens. Unset: wherever the head allows it. False: trl's own head."
         },
     )
+    precompute_ref_log_probs: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Compute the reference's log-probabilities once, before the first step, "
+            "instead of in every step. Unset: where pairs are trained on more than once."
+        },
+    )
     compile_layers: bool | None = field(
         default=False,
         metadata={"help": "Compile each decoder layer. Unset: no."},
@@ -75,6 +79,20 @@ class PreferenceArguments(OwnFields, DPOConfig):
     eos_token: str | None = field(
         default=None, metadata={"help": "Token that ends an answer. Unset: the tokenizer's."}
     )
+
+    def reference_once(self, pairs: int | None, pairs_a_step: int) -> bool:
+        """Returns whether the reference of all pairs is computed before the first step.
+
+        Unset, it is where each of the `pairs` training pairs is trained on more than once, as far
+        as their number is known: else it saves nothing.
+        """
+        if self.precompute_ref_log_probs is not None:
+            return self.precompute_ref_log_probs
+        if self.ld_alpha is not None:
+            return False
+        if self.max_steps > 0:
+            return pairs is not None and pairs_a_step * self.max_steps > pairs
+        return self.num_train_epochs > 1
 
 
 def of_the_other_method(name: str, method: str) -> str | None:

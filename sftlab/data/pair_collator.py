@@ -11,6 +11,8 @@ from sftlab.data.encoded_pairs import PROMPT
 
 # what trl's own collator gives
 OF_TRL = ("input_ids", "attention_mask", "completion_mask")
+# trl's names of the reference's log-probabilities where they are known, the chosen side's first
+REFERENCE_OF_TRL = ("ref_chosen_logps", "ref_rejected_logps")
 
 
 class PairCollator:
@@ -40,6 +42,7 @@ class PairCollator:
                 "prompt_ids": one["chosen_ids"][: one[PROMPT]],
                 "chosen_ids": one["chosen_ids"][one[PROMPT] :],
                 "rejected_ids": one["rejected_ids"][one[PROMPT] :],
+                **{name: one[name] for name in REFERENCE_OF_TRL if name in one},
             }
             for one in pairs
         ]

@@ -59,18 +59,30 @@ class Plan(NamedTuple):
     @property
     def hours(self) -> float | None:
         """Hours of training without evaluation and saving; None where `steps` is unknown."""
-        return None if self.steps is None else self.steps * self.step_seconds / 3600
+        if self.steps is None:
+            return None
+        return (self.steps * self.step_seconds + self.reference_seconds) / 3600
+
+    @property
+    def reference_seconds(self) -> float:
+        """Seconds before the first step in which the reference of all rows is computed."""
+        if not self.step.reference_once or self.rows.count is None:
+            return 0.0
+        both = step_time(replace(self.step, reference=True), self.gpu).seconds
+        return (
+            self.rows.count / (self.micro_batch * self.step.processes) * (both - self.time.seconds)
+        )
 
     @property
     def total_flops(self) -> float | None:
         """Model FLOPs of the training, as if every token were in the loss."""
         if self.steps is None:
             return None
-        # of a frozen weight's 4 FLOPs, 2 are the forward's
-        again = 1.5 if self.step.reference else 1.0
         flops = self.step.weights.flops
         rows = self.steps * self.step.accumulation * self.micro_batch * self.step.processes
-        return rows * self.rows.mean * again * (flops.token + flops.loss_token)
+        # of a frozen weight's 4 FLOPs, 2 are the forward's
+        forward = rows * self.step.reference + (self.rows.count or 0) * self.step.reference_once
+        return (rows + forward / 2) * self.rows.mean * (flops.token + flops.loss_token)
 
 
 def read_recipe(argv: list[str], launch: Launch, gpu: GPU, gpus: int | None) -> Recipe:

@@ -51,6 +51,7 @@ def step_of(
     """
     model, training = recipe.model, recipe.training
     pairs = training.method == "dpo"  # its log-probabilities come in chunks
+    once = pairs and training.reference_once(rows.count, recipe.data.global_batch_size)
     if training.fused_loss is False and not pairs:
         raise ValueError(
             "fused_loss: false keeps whole logits, and plans are made for the fused loss alone: "
@@ -86,8 +87,9 @@ def step_of(
         accumulation=training.gradient_accumulation_steps,
         optimizer_copies=training.optim == "adamw_torch",
         optimizer_waits=is_bitsandbytes(training.optim),
-        reference=pairs,
+        reference=pairs and not once,
         reference_adapter=pairs and bool(model.adapter_name_or_path),
+        reference_once=once,
         fused_lora=fast.fused_lora,
         measured=found,
     )

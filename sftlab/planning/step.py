@@ -94,7 +94,8 @@ class Step:
     `optimizer_waits`: bitsandbytes' optimizers wait for the GPU after every trained tensor.
     `whole_logits`: the number of float32 copies of all logits, 0 for a loss in chunks.
     `reference`: preference tuning's frozen model runs forward too, with an adapter of its own where
-    `reference_adapter` is set. `measured` is what layers take that are not worked out.
+    `reference_adapter` is set. `reference_once`: it runs before the first step alone. `measured` is
+    what layers take that are not worked out.
     """
 
     shape: Shape
@@ -119,6 +120,7 @@ class Step:
     whole_logits: float = 0.0
     reference: bool = False
     reference_adapter: bool = False
+    reference_once: bool = False
     fused_lora: bool = False
     measured: Measured | None = None
 

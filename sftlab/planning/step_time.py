@@ -182,7 +182,7 @@ def traffic(step: Step) -> float:
         * (1 + FORWARD * again)
     )
     elements = LORA_COMPILED if step.compiled else LORA_CASTS if step.casts else LORA_EAGER
-    lora_again = step.checkpointing + step.reference_adapter
+    lora_again = step.checkpointing + (step.reference and step.reference_adapter)
     moved += b * elements * sum(a + z for a, z in with_lora) * (1 + FORWARD_LORA * lora_again)
     # an element read and written, and a byte of mask; the same in the backward
     moved += step.dropout * (2 * b + 1) * sum(a for a, _ in with_lora) * (2 + again)

@@ -15,7 +15,7 @@ from trl.trainer.utils import use_adapter
 from sftlab.config.launch import COMPUTE_DTYPE, PRECISIONS
 from sftlab.data.collator import for_the_model
 from sftlab.data.encoded_pairs import IDS, sequences_of
-from sftlab.data.pair_collator import OF_TRL, PairCollator
+from sftlab.data.pair_collator import OF_TRL, REFERENCE_OF_TRL, PairCollator
 from sftlab.data.samplers import row_lengths
 from sftlab.fastpath.fused_loss import add_frozen_head_log_probs
 from sftlab.fastpath.packed_decoder import pack_decoder
@@ -23,6 +23,8 @@ from sftlab.measurement.flops import Flops
 from sftlab.models.own_logits import Changes
 from sftlab.models.plain_attention import plain_attention
 from sftlab.training.recorded_trainer import RecordedTrainer
+from sftlab.training.reference_pass import with_reference
+from sftlab.training.verification import global_batch
 
 # peft's name of the frozen copy of an adapter that the training goes on from
 REFERENCE = "ref"
@@ -61,7 +63,16 @@ class PreferenceTrainer(RecordedTrainer, DPOTrainer):
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
+        # trl would compute the reference before the fast path is taken
+        asked, kwargs["args"].precompute_ref_log_probs = (
+            kwargs["args"].precompute_ref_log_probs,
+            False,
+        )
         super().__init__(*args, **kwargs)
+        self.args.precompute_ref_log_probs = asked
+        self.reference_once = self.args.reference_once(
+            len(self.train_dataset), global_batch(self.args)
+        )
         self.data_collator = PairCollator(
             self.processing_class.pad_token_id,
             self.args.pad_to_multiple_of,
@@ -69,8 +80,9 @@ class PreferenceTrainer(RecordedTrainer, DPOTrainer):
             fused=bool(self.fast.fused_loss),
             mixers=self.fast.layers.mixers > 0,
         )
-        # the reference's forward takes 2 of the 4 FLOPs of a frozen weight once more
-        self.flops = Flops(*(1.5 * one for one in self.flops))
+        if not self.reference_once:
+            # the reference's forward takes 2 of the 4 FLOPs of a frozen weight once more
+            self.flops = Flops(*(1.5 * one for one in self.flops))
 
     def _prepare_dataset(self, dataset: Dataset, *args: Any, **kwargs: Any) -> Dataset:
         """Returns the pairs as they are: they are encoded already."""
@@ -112,6 +124,15 @@ class PreferenceTrainer(RecordedTrainer, DPOTrainer):
         """Returns how many tokens of a micro-batch are in answers, of both sides."""
         return inputs["loss_tokens"]
 
+    def before_training(self) -> None:
+        """Compute the reference of all pairs, where steps do not."""
+        if self.reference_once and not self.precompute_ref_logps:
+            at_once = self.args.per_device_train_batch_size
+            self.train_dataset = with_reference(self, self.train_dataset, at_once)
+            if self.eval_dataset is not None:
+                self.eval_dataset = with_reference(self, self.eval_dataset, at_once)
+            self.precompute_ref_logps = True
+
     def forward_once(self, model: nn.Module, inputs: dict[str, Any]) -> None:
         """Run one forward in training mode, for the check of the first step."""
         self.side_log_probs(model.train(), inputs)
@@ -126,6 +147,7 @@ class PreferenceTrainer(RecordedTrainer, DPOTrainer):
         It is for checks: layers are not compiled for it.
         """
         given = self._prepare_inputs(for_the_model(inputs))
+        given = {name: one for name, one in given.items() if name not in REFERENCE_OF_TRL}
         mask = given.pop("completion_mask")
         labels = given["input_ids"].masked_fill(mask == 0, -100)
         eager = torch.compiler.set_stance("force_eager")
@@ -169,6 +191,9 @@ class PreferenceTrainer(RecordedTrainer, DPOTrainer):
         compute = getattr(torch, COMPUTE_DTYPE[PRECISIONS[self.args.mixed_precision]])
         allowed = _ROUNDINGS * torch.finfo(compute).eps * reference.abs().clamp(min=1)
         apart = (now - reference).abs()
+        if self.precompute_ref_logps:
+            given = torch.stack([inputs[name] for name in REFERENCE_OF_TRL]).to(reference)
+            apart = torch.maximum(apart, (given - reference).abs())
         if not bool((apart <= allowed).all()):
             raise RuntimeError(
                 "the model does not begin as its reference: before the first step their "
@@ -191,7 +216,8 @@ class PreferenceTrainer(RecordedTrainer, DPOTrainer):
     def prediction_step(self, *args: Any, **kwargs: Any) -> Any:
         """Returns the batch's loss, and keeps the reward margin of each pair for `validation`.
 
-        trl has means of batches alone. Its loss runs the model, then the reference.
+        trl has means of batches alone. Its loss runs the model, then the reference where that is
+        not known.
         """
         found: list[torch.Tensor] = []
         hook = self.model.register_forward_hook(
@@ -201,8 +227,11 @@ class PreferenceTrainer(RecordedTrainer, DPOTrainer):
             predicted = super().prediction_step(*args, **kwargs)
         finally:
             hook.remove()
-        now, reference = found
-        chosen, rejected = (now - reference).chunk(2)
+        now, *reference = found
+        if self.precompute_ref_logps:
+            inputs = args[1]
+            reference = [torch.cat([inputs[name] for name in REFERENCE_OF_TRL]).to(now)]
+        chosen, rejected = (now - reference[0]).chunk(2)
         self._margins.append(
             self.accelerator.gather_for_metrics(self.beta * (chosen - rejected).float())
         )
@@ -251,6 +280,7 @@ class PreferenceTrainer(RecordedTrainer, DPOTrainer):
         return super().what_ran() | {
             "method": "dpo",
             "reference": "the adapter that it started from" if has_copy else "the base model",
+            "reference_computed": "once" if self.reference_once else "in every step",
             "beta": self.beta,
             "loss_type": list(self.loss_types),
         }

@@ -193,6 +193,7 @@ class RecordedTrainer(UpstreamFixes):
     def train(self, resume_from_checkpoint: str | None = None, **kwargs: Any) -> TrainOutput:
         """Train, or resume from a checkpoint's folder; the clock starts."""
         self.clock.start()
+        self.before_training()
         self.checkpointer.resume_from = resume_from_checkpoint
         if self.adapter_start and not resume_from_checkpoint:
             # compiled layers would not run peft's hooks
@@ -201,6 +202,9 @@ class RecordedTrainer(UpstreamFixes):
                     self.model, self.train_dataset, self.data_collator, self.args.seed
                 )
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+
+    def before_training(self) -> None:
+        """Do what a method needs before its first step; the clock runs."""
 
     def begin_adapter_with(self, start: AdapterStart) -> None:
         """Begin the adapter so before the first step; checkpoints keep what was measured."""
