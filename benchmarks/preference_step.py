@@ -10,7 +10,8 @@ trains on the base model, and trl gets the same tokens. Nothing is checkpointed,
 gradient checkpointing.
 
 trl pads, because padding_free is switched off in it and it cannot pack. Its variants are those of
-its best settings: log-probabilities of the reference computed in every step or beforehand, Liger's
+its best settings: log-probabilities of the reference computed in every step or beforehand (as
+dpo.py does where pairs are trained on more than once, and so here), Liger's
 and FlashAttention's kernels where they are installed, compiled.
 
 Every variant is a process of its own (benchmarks/preference_step_worker.py). They start together.
@@ -76,6 +77,10 @@ VARIANTS = {
     "trl, FlashAttention": Variant(FLASH, needs=("flash_attn",)),
     "trl, FlashAttention, Liger, reference beforehand": Variant(
         FLASH | LIGER | BEFOREHAND, needs=("flash_attn", "liger_kernel")
+    ),
+    "trl, FlashAttention, Liger": Variant(FLASH | LIGER, needs=("flash_attn", "liger_kernel")),
+    f"{OURS}, reference in each step": Variant(
+        {"precompute_ref_log_probs": "false"}, trl=False, gpu=False
     ),
     f"{OURS}, not packed": Variant({"packing": "false"}, trl=False),
     f"{OURS}, compiled": Variant({"compile_layers": "true"}, trl=False, compiles=True),

@@ -41,6 +41,8 @@ from sftlab.measurement.memory import peak_beyond
 from sftlab.models.loading import load_config, load_tokenizer
 from sftlab.script_options import Options
 from sftlab.training.building import build_trainer
+from sftlab.training.preference_trainer import PreferenceTrainer
+from sftlab.training.reference_pass import with_reference
 
 TARGETS = ["q_proj", "v_proj", "o_proj"]
 ON_CPU = not torch.cuda.is_available()
@@ -239,10 +241,10 @@ def _as_trl(pair: dict[str, Any]) -> dict[str, list[int]]:
 def facts(trainer: Trainer, encoded: Dataset) -> dict[str, Any]:
     """Returns the tokens of an epoch and what really runs.
 
-    `reference_s` are the seconds in which trl computes the reference of an epoch's pairs once.
+    `reference_s` are the seconds in which the reference of all pairs is computed once.
     """
     fast, found = getattr(trainer, "fast", None), {}
-    if getattr(trainer.args, "precompute_ref_log_probs", False):
+    if getattr(trainer, "reference_once", trainer.args.precompute_ref_log_probs):
         found["reference_s"] = seconds_of_the_reference(trainer)
     parts = ("packing", "fused_loss", "compile_layers")
     found["parts"] = " ".join(name for name in parts if fast and getattr(fast, name))
@@ -253,18 +255,22 @@ def memory_of_a_step(trainer: Trainer, encoded: Dataset, trl: bool) -> float:
     """Returns the GB that a step over the first pairs holds beyond what is held before it."""
     rows = [encoded[n] for n in range(trainer.args.per_device_train_batch_size)]
     rows = [_as_trl(one) for one in rows] if trl else rows
-    if getattr(trainer.args, "precompute_ref_log_probs", False):
+    if trainer.precompute_ref_logps:
         rows = [one | {"ref_chosen_logps": 0.0, "ref_rejected_logps": 0.0} for one in rows]
     inputs, model = trainer.data_collator(rows), trainer.model.train()
     return peak_beyond(lambda: trainer.training_step(model, inputs)) / GB
 
 
 def seconds_of_the_reference(trainer: DPOTrainer) -> float:
-    """Returns the seconds in which trl computes the log-probabilities of the reference."""
-    batches = [*trainer.get_train_dataloader()]
+    """Returns the seconds in which the log-probabilities of the reference are computed."""
+    own, pairs = isinstance(trainer, PreferenceTrainer), trainer.train_dataset
+    at_once = trainer.args.per_device_train_batch_size
+    batches = [] if own else [*trainer.get_train_dataloader()]
     for timed in (False, True):
         synchronize()
         started = time.perf_counter()
+        if own:
+            with_reference(trainer, pairs if timed else pairs.select(range(at_once)), at_once)
         for batch in batches if timed else batches[:1]:
             trainer.compute_ref_log_probs(trainer.model, trainer._prepare_inputs(batch))
         synchronize()
