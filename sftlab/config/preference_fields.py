@@ -17,7 +17,7 @@ MICRO_BATCH_LOSSES = ("aot", "aot_unpaired", "sft")
 # Fields that only preference tuning has, and that do what trl says.
 ALONE = (
     *("beta", "loss_weights", "ld_alpha", "f_divergence_type", "f_alpha_divergence_coef"),
-    *("label_smoothing", "use_weighting", "discopop_tau"),
+    *("label_smoothing", "use_weighting", "discopop_tau", "precompute_ref_log_probs"),
 )
 _REFERENCE = "the reference is the model as it was before this training, and stays so"
 # Fields that have an effect in supervised fine-tuning, or in trl, and none in preference tuning.

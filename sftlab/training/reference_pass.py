@@ -1,21 +1,17 @@
 """The reference's log-probabilities of all pairs, computed once for every epoch."""
 
-from typing import TYPE_CHECKING
-
 import numpy as np
 import torch
 from datasets import Dataset
+from trl import DPOTrainer
 
 from sftlab.data.collator import for_the_model
 from sftlab.data.encoded_pairs import IDS
 from sftlab.data.pair_collator import REFERENCE_OF_TRL
 from sftlab.data.samplers import row_lengths
 
-if TYPE_CHECKING:
-    from sftlab.training.preference_trainer import PreferenceTrainer
 
-
-def with_reference(trainer: "PreferenceTrainer", pairs: Dataset, at_once: int) -> Dataset:
+def with_reference(trainer: DPOTrainer, pairs: Dataset, at_once: int) -> Dataset:
     """Returns the pairs with the log-probabilities of both sides under the reference, in nats.
 
     The batches of `at_once` pairs are the same in every start and under any number of processes,
