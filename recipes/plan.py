@@ -220,6 +220,7 @@ def described(request: Request, recipe: Recipe, plan: Plan) -> str:
             recipe.model.use_peft,
             recipe.model.lora_alpha,
             recipe.model.use_rslora,
+            recipe.training.loraplus_lr_ratio,
         ),
         *([rank_line(recipe.model.lora_r)] if recipe.model.use_peft else []),
         *([targets_line(recipe.model.lora_target_modules)] if recipe.model.use_peft else []),

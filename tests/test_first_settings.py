@@ -43,8 +43,8 @@ def test_small_models_begin_higher_and_full_fine_tuning_at_a_tenth(parameters, l
 )
 def test_a_rate_is_within_the_range_or_outside(rate, said):
     assert rate_lines(rate, 1_236_000_000, True, 32) == [
-        f"learning rate {rate:g}: {said} 0.00033 to 0.003, three times around 0.001, the best of "
-        "LoRA in a published sweep"
+        f"learning rate {rate:g}: {said} 0.00033 to 0.003, a third to three times 0.001, "
+        "the best of LoRA in a published sweep"
     ]
 
 
@@ -53,14 +53,19 @@ def test_what_the_sweep_did_not_have_is_said():
     assert "1 billion parameters" in lines[1]
     assert "lora_alpha 32, this recipe has 64" in lines[2]
     (line, _) = rate_lines(1e-4, 360_000_000, False, None)
-    assert "around 0.0001, a tenth of the best of LoRA in a published sweep" in line
+    assert "times 0.0001, a tenth of the best of LoRA in a published sweep" in line
+    assert "larger than this model" in rate_lines(1e-2, 354_048, True, 32)[1]
+    lines = rate_lines(1e-3, 1_236_000_000, True, 32, loraplus=16)
+    assert "LoRA+ moves B matrices at 16 times the rate" in lines[1] and len(lines) == 2
     lines = rate_lines(1e-3, 1_236_000_000, True, 32, stabilised=True)
     assert "rank-stabilised scaling" in lines[1] and len(lines) == 2
 
 
 def test_models_of_a_hundred_million_parameters_have_a_sweep_of_their_own():
     (line,) = rate_lines(1e-3, 135_000_000, True, 32)
-    assert "within 0.001 to 0.009, three times around 0.003, the best of LoRA in a sweep" in line
+    assert (
+        "within 0.001 to 0.009, a third to three times 0.003, the best of LoRA in a sweep" in line
+    )
     with (ROOT / "results" / "lora_or_full" / "tuning.csv").open() as file:
         best = {
             r["cell"]: float(r["learning_rate"])
@@ -79,7 +84,7 @@ def test_the_rank_is_held_against_the_ranks_that_were_measured():
         assert f"{score:.3f}" == f"{float(found[f'r{rank}']):.3f}"
     assert rank_line(16).startswith("rank 16: where to begin; ")
     assert rank_line(1).startswith("rank 1: 16 is where to begin; ")
-    assert "1 1.931, 4 1.887, " in rank_line(1)
+    assert "r1 1.931, r4 1.887, " in rank_line(1)
 
 
 def test_the_targets_are_held_against_those_that_were_measured():

@@ -68,17 +68,17 @@ def test_the_table_has_every_loss_and_says_where_the_grid_ends(study):
     assert r2 == ["r2", "2", "1.9", "1.8 *", "0.016, at an end of the grid"]
 
 
-def test_one_training_that_went_wrong_does_not_press_the_others_into_a_line(study):
+def test_one_training_that_went_wrong_does_not_press_the_others_into_a_line():
     losses = {"r4": (0.7, 0.6, 5.2), "r2": (0.8, 0.7, None)}
     tried = [
         Trial(cell, value, "succeeded", loss, loss == min(filter(None, mine)), False)
         for cell, mine in losses.items()
         for value, loss in zip((1e-3, 3e-3, 1e-2), mine, strict=True)
     ]
-    low, high = shown_losses(study, tried)
+    low, high = shown_losses(tried)
     assert 0.5 < low < 0.6 and 0.8 < high < 0.9, "5.2 is the neighbour of a best value"
     wide = [*tried, Trial("r4", 3e-2, "succeeded", 80.0, False, False)]
-    assert shown_losses(study, wide) == (low, high)
+    assert shown_losses(wide) == (low, high)
 
 
 def test_memory_that_ran_out_beside_others_is_no_result_of_an_interrupted_second_start(study):

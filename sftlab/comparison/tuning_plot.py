@@ -9,7 +9,6 @@ import numpy as np
 from sftlab.comparison.canvas import new_canvas, save, style
 from sftlab.comparison.study_file import Study
 from sftlab.comparison.study_tuning import Trial
-from sftlab.tables import figure
 
 # losses above this many times the lowest one are not drawn
 MOST_SHOWN = 1.5
@@ -24,18 +23,21 @@ def draw_tuning(study: Study, tried: Sequence[Trial], out: Path) -> list[str]:
         canvas = new_canvas((6, 3.8), layout="constrained")
         axes = canvas.subplots()
         colours = matplotlib.colormaps["viridis"](np.linspace(0.05, 0.9, len(study.cells)))
-        low, high = shown_losses(study, tried)
+        low, high = shown_losses(tried)
+        beyond = False
         for colour, cell in zip(colours, study.cells, strict=True):
             mine = [one for one in tried if one.cell == cell and one.validation_loss is not None]
             values, losses = [one.value for one in mine], [one.validation_loss for one in mine]
             axes.plot(values, losses, "o-", ms=3, lw=1.2, color=colour, label=cell)
             for place in (place for place, one in enumerate(mine) if one.best):
                 axes.plot(values[place], losses[place], "o", ms=8, mfc="none", color=colour)
+            for one in (one for one in tried if one.cell == cell):
+                if one.validation_loss is None or one.validation_loss > high:
+                    axes.plot(one.value, high, "x", ms=6, color=colour, clip_on=False)
+                    beyond = True
         axes.set(xlabel=study.tuned, ylabel="validation loss", xscale="log", ylim=(low, high))
-        above = [one.validation_loss for one in tried if (one.validation_loss or 0) > high]
-        said = "Validation loss of each cell; circles: its best value"
-        if above:
-            said += f"; {len(above)} above the frame, to {figure(max(above))}"
+        said = "Validation loss of each cell; circles: its best"
+        said += "; crosses: far higher, or diverged" * beyond
         title = f"{textwrap.fill(study.title, 90)}\n{textwrap.fill(said, 90)}"
         canvas.suptitle(title, x=0.01, ha="left", fontsize=9)
         canvas.legend(loc="outside right center", frameon=False)
@@ -43,18 +45,13 @@ def draw_tuning(study: Study, tried: Sequence[Trial], out: Path) -> list[str]:
     return [name]
 
 
-def shown_losses(study: Study, tried: Sequence[Trial]) -> tuple[float, float]:
-    """Returns the ends of an axis that holds each cell's best loss and its neighbours'.
+def shown_losses(tried: Sequence[Trial]) -> tuple[float, float]:
+    """Returns the ends of an axis that holds the losses of all trainings that went well.
 
-    A training that went wrong would press all the others into one line: losses of more than 1.5
-    times the lowest one do not count.
+    One that went wrong would press all the others into one line: losses of more than 1.5 times the
+    lowest one do not count.
     """
-    shown = []
-    for cell in study.cells:
-        mine = [one for one in tried if one.cell == cell and one.validation_loss is not None]
-        for place in (place for place, one in enumerate(mine) if one.best):
-            near = mine[max(place - 1, 0) : place + 2]
-            shown += [one.validation_loss for one in near if one.validation_loss is not None]
+    shown = [one.validation_loss for one in tried if one.validation_loss is not None]
     low = min(shown, default=0.0)
     high = max((loss for loss in shown if loss <= MOST_SHOWN * low), default=low)
     room = 0.08 * (high - low) or 0.01 * high or 1.0

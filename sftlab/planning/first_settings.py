@@ -16,8 +16,9 @@ from typing import NamedTuple
 TINY, SMALL, LARGE = 3.0e-3, 1.0e-3, 3.0e-4
 # parameters up to which the higher rates were the best ones
 MOST_OF_TINY, MOST_OF_SMALL = 3e8, 5e9
-# the parameters between which no model was swept
+# the parameters between which no model was swept, and below which
 UNSWEPT = (3e8, 1e9)
+FEWEST_SWEPT = 1e8
 # the grids have neighbours about three times apart
 SPAN = 3
 FULL = 10
@@ -53,6 +54,7 @@ def rate_lines(
     lora: bool,
     alpha: float | None,
     stabilised: bool = False,
+    loraplus: float | None = None,
 ) -> list[str]:
     """Returns what the sweeps say of a recipe's rate, a line each."""
     first = first_rate(parameters, lora)
@@ -63,11 +65,15 @@ def rate_lines(
         best = "a tenth of the best of LoRA"
     where = "within" if first.low <= given <= first.high else "outside"
     lines = [
-        f"learning rate {given:g}: {where} {first.low:.2g} to {first.high:.2g}, three times "
-        f"around {first.rate:g}, {best} in {sweep}"
+        f"learning rate {given:g}: {where} {first.low:.2g} to {first.high:.2g}, a third to three "
+        f"times {first.rate:g}, {best} in {sweep}"
     ]
     if UNSWEPT[0] < parameters < UNSWEPT[1]:
         lines.append("  its smallest model has 1 billion parameters, so here the range is a guess")
+    if parameters < FEWEST_SWEPT:
+        lines.append("  that is far larger than this model, so here the range is a guess")
+    if lora and loraplus is not None and loraplus > 1:
+        lines.append(f"  LoRA+ moves B matrices at {loraplus:g} times the rate: try a lower one")
     if lora and alpha != SWEEP_ALPHA:
         lines.append(
             f"  it had lora_alpha {SWEEP_ALPHA}, this recipe has {alpha:g}: a higher alpha wants a "
@@ -83,7 +89,7 @@ def rate_lines(
 
 def rank_line(rank: int) -> str:
     """Returns what the sweep says of a recipe's rank."""
-    tried = ", ".join(f"{one} {score:.3f}" for one, score in BY_RANK.items())
+    tried = ", ".join(f"r{one} {score:.3f}" for one, score in BY_RANK.items())
     said = "where to begin" if rank == FIRST_RANK else f"{FIRST_RANK} is where to begin"
     return f"rank {rank}: {said}; response perplexity by rank in a sweep of SmolLM2-135M: {tried}"
 

@@ -165,7 +165,7 @@ def _measured(
     name = config.get_text_config().model_type
     if fast.layers.without_packed_form[1] > 0:
         raise ValueError(
-            f"{name} has layers whose state torch computes token by token: no plan is made for it"
+            f"{name} has layers that carry a state and have no packed form: no plan is made for it"
         )
     if fast.fused_lora:
         raise ValueError(f"no plan is made for fused_lora of {name}: leave fused_lora out")
