@@ -182,7 +182,7 @@ def test_rows_side_by_side_are_as_long_as_the_longest(monkeypatch):
 @pytest.mark.parametrize(
     ("family", "more", "why"),
     [
-        ("Mamba", [], "mamba has layers whose state torch computes token by token"),
+        ("Mamba", [], "mamba has layers that carry a state and have no packed form"),
         ("Phi-2", ["--fused_lora=true"], "no plan is made for fused_lora of phi"),
         ("Granite 4 hybrid", ["--dtype=float32"], "are made for bf16 alone"),
         ("Qwen3-Next", ["--use_peft=false"], "full fine-tuning of a mixture"),
