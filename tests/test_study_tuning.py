@@ -79,6 +79,9 @@ def test_one_training_that_went_wrong_does_not_press_the_others_into_a_line():
     assert 0.5 < low < 0.6 and 0.8 < high < 0.9, "5.2 is the neighbour of a best value"
     wide = [*tried, Trial("r4", 3e-2, "succeeded", 80.0, False, False)]
     assert shown_losses(wide) == (low, high)
+    far = [*tried, Trial("r1", 1e-3, "succeeded", 3.0, True, False)]
+    low, high = shown_losses(far)
+    assert low < 0.6 and 3 < high < 3.5, "each cell's best is in the frame"
 
 
 def test_memory_that_ran_out_beside_others_is_no_result_of_an_interrupted_second_start(study):

@@ -12,6 +12,8 @@ from sftlab.comparison.study_tuning import Trial
 
 # losses above this many times the lowest one are not drawn
 MOST_SHOWN = 1.5
+# of a cell's best loss, what is left above it; and the ratio from which an axis is logarithmic
+ROOM, WIDE = 1.1, 3
 
 
 def draw_tuning(study: Study, tried: Sequence[Trial], out: Path) -> list[str]:
@@ -36,6 +38,8 @@ def draw_tuning(study: Study, tried: Sequence[Trial], out: Path) -> list[str]:
                     axes.plot(one.value, high, "x", ms=6, color=colour, clip_on=False)
                     beyond = True
         axes.set(xlabel=study.tuned, ylabel="validation loss", xscale="log", ylim=(low, high))
+        if _is_wide(low, high):
+            axes.set_yscale("log")
         said = "Validation loss of each cell; circles: its best"
         said += "; crosses: far higher, or diverged" * beyond
         title = f"{textwrap.fill(study.title, 90)}\n{textwrap.fill(said, 90)}"
@@ -48,11 +52,18 @@ def draw_tuning(study: Study, tried: Sequence[Trial], out: Path) -> list[str]:
 def shown_losses(tried: Sequence[Trial]) -> tuple[float, float]:
     """Returns the ends of an axis that holds the losses of all trainings that went well.
 
-    One that went wrong would press all the others into one line: losses of more than 1.5 times the
-    lowest one do not count.
+    One that went wrong would press all the others into one line: losses do not count that are more
+    than 1.5 times the lowest one, and than 1.1 times each cell's best.
     """
     shown = [one.validation_loss for one in tried if one.validation_loss is not None]
+    bests = [one.validation_loss for one in tried if one.best and one.validation_loss is not None]
     low = min(shown, default=0.0)
-    high = max((loss for loss in shown if loss <= MOST_SHOWN * low), default=low)
+    most = max([MOST_SHOWN * low, *(ROOM * one for one in bests)])
+    high = max((loss for loss in shown if loss <= most), default=low)
     room = 0.08 * (high - low) or 0.01 * high or 1.0
-    return low - room, high + room
+    return (low / ROOM if _is_wide(low, high) else low - room), high + room
+
+
+def _is_wide(low: float, high: float) -> bool:
+    """Returns whether losses are told apart on a logarithmic axis alone."""
+    return 0 < WIDE * low < high
