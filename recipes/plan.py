@@ -29,7 +29,7 @@ from typing import Any
 
 from transformers import LlamaConfig, PreTrainedConfig
 
-from sftlab.config.launch import exported, launched
+from sftlab.config.launch import Launch, exported, launched
 from sftlab.config.launch_file import read_launch_config
 from sftlab.config.recipe import Recipe
 from sftlab.config.validation import is_bitsandbytes
@@ -90,12 +90,24 @@ class Request:
     ) -> tuple[Recipe, Plan]:
         """Returns the recipe, with `more` fields, and its plan under a launch config."""
         with launched(exported(file, flags)) as launch:
-            recipe = read_recipe([*self.fields, *more], launch, self.gpu, self.given.gpus)
+            recipe = self._recipe([*self.fields, *more], launch)
             config, rows = self._config(recipe), self._row_lengths(recipe)
             if recipe.model.use_peft:
                 trust = recipe.training.trust_remote_code
                 check_adapter_names(recipe.model, config, launch, trust)
             return recipe, make_plan(recipe, config, launch, self.gpu, rows)
+
+    def _recipe(self, fields: Sequence[str], launch: Launch) -> Recipe:
+        """Returns the recipe, which needs no data set where the rows are given."""
+        try:
+            return read_recipe(fields, launch, self.gpu, self.given.gpus)
+        except ValueError as error:
+            if self.given.row_tokens is None or not str(error).startswith(
+                "dataset_name is missing"
+            ):
+                raise
+        named = [*fields, "--dataset_name", "rows as given"]
+        return read_recipe(named, launch, self.gpu, self.given.gpus)
 
     def _config(self, recipe: Recipe) -> PreTrainedConfig:
         training, model = recipe.training, recipe.model

@@ -117,6 +117,15 @@ def test_a_config_alone_is_enough(base, tmp_path, printed):
     assert "parameters " in text
 
 
+def test_rows_that_are_given_need_no_data_set(base, printed, plan):
+    own = ["--config", "recipes/own/all_r16.yaml", "--model_name_or_path", str(base)]
+    text = printed(*own, "--rows", "1600", "--row_tokens", "100")
+    assert "300" in text[text.index("steps") :].splitlines()[0], (
+        "1,600 rows in 16 rows, three times"
+    )
+    assert "dataset_name is missing" in refusal(plan, *own, "--rows", "1600")
+
+
 def test_what_does_not_fit_says_what_would_the_cheapest_first(printed):
     text = printed(
         *SAID[:2],
