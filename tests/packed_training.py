@@ -109,3 +109,14 @@ def train(trainer: LabTrainer, **kwargs: object) -> list[dict]:
 
 
 FOUR_BITS = {"load_in_4bit": "true", "use_bnb_nested_quant": "true", "bnb_4bit_quant_type": "nf4"}
+
+
+def assert_continues_exactly(fields: dict[str, str]) -> None:
+    """A training that goes on from its third step has the losses and weights of one in a piece."""
+    whole = build(fields)
+    losses = [entry["loss"] for entry in train(whole)]
+    again = build(fields, overwrite="true")
+    checkpoint = f"{fields['output_dir']}/checkpoint-3"
+    assert [entry["loss"] for entry in train(again, resume_from_checkpoint=checkpoint)] == losses
+    for one, other in zip(whole.model.parameters(), again.model.parameters(), strict=True):
+        assert torch.equal(one, other)

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import read
-from packed_training import build, train, with_trained_lora
+from packed_training import assert_continues_exactly, build, with_trained_lora
 from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
@@ -49,14 +49,7 @@ def test_what_is_saved_is_the_trained_model_on_the_plain_base(start, rslora, fie
 @pytest.mark.long
 @pytest.mark.parametrize("start", ["pissa", "pissa_niter_4", "olora", "orthogonal", "gaussian"])
 def test_each_way_to_begin_continues_exactly(start, fields):
-    own = {**fields, "init_lora_weights": start}
-    whole = build(own)
-    losses = [entry["loss"] for entry in train(whole)]
-    again = build(own, overwrite="true")
-    checkpoint = f"{fields['output_dir']}/checkpoint-3"
-    assert [entry["loss"] for entry in train(again, resume_from_checkpoint=checkpoint)] == losses
-    for one, other in zip(whole.model.parameters(), again.model.parameters(), strict=True):
-        assert torch.equal(one, other)
+    assert_continues_exactly({**fields, "init_lora_weights": start})
 
 
 def test_a_rank_that_a_layer_does_not_have_is_refused(fields):

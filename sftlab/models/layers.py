@@ -26,7 +26,7 @@ _KNOWN_TENSORS = {"position_ids", "tiles", "s_aux"}
 # "hybrid" layers attend to all earlier tokens, and carry a state besides
 _LAYER_TYPES = {"full_attention", "sliding_attention", "chunked_attention", "hybrid"}
 # What a model may raise that cannot run without numbers.
-_NOT_ON_META = (
+NOT_WITHOUT_NUMBERS = (
     ArithmeticError,
     AttributeError,
     LookupError,
@@ -136,7 +136,7 @@ def _described(pickled: bytes, takes_another: bool) -> Layers:
             model = AutoModelForCausalLM.from_config(
                 config, dtype=torch.bfloat16, attn_implementation=_NAME
             )
-        except _NOT_ON_META as error:
+        except NOT_WITHOUT_NUMBERS as error:
             return Layers(decoder.num_hidden_layers, unknown=_cannot(decoder, error))
         # hybrid models hand over their attention too, without saying so
         takes_another = takes_another or bool(packed_mixers(model))
@@ -178,7 +178,7 @@ def _run(model: PreTrainedModel) -> str | None:
     ids, positions = torch.zeros(1, _TOKENS, dtype=torch.long), torch.arange(_TOKENS)[None]
     try:
         model.train()(input_ids=ids, position_ids=positions, tiles=ids, use_cache=False)
-    except _NOT_ON_META as error:
+    except NOT_WITHOUT_NUMBERS as error:
         return _cannot(model.config, error)
     return None
 
