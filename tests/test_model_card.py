@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from pathlib import Path
 
 import pytest
 from conftest import load_script
@@ -126,6 +127,38 @@ def test_the_printed_command_names_the_folder(export, capsys):
     assert f"--tokenizer {out} --generation-config {out} " in said
     assert "--max-lora-rank 16 --lora-target-modules " in said and f"tuned={out}" in said
     assert said.replace(str(out), "mine") in (out / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("fields", "line"),
+    [
+        ({}, "rank 16, alpha 32, TARGETS"),
+        ({"use_dora": True}, "rank 16, alpha 32, TARGETS; DoRA"),
+        ({"lora_bias": True}, "rank 16, alpha 32, TARGETS; LoRA with biases"),
+        (
+            {"use_rslora": True, "init_lora_weights": "pissa_niter_4"},
+            "rank 16, alpha 32, TARGETS; rsLoRA (its scale is 8; alpha / rank is 2); "
+            "began with PiSSA (pissa_niter_4) (the saved adapter has rank 32)",
+        ),
+        (
+            {"init_lora_weights": "eva", "loraplus_lr_ratio": 16.0},
+            "rank 16, alpha 32, TARGETS; began with EVA; "
+            "LoRA+ (the B matrices have 16.0 times the learning rate)",
+        ),
+    ],
+)
+def test_a_card_names_the_variant_of_lora(finished, fields, line):
+    run = finished_run(finished[0])
+    run["recipe"] |= fields | {"lora_target_modules": "TARGETS"}
+    assert f"| LoRA | {line} |" in str(model_card(run, {}, ADAPTER))
+
+
+def test_the_rank_of_a_card_is_that_of_the_saved_adapter(fields, trained_here):
+    trained_here({**fields, "init_lora_weights": "olora", "lora_r": "4"})
+    adapter = Path(fields["output_dir"]) / "adapter"
+    rank = json.loads((adapter / "adapter_config.json").read_text())["r"]
+    said = f"began with OLoRA (the saved adapter has rank {rank})"
+    assert said in (adapter / "README.md").read_text()
 
 
 def test_every_score_of_a_card_has_its_interval_and_its_corrected_p(finished):

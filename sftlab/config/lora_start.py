@@ -15,6 +15,14 @@ from sftlab.config.recipe import ModelArguments
 
 DEFAULT = "true"
 _KNOWN = re.compile(r"true|gaussian|orthogonal|pissa|pissa_niter_[1-9]\d*|olora|eva|loftq")
+_NAMES = {
+    "pissa": "PiSSA",
+    "olora": "OLoRA",
+    "eva": "EVA",
+    "loftq": "LoftQ",
+    "gaussian": "gaussian matrices",
+    "orthogonal": "orthogonal matrices",
+}
 _NOT_HERE = {
     "false": "the untrained adapter would change the model",
     "corda": "eva reads the data before the first step too",
@@ -26,6 +34,19 @@ _NOT_HERE = {
 def changes_base(init: str) -> bool:
     """Whether a way to begin takes parts of the base model's weights into the adapter."""
     return init.startswith(("pissa", "olora"))
+
+
+def saved_rank(init: str, rank: int) -> int:
+    """Returns the rank of the saved adapter of a run with the rank `rank`."""
+    return 2 * rank if changes_base(init) else rank
+
+
+def begin_words(init: str) -> str:
+    """Returns a way to begin as a text names it, such as PiSSA (pissa_niter_16)."""
+    known = next((one for one in _NAMES if init.startswith(one)), None)
+    if known is None:
+        return init
+    return _NAMES[known] if init == known else f"{_NAMES[known]} ({init})"
 
 
 def reads_first(init: str) -> bool:

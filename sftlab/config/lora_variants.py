@@ -64,6 +64,13 @@ def lora_scale(recipe: Mapping[str, Any]) -> float:
     return alpha / rank
 
 
+def variant_words(recipe: Mapping[str, Any]) -> list[str]:
+    """Returns the variants that a recipe's fields ask for, as a text names them."""
+    plain = recipe["lora_alpha"] / (recipe["lora_r"] or 1)
+    scale = f" (its scale is {lora_scale(recipe):.4g}; alpha / rank is {plain:.4g})"
+    return [v.name + (scale if v.scale else "") for v in VARIANTS if recipe.get(v.field)]
+
+
 def float8_conflict(settings: object) -> str | None:
     """Returns why the variants in `settings` do not work over float8 weights; None where they do.
 

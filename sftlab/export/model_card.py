@@ -9,6 +9,8 @@ from typing import Any
 from huggingface_hub import ModelCard, ModelCardData
 from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
+from sftlab.config.lora_start import DEFAULT, begin_words, saved_rank
+from sftlab.config.lora_variants import variant_words
 from sftlab.evaluation.text_metrics import NAMES
 from sftlab.export.formats import refuse_for_vllm
 from sftlab.export.usage import Export, usage, usage_in_run
@@ -203,7 +205,15 @@ def _training(run: dict[str, Any]) -> list[list[str]]:
 def _lora(recipe: dict[str, Any]) -> list[str]:
     targets = recipe["lora_target_modules"]
     named = ", ".join(targets) if isinstance(targets, list) else str(targets)
-    return ["LoRA", f"rank {recipe['lora_r']}, alpha {recipe['lora_alpha']}, {named}"]
+    rank, init = recipe["lora_r"], str(recipe.get("init_lora_weights", DEFAULT)).lower()
+    told = [f"rank {rank}, alpha {recipe['lora_alpha']}, {named}", *variant_words(recipe)]
+    if init != DEFAULT:
+        saved = saved_rank(init, rank)
+        more = "" if saved == rank else f" (the saved adapter has rank {saved})"
+        told.append(f"began with {begin_words(init)}{more}")
+    if ratio := recipe.get("loraplus_lr_ratio"):
+        told.append(f"LoRA+ (the B matrices have {ratio} times the learning rate)")
+    return ["LoRA", "; ".join(told)]
 
 
 def _ran(run: dict[str, Any]) -> list[list[str]]:
