@@ -121,6 +121,8 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("--dataset_config", help="configuration of that hub data set")
     parser.add_argument("--dataset_split", default="train", help="split of that hub data set")
+    parser.needs("--dataset_config", "--dataset_name")
+    parser.needs("--dataset_split", "--dataset_name")
     return parser.parse_args(argv)
 
 

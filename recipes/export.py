@@ -104,6 +104,9 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("--push", metavar="USER/NAME", help="upload it to the hub afterwards")
     parser.add_argument("--private", action="store_true", help="upload it as a private repository")
+    parser.needs("--gguf_type", "--to", "gguf")
+    parser.needs("--private", "--push")
+    parser.needs("--server_model", "--verify_server")
     add_trust_flag(parser)
     arguments = parser.parse_args(argv)
     if arguments.prompts < 1:

@@ -19,6 +19,11 @@ class Options(argparse.ArgumentParser):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **({"allow_abbrev": False} | kwargs))
+        self._needed: dict[str, tuple[str, str | None]] = {}
+
+    def needs(self, option: str, other: str, value: str | None = None) -> None:
+        """Refuse `option` where it is given and `other` is not, or has another value."""
+        self._needed[option] = (other, value)
 
     def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:
         """Returns the options. Exits with status 2 for a word that is none; says a near one."""
@@ -35,7 +40,19 @@ class Options(argparse.ArgumentParser):
         """Returns the options, and the words that are none of them."""
         words = list(sys.argv[1:] if args is None else args)
         end = words.index("--") if "--" in words else len(words)
-        return super().parse_known_args([*map(self._spelt, words[:end]), *words[end:]], namespace)
+        own = [self._spelt(word) for word in words[:end]]
+        found, rest = super().parse_known_args([*own, *words[end:]], namespace)
+        self._refuse_in_vain({word.partition("=")[0] for word in own}, found)
+        return found, rest
+
+    def _refuse_in_vain(self, given: set[str], found: argparse.Namespace) -> None:
+        """Exit with status 2 where an option is given without the one that it belongs to."""
+        for option, (other, value) in self._needed.items():
+            has = getattr(found, other.removeprefix("--").replace("-", "_"))
+            there = has not in (None, False) if value is None else has == value
+            if option in given and not there:
+                asked = f"{other} {value}" if value else other
+                self.error(f"{option} does nothing without {asked}: give {asked} or leave it out")
 
     def error(self, message: str) -> NoReturn:
         """Exit with status 2 and the message, whose middle is left out where it is very long."""

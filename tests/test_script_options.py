@@ -1,7 +1,7 @@
 """Options are spelt with hyphens or underscores, in every script."""
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, load_script
 
 from sftlab.script_options import Options
 
@@ -51,3 +51,42 @@ def test_a_value_of_a_megabyte_is_not_said_whole(parser, capsys):
     said = capsys.readouterr().err.splitlines()[-1]
     assert stopped.value.code == 2
     assert "argument --at_once: invalid int value: 'xxx" in said and len(said) < 1000
+
+
+SERVED = (["--server_models", "a", "b"], ["--server_requests", "3"], ["--server-timeout=5"])
+MERGED = ["--to", "merged", "--out", "x"]
+
+
+@pytest.mark.parametrize(
+    ("script", "given", "other"),
+    [
+        *(("eval/quality.py", flags, "--server") for flags in SERVED),
+        ("eval/quality.py", ["--dataset_split", "test"], "--dataset_name"),
+        ("eval/alpaca.py", SERVED[0], "--server"),
+        ("eval/alpaca.py", ["--judge_timeout", "5"], "--judge_url"),
+        ("eval/mt_bench.py", SERVED[1], "--server"),
+        ("eval/harness.py", ["--tasks", "x", *SERVED[2]], "--server"),
+        ("recipes/export.py", ["--gguf_type", "f16", *MERGED], "--to gguf"),
+        ("recipes/export.py", ["--private", *MERGED], "--push"),
+        ("recipes/export.py", ["--server-model", "base", *MERGED], "--verify_server"),
+    ],
+)
+def test_an_option_that_would_do_nothing_is_refused(script, given, other, capsys):
+    with pytest.raises(SystemExit) as refused:
+        load_script(script).main(["--run", "runs/none", *given])
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert refused.value.code == 2
+    option = next(word for word in given if word not in ("--tasks", "x")).partition("=")[0]
+    assert f"{option.replace('-', '_').replace('__', '--', 1)} does nothing without {other}" in said
+
+
+def test_an_option_with_the_one_that_it_belongs_to_is_read(parser):
+    parser.add_argument("--kind")
+    parser.needs("--at_once", "--kind", "many")
+    parser.needs("--kind", "--dry-run")
+    given = ["a", "--kind", "many", "--at-once", "3", "--dry-run"]
+    assert parser.parse_args(given).at_once == 3
+    with pytest.raises(SystemExit):
+        parser.parse_args(given[:-1])
+    with pytest.raises(SystemExit):
+        parser.parse_args(["a", "--kind", "one", "--at-once", "3", "--dry-run"])

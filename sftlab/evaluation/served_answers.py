@@ -15,6 +15,7 @@ from sftlab.evaluation.generation import Answer, Sampling, repeats_itself
 from sftlab.evaluation.processes import Processes
 from sftlab.evaluation.server_client import ServerClient, Words, used_tokens
 from sftlab.runs.run_directory import SIDES
+from sftlab.script_options import Options
 
 WORDS = Words(
     "the server",
@@ -47,7 +48,7 @@ class ServedModels(NamedTuple):
     at_once: int
 
 
-def add_server_flags(parser: argparse.ArgumentParser) -> None:
+def add_server_flags(parser: Options) -> None:
     """Add the options that let a server answer."""
     parser.add_argument(
         "--server", metavar="URL", help="a vLLM server answers, such as http://127.0.0.1:8000/v1"
@@ -63,6 +64,8 @@ def add_server_flags(parser: argparse.ArgumentParser) -> None:
         "--server_requests", type=int, default=64, help="requests under way at once"
     )
     parser.add_argument("--server_timeout", type=float, default=300, help="seconds for an answer")
+    for option in ("--server_models", "--server_requests", "--server_timeout"):
+        parser.needs(option, "--server")
 
 
 def refuse_many_askers(arguments: argparse.Namespace, processes: Processes) -> None:

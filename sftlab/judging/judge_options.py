@@ -11,13 +11,14 @@ from sftlab.judging.judge_formats import JudgeFormat, load_format
 from sftlab.judging.judges import Judge, LocalJudge
 from sftlab.judging.model_answers import Contestants
 from sftlab.judging.server_judge import ServerJudge
+from sftlab.script_options import Options
 
 # for one judgement: a day
 LONGEST_TIMEOUT_S = 86_400
 
 
 def add_evaluation_flags(
-    parser: argparse.ArgumentParser,
+    parser: Options,
     sanity_checks: int,
     limit: str,
     max_new_tokens: str,
@@ -55,7 +56,7 @@ def contestants_of(
     return Contestants(arguments.run, run, size, trusted, served, processes)
 
 
-def add_judge_flags(parser: argparse.ArgumentParser) -> None:
+def add_judge_flags(parser: Options) -> None:
     """Add the options that choose a judge."""
     parser.add_argument(
         "--judge", help="a causal model (hub name or folder), or a server's model with --judge_url"
@@ -71,6 +72,7 @@ def add_judge_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--judge_timeout", type=float, default=300, help="seconds for one judgement of a server"
     )
+    parser.needs("--judge_timeout", "--judge_url")
     parser.add_argument(
         "--judge_format",
         help="a file of eval/judges without .yaml (default: prometheus if the judge's name has "
