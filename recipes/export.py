@@ -13,6 +13,8 @@ import sftlab.startup.filter_warnings  # noqa: I001  (before the libraries that 
 import sftlab.startup.preload  # noqa: F401
 
 import argparse
+import re
+import shlex
 import sys
 from pathlib import Path
 from typing import Any
@@ -68,6 +70,8 @@ from sftlab.runs.run_directory import adapter_hash
 from sftlab.script_options import Options
 
 VERIFIED = "verified.json"
+# no name begins or ends with a dot or a hyphen, or has two of one in a row
+_REPOSITORY = re.compile(r"(?!.*(--|\.\.))\w([\w.-]*\w)?/\w([\w.-]*\w)?", re.ASCII)
 
 
 def main(argv: list[str]) -> None:
@@ -111,6 +115,8 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     arguments = parser.parse_args(argv)
     if arguments.prompts < 1:
         parser.error(f"--prompts must be at least 1, got {arguments.prompts}")
+    if arguments.push and not _REPOSITORY.fullmatch(arguments.push):
+        parser.error(f"--push {arguments.push}: expected USER/NAME, such as ann/my-model")
     asked = [one for one in (arguments.to, arguments.out, arguments.push) if one is not None]
     if arguments.verify_server and asked:
         parser.error("--verify_server exports nothing: leave out --to, --out and --push")
@@ -287,7 +293,7 @@ def as_a_user(
 
 def push(out: Path, name: str, private: bool) -> None:
     """Upload an export to the hub, as one commit."""
-    from huggingface_hub import HfApi
+    from huggingface_hub import HfApi, constants
     from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
     api = HfApi()
@@ -295,9 +301,14 @@ def push(out: Path, name: str, private: bool) -> None:
         url = api.create_repo(name, private=private, exist_ok=True)
         api.upload_folder(repo_id=name, folder_path=out, commit_message=f"Upload {out.name}")
     except (HfHubHTTPError, OfflineModeIsEnabled, OSError) as error:
+        said = f"{out} is made, and was not uploaded to {name}"
+        upload = shlex.join(["hf", "upload", name, str(out), *(["--private"] if private else [])])
+        if constants.HF_HUB_OFFLINE:
+            raise ValueError(
+                f"{said}, as the hub's offline mode is on: unset HF_HUB_OFFLINE, then `{upload}`"
+            ) from error
         raise ValueError(
-            f"{out} is made, and was not uploaded to {name}: {first_line(error)}. Log in with "
-            f"`hf auth login`, then `hf upload {name} {out}`"
+            f"{said}: {first_line(error).rstrip('.')}. Log in with `hf auth login`, then `{upload}`"
         ) from error
     print(f"uploaded: {url}")
 

@@ -4,6 +4,7 @@ import copy
 import json
 import shutil
 from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
 from threading import Thread
 
 import huggingface_hub.constants
@@ -325,7 +326,28 @@ def test_an_export_is_uploaded(script, exported, monkeypatch, capsys):
     assert "uploaded: " in capsys.readouterr().out
 
 
-def test_an_upload_that_fails_keeps_the_export(exported, tmp_path):
-    with pytest.raises(SystemExit, match="is made, and was not uploaded to ann/mine"):
+def test_an_upload_that_fails_keeps_the_export(script, exported, tmp_path, monkeypatch):
+    with pytest.raises(SystemExit, match="is made, and was not uploaded to ann/mine") as stopped:
         exported("adapter", "--push", "ann/mine")
-    assert (tmp_path / "exports" / "adapter" / "adapter_model.safetensors").is_file()
+    out = tmp_path / "exports" / "adapter"
+    assert (out / "adapter_model.safetensors").is_file()
+    said = str(stopped.value)
+    assert said.endswith(f"unset HF_HUB_OFFLINE, then `hf upload ann/mine {out}`")
+    assert "hf auth login" not in said
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+
+    def refused(*_, **__):
+        raise OSError("the token is not valid.")
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "create_repo", refused)
+    with pytest.raises(ValueError, match=r"not valid\. Log in .* 'a b' --private`$"):
+        script.push(Path("a b"), "ann/mine", private=True)
+
+
+@pytest.mark.parametrize("name", ["nouser", "ann/", "/mine", "a/b/c", "ann/my model", "ann/-x", "a/b--c"])
+def test_a_repository_is_a_user_and_a_name(script, name, capsys):
+    words = ["--run", "runs/none", "--to", "adapter", "--out", "x", "--push", name]
+    with pytest.raises(SystemExit):
+        script.main(words)
+    assert f"--push {name}: expected USER/NAME" in capsys.readouterr().err
+    assert script.parse_arguments([*words[:-1], "ann/My-model.v1_2"]).push == "ann/My-model.v1_2"
