@@ -67,7 +67,7 @@ from sftlab.files import write_json
 from sftlab.models.likelihood import with_fused_head
 from sftlab.models.loading import read_config
 from sftlab.runs.run_directory import adapter_hash
-from sftlab.script_options import Options
+from sftlab.script_options import Options, server_address
 
 VERIFIED = "verified.json"
 # no name begins or ends with a dot or a hyphen, or has two of one in a row
@@ -92,7 +92,10 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--to", choices=("merged", "adapter", "gguf"))
     parser.add_argument("--out", type=Path, help="a folder that is not there yet")
     parser.add_argument(
-        "--verify_server", metavar="URL", help="hold a running server to the run; export nothing"
+        "--verify_server",
+        metavar="URL",
+        type=server_address,
+        help="hold a running server to the run; export nothing",
     )
     parser.add_argument("--server_model", default="tuned", help="the run's name on that server")
     parser.add_argument(

@@ -4,11 +4,26 @@ import argparse
 import sys
 from collections.abc import Sequence
 from typing import Any, NoReturn
+from urllib.parse import urlsplit
 
 from sftlab.field_words import near_name
 
 # characters: a value of a megabyte is no sentence
 LONGEST_MESSAGE = 600
+
+
+def server_address(text: str) -> str:
+    """Returns the address of a server. Raises argparse's error for what is none."""
+    try:
+        parts = urlsplit(text)
+        there = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+    except ValueError:  # a port that is no number
+        there = None
+    if not there:
+        raise argparse.ArgumentTypeError(
+            f"{text} is no address of a server: write one such as http://127.0.0.1:8000/v1"
+        )
+    return text
 
 
 class Options(argparse.ArgumentParser):

@@ -344,7 +344,9 @@ def test_an_upload_that_fails_keeps_the_export(script, exported, tmp_path, monke
         script.push(Path("a b"), "ann/mine", private=True)
 
 
-@pytest.mark.parametrize("name", ["nouser", "ann/", "/mine", "a/b/c", "ann/my model", "ann/-x", "a/b--c"])
+@pytest.mark.parametrize(
+    "name", ["nouser", "ann/", "/mine", "a/b/c", "ann/my model", "ann/-x", "a/b--c"]
+)
 def test_a_repository_is_a_user_and_a_name(script, name, capsys):
     words = ["--run", "runs/none", "--to", "adapter", "--out", "x", "--push", name]
     with pytest.raises(SystemExit):

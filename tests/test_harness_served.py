@@ -115,7 +115,7 @@ def test_a_server_that_differs_or_dies_loses_nothing(asked, server, harness):
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
-        (["--server", "URL"], "--server generates texts, and arc_easy_local compares"),
+        (["--server", "http://host/v1"], "--server generates texts, and arc_easy_local compares"),
         (["--server_likelihoods"], "asks a server: give --server too"),
     ],
 )

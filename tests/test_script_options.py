@@ -3,7 +3,7 @@
 import pytest
 from conftest import ROOT, load_script
 
-from sftlab.script_options import Options
+from sftlab.script_options import Options, server_address
 
 
 @pytest.fixture
@@ -90,3 +90,17 @@ def test_an_option_with_the_one_that_it_belongs_to_is_read(parser):
         parser.parse_args(given[:-1])
     with pytest.raises(SystemExit):
         parser.parse_args(["a", "--kind", "one", "--at-once", "3", "--dry-run"])
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1", "localhost:8000/v1", "http:///v1", "http://a:b"])
+@pytest.mark.parametrize(
+    ("script", "option"),
+    [("eval/quality.py", "--server"), ("recipes/export.py", "--verify_server")],
+)
+def test_what_is_no_address_is_refused_at_once(script, option, address, capsys):
+    with pytest.raises(SystemExit) as refused:
+        load_script(script).main(["--run", "runs/none", option, address])
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert refused.value.code == 2
+    assert f"{option}: {address} is no address of a server: write one such as http://127" in said
+    assert server_address("https://host/v1") == "https://host/v1"

@@ -15,7 +15,7 @@ from sftlab.evaluation.generation import Answer, Sampling, repeats_itself
 from sftlab.evaluation.processes import Processes
 from sftlab.evaluation.server_client import ServerClient, Words, used_tokens
 from sftlab.runs.run_directory import SIDES
-from sftlab.script_options import Options
+from sftlab.script_options import Options, server_address
 
 WORDS = Words(
     "the server",
@@ -51,7 +51,10 @@ class ServedModels(NamedTuple):
 def add_server_flags(parser: Options) -> None:
     """Add the options that let a server answer."""
     parser.add_argument(
-        "--server", metavar="URL", help="a vLLM server answers, such as http://127.0.0.1:8000/v1"
+        "--server",
+        metavar="URL",
+        type=server_address,
+        help="a vLLM server answers, such as http://127.0.0.1:8000/v1",
     )
     parser.add_argument(
         "--server_models",
