@@ -152,7 +152,7 @@ def export(arguments: argparse.Namespace) -> None:
         refuse_for_vllm(folder / "adapter")
     if arguments.to == "gguf":
         refuse_unwritable(config, tokenizer)
-    with unfinished_folder(out) as unfinished:
+    with unfinished_folder(out, print) as unfinished:
         print(f"asking the run {arguments.prompts} held-out prompts ...", flush=True)
         model = load_pair(folder, unquantised(run), arguments.trust_remote_code)
         ends = end_ids(model, tokenizer)

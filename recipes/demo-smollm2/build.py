@@ -55,7 +55,7 @@ def main(argv: list[str]) -> None:
         source = f"as it was in {out / 'base'}"
         write_rows(out)
     else:
-        with unfinished_folder(out) as folder:
+        with unfinished_folder(out, print) as folder:
             source = write_base(folder / "base")
             write_rows(folder)
     print(f"{out}: SmolLM2-135M-Instruct {source}, {ROWS:,} rows, {len(topics)} pages")
