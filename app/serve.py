@@ -26,6 +26,7 @@ from sftlab.exit_messages import mistakes_in_one_line
 from sftlab.export.vllm_command import (
     Address,
     find_vllm,
+    refuse_unserved,
     vllm_command,
     vllm_environment,
     write_settings,
@@ -39,6 +40,7 @@ def main(argv: list[str]) -> None:
     run = finished_run(options.run)
     refuse_untrusted(options.run, run, options.trust_remote_code)
     recipe, adapter = run["recipe"], options.run / "adapter"
+    refuse_unserved(adapter, recipe)  # before vLLM is asked for
     environment, program = vllm_environment(options.host), find_vllm(options.vllm)
     with tempfile.TemporaryDirectory(prefix="sftlab-served-") as folder:
         settings, address = Path(folder), Address(options.host, options.port)

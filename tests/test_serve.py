@@ -75,7 +75,7 @@ def test_the_key_is_never_on_the_command_line(serve, monkeypatch, capsys, name):
     assert "sk-of-a-test" not in " ".join(seen["words"]) + capsys.readouterr().out
 
 
-def test_what_cannot_be_served_is_refused(serve, run, monkeypatch, tmp_path):
+def test_what_cannot_be_served_is_refused(script, serve, run, monkeypatch, tmp_path):
     with pytest.raises(ValueError, match="lets other machines in: set VLLM_API_KEY"):
         serve("--host", "0.0.0.0")
     with pytest.raises(ValueError, match="there is no program nowhere/vllm: install vLLM"):
@@ -88,7 +88,12 @@ def test_what_cannot_be_served_is_refused(serve, run, monkeypatch, tmp_path):
     path = shutil.copytree(shared, run / "adapter") / "adapter_config.json"
     write_json(path, json.loads(path.read_text()) | {"use_dora": True})
     with pytest.raises(ValueError, match=r"does not serve the adapter .* DoRA.*--to merged"):
-        serve()
+        serve("--vllm", "nowhere/vllm")
+    whole = json.loads((run / "run.json").read_text())
+    whole["recipe"] |= {"use_peft": False}
+    monkeypatch.setattr(script, "finished_run", lambda folder: whole)
+    with pytest.raises(ValueError, match=r"is full fine-tuning.* --to merged"):
+        serve("--vllm", "nowhere/vllm")
 
 
 @pytest.mark.vllm

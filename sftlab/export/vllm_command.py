@@ -58,6 +58,19 @@ def write_settings(
     (folder / "chat_template.jinja").write_text(tokenizer.get_chat_template(), encoding="utf-8")
 
 
+def refuse_unserved(adapter: Path, recipe: dict[str, Any]) -> int:
+    """Returns the rank that vLLM is told of a run's adapter.
+
+    Raises ValueError for a run that vLLM does not serve.
+    """
+    if not recipe["use_peft"]:
+        raise ValueError(
+            f"{adapter.parent} is full fine-tuning, without an adapter: export it with "
+            "recipes/export.py --to merged, and start `vllm serve` on that folder"
+        )
+    return refuse_for_vllm(adapter)
+
+
 def vllm_command(
     program: str, adapter: Path, recipe: dict[str, Any], settings: Path, address: Address
 ) -> list[str]:
@@ -66,17 +79,12 @@ def vllm_command(
     `settings` is the folder of `write_settings`. Raises ValueError for an adapter that vLLM does
     not take.
     """
-    if not recipe["use_peft"]:
-        raise ValueError(
-            f"{adapter.parent} is full fine-tuning, without an adapter: export it with "
-            "recipes/export.py --to merged, and start `vllm serve` on that folder"
-        )
-    revision = recipe["model_revision"]
+    rank, revision = refuse_unserved(adapter, recipe), recipe["model_revision"]
     return [
         *(program, "serve", recipe["model_name_or_path"], "--served-model-name", BASE),
         *(("--revision", revision) if revision else ()),
         *("--tokenizer", str(adapter), "--dtype", recipe["dtype"]),
-        *("--enable-lora", "--max-lora-rank", str(refuse_for_vllm(adapter))),
+        *("--enable-lora", "--max-lora-rank", str(rank)),
         *("--lora-modules", f"{TUNED}={adapter}"),
         # vLLM prepares all layers otherwise; its CPU build then ends where it is asked for the
         # log-probabilities of a prompt, as it adapts lm_head
