@@ -51,11 +51,8 @@ def main(argv: list[str]) -> None:
         command += [*trust, *options.more]
         print(shlex.join(command), flush=True)
         url = f"http://{options.host}:{options.port}/v1"
-        print(
-            f"once it has loaded: python recipes/export.py --run {options.run} "
-            f"--verify_server {url}",
-            flush=True,
-        )
+        verify = ["--run", str(options.run), "--verify_server", url]
+        print(f"once it has loaded: python recipes/export.py {shlex.join(verify)}", flush=True)
         if recipe["load_in_4bit"] or recipe["load_in_8bit"]:
             print(
                 "the run trained on quantised weights; the base model's own are served, whose "

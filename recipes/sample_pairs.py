@@ -16,6 +16,7 @@ import sftlab.startup.launcher  # it may replace this process
 import sftlab.startup.preload  # noqa: F401
 
 import argparse
+import shlex
 import sys
 from datetime import UTC, datetime
 from pathlib import Path
@@ -236,9 +237,10 @@ def lines_of(options: argparse.Namespace, facts: dict[str, Any]) -> list[str]:
         f"{options.max_new_tokens} tokens",
     ]
     if facts["pairs"]:
+        fields = ["--adapter_name_or_path", options.run, "--dataset_name", options.out]
         lines.append(
-            f"{options.out} has them. Next: recipes/dpo.py with --adapter_name_or_path "
-            f"{options.run} --dataset_name {options.out} (docs/preference_tuning.md)"
+            f"{options.out} has them. Next: recipes/dpo.py with {shlex.join(map(str, fields))} "
+            "(docs/preference_tuning.md)"
         )
     return lines
 

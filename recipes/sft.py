@@ -24,6 +24,7 @@ import faulthandler
 import gc
 import math
 import os
+import shlex
 import sys
 from collections.abc import Mapping
 from typing import Any
@@ -348,7 +349,7 @@ def finish(trainer: RecordedTrainer, run: Run, facts: dict[str, Any]) -> None:
             card = adapter_card(read_run(run.folder), run.adapter, ends)
             card.save(run.adapter / "README.md")
             script = "preferences" if args.method == "dpo" else "quality"
-            print(f"\nNext: python eval/{script}.py --run {run.folder}")
+            print(f"\nNext: python eval/{script}.py --run {shlex.quote(str(run.folder))}")
         else:
             print("\nThe adapter was not saved (save_adapter: false)")
     trainer.accelerator.end_training()

@@ -17,6 +17,7 @@ import argparse
 import ctypes
 import fcntl
 import gc
+import shlex
 import shutil
 import signal
 import subprocess
@@ -82,7 +83,7 @@ def main(argv: list[str]) -> None:
     limit, micro_batch = settings["max_length"], recipe.training.per_device_train_batch_size
     plot_lengths(lengths, limit, arguments.out / "lengths.png")
     print(summary(manifest, lengths, limit, micro_batch, arguments.out))
-    print(f"\nNext: sft.py with --dataset_name {arguments.out}")
+    print(f"\nNext: sft.py with --dataset_name {shlex.quote(str(arguments.out))}")
 
 
 def parse_arguments(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:

@@ -63,9 +63,9 @@ def test_common_names_of_columns_are_recognised(columns, shape, read):
     ("columns", "typed"),
     [
         (["prompt", "response", "answer"], "--columns prompt=prompt completion=response"),
-        (["title", "text of it"], '--columns prompt=title "completion=text of it"'),
+        (["title", "text of it"], "--columns prompt=title 'completion=text of it'"),
         (["question", "input", "reply"], "--columns prompt=question completion=reply"),
-        (["question", "text of it", "id"], '--columns prompt=question "completion=text of it"'),
+        (["question", "text of it", "id"], "--columns prompt=question 'completion=text of it'"),
     ],
 )
 def test_columns_that_could_be_several_things_are_asked_about(columns, typed):
@@ -98,7 +98,7 @@ def test_pairs_are_named_and_their_rejected_answers_never_proposed(columns, type
     [
         (["input_ids", "labels"], "a.jsonl", "are token ids of an unknown tokenizer"),
         (["A cat?", "Yes."], "a.csv.gz", "first line of the file must name the columns$"),
-        (["A cat?", "Yes."], "a.jsonl", r'"completion=Yes\."$|completion=Yes\.$'),
+        (["A cat?", "Yes."], "a.jsonl", r"completion=Yes\.$"),
     ],
 )
 def test_what_no_columns_can_say_is_said(columns, name, message):

@@ -7,6 +7,7 @@ possible.
 
 import difflib
 import re
+import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -84,10 +85,7 @@ def used_columns(data_format: str, columns: Mapping[str, str]) -> dict[str, str]
 
 def as_words(columns: Mapping[str, str]) -> str:
     """Returns columns as one would type them behind `--columns`."""
-    return " ".join(
-        f'"{one}={column}"' if " " in column else f"{one}={column}"
-        for one, column in columns.items()
-    )
+    return shlex.join(f"{one}={column}" for one, column in columns.items())
 
 
 def _refuse_unknown(found: Sequence[str], given: Mapping[str, str], name: str) -> None:
