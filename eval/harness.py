@@ -153,6 +153,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
         action="store_true",
         help="the server gives log-likelihoods too (default: transformers does)",
     )
+    parser.needs("--server_likelihoods", "--server")
     return parser.parse_args(argv)
 
 
@@ -171,8 +172,6 @@ def answerers(
     Raises ValueError where a server would answer nothing.
     """
     url, likelihoods = arguments.server, arguments.server_likelihoods
-    if likelihoods and not url:
-        raise ValueError("--server_likelihoods asks a server: give --server too, or leave it out")
     found = {name: answered_by(loaded, bool(url), likelihoods) for name, loaded in units.items()}
     if url and not any(SERVER in who for who in found.values()):
         raise ValueError(

@@ -66,6 +66,7 @@ MERGED = ["--to", "merged", "--out", "x"]
         ("eval/alpaca.py", ["--judge_timeout", "5"], "--judge_url"),
         ("eval/mt_bench.py", SERVED[1], "--server"),
         ("eval/harness.py", ["--tasks", "x", *SERVED[2]], "--server"),
+        ("eval/harness.py", ["--server_likelihoods", "--tasks", "x"], "--server"),
         ("recipes/export.py", ["--gguf_type", "f16", *MERGED], "--to gguf"),
         ("recipes/export.py", ["--private", *MERGED], "--push"),
         ("recipes/export.py", ["--server-model", "base", *MERGED], "--verify_server"),
