@@ -49,6 +49,7 @@ from typing import Any
 from sftlab.comparison.output_folder import claim_output_folder
 from sftlab.comparison.plots import draw_study
 from sftlab.comparison.run_results import RunResults, perplexity_of, read_results
+from sftlab.comparison.study_checks import check_fields, check_options
 from sftlab.comparison.study_file import GIVEN, Study, check_comparable, load
 from sftlab.comparison.study_output import RUNS_LINE, check_not_emptied, check_output
 from sftlab.comparison.study_claims import claims, finding_lines, least_found_line
@@ -90,16 +91,16 @@ def main(argv: list[str]) -> None:
         runs = arguments.runs or Path("runs") / f"study-{arguments.study.stem}"
         study = load(arguments.study, runs, given)
         out = arguments.out or runs
+        check_options(study, arguments)
+        check_fields(study)
         if not arguments.allow_confounded:
             check_comparable(study)
-        check_options(study, arguments)
         if arguments.dry_run:
             return print("\n".join(commands(study)))
         if arguments.power:
             return print("\n".join(power_lines(study, arguments)))
         if arguments.task is None:
             check_output(out, runs)
-        check_fields(study)
         study = tune(study, arguments)
         tasks = chosen(study, arguments)
         only_tables = arguments.no_train
@@ -150,27 +151,6 @@ def recipe_fields(words: list[str]) -> dict[str, Any]:
         name: values[0] if len(values) == 1 else values or "true"
         for name, values in field_words(words).items()
     }
-
-
-def check_options(study: Study, arguments: argparse.Namespace) -> None:
-    """Raise ValueError for what the command line asks in vain, before anything is trained."""
-    if arguments.at_once < 1:
-        raise ValueError(f"--at_once {arguments.at_once}: expected 1 or more trainings")
-    last = len(study.tuning) + len(study.tasks) - 1
-    if arguments.task is not None and not 0 <= arguments.task <= last:
-        raise ValueError(f"--task {arguments.task}: the study has tasks 0 to {last}")
-    if study.known_text and not (ROOT / study.known_text).is_file():
-        raise ValueError(f"known_text {study.known_text}: there is no such file")
-    if arguments.known_text and not study.quality:
-        raise ValueError("--known_text: the study evaluates nothing, as it lacks `quality: true`")
-
-
-def check_fields(study: Study) -> None:
-    """Raise ValueError for a field that no recipe has, before anything is trained."""
-    from sftlab.config.parser import check_names  # imports trl, which takes time
-
-    for task in [*study.tuning, *study.tasks]:
-        check_names(task.fields, f"{study.name}, {task.cell}: ")
 
 
 def commands(study: Study) -> Iterator[str]:
