@@ -44,3 +44,16 @@ def test_a_dry_run_knows_the_fields(refused):
     cells = {"a": {"learning_rat": 1}, "b": {"learning_rat": 2}}
     said = refused({"axis": ["learning_rat"], "cells": cells}, "--dry-run")
     assert "small, a: " in said and "did you mean 'learning_rate'" in said
+
+
+def test_what_every_cell_sets_itself_is_not_said_in_vain(refused, tmp_path, capsys):
+    said = refused(RANK, "--lora_r", "3")
+    assert "every cell sets lora_r itself: --lora_r would say nothing" in said
+    launched = {name: {"launch": name} for name in ("cpu", "fp32")}
+    said = refused({"axis": ["precision"], "cells": launched}, "--launch", "cpu")
+    assert "--launch would say nothing" in said
+    path = tmp_path / "some.yaml"
+    some = {"cells": {"r2": {"lora_r": 2}, "as given": {}}, "axis": ["lora_r", "lora_scale"]}
+    path.write_text(yaml.safe_dump(STUDY | some), encoding="utf-8")
+    SCRIPT.main([str(path), "--dry-run", "--lora_r", "3"])
+    assert "--lora_r=3" in capsys.readouterr().out

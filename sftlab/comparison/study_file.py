@@ -4,6 +4,7 @@ A study has cells that differ only in an axis, each trained several times. Its k
 recipes/study.py.
 """
 
+import contextlib
 import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -123,6 +124,7 @@ def load(path: Path, runs: Path, given: Mapping[str, Any]) -> Study:
         fields = _random_fields(*random) | fields
     if content.get("seeds") and "seed" in fields:
         raise ValueError(f"{path} trains with seeds {content['seeds']}: --seed would say nothing")
+    _check_heard(path, content["cells"], {k: v for k, v in given.items() if v})
     launch = {key: given.get(key) or content.get(key) for key in LAUNCH_KEYS}
     cells = [
         _cell_task(path, cell, settings or {}, launch, fields, recipe)
@@ -157,6 +159,13 @@ def load(path: Path, runs: Path, given: Mapping[str, Any]) -> Study:
         tuned=tuned,
         tuning=tuning,
     )
+
+
+def _check_heard(path: Path, cells: Mapping[str, Any], given: Mapping[str, Any]) -> None:
+    """Raise ValueError for what the command line says and every cell overrides."""
+    for name in given:
+        if all(name in (own or {}) for own in cells.values()):
+            raise ValueError(f"{path}: every cell sets {name} itself: --{name} would say nothing")
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -361,7 +370,7 @@ def _asked(task: Task) -> dict[str, Any]:
     if "FSDP" in launch.get("distributed_type", ""):
         strategy = "fsdp"
     return {
-        "recipe": task.recipe_fields() | dict(task.fields),
+        "recipe": task.recipe_fields() | {k: _read_word(v) for k, v in task.fields.items()},
         "launch": {
             "precision": PRECISIONS[precision],
             "world_size": task.processes,
@@ -369,6 +378,14 @@ def _asked(task: Task) -> dict[str, Any]:
             "strategy": strategy,
         },
     }
+
+
+def _read_word(value: Any) -> Any:
+    """Returns a word of the command line as the number that it is, for a comparison."""
+    for kind in (int, float) if isinstance(value, str) else ():
+        with contextlib.suppress(ValueError):
+            return kind(value)
+    return value
 
 
 def _repeats(path: Path, repeats: object) -> int:
