@@ -49,7 +49,12 @@ from typing import Any
 from sftlab.comparison.output_folder import claim_output_folder
 from sftlab.comparison.plots import draw_study
 from sftlab.comparison.run_results import RunResults, perplexity_of, read_results
-from sftlab.comparison.study_checks import check_fields, check_options
+from sftlab.comparison.study_checks import (
+    check_different,
+    check_fields,
+    check_options,
+    check_recipes,
+)
 from sftlab.comparison.study_file import GIVEN, Study, check_comparable, load
 from sftlab.comparison.study_output import RUNS_LINE, check_not_emptied, check_output
 from sftlab.comparison.study_claims import claims, finding_lines, least_found_line
@@ -95,6 +100,9 @@ def main(argv: list[str]) -> None:
         check_fields(study)
         if not arguments.allow_confounded:
             check_comparable(study)
+        check_different(study)
+        if not (arguments.power or arguments.no_train):
+            check_recipes(study)
         if arguments.dry_run:
             return print("\n".join(commands(study)))
         if arguments.power:

@@ -76,7 +76,10 @@ def test_a_study_that_is_told_to_stop_lets_the_training_save(write, tmp_path):
 
 @pytest.mark.long
 def test_a_study_killed_in_a_cell_ends_as_if_it_had_not_been(write, tmp_path):
-    path = write({**TWO, "r2 undisturbed": TWO["r2"], "wrong": {"lora_r": -2, "lora_alpha": -4}})
+    undisturbed = TWO["r2"] | {"save_total_limit": 9}  # another name for the same training
+    wrong = TWO["r2"] | {"lora_modules_to_save": ["no_layer"]}
+    axis = ["lora_r", "lora_modules_to_save"]
+    path = write({**TWO, "r2 undisturbed": undisturbed, "wrong": wrong}, axis=axis)
     begun = start(path, tmp_path, start_new_session=True)
     second = tmp_path / "runs" / "r2-1"
     while not (second / "run.json").is_file():
@@ -97,7 +100,7 @@ def test_a_study_killed_in_a_cell_ends_as_if_it_had_not_been(write, tmp_path):
     assert (again["status"], again["interruptions"]) == ("succeeded", [])
     assert "[1/4] r4, 1: succeeded" in out and "done before" in out
     assert columns(tmp_path, "status") == ["succeeded", "succeeded", "succeeded", "failed"]
-    assert "the rank must be 1 or more" in columns(tmp_path, "reason")[3]
+    assert "lora_modules_to_save" in columns(tmp_path, "reason")[3]
     for column in ("runs", "train_loss", "validation_loss", "trainable_parameters"):
         assert len(set(columns(tmp_path, column)[1:3])) == 1, column
     assert {p.name for p in (tmp_path / "out").iterdir()} == {
@@ -171,7 +174,7 @@ def test_what_needs_more_gpus_than_there_are_is_a_row(write, tmp_path):
     path = write(
         {"1 GPU": {"processes": 1}, "64 GPUs": {"processes": 64}}, axis=["world_size"], launch="ddp"
     )
-    code, out, err = finish(start(path, tmp_path))
+    code, out, err = finish(start(path, tmp_path, "--global_batch_size", "64"))
     assert (code, err.splitlines()[-1]) == (1, "error: no result of 2 of 2: 1 GPU, 1; 64 GPUs, 1")
     assert columns(tmp_path, "status")[1] == "not run"
     assert "it needs 64 GPUs" in columns(tmp_path, "reason")[1] and "64 GPUs, 1: not run" in out
@@ -184,6 +187,7 @@ def test_what_needs_more_gpus_than_there_are_is_a_row(write, tmp_path):
                 str(tmp_path / "runs"),
                 "--out",
                 str(tmp_path / "out"),
+                "--global_batch_size=64",
                 "--no_train",
             ]
         )

@@ -5,6 +5,9 @@ import yaml
 from conftest import ROOT
 from small_studies import SCRIPT, TWO
 
+from sftlab.comparison.study_checks import check_recipes
+from sftlab.comparison.study_file import load
+
 RANK = str(ROOT / "recipes" / "studies" / "lora_rank.yaml")
 STUDY = {
     "recipe": "recipes/demo/attn_r16.yaml",
@@ -57,3 +60,45 @@ def test_what_every_cell_sets_itself_is_not_said_in_vain(refused, tmp_path, caps
     path.write_text(yaml.safe_dump(STUDY | some), encoding="utf-8")
     SCRIPT.main([str(path), "--dry-run", "--lora_r", "3"])
     assert "--lora_r=3" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"cells": {"a": {"lora_r": 4}, "b": {"lora_r": 4}}},
+        {"cells": {"a": {"lora_r": 16}, "b": {}}},
+        {"cells": {"a": {"launch": "cpu"}, "b": {"processes": 1}}, "axis": ["world_size"]},
+    ],
+)
+def test_one_training_is_not_compared_with_itself(refused, change):
+    assert "the cells a and b are the same training" in refused(change)
+
+
+@pytest.mark.parametrize(
+    ("axis", "bad", "said"),
+    [
+        ("init_lora_weights", "corda", "init_lora_weights corda is not possible here"),
+        ("loraplus_lr_ratio", 0, "loraplus_lr_ratio is 0.0: it must be positive"),
+        ("lora_dropout", "much", "lora_dropout"),
+    ],
+)
+def test_a_value_that_sft_py_refuses_stops_the_study_before_its_first_training(
+    refused, axis, bad, said
+):
+    refusal = refused({"axis": [axis], "cells": {"plain": {}, "bad": {axis: bad}}})
+    assert "small, bad, 1: " in refusal and said in refusal
+
+
+def test_a_tuned_value_and_a_seed_are_checked_with_their_cell(refused):
+    tuned = {"tune": {"learning_rate": [-1, 0.1]}}
+    assert "r4, 1, learning_rate -1: learning_rate" in refused(tuned)
+    assert "seed" in refused({"seeds": [1, -2]})
+
+
+def test_what_this_machine_lacks_is_left_to_the_training(tmp_path):
+    cells = {"fp8": {"launch": "fp8"}, "many": {"processes": 64}, "TF32": {"tf32": True}}
+    path = tmp_path / "machine.yaml"
+    content = STUDY | {"launch": "ddp", "axis": ["precision", "world_size", "tf32"]}
+    content |= {"cells": cells, "fields": {"global_batch_size": 64, "bf16_full_eval": True}}
+    path.write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
+    check_recipes(load(path, tmp_path / "runs", {}))

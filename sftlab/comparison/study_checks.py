@@ -1,9 +1,17 @@
 """Is a study what its user meant? Mistakes that are found before anything is trained."""
 
 import argparse
+import contextlib
+from collections.abc import Sequence
 
+from sftlab.comparison.run_settings import canonical
 from sftlab.comparison.study_file import Study
+from sftlab.comparison.study_tasks import Task, as_word
+from sftlab.comparison.tuned_field import at_value
 from sftlab.paths import ROOT
+
+# Fields that transformers refuses on a machine without the hardware for them.
+_OF_THE_MACHINE = ("tf32", "bf16_full_eval")
 
 
 def check_options(study: Study, arguments: argparse.Namespace) -> None:
@@ -28,3 +36,64 @@ def check_fields(study: Study) -> None:
 
     for task in [*study.tuning, *study.tasks]:
         check_names(task.fields, f"{study.name}, {task.cell}: ")
+
+
+def check_different(study: Study) -> None:
+    """Raise ValueError for two cells that are the same training under two names."""
+    cells: dict[str, str] = {}
+    for task in study.tasks[: len(study.cells)]:
+        fields = {k: as_word(v) for k, v in (task.recipe_fields() | dict(task.fields)).items()}
+        same = canonical([fields, task.launch_config(), task.processes, task.flags])
+        if (other := cells.setdefault(same, task.cell)) != task.cell:
+            raise ValueError(
+                f"{study.name}: the cells {other} and {task.cell} are the same training under two "
+                "names: leave one out (repeats train a cell again)"
+            )
+
+
+def check_recipes(study: Study) -> None:
+    """Raise ValueError for a cell whose recipe sft.py would refuse on every machine.
+
+    No model and no data are loaded. What this machine alone lacks is left to the training.
+    """
+    tasks = study.tasks
+    if study.tuning:
+        lowest = study.tuning[0].fields[study.tuned]
+        tasks = [*study.tuning, *(at_value(task, study.tuned, lowest) for task in tasks)]
+    seen = set()
+    for task in tasks:
+        same = canonical([task.fields, task.launch, task.processes, task.flags])
+        if same in seen:
+            continue
+        seen.add(same)
+        try:
+            _parse(task)
+        except ValueError as error:
+            machine = [one for one in _OF_THE_MACHINE if _is_on(task, one)]
+            if not machine or not _parses_without(task, machine):
+                raise ValueError(f"{study.name}, {task.name}: {error}") from error
+
+
+def _parse(task: Task, more: Sequence[str] = ()) -> None:
+    from sftlab.config.launch import exported, launched
+    from sftlab.config.parser import parse_recipe  # imports trl, which takes time
+
+    words = task.command()
+    words = words[words.index("recipes/sft.py") + 1 :]
+    with contextlib.chdir(ROOT):
+        variables = exported(task.launch, {"num_processes": task.processes, **task.flags})
+        with launched(variables) as launch:
+            parse_recipe([*words, *more], launch)
+
+
+def _parses_without(task: Task, fields: Sequence[str]) -> bool:
+    try:
+        _parse(task, [word for one in fields for word in (f"--{one}", "null")])
+    except ValueError:
+        return False
+    return True
+
+
+def _is_on(task: Task, field: str) -> bool:
+    value = (task.recipe_fields() | dict(task.fields)).get(field)
+    return as_word(value).lower() == "true"
