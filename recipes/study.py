@@ -58,7 +58,7 @@ from sftlab.comparison.study_checks import (
 from sftlab.comparison.study_file import GIVEN, Study, check_comparable, load
 from sftlab.comparison.study_output import RUNS_LINE, check_not_emptied, check_output
 from sftlab.comparison.study_claims import claims, finding_lines, least_found_line
-from sftlab.comparison.study_page import heading, result_lines, tuning_lines
+from sftlab.comparison.study_page import heading, result_lines, tuning_lines, unreached_line
 from sftlab.comparison.study_power import deviations, power_table, rows_needed, seeds_needed
 from sftlab.comparison.study_summary import collect, effects, summarise
 from sftlab.comparison.study_tables import claims_table, effects_table, summary_table, title_of
@@ -362,6 +362,8 @@ def write(
     write_csv(out / "summary.csv", summary)
     plots = draw_study(study, summary, out)
     lines = heading(study, unexplained, argv, runs)
+    unreached = unreached_line(study)
+    lines += [unreached, ""] if unreached else []
     lines += result_lines(study, summary, changed, found)
     tried = trials(study) if study.tuning else []
     if tried:
@@ -378,6 +380,8 @@ def write(
     print("", *map(aligned, tables), sep="\n")
     for line in [*finding_lines(found, title_of), least_found_line(found, title_of)]:
         print(f"\n{line}" if line else "")
+    if unreached:
+        print(f"\n{unreached}")
     written = ["study.md", "runs.csv", "summary.csv", *(["tuning.csv"] if tried else [])]
     written += [f"{plot}.png/.svg" for plot in plots]
     print(f"\nwritten to {out}: {', '.join(written)}")

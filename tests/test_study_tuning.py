@@ -1,6 +1,7 @@
 """A study that tunes trains each cell at its own best value, by the validation loss alone."""
 
 import csv
+import json
 
 import pytest
 import yaml
@@ -8,6 +9,7 @@ from conftest import short_fields
 from small_studies import SCRIPT, TWO, ended
 
 from sftlab.comparison.study_file import check_comparable, load
+from sftlab.comparison.study_page import unreached_line
 from sftlab.comparison.study_tasks import begin, is_done
 from sftlab.comparison.study_tuning import Trial, at_best, trials, tuning_table
 from sftlab.comparison.tuning_plot import shown_losses
@@ -66,6 +68,27 @@ def test_the_table_has_every_loss_and_says_where_the_grid_ends(study):
     assert heading[1:4] == [f"learning_rate {rate}" for rate in ("0.001", "0.004", "0.016")]
     assert r4 == ["r4", "2", "1.5 *", "diverged", "0.004"]
     assert r2 == ["r2", "2", "1.9", "1.8 *", "0.016, at an end of the grid"]
+
+
+def test_a_rate_that_the_warmup_never_reached_is_said(study, tmp_path, monkeypatch, capsys):
+    train(study)
+    assert unreached_line(study) == ""
+    for task in study.tuning:
+        path = task.folder / "run.json"
+        run = json.loads(path.read_text(encoding="utf-8"))
+        run["recipe"] |= {"warmup_steps": 30, "max_steps": 5}
+        path.write_text(json.dumps(run), encoding="utf-8")
+        if task == study.tuning[0]:
+            assert unreached_line(study).startswith("1 of 6 trainings did not reach their")
+    said = "No training reached its learning rate, as warmup_steps is above max_steps: the rate "
+    said += "ended at 17% of it at most."
+    assert unreached_line(study) == said
+    rows = [{"cell": cell, "seed": 1, "status": "succeeded", "reason": ""} for cell in TWO]
+    monkeypatch.setattr(SCRIPT, "collect", lambda *args: (rows, []))
+    monkeypatch.setattr(SCRIPT, "heading", lambda *args: [])
+    SCRIPT.write(at_best(study), {}, tmp_path / "out", False, [], tmp_path / "runs")
+    assert said in (tmp_path / "out" / "study.md").read_text(encoding="utf-8").splitlines()
+    assert said in capsys.readouterr().out.splitlines()
 
 
 def test_one_training_that_went_wrong_does_not_press_the_others_into_a_line():

@@ -30,6 +30,24 @@ def heading(study: Study, unexplained: list[str], argv: list[str], runs: Path) -
     return [*lines, f"- axis: {', '.join(study.axis)}", f"{RUNS_LINE}{runs}", ""]
 
 
+def unreached_line(study: Study) -> str:
+    """Returns which trainings never reached their learning rate, in a sentence; empty if none."""
+    from sftlab.config.schedule import warmup_share  # imports transformers, which takes time
+
+    trained = {one.folder for one in (*study.tuning, *study.tasks) if one.has_run()}
+    shares = [warmup_share(read_run(folder)["recipe"]) for folder in trained]
+    short = [share for share in shares if share < 1]
+    if not short:
+        return ""
+    said = "No training reached its learning rate"
+    if len(short) < len(shares):
+        said = f"{len(short)} of {len(shares)} trainings did not reach their learning rate"
+    return (
+        f"{said}, as warmup_steps is above max_steps: the rate ended at {max(short):.0%} of it at "
+        "most."
+    )
+
+
 def tuning_lines(study: Study, tried: Sequence[Trial]) -> list[str]:
     """Returns the table of what was tried, and how to read it."""
     seed = study.tuning[0].fields.get("seed")

@@ -3,6 +3,9 @@
 Nothing here depends on the machine.
 """
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from torch import nn, optim
 from transformers import get_scheduler
@@ -87,10 +90,19 @@ def refuse_answers_never_asked(training: TrainingArguments, strategy: str) -> No
         )
 
 
+def warmup_share(recipe: Mapping[str, Any]) -> float:
+    """Returns the share of the learning rate that a recipe's warmup reaches; 1 is all of it.
+
+    It is below 1 where the warmup outlasts `max_steps`.
+    """
+    steps, warmup = recipe.get("max_steps") or 0, recipe.get("warmup_steps") or 0
+    return steps / warmup if 0 < steps < warmup else 1.0
+
+
 def late_warmup(training: TrainingArguments) -> str | None:
     """Returns a sentence where the warmup outlasts `max_steps`; None where it does not."""
     steps, warmup = training.max_steps, training.warmup_steps
-    if not 0 < steps < warmup:
+    if warmup_share(vars(training)) == 1:
         return None
     return (
         f"warmup_steps is {warmup:g} and max_steps {steps}, so the learning rate never reaches "
