@@ -102,3 +102,19 @@ def test_what_this_machine_lacks_is_left_to_the_training(tmp_path):
     content |= {"cells": cells, "fields": {"global_batch_size": 64, "bf16_full_eval": True}}
     path.write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
     check_recipes(load(path, tmp_path / "runs", {}))
+
+
+def test_an_axis_that_no_cell_sets_is_left_out(refused):
+    assert "no cell sets use_dora: leave it out of axis" in refused({"axis": ["use_dora"]})
+    assert "error: axis lora_rank: expected a field" in refused({"axis": ["lora_rank"]})
+
+
+def test_the_advice_for_confounded_cells_is_an_axis_that_the_file_may_have(refused, tmp_path):
+    cells = {"a": {"lora_r": 4, "lora_alpha": 8}, "b": {"lora_r": 8, "lora_alpha": 8}}
+    said = refused({"cells": cells})
+    assert "Name what is compared in the study file (axis: [lora_r, lora_scale])" in said
+    assert "--axis" not in said and "no axis" not in said
+    path = tmp_path / "advised.yaml"
+    content = STUDY | {"cells": cells, "axis": ["lora_r", "lora_scale"]}
+    path.write_text(yaml.safe_dump(content), encoding="utf-8")
+    SCRIPT.main([str(path), "--dry-run"])

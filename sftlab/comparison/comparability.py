@@ -160,41 +160,45 @@ def suggest_axes(
 
 
 def resolve_axes(
-    runs: Mapping[str, Settings], asked: Sequence[str], allow: bool = False
+    runs: Mapping[str, Settings], asked: Sequence[str], allow: bool = False, study: bool = False
 ) -> list[str]:
     """Returns the axes asked for, else the single one that explains all differences, if any.
 
-    Raises ValueError for a name that is no axis and, unless `allow`, for runs that differ in more
-    than the axes explain.
+    `study` says that a study file names the axes, not a command line. Raises ValueError for a name
+    that is no axis and, unless `allow`, for runs that differ in more than the axes explain.
     """
-    _check_names(runs, asked)
+    _check_names(runs, asked, study)
     suggested, unexplained = suggest_axes(runs, asked)
     axes = suggested if not asked and len(suggested) == 1 and not unexplained else list(asked)
     left = differences(runs, axes)
     if left and not allow:
-        raise ValueError(_refusal(axes, left, suggested, list(unexplained)))
+        advice = _advice_in_study if study else _advice
+        raise ValueError(_refusal(axes, left, advice(suggested, unexplained)))
     return axes
 
 
-def _check_names(runs: Mapping[str, Settings], asked: Sequence[str]) -> None:
+def _check_names(runs: Mapping[str, Settings], asked: Sequence[str], study: bool) -> None:
     fields = (name for one in runs.values() for name in (*one.recipe, *one.facts))
     known = {*LAUNCH_AXES, *CHOSEN, *fields}
     for axis in asked:
         if axis not in known and not axis.startswith("launch."):
+            if study and _is_field(axis):
+                raise ValueError(f"no cell sets {axis}: leave it out of axis")
             near = difflib.get_close_matches(axis, known, n=1, cutoff=0.5)
             hint = f"; did you mean {near[0]!r}?" if near else ""
             raise ValueError(
-                f"--axis {axis}: expected a field of a recipe or one of "
+                f"{'axis' if study else '--axis'} {axis}: expected a field of a recipe or one of "
                 f"{', '.join(LAUNCH_AXES)}{hint}"
             )
 
 
-def _refusal(
-    axes: Sequence[str],
-    left: Differences,
-    suggested: Sequence[str],
-    unexplained: Sequence[str],
-) -> str:
+def _is_field(name: str) -> bool:
+    from sftlab.config.parser import fields_of_recipes  # imports trl, which takes time
+
+    return name in fields_of_recipes()
+
+
+def _refusal(axes: Sequence[str], left: Differences, advice: str) -> str:
     """Returns what the runs differ in, and what to type next."""
     more_than = f"the axis {', '.join(axes)}" if axes else "one setting"
     lines = [f"these runs differ in more than {more_than}, so a figure has more than one cause:"]
@@ -203,13 +207,24 @@ def _refusal(
         lines.append(
             "lora_scale is lora_alpha / lora_r: train with an alpha that follows the rank."
         )
+    return "\n".join([*lines, advice])
+
+
+def _advice(suggested: Sequence[str], unexplained: Differences) -> str:
     never = f" (no axis explains {', '.join(unexplained)})" if unexplained else ""
-    lines.append(
-        f"Name what is compared (--axis {' '.join(suggested) or 'FIELD'}{never}; in a study "
-        "file: axis), give fewer runs, "
+    return (
+        f"Name what is compared (--axis {' '.join(suggested) or 'FIELD'}{never}), give fewer runs, "
         "or pass --allow-confounded"
     )
-    return "\n".join(lines)
+
+
+def _advice_in_study(suggested: Sequence[str], unexplained: Differences) -> str:
+    # every fact that differs may be named there, also one that follows from several fields
+    names = ", ".join([*suggested, *unexplained])
+    return (
+        f"Name what is compared in the study file (axis: [{names}]), let the cells differ in less, "
+        "or pass --allow-confounded"
+    )
 
 
 def moving_together(runs: Mapping[str, Settings], axes: Sequence[str]) -> list[tuple[str, str]]:

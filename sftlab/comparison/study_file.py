@@ -355,7 +355,8 @@ def check_comparable(study: Study) -> None:
     every = dict.fromkeys(key for one in asked.values() for key in one["recipe"])
     for one in asked.values():
         one["recipe"] = every | one["recipe"]
-    comparability.resolve_axes({name: settings(one) for name, one in asked.items()}, study.axes)
+    found = {name: settings(one) for name, one in asked.items()}
+    comparability.resolve_axes(found, study.axes, study=True)
 
 
 def _asked(task: Task) -> dict[str, Any]:

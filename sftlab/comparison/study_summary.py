@@ -67,7 +67,7 @@ def collect(
     found = {task.name: read_results(task.folder) for task in study.tasks if task.has_run()}
     compared = {name: settings(one.run, one.quality, one.judged) for name, one in found.items()}
     if compared:
-        comparability.resolve_axes(compared, study.axes, allow)
+        comparability.resolve_axes(compared, study.axes, allow, study=True)
     rows = []
     for task in study.tasks:
         row = {"cell": task.cell, "repeat": task.repeat, "seed": task.fields.get("seed")}

@@ -221,10 +221,14 @@ def _take_config(argv: list[str]) -> str | None:
 
 def check_names(names: Iterable[str], place: str = "") -> None:
     """Raise ValueError for a name that is no field, or a field without effect."""
-    groups = (DataArguments, TrainingArguments, PreferenceArguments, ModelArguments)
-    known = {one.name: one for group in groups for one in dataclasses.fields(group)}
-    _refuse_unknown(names, known, place)
+    _refuse_unknown(names, fields_of_recipes(), place)
     _refuse_unused(list(names))
+
+
+def fields_of_recipes() -> dict[str, dataclasses.Field]:
+    """Returns every field that a recipe of either method may set."""
+    groups = (DataArguments, TrainingArguments, PreferenceArguments, ModelArguments)
+    return {one.name: one for group in groups for one in dataclasses.fields(group)}
 
 
 def _method(settings: Mapping[str, object], words: Mapping[str, list[str]]) -> object:
