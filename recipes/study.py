@@ -80,7 +80,7 @@ from sftlab.exit_messages import mistakes_in_one_line, short
 from sftlab.field_words import field_name, field_words
 from sftlab.paths import ROOT
 from sftlab.script_options import Options
-from sftlab.tables import aligned, write_csv
+from sftlab.tables import aligned, counted, write_csv
 
 # exit statuses of an evaluation that was told to stop, and the signal
 STOPPED = {code: s for s in (signal.SIGINT, signal.SIGTERM) for code in (-s, 128 + s)}
@@ -166,7 +166,8 @@ def commands(study: Study) -> Iterator[str]:
     for task in study.tuning or study.tasks:
         yield shlex.join(task.command())
     if study.tuning:
-        yield f"# then {len(study.tasks)} trainings, each cell at its own best {study.tuned}"
+        then = counted(len(study.tasks), "training")
+        yield f"# then {then}, each cell at its own best {study.tuned}"
 
 
 def power_lines(study: Study, arguments: argparse.Namespace) -> Iterator[str]:
@@ -188,7 +189,7 @@ def power_lines(study: Study, arguments: argparse.Namespace) -> Iterator[str]:
             "--deviation, the standard deviation of a difference between seeds"
         )
     cells = max(len(study.cells) - 1, 1)
-    yield f"{cells} comparisons with {study.reference}. Found in 80 % of studies:"
+    yield f"{counted(cells, 'comparison')} with {study.reference}. Found in 80 % of studies:"
     yield aligned(power_table(spread, cells, title_of))
     scored = (read_results(task.folder).quality for task in study.tasks if task.has_run())
     tested = next((one["rows"] for one in scored if one), None) if rows else None
@@ -264,7 +265,7 @@ def runnable(tasks: Sequence[Task], places: dict[str, str]) -> tuple[list[Task],
         if is_done(task):
             print(f"{places[task.name]}: {result(task)}; done before", flush=True)
         elif gpus_needed(task) > gpus:
-            not_run[task.name] = f"it needs {gpus_needed(task)} GPUs"
+            not_run[task.name] = f"it needs {counted(gpus_needed(task), 'GPU')}"
             said = f"not run, {not_run[task.name]}, this machine shows {gpus}"
             print(f"{places[task.name]}: {said}", flush=True)
         else:

@@ -70,6 +70,11 @@ def read_csv(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
+def counted(number: float, thing: str) -> str:
+    """Returns `1 epoch` or `2.5 epochs`."""
+    return f"1 {thing}" if number == 1 else f"{number:.15g} {thing}s"
+
+
 def write_csv(path: Path, lines: Sequence[Mapping[str, Any]]) -> None:
     """Write lines whose columns may differ; an absent cell is empty."""
     with path.open("w", newline="", encoding="utf-8") as file:

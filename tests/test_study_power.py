@@ -9,6 +9,8 @@ from conftest import ROOT
 from scipy.stats import norm, ttest_1samp
 from small_studies import SCRIPT
 
+from sftlab.comparison.run_results import about
+from sftlab.comparison.study_file import load
 from sftlab.comparison.study_power import rows_needed, seeds_needed, smallest_found
 
 STUDY = "recipes/studies/lora_rank.yaml"
@@ -53,6 +55,24 @@ def test_a_user_asks_before_anything_is_trained(tmp_path, capsys):
     ):
         with pytest.raises(SystemExit, match=message):
             SCRIPT.main([*argv, *more])
+
+
+def test_one_is_singular(tmp_path, capsys):
+    path = tmp_path / "two.yaml"
+    content = yaml.safe_load((ROOT / STUDY).read_text(encoding="utf-8"))
+    cells = dict(list(content["cells"].items())[:2])
+    content |= {"cells": cells, "reference": next(iter(cells))}
+    path.write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
+    SCRIPT.main([str(path), "--power", "--deviation", "1.5"])
+    assert capsys.readouterr().out.startswith("1 comparison with")
+    task = load(path, tmp_path, {}).tasks[0]._replace(processes=1)
+    _, not_run = SCRIPT.runnable([task], {task.name: "one"})
+    assert set(not_run.values()) <= {"it needs 1 GPU"}
+    recipe = {"num_train_epochs": 1.0, "max_steps": -1, "global_batch_size": 8, "max_length": 64}
+    recipe |= {"model_name_or_path": "base", "dataset_name": "rows"}
+    assert about({"recipe": recipe})["training"].startswith("1 epoch, global batch 8")
+    assert about({"recipe": recipe | {"num_train_epochs": 2.5}})["training"].startswith("2.5 ep")
+    assert about({"recipe": recipe | {"max_steps": 1}})["training"].startswith("1 step, ")
 
 
 def test_studies_that_score_quality_have_five_seeds():

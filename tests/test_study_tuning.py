@@ -9,7 +9,7 @@ from conftest import short_fields
 from small_studies import SCRIPT, TWO, ended
 
 from sftlab.comparison.study_file import check_comparable, load
-from sftlab.comparison.study_page import unreached_line
+from sftlab.comparison.study_page import tuning_lines, unreached_line
 from sftlab.comparison.study_tasks import begin, is_done
 from sftlab.comparison.study_tuning import Trial, at_best, trials, tuning_table
 from sftlab.comparison.tuning_plot import shown_losses
@@ -89,6 +89,20 @@ def test_a_rate_that_the_warmup_never_reached_is_said(study, tmp_path, monkeypat
     SCRIPT.write(at_best(study), {}, tmp_path / "out", False, [], tmp_path / "runs")
     assert said in (tmp_path / "out" / "study.md").read_text(encoding="utf-8").splitlines()
     assert said in capsys.readouterr().out.splitlines()
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"seeds": [1]}, "with seed 1; * marks the lowest. A column"),
+        ({"seeds": [1, 2]}, "lowest, at which the cell was then trained with every seed. A"),
+        ({"seeds": None, "repeats": 2}, "lowest, at which the cell was then trained 2 times. A"),
+    ],
+)
+def test_the_page_says_how_often_a_cell_is_trained_at_its_best_value(tmp_path, change, said):
+    study = written(tmp_path, STUDY | change)
+    train(study)
+    assert said in "\n".join(tuning_lines(study, trials(study)))
 
 
 def test_one_training_that_went_wrong_does_not_press_the_others_into_a_line():

@@ -23,6 +23,7 @@ from sftlab.comparison.result_files import (
 from sftlab.evaluation.significance import compare
 from sftlab.evaluation.text_metrics import NAMES, PARTS, paired_scores
 from sftlab.runs.run_directory import SIDES, adapter_hash, read_run
+from sftlab.tables import counted
 
 # A run has diverged where the mean loss of its last tenth is this many times that of its first.
 # Single losses differ from batch to batch.
@@ -233,9 +234,9 @@ def about(run: Mapping[str, Any]) -> dict[str, str]:
     splits = [name for name in ("train", "validation", "test") if name in data]
     sizes = [f"{name} {data[name]['rows']}" for name in splits]
     cpu = f"{hardware.get('cpu_cores')} CPU cores, {hardware.get('machine')}"
-    length = f"{recipe['num_train_epochs']:g} epochs"
+    length = counted(recipe["num_train_epochs"], "epoch")
     if recipe["max_steps"] > 0:
-        length = f"{recipe['max_steps']} steps"
+        length = counted(recipe["max_steps"], "step")
     return {
         "hardware": hardware.get("gpu") or cpu,
         "versions": ", ".join(f"{name} {it}" for name, it in run.get("versions", {}).items() if it),

@@ -52,11 +52,15 @@ def tuning_lines(study: Study, tried: Sequence[Trial]) -> list[str]:
     """Returns the table of what was tried, and how to read it."""
     seed = study.tuning[0].fields.get("seed")
     with_seed = "" if seed is None else f" with seed {seed}"
+    times = len(study.tasks) // len(study.cells)
+    with_all = "with every seed" if "seed" in study.axes else f"{times} times"
+    # one training of a cell at its best value is the one in the table
+    again = f", at which the cell was then trained {with_all}" if times > 1 else ""
     lines = [
         f"## Which {study.tuned} is best for each cell?",
         "",
-        f"Validation loss of each cell at each value{with_seed}; * marks the lowest, at which the "
-        "cell was then trained with every seed. A column compares the cells at one fixed value.",
+        f"Validation loss of each cell at each value{with_seed}; * marks the lowest{again}. "
+        "A column compares the cells at one fixed value.",
         "",
     ]
     return [*lines, *markdown(tuning_table(tried, study.tuned)), ""]

@@ -17,6 +17,7 @@ from sftlab.planning.row_lengths import RowLengths, of_encoded
 from sftlab.planning.step import Step
 from sftlab.planning.step_memory import Memory, memory
 from sftlab.planning.step_time import StepTime, step_time
+from sftlab.tables import counted
 
 GB = 2**30
 MOST_ROWS = 2**14
@@ -92,7 +93,8 @@ def read_recipe(argv: list[str], launch: Launch, gpu: GPU, gpus: int | None) -> 
     """
     if gpus is not None and launch.world_size > gpus:
         raise ValueError(
-            f"the launch config starts {launch.world_size} processes and there are {gpus} GPUs: "
+            f"the launch config starts {launch.world_size} processes and there "
+            f"{'is' if gpus == 1 else 'are'} {counted(gpus, 'GPU')}: "
             f"pass --num_processes {gpus}"
         )
     if launch.hides_gpus:
