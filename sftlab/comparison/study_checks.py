@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import io
 from collections.abc import Sequence
 
 from sftlab.comparison.run_settings import canonical
@@ -81,7 +82,13 @@ def _parse(task: Task, more: Sequence[str] = ()) -> None:
     words = task.command()
     words = words[words.index("recipes/sft.py") + 1 :]
     with contextlib.chdir(ROOT):
-        variables = exported(task.launch, {"num_processes": task.processes, **task.flags})
+        said = io.StringIO()
+        try:
+            with contextlib.redirect_stderr(said):
+                variables = exported(task.launch, {"num_processes": task.processes, **task.flags})
+        except SystemExit as error:  # accelerate's parser prints its usage, then the mistake
+            mistake = said.getvalue().strip().rpartition("error: ")[2]
+            raise ValueError(f"flags: {mistake}") from error
         with launched(variables) as launch:
             parse_recipe([*words, *more], launch)
 
