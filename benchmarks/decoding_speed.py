@@ -14,6 +14,7 @@ nearly equal logits, and bfloat16 rounds them. The table is written after every 
 """
 
 import argparse
+import itertools
 import statistics
 import sys
 import time
@@ -58,32 +59,32 @@ def main(argv: list[str]) -> None:
     prompts = random_prompts(arguments.prompts, len(tokenizer) - 256)
     ways = ways_of(arguments, model, tokenizer)
     arguments.out.mkdir(parents=True, exist_ok=True)
-    found: dict[tuple[str, str], dict[str, Any]] = {}
-    for turn in range(arguments.rounds + 1):
-        for side in SIDES:
-            for name, answer in ways.items():
-                cell = found.setdefault((name, side), {"rates": [], "note": ""})
-                if cell["note"]:
-                    continue
-                short = 4 if name in (PLAIN, BATCHED) else arguments.batch_size
-                asked = prompts if turn else prompts[:short]
-                try:
-                    with answering(model, side):
-                        seconds, new = timed(answer, asked)
-                except Exception as error:  # a peer's failure costs its own row alone
-                    cell["note"] = f"{type(error).__name__}: {error}".partition("\n")[0][:200]
-                    continue
-                if turn:
-                    cell["rates"].append(sum(map(len, new)) / seconds)
-                    cell["answers"] = new
-                else:
-                    cell["first_s"] = round(seconds, 1)
-                lines = [line_of(arguments, key, one, found) for key, one in found.items()]
-                write_csv(arguments.out / "decoding_speed.csv", lines)
-                print(f"{turn} {name}, {side}: {seconds:.1f} s", flush=True)
-    lines = [line_of(arguments, key, one, found) for key, one in found.items()]
-    write_csv(arguments.out / "decoding_speed.csv", lines)
+    about = provenance() | {"command": "python benchmarks/decoding_speed.py"}
+    found = {(n, side): {"rates": [], "note": ""} for side in SIDES for n in ways}
+    for turn, (name, side) in itertools.product(range(arguments.rounds + 1), list(found)):
+        cell = found[name, side]
+        if cell["note"]:
+            continue
+        short = 4 if name in (PLAIN, BATCHED) else arguments.batch_size
+        try:
+            with answering(model, side):
+                seconds, new = timed(ways[name], prompts if turn else prompts[:short])
+            keep(cell, turn, seconds, new)
+            print(f"{turn} {name}, {side}: {seconds:.1f} s", flush=True)
+        except Exception as error:  # a peer's failure costs its own row alone
+            cell["note"] = f"{type(error).__name__}: {error}".partition("\n")[0][:200]
+        lines = [line_of(arguments, key, one, found) | about for key, one in found.items()]
+        write_csv(arguments.out / "decoding_speed.csv", lines)
     print(aligned([list(SHOWN), *([str(line[name]) for name in SHOWN] for line in lines)]))
+
+
+def keep(cell: dict[str, Any], turn: int, seconds: float, new: Answered) -> None:
+    """Keep what a turn gave; the first one warms up."""
+    if turn:
+        cell["rates"].append(sum(map(len, new)) / seconds)
+        cell["answers"] = new
+    else:
+        cell["first_s"] = round(seconds, 1)
 
 
 def parse_options(argv: list[str]) -> argparse.Namespace:
@@ -184,8 +185,6 @@ def line_of(
         "rounds": len(rates),
         **{name: getattr(arguments, name) for name in ("shape", "prompts", "new_tokens")},
         "batch_size": arguments.batch_size,
-        **provenance(),
-        "command": "python benchmarks/decoding_speed.py",
     }
 
 

@@ -25,7 +25,7 @@ import psutil
 from sftlab.evaluation.base_and_tuned import finished_run
 from sftlab.exit_messages import mistakes_in_one_line
 from sftlab.paths import ROOT
-from sftlab.runs.environment import environment
+from sftlab.runs.environment import provenance
 from sftlab.schema import read_object
 from sftlab.script_options import Options
 from sftlab.tables import aligned, write_csv
@@ -117,7 +117,6 @@ def row(
     options: Any, run: dict[str, Any], measured: dict[int, list[dict[str, float]]], count: int
 ) -> dict[str, Any]:
     """Returns a line of the table."""
-    versions = environment()["versions"]
     columns: dict[str, Any] = {}
     for name in PARTS:
         columns |= spread(name, [one[name] for one in measured[count]], 1)
@@ -137,8 +136,7 @@ def row(
         "rows": options.rows,
         **columns,
         "same_records": "yes",
-        "hardware": f"{os.cpu_count()} CPU cores",
-        "versions": " ".join(f"{k} {v}" for k, v in versions.items()),
+        **provenance(),
         "command": f"python benchmarks/evaluation_processes.py --run RUN {words}",
     }
 

@@ -25,7 +25,7 @@ from typing import Any
 from sftlab.evaluation.base_and_tuned import finished_run, run_tokenizer
 from sftlab.exit_messages import mistakes_in_one_line
 from sftlab.paths import ROOT
-from sftlab.runs.environment import environment
+from sftlab.runs.environment import provenance
 from sftlab.schema import read_object
 from sftlab.script_options import Options
 from sftlab.tables import aligned, write_csv
@@ -121,7 +121,7 @@ def row(
     options: Any, form: str, verified: dict[str, Any], program: str, found: Any, expected: Any
 ) -> dict[str, Any]:
     """Returns a line of the table."""
-    where, pairs = environment(), list(zip(found, expected, strict=True))
+    pairs = list(zip(found, expected, strict=True))
     return {
         "export": form,
         "prompts": verified["prompts"],
@@ -131,8 +131,7 @@ def row(
         "answers": len(pairs),
         "same_prompts": sum(a[1] == b[1] for a, b in pairs),
         "same_answers": sum(a[0].strip() == b[0] for a, b in pairs),
-        "hardware": f"{os.cpu_count()} CPU cores",
-        "versions": " ".join(f"{k} {v}" for k, v in where["versions"].items()),
+        **provenance(),
         "command": f"python benchmarks/exports_outside.py --run RUN --llama PYTHON "
         f"--prompts {options.prompts} --answers {options.answers}",
     }

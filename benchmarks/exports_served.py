@@ -30,7 +30,7 @@ from sftlab.evaluation.base_and_tuned import finished_run
 from sftlab.evaluation.server_client import ServerClient, Words
 from sftlab.exit_messages import mistakes_in_one_line
 from sftlab.paths import ROOT
-from sftlab.runs.environment import environment
+from sftlab.runs.environment import provenance
 from sftlab.schema import read_object
 from sftlab.script_options import Options
 from sftlab.tables import aligned, write_csv
@@ -162,7 +162,6 @@ def row(options: Any, server: str, model: str) -> dict[str, Any]:
     done = subprocess.run([sys.executable, *words], capture_output=True, text=True)
     said = (done.stdout if done.returncode == 0 else done.stderr).strip().splitlines()[-1]
     same = [] if done.returncode else same_answers(options, model)
-    versions = environment()["versions"]
     return {
         "server": server,
         "exit_status": done.returncode,
@@ -170,8 +169,7 @@ def row(options: Any, server: str, model: str) -> dict[str, Any]:
         "prompts": options.prompts,
         "answers": len(same),
         "same_answers": sum(same),
-        "hardware": f"{os.cpu_count()} CPU cores",
-        "versions": " ".join(f"{k} {v}" for k, v in versions.items()),
+        **provenance(),
         "command": f"python benchmarks/exports_served.py --run RUN --vllm VLLM "
         f"--prompts {options.prompts} --answers {options.answers}",
     }

@@ -26,7 +26,7 @@ from safetensors.torch import load_file, save_file
 
 from sftlab.exit_messages import mistakes_in_one_line
 from sftlab.paths import ROOT
-from sftlab.runs.environment import environment
+from sftlab.runs.environment import provenance
 from sftlab.script_options import Options
 from sftlab.tables import write_csv
 
@@ -182,15 +182,13 @@ WAYS: dict[str, Callable[[ModuleType, str], None]] = {
 
 def row(options: Any, kind: str, what: str, status: int, said: str) -> dict[str, Any]:
     """Returns a line of the table."""
-    versions = environment()["versions"]
     return {
         "export": " ".join([kind, *OPTIONS[kind][1:]]),
         "spoilt": what,
         "exit_status": status,
         "said": said.rpartition(f"{options.run}: ")[2],
         "prompts": options.prompts,
-        "hardware": f"{os.cpu_count()} CPU cores",
-        "versions": " ".join(f"{k} {v}" for k, v in versions.items()),
+        **provenance(),
         "command": f"python benchmarks/exports_spoiled.py --run RUN --prompts {options.prompts}",
     }
 

@@ -35,7 +35,7 @@ from sftlab.exit_messages import mistakes_in_one_line
 from sftlab.export.server_agreement import LoadedRun, hold_side
 from sftlab.models.inner_model import inner_model
 from sftlab.paths import ROOT
-from sftlab.runs.environment import environment
+from sftlab.runs.environment import provenance
 from sftlab.script_options import Options
 from sftlab.tables import aligned, write_csv
 
@@ -139,7 +139,7 @@ def table(
     """Returns a row for each way."""
     texts = measured["own generator"][0][1][0]
     paces = {name: [found[1] / took for took, found in one] for name, one in measured.items()}
-    where, lines = environment(), []
+    about, lines = provenance(), []
     for name, pace in paces.items():
         ratios = [one / ours for one, ours in zip(pace, paces["own generator"], strict=True)]
         found = measured[name][0][1]
@@ -156,8 +156,7 @@ def table(
                 "answers_of_own": sum(a == b for a, b in zip(found[0], texts, strict=True)),
                 "rounds": " ".join(f"{one:.1f}" for one in pace),
                 "threads": torch.get_num_threads(),
-                "hardware": f"{os.cpu_count()} CPU cores",
-                "versions": " ".join(f"{k} {v}" for k, v in where["versions"].items()),
+                **about,
                 "command": shown_command(arguments),
             }
         )

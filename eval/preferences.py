@@ -40,11 +40,11 @@ from sftlab.evaluation.base_and_tuned import (
     run_tokenizer,
 )
 from sftlab.evaluation.generation import (
-    BATCHES_WORTH_COMPILING,
     Answer,
     Generator,
     Sampling,
     generation_facts,
+    rows_worth_compiling,
     longest_prompt,
 )
 from sftlab.evaluation.held_out import held_out, result_name
@@ -197,8 +197,8 @@ def generate(
 ) -> tuple[AnswerFile, dict[str, Any]]:
     """Returns every model's greedy answers to the prompts, and the settings of the generation."""
     size, prompts = arguments.batch_size, pairs.prompts
-    compiled = models.model.device.type == "cuda" and len(prompts) > BATCHES_WORTH_COMPILING * size
-    generator = Generator(models.model, models.tokenizer, sampling, size if compiled else None)
+    fixed = rows_worth_compiling(models.model, len(prompts), size)
+    generator = Generator(models.model, models.tokenizer, sampling, fixed)
     generation = generation_facts(sampling, generator.turn) | {"decoding": generator.decoding}
     settings = model_settings(arguments.run, run) | generation
     settings |= {"start": models.start and models.start.weights}

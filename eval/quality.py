@@ -30,10 +30,10 @@ from sftlab.files import write_json, write_lines
 from sftlab.evaluation.documents import document_records, holds_documents, select_documents
 from sftlab.evaluation.answer_file import AnswerFile, answer_facts, fill
 from sftlab.evaluation.generation import (
-    BATCHES_WORTH_COMPILING,
     Generator,
     Sampling,
     generation_facts,
+    rows_worth_compiling,
     longest_prompt,
 )
 from sftlab.evaluation.held_out import HeldOut, ScoredRows, held_out, result_name, select
@@ -265,10 +265,9 @@ def generator_for(
     arguments: argparse.Namespace,
 ) -> Generator:
     """Returns a generator; one that compiles only where there are enough rows for that to pay."""
-    compiled = model.device.type == "cuda" and not arguments.no_compile
-    compiled &= len(rows.numbers) > BATCHES_WORTH_COMPILING * arguments.batch_size
-    static_rows = arguments.batch_size if compiled else None
-    return Generator(model, tokenizer, sampling, static_rows, capture=not arguments.no_compile)
+    fast = not arguments.no_compile
+    fixed = rows_worth_compiling(model, len(rows.numbers), arguments.batch_size) if fast else None
+    return Generator(model, tokenizer, sampling, fixed, capture=fast)
 
 
 def facts_of(

@@ -35,12 +35,12 @@ from sftlab.evaluation.base_and_tuned import (
     run_tokenizer,
 )
 from sftlab.evaluation.generation import (
-    BATCHES_WORTH_COMPILING,
     Answer,
     Generator,
     Sampling,
     generation_facts,
     longest_prompt,
+    rows_worth_compiling,
 )
 from sftlab.evaluation.held_out import HeldOut, ScoredRows, select
 from sftlab.evaluation.processes import Processes
@@ -204,8 +204,8 @@ def sample(
         for solution in range(options.solutions)
     ]
     size = options.batch_size
-    compiled = model.device.type == "cuda" and len(asked) > BATCHES_WORTH_COMPILING * size
-    generator = Generator(model, tokenizer, sampling, size if compiled else None)
+    fixed = rows_worth_compiling(model, len(asked), size)
+    generator = Generator(model, tokenizer, sampling, fixed)
     generation = generation_facts(sampling, generator.turn) | {"decoding": generator.decoding}
     generation |= {
         name: getattr(options, name) for name in ("questions", "solutions", "batch_size")

@@ -254,6 +254,17 @@ class Generator:
         return Answer(text.strip(), len(kept), finish, repeats_itself(kept))
 
 
+def rows_worth_compiling(
+    model: PeftModel | PreTrainedModel, prompts: int, batch_size: int
+) -> int | None:
+    """Returns the fixed rows of a batch where there are enough prompts for compiling to pay.
+
+    That is on a GPU alone; None elsewhere.
+    """
+    many = prompts > BATCHES_WORTH_COMPILING * batch_size
+    return batch_size if many and model.device.type == "cuda" else None
+
+
 def repeats_itself(ids: Sequence[int]) -> bool:
     """Returns whether at most a tenth of an answer's tokens are distinct."""
     return len(ids) >= 10 * len(set(ids)) > 0

@@ -23,11 +23,11 @@ from sftlab.evaluation.base_and_tuned import (
     run_tokenizer,
 )
 from sftlab.evaluation.generation import (
-    BATCHES_WORTH_COMPILING,
     Answer,
     Generator,
     Sampling,
     longest_prompt,
+    rows_worth_compiling,
 )
 from sftlab.evaluation.processes import ALONE, Processes
 from sftlab.evaluation.served_answers import FACTS, ServedModels
@@ -137,12 +137,8 @@ class Contestants:
         file = AnswerFile(self.folder / "eval", settings, processes=self.processes)
         missing = sum((side, row) not in file.found for row in rows)
         if missing:
-            compiled = (
-                self.model.device.type == "cuda"
-                and missing > BATCHES_WORTH_COMPILING * self.batch_size
-            )
-            static_rows = self.batch_size if compiled else None
-            generator = Generator(self.model, self.tokenizer, sampling, static_rows)
+            fixed = rows_worth_compiling(self.model, missing, self.batch_size)
+            generator = Generator(self.model, self.tokenizer, sampling, fixed)
             with answering(self.model, side):
                 asked = [by_key[row] for row in rows]
                 fill(file, side, rows, asked, self.batch_size, generator.answers, title)

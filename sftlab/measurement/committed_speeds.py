@@ -1,8 +1,9 @@
 """How fast has each shape of a model been trained? Read from the tables in results/."""
 
-import csv
 from pathlib import Path
 from typing import NamedTuple
+
+from sftlab.tables import read_csv
 
 # the shape of tables that do not name one
 SHAPE = "llama3.2-1b"
@@ -21,11 +22,10 @@ def committed_speeds(results: Path) -> dict[str, Speed]:
     """Returns the fastest training in bf16 on one GPU of every shape in `*/throughput.csv`."""
     found: dict[str, Speed] = {}
     for table in sorted(results.glob("*/throughput.csv")):
-        with table.open(encoding="utf-8", newline="") as file:
-            for row in csv.DictReader(file):
-                if not row["variant"].startswith(VARIANT) or row.get("gpus", "1") != "1":
-                    continue
-                shape, speed = row.get("shape") or SHAPE, float(row["tokens_per_s"] or 0)
-                if speed > found.get(shape, Speed(0.0, table)).tokens_per_s:
-                    found[shape] = Speed(speed, table)
+        for row in read_csv(table):
+            if not row["variant"].startswith(VARIANT) or row.get("gpus", "1") != "1":
+                continue
+            shape, speed = row.get("shape") or SHAPE, float(row["tokens_per_s"] or 0)
+            if speed > found.get(shape, Speed(0.0, table)).tokens_per_s:
+                found[shape] = Speed(speed, table)
     return found
