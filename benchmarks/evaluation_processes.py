@@ -1,13 +1,14 @@
-"""How much faster do two processes evaluate a run than one, on a CPU?
+"""How much faster do two processes evaluate a run than one, on two GPUs or on a CPU?
 
 python benchmarks/evaluation_processes.py --run RUN [--rows 32] [--max_new_tokens 32] \
     [--batch_size 4] [--pairs 3]
 
-eval/quality.py scores the same rows with one process and with two, a thread each, in turns. The
-table has the seconds of the whole command, of its likelihoods and of its answers (median, lowest,
-highest over the pairs), and the ratios of the pairs. `processor` is the processor seconds of the
-process that needs most, launcher included: other work on the machine moves it less. It stops where
-the records of two processes are not those of one to the last bit.
+eval/quality.py scores the same rows with one process and with two, in turns. Each has a GPU where
+there are two, else one thread of the CPU. The table, cpu.csv or the GPU's name, has the seconds of
+the whole command, of its likelihoods and of its answers (median, lowest, highest over the pairs),
+and the ratios of the pairs. `processor` is the processor seconds of the process that needs most,
+launcher included: other work on the machine moves it less. It stops where the records of two
+processes are not those of one to the last bit.
 """
 
 import os
@@ -21,16 +22,16 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import psutil
+import torch
 
 from sftlab.evaluation.base_and_tuned import finished_run
 from sftlab.exit_messages import mistakes_in_one_line
 from sftlab.paths import ROOT
-from sftlab.runs.environment import provenance
+from sftlab.runs.environment import machine_name, provenance
 from sftlab.schema import read_object
 from sftlab.script_options import Options
 from sftlab.tables import aligned, write_csv
 
-LAUNCH = ROOT / "accelerate_configs" / "cpu_ddp.yaml"
 PARTS = ("whole", "before", "likelihoods", "answers", "after", "processor")
 SHOWN = ("processes", *PARTS, "ratio_whole", "ratio_evaluation", "ratio_processor")
 
@@ -59,7 +60,7 @@ def main(argv: list[str]) -> None:
             raise ValueError(f"pair {pair}: the records of two processes are not those of one")
     lines = [row(options, run, measured, count) for count in measured]
     options.out.mkdir(parents=True, exist_ok=True)
-    write_csv(options.out / "evaluation_processes.csv", lines)
+    write_csv(options.out / f"{machine_name()}.csv", lines)
     print(aligned([list(SHOWN), *([str(line[name]) for name in SHOWN] for line in lines)]))
 
 
@@ -75,10 +76,13 @@ def evaluated(options: Any, count: int) -> tuple[dict[str, float], bytes]:
             (folder / one).symlink_to((options.run / one).resolve())
         given = {"rows": "samples", "max_new_tokens": "max_new_tokens", "batch_size": "batch_size"}
         words = [f"--{flag}={getattr(options, name)}" for name, flag in given.items()]
-        launched = [] if count == 1 else ["--config_file", str(LAUNCH)]
+        on_gpus = torch.cuda.device_count() > 1
+        launch = ROOT / "accelerate_configs" / ("ddp.yaml" if on_gpus else "cpu_ddp.yaml")
+        launched = [] if count == 1 else ["--config_file", str(launch)]
         script = str(ROOT / "eval" / "quality.py")
         command = [sys.executable, script, *launched, "--run", str(folder), *words]
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
+        one_thread = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
+        environment = os.environ | ({} if on_gpus else one_thread)
         started, asked, used = time.time(), 0.0, {}
         process = subprocess.Popen(
             command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL

@@ -141,6 +141,8 @@ VARIANTS = {
         "single", rows=4, longest=1024, gb=24, recipe="llama2-7b/all_r32"
     )._replace(shape=LLAMA_7B),
     "trl QLoRA, 7B": Variant("trl", "single", QLORA_7B, 1024, LLAMA_7B, gb=40),
+    "sft.py bf16, DDP, 20 rows": sft("ddp", rows=20, gb=18, on_all=True),
+    "sft.py bf16, FSDP2, 20 rows": sft("fsdp", rows=20, gb=18, on_all=True),
     "sft.py bf16, DDP": sft("ddp", gb=24, on_all=True),
     "sft.py bf16, FSDP2": sft("fsdp", gb=24, on_all=True),
     "sft.py bf16, DDP, 64 rows": sft("ddp", rows=64, gb=64, on_all=True),
