@@ -34,6 +34,7 @@ from sftlab.evaluation.base_and_tuned import (
     refuse_unknown_ids,
     run_tokenizer,
 )
+from sftlab.evaluation.final_number import marked_number
 from sftlab.evaluation.generation import (
     Answer,
     Generator,
@@ -44,7 +45,7 @@ from sftlab.evaluation.generation import (
 )
 from sftlab.evaluation.held_out import HeldOut, ScoredRows, select
 from sftlab.evaluation.processes import Processes
-from sftlab.evaluation.sampled_pairs import Question, counts, marked_number, pairs_of, solved
+from sftlab.evaluation.sampled_pairs import Question, counts, pairs_of, solved
 from sftlab.exit_messages import mistakes_in_one_line
 from sftlab.files import write_json, write_lines
 from sftlab.runs.environment import environment

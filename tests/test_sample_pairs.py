@@ -11,7 +11,8 @@ from sftlab.config.recipe import DataArguments
 from sftlab.data.converter import PAIRS
 from sftlab.data.splits import load_splits
 from sftlab.evaluation.generation import Answer, Generator
-from sftlab.evaluation.sampled_pairs import counts, final_number, marked_number, solved
+from sftlab.evaluation.final_number import final_number, marked_number
+from sftlab.evaluation.sampled_pairs import counts, solved
 
 QUESTIONS = [
     {"question": "One?", "answer": "It is one.\n#### 1"},

@@ -136,6 +136,17 @@ def test_short_answers_have_exact_match_and_no_bleu():
     assert rouge(["🎉 👍"], ["🎉 👍"]).tolist() == [[1, 1, 1]]
 
 
+def test_final_numbers_are_scored_where_every_reference_has_one():
+    references = ["3 + 4 = 7\n#### 7", "60 * 20\n#### 1,200"]
+    base = score_texts(["It is 8 of 7.", ""], references, Bleu())
+    tuned = score_texts(["so\n#### 7", "It costs $1200.00"], references, Bleu())
+    found = compare(paired_scores(base, tuned), 100)["final_number"]
+    assert (found["base"]["value"], found["tuned"]["value"]) == (0.5, 1.0)
+    unmarked = score_texts(["7", "8"], [references[0], "It is 8."], Bleu())
+    assert all("final_number" not in record for record in unmarked)
+    assert "final_number" not in paired_scores(unmarked, unmarked)
+
+
 def test_vowel_signs_are_part_of_a_word():
     assert rouge(["का"], ["की"]).tolist() == [[0.0, 0.0, 0.0]]
     assert AnyScript().tokenize("नमस्ते दुनिया, தமிழ்") == ["नमस्ते", "दुनिया", "தமிழ்"]

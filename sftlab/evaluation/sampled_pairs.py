@@ -4,16 +4,12 @@ A data set in the style of GSM8K (Cobbe et al. 2021) says the right number at th
 answers, behind `####`.
 """
 
-import re
 from collections.abc import Sequence
 from decimal import Decimal
 from typing import Any, NamedTuple
 
+from sftlab.evaluation.final_number import final_number
 from sftlab.evaluation.generation import Answer
-
-MARK = "####"
-# a minus sign belongs to the number unless something is subtracted
-_NUMBER = re.compile(r"(?<![\w.)])-?\$?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|(?<![\w.])-?\$?\.\d+")
 
 
 class Question(NamedTuple):
@@ -35,24 +31,6 @@ class Solved(NamedTuple):
     right_solutions: int
     wrong_solutions: int
     unfinished: int
-
-
-def final_number(text: str) -> Decimal | None:
-    """Returns the number behind the last `####`, else the last number of a text; None without one.
-
-    Signs of dollars and commas between thousands are left out.
-    """
-    _, mark, behind = text.rpartition(MARK)
-    numbers = _NUMBER.findall(behind)
-    if not numbers:
-        return None
-    found = numbers[0] if mark else numbers[-1]
-    return Decimal(found.replace("$", "").replace(",", ""))
-
-
-def marked_number(text: str) -> Decimal | None:
-    """Returns the number behind the last `####` of a reference; None without one."""
-    return final_number(text) if MARK in text else None
 
 
 def solved(answers: Sequence[Answer], number: Decimal) -> Solved:

@@ -1,4 +1,4 @@
-"""Scores of answers against references: exact match, sacrebleu's BLEU, rouge-score's ROUGE.
+"""Scores of answers against references: exact match, final number, sacrebleu's BLEU, ROUGE.
 
 They are kept as per-row parts, which a paired bootstrap sums (sftlab/evaluation/significance.py).
 """
@@ -15,6 +15,7 @@ from rouge_score.rouge_scorer import RougeScorer
 from rouge_score.tokenizers import Tokenizer
 from sacrebleu.metrics import BLEU
 
+from sftlab.evaluation.final_number import final_number, marked_number
 from sftlab.evaluation.significance import Paired, mean, perplexity, with_counts
 
 ROUGE_TYPES = ("rouge1", "rouge2", "rougeL")
@@ -22,6 +23,7 @@ NAMES = {
     "response_perplexity": "response perplexity",
     "text_perplexity": "whole-text perplexity",
     "exact_match": "exact match",
+    "final_number": "final number right",
     "bleu": "BLEU",
     "rouge1": "ROUGE-1",
     "rouge2": "ROUGE-2",
@@ -128,6 +130,18 @@ def exact_match(answers: Sequence[str], references: Sequence[str]) -> list[float
     return [float(answer.split() == reference.split()) for answer, reference in pairs]
 
 
+def right_numbers(answers: Sequence[str], references: Sequence[str]) -> list[dict[str, float]]:
+    """Returns `final_number` for each row: 1 for an answer that comes to its reference's number.
+
+    Rows are empty where a reference has no `#### n`, for then the score is not known of all.
+    """
+    numbers = [marked_number(reference) for reference in references]
+    if None in numbers:
+        return [{} for _ in references]
+    pairs = zip(answers, numbers, strict=True)
+    return [{"final_number": float(final_number(answer) == number)} for answer, number in pairs]
+
+
 class AnyScript(Tokenizer):
     """Lower-case words of any script.
 
@@ -156,6 +170,7 @@ PARTS: dict[str, tuple[Callable[[np.ndarray], np.ndarray], str]] = {
     "response_perplexity": (perplexity, "response_nll"),
     "text_perplexity": (perplexity, "text_nll"),
     "exact_match": (mean, "exact_match"),
+    "final_number": (mean, "final_number"),
     "bleu": (Bleu.score, "bleu_counts"),
     **{name: (mean, name) for name in ROUGE_TYPES},
 }
@@ -168,16 +183,24 @@ SCALES |= dict.fromkeys(("response_perplexity", "text_perplexity"), (1.0, math.i
 def score_texts(
     answers: Sequence[str], references: Sequence[str], bleu: Bleu
 ) -> list[dict[str, Any]]:
-    """Returns for each row `exact_match`, the parts of BLEU (`bleu_counts`) and each ROUGE."""
+    """Returns for each row `exact_match`, the parts of BLEU (`bleu_counts`) and each ROUGE.
+
+    Where every reference has a `#### n`, `final_number` too.
+    """
     counts, overlaps = bleu.parts(answers, references), rouge(answers, references)
     return [
         {
             "exact_match": same,
+            **number,
             "bleu_counts": count.astype(int).tolist(),
             **dict(zip(ROUGE_TYPES, overlap.tolist(), strict=True)),
         }
-        for same, count, overlap in zip(
-            exact_match(answers, references), counts, overlaps, strict=True
+        for same, number, count, overlap in zip(
+            exact_match(answers, references),
+            right_numbers(answers, references),
+            counts,
+            overlaps,
+            strict=True,
         )
     ]
 
