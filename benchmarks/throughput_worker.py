@@ -188,6 +188,7 @@ def train_unsloth(
         disable_tqdm=True,
         dataset_num_proc=1,
         dataloader_drop_last=True,
+        gradient_accumulation_steps=1,
         **fields,
     )
     ids = token_rows(base, rows, longest, 2 * steps * args.per_device_train_batch_size)
