@@ -9,6 +9,7 @@ from conftest import ROOT, arguments, launch
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
 from sftlab.startup.launcher import (
+    LAUNCHED,
     launch_as_asked,
     reported_to_launcher,
     status_of,
@@ -26,6 +27,13 @@ def start(config, fields):
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
     )
+
+
+def test_every_script_that_imports_the_launcher_launches_itself():
+    scripts = [*ROOT.glob("recipes/*.py"), *ROOT.glob("eval/*.py"), *ROOT.glob("app/*.py")]
+    words = "import sftlab.startup.launcher"
+    found = {script.name for script in scripts if words in script.read_text(encoding="utf-8")}
+    assert found == set(LAUNCHED)
 
 
 def test_the_launchers_flags_are_taken_out_of_the_scripts_arguments():

@@ -32,7 +32,10 @@ FLAGS = (
     *("main_process_ip", "main_process_port", "rdzv_backend"),
 )
 # the scripts that launch themselves
-LAUNCHED = ("sft.py", "quality.py", "preferences.py", "alpaca.py", "mt_bench.py", "harness.py")
+LAUNCHED = (
+    *("sft.py", "sample_pairs.py", "quality.py", "preferences.py"),
+    *("alpaca.py", "mt_bench.py", "harness.py"),
+)
 _NOISY = ("torch.distributed.run", "torch.distributed.elastic")
 
 
