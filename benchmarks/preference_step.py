@@ -12,7 +12,8 @@ gradient checkpointing.
 trl pads, because padding_free is switched off in it and it cannot pack. Its variants are those of
 its best settings: log-probabilities of the reference computed in every step or beforehand (as
 dpo.py does where pairs are trained on more than once, and so here), Liger's
-and FlashAttention's kernels where they are installed, compiled.
+and FlashAttention's kernels where they are installed, compiled. dpo.py compiles its layers in the
+variant that says so alone.
 
 Every variant is a process of its own (benchmarks/preference_step_worker.py). They start together.
 Then they train in turn, each over the same pairs: a turn has an epoch that warms up and one that is
@@ -25,6 +26,7 @@ import argparse
 import contextlib
 import json
 import os
+import shlex
 import signal
 import statistics
 import subprocess
@@ -69,7 +71,7 @@ class Variant(NamedTuple):
 
 
 VARIANTS = {
-    OURS: Variant({}, trl=False, gpu=False),
+    OURS: Variant({"compile_layers": "false"}, trl=False, gpu=False),
     "trl": Variant({}, gpu=False),
     "trl, reference beforehand": Variant(BEFOREHAND, gpu=False),
     "trl, Liger": Variant(LIGER, needs=("liger_kernel",)),
@@ -80,9 +82,9 @@ VARIANTS = {
     ),
     "trl, FlashAttention, Liger": Variant(FLASH | LIGER, needs=("flash_attn", "liger_kernel")),
     f"{OURS}, reference in each step": Variant(
-        {"precompute_ref_log_probs": "false"}, trl=False, gpu=False
+        {"compile_layers": "false", "precompute_ref_log_probs": "false"}, trl=False, gpu=False
     ),
-    f"{OURS}, not packed": Variant({"packing": "false"}, trl=False),
+    f"{OURS}, not packed": Variant({"compile_layers": "false", "packing": "false"}, trl=False),
     f"{OURS}, compiled": Variant({"compile_layers": "true"}, trl=False, compiles=True),
     "trl, compiled": Variant({"torch_compile": True}, compiles=True),
 }
@@ -164,8 +166,8 @@ def main(argv: list[str] | None = None) -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     base, pairs, work = inputs(options)
     words = as_arguments({"base": base, "pairs": pairs, **work})
-    about = provenance() | {"command": " ".join(["python", "benchmarks/preference_step.py"])}
-    about["command"] += "".join(f" {word}" for word in (argv or sys.argv[1:]))
+    typed = shlex.join(["python", "benchmarks/preference_step.py", *(argv or sys.argv[1:])])
+    about = provenance() | {"command": typed.partition(" --out")[0]}
     table = options.out / f"{machine_name()}.csv"
     missing = {name: why for name in options.variants if (why := not_installed(name))}
     rounds = rounds_of([name for name in options.variants if name not in missing], options.turns)

@@ -30,7 +30,7 @@ def test_a_pair_costs_a_forward_more_than_two_rows():
     sft += ["--per_device_train_batch_size=16", "--global_batch_size=64"]
     # rows of the length that a side has where the average token is
     pairs, rows = (
-        plan_of("--packing=false"),
+        plan_of("--packing=false", "--compile_layers=false"),
         plan_of(words=sft, rows=RowLengths(12_000, 300, 100, 1024, "said")),
     )
     assert pairs.step.tokens == rows.step.tokens == 16 * 1024

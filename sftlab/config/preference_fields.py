@@ -70,8 +70,10 @@ class PreferenceArguments(OwnFields, DPOConfig):
         },
     )
     compile_layers: bool | None = field(
-        default=False,
-        metadata={"help": "Compile each decoder layer. Unset: no."},
+        default=None,
+        metadata={
+            "help": "Compile each decoder layer. Unset: on a GPU, unless torch_compile is set."
+        },
     )
     chat_template_path: str | None = field(
         default=None, metadata={"help": "A .jinja file with the chat template."}
