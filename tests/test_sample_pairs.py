@@ -10,8 +10,8 @@ from conftest import byte_tokenizer, copy_of, load_script, read, write_jsonl
 from sftlab.config.recipe import DataArguments
 from sftlab.data.converter import PAIRS
 from sftlab.data.splits import load_splits
-from sftlab.evaluation.generation import Answer, Generator
 from sftlab.evaluation.final_number import final_number, marked_number
+from sftlab.evaluation.generation import Answer, Generator
 from sftlab.evaluation.sampled_pairs import counts, solved
 
 QUESTIONS = [

@@ -1,4 +1,4 @@
-"""The number that an answer comes to, as in GSM8K (Cobbe et al. 2021): its answers end in `#### n`."""
+"""The number that an answer comes to: those of GSM8K (Cobbe et al. 2021) end in `#### n`."""
 
 import re
 from decimal import Decimal
