@@ -60,6 +60,7 @@ from sftlab.planning.plan import planned_memory
 from sftlab.runs.environment import environment
 from sftlab.runs.run_directory import Run, Start, must_match, read_run
 from sftlab.startup.launcher import reported_to_launcher
+from sftlab.startup.phases import CHECKS, DATA, IMPORTS, KERNELS, WEIGHTS, phase_ended
 from sftlab.startup.waiting import says_if_long
 from sftlab.training.building import build_trainer
 from sftlab.training.determinism import compute_deterministically
@@ -77,6 +78,7 @@ from sftlab.training.verification import global_batch
 
 def main(argv: list[str]) -> None:
     """Check everything, load, train, measure and save; run.json says how it ended."""
+    phase_ended(IMPORTS)
     launch = Launch.from_environment()
     rank = int(os.environ.get("RANK", 0))
     try:
@@ -87,6 +89,7 @@ def main(argv: list[str]) -> None:
         if recipe.training.deterministic:
             compute_deterministically()
         run, start = look(recipe, launch, rank)
+        phase_ended(CHECKS)
     except ValueError as error:
         sys.exit(short(f"error: {error}") if rank == 0 else 2)
     with recorded_end(run, rank):
@@ -169,6 +172,7 @@ def prepare(
     if not start.at_stake:
         begin(run, start, recipe, launch, recorded)
 
+    phase_ended(DATA)
     now = environment()  # the trainer fills in fields of the recipe
     must = must_match(recipe.facts(), launch.facts(), now) | facts
     answers = None
@@ -188,8 +192,10 @@ def prepare(
         trainer.checkpointer.refuse_full_disk(run.made_bytes)
         begin(run, start, recipe, launch, recorded)
     trainer.checkpointer.must_match, trainer.checkpointer.hardware = must, now["hardware"]
+    phase_ended(WEIGHTS)
     with says_if_long("compiling the kernels"):
         error = compilers.exception()
+    phase_ended(KERNELS)
     if error:
         warn(f"kernels are compiled in the first step, not before it: {error}")
     if run.is_main:

@@ -8,6 +8,8 @@ import pytest
 from conftest import ROOT, arguments, launch
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
+from sftlab.config import launch as launch_module
+from sftlab.config.launch import exported
 from sftlab.startup.launcher import (
     LAUNCHED,
     launch_as_asked,
@@ -15,6 +17,8 @@ from sftlab.startup.launcher import (
     status_of,
     take_flags,
 )
+
+CONFIGS = ROOT / "accelerate_configs"
 
 
 def start(config, fields):
@@ -52,6 +56,23 @@ def test_without_a_launch_config_or_under_a_launcher_nothing_is_launched(monkeyp
         launch_as_asked("sft.py", ["--config_file", "nowhere.yaml"])
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
     launch_as_asked("sft.py", ["--config_file", "nowhere.yaml"])
+
+
+@pytest.mark.parametrize("flags", [{}, {"num_processes": "1"}, {"mixed_precision": "fp16"}])
+@pytest.mark.parametrize("config", sorted(path.stem for path in CONFIGS.glob("*.yaml")))
+def test_the_variables_are_accelerates(config, flags, monkeypatch):
+    found = exported(CONFIGS / f"{config}.yaml", flags)
+    monkeypatch.setattr(launch_module, "_of_one_process", lambda *_: None)
+    assert found == exported(CONFIGS / f"{config}.yaml", flags)
+
+
+def test_one_process_starts_without_accelerate(tmp_path):
+    config = CONFIGS / "cpu.yaml"
+    words = f"sys.argv = ['sft.py', '--config_file', {str(config)!r}, '--lora_r', '8']"
+    start = f"import sys; {words}; import sftlab.startup.launcher, os; "
+    start += "print(sys.argv[1:], os.environ['ACCELERATE_MIXED_PRECISION'], 'torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", start], text=True, capture_output=True, cwd=ROOT)
+    assert done.stdout == "['--lora_r', '8'] no False\n"
 
 
 @pytest.mark.parametrize(

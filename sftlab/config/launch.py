@@ -18,6 +18,14 @@ FP8_CAPABILITY = (8, 9)
 BF16_CAPABILITY = (8, 0)
 # The variables that hold a launch config begin with these.
 _EXPORTED = ("ACCELERATE_", "FSDP_", "CUDA_VISIBLE_DEVICES")
+# what accelerate exports where the launch config compiles nothing
+_NO_DYNAMO = {
+    "ACCELERATE_DYNAMO_BACKEND": "NO",
+    "ACCELERATE_DYNAMO_MODE": "default",
+    "ACCELERATE_DYNAMO_USE_FULLGRAPH": "False",
+    "ACCELERATE_DYNAMO_USE_DYNAMIC": "False",
+    "ACCELERATE_DYNAMO_USE_REGIONAL_COMPILATION": "False",
+}
 _RANK_VARIABLES = (
     "RANK",
     "LOCAL_RANK",
@@ -70,13 +78,15 @@ def exported(
 ) -> dict[str, str]:
     """Returns the variables that `accelerate launch` would export, without launching.
 
-    accelerate itself reads `config_file` and `flags`. Raises ValueError for a file that is missing
-    or malformed.
+    accelerate itself reads `config_file` and `flags`, but for one plain process, whose variables
+    are known: accelerate imports torch. Raises ValueError for a file that is missing or malformed.
     """
+    config = read_launch_config(config_file)
+    if (known := _of_one_process(config, flags or {})) is not None:
+        return known
     from accelerate.commands.launch import _validate_launch_command, launch_command_parser
     from accelerate.utils.launch import prepare_multi_gpu_env
 
-    read_launch_config(config_file)
     words = [word for name, value in (flags or {}).items() for word in (f"--{name}", str(value))]
     arguments = launch_command_parser().parse_args(
         ["--config_file", str(config_file), *words, "sft.py"]
@@ -89,6 +99,29 @@ def exported(
     return kept | {
         "WORLD_SIZE": str(processes),
         "LOCAL_WORLD_SIZE": str(processes // (arguments.num_machines or 1)),
+    }
+
+
+def _of_one_process(
+    config: Mapping[str, object], flags: Mapping[str, object]
+) -> dict[str, str] | None:
+    """Returns the variables of one process in fp32, fp16 or bf16; None for any other launch."""
+    asked = {name: value for name, value in config.items() if value is not None} | dict(flags)
+    precision = asked.pop("mixed_precision", "no") or "no"
+    counts = {str(asked.pop(name, None)) for name in ("num_processes", "num_machines")}
+    gpus = asked.pop("gpu_ids", "all")
+    plain = {*asked} <= {"compute_environment", "distributed_type", "main_process_port"}
+    kinds, precisions = ("NO", "MULTI_GPU"), ("no", "fp16", "bf16")
+    if not plain or counts != {"1"} or precision not in precisions:
+        return None
+    if asked["distributed_type"] not in kinds:
+        return None
+    return {
+        **({} if gpus == "all" else {"CUDA_VISIBLE_DEVICES": str(gpus)}),
+        "ACCELERATE_MIXED_PRECISION": str(precision),
+        **_NO_DYNAMO,
+        "WORLD_SIZE": "1",
+        "LOCAL_WORLD_SIZE": "1",
     }
 
 

@@ -1,12 +1,9 @@
 """Steady-state throughput of a run, and the time until it is reached."""
 
-import os
 import time
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
 import torch
 from accelerate.utils import gather_object
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -15,17 +12,14 @@ from sftlab.measurement.collectives import Collectives, several_processes
 from sftlab.measurement.flops import Flops
 from sftlab.measurement.hardware_limit import significant, synchronize
 from sftlab.measurement.timing_turn import wait_for_turn
+from sftlab.startup.phases import (
+    FIRST_STEP,
+    phase_ended,
+    seconds_of_phases,
+    seconds_since_start,
+)
 
 WARMUP_STEPS = 5
-
-
-def seconds_since_start() -> float:
-    """Returns the seconds since this process started, whatever was done to the clock meanwhile."""
-    if not hasattr(time, "CLOCK_BOOTTIME"):  # no Linux
-        return max(0.0, time.time() - psutil.Process().create_time())
-    fields = Path("/proc/self/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
-    started = int(fields[19]) / os.sysconf("SC_CLK_TCK")  # since boot
-    return time.clock_gettime(time.CLOCK_BOOTTIME) - started
 
 
 class Meter(TrainerCallback):
@@ -36,6 +30,7 @@ class Meter(TrainerCallback):
 
     def __init__(self) -> None:
         self.first_step_s: float | None = None
+        self.start_s: dict[str, float] | None = None
         self.waited_s = 0.0
         self._counts, self._counted = np.zeros(3), np.zeros(3)
         self._began = self._warmed_up = 0.0
@@ -83,6 +78,8 @@ class Meter(TrainerCallback):
         if self.first_step_s is None:
             synchronize()
             self.first_step_s = seconds_since_start()
+            phase_ended(FIRST_STEP)
+            self.start_s = seconds_of_phases()
         self._close(state, control, state.global_step >= state.max_steps)
 
     def on_epoch_end(
@@ -109,6 +106,7 @@ class Meter(TrainerCallback):
             "steps": self._steps,
             "warm_up": [self._warmed_up, self._warmup_steps],
             "first_step_s": self.first_step_s,
+            "start_s": self.start_s,
             "collectives": self.collectives.facts,
         }
 
@@ -118,6 +116,7 @@ class Meter(TrainerCallback):
         self._seconds, self._steps = state["seconds"], state["steps"]
         self._warmed_up, self._warmup_steps = state["warm_up"]
         self.first_step_s, self.collectives.facts = state["first_step_s"], state["collectives"]
+        self.start_s = state.get("start_s")
 
     def _warmup(self, state: TrainerState) -> int:
         return min(WARMUP_STEPS, max(1, (state.max_steps - self._first_global_step) // 4))
@@ -133,6 +132,7 @@ class Meter(TrainerCallback):
         seconds = max(rank[3] for rank in ranks)
         facts: dict[str, Any] = {
             "time_to_first_step_s": self.first_step_s and round(self.first_step_s, 2),
+            "start_s": self.start_s,
             "timed_steps": self._steps,
             "timed_seconds": round(seconds, 3),
             "tokens_per_s": None,

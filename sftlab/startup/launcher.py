@@ -42,20 +42,25 @@ _NOISY = ("torch.distributed.run", "torch.distributed.elastic")
 def launch_as_asked(script: str, arguments: list[str]) -> None:
     """Start the script under the launch config that its arguments name; return if they name none.
 
-    One process takes the place of this one. Several are started by accelerate, and this process
-    ends as they end.
+    One process is this one, with the launch config's variables; where accelerate had to be asked
+    for them, a new one takes its place, because libraries have looked at the devices. Several are
+    started by accelerate, and this process ends as they end.
     """
     rest, flags = take_flags(arguments)
     config = flags.pop(CONFIG, None)
     if config is None or "ACCELERATE_MIXED_PRECISION" in os.environ:
         return
+    had_torch = "torch" in sys.modules
     try:
         variables = exported(config, flags)
     except ValueError as error:
         sys.exit(short(f"error: {error}"))
     if variables["WORLD_SIZE"] == "1":
-        kept = {k: v for k, v in variables.items() if not k.endswith("WORLD_SIZE")}
-        os.execve(sys.executable, [sys.executable, script, *rest], os.environ | kept)
+        os.environ |= {k: v for k, v in variables.items() if not k.endswith("WORLD_SIZE")}
+        if "torch" in sys.modules and not had_torch:
+            os.execv(sys.executable, [sys.executable, script, *rest])
+        sys.argv[1:] = rest
+        return
     words = [word for name, value in flags.items() for word in (f"--{name}", value)]
     sys.exit(_run(["--config_file", config, *words, script, *rest]))
 

@@ -1,0 +1,31 @@
+"""What a start of a training spends its seconds on, until its first step has ended."""
+
+import os
+import time
+from pathlib import Path
+
+import psutil
+
+IMPORTS, CHECKS, DATA = "imports", "recipe_and_run_directory", "reading_the_data"
+WEIGHTS, KERNELS, FIRST_STEP = "weights_and_encoding", "rest_of_the_kernels", "first_step"
+_ended: dict[str, float] = {}
+
+
+def seconds_since_start() -> float:
+    """Returns the seconds since this process started, whatever was done to the clock meanwhile."""
+    if not hasattr(time, "CLOCK_BOOTTIME"):  # no Linux
+        return max(0.0, time.time() - psutil.Process().create_time())
+    fields = Path("/proc/self/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
+    started = int(fields[19]) / os.sysconf("SC_CLK_TCK")  # since boot
+    return time.clock_gettime(time.CLOCK_BOOTTIME) - started
+
+
+def phase_ended(name: str) -> None:
+    """Note that a phase has ended. The next one begins now."""
+    _ended[name] = seconds_since_start()
+
+
+def seconds_of_phases() -> dict[str, float]:
+    """Returns the seconds of each phase that has ended, in their order."""
+    ends = [0.0, *_ended.values()]
+    return {name: round(ends[n + 1] - ends[n], 2) for n, name in enumerate(_ended)}
