@@ -42,6 +42,7 @@ import torch
 
 from sftlab.config.launch_command import as_arguments, launch_command
 from sftlab.exit_messages import mistakes_in_one_line
+from sftlab.measurement.turn_workers import told_its_command
 from sftlab.models.random_models import random_files, random_lengths, save_random_model
 from sftlab.paths import ROOT
 from sftlab.runs.environment import machine_name, provenance
@@ -111,7 +112,7 @@ class Worker:
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 # a compiler process for every core and variant would make hundreds
-                env={"TORCHINDUCTOR_COMPILE_THREADS": "4"} | os.environ,
+                env={"TORCHINDUCTOR_COMPILE_THREADS": "4"} | told_its_command(),
                 start_new_session=True,
             )
 

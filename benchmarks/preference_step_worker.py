@@ -38,6 +38,7 @@ from sftlab.fastpath import selection
 from sftlab.fastpath.kernel_warmup import start_compilers
 from sftlab.measurement.hardware_limit import synchronize
 from sftlab.measurement.memory import peak_beyond
+from sftlab.measurement.turn_workers import wait_for_turn_file
 from sftlab.models.loading import load_config, load_tokenizer
 from sftlab.script_options import Options
 from sftlab.training.building import build_trainer
@@ -47,7 +48,6 @@ from sftlab.training.reference_pass import with_reference
 TARGETS = ["q_proj", "v_proj", "o_proj"]
 ON_CPU = not torch.cuda.is_available()
 GB = 2**30
-WAIT_S = 0.02
 
 
 class Turns(TrainerCallback):
@@ -92,8 +92,7 @@ class Turns(TrainerCallback):
 def wait_for(folder: Path, turn: int) -> None:
     """Say that the process waits for a turn, and wait."""
     (folder / f"ready{turn}").touch()
-    while not (folder / f"go{turn}").exists():
-        time.sleep(WAIT_S)
+    wait_for_turn_file(folder / f"go{turn}")
 
 
 def write(folder: Path, name: str, report: dict[str, Any]) -> None:

@@ -29,7 +29,6 @@ import argparse
 import itertools
 import json
 import math
-import os
 import signal
 import statistics
 import subprocess
@@ -54,7 +53,16 @@ from sftlab.measurement.throughput_variants import (
     VARIANTS,
     Variant,
 )
-from sftlab.measurement.turn_workers import Limits, Worker, awaited, end, log_of, reason, take_turn
+from sftlab.measurement.turn_workers import (
+    Limits,
+    Worker,
+    awaited,
+    end,
+    log_of,
+    reason,
+    take_turn,
+    told_its_command,
+)
 from sftlab.models.random_models import make_random_files, random_files
 from sftlab.paths import ROOT
 from sftlab.runs.environment import provenance
@@ -265,7 +273,7 @@ def start(variant: Variant, repeats: int, folder: Path) -> subprocess.Popen:
     words += as_arguments({name: count for name, count in steps.items() if count is not None})
     flags = ["--num_processes", str(processes)]
     # with a compiler process for every core, a group would have hundreds
-    environment = os.environ | {"TORCHINDUCTOR_COMPILE_THREADS": "4"}
+    environment = told_its_command() | {"TORCHINDUCTOR_COMPILE_THREADS": "4"}
     with (folder / "log").open("w") as log:
         return subprocess.Popen(
             launch_command(variant.launch, "benchmarks/throughput_worker.py", words, flags),

@@ -4,8 +4,10 @@ A worker reports by files in its folder (turnstile.py).
 """
 
 import math
+import os
 import re
 import subprocess
+import sys
 import time
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -18,6 +20,8 @@ from sftlab.tables import preview
 
 # Seconds of a turn after which a worker hangs.
 TURN_S = 120.0
+# the process of the command, which workers outlive where it is killed
+_COMMAND = "SFTLAB_TURNS_OF"
 
 
 @dataclass
@@ -69,6 +73,26 @@ def awaited(worker: Worker, file: str, until: float, limits: Limits) -> str | No
             return f"the time was up: {waited}" if limits.over() else waited
         time.sleep(0.02)
     return None
+
+
+def told_its_command() -> dict[str, str]:
+    """Returns the environment of a worker that ends when this process does."""
+    return os.environ | {_COMMAND: str(os.getpid())}
+
+
+def wait_for_turn_file(path: Path) -> None:
+    """Wait in a worker until its command has made a file. Exits where the command has ended."""
+    command = os.environ.get(_COMMAND)
+    while not path.exists():
+        if command and not _runs(int(command)):
+            sys.exit("error: the command that started this worker has ended")
+        time.sleep(0.01)
+
+
+def _runs(process: int) -> bool:
+    with suppress(psutil.NoSuchProcess):
+        return psutil.Process(process).status() != psutil.STATUS_ZOMBIE
+    return False
 
 
 def log_of(worker: Worker) -> str:

@@ -17,6 +17,7 @@ from transformers import TrainerCallback
 
 from sftlab.measurement.flops import Flops
 from sftlab.measurement.hardware_limit import synchronize
+from sftlab.measurement.turn_workers import wait_for_turn_file
 
 PROFILED_STEPS = 10
 # Seconds after which a turn, or a warm-up beyond its first two steps, ends at the next step.
@@ -78,8 +79,7 @@ class Turnstile(TrainerCallback):
             return
         synchronize()
         (self._folder / f"ready{self._turn}").touch()
-        while not (self._folder / f"go{self._turn}").exists():
-            time.sleep(0.01)
+        wait_for_turn_file(self._folder / f"go{self._turn}")
         if self._turn == self._turns:
             self._steps = PROFILED_STEPS
             self._profiler.start()
