@@ -7,6 +7,7 @@ from peft.tuners import lora
 from torch import nn
 from transformers import PreTrainedModel
 
+from sftlab.fastpath.lora_mlp import fuse_mlp
 from sftlab.fastpath.lora_products import (
     LARGEST_SHARED_RANK,
     LoraProduct,
@@ -19,7 +20,8 @@ from sftlab.models.inner_model import inner_model
 from sftlab.models.layers import decoder_of
 
 # names under which linears of one module read the same tensor
-SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+ATTENTION = ("q_proj", "k_proj", "v_proj")
+SIBLINGS = (ATTENTION, ("gate_proj", "up_proj"))
 SHARDED = "FSDP shards the frozen weights, and one product needs them beside LoRA's matrices"
 
 
@@ -58,10 +60,12 @@ def fuse_lora(model: nn.Module, dtype: torch.dtype) -> dict[str, int]:
             left[reason] = left.get(reason, 0) + 1
         else:
             layer.__class__ = LoraProduct
-    groups = [SharedInput(layers) for layers in _sharing(model)]
+    groups = [SharedInput(layers, far) for layers, far in _sharing(model)]
     for group in groups:
         for place, layer in enumerate(group.layers):
             layer.together, layer.place = group, place
+    for module in decoder.modules():
+        fuse_mlp(module)
     if groups:
         decoder.register_forward_pre_hook(lambda *_: copy_matrices(groups))
     return left
@@ -89,8 +93,11 @@ def why_not(layer: lora.LoraLayer, dtype: torch.dtype) -> str | None:
     return None
 
 
-def _sharing(model: nn.Module) -> Iterator[list[LoraProduct]]:
-    """Yields the layers that read one tensor, each layer once; alone where no other does."""
+def _sharing(model: nn.Module) -> Iterator[tuple[list[LoraProduct], bool]]:
+    """Yields the layers that read one tensor, each layer once; alone where no other does.
+
+    And whether their gradients are far from one another: q and k are rotated, each by itself.
+    """
     found: set[nn.Module] = set()
     for parent in model.modules():
         for names in SIBLINGS:
@@ -100,5 +107,7 @@ def _sharing(model: nn.Module) -> Iterator[list[LoraProduct]]:
             rank = padded(sum(layer.rank for layer in layers))
             if alike and len(layers) > 1 and rank <= LARGEST_SHARED_RANK:
                 found.update(layers)
-                yield layers
-    yield from ([m] for m in model.modules() if isinstance(m, LoraProduct) and m not in found)
+                yield layers, names == ATTENTION
+    for module in model.modules():
+        if isinstance(module, LoraProduct) and module not in found:
+            yield [module], False

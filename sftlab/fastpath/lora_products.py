@@ -12,6 +12,7 @@ import torch
 from peft.tuners import lora
 from torch import nn
 
+from sftlab.fastpath import mlp_ops
 from sftlab.fastpath.dropout_bits import (
     dropout_bits,
     is_kept,
@@ -39,16 +40,11 @@ class LoraProduct(lora.Linear):
 
     def forward(self, x: torch.Tensor, *args: object, **kwargs: object) -> torch.Tensor:
         """Returns x W^T + s dropout(x) A^T B^T: [..., in] to [..., out]."""
-        ready = self.together.joined is not None and all(one.adapts for one in self.together.layers)
-        if args or kwargs or not ready:
+        if args or kwargs or not self.together.is_ready(x):
             return lora.Linear.forward(self, x, *args, **kwargs)
-        dtype = self.matrices[0].dtype
-        if torch.is_autocast_enabled(x.device.type):
-            dtype = torch.get_autocast_dtype(x.device.type)
-        if dtype != self.base_layer.weight.dtype:
-            return lora.Linear.forward(self, x, *args, **kwargs)
-        y = self.together.output(self.place, x.to(dtype))
-        return y if self.base_layer.bias is None else y + self.base_layer.bias.to(dtype)
+        weight = self.base_layer.weight
+        y = self.together.output(self.place, x.to(weight.dtype))
+        return y if self.base_layer.bias is None else y + self.base_layer.bias.to(weight.dtype)
 
     @property
     def adapts(self) -> bool:
@@ -101,13 +97,26 @@ class SharedInput:
     """Layers that read one tensor. The first one that is asked computes the outputs of all.
 
     `joined` [out + rank, in + rank] holds W, s B to its right and A below it; its last block is 0.
+    `far` outputs have gradients that are worked out before they are copied beside one another.
     """
 
-    def __init__(self, layers: Sequence[LoraProduct]) -> None:
-        self.layers = tuple(layers)
+    def __init__(self, layers: Sequence[LoraProduct], far: bool = False) -> None:
+        self.layers, self.far = tuple(layers), far
         self.joined: torch.Tensor | None = None
         self._x: torch.Tensor | None = None
         self._waiting: list[torch.Tensor | None] = []
+
+    def is_ready(self, x: torch.Tensor) -> bool:
+        """Whether the decoder has begun, every layer adapts, and x's products have W's dtype."""
+        if self.joined is None or not all(one.adapts for one in self.layers):
+            return False
+        for layer in self.layers:
+            dtype = layer.matrices[0].dtype
+            if torch.is_autocast_enabled(x.device.type):
+                dtype = torch.get_autocast_dtype(x.device.type)
+            if dtype != layer.base_layer.weight.dtype:
+                return False
+        return True
 
     def output(self, place: int, x: torch.Tensor) -> torch.Tensor:
         """Returns the output of the layer at `place` for x, without a bias."""
@@ -130,7 +139,8 @@ class SharedInput:
         sizes = [layer.out_features for layer in layers]
         scales = [layer.scale for layer in layers]
         matrices = [matrix for layer in layers for matrix in layer.matrices]
-        found = _Product.apply(rows, self.joined, kept, factor, sizes, scales, *matrices)
+        form = (sizes, scales, self.far)
+        found = _Product.apply(rows, self.joined, kept, factor, form, *matrices)
         return [part.unflatten(0, x.shape[:-1]) for part in found]
 
     def hold_weights(self) -> None:
@@ -201,10 +211,10 @@ class _Product(torch.autograd.Function):
         joined: torch.Tensor,
         kept: torch.Tensor | None,
         factor: float,
-        sizes: list[int],
-        scales: list[float],
+        form: tuple[list[int], list[float], bool],
         *matrices: torch.Tensor,
     ) -> tuple[torch.Tensor, ...]:
+        sizes, ctx.scales, ctx.far = form
         out, width, rank = sum(sizes), x.shape[1], len(matrices[0])
         beside = torch.cat([x, x.new_zeros(len(x), joined.shape[1] - width)], 1)
         if kept is None:
@@ -212,7 +222,7 @@ class _Product(torch.autograd.Function):
         else:
             project_dropped_(beside, joined[out:, :width], kept, rank, factor)
         ctx.save_for_backward(beside, joined, kept)
-        ctx.rank, ctx.factor, ctx.sizes, ctx.scales = rank, factor, sizes, scales
+        ctx.rank, ctx.factor, ctx.sizes = rank, factor, sizes
         ctx.dtype = matrices[0].dtype
         return (beside @ joined[:out].t()).split(sizes, 1)
 
@@ -223,14 +233,17 @@ class _Product(torch.autograd.Function):
         width = both.shape[1] - len(joined) + out
         x, h = both[:, :width], both[:, width:]
         if kept is None:
-            beside = torch.cat([*gradients, x.new_zeros(h.shape)], 1)
+            if ctx.far:
+                beside = mlp_ops.beside(gradients, len(joined))
+            else:
+                beside = torch.cat([*gradients, x.new_zeros(h.shape)], 1)
             into_h = beside @ joined[:, width:]
             into_b = beside[:, :out].t() @ h
             into_a = into_h.t() @ x
             beside[:, out:] = into_h
             into_x = beside @ joined[:, :width]
         else:
-            gradient = torch.cat(gradients, 1)
+            gradient = mlp_ops.beside(gradients, out) if ctx.far else torch.cat(gradients, 1)
             into_h = gradient @ joined[:out, width:] * ctx.factor
             into_b = gradient.t() @ h
             into_a = project_dropped_backward(into_h, x, kept, rank)
@@ -238,10 +251,25 @@ class _Product(torch.autograd.Function):
             parts = zip(into_h.split(rank, 1), joined[out:, :width].split(rank), kept, strict=False)
             for mine, a, bits in parts:
                 into_x = into_x + torch.where(is_kept(bits), mine @ a, 0)
-        found = []
-        for i, (a, b, scale) in enumerate(
-            zip(into_a.split(rank), into_b.split(ctx.sizes), ctx.scales, strict=False)
-        ):
-            found.append(a.to(ctx.dtype))
-            found.append(b[:, i * rank : (i + 1) * rank].to(ctx.dtype) * scale)
-        return into_x, None, None, None, None, None, *found
+        found = adapter_gradients(into_a, into_b, rank, ctx.sizes, ctx.scales, ctx.dtype)
+        return into_x, None, None, None, None, *found
+
+
+def adapter_gradients(
+    into_a: torch.Tensor,
+    into_b: torch.Tensor,
+    rank: int,
+    sizes: Sequence[int],
+    scales: Sequence[float],
+    dtype: torch.dtype,
+) -> list[torch.Tensor]:
+    """Returns the gradients of each layer's A [rank, in] and B [out, rank], in turn.
+
+    They are parts of those of all: `into_a` [ranks, in], and `into_b` [all out, ranks] for s B.
+    """
+    found = []
+    parts = zip(into_a.split(rank), into_b.split(sizes), scales, strict=False)
+    for i, (a, b, scale) in enumerate(parts):
+        found.append(a.to(dtype))
+        found.append(b[:, i * rank : (i + 1) * rank].to(dtype) * scale)
+    return found

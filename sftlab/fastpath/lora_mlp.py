@@ -1,0 +1,148 @@
+"""A decoder layer's MLP with fused LoRA as one function, from its input to down's output.
+
+Its activation is written where down's product reads it, and its gradient where the products of gate
+and up read theirs. The activation is not kept for the backward: its gradient works it out again.
+"""
+
+from functools import cache
+from types import SimpleNamespace
+
+import torch
+from torch import nn
+
+from sftlab.fastpath.lora_products import LoraProduct, adapter_gradients
+from sftlab.fastpath.mlp_ops import activation, gated_backward, gated_down
+from sftlab.models.layers import NOT_WITHOUT_NUMBERS
+
+NAMES = ("gate_proj", "up_proj", "down_proj")
+
+
+class LoraMlp(nn.Module):
+    """What down(f(gate(x)) up(x)) is computed by, beside the model's own class for an MLP.
+
+    It falls back to that class's forward where one of the three does to peft's (see LoraProduct),
+    and under dropout, and where a hook looks at what is within.
+    """
+
+    tanh_gelu: bool
+
+    def forward(self, x: torch.Tensor, *args: object, **kwargs: object) -> torch.Tensor:
+        """Returns the MLP's output: [..., hidden] to [..., hidden]."""
+        if args or kwargs or not self._is_ready(x):
+            return super().forward(x, *args, **kwargs)
+        layers = self.gate_proj, self.up_proj, self.down_proj
+        both, down = self.gate_proj.together, self.down_proj.together
+        rows = x.reshape(-1, self.gate_proj.in_features).to(both.joined.dtype)
+        scales = [layer.scale for layer in layers]
+        matrices = [matrix for layer in layers for matrix in layer.matrices]
+        found = _Mlp.apply(rows, both.joined, down.joined, self.tanh_gelu, scales, *matrices)
+        return found.unflatten(0, x.shape[:-1])
+
+    def _is_ready(self, x: torch.Tensor) -> bool:
+        layers = self.gate_proj, self.up_proj, self.down_proj
+        if not all(isinstance(layer, LoraProduct) for layer in layers):  # peft merged and left
+            return False
+        if not self.gate_proj.together.is_ready(x) or not self.down_proj.together.is_ready(x):
+            return False
+        if any(layer.training and layer.dropped for layer in layers):
+            return False
+        for module in (*layers, self.act_fn):
+            if module._forward_hooks or module._forward_pre_hooks:
+                return False
+            if module._backward_hooks or module._backward_pre_hooks:
+                return False
+        return True
+
+
+def fuse_mlp(module: nn.Module) -> None:
+    """Let an MLP whose layers are LoraProducts compute as one, in place, if it is understood."""
+    layers = [getattr(module, name, None) for name in NAMES]
+    if not all(isinstance(one, LoraProduct) and "forward" not in vars(one) for one in layers):
+        return
+    gate, up, down = layers
+    if gate.together.layers != (gate, up) or down.together.layers != (down,):
+        return
+    if any(layer.base_layer.bias is not None for layer in layers):
+        return
+    if gate.base_layer.weight.dtype != down.base_layer.weight.dtype:
+        return
+    if not gate.out_features == up.out_features == down.in_features:
+        return
+    act = getattr(module, "act_fn", None)
+    if not isinstance(act, nn.Module) or not _is_gated(type(module).forward):
+        return
+    x = torch.linspace(-8, 8, 1000, dtype=torch.float64)
+    for tanh_gelu in (False, True):
+        if next(act.parameters(), None) is None and _same(act, x, activation(x, tanh_gelu)):
+            module.__class__ = _with_lora(type(module))
+            module.tanh_gelu = tanh_gelu
+            return
+
+
+def _is_gated(forward: object) -> bool:
+    """Whether a forward computes down(f(gate(x)) up(x)) and looks at nothing else."""
+    x = torch.linspace(-8, 8, 1000, dtype=torch.float64)
+    stand_in = SimpleNamespace(
+        gate_proj=lambda x: x + 1,
+        up_proj=lambda x: x - 2,
+        down_proj=lambda x: x * 3,
+        act_fn=torch.cos,
+    )
+    return _same(lambda x: forward(stand_in, x), x, torch.cos(x + 1) * (x - 2) * 3)
+
+
+def _same(function: object, x: torch.Tensor, expected: torch.Tensor) -> bool:
+    try:
+        return torch.allclose(function(x), expected, rtol=1e-9, atol=1e-12)
+    except NOT_WITHOUT_NUMBERS:
+        return False
+
+
+@cache
+def _with_lora(of: type[nn.Module]) -> type[nn.Module]:
+    """Returns a class that is LoraMlp first and then `of`, the same one for every layer."""
+    return type(f"Lora{of.__name__}", (LoraMlp, of), {"__module__": __name__})
+
+
+class _Mlp(torch.autograd.Function):
+    """down's [act, h] [W, s B]^T of act = f(gate) up: [rows, in] to [rows, out].
+
+    `joined` and `down` hold W, A and s B as in SharedInput, of gate and up and of down; `matrices`
+    are A and B of gate, up and down, whose gradients it returns.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: object,
+        x: torch.Tensor,
+        joined: torch.Tensor,
+        down: torch.Tensor,
+        tanh_gelu: bool,
+        scales: list[float],
+        *matrices: torch.Tensor,
+    ) -> torch.Tensor:
+        width = x.shape[1]
+        wide = len(joined) - joined.shape[1] + width
+        both = torch.cat([x, x.new_zeros(len(x), joined.shape[1] - width)], 1)
+        both[:, width:] = both @ joined[wide:].t()
+        y = both @ joined[:wide].t()
+        found, h = gated_down(y, down, tanh_gelu)
+        ctx.save_for_backward(both, y, h, joined, down)
+        ctx.tanh_gelu, ctx.scales, ctx.dtype = tanh_gelu, scales, matrices[0].dtype
+        ctx.rank, ctx.rank_down = len(matrices[0]), len(matrices[4])
+        return found
+
+    @staticmethod
+    def backward(ctx: object, gradient: torch.Tensor) -> tuple:
+        both, y, h, joined, down = ctx.saved_tensors
+        size, out = y.shape[1] // 2, gradient.shape[1]
+        into_b_down = gradient.t() @ h
+        beside = torch.cat([gradient, gradient.new_zeros(h.shape)], 1)
+        beside[:, out:] = beside @ down[:, size:]
+        into_x, into_a, into_b, into_a_down = gated_backward(
+            beside, y, both, joined, down, ctx.tanh_gelu
+        )
+        dtype, (*scales, scale) = ctx.dtype, ctx.scales
+        found = adapter_gradients(into_a, into_b, ctx.rank, [size, size], scales, dtype)
+        found += adapter_gradients(into_a_down, into_b_down, ctx.rank_down, [out], [scale], dtype)
+        return into_x, None, None, None, None, *found

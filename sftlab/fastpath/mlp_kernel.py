@@ -1,0 +1,134 @@
+"""Triton kernels around the products of fused LoRA: gated activations, and gradients side by side.
+
+Each reads and writes every element once, in a tile of some rows: consecutive threads touch
+consecutive 16 bytes. Matrices are [rows, ...], and their rows may be parts of longer ones, so that
+results stand in what the next product reads whole.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+# rows and columns of a tile, and warps
+TILE = (1, 1024, 4)
+COPIED = (4, 512, 4)
+# of the tanh form of GELU, which is x sigmoid(2 c (x + d x^3))
+TWO_C, D = tl.constexpr(1.5957691216057308), tl.constexpr(0.044715)
+
+
+def gated(y: torch.Tensor, gelu: bool, out: torch.Tensor, tile: tuple = TILE) -> None:
+    """Fill `out` [rows, size] with f(gate) up of y = [gate, up]; f is SiLU or `gelu`'s tanh form.
+
+    The last dimension of both is contiguous.
+    """
+    rows, size = out.shape
+    height, width, warps = tile
+    _gated[_grid(rows, size, tile)](
+        y, y.stride(0), out, out.stride(0), rows, size, gelu, height, width, num_warps=warps
+    )
+
+
+def gated_backward_(
+    gradient: torch.Tensor, y: torch.Tensor, gelu: bool, out: torch.Tensor, tile: tuple = TILE
+) -> None:
+    """Fill `out` [rows, 2 size] with the gradients of gate and up, from that of `gated`'s output.
+
+    `gradient` [rows, size] is overwritten with `gated`'s output itself.
+    """
+    rows, size = gradient.shape
+    height, width, warps = tile
+    _gated_backward[_grid(rows, size, tile)](
+        gradient, gradient.stride(0), y, y.stride(0), out, out.stride(0), rows, size, gelu,
+        height, width, num_warps=warps,
+    )  # fmt: skip
+
+
+def beside(parts: list[torch.Tensor], out: torch.Tensor, tile: tuple = COPIED) -> None:
+    """Fill `out` [rows, ...] with one to three `parts` [rows, ...] side by side, then zeros."""
+    rows, columns = out.shape
+    height, width, warps = tile
+    one, two, three = (*parts, parts[0], parts[0])[:3]
+    ends, end = [], 0
+    for part in (*parts, None, None)[:3]:
+        end += 0 if part is None else part.shape[1]
+        ends.append(end)
+    _beside[_grid(rows, columns, tile)](
+        one, one.stride(0), two, two.stride(0), three, three.stride(0), out, out.stride(0),
+        rows, columns, *ends, height, width, num_warps=warps,
+    )  # fmt: skip
+
+
+def _grid(rows: int, columns: int, tile: tuple) -> tuple[int]:
+    return (triton.cdiv(rows, tile[0]) * triton.cdiv(columns, tile[1]),)
+
+
+@triton.jit
+def _place(columns, HEIGHT: tl.constexpr, WIDTH: tl.constexpr):
+    """This program's rows [HEIGHT, 1] and columns [1, WIDTH]."""
+    across = tl.cdiv(columns, WIDTH)
+    row = tl.program_id(0) // across * HEIGHT + tl.arange(0, HEIGHT)
+    at = tl.program_id(0) % across * WIDTH + tl.arange(0, WIDTH)
+    return row.to(tl.int64)[:, None], at[None, :]
+
+
+@triton.jit
+def _share(x, GELU: tl.constexpr):
+    """The share of x that the activation lets through."""
+    if GELU:
+        return tl.sigmoid(TWO_C * x * (1.0 + D * x * x))
+    else:
+        return tl.sigmoid(x)
+
+
+@triton.jit(do_not_specialize=["rows"])
+def _gated(
+    y, y_stride, out, out_stride, rows, size,
+    GELU: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    row, at = _place(size, HEIGHT, WIDTH)
+    inside = (row < rows) & (at < size)
+    places = y + row * y_stride + at
+    gate = tl.load(places, mask=inside, other=0.0).to(tl.float32)
+    up = tl.load(places + size, mask=inside, other=0.0).to(tl.float32)
+    found = gate * _share(gate, GELU) * up
+    tl.store(out + row * out_stride + at, found.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=["rows"])
+def _gated_backward(
+    gradient, gradient_stride, y, y_stride, out, out_stride, rows, size,
+    GELU: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    row, at = _place(size, HEIGHT, WIDTH)
+    inside = (row < rows) & (at < size)
+    places = y + row * y_stride + at
+    gate = tl.load(places, mask=inside, other=0.0).to(tl.float32)
+    up = tl.load(places + size, mask=inside, other=0.0).to(tl.float32)
+    act_place = gradient + row * gradient_stride + at
+    into = tl.load(act_place, mask=inside, other=0.0).to(tl.float32)
+    share = _share(gate, GELU)
+    passed = gate * share
+    slope = passed * (1.0 - share)
+    if GELU:
+        slope *= TWO_C * (1.0 + 3.0 * D * gate * gate)
+    into_gate, into_up = into * up * (share + slope), into * passed
+    places = out + row * out_stride + at
+    tl.store(places, into_gate.to(out.dtype.element_ty), mask=inside)
+    tl.store(places + size, into_up.to(out.dtype.element_ty), mask=inside)
+    tl.store(act_place, (passed * up).to(gradient.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=["rows"])
+def _beside(
+    one, one_stride, two, two_stride, three, three_stride, out, out_stride,
+    rows, columns, first, second, third, HEIGHT: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    row, at = _place(columns, HEIGHT, WIDTH)
+    inside = row < rows
+    in_one, in_two = at < first, (at >= first) & (at < second)
+    in_three = (at >= second) & (at < third)
+    a = tl.load(one + row * one_stride + at, mask=inside & in_one, other=0.0)
+    b = tl.load(two + row * two_stride + (at - first), mask=inside & in_two, other=0.0)
+    c = tl.load(three + row * three_stride + (at - second), mask=inside & in_three, other=0.0)
+    found = tl.where(in_one, a, tl.where(in_two, b, c))
+    tl.store(out + row * out_stride + at, found, mask=inside & (at < columns))
