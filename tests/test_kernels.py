@@ -262,6 +262,46 @@ def test_products_under_dropout_and_their_gradients_are_plain_ones(dtype, rank, 
 
 
 @with_triton
+@runs_kernels
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("tanh_gelu", [False, True])
+@pytest.mark.parametrize("tile", [(1, 1024, 4), (4, 64, 4)], ids=str)
+def test_gated_activations_and_their_gradients_are_plain_ones(dtype, tanh_gelu, tile):
+    from sftlab.fastpath import mlp_kernel
+    from sftlab.fastpath.mlp_ops import activation
+
+    torch.manual_seed(0)
+    rows, size = 7, 200
+    wide, out = (torch.randn(rows, n, device=device).to(dtype) for n in (2 * size + 8, size + 8))
+    y, gradient = 3 * wide[:, : 2 * size], torch.randn(rows, size, device=device).to(dtype)
+    exact = y.double().requires_grad_()
+    gate, up = exact.chunk(2, 1)
+    act = activation(gate, tanh_gelu) * up
+    act.backward(gradient.double())
+    untouched = out[:, size:].clone(), wide[:, 2 * size :].clone()
+    mlp_kernel.gated(y, tanh_gelu, out[:, :size], tile)
+    mlp_kernel.gated_backward_(gradient, y, tanh_gelu, wide[:, : 2 * size], tile)
+    found = ((out[:, :size], act), (gradient, act), (wide[:, : 2 * size], exact.grad))
+    for mine, plain in found:
+        assert (mine - plain).abs().max() < TOLERANCE[dtype] * plain.abs().max()
+    assert torch.equal(out[:, size:], untouched[0])
+    assert torch.equal(wide[:, 2 * size :], untouched[1])
+
+
+@with_triton
+@runs_kernels
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("sizes", [(64,), (64, 16), (600, 24, 40)], ids=str)
+def test_gradients_side_by_side_are_what_cat_makes(dtype, sizes):
+    from sftlab.fastpath import mlp_kernel
+
+    parts = [torch.randn(9, size + 8, device=device).to(dtype)[:, :size] for size in sizes]
+    out = torch.full((9, sum(sizes) + 72), float("nan"), device=device, dtype=dtype)
+    mlp_kernel.beside(parts, out)
+    assert torch.equal(out, torch.cat([*parts, torch.zeros_like(out[:, :72])], 1))
+
+
+@with_triton
 @pytest.mark.skipif(interpreted or on_a_gpu, reason="the kernels run here themselves")
 def test_the_kernels_run_under_tritons_interpreter():
     words = ["-q", "-p", "no:cacheprovider", str(ROOT / "tests" / "test_kernels.py")]
@@ -274,4 +314,4 @@ def test_the_kernels_run_under_tritons_interpreter():
         timeout=300,
     )
     assert done.returncode == 0, done.stdout[-3000:]
-    assert "14 passed, 4 skipped" in done.stdout
+    assert "32 passed, 4 skipped" in done.stdout

@@ -137,10 +137,8 @@ class _Mlp(torch.autograd.Function):
         both, y, h, joined, down = ctx.saved_tensors
         size, out = y.shape[1] // 2, gradient.shape[1]
         into_b_down = gradient.t() @ h
-        beside = torch.cat([gradient, gradient.new_zeros(h.shape)], 1)
-        beside[:, out:] = beside @ down[:, size:]
         into_x, into_a, into_b, into_a_down = gated_backward(
-            beside, y, both, joined, down, ctx.tanh_gelu
+            gradient, y, both, joined, down, ctx.tanh_gelu
         )
         dtype, (*scales, scale) = ctx.dtype, ctx.scales
         found = adapter_gradients(into_a, into_b, ctx.rank, [size, size], scales, dtype)

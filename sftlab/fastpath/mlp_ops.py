@@ -74,30 +74,33 @@ def gated_backward(
     down: torch.Tensor,
     tanh_gelu: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The gradients before the down product.
+    """The gradients of an MLP, from `gradient` [rows, out], that of its output.
 
-    `gradient` [rows, out + ranks] holds the gradients of the output and of h beside it, `both`
-    [rows, in + ranks] the input and its h, `joined` and `down` the matrices of gate and up, and of
-    down. Returns the gradients of the input, of A and B of gate and up, and of A of down.
+    `both` [rows, in + ranks] holds its input and the h of gate and up, `joined` and `down` hold the
+    matrices of gate and up, and of down. Returns the gradients of the input, of A and of s B of
+    gate and up, and of A of down.
     """
-    wide = y.shape[1]
-    size, ranks = wide // 2, len(joined) - wide
-    width, out = joined.shape[1] - ranks, len(down) - down.shape[1] + size
-    act = gradient @ down[:, :size]  # the gradient of act; then act itself, in its place
-    beside_h = y.new_empty(len(y), len(joined))
-    into_y, into_h = beside_h[:, :wide], beside_h[:, wide:]
+    wide, out = y.shape[1], gradient.shape[1]
+    size, width = wide // 2, joined.shape[1] - len(joined) + wide
+    into_down = y.new_empty(len(y), len(down))
+    into_h = into_down[:, out:]
+    _copy(gradient, into_down[:, :out])
+    torch.mm(gradient, down[:out, size:], out=into_h)
+    act = into_down @ down[:, :size]  # the gradient of act; then act itself, in its place
+    into_both = y.new_empty(len(y), len(joined))
+    into_y = into_both[:, :wide]
     if y.is_cuda:
         from sftlab.fastpath import mlp_kernel
 
         mlp_kernel.gated_backward_(act, y, tanh_gelu, into_y)
     else:
         _gated_backward_(act, y, tanh_gelu, into_y)
-    into_a_down = gradient[:, out:].t() @ act
-    del act
-    torch.mm(into_y, joined[:wide, width:], out=into_h)
+    into_a_down = into_h.t() @ act
+    del act, into_down, into_h
+    into_h = torch.mm(into_y, joined[:wide, width:], out=into_both[:, wide:])
     into_b = into_y.t() @ both[:, width:]
     into_a = into_h.t() @ both[:, :width]
-    return beside_h @ joined[:, :width], into_a, into_b, into_a_down
+    return into_both @ joined[:, :width], into_a, into_b, into_a_down
 
 
 @gated_backward.register_fake
@@ -132,6 +135,15 @@ def _gated_backward_(
         into_gate = torch.ops.aten.silu_backward(into * up, gate)
     out.copy_(torch.cat([into_gate, into * passed], 1))
     gradient.copy_(passed * up)
+
+
+def _copy(x: torch.Tensor, out: torch.Tensor) -> None:
+    if not x.is_cuda:
+        out.copy_(x)
+        return
+    from sftlab.fastpath import mlp_kernel
+
+    mlp_kernel.beside([_by_rows(x)], out)
 
 
 def _wide(x: torch.Tensor) -> torch.Tensor:
