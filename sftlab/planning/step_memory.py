@@ -95,6 +95,10 @@ def kept_bytes(step: Step) -> float:
     masks = step.dropout * (s.hidden * (into_attention + into_mlp) + query * ("o_proj" in targets))
     masks += step.dropout * s.mlp * ("down_proj" in targets)
     lora = b * (inputs + step.rank * adapters) + masks
+    # gate, up and down as one function keep no activation: its gradient works it out again
+    as_one = step.fused_lora and not step.dropout and not gate_up
+    as_one &= targets >= {"gate_proj", "up_proj", "down_proj"}
+    as_one &= padded(2 * step.rank) <= LARGEST_SHARED_RANK
     if step.fused_lora:
         lora = _kept_by_fused_lora(
             step,
@@ -102,7 +106,7 @@ def kept_bytes(step: Step) -> float:
                 (s.hidden, into_attention),
                 (s.hidden, into_mlp),
                 (query, "o_proj" in targets),
-                (s.mlp, "down_proj" in targets),
+                (0 if as_one else s.mlp, "down_proj" in targets),
             ],
         )
     lora += _routing_bytes(step)
@@ -110,7 +114,7 @@ def kept_bytes(step: Step) -> float:
         norms = 2 * (residual * s.hidden + 4) + b * s.norm_elements + 4 * s.norm_vectors
         return norms + attention + b * 2 * s.mlp + lora
     norms = 2 * (4 * s.hidden + 4) + 4 * (s.norm_elements + s.norm_vectors)
-    return norms + attention + b * 3 * s.mlp + lora
+    return norms + attention + b * (2 if as_one else 3) * s.mlp + lora
 
 
 def _routing_bytes(step: Step) -> float:
