@@ -138,7 +138,7 @@ class _Mlp(torch.autograd.Function):
         size, out = y.shape[1] // 2, gradient.shape[1]
         into_b_down = gradient.t() @ h
         into_x, into_a, into_b, into_a_down = gated_backward(
-            gradient, y, both, joined, down, ctx.tanh_gelu
+            gradient, y, both, joined, down, ctx.tanh_gelu, ctx.rank, ctx.rank_down
         )
         dtype, (*scales, scale) = ctx.dtype, ctx.scales
         found = adapter_gradients(into_a, into_b, ctx.rank, [size, size], scales, dtype)

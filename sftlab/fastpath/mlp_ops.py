@@ -10,6 +10,11 @@ from collections.abc import Sequence
 import torch
 from torch.nn.functional import gelu, silu
 
+# whether the sums over rows that LoRA's gradients are come from the kernel of the activation's
+SUMS_IN_KERNEL = False
+# larger sums do not fit into registers beside the kernel's tiles
+LARGEST_SUMMED_RANK = 32
+
 
 def activation(x: torch.Tensor, tanh_gelu: bool) -> torch.Tensor:
     """Returns SiLU of x, or the tanh form of GELU."""
@@ -20,7 +25,7 @@ def activation(x: torch.Tensor, tanh_gelu: bool) -> torch.Tensor:
 def beside(parts: Sequence[torch.Tensor], columns: int) -> torch.Tensor:
     """Returns up to three `parts` [rows, ...] side by side, then zeros: [rows, columns]."""
     out = parts[0].new_empty(len(parts[0]), columns)
-    if out.is_cuda:
+    if has_kernels(out):
         from sftlab.fastpath import mlp_kernel
 
         mlp_kernel.beside([_by_rows(part) for part in parts], out)
@@ -47,16 +52,16 @@ def gated_down(
     size = y.shape[1] // 2
     out = len(joined) - joined.shape[1] + size
     both = y.new_empty(len(y), joined.shape[1])
-    act, h = both[:, :size], both[:, size:]
-    if y.is_cuda:
+    act = both[:, :size]
+    if has_kernels(y):
         from sftlab.fastpath import mlp_kernel
 
         mlp_kernel.gated(y, tanh_gelu, act)
     else:
         gate, up = _wide(y).chunk(2, 1)
         act.copy_(activation(gate, tanh_gelu) * up)
-    torch.mm(act, joined[out:, :size].t(), out=h)
-    return both @ joined[:out].t(), h.clone(memory_format=torch.contiguous_format)
+    both[:, size:] = h = act @ joined[out:, :size].t()
+    return both @ joined[:out].t(), h
 
 
 @gated_down.register_fake
@@ -73,34 +78,32 @@ def gated_backward(
     joined: torch.Tensor,
     down: torch.Tensor,
     tanh_gelu: bool,
+    rank: int,
+    rank_down: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """The gradients of an MLP, from `gradient` [rows, out], that of its output.
 
     `both` [rows, in + ranks] holds its input and the h of gate and up, `joined` and `down` hold the
     matrices of gate and up, and of down. Returns the gradients of the input, of A and of s B of
-    gate and up, and of A of down.
+    gate and up, and of A of down. Only what `rank` and `rank_down` columns of a layer's h have to
+    do with is filled.
     """
     wide, out = y.shape[1], gradient.shape[1]
     size, width = wide // 2, joined.shape[1] - len(joined) + wide
     into_down = y.new_empty(len(y), len(down))
-    into_h = into_down[:, out:]
     _copy(gradient, into_down[:, :out])
-    torch.mm(gradient, down[:out, size:], out=into_h)
+    into_down[:, out:] = into_h = gradient @ down[:out, size:]
     act = into_down @ down[:, :size]  # the gradient of act; then act itself, in its place
     into_both = y.new_empty(len(y), len(joined))
-    into_y = into_both[:, :wide]
-    if y.is_cuda:
-        from sftlab.fastpath import mlp_kernel
-
-        mlp_kernel.gated_backward_(act, y, tanh_gelu, into_y)
+    into_y, h = into_both[:, :wide], both[:, width:]
+    if SUMS_IN_KERNEL and has_kernels(y) and max(rank, rank_down) <= LARGEST_SUMMED_RANK:
+        into_b, into_a_down = _sums(act, y, tanh_gelu, into_y, h, into_h, rank, rank_down)
     else:
-        _gated_backward_(act, y, tanh_gelu, into_y)
-    into_a_down = into_h.t() @ act
+        gated_backward_(act, y, tanh_gelu, into_y)
+        into_b, into_a_down = into_y.t() @ h, into_h.t() @ act
     del act, into_down, into_h
-    into_h = torch.mm(into_y, joined[:wide, width:], out=into_both[:, wide:])
-    into_b = into_y.t() @ both[:, width:]
-    into_a = into_h.t() @ both[:, :width]
-    return into_both @ joined[:, :width], into_a, into_b, into_a_down
+    into_both[:, wide:] = into_h = into_y @ joined[:wide, width:]
+    return into_both @ joined[:, :width], into_h.t() @ both[:, :width], into_b, into_a_down
 
 
 @gated_backward.register_fake
@@ -111,6 +114,8 @@ def _(
     joined: torch.Tensor,
     down: torch.Tensor,
     tanh_gelu: bool,
+    rank: int,
+    rank_down: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     wide = y.shape[1]
     ranks, ranks_down = joined.shape[0] - wide, down.shape[1] - wide // 2
@@ -123,10 +128,20 @@ def _(
     )
 
 
-def _gated_backward_(
+def has_kernels(x: torch.Tensor) -> bool:
+    """Whether x is where Triton's kernels run."""
+    return x.is_cuda
+
+
+def gated_backward_(
     gradient: torch.Tensor, y: torch.Tensor, tanh_gelu: bool, out: torch.Tensor
 ) -> None:
-    """What mlp_kernel's function of this name does."""
+    """Fill `out` with the gradient of y, and `gradient` with act: see mlp_kernel.py."""
+    if has_kernels(y):
+        from sftlab.fastpath import mlp_kernel
+
+        mlp_kernel.gated_backward_(gradient, y, tanh_gelu, out)
+        return
     (gate, up), into = _wide(y).chunk(2, 1), _wide(gradient)
     passed = activation(gate, tanh_gelu)
     if tanh_gelu:
@@ -137,8 +152,33 @@ def _gated_backward_(
     gradient.copy_(passed * up)
 
 
+def _sums(
+    gradient: torch.Tensor,
+    y: torch.Tensor,
+    tanh_gelu: bool,
+    out: torch.Tensor,
+    h: torch.Tensor,
+    into_h: torch.Tensor,
+    rank: int,
+    rank_down: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Fill `out`, and return what sums over its rows: see mlp_sums_kernel.py."""
+    from sftlab.fastpath.mlp_sums_kernel import gated_backward_sums
+
+    size = gradient.shape[1]
+    gate, up, act = gated_backward_sums(
+        gradient, y, tanh_gelu, out, h, into_h, rank, rank_down
+    ).unbind()
+    into_b = y.new_empty(2 * size, h.shape[1])
+    into_b[:size, :rank] = gate[:rank].t()
+    into_b[size:, rank : 2 * rank] = up[:rank].t()
+    into_a_down = y.new_empty(into_h.shape[1], size)
+    into_a_down[:rank_down] = act[:rank_down]
+    return into_b, into_a_down
+
+
 def _copy(x: torch.Tensor, out: torch.Tensor) -> None:
-    if not x.is_cuda:
+    if not has_kernels(x):
         out.copy_(x)
         return
     from sftlab.fastpath import mlp_kernel
