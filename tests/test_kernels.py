@@ -318,11 +318,14 @@ def test_an_mlps_products_and_gradients_are_plain_ones(monkeypatch, dtype, sums,
     given = [torch.randn(shape, device=device).to(dtype) for shape in shapes]
     exact = [one.double().cpu() for one in given]
     y, down = given[1], given[4]
-    expected = mlp_ops.gated_down(exact[1], exact[4], tanh_gelu)
+    for one in (down, exact[4]):
+        one[width + rank :] = 0
+    expected = mlp_ops.gated_down(exact[1], exact[4], tanh_gelu, rank)
     expected += mlp_ops.gated_backward(*exact, tanh_gelu, rank, rank)
     monkeypatch.setattr(mlp_ops, "has_kernels", lambda x: x.dtype != torch.float64)
     monkeypatch.setattr(mlp_ops, "SUMS_IN_KERNEL", sums)
-    found = mlp_ops.gated_down(y, down, tanh_gelu)
+    monkeypatch.setattr(mlp_ops, "H_IN_KERNEL", sums)
+    found = mlp_ops.gated_down(y, down, tanh_gelu, rank)
     found += mlp_ops.gated_backward(*given, tanh_gelu, rank, rank)
     used = torch.zeros(2 * size, ranks, dtype=torch.bool)
     used[:size, :rank] = used[size:, rank : 2 * rank] = True

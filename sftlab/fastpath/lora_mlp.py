@@ -126,10 +126,10 @@ class _Mlp(torch.autograd.Function):
         both = torch.cat([x, x.new_zeros(len(x), joined.shape[1] - width)], 1)
         both[:, width:] = both @ joined[wide:].t()
         y = both @ joined[:wide].t()
-        found, h = gated_down(y, down, tanh_gelu)
+        ctx.rank, ctx.rank_down = len(matrices[0]), len(matrices[4])
+        found, h = gated_down(y, down, tanh_gelu, ctx.rank_down)
         ctx.save_for_backward(both, y, h, joined, down)
         ctx.tanh_gelu, ctx.scales, ctx.dtype = tanh_gelu, scales, matrices[0].dtype
-        ctx.rank, ctx.rank_down = len(matrices[0]), len(matrices[4])
         return found
 
     @staticmethod

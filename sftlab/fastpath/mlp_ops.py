@@ -10,8 +10,8 @@ from collections.abc import Sequence
 import torch
 from torch.nn.functional import gelu, silu
 
-# whether the sums over rows that LoRA's gradients are come from the kernel of the activation's
-SUMS_IN_KERNEL = False
+# whether h of down comes from the activation's kernel, and LoRA's gradients from its gradient's
+H_IN_KERNEL, SUMS_IN_KERNEL = False, False
 # larger sums do not fit into registers beside the kernel's tiles
 LARGEST_SUMMED_RANK = 32
 
@@ -42,17 +42,22 @@ def _(parts: Sequence[torch.Tensor], columns: int) -> torch.Tensor:
 
 @torch.library.custom_op("sftlab::gated_down", mutates_args=())
 def gated_down(
-    y: torch.Tensor, joined: torch.Tensor, tanh_gelu: bool
+    y: torch.Tensor, joined: torch.Tensor, tanh_gelu: bool, rank: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The down product of act = f(gate) up, with y [rows, 2 size] = [gate, up].
 
-    `joined` [out + ranks, size + ranks] holds W, s B to its right and A below it. Returns the
-    output [rows, out] and h = act A^T [rows, ranks].
+    `joined` [out + ranks, size + ranks] holds W, s B to its right and A below it, of which `rank`
+    are not 0. Returns the output [rows, out] and h = act A^T [rows, ranks].
     """
     size = y.shape[1] // 2
     out = len(joined) - joined.shape[1] + size
-    both = y.new_empty(len(y), joined.shape[1])
+    both = _room(y, joined.shape[1])
     act = both[:, :size]
+    if H_IN_KERNEL and has_kernels(y) and rank <= LARGEST_SUMMED_RANK:
+        from sftlab.fastpath.mlp_sums_kernel import gated_with_h
+
+        gated_with_h(y, tanh_gelu, both, joined[out : out + rank, :size])
+        return both @ joined[:out].t(), both[:, size:].clone(memory_format=torch.contiguous_format)
     if has_kernels(y):
         from sftlab.fastpath import mlp_kernel
 
@@ -65,7 +70,9 @@ def gated_down(
 
 
 @gated_down.register_fake
-def _(y: torch.Tensor, joined: torch.Tensor, tanh_gelu: bool) -> tuple[torch.Tensor, torch.Tensor]:
+def _(
+    y: torch.Tensor, joined: torch.Tensor, tanh_gelu: bool, rank: int
+) -> tuple[torch.Tensor, torch.Tensor]:
     ranks = joined.shape[1] - y.shape[1] // 2
     return y.new_empty(y.shape[0], joined.shape[0] - ranks), y.new_empty(y.shape[0], ranks)
 
@@ -90,11 +97,11 @@ def gated_backward(
     """
     wide, out = y.shape[1], gradient.shape[1]
     size, width = wide // 2, joined.shape[1] - len(joined) + wide
-    into_down = y.new_empty(len(y), len(down))
+    into_down = _room(y, len(down))
     _copy(gradient, into_down[:, :out])
     into_down[:, out:] = into_h = gradient @ down[:out, size:]
     act = into_down @ down[:, :size]  # the gradient of act; then act itself, in its place
-    into_both = y.new_empty(len(y), len(joined))
+    into_both = _room(y, len(joined))
     into_y, h = into_both[:, :wide], both[:, width:]
     if SUMS_IN_KERNEL and has_kernels(y) and max(rank, rank_down) <= LARGEST_SUMMED_RANK:
         into_b, into_a_down = _sums(act, y, tanh_gelu, into_y, h, into_h, rank, rank_down)
@@ -175,6 +182,15 @@ def _sums(
     into_a_down = y.new_empty(into_h.shape[1], size)
     into_a_down[:rank_down] = act[:rank_down]
     return into_b, into_a_down
+
+
+def _room(y: torch.Tensor, columns: int) -> torch.Tensor:
+    """Returns a matrix with as many rows as y, to fill.
+
+    It is 0 on a CPU: in 16 bits oneDNN reads columns behind those of a product, and adds 0 of them.
+    """
+    shape = len(y), columns
+    return y.new_empty(shape) if y.is_cuda else y.new_zeros(shape)
 
 
 def _copy(x: torch.Tensor, out: torch.Tensor) -> None:

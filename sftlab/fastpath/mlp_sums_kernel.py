@@ -1,8 +1,8 @@
-"""Triton kernel: the gradient of a gated activation, and the sums over rows that LoRA needs of it.
+"""Triton kernels: a gated activation and its gradient, with the sums that LoRA needs of them.
 
-The gradients of B of gate and up and of A of down read what mlp_kernel.py's `gated_backward_`
-writes. Here they are summed while it is in registers, so that three matrices are not read again,
-and the activation is not written at all.
+h of down reads the activation, and the gradients of B of gate and up and of A of down read what
+mlp_kernel.py's `gated_backward_` writes. Here they are summed while it is in registers, so that
+these matrices are not read again. In the backward the activation is not written at all.
 """
 
 import torch
@@ -11,6 +11,65 @@ import triton.language as tl
 
 # rows and columns of a tile, rows of a part, warps and stages
 FORM = (64, 64, 1024, 4, 2)
+# rows and columns of a tile, warps and stages
+FORM_OF_H = (32, 128, 4, 3)
+
+
+def gated_with_h(
+    y: torch.Tensor, gelu: bool, out: torch.Tensor, a: torch.Tensor, form: tuple = FORM_OF_H
+) -> None:
+    """Fill `out` [rows, size + ranks] with act = f(gate) up of y = [gate, up], and act a^T, then 0.
+
+    `a` [rank, size] has fewer rows than `out` has columns beside act.
+    """
+    rows, size = len(out), a.shape[1]
+    height, width, warps, stages = form
+    _gated_with_h[(triton.cdiv(rows, height),)](
+        y, y.stride(0), out, out.stride(0), a, a.stride(0), rows, size, out.shape[1] - size,
+        len(a), _ranks(len(a)), _ranks(out.shape[1] - size), gelu, height, width,
+        num_warps=warps, num_stages=stages,
+    )  # fmt: skip
+
+
+def _ranks(rank: int) -> int:
+    return max(16, triton.next_power_of_2(rank))
+
+
+@triton.jit
+def _share(x, GELU: tl.constexpr):
+    """As in mlp_kernel.py."""
+    if GELU:
+        return tl.sigmoid(x * (1.5957691216057308 + 0.07135481627260025 * x * x))
+    else:
+        return tl.sigmoid(x)
+
+
+@triton.jit(do_not_specialize=["rows"])
+def _gated_with_h(
+    y, y_stride, out, out_stride, a, a_stride, rows, size, beside,
+    RANK: tl.constexpr, RANKS: tl.constexpr, BESIDE: tl.constexpr, GELU: tl.constexpr,
+    HEIGHT: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    row = (tl.program_id(0) * HEIGHT + tl.arange(0, HEIGHT)).to(tl.int64)[:, None]
+    of_rank = tl.arange(0, RANKS)
+    h = tl.zeros((HEIGHT, RANKS), tl.float32)
+    for start in range(0, size, WIDTH):
+        at = start + tl.arange(0, WIDTH)[None, :]
+        inside = (row < rows) & (at < size)
+        places = y + row * y_stride + at
+        gate = tl.load(places, mask=inside, other=0.0).to(tl.float32)
+        up = tl.load(places + size, mask=inside, other=0.0).to(tl.float32)
+        known = (of_rank[:, None] < RANK) & (at < size)
+        part = tl.load(a + of_rank[:, None] * a_stride + at, mask=known, other=0.0)
+        act = (gate * _share(gate, GELU) * up).to(out.dtype.element_ty)
+        tl.store(out + row * out_stride + at, act, mask=inside)
+        h = tl.dot(act, tl.trans(part), h, input_precision="ieee")
+    at = tl.arange(0, BESIDE)[None, :]
+    zero = tl.zeros((HEIGHT, BESIDE), tl.float32).to(out.dtype.element_ty)
+    places = out + row * out_stride + size
+    tl.store(places + at, zero, mask=(row < rows) & (at >= RANK) & (at < beside))
+    found = h.to(out.dtype.element_ty)
+    tl.store(places + of_rank[None, :], found, mask=(row < rows) & (of_rank[None, :] < RANK))
 
 
 def gated_backward_sums(
@@ -32,7 +91,7 @@ def gated_backward_sums(
     """
     rows, size = gradient.shape
     height, width, part_rows, warps, stages = form
-    ranks = max(16, triton.next_power_of_2(max(rank, rank_down)))
+    ranks = _ranks(max(rank, rank_down))
     parts = max(1, triton.cdiv(rows, part_rows))
     sums = torch.empty(parts, 3, ranks, size, dtype=torch.float32, device=y.device)
     _gated_sums[(triton.cdiv(size, width), parts)](
@@ -68,10 +127,7 @@ def _gated_sums(
         h_up = tl.load(h + row * h_stride + RANK + of_rank, mask=known, other=0.0)
         known = (row < rows) & (of_rank < RANK_DOWN)
         h_down = tl.load(into_h + row * into_h_stride + of_rank, mask=known, other=0.0)
-        if GELU:  # as in mlp_kernel.py
-            share = tl.sigmoid(gate * (1.5957691216057308 + 0.07135481627260025 * gate * gate))
-        else:
-            share = tl.sigmoid(gate)
+        share = _share(gate, GELU)
         passed = gate * share
         slope = passed * (1.0 - share)
         if GELU:
