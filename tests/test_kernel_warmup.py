@@ -11,7 +11,7 @@ from packed_training import build, examples, losses_and_gradients
 
 from sftlab.config.launch import Launch
 from sftlab.config.parser import parse_recipe
-from sftlab.fastpath import fused_loss, kernel_warmup, selection, varlen_attention
+from sftlab.fastpath import fused_loss, kernel_warmup, mlp_ops, selection, varlen_attention
 from sftlab.models.layers import Attention, Layers
 from sftlab.models.loading import load_config
 
@@ -91,6 +91,49 @@ def test_the_rehearsed_kernels_are_those_of_every_step(fields, monkeypatch, weig
         for count in range(1, 9):
             losses_and_gradients(trainer, examples(count))
     assert called == rehearsed
+
+
+def test_the_kernels_of_fused_lora_that_are_rehearsed_are_those_of_every_step(fields, monkeypatch):
+    called, plain = {}, {}
+
+    def note(name):
+        def noted(*given):
+            tensors = [one for one in given if isinstance(one, torch.Tensor)]
+            forms = [(t.dtype, t.stride(0), t.shape[1], t.data_ptr() % 16) for t in tensors]
+            numbers = [one for one in given if not isinstance(one, torch.Tensor)]
+            called.setdefault(name, set()).add((*forms, *numbers))
+            return plain[name](*given)
+
+        return noted
+
+    for name in ("gated", "gated_backward_", "copy"):
+        plain[name] = getattr(mlp_ops, name)
+        monkeypatch.setattr(mlp_ops, name, note(name))
+    trainer = build(fields | {"lora_target_modules": "all-linear"}, fused_lora="true")
+    rank = next(iter(trainer.model.peft_config.values())).r
+    device = torch.device("cpu")
+    kernel_warmup.rehearse_mlp(trainer.model.config, rank, torch.float32, device)
+    rehearsed, called = called, {}
+    assert {name: len(forms) for name, forms in rehearsed.items()} == dict.fromkeys(plain, 1)
+    for count in range(1, 4):
+        losses_and_gradients(trainer, examples(count))
+    assert called == rehearsed
+
+
+def test_the_kernels_of_fused_lora_are_rehearsed_where_it_is_on(fields, monkeypatch):
+    done = []
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.setattr(kernel_warmup, "rehearse", lambda *given: None)
+    monkeypatch.setattr(kernel_warmup, "rehearse_mlp", lambda *given: done.append(given))
+    recipe, config, fast = packed(fields, Attention(2, 1, 16, 16, 0.25))
+    assert kernel_warmup.start_compilers(recipe, config, fast).exception(20) is None
+    assert done == []
+    fast.fused_lora = True
+    assert kernel_warmup.start_compilers(recipe, config, fast).exception(20) is None
+    assert done == [(config, recipe.model.lora_r, torch.float32, torch.device("cuda", 0))]
+    recipe.model.lora_dropout = 0.1
+    assert kernel_warmup.start_compilers(recipe, config, fast).exception(20) is None
+    assert len(done) == 1
 
 
 def packed(fields, attention):

@@ -11,8 +11,9 @@ from transformers import PreTrainedConfig
 from sftlab.config.launch import COMPUTE_DTYPE, PRECISIONS
 from sftlab.config.recipe import Recipe
 from sftlab.data.collator import TOKENS_MULTIPLE, tiles
-from sftlab.fastpath import varlen_attention
+from sftlab.fastpath import mlp_ops, varlen_attention
 from sftlab.fastpath.fused_loss import CHUNK, FrozenHeadLoss
+from sftlab.fastpath.lora_products import padded
 from sftlab.fastpath.selection import FastPath
 from sftlab.models.layers import Attention
 
@@ -42,6 +43,8 @@ def start_compilers(recipe: Recipe, config: PreTrainedConfig, fast: FastPath) ->
     def rehearse_here() -> None:
         torch.cuda.set_device(device)  # a new thread begins on the first GPU
         rehearse(config.get_text_config(), kinds, dtype, device, fused_loss)
+        if fast.fused_lora and not recipe.model.lora_dropout:
+            rehearse_mlp(config.get_text_config(), recipe.model.lora_r, dtype, device)
 
     future = thread.submit(rehearse_here)
     thread.shutdown(wait=False)
@@ -78,3 +81,22 @@ def rehearse(
         )
         every = torch.arange(rows, device=device)
         FrozenHeadLoss.apply(hidden, head, every, every % config.vocab_size)[0].sum().backward()
+
+
+def rehearse_mlp(
+    config: PreTrainedConfig, rank: int, dtype: torch.dtype, device: torch.device
+) -> None:
+    """Run the kernels of fused LoRA once on matrices that stand in memory as those of a step.
+
+    They are those of an MLP whose gate, up and down have LoRA, and of gradients side by side.
+    """
+    hidden, size = config.hidden_size, getattr(config, "intermediate_size", None)
+    if not isinstance(size, int):
+        return
+    name = getattr(config, "hidden_activation", None) or getattr(config, "hidden_act", "")
+    tanh_gelu = "tanh" in str(name)
+    make = partial(torch.zeros, TOKENS_MULTIPLE, dtype=dtype, device=device)
+    y, act, gradient = make(2 * size), make(size), make(hidden)
+    mlp_ops.gated(y, tanh_gelu, make(size + padded(rank))[:, :size])
+    mlp_ops.gated_backward_(act, y, tanh_gelu, make(2 * size + padded(2 * rank))[:, : 2 * size])
+    mlp_ops.copy(gradient, make(hidden + padded(rank))[:, :hidden])

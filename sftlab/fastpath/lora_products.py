@@ -234,7 +234,7 @@ class _Product(torch.autograd.Function):
         x, h = both[:, :width], both[:, width:]
         if kept is None:
             if ctx.far:
-                beside = mlp_ops.beside(gradients, len(joined))
+                beside = mlp_ops.beside(list(gradients), len(joined))
             else:
                 beside = torch.cat([*gradients, x.new_zeros(h.shape)], 1)
             into_h = beside @ joined[:, width:]
@@ -243,7 +243,7 @@ class _Product(torch.autograd.Function):
             beside[:, out:] = into_h
             into_x = beside @ joined[:, :width]
         else:
-            gradient = mlp_ops.beside(gradients, out) if ctx.far else torch.cat(gradients, 1)
+            gradient = mlp_ops.beside(list(gradients), out) if ctx.far else torch.cat(gradients, 1)
             into_h = gradient @ joined[:out, width:] * ctx.factor
             into_b = gradient.t() @ h
             into_a = project_dropped_backward(into_h, x, kept, rank)

@@ -58,13 +58,7 @@ def gated_down(
 
         gated_with_h(y, tanh_gelu, both, joined[out : out + rank, :size])
         return both @ joined[:out].t(), both[:, size:].clone(memory_format=torch.contiguous_format)
-    if has_kernels(y):
-        from sftlab.fastpath import mlp_kernel
-
-        mlp_kernel.gated(y, tanh_gelu, act)
-    else:
-        gate, up = _wide(y).chunk(2, 1)
-        act.copy_(activation(gate, tanh_gelu) * up)
+    gated(y, tanh_gelu, act)
     both[:, size:] = h = act @ joined[out:, :size].t()
     return both @ joined[:out].t(), h
 
@@ -98,7 +92,7 @@ def gated_backward(
     wide, out = y.shape[1], gradient.shape[1]
     size, width = wide // 2, joined.shape[1] - len(joined) + wide
     into_down = _room(y, len(down))
-    _copy(gradient, into_down[:, :out])
+    copy(gradient, into_down[:, :out])
     into_down[:, out:] = into_h = gradient @ down[:out, size:]
     act = into_down @ down[:, :size]  # the gradient of act; then act itself, in its place
     into_both = _room(y, len(joined))
@@ -138,6 +132,17 @@ def _(
 def has_kernels(x: torch.Tensor) -> bool:
     """Whether x is where Triton's kernels run."""
     return x.is_cuda
+
+
+def gated(y: torch.Tensor, tanh_gelu: bool, out: torch.Tensor) -> None:
+    """Fill `out` with act: see mlp_kernel.py."""
+    if has_kernels(y):
+        from sftlab.fastpath import mlp_kernel
+
+        mlp_kernel.gated(y, tanh_gelu, out)
+        return
+    gate, up = _wide(y).chunk(2, 1)
+    out.copy_(activation(gate, tanh_gelu) * up)
 
 
 def gated_backward_(
@@ -193,7 +198,8 @@ def _room(y: torch.Tensor, columns: int) -> torch.Tensor:
     return y.new_empty(shape) if y.is_cuda else y.new_zeros(shape)
 
 
-def _copy(x: torch.Tensor, out: torch.Tensor) -> None:
+def copy(x: torch.Tensor, out: torch.Tensor) -> None:
+    """Fill `out` with x: see `beside` in mlp_kernel.py."""
     if not has_kernels(x):
         out.copy_(x)
         return
