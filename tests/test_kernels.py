@@ -340,6 +340,23 @@ def test_an_mlps_products_and_gradients_are_plain_ones(monkeypatch, dtype, sums,
 
 
 @with_triton
+@runs_kernels
+@pytest.mark.parametrize("rank, ranks", [(12, 64), (16, 16)])
+def test_an_activation_with_h_and_zeros_beside_it_where_gradients_need_them(rank, ranks):
+    from sftlab.fastpath import mlp_sums_kernel
+    from sftlab.fastpath.mlp_ops import activation
+
+    y, a = (torch.randn(shape, device=device) for shape in ((70, 400), (rank, 200)))
+    out = torch.full((72, 200 + ranks), float("nan"), device=device)
+    mlp_sums_kernel.gated_with_h(y, False, out[:70], a)
+    act = activation(y[:, :200].double(), False) * y[:, 200:]
+    zeros = act.new_zeros(70, ranks - rank)
+    expected = torch.cat([act, act @ a.double().t(), zeros], 1)
+    assert (out[:70] - expected).abs().max() < 2e-6 * expected.abs().max()
+    assert out[70:].isnan().all()
+
+
+@with_triton
 @pytest.mark.skipif(interpreted or on_a_gpu, reason="the kernels run here themselves")
 def test_the_kernels_run_under_tritons_interpreter():
     words = ["-q", "-p", "no:cacheprovider", str(ROOT / "tests" / "test_kernels.py")]
@@ -352,4 +369,4 @@ def test_the_kernels_run_under_tritons_interpreter():
         timeout=300,
     )
     assert done.returncode == 0, done.stdout[-3000:]
-    assert "42 passed, 6 skipped" in done.stdout
+    assert "44 passed, 6 skipped" in done.stdout

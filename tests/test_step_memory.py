@@ -193,6 +193,15 @@ def test_what_a_layer_keeps_is_what_autograd_keeps(
     assert planned == pytest.approx(held - extra, rel=0.01)
 
 
+def test_what_a_layer_of_fused_lora_keeps_is_what_autograd_keeps(attention_on_cpu):
+    model = llama(ALL, torch.bfloat16, True, 0.0)
+    assert fuse_lora(model, torch.bfloat16) == {}
+    step = planned_step(ALL, "bf16", True, False, 0.0)
+    planned = TOKENS * kept_bytes(dataclasses.replace(step, fused_lora=True))
+    kept_by_autograd(model, torch.bfloat16, True)  # the first forward moves the weights
+    assert planned == pytest.approx(kept_by_autograd(model, torch.bfloat16, True), rel=0.01)
+
+
 @pytest.mark.long
 @pytest.mark.parametrize("targets", [ATTENTION, ALL], ids=["attention", "all"])
 @pytest.mark.parametrize("fused, dropout", [(False, 0.0), (True, 0.0), (True, 0.1)])
