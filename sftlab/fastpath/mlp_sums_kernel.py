@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 # rows and columns of a tile, rows of a part, warps and stages
-FORM = (64, 64, 1024, 4, 2)
+FORM = (32, 64, 1024, 4, 2)
 # rows and columns of a tile, warps and stages
 FORM_OF_H = (32, 128, 4, 3)
 
