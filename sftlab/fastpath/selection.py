@@ -25,7 +25,8 @@ class FastPath:
 
     `layers` are the model's. `reasons` says, by part, why one that the recipe leaves unset is off.
     Compiled layers are off on a CPU without a reason. `experts` is how a loaded mixture multiplies
-    its experts, None for other models.
+    its experts, None for other models, and `experts_lora` how it adds LoRA to their stacked
+    weights, None where these have none.
     """
 
     packing: bool
@@ -35,6 +36,7 @@ class FastPath:
     layers: Layers
     reasons: dict[str, str] = field(default_factory=dict)
     experts: str | None = None
+    experts_lora: str | None = None
     fused_lora: bool = False
 
 

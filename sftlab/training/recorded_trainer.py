@@ -18,6 +18,7 @@ from sftlab.data.samplers import BalancedSampler, WholeBatches, row_lengths, who
 from sftlab.fastpath import fused_loss
 from sftlab.fastpath.compile_layers import compile_layers
 from sftlab.fastpath.experts import take_experts_product
+from sftlab.fastpath.experts_lora import take_experts_lora
 from sftlab.fastpath.float8 import freeze_in_float8
 from sftlab.fastpath.fsdp import (
     average_replicated_,
@@ -127,6 +128,9 @@ class RecordedTrainer(UpstreamFixes):
         self.fast.experts, why = take_experts_product(base, precision)
         if why and torch.cuda.is_available():
             self.fast.reasons["grouped_experts"] = why
+        self.fast.experts_lora, why = take_experts_lora(self.model)
+        if why:
+            self.fast.reasons["factored_experts_lora"] = why
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Make the optimizer once, with the B matrices in groups of their own under LoRA+."""
