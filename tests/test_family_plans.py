@@ -16,6 +16,7 @@ from transformers.models.phi.modeling_phi import PhiDecoderLayer
 from sftlab.data.collator import Collator, for_the_model
 from sftlab.fastpath.compile_layers import compile_layers, decoder_layers
 from sftlab.fastpath.experts import GROUPED, ONE_BY_ONE
+from sftlab.fastpath.experts_lora import factor_experts
 from sftlab.fastpath.packed_mixers import pack_mixers
 from sftlab.measurement.flops import flops_per_token
 from sftlab.models.layers import decoder_of, describe
@@ -73,6 +74,7 @@ def adapted(config, recipe, packs):
     if base._can_set_experts_implementation():
         base.set_experts_implementation(GROUPED)
     model = get_peft_model(base, lora_config(recipe.model))
+    assert factor_experts(model) == {}
     for name, parameter in model.named_parameters():
         if "lora_" in name:
             parameter.data = parameter.data.float()

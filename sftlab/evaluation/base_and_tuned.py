@@ -26,6 +26,7 @@ from sftlab.evaluation.full_models import as_base, hold_base
 from sftlab.evaluation.start_model import start_answers
 from sftlab.exit_messages import first_line, mistakes_in_one_line
 from sftlab.fastpath import varlen_attention
+from sftlab.fastpath.experts_lora import take_experts_lora
 from sftlab.models.identity import base_identity, tokenizer_identity
 from sftlab.models.likelihood import with_fused_head
 from sftlab.models.loading import load_model, model_init_kwargs, read_tokenizer
@@ -197,6 +198,7 @@ def load_pair(
             f"{folder / 'adapter'} does not load on {name}: {first_line(error)}"
         ) from error
     _refuse_other_tensors(model, folder / "adapter")
+    take_experts_lora(model)  # peft's path copies all experts for every token
     return model.eval()
 
 

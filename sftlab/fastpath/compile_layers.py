@@ -6,6 +6,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from sftlab.fastpath.experts_lora import keep_peft_uncompiled
 from sftlab.models.layers import decoder_of
 
 
@@ -23,6 +24,7 @@ def compile_layers(model: PreTrainedModel) -> None:
         raise ValueError(
             f"{type(model).__name__} has no list of decoder layers: pass --compile_layers false"
         )
+    keep_peft_uncompiled(model)
     norms = [m for name, m in decoder_of(model).named_children() if "norm" in name]
     for module in [*layers, *norms]:
         module.forward = _with_dynamic_tokens(torch.compile(module.forward))

@@ -55,10 +55,25 @@ def factor_experts(model: nn.Module) -> dict[str, int]:
 
 def adapted_experts(model: nn.Module) -> list[lora.ParamWrapper]:
     """Returns the outermost wrapper around each module whose stacked weights have LoRA."""
+    return [o for o in _outermost(model) if any(one.get_param().ndim == 3 for one in wrappers(o))]
+
+
+def keep_peft_uncompiled(model: nn.Module) -> None:
+    """Leave to the interpreter what peft does where it adds LoRA to parameters, in place.
+
+    It makes a class of the module in every forward, and each would be compiled anew.
+    """
+    for layer in _outermost(model):
+        if not isinstance(layer, ParamWrapper):
+            layer.forward = torch.compiler.disable(
+                layer.forward, reason="peft adds LoRA to parameters in every forward"
+            )
+
+
+def _outermost(model: nn.Module) -> list[lora.ParamWrapper]:
     found = [one for one in model.modules() if isinstance(one, lora.ParamWrapper)]
     inner = {one.base_layer for one in found}
-    outermost = [one for one in found if one not in inner]
-    return [o for o in outermost if any(one.get_param().ndim == 3 for one in wrappers(o))]
+    return [one for one in found if one not in inner]
 
 
 def why_not(layer: lora.ParamWrapper) -> str | None:

@@ -25,6 +25,7 @@ from transformers import PreTrainedModel
 from sftlab.data.collator import TILE
 from sftlab.fastpath.compile_layers import decoder_layers
 from sftlab.fastpath.experts import GROUPED
+from sftlab.fastpath.experts_lora import factor_experts
 from sftlab.fastpath.packed_mixers import pack_mixers
 from sftlab.models.layers import NOT_WITHOUT_NUMBERS, decoder_of
 from sftlab.models.mixers import packed_mixers
@@ -90,8 +91,14 @@ def measured(
     """Returns what the layers of a model on the meta device take for each token.
 
     `model` is `base` with an adapter, or itself. `casts` is autocast to 16 bits. The model is
-    of no use afterwards. Raises ValueError for a model that does not run without numbers.
+    of no use afterwards. Raises ValueError for a model that does not run without numbers, and for
+    LoRA on experts that peft adds to a copy of their weights.
     """
+    if left := factor_experts(model):
+        raise ValueError(
+            f"no plan is made for LoRA on these experts, since {', '.join(left)}: leave out "
+            "lora_target_parameters"
+        )
     mixers = bool(packed_mixers(base))
     try:
         with FakeTensorMode(), _gpu_dropout(model):

@@ -61,7 +61,8 @@ def step_of(
     if fast.layers.mixture:
         _refuse_mixture(recipe)
     targets, found = _targets(model), None
-    worked_out = shape is not None and targets is not None and not weights.other
+    worked_out = shape is not None and targets is not None
+    worked_out = worked_out and not (weights.other or weights.on_parameters)
     if not worked_out or not _keeps_what_is_worked_out(recipe, config, fast.layers, shape):
         shape, targets = Shape.of_measured(config, fast.layers), frozenset()
         found = _measured(recipe, config, fast, rows)

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import torch
 from peft import get_peft_model
+from peft.tuners.lora import ParamWrapper
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
@@ -33,6 +34,7 @@ class Weights(NamedTuple):
     Of a mixture, `linears` has the experts that a token visits.
     `fused` are a layer's linears that are several of Llama's in one, and `other` those that Llama
     does not have. Where layers are not alike, `layer` is the largest and `linears` the mean.
+    `on_parameters` is whether LoRA is on the weights of experts or of their router.
     """
 
     base: int
@@ -48,13 +50,14 @@ class Weights(NamedTuple):
     flops: Flops
     fused: frozenset[str] = frozenset()
     other: frozenset[str] = frozenset()
+    on_parameters: bool = False
 
 
 def count_weights(recipe: Recipe, config: PreTrainedConfig) -> Weights:
     """Returns the weights of a recipe's model with its adapter, gradients and optimizer state.
 
-    Raises ValueError for a model without a list of decoder layers, LoRA on experts or their router,
-    weights in 8 bits, or an optimizer whose state is unknown.
+    Raises ValueError for a model without a list of decoder layers, weights in 8 bits, or an
+    optimizer whose state is unknown.
     """
     if recipe.model.load_in_8bit:
         raise ValueError(
@@ -62,7 +65,6 @@ def count_weights(recipe: Recipe, config: PreTrainedConfig) -> Weights:
             "out"
         )
     model, base = on_meta(recipe, config)
-    _refuse_trained_experts(model)
     layers = _layers(model)
     quantized, precision = recipe.model.load_in_4bit, recipe.training.mixed_precision
     linears = {id(m.weight) for n, m in model.named_modules() if _is_frozen_linear(n, m)}
@@ -96,6 +98,7 @@ def count_weights(recipe: Recipe, config: PreTrainedConfig) -> Weights:
         flops=flops_per_token(model),
         fused=_linears(layers) & set(FUSED),
         other=_unlike_llamas(_linears(layers)),
+        on_parameters=any(isinstance(one, ParamWrapper) for one in model.modules()),
     )
 
 
@@ -140,22 +143,6 @@ def _layers(model: nn.Module) -> nn.ModuleList:
             "it"
         )
     return layers
-
-
-def _refuse_trained_experts(model: nn.Module) -> None:
-    """Raise ValueError for LoRA on experts or on their router, which peft adds to some names."""
-    trained = {name for name, one in model.named_parameters() if one.requires_grad}
-    if any("lora_" in name and (".experts." in name or ".gate.lora" in name) for name in trained):
-        attention = {
-            name
-            for one in model.modules()
-            if "Attention" in type(one).__name__
-            for name in _linears(one)
-        }
-        raise ValueError(
-            "no plan is made for LoRA on experts or their router: pass --lora_target_modules "
-            f"{' '.join(sorted(attention))}"
-        )
 
 
 def _multiplied(layer: nn.Module, base: set[int], config: PreTrainedConfig) -> int:
