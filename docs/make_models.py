@@ -12,13 +12,15 @@ from typing import NamedTuple
 
 import torch
 import transformers
-from peft import get_peft_model
+from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from sftlab.config.launch import Launch, exported, launched
 from sftlab.config.parser import parse_recipe
 from sftlab.config.recipe import Recipe
 from sftlab.fastpath import fused_loss, varlen_attention
+from sftlab.fastpath.experts import stacked_experts
+from sftlab.fastpath.experts_lora import take_experts_lora
 from sftlab.fastpath.float8 import freeze_in_float8
 from sftlab.fastpath.selection import choose
 from sftlab.fastpath.varlen_attention import why_not_the_model
@@ -68,12 +70,13 @@ Where a part is not there, the run is slower or larger, never another training.
 | fused loss | whole logits never exist |
 | compiled | a decoder layer is compiled in one graph; no: in several, with other code between |
 | 4 bits, fp8 | no weights of experts would silently stay in 16 bits |
-| planned | `recipes/plan.py` makes a plan; of a mixture, with LoRA on its attention alone |
+| experts | LoRA on the weights of experts makes no copy of them; empty where there are none |
+| planned | `recipes/plan.py` makes a plan |
 | measured | the most real tokens/s on one GPU in bf16, where a shape of the family was measured |
 """
 COLUMNS = (
-    *("trains", "all linears", "packs", "fused loss", "compiled", "4 bits", "fp8", "planned"),
-    "measured",
+    *("trains", "all linears", "packs", "fused loss", "compiled", "4 bits", "fp8", "experts"),
+    *("planned", "measured"),
 )
 # Which family has a shape whose name begins so? The longest beginning counts.
 SHAPES = {
@@ -94,7 +97,10 @@ SHAPES = {
 
 
 class Row(NamedTuple):
-    """Why each part does not work for a family; None where it does. `measured` is a link or ''."""
+    """Why each part does not work for a family; None where it does, '' where it has no such part.
+
+    `measured` is a link or ''.
+    """
 
     trains: str | None
     all_linears: str | None
@@ -103,6 +109,7 @@ class Row(NamedTuple):
     compiled: str | None
     four_bits: str | None
     fp8: str | None
+    experts: str | None
     planned: str | None
     measured: str
 
@@ -151,6 +158,7 @@ def row(family: str) -> Row:
         _several_graphs(config, no_packing is None),
         _refusal(config, "single", "--load_in_4bit=true"),
         _refusal(config, "fp8") or _nothing_rounded(model),
+        _copied_experts(family),
         _no_plan(config),
         measured_of(family, committed_speeds(ROOT / "results")),
     )
@@ -178,7 +186,7 @@ def page(rows: dict[str, Row]) -> str:
     """Returns the page as Markdown."""
     lines = [f"| family | {' | '.join(COLUMNS)} |", "| --- " * (1 + len(COLUMNS)) + "|"]
     for family, found in rows.items():
-        cells = ["no" if why else "yes" for why in found[:-1]]
+        cells = ["" if why == "" else "no" if why else "yes" for why in found[:-1]]
         lines.append(f"| {family} | {' | '.join(cells)} | {found.measured} |".replace("  ", " "))
     reasons = ["| family | part | what the run or the plan says |", "| --- | --- | --- |"]
     for family, found in rows.items():
@@ -246,6 +254,23 @@ def _nothing_rounded(model: PreTrainedModel) -> str | None:
     except ValueError as error:
         return str(error)
     return None
+
+
+def _copied_experts(family: str) -> str | None:
+    """Returns why LoRA on a family's experts makes a copy of them; '' where there are none."""
+    model = model_of(family)
+    names = stacked_names(model)
+    if not names:
+        return ""
+    adapted = LoraConfig(target_modules=[], target_parameters=names)
+    return take_experts_lora(get_peft_model(model, adapted))[1]
+
+
+def stacked_names(model: PreTrainedModel) -> list[str]:
+    """Returns the names of the stacked weights of experts, as `lora_target_parameters` has them."""
+    experts = {id(one) for one in stacked_experts(model)}
+    named = (name for name, one in model.named_parameters() if id(one) in experts)
+    return sorted({".".join(name.split(".")[-3:]) for name in named})
 
 
 def _no_plan(config: PreTrainedConfig) -> str | None:

@@ -27,18 +27,12 @@ ODD = {"r": 3, "lora_alpha": 7, "use_rslora": True}
 IDS = torch.arange(3, 67)[None]
 
 
-def stacked(model):
-    """Names of the stacked weights of a layer's experts."""
-    named = [name for name, one in model.named_parameters() if one.ndim == 3]
-    return sorted({name.split(".", 3)[3] for name in named if ".experts." in name})
-
-
 def adapted(family="Qwen 3 MoE", product=ONE_BY_ONE, only="", base=None, **fields):
     """A tiny model with LoRA on its experts, whose B is not zero, on peft's path."""
     base = models.model_of(family) if base is None else base
     if base._can_set_experts_implementation():
         base.set_experts_implementation(product)
-    names = [name for name in stacked(base) if only in name]
+    names = [name for name in models.stacked_names(base) if only in name]
     settings = {"r": 4, "lora_alpha": 12, "target_modules": ["q_proj"], "task_type": "CAUSAL_LM"}
     settings |= {"target_parameters": names}
     model = get_peft_model(base, LoraConfig(**settings | fields))
@@ -220,7 +214,7 @@ def test_a_hook_on_the_experts_sees_them():
 )
 def test_experts_that_are_not_understood_are_left_to_peft(family, targets, why):
     base = models.model_of(family)
-    names = stacked(base) + [f"mlp.experts.{name}" for name in targets]
+    names = models.stacked_names(base) + [f"mlp.experts.{name}" for name in targets]
     right = outputs_and_gradients(adapted(family, target_parameters=names))
     model = adapted(family, target_parameters=names)
     taken, reason = take_experts_lora(model)
