@@ -8,6 +8,7 @@ import pytest
 import torch
 from conftest import load_script
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from peft.tuners import lora
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
@@ -130,6 +131,31 @@ def test_no_copy_of_the_experts_is_made_or_kept(family, product):
             outputs_and_gradients(model, few)
         found.append((kept >= copied, made.largest >= copied))
     assert found == [(True, True), (False, False)], "peft's path does both"
+
+
+def test_in_bfloat16_experts_are_as_near_to_float32s_as_pefts():
+    """Of one module, since a router would send other tokens to them."""
+    layer, x = experts_lora.adapted_experts(factored(adapted("gpt-oss", GROUPED)))[0], {}
+    torch.manual_seed(0)
+    given = [torch.randn(256, 64), torch.rand(256, 4).argsort(1)[:, :2], torch.rand(256, 2)]
+    trained = {name: one for name, one in layer.named_parameters() if "lora_" in name}
+    frozen = [one for name, one in layer.named_parameters() if "lora_" not in name]
+    for one in [*frozen, given[0], given[2]]:
+        one.data = one.data.bfloat16()
+    for dtype, forwards in (
+        (torch.bfloat16, (lora.ParamWrapper.forward, ParamWrapper.forward)),
+        (torch.float32, (lora.ParamWrapper.forward,)),
+    ):
+        for one in [*frozen, given[0], given[2]]:
+            one.data = one.data.to(dtype)
+        for forward in forwards:
+            layer.zero_grad()
+            with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+                y = forward(layer, *given).float()
+            y.square().sum().backward()
+            x[dtype, forward] = {n: one.grad.clone() for n, one in trained.items()} | {"y": y}
+    plain, mine, exact = x.values()
+    assert difference(exact, mine) < 1.3 * difference(exact, plain) < 0.03
 
 
 @pytest.mark.parametrize("family", ["Qwen 3 MoE", "gpt-oss"])

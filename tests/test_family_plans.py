@@ -132,10 +132,10 @@ def saved_a_token(model, packs):
     return (two[0] - one[0]) / (two[1] - one[1])
 
 
-def planned_and_held(family):
+def planned_and_held(family, *more):
     """The bytes a token that a family's layers keep, as planned and as autograd saves them."""
     config = without_dropout(family)
-    step, recipe = models.planned(config)
+    step, recipe = models.planned(config, *more)
     held = saved_a_token(adapted(config, recipe, step.packed), step.packed)
     return kept_bytes(step) * step.shape.layers, held
 
@@ -145,6 +145,16 @@ def test_planned_bytes_are_those_that_autograd_saves(family, monkeypatch):
     kernels_without_numbers(monkeypatch)
     planned, held = planned_and_held(family)
     assert planned == pytest.approx(held, rel=0.02)
+
+
+@pytest.mark.parametrize("family", ["Qwen 3 MoE", "gpt-oss", "Granite 4 hybrid"])
+def test_lora_on_experts_is_planned_as_autograd_saves_it(family, monkeypatch):
+    kernels_without_numbers(monkeypatch)
+    names = models.stacked_names(models.model_of(family))
+    planned, held = planned_and_held(family, "--lora_target_parameters", *names)
+    assert planned == pytest.approx(held, rel=0.02)
+    without, _ = planned_and_held(family)
+    assert planned > 1.05 * without or family == "Qwen 3 MoE", "whose all-linear has the experts"
 
 
 @pytest.mark.parametrize("family", ["Phi-2", pytest.param("LFM2", marks=pytest.mark.long)])
@@ -188,6 +198,11 @@ def test_rows_side_by_side_are_as_long_as_the_longest(monkeypatch):
         ("Phi-2", ["--fused_lora=true"], "no plan is made for fused_lora of phi"),
         ("Granite 4 hybrid", ["--dtype=float32"], "are made for bf16 alone"),
         ("Qwen3-Next", ["--use_peft=false"], "full fine-tuning of a mixture"),
+        (
+            "Llama 4 (text)",
+            ["--lora_target_parameters", "feed_forward.experts.down_proj"],
+            "LoRA on these experts, since Llama4TextExperts has a product of its own: leave out",
+        ),
     ],
 )
 def test_what_cannot_be_planned_is_one_sentence(family, more, why):
