@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from conftest import ROOT, launch, launch_command, read, short_fields
+from tiny_base import write_base_of
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
@@ -142,3 +143,18 @@ def test_sharded_gradients_are_clipped_as_torch_clips_them(tmp_path):
     for max_norm in (1.0, 1e6):
         torch.testing.assert_close(found["ours", max_norm], found["torch's", max_norm])
     assert found["ours", 1.0][1].norm() < found["ours", 1e6][1].norm()
+
+
+def test_fsdp_trains_lora_on_experts_as_ddp_does(rows, tmp_path):
+    experts = {"num_local_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+    base = write_base_of("qwen3_moe", tmp_path, **experts)
+    runs = {config: tmp_path / config for config in ("fsdp", "cpu_ddp")}
+    targets = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+    for config, folder in runs.items():
+        fields = short_fields(base, rows, folder) | {"save_strategy": "no", "eval_strategy": "no"}
+        launch_fsdp(fields | {"lora_dropout": "0", "lora_target_parameters": targets}, config)
+    fsdp, ddp = map(read, runs.values())
+    assert fsdp["ran"]["experts_lora"] == "factored"
+    assert fsdp["ran"] | {"strategy": "ddp"} == ddp["ran"]
+    assert len(fsdp["losses"]) == 6 and fsdp["losses"] == ddp["losses"]
+    assert adapter(runs["fsdp"]) == adapter(runs["cpu_ddp"])
