@@ -19,10 +19,12 @@ from packed_training import (
 )
 from peft import AutoPeftModelForCausalLM
 from peft.tuners import lora
+from preference_runs import pair_fields
 from tiny_base import write_base_of
 from transformers import AutoModelForCausalLM
 
 from sftlab.evaluation.base_and_tuned import answering, finished_run, load_pair
+from sftlab.evaluation.start_model import load_start, start_of
 from sftlab.fastpath import experts_lora
 from sftlab.fastpath.experts_lora import FACTORED, MERGED
 from sftlab.fastpath.experts_products import ParamWrapper
@@ -31,6 +33,11 @@ from sftlab.training.trainer import LabTrainer
 
 MIXTURE = {"num_local_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
 EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+ON_EXPERTS = {
+    "lora_target_modules": "q_proj",
+    "lora_target_parameters": EXPERTS,
+    "lora_dropout": "0",
+}
 PROMPT = torch.arange(60, 90)[None]
 
 
@@ -42,8 +49,7 @@ def mixture(build_once):
 
 @pytest.fixture
 def fields(mixture, rows, tmp_path):
-    own = {"lora_target_modules": "q_proj", "lora_target_parameters": EXPERTS}
-    return short_fields(mixture / "qwen3_moe", rows, tmp_path / "run") | own | {"lora_dropout": "0"}
+    return short_fields(mixture / "qwen3_moe", rows, tmp_path / "run") | ON_EXPERTS
 
 
 @pytest.fixture
@@ -99,6 +105,37 @@ def test_checkpointed_activations_change_nothing(fields):
 
 def test_a_training_continues_exactly(fields):
     assert_continues_exactly(fields | {"eval_strategy": "no"})
+
+
+@pytest.mark.parametrize("goes_on", [False, True])
+def test_preferences_are_tuned_as_on_pefts_path(
+    fields, mixture, pairs_file, tmp_path, trained_here, on_pefts_path, goes_on
+):
+    own = pair_fields(mixture / "qwen3_moe", pairs_file, tmp_path / "mine") | ON_EXPERTS
+    if goes_on:  # the reference is a second adapter on the same experts
+        trained_here(fields)
+        own["adapter_name_or_path"] = fields["output_dir"]
+    trained_here(own)
+    on_pefts_path()
+    trained_here(own | {"output_dir": str(tmp_path / "plain")})
+    mine, plain = read(tmp_path / "mine"), read(tmp_path / "plain")
+    assert [one["ran"]["experts_lora"] for one in (mine, plain)] == [FACTORED, MERGED]
+    found, right = ([loss for _, loss in one["losses"]] for one in (mine, plain))
+    assert found == pytest.approx(right, abs=1e-4)
+    assert found[-1] < 0.5
+
+
+def test_the_adapter_that_a_run_went_on_from_answers_beside_its_own(fields, tmp_path, trained_here):
+    trained_here(fields)
+    folder = tmp_path / "again"
+    trained_here(fields | {"output_dir": str(folder), "adapter_name_or_path": fields["output_dir"]})
+    run = finished_run(folder)
+    pair = load_pair(folder, run)
+    load_start(pair, start_of(folder, run))
+    first = logits(load_pair(tmp_path / "run", finished_run(tmp_path / "run")))
+    with answering(pair, "start"):
+        assert (logits(pair) - first).norm() < 1e-5 * first.norm()
+    assert (logits(pair) - first).norm() > 0.01 * first.norm()
 
 
 @pytest.fixture
