@@ -1,6 +1,7 @@
 """LoRA on the stacked weights of experts gives what peft's merged weights give, without a copy."""
 
 import copy
+import csv
 from functools import partial
 from itertools import pairwise
 
@@ -324,3 +325,18 @@ def test_where_peft_merges_in_every_forward_nothing_is_compiled_anew(family, mon
         assert difference(right, found) < 1e-4
         graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
     assert graphs[1] == graphs[-1]
+
+
+def test_the_benchmark_compares_both_ways(monkeypatch, tmp_path):
+    script = load_script("benchmarks/experts_lora.py")
+    tiny = {"small": script._qwen(16, 128, 64)}
+    monkeypatch.setattr(script, "SHAPES", tiny)
+    script.main(["--shape", "small", "--tokens", "24", "--rounds", "1", "--out", str(tmp_path)])
+    lines = list(csv.DictReader((tmp_path / "experts_lora.csv").open(encoding="utf-8")))
+    assert [(line["product"], line["way"]) for line in lines] == [
+        (product, way) for product in PRODUCTS for way in (script.COPY, script.ALONE)
+    ]
+    assert not any(line["note"] for line in lines)
+    assert all(float(line["apart"]) < 1e-5 for line in lines)
+    for copied, alone in (lines[:2], lines[2:]):
+        assert float(alone["seconds"]) > 0 and float(alone["peak_mb"]) < float(copied["peak_mb"])
