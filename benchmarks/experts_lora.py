@@ -194,7 +194,8 @@ def peak_bytes(model: nn.Module, given: tuple[torch.Tensor, ...]) -> int:
 
 def difference(right: Tensors, found: Tensors) -> float:
     """Returns the largest difference of a tensor, over its norm."""
-    return max(float((found[k] - one).norm() / one.norm()) for k, one in right.items())
+    apart = [(found[k] - one).float().norm() / one.float().norm() for k, one in right.items()]
+    return float(torch.stack(apart).max())
 
 
 def line_of(cell: dict[str, Any]) -> dict[str, Any]:

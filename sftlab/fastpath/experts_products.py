@@ -88,7 +88,7 @@ def _forward(
     if one_by_one:
         product = partial(_one_by_one, counts.int().tolist())
     else:
-        product = partial(_grouped, counts.cumsum(0, dtype=torch.int32))
+        product = partial(_grouped, counts.cumsum(0, dtype=torch.int32), counts == 0)
     x = hidden_states[order // taken]
     x = _linear(experts, "gate_up_proj" if experts.has_gate else "up_proj", factors, product, x, of)
     x = experts._apply_gate(x) if experts.has_gate else experts.act_fn(x)
@@ -132,7 +132,12 @@ def _aligned(matrices: torch.Tensor, rank_dimension: int) -> torch.Tensor:
     return matrices if 1 in matrices.stride()[1:] else matrices.contiguous()
 
 
-def _grouped(ends: torch.Tensor, x: torch.Tensor, matrices: torch.Tensor) -> torch.Tensor:
+def _grouped(
+    ends: torch.Tensor, idle: torch.Tensor, x: torch.Tensor, matrices: torch.Tensor
+) -> torch.Tensor:
+    if matrices.requires_grad:
+        # on some GPUs experts without tokens get a gradient (pytorch's issue 172439)
+        matrices = matrices.masked_fill(idle[:, None, None], 0)
     return functional.grouped_mm(x.to(matrices.dtype), matrices, offs=ends)
 
 
