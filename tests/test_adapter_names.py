@@ -1,6 +1,7 @@
 """Every name in a LoRA field matches a module of the model, or is refused before it is loaded."""
 
 import pytest
+from conftest import load_script
 from transformers import Llama4TextConfig, LlamaConfig, MambaConfig
 
 from sftlab.config.launch import Launch
@@ -61,7 +62,7 @@ def test_a_name_that_matches_nothing_is_refused(fields, said):
         {"lora_target_modules": ["self_attn.q_proj", "layers.1.mlp.up_proj"]},
         {"lora_target_modules": ["model.layers.0.self_attn.q_proj"]},
         {"lora_modules_to_save": ["embed_tokens", "lm_head"]},
-        {"lora_target_parameters": ["q_proj.weight"]},
+        {"lora_target_parameters": ["q_proj.weight"], "lora_dropout": 0.0},
         {"lora_target_modules": "all-linear", "exclude_modules": ["layers.0.mlp.up_proj"]},
         {"lora_target_modules": "all-linear", "exclude_modules": [r".*layers\.0\..*"]},
     ],
@@ -103,6 +104,30 @@ def test_a_router_that_returns_more_than_its_product_is_refused(targets):
     with pytest.raises(ValueError, match=said):
         check_adapter_names(arguments, config, ALONE, False)
     arguments.exclude_modules = ["router"]
+    check_adapter_names(arguments, config, ALONE, False)
+
+
+@pytest.mark.parametrize(
+    ("family", "targets", "parameters", "refused"),
+    [
+        ("Qwen 3 MoE", "all-linear", None, "lora_target_modules"),
+        ("Qwen 3 MoE", ["q_proj"], ["mlp.experts.down_proj"], "lora_target_parameters"),
+        ("Qwen 3 MoE", ["q_proj"], None, None),
+        ("gpt-oss", "all-linear", None, None),
+        ("gpt-oss", ["q_proj"], ["mlp.router.weight"], "lora_target_parameters"),
+    ],
+)
+def test_dropout_is_refused_where_lora_is_on_experts(family, targets, parameters, refused):
+    config = load_script("docs/make_models.py").config_of(family)
+    arguments = ModelArguments(
+        use_peft=True, lora_target_modules=targets, lora_target_parameters=parameters
+    )
+    assert arguments.lora_dropout > 0
+    if refused:
+        said = f"lora_dropout is 0.05, .* router, which {refused} means here: pass --lora_dropout 0"
+        with pytest.raises(ValueError, match=said):
+            check_adapter_names(arguments, config, ALONE, False)
+        arguments.lora_dropout = 0.0
     check_adapter_names(arguments, config, ALONE, False)
 
 

@@ -5,9 +5,11 @@ in peft: a whole module name, or its end after a dot; a string that is no list i
 """
 
 import re
+import warnings
 from collections.abc import Collection
 
 import torch
+from peft import get_peft_model
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 from transformers.pytorch_utils import Conv1D
@@ -15,6 +17,7 @@ from transformers.pytorch_utils import Conv1D
 from sftlab.config.launch import Launch
 from sftlab.config.recipe import ModelArguments
 from sftlab.exit_messages import first_line
+from sftlab.models.lora_config import lora_config
 
 _ADAPTED = (nn.Linear, Conv1D)
 # peft/tuners/tuners_utils.py, _check_lora_target_modules_mamba
@@ -45,6 +48,30 @@ def check_adapter_names(
     _check_each("lora_target_parameters", model.lora_target_parameters, parameters, built)
     if model.lora_modules_to_save:
         _check_saved(model, model.lora_modules_to_save, config, launch)
+    _refuse_dropout(model, built)
+
+
+def _refuse_dropout(model: ModelArguments, built: nn.Module) -> None:
+    """Raise ValueError for dropout where LoRA is on parameters, as it may be under all-linear.
+
+    peft says so after the weights are loaded. It adapts `built` here.
+    """
+    stacked = any(p.ndim == 3 and ".experts." in name for name, p in built.named_parameters())
+    config = lora_config(model)
+    if not model.lora_dropout or not (stacked or model.lora_target_parameters) or config is None:
+        return
+    config.init_lora_weights = True
+    try:
+        with torch.device("meta"), warnings.catch_warnings(action="ignore"):
+            get_peft_model(built, config)
+    except ValueError as error:
+        if "ParamWrapper does not work with lora_dropout" not in str(error):
+            return
+        field = "lora_target_parameters" if model.lora_target_parameters else "lora_target_modules"
+        raise ValueError(
+            f"lora_dropout is {model.lora_dropout}, and peft has no dropout for LoRA on experts or "
+            f"their router, which {field} means here: pass --lora_dropout 0"
+        ) from error
 
 
 def _built(config: PreTrainedConfig, trust_remote_code: bool) -> nn.Module:
