@@ -165,29 +165,43 @@ def test_no_copy_of_the_experts_is_made_or_kept(family, product):
     assert found == [(True, True), (False, False)], "peft's path does both"
 
 
-def test_in_bfloat16_experts_are_as_near_to_float32s_as_pefts():
-    """Of one module, since a router would send other tokens to them."""
-    layer, x = experts_lora.adapted_experts(factored(adapted("gpt-oss", GROUPED)))[0], {}
+@pytest.fixture
+def one_module():
+    """One module of gpt-oss's experts with LoRA, which a router would send other tokens to.
+
+    Called with a forward and a dtype, it returns outputs and gradients.
+    """
+    layer = experts_lora.adapted_experts(factored(adapted("gpt-oss", GROUPED)))[0]
     torch.manual_seed(0)
     given = [torch.randn(256, 64), torch.rand(256, 4).argsort(1)[:, :2], torch.rand(256, 2)]
     trained = {name: one for name, one in layer.named_parameters() if "lora_" in name}
-    frozen = [one for name, one in layer.named_parameters() if "lora_" not in name]
-    for one in [*frozen, given[0], given[2]]:
+    cast = [one for name, one in layer.named_parameters() if "lora_" not in name]
+    cast += [given[0], given[2]]
+    for one in cast:
         one.data = one.data.bfloat16()
-    for dtype, forwards in (
-        (torch.bfloat16, (lora.ParamWrapper.forward, ParamWrapper.forward)),
-        (torch.float32, (lora.ParamWrapper.forward,)),
-    ):
-        for one in [*frozen, given[0], given[2]]:
+
+    def run(forward, dtype=torch.bfloat16):
+        for one in cast:
             one.data = one.data.to(dtype)
-        for forward in forwards:
-            layer.zero_grad()
-            with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
-                y = forward(layer, *given).float()
-            y.square().sum().backward()
-            x[dtype, forward] = {n: one.grad.clone() for n, one in trained.items()} | {"y": y}
-    plain, mine, exact = x.values()
+        layer.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+            y = forward(layer, *given).float()
+        y.square().sum().backward()
+        return {name: one.grad.clone() for name, one in trained.items()} | {"y": y.detach()}
+
+    return run
+
+
+def test_in_bfloat16_experts_are_as_near_to_float32s_as_pefts(one_module):
+    plain, mine = one_module(lora.ParamWrapper.forward), one_module(ParamWrapper.forward)
+    exact = one_module(lora.ParamWrapper.forward, torch.float32)
     assert difference(exact, mine) < 1.3 * difference(exact, plain) < 0.03
+
+
+def test_compiled_code_gives_the_kernels_layouts_that_they_take(one_module):
+    torch._dynamo.reset()
+    compiled = torch.compile(ParamWrapper.forward, fullgraph=True, dynamic=True)
+    assert difference(one_module(ParamWrapper.forward), one_module(compiled)) < 0.02
 
 
 @pytest.mark.parametrize("family", ["Qwen 3 MoE", "gpt-oss"])

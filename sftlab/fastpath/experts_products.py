@@ -18,13 +18,13 @@ from sftlab.fastpath.experts import ALIGNED, ONE_BY_ONE
 
 
 class Factors(NamedTuple):
-    """The two matrices of each expert that x is multiplied with, in turn, and their factor.
+    """A and B of each expert, and the factor of their update.
 
-    `first` is [experts, in, rank], `second` [experts, rank, out].
+    `a` is [experts, rank, in], `b` [experts, rank, out].
     """
 
-    first: torch.Tensor
-    second: torch.Tensor
+    a: torch.Tensor
+    b: torch.Tensor
     scale: float
 
 
@@ -55,7 +55,7 @@ class ParamWrapper(lora.ParamWrapper):
             if layer.disable_adapters or layer.merged or len(active) != 1:
                 return None
             left, right, scale = layer.get_delta_factors(active[0])
-            pair = (left, right) if transposed else (right.mT, left.mT)
+            pair = (left.mT, right) if transposed else (right, left.mT)
             found[layer.parameter_name] = Factors(*pair, scale)
         return found
 
@@ -88,7 +88,9 @@ def _forward(
     if one_by_one:
         product = partial(_one_by_one, counts.int().tolist())
     else:
-        product = partial(_grouped, counts.cumsum(0, dtype=torch.int32), counts == 0)
+        product = partial(_grouped, counts.cumsum(0, dtype=torch.int32))
+        idle = (counts == 0)[:, None, None]
+        factors = {name: _for_kernels(one, idle) for name, one in factors.items()}
     x = hidden_states[order // taken]
     x = _linear(experts, "gate_up_proj" if experts.has_gate else "up_proj", factors, product, x, of)
     x = experts._apply_gate(x) if experts.has_gate else experts.act_fn(x)
@@ -119,25 +121,38 @@ def _linear(
     weight = getattr(experts, name)
     y = product(x, weight if experts.is_transposed else weight.mT)
     if name in factors:
-        first, second, scale = factors[name]
-        y = y + product(product(x, _aligned(first, 2)) * scale, _aligned(second, 1))
+        a, b, scale = factors[name]
+        y = y + product(product(x, a.mT) * scale, b)
     return y + getattr(experts, f"{name}_bias")[of] if experts.has_bias else y
 
 
-def _aligned(matrices: torch.Tensor, rank_dimension: int) -> torch.Tensor:
-    """Returns matrices whose rank and layout the kernels of the grouped product take."""
-    if missing := -matrices.shape[rank_dimension] % ALIGNED:
-        before = [0, 0] * (2 - rank_dimension)
-        matrices = functional.pad(matrices, [*before, 0, missing])
-    return matrices if 1 in matrices.stride()[1:] else matrices.contiguous()
+def _for_kernels(factors: Factors, idle: torch.Tensor) -> Factors:
+    """Returns factors whose rank and layout the grouped product takes.
+
+    `idle` [experts, 1, 1] are experts without tokens. On some GPUs these get a gradient (pytorch's
+    issue 172439), and here they get none.
+    """
+    a, b, scale = factors
+    if missing := -a.shape[1] % ALIGNED:
+        a, b = (functional.pad(one, [0, 0, 0, missing]) for one in (a, b))
+    return Factors(*(_dense(one.masked_fill(idle, 0)) for one in (a, b)), scale)
 
 
-def _grouped(
-    ends: torch.Tensor, idle: torch.Tensor, x: torch.Tensor, matrices: torch.Tensor
-) -> torch.Tensor:
-    if matrices.requires_grad:
-        # on some GPUs experts without tokens get a gradient (pytorch's issue 172439)
-        matrices = matrices.masked_fill(idle[:, None, None], 0)
+@torch.library.custom_op("sftlab::dense", mutates_args=())
+def _dense(matrices: torch.Tensor) -> torch.Tensor:
+    """Returns a contiguous copy. Compiled layers could choose a layout that no kernel takes."""
+    return matrices.clone(memory_format=torch.contiguous_format)
+
+
+@_dense.register_fake
+def _(matrices: torch.Tensor) -> torch.Tensor:
+    return torch.empty_like(matrices, memory_format=torch.contiguous_format)
+
+
+_dense.register_autograd(lambda ctx, gradient: gradient)
+
+
+def _grouped(ends: torch.Tensor, x: torch.Tensor, matrices: torch.Tensor) -> torch.Tensor:
     return functional.grouped_mm(x.to(matrices.dtype), matrices, offs=ends)
 
 
