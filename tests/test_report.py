@@ -91,7 +91,7 @@ def test_figures_of_the_csv_are_those_of_the_records(make, report, capsys, tmp_p
     assert (row["peak_memory_gb"], row["peak_memory_is"]) == ("2.25", "allocated")
     assert row["trainable_parameters"] == "16896"
     scores = json.loads((folder / "eval" / "quality.json").read_text())["scores"]
-    assert scores.keys() == NAMES.keys()
+    assert scores.keys() == NAMES.keys() - {"final_number"}  # no reference has a `#### n`
     for score, one in scores.items():
         for side in ("base", "tuned"):
             found = [float(row[f"{side} {score}{end}"]) for end in ("", " low", " high")]
