@@ -8,7 +8,7 @@ from sftlab.fastpath.experts_products import ParamWrapper, wrappers
 
 FACTORED, MERGED = "factored", "merged"
 # what transformers says of a class of experts whose product can be chosen
-_SAID = ("is_transposed", "has_gate", "has_bias", "has_post_expert_norm", "_apply_gate")
+_SAID = ("is_transposed", "has_gate", "has_bias", "_apply_gate")
 _WEIGHTS = ("gate_up_proj", "up_proj", "down_proj")
 # Largest difference of equal outputs, relative to their norm.
 SAME = {torch.float32: 1e-4, torch.bfloat16: 0.03, torch.float16: 0.01}
@@ -82,7 +82,7 @@ def why_not(layer: lora.ParamWrapper) -> str | None:
     name = type(experts).__name__
     if any(not hasattr(experts, one) for one in _SAID) or "forward" in vars(experts):
         return f"{name} has a product of its own"
-    if experts._is_expert_parallel:
+    if getattr(experts, "_is_expert_parallel", False):
         return "the experts are spread over processes"
     for one in wrappers(layer):
         weight = one.get_param()

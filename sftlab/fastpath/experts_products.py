@@ -95,7 +95,7 @@ def _forward(
     x = _linear(experts, "gate_up_proj" if experts.has_gate else "up_proj", factors, product, x, of)
     x = experts._apply_gate(x) if experts.has_gate else experts.act_fn(x)
     x = _linear(experts, "down_proj", factors, product, x, of)
-    if experts.has_post_expert_norm:
+    if getattr(experts, "has_post_expert_norm", False):  # older releases know none
         x = experts.post_expert_norm(x)
     x = x * top_k_weights.reshape(-1)[order, None]
     place = torch.empty_like(order)
