@@ -18,6 +18,7 @@ from sftlab.comparison.output_folder import check_output_folder, claim_output_fo
 from sftlab.comparison.plots import draw_comparison
 from sftlab.comparison.run_comparison import (
     COLUMNS,
+    IF_SCORED,
     SHOWN,
     Comparison,
     against_reference,
@@ -154,7 +155,7 @@ def pictures(plots: list[str], *names: str) -> list[str]:
 
 def scores(comparison: Comparison) -> list[str]:
     """Returns the score columns of the report: those of SHOWN, then harness and judges."""
-    shown = [f"{side} {score}" for score in SHOWN for side in SIDES]
+    shown = [f"{side} {score}" for score in (*SHOWN, IF_SCORED) for side in SIDES]
     known = {f"{side} {score}" for score in NAMES for side in SIDES}
     found = dict.fromkeys(
         key.removesuffix(" low").removesuffix(" high")

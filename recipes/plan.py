@@ -226,20 +226,28 @@ def described(request: Request, recipe: Recipe, plan: Plan) -> str:
         "speed",
         aligned(speed_rows(plan)),
         "",
-        *rate_lines(
-            recipe.training.learning_rate,
-            step.weights.trained + step.weights.frozen,
-            recipe.model.use_peft,
-            recipe.model.lora_alpha,
-            recipe.model.use_rslora,
-            recipe.training.loraplus_lr_ratio,
-        ),
-        *([rank_line(recipe.model.lora_r)] if recipe.model.use_peft else []),
-        *([targets_line(recipe.model.lora_target_modules)] if recipe.model.use_peft else []),
-        "",
+        *first_lines(recipe, plan),
         sure,
     ]
     return "\n".join(lines)
+
+
+def first_lines(recipe: Recipe, plan: Plan) -> list[str]:
+    """Returns what sweeps of fine-tuning say of the recipe's settings: nothing of pairs."""
+    if recipe.training.method == "dpo":
+        return []
+    weights, model = plan.step.weights, recipe.model
+    rate = rate_lines(
+        recipe.training.learning_rate,
+        weights.trained + weights.frozen,
+        model.use_peft,
+        model.lora_alpha,
+        model.use_rslora,
+        recipe.training.loraplus_lr_ratio,
+    )
+    if not model.use_peft:
+        return [*rate, ""]
+    return [*rate, rank_line(model.lora_r), targets_line(model.lora_target_modules), ""]
 
 
 def memory_rows(plan: Plan) -> list[tuple[str, str]]:

@@ -66,6 +66,27 @@ def test_the_variables_are_accelerates(config, flags, monkeypatch):
     assert found == exported(CONFIGS / f"{config}.yaml", flags)
 
 
+@pytest.mark.parametrize("kind", ["'NO'", "MULTI_GPU"])
+def test_an_unquoted_no_is_a_precision(kind, tmp_path):
+    path = tmp_path / "launch.yaml"
+    others = "num_machines: 1\nnum_processes: 1\nuse_cpu: true\nsame_network: true\n"
+    path.write_text(f"distributed_type: {kind}\nmixed_precision: no\n{others}")
+    assert exported(path)["ACCELERATE_MIXED_PRECISION"] == "no"
+
+
+@pytest.mark.parametrize(
+    ("flags", "why"),
+    [
+        ({"num_processes": "0"}, "--num_processes 0: expected a whole number"),
+        ({"num_processes": "two"}, "--num_processes two: expected a whole number"),
+        ({"num_machines": "2"}, "2 machines cannot share 1 process"),
+    ],
+)
+def test_counts_that_cannot_be_are_refused(flags, why):
+    with pytest.raises(ValueError, match=why):
+        exported(CONFIGS / "cpu.yaml", flags)
+
+
 def test_one_process_starts_without_accelerate(tmp_path):
     config = CONFIGS / "cpu.yaml"
     words = f"sys.argv = ['sft.py', '--config_file', {str(config)!r}, '--lora_r', '8']"

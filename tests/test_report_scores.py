@@ -186,5 +186,6 @@ def test_a_base_far_from_the_tuned_models_is_written_not_drawn(
         make(f"r{rank}", lora_r=rank, lora_alpha=2 * rank, wrong=wrong)
     run_report(report, capsys, "--runs", tmp_path / "runs", "--out", tmp_path / "out")
     svg = (tmp_path / "out" / "quality.svg").read_text()
+    assert "exact match" in svg and "final number" not in svg  # which no run has
     base = read_csv(tmp_path / "out")["r8"]["base bleu"]
     assert f"base {float(base):.4g}, not drawn" in svg

@@ -48,7 +48,12 @@ def test_the_final_number_of_a_text(text, number):
 def test_numbers_are_compared_by_value_and_references_need_the_mark():
     assert final_number("It costs 72.00 dollars") == final_number("#### 72")
     assert marked_number("the last is 5") is None
-    assert marked_number("#### 5") == 5
+    assert marked_number("#### 5") == marked_number("#### 5 apples") == 5
+    assert marked_number("#### \u22125") == -5
+    assert not any(
+        map(marked_number, ("#### 1/2", "#### 1e3", "#### 1 000", "#### ", "#### 3 or 4"))
+    )
+    assert final_number("It is 5.\n#### ") == 5
 
 
 def test_unfinished_and_repeated_solutions():

@@ -7,6 +7,7 @@ import pytest
 from conftest import SHARED, needs_shared
 from sacrebleu.metrics import BLEU
 
+from sftlab.evaluation.quality_warnings import short_row_warnings
 from sftlab.evaluation.significance import compare
 from sftlab.evaluation.text_metrics import (
     AnyScript,
@@ -142,6 +143,13 @@ def test_final_numbers_are_scored_where_every_reference_has_one():
     tuned = score_texts(["so\n#### 7", "It costs $1200.00"], references, Bleu())
     found = compare(paired_scores(base, tuned), 100)["final_number"]
     assert (found["base"]["value"], found["tuned"]["value"]) == (0.5, 1.0)
+    records = [
+        {"reference": text, "base": one} for text, one in zip(references * 2, base * 2, strict=True)
+    ]
+    assert not any("final number" in said for said in short_row_warnings(records))
+    records[0]["reference"] = "7"
+    (said,) = [said for said in short_row_warnings(records) if "final number" in said]
+    assert "1 of 4 references" in said
     unmarked = score_texts(["7", "8"], [references[0], "It is 8."], Bleu())
     assert all("final_number" not in record for record in unmarked)
     assert "final_number" not in paired_scores(unmarked, unmarked)

@@ -134,6 +134,10 @@ def _with_ends(
     return [row[score] for row in rows], ends("low"), ends("high")
 
 
+def _is_scored(rows: Mapping[str, Mapping[str, Any]], score: str) -> bool:
+    return any(row[f"{side} {score}"] is not None for row in rows.values() for side in SIDES)
+
+
 def _far_base(rows: Mapping[str, Mapping[str, Any]], score: str) -> str:
     """Returns what to write instead of bases so far away that tuned models would look alike."""
     sides = {}
@@ -153,12 +157,13 @@ def _far_base(rows: Mapping[str, Mapping[str, Any]], score: str) -> str:
 def _base_and_tuned(comparison: Comparison, canvas: "Figure") -> bool:
     """Draw a panel a score: base and tuned with their 95 % intervals."""
     rows = comparison.rows
-    lines = -(-len(NAMES) // 3)
+    known = {score: NAMES[score] for score in NAMES if _is_scored(rows, score)} or NAMES
+    lines = -(-len(known) // 3)
     canvas.set_figheight(1.2 + lines * canvas.get_figheight())
     panels = canvas.subplots(lines, 3, squeeze=False, sharey=True)
-    for axes in panels.flat[len(NAMES) :]:
+    for axes in panels.flat[len(known) :]:
         axes.axis("off")
-    for (score, title), axes in zip(NAMES.items(), panels.flat, strict=False):
+    for (score, title), axes in zip(known.items(), panels.flat, strict=False):
         far = _far_base(rows, score)
         for side, colour, shift in SIDE_STYLES[1 if far else 0 :]:
             # a run may have been scored before the score was added

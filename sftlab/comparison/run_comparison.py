@@ -31,6 +31,8 @@ COLUMNS = {
 }
 # Scores that tables show and tuned models are compared in.
 SHOWN = ("response_perplexity", "bleu", "rougeL")
+# A score of some data alone, shown where runs have it.
+IF_SCORED = "final_number"
 
 Rows = dict[str, dict[str, Any]]
 
@@ -202,8 +204,10 @@ def against_reference(comparison: Comparison, asked: Path | None) -> tuple[str, 
     if not scored:
         return "", []
     reference = (named or scored)[0]
-    compared, left_out = compare_tuned(runs, reference, SHOWN)
-    for score in SHOWN:
+    first = runs[reference].records[0]["tuned"]
+    shown = (*SHOWN, *([IF_SCORED] if IF_SCORED in first else []))
+    compared, left_out = compare_tuned(runs, reference, shown)
+    for score in shown:
         add_holm({name: scores[score] for name, scores in compared.items() if score in scores})
     said = (
         f"Tuned models against {reference}: tuned minus tuned on the same held-out rows, in "
@@ -211,18 +215,20 @@ def against_reference(comparison: Comparison, asked: Path | None) -> tuple[str, 
         "over the runs of a score"
     )
     said += f"; not compared: {', '.join(left_out)}" if left_out else ""
-    return said, _difference_table(compared) if compared else []
+    return said, _difference_table(compared, shown) if compared else []
 
 
 def _is_run(name: str, folder: Path, asked: Path) -> bool:
     return name == str(asked) or folder.resolve() == asked.resolve()
 
 
-def _difference_table(compared: Mapping[str, Mapping[str, Any]]) -> list[list[str]]:
-    lines = [["run", *(f"{NAMES[score]}{what}" for score in SHOWN for what in ("", ", p"))]]
+def _difference_table(
+    compared: Mapping[str, Mapping[str, Any]], shown: Sequence[str]
+) -> list[list[str]]:
+    lines = [["run", *(f"{NAMES[score]}{what}" for score in shown for what in ("", ", p"))]]
     for name, scores in compared.items():
         line = [name]
-        for one in (scores.get(score) for score in SHOWN):
+        for one in (scores.get(score) for score in shown):
             line += [interval(one["difference"]), p_value(one["p_holm"])] if one else ["", ""]
         lines.append(line)
     return lines

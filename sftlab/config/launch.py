@@ -81,13 +81,19 @@ def exported(
     accelerate itself reads `config_file` and `flags`, but for one plain process, whose variables
     are known: accelerate imports torch. Raises ValueError for a file that is missing or malformed.
     """
-    config = read_launch_config(config_file)
-    if (known := _of_one_process(config, flags or {})) is not None:
+    config, flags = read_launch_config(config_file), dict(flags or {})
+    for name in ("num_processes", "num_machines"):
+        value = str(flags.get(name, config.get(name) or 1))
+        if not value.isdecimal() or int(value) < 1:
+            raise ValueError(f"--{name} {value}: expected a whole number of at least 1")
+    if config.get("mixed_precision") is False:  # YAML reads an unquoted no so
+        flags.setdefault("mixed_precision", "no")
+    if (known := _of_one_process(config, flags)) is not None:
         return known
     from accelerate.commands.launch import _validate_launch_command, launch_command_parser
     from accelerate.utils.launch import prepare_multi_gpu_env
 
-    words = [word for name, value in (flags or {}).items() for word in (f"--{name}", str(value))]
+    words = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
     arguments = launch_command_parser().parse_args(
         ["--config_file", str(config_file), *words, "sft.py"]
     )
@@ -95,10 +101,15 @@ def exported(
     with _environment({}):
         env = prepare_multi_gpu_env(arguments)
     kept = {k: v for k, v in env.items() if k.startswith(_EXPORTED)}
-    processes = arguments.num_processes
+    processes, machines = arguments.num_processes, arguments.num_machines or 1
+    if machines > processes:
+        raise ValueError(
+            f"{machines} machines cannot share {processes} process{'es' * (processes > 1)}: "
+            "--num_processes counts those of all machines"
+        )
     return kept | {
         "WORLD_SIZE": str(processes),
-        "LOCAL_WORLD_SIZE": str(processes // (arguments.num_machines or 1)),
+        "LOCAL_WORLD_SIZE": str(processes // machines),
     }
 
 

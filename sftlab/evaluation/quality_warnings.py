@@ -3,6 +3,7 @@
 import math
 from typing import Any
 
+from sftlab.evaluation.final_number import marked_number
 from sftlab.evaluation.intervals import FEW_EFFECTIVE
 from sftlab.evaluation.significance import FEW_ROWS
 from sftlab.evaluation.text_metrics import LEAST_TOKENS, NAMES, short_references
@@ -46,8 +47,14 @@ def few_row_warnings(scores: dict[str, dict[str, Any]], number: int, what: str) 
 
 
 def short_row_warnings(records: list[dict[str, Any]]) -> list[str]:
-    """Returns which scores were left out, or say little, because references are short."""
+    """Returns which scores were left out, or say little, because of the references."""
     found, base = [], [record["base"] for record in records]
+    without = sum(marked_number(record["reference"]) is None for record in records)
+    if without < len(records) / 2 and without:
+        found.append(
+            f"{NAMES['final_number']} is left out: {without} of {len(records)} references end in "
+            "no `#### n` with one number"
+        )
     for name, least in LEAST_TOKENS.items():
         short = short_references(base, name)
         said = f"{NAMES[name]} needs references of {least} tokens, and"

@@ -61,6 +61,7 @@ def launch_as_asked(script: str, arguments: list[str]) -> None:
             os.execv(sys.executable, [sys.executable, script, *rest])
         sys.argv[1:] = rest
         return
+    flags.setdefault("mixed_precision", variables["ACCELERATE_MIXED_PRECISION"])
     words = [word for name, value in flags.items() for word in (f"--{name}", value)]
     sys.exit(_run(["--config_file", config, *words, script, *rest]))
 
