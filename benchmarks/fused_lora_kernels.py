@@ -19,7 +19,6 @@ there is. The table is kernels.csv, or sweep.csv, and is written after every lin
 import argparse
 import itertools
 import os
-import shlex
 import statistics
 import sys
 import time
@@ -34,8 +33,9 @@ import torch
 
 from sftlab.exit_messages import mistakes_in_one_line
 from sftlab.fastpath import mlp_ops
+from sftlab.measurement.layer_shape import LayerShape as Shape
 from sftlab.paths import ROOT
-from sftlab.runs.environment import provenance
+from sftlab.runs.environment import provenance, typed_command
 from sftlab.script_options import Options
 from sftlab.tables import preview, write_csv
 
@@ -50,18 +50,6 @@ SUMS = (
     "64,64,1024,8,2 32,64,1024,4,3 32,64,512,4,2 32,64,2048,4,3 32,128,1024,8,2 32,128,1024,4,2 "
     "64,128,1024,8,2 128,64,1024,8,2 16,128,1024,4,3 16,256,1024,8,3"
 )
-
-
-class Shape(NamedTuple):
-    """Sizes of a decoder layer, and where it computes."""
-
-    hidden: int = 2048
-    mlp: int = 8192
-    heads: int = 32
-    key_heads: int = 8
-    rank: int = 16
-    device: str = "cuda"
-    dtype: torch.dtype = torch.bfloat16
 
 
 class Case(NamedTuple):
@@ -100,8 +88,8 @@ def parse_options(argv: list[str] | None) -> argparse.Namespace:
     options = parser.parse_args(argv)
     if min(options.tokens) < 1:
         parser.error(f"--tokens {min(options.tokens)}: expected a number of at least 1")
-    words = ["python", "benchmarks/fused_lora_kernels.py", *(argv or sys.argv[1:])]
-    options.command = options.command or shlex.join(words).partition(" --out")[0]
+    typed = typed_command("benchmarks/fused_lora_kernels.py", argv or sys.argv[1:])
+    options.command = options.command or typed
     options.end = began + options.seconds
     return options
 

@@ -18,7 +18,6 @@ there is. Tables are layers.csv, kernels.csv and sweep.csv, each written after e
 import argparse
 import itertools
 import os
-import shlex
 import statistics
 import subprocess
 import sys
@@ -40,8 +39,9 @@ from sftlab.fastpath import compile_layers, mlp_ops, varlen_attention
 from sftlab.fastpath.fused_lora import fuse_lora
 from sftlab.fastpath.lora_mlp import LoraMlp
 from sftlab.fastpath.lora_products import LoraProduct, copy_matrices
+from sftlab.measurement.layer_shape import LayerShape as Shape
 from sftlab.paths import ROOT
-from sftlab.runs.environment import provenance
+from sftlab.runs.environment import provenance, typed_command
 from sftlab.script_options import Options
 from sftlab.tables import preview, write_csv
 
@@ -49,18 +49,6 @@ from sftlab.tables import preview, write_csv
 START, STEPS = 0.8, 5
 ROW = 315
 SHOWN = ("variant", "tokens", "note", "first_s", "layer_us", "times_peft", "times_before")
-
-
-class Shape(NamedTuple):
-    """A decoder layer's sizes, and where it computes."""
-
-    hidden: int = 2048
-    mlp: int = 8192
-    heads: int = 32
-    key_heads: int = 8
-    rank: int = 16
-    device: str = "cuda"
-    dtype: torch.dtype = torch.bfloat16
 
 
 class Variant(NamedTuple):
@@ -92,8 +80,8 @@ def main(argv: list[str] | None = None, shape: Shape | None = None) -> None:
     if shape is None and (why := varlen_attention.no_triton()):
         raise ValueError(f"this needs a GPU that runs the kernels of fused LoRA: {why}")
     options.out.mkdir(parents=True, exist_ok=True)
-    typed = shlex.join(["python", "benchmarks/fused_lora_layers.py", *(argv or sys.argv[1:])])
-    about = provenance() | {"command": typed.partition(" --out")[0]}
+    typed = typed_command("benchmarks/fused_lora_layers.py", argv or sys.argv[1:])
+    about = provenance() | {"command": typed}
     for part in options.parts:
         if part == "layers":
             table = {}

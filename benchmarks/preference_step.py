@@ -26,7 +26,6 @@ import argparse
 import contextlib
 import json
 import os
-import shlex
 import signal
 import statistics
 import subprocess
@@ -45,7 +44,7 @@ from sftlab.exit_messages import mistakes_in_one_line
 from sftlab.measurement.turn_workers import told_its_command
 from sftlab.models.random_models import random_files, random_lengths, save_random_model
 from sftlab.paths import ROOT
-from sftlab.runs.environment import machine_name, provenance
+from sftlab.runs.environment import machine_name, provenance, typed_command
 from sftlab.script_options import Options
 from sftlab.tables import write_csv
 
@@ -167,8 +166,8 @@ def main(argv: list[str] | None = None) -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     base, pairs, work = inputs(options)
     words = as_arguments({"base": base, "pairs": pairs, **work})
-    typed = shlex.join(["python", "benchmarks/preference_step.py", *(argv or sys.argv[1:])])
-    about = provenance() | {"command": typed.partition(" --out")[0]}
+    typed = typed_command("benchmarks/preference_step.py", argv or sys.argv[1:])
+    about = provenance() | {"command": typed}
     table = options.out / f"{machine_name()}.csv"
     missing = {name: why for name in options.variants if (why := not_installed(name))}
     rounds = rounds_of([name for name in options.variants if name not in missing], options.turns)

@@ -82,10 +82,9 @@ def exported(
     are known: accelerate imports torch. Raises ValueError for a file that is missing or malformed.
     """
     config, flags = read_launch_config(config_file), dict(flags or {})
-    for name in ("num_processes", "num_machines"):
-        value = str(flags.get(name, config.get(name) or 1))
-        if not value.isdecimal() or int(value) < 1:
-            raise ValueError(f"--{name} {value}: expected a whole number of at least 1")
+    for name in {"num_processes", "num_machines"} & flags.keys():
+        if not str(flags[name]).isdecimal() or int(flags[name]) < 1:
+            raise ValueError(f"--{name} {flags[name]}: expected a whole number of at least 1")
     if config.get("mixed_precision") is False:  # YAML reads an unquoted no so
         flags.setdefault("mixed_precision", "no")
     if (known := _of_one_process(config, flags)) is not None:
@@ -118,7 +117,7 @@ def _of_one_process(
 ) -> dict[str, str] | None:
     """Returns the variables of one process in fp32, fp16 or bf16; None for any other launch."""
     asked = {name: value for name, value in config.items() if value is not None} | dict(flags)
-    precision = asked.pop("mixed_precision", "no") or "no"
+    precision = asked.pop("mixed_precision", "no")
     counts = {str(asked.pop(name, None)) for name in ("num_processes", "num_machines")}
     gpus = asked.pop("gpu_ids", "all")
     plain = {*asked} <= {"compute_environment", "distributed_type", "main_process_port"}

@@ -69,12 +69,6 @@ class PreferenceArguments(OwnFields, DPOConfig):
             "instead of in every step. Unset: where pairs are trained on more than once."
         },
     )
-    compile_layers: bool | None = field(
-        default=None,
-        metadata={
-            "help": "Compile each decoder layer. Unset: on a GPU, unless torch_compile is set."
-        },
-    )
     chat_template_path: str | None = field(
         default=None, metadata={"help": "A .jinja file with the chat template."}
     )

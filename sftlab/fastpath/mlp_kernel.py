@@ -70,7 +70,14 @@ def _place(columns, HEIGHT: tl.constexpr, WIDTH: tl.constexpr):
 
 
 @triton.jit
-def _share(x, GELU: tl.constexpr):
+def gate_and_up(y, row, at, size, inside) -> tuple[tl.tensor, tl.tensor]:
+    """What `inside` holds of gate and up in float32; `row` is where rows of y begin."""
+    gate = tl.load(y + row + at, mask=inside, other=0.0).to(tl.float32)
+    return gate, tl.load(y + row + at + size, mask=inside, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def share(x, GELU: tl.constexpr) -> tl.tensor:
     """The share of x that the activation lets through.
 
     The tanh form of GELU is x sigmoid(2 c (x + d x^3)): c is sqrt(2 / pi), d 0.044715.
@@ -81,6 +88,17 @@ def _share(x, GELU: tl.constexpr):
         return tl.sigmoid(x)
 
 
+@triton.jit
+def gradients(into, gate, up, GELU: tl.constexpr) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
+    """The gradients of gate and up from that of f(gate) up, and f(gate) up itself."""
+    part = share(gate, GELU)
+    passed = gate * part
+    slope = passed * (1.0 - part)
+    if GELU:
+        slope *= 1.5957691216057308 + 0.21406444881780074 * gate * gate
+    return into * up * (part + slope), into * passed, passed * up
+
+
 @triton.jit(do_not_specialize=["rows"])
 def _gated(
     y, y_stride, out, out_stride, rows, size,
@@ -88,10 +106,8 @@ def _gated(
 ):  # fmt: skip
     row, at = _place(size, HEIGHT, WIDTH)
     inside = (row < rows) & (at < size)
-    places = y + row * y_stride + at
-    gate = tl.load(places, mask=inside, other=0.0).to(tl.float32)
-    up = tl.load(places + size, mask=inside, other=0.0).to(tl.float32)
-    found = gate * _share(gate, GELU) * up
+    gate, up = gate_and_up(y, row * y_stride, at, size, inside)
+    found = gate * share(gate, GELU) * up
     tl.store(out + row * out_stride + at, found.to(out.dtype.element_ty), mask=inside)
 
 
@@ -102,21 +118,14 @@ def _gated_backward(
 ):  # fmt: skip
     row, at = _place(size, HEIGHT, WIDTH)
     inside = (row < rows) & (at < size)
-    places = y + row * y_stride + at
-    gate = tl.load(places, mask=inside, other=0.0).to(tl.float32)
-    up = tl.load(places + size, mask=inside, other=0.0).to(tl.float32)
+    gate, up = gate_and_up(y, row * y_stride, at, size, inside)
     act_place = gradient + row * gradient_stride + at
     into = tl.load(act_place, mask=inside, other=0.0).to(tl.float32)
-    share = _share(gate, GELU)
-    passed = gate * share
-    slope = passed * (1.0 - share)
-    if GELU:
-        slope *= 1.5957691216057308 + 0.21406444881780074 * gate * gate
-    into_gate, into_up = into * up * (share + slope), into * passed
+    into_gate, into_up, act = gradients(into, gate, up, GELU)
     places = out + row * out_stride + at
     tl.store(places, into_gate.to(out.dtype.element_ty), mask=inside)
     tl.store(places + size, into_up.to(out.dtype.element_ty), mask=inside)
-    tl.store(act_place, (passed * up).to(gradient.dtype.element_ty), mask=inside)
+    tl.store(act_place, act.to(gradient.dtype.element_ty), mask=inside)
 
 
 @triton.jit(do_not_specialize=["rows"])

@@ -114,9 +114,7 @@ def _(
     both: torch.Tensor,
     joined: torch.Tensor,
     down: torch.Tensor,
-    tanh_gelu: bool,
-    rank: int,
-    rank_down: int,
+    *rest: object,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     wide = y.shape[1]
     ranks, ranks_down = joined.shape[0] - wide, down.shape[1] - wide // 2

@@ -9,6 +9,8 @@ import torch
 import triton
 import triton.language as tl
 
+from sftlab.fastpath.mlp_kernel import gate_and_up, gradients, share
+
 # rows and columns of a tile, rows of a part, warps and stages
 FORM = (32, 64, 1024, 4, 2)
 # rows and columns of a tile, warps and stages
@@ -35,15 +37,6 @@ def _ranks(rank: int) -> int:
     return max(16, triton.next_power_of_2(rank))
 
 
-@triton.jit
-def _share(x, GELU: tl.constexpr):
-    """As in mlp_kernel.py."""
-    if GELU:
-        return tl.sigmoid(x * (1.5957691216057308 + 0.07135481627260025 * x * x))
-    else:
-        return tl.sigmoid(x)
-
-
 @triton.jit(do_not_specialize=["rows"])
 def _gated_with_h(
     y, y_stride, out, out_stride, a, a_stride, rows, size, beside,
@@ -56,12 +49,10 @@ def _gated_with_h(
     for start in range(0, size, WIDTH):
         at = start + tl.arange(0, WIDTH)[None, :]
         inside = (row < rows) & (at < size)
-        places = y + row * y_stride + at
-        gate = tl.load(places, mask=inside, other=0.0).to(tl.float32)
-        up = tl.load(places + size, mask=inside, other=0.0).to(tl.float32)
+        gate, up = gate_and_up(y, row * y_stride, at, size, inside)
         known = (of_rank[:, None] < RANK) & (at < size)
         part = tl.load(a + of_rank[:, None] * a_stride + at, mask=known, other=0.0)
-        act = (gate * _share(gate, GELU) * up).to(out.dtype.element_ty)
+        act = (gate * share(gate, GELU) * up).to(out.dtype.element_ty)
         tl.store(out + row * out_stride + at, act, mask=inside)
         h = tl.dot(act, tl.trans(part), h, input_precision="ieee")
     at = tl.arange(0, BESIDE)[None, :]
@@ -117,9 +108,7 @@ def _gated_sums(
     for start in range(first, tl.minimum(first + part_rows, rows), HEIGHT):
         row = (start + tl.arange(0, HEIGHT)).to(tl.int64)[:, None]
         inside = (row < rows) & (at < size)
-        places = y + row * y_stride + at
-        gate = tl.load(places, mask=inside, other=0.0).to(tl.float32)
-        up = tl.load(places + size, mask=inside, other=0.0).to(tl.float32)
+        gate, up = gate_and_up(y, row * y_stride, at, size, inside)
         into = tl.load(gradient + row * gradient_stride + at, mask=inside, other=0.0)
         into = into.to(tl.float32)
         known = (row < rows) & (of_rank < RANK)
@@ -127,17 +116,12 @@ def _gated_sums(
         h_up = tl.load(h + row * h_stride + RANK + of_rank, mask=known, other=0.0)
         known = (row < rows) & (of_rank < RANK_DOWN)
         h_down = tl.load(into_h + row * into_h_stride + of_rank, mask=known, other=0.0)
-        share = _share(gate, GELU)
-        passed = gate * share
-        slope = passed * (1.0 - share)
-        if GELU:
-            slope *= 1.5957691216057308 + 0.21406444881780074 * gate * gate
-        into_gate = (into * up * (share + slope)).to(out.dtype.element_ty)
-        into_up = (into * passed).to(out.dtype.element_ty)
+        into_gate, into_up, act = gradients(into, gate, up, GELU)
+        into_gate, into_up = into_gate.to(out.dtype.element_ty), into_up.to(out.dtype.element_ty)
         places = out + row * out_stride + at
         tl.store(places, into_gate, mask=inside)
         tl.store(places + size, into_up, mask=inside)
-        act = (passed * up).to(out.dtype.element_ty)
+        act = act.to(out.dtype.element_ty)
         b_gate = tl.dot(tl.trans(h_gate), into_gate, b_gate, input_precision="ieee")
         b_up = tl.dot(tl.trans(h_up), into_up, b_up, input_precision="ieee")
         a_down = tl.dot(tl.trans(h_down), act, a_down, input_precision="ieee")

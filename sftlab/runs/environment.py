@@ -2,7 +2,9 @@
 
 import os
 import platform
+import shlex
 import subprocess
+from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -54,6 +56,11 @@ def provenance() -> dict[str, str]:
         "hardware": hardware,
         "versions": " ".join(f"{k} {v}" for k, v in facts["versions"].items()),
     }
+
+
+def typed_command(script: str, words: Sequence[str]) -> str:
+    """Returns the command as a table quotes it: without --out, which comes last."""
+    return shlex.join(["python", script, *words]).partition(" --out")[0]
 
 
 def machine_name() -> str:
