@@ -114,9 +114,10 @@ VARIANTS = {
     "sft.py fp8, all linears": sft("fp8", lora_target_modules=ALL),
     "published loop, fp16": Variant("loop", "single", {"autocast": "float16"}, gb=42),
     "trl bf16": Variant("trl", "single", {}),
-    "sft.py bf16, 64 rows": sft("single", rows=64, gb=46),
-    "sft.py fp8, 64 rows": sft("fp8", rows=64, gb=46),
-    "sft.py bf16, all linears, 64 rows": sft("single", rows=64, gb=66, lora_target_modules=ALL),
+    "sft.py bf16, 64 rows": sft("single", rows=64, gb=30),
+    "sft.py fp8, 64 rows": sft("fp8", rows=64, gb=30),
+    "sft.py bf16, all linears, 64 rows": sft("single", rows=64, gb=36, lora_target_modules=ALL),
+    "sft.py fp8, all linears, 64 rows": sft("fp8", rows=64, gb=36, lora_target_modules=ALL),
     "sft.py bf16, 20 rows": sft("single", rows=20, gb=16),
     "sft.py fp32, 20 rows": sft("fp32", rows=20, gb=30),
     "sft.py bf16, dropout 0.05": sft("single", lora_dropout=0.05),
@@ -171,6 +172,11 @@ def qlora(rows: int, gb: int) -> Variant:
     return paced(one, shape=LLAMA_7B, needs=("bitsandbytes",))
 
 
+def fused(rows: int, gb: int) -> Variant:
+    """Returns recipes/sft.py with LoRA on all linears of the 1B shape, fused with them."""
+    return paced(sft("single", rows, gb=gb, lora_target_modules=ALL, fused_lora="true"))
+
+
 _QLORA = {"longest": 1024, "shape": LLAMA_7B, "load_in_4bit": True}
 _R32 = {"r": 32, "lora_alpha": 64}
 _FULL = {"longest": 4096, "shortest": 4096, "shape": "llama3-8b"}
@@ -180,10 +186,12 @@ PEERS = {
     "Unsloth bf16, packed, 20 rows": unsloth(QVO, 20, 24),
     "trl bf16, packed, FA2, Liger, 20 rows": trl(QVO, 20, 22),
     "sft.py bf16, all linears, 20 rows": paced(sft("single", 20, gb=24, lora_target_modules=ALL)),
+    "sft.py bf16, all linears, 20 rows, LoRA fused": fused(20, 24),
     "Unsloth bf16, packed, all linears, 20 rows": unsloth(ALL, 20, 24),
     "sft.py bf16, all linears, 64 rows": paced(VARIANTS["sft.py bf16, all linears, 64 rows"]),
-    "Unsloth bf16, packed, all linears, 64 rows": unsloth(ALL, 64, 52),
-    "sft.py bf16, 64 rows": paced(VARIANTS["sft.py bf16, 64 rows"], gb=40),
+    "sft.py bf16, all linears, 64 rows, LoRA fused": fused(64, 36),
+    "Unsloth bf16, packed, all linears, 64 rows": unsloth(ALL, 64, 50),
+    "sft.py bf16, 64 rows": paced(VARIANTS["sft.py bf16, 64 rows"]),
     "Unsloth bf16, packed, 64 rows": unsloth(QVO, 64, 50),
     "trl bf16, packed, FA2, Liger, 64 rows": trl(QVO, 64, 44),
     "sft.py QLoRA, 7B, kept activations, 4 rows": qlora(4, 22),
