@@ -9,7 +9,7 @@ from conftest import ROOT, arguments, launch
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
 from sftlab.config import launch as launch_module
-from sftlab.config.launch import exported
+from sftlab.config.launch import Launch, exported
 from sftlab.startup.launcher import (
     LAUNCHED,
     launch_as_asked,
@@ -47,6 +47,8 @@ def test_the_launchers_flags_are_taken_out_of_the_scripts_arguments():
     assert flags == {"num_processes": "4", "config_file": "b.yaml"}
     with pytest.raises(SystemExit, match="--config_file needs a value"):
         take_flags(["--config_file"])
+    with pytest.raises(SystemExit, match="--config_file is given twice"):
+        take_flags(["--config_file", "a.yaml", "--config_file=b.yaml"])
 
 
 def test_without_a_launch_config_or_under_a_launcher_nothing_is_launched(monkeypatch):
@@ -85,6 +87,24 @@ def test_an_unquoted_no_is_a_precision(kind, tmp_path):
 def test_counts_that_cannot_be_are_refused(flags, why):
     with pytest.raises(ValueError, match=why):
         exported(CONFIGS / "cpu.yaml", flags)
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("switch", ["true", "'yes'"])
+def test_use_cpu_hides_the_gpus(switch, processes, tmp_path):
+    path = tmp_path / "launch.yaml"
+    counts = f"num_machines: 1\nnum_processes: {processes}\n"
+    path.write_text(f"distributed_type: MULTI_GPU\n{counts}use_cpu: {switch}\n")
+    assert Launch.from_environment(exported(path)).hides_gpus
+    assert not Launch.from_environment(exported(path, {"gpu_ids": "0,1"})).hides_gpus
+
+
+def test_several_processes_of_multi_cpu_are_refused(tmp_path):
+    path = tmp_path / "launch.yaml"
+    path.write_text("distributed_type: MULTI_CPU\nnum_machines: 1\nnum_processes: 2\n")
+    with pytest.raises(ValueError, match="under MPI alone: use accelerate_configs/cpu_ddp"):
+        exported(path)
+    assert exported(path, {"num_processes": 1})["WORLD_SIZE"] == "1"
 
 
 def test_one_process_starts_without_accelerate(tmp_path):

@@ -62,7 +62,8 @@ class Launch:
             strategy="fsdp" if fsdp else "ddp" if world_size > 1 else "single",
             world_size=world_size,
             local_world_size=int(env.get("LOCAL_WORLD_SIZE", 1)),
-            hides_gpus=env.get("CUDA_VISIBLE_DEVICES", "").startswith("-1"),
+            hides_gpus=env.get("CUDA_VISIBLE_DEVICES", "").startswith("-1")
+            or env.get("ACCELERATE_USE_CPU", "").lower() == "true",
             settings={
                 k: v for k, v in sorted(env.items()) if k.startswith(("ACCELERATE_", "FSDP_"))
             },
@@ -87,12 +88,20 @@ def exported(
             raise ValueError(f"--{name} {flags[name]}: expected a whole number of at least 1")
     if config.get("mixed_precision") is False:  # YAML reads an unquoted no so
         flags.setdefault("mixed_precision", "no")
+    processes = int(flags.get("num_processes") or config.get("num_processes") or 1)
+    if config["distributed_type"] == "MULTI_CPU" and processes > 1:
+        raise ValueError(
+            f"{config_file}: distributed_type MULTI_CPU starts its {processes} processes under MPI "
+            "alone: use accelerate_configs/cpu_ddp.yaml, which hides the GPUs from MULTI_GPU"
+        )
+    if config.get("use_cpu") in (True, "yes", "true"):
+        flags.setdefault("gpu_ids", ",".join(["-1"] * max(2, processes)))
     if (known := _of_one_process(config, flags)) is not None:
         return known
     from accelerate.commands.launch import _validate_launch_command, launch_command_parser
     from accelerate.utils.launch import prepare_multi_gpu_env
 
-    words = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
+    words = [f"--{name}={value}" for name, value in flags.items()]
     arguments = launch_command_parser().parse_args(
         ["--config_file", str(config_file), *words, "sft.py"]
     )
@@ -169,7 +178,7 @@ def force_single_process(launch: Launch) -> None:
         return
     for name in _RANK_VARIABLES:
         os.environ.pop(name, None)
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0")
+    visible = "-1" if launch.hides_gpus else os.environ.get("CUDA_VISIBLE_DEVICES", "0")
     os.environ["CUDA_VISIBLE_DEVICES"] = visible.split(",")[0]
 
 

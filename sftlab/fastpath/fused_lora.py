@@ -76,8 +76,10 @@ def why_not(layer: lora.LoraLayer, dtype: torch.dtype) -> str | None:
     base = layer.get_base_layer()
     if type(layer) is not lora.Linear or type(base) is not nn.Linear or layer.fan_in_fan_out:
         return f"{type(base).__name__} under peft's {type(layer).__name__} has a product of its own"
-    if len(layer.lora_A) != 1 or any(layer.lora_bias.values()):
-        return "LoRA has a bias, or several adapters"
+    if len(layer.lora_A) != 1:
+        return "there are several adapters, as in preference tuning from an adapter"
+    if any(layer.lora_bias.values()):
+        return "LoRA has a bias"
     if layer.lora_variant:
         variant = next(iter(layer.lora_variant.values()))
         return f"{type(variant).__name__} changes the LoRA update"

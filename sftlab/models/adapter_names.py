@@ -44,8 +44,7 @@ def check_adapter_names(
     _refuse_routers(model, adapted, built)
     every = [name for name, _ in built.named_modules() if name]
     _check_each("lora_modules_to_save", model.lora_modules_to_save, every, built)
-    parameters = [name for name, _ in built.named_parameters()]
-    _check_each("lora_target_parameters", model.lora_target_parameters, parameters, built)
+    _check_parameters(model.lora_target_parameters, built)
     if model.lora_modules_to_save:
         _check_saved(model, model.lora_modules_to_save, config, launch)
     _refuse_dropout(model, built)
@@ -191,6 +190,23 @@ def _check_each(
         raise ValueError(
             f"{field} {', '.join(missing)}: {type(built).__name__} has no such name; it has "
             f"{', '.join(_ends(names))}"
+        )
+
+
+def _check_parameters(asked: Collection[str] | None, built: nn.Module) -> None:
+    """Raise ValueError for a name that is no parameter, or one without two or three dimensions."""
+    axes = {name: parameter.ndim for name, parameter in built.named_parameters()}
+    fit = [name for name, count in axes.items() if count in (2, 3)]
+    for one in asked or []:
+        named = [name for name in axes if _found(one, [name])]
+        if named and {*named} <= {*fit}:
+            continue
+        other = next((name for name in named if name not in fit), None)
+        why = f"names {other} too, which is no matrix" if other else "is no parameter"
+        ends = dict.fromkeys(".".join(name.split(".")[-2:]) for name in fit)
+        raise ValueError(
+            f"lora_target_parameters {one} {why} of {type(built).__name__}; give one of "
+            f"{', '.join(ends)}"
         )
 
 

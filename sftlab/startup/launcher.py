@@ -62,14 +62,16 @@ def launch_as_asked(script: str, arguments: list[str]) -> None:
         sys.argv[1:] = rest
         return
     flags.setdefault("mixed_precision", variables["ACCELERATE_MIXED_PRECISION"])
-    words = [word for name, value in flags.items() for word in (f"--{name}", value)]
+    if "CUDA_VISIBLE_DEVICES" in variables:
+        flags.setdefault("gpu_ids", variables["CUDA_VISIBLE_DEVICES"])
+    words = [f"--{name}={value}" for name, value in flags.items()]
     sys.exit(_run(["--config_file", config, *words, script, *rest]))
 
 
 def take_flags(arguments: list[str]) -> tuple[list[str], dict[str, str]]:
     """Returns the script's own arguments, and the launcher's flags by name.
 
-    Raises SystemExit for a flag without a value.
+    Raises SystemExit for a flag without a value, or one that is given twice.
     """
     rest, flags, words = [], {}, iter(arguments)
     for word in words:
@@ -77,6 +79,8 @@ def take_flags(arguments: list[str]) -> tuple[list[str], dict[str, str]]:
         if not word.startswith("--") or name not in (CONFIG, *FLAGS):
             rest.append(word)
             continue
+        if name in flags:
+            sys.exit(f"error: --{name} is given twice: which of the two is meant?")
         flags[name] = value if equals else next(words, "")
         if not flags[name]:
             sys.exit(f"error: --{name} needs a value")
