@@ -3,6 +3,7 @@
 from functools import partial
 
 import pytest
+import torch
 from packed_training import build, leaking_attention, pack_on_a_cpu, reference_attention, train
 from tiny_base import write_base_of
 
@@ -32,6 +33,33 @@ def test_rows_that_are_apart_pass_and_nothing_else_changes(fields, packed_with):
         losses.append([entry["loss"] for entry in train(trainer)])
         assert trainer.model.config._attn_implementation == varlen_attention.NAME
     assert losses[0] == losses[1], "the check takes nothing of the random state"
+
+
+@pytest.mark.parametrize("attention", [reference_attention, leaking_attention])
+def test_other_experts_of_a_token_do_not_stop_the_run_and_other_rows_do(
+    fields, packed_with, tmp_path, attention
+):
+    packed_with(attention)
+    base = write_base_of("gpt_oss", tmp_path, head_dim=16, num_local_experts=4)
+    trainer = build(fields | {"model_name_or_path": str(base)}, packing="true", max_steps=1)
+    config = trainer.model.config
+
+    def sent_elsewhere(router, _, output):  # every third token, where rows are packed
+        logits, scores, indices = output
+        packed = config._attn_implementation == varlen_attention.NAME
+        return logits, scores, torch.where(elsewhere(indices) & packed, 3 - indices, indices)
+
+    def elsewhere(indices):
+        return torch.arange(len(indices))[:, None] % 3 == 0
+
+    for router in trainer.model.modules():
+        if type(router).__name__ == "GptOssTopKRouter":
+            router.register_forward_hook(sent_elsewhere)
+    if attention is reference_attention:
+        assert len(train(trainer)) == 1
+    else:
+        with pytest.raises(RuntimeError, match=r"row \d's hidden states differ by"):
+            train(trainer)
 
 
 @pytest.mark.parametrize(

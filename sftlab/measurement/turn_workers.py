@@ -102,7 +102,7 @@ def log_of(worker: Worker) -> str:
 
 def reason(log: str) -> str:
     """Returns the line of a log that says why its process failed."""
-    lines = [line.strip() for line in log.splitlines() if line.strip()]
+    lines = [line.strip() for line in log.splitlines() if line.strip("=- \t")]
     errors = [
         line
         for line in lines

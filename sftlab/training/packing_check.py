@@ -2,10 +2,16 @@
 
 Attention, short convolutions or recurrent layers that ignore where a row begins let one row see
 another. The loss stays plausible. Before the first step, two rows of the first micro-batch go
-through the model packed, and then each alone, padded, under transformers' own attention.
+through the model each alone, padded, under transformers' own attention, and then packed.
+
+A mixture's routers then choose as they did for the row alone: a rounding may send a token to other
+experts, and such a token is another from there on.
 """
 
-from collections.abc import Callable, Mapping
+import re
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -20,6 +26,9 @@ from sftlab.models.plain_attention import plain_attention
 TOLERANCE = {"fp32": 0.01, "fp16": 0.1, "bf16": 0.15, "fp8": 0.3}
 # A row's first tokens show whether it sees the row before it.
 TOKENS = 512
+# classes of modules that choose a token's experts
+_ROUTERS = re.compile("Router|Gating")
+Choices = dict[nn.Module, list[Any]]
 
 
 def verify_packing(
@@ -35,12 +44,13 @@ def verify_packing(
     """
     rows = _first_rows(inputs)
     collate = Collator(pad_token_id, packed=True, mixers="seq_idx" in inputs)
-    packed = _hidden_states(base, forward, collate(rows))[0]
-    alone = []
-    with plain_attention(base):
+    alone, choices = [], defaultdict(list)
+    with plain_attention(base), _noted(base, choices):
         for row in rows:
             batch = Collator(pad_token_id, packed=False)([row])
             alone.append(_hidden_states(base, forward, batch)[0])
+    with _repeated(base, choices):
+        packed = _hidden_states(base, forward, collate(rows))[0]
     start = 0
     for number, (row, expected) in enumerate(zip(rows, alone, strict=True)):
         found, start = packed[start : start + len(row["input_ids"])], start + len(row["input_ids"])
@@ -65,6 +75,50 @@ def _first_rows(inputs: Mapping[str, Any]) -> list[dict[str, list[int]]]:
         }
         for start, end in spans
     ]
+
+
+@contextmanager
+def _noted(base: PreTrainedModel, choices: Choices) -> Iterator[None]:
+    """Note what every router returns, a forward after another."""
+    hooks = [
+        router.register_forward_hook(lambda one, _, output: choices[one].append(output))
+        for router in base.modules()
+        if _ROUTERS.search(type(router).__name__)
+    ]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+@contextmanager
+def _repeated(base: PreTrainedModel, choices: Choices) -> Iterator[None]:
+    """Let every router return, for the first tokens, what it returned for rows alone in turn."""
+
+    def repeat(router: nn.Module, _: Any, output: Any) -> Any:
+        return _with_first(output, choices[router])
+
+    hooks = [router.register_forward_hook(repeat) for router in choices]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _with_first(output: Any, rows: list[Any]) -> Any:
+    """Returns a router's output, its first tokens replaced by those of `rows`, in turn.
+
+    Tensors are [..., size], their tokens on one axis or several.
+    """
+    if isinstance(output, tuple):
+        return tuple(_with_first(*one) for one in zip(output, zip(*rows, strict=True), strict=True))
+    if not isinstance(output, torch.Tensor) or output.ndim < 2:
+        return output
+    flat = output.reshape(-1, output.shape[-1])
+    first = torch.cat([row.reshape(-1, row.shape[-1]) for row in rows])
+    return torch.cat([first, flat[len(first) :]]).reshape(output.shape)
 
 
 def _hidden_states(
