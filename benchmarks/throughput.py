@@ -71,6 +71,8 @@ from sftlab.tables import write_csv
 
 # Rows of a file: of full rows few are read, and each takes long to encode.
 ROWS, FULL_ROWS = 3000, 400
+# packages that the peers are, and take
+OTHERS = ("unsloth", "flash-attn", "liger-kernel", "flash-linear-attention")
 
 
 @dataclass
@@ -95,7 +97,7 @@ def main() -> None:
     limits = Limits(arguments.patience, started + arguments.seconds, started)
     chosen: dict[str, Variant] = arguments.chosen
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    rate, about = matrix_rate(device, torch.bfloat16), provenance()
+    rate, about = matrix_rate(device, torch.bfloat16), provenance(OTHERS)
     found: dict[str, Found] = {}
 
     def write() -> None:

@@ -86,7 +86,7 @@ def test_a_worker_that_is_never_ready_is_ended_and_the_next_group_starts(monkeyp
     variants = {"trl bf16": TRL, "sft.py fp8": LACKING}
     before = set(psutil.Process().children(recursive=True))
     rows = run(monkeypatch, tmp_path, variants, "--patience", "1", "--gb", "1")
-    assert re.fullmatch("no ready0 [12] s after its start", rows["trl bf16"]["note"])
+    assert re.fullmatch("not ready [12] s after its start", rows["trl bf16"]["note"])
     assert rows["sft.py fp8"]["note"] == "not installed here: no_such_module"
     assert set(psutil.Process().children(recursive=True)) <= before
 
@@ -95,7 +95,7 @@ def test_at_the_end_of_its_time_the_command_writes_what_it_has(monkeypatch, tmp_
     variants = {"trl bf16": TRL, "sft.py bf16": SFT}
     before = set(psutil.Process().children(recursive=True))
     rows = run(monkeypatch, tmp_path, variants, "--seconds", "5", "--gb", "1")
-    assert rows["trl bf16"]["note"].startswith("the time was up: no ready0")
+    assert rows["trl bf16"]["note"].startswith("the time was up: not ready")
     assert rows["sft.py bf16"]["note"] == "not reached in 5 s"
     assert set(psutil.Process().children(recursive=True)) <= before
 

@@ -69,7 +69,8 @@ def awaited(worker: Worker, file: str, until: float, limits: Limits) -> str | No
         if worker.process.poll() is not None and not (worker.folder / file).exists():
             return reason(log_of(worker))
         if time.monotonic() >= until:
-            waited = f"no {file} {time.monotonic() - worker.started:.0f} s after its start"
+            what = "ready" if file.startswith("ready") else "done"
+            waited = f"not {what} {time.monotonic() - worker.started:.0f} s after its start"
             return f"the time was up: {waited}" if limits.over() else waited
         time.sleep(0.02)
     return None

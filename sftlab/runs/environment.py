@@ -5,6 +5,7 @@ import platform
 import shlex
 import subprocess
 from collections.abc import Sequence
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -48,9 +49,15 @@ def environment() -> dict[str, Any]:
     return {"versions": versions, "git_commit": _git_commit(), "hardware": hardware, **job}
 
 
-def provenance() -> dict[str, str]:
-    """Returns hardware and versions of this process as columns of a results table."""
+def provenance(others: Sequence[str] = ()) -> dict[str, str]:
+    """Returns hardware and versions of this process as columns of a results table.
+
+    `others` are packages whose versions are told too, where they are installed.
+    """
     facts = environment()
+    for package in others:
+        with suppress(PackageNotFoundError):
+            facts["versions"][package] = version(package)
     hardware = facts["hardware"].get("gpu") or f"{facts['hardware']['cpu_cores']} CPU cores"
     return {
         "hardware": hardware,
