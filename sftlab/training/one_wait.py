@@ -1,0 +1,70 @@
+"""bitsandbytes' optimizers wait for the GPU once a step, not after every tensor.
+
+Version: bitsandbytes 0.50.2, optim/optimizer.py, `Optimizer8bit.step`. It calls `sync_gpu` after
+each tensor's update, so the next one is started only when the GPU has nothing left to do. Delete
+when it waits at the end of the step alone.
+"""
+
+import inspect
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import torch
+from torch.optim import Optimizer
+
+
+def wait_once(optimizer: Optimizer) -> bool:
+    """Let an optimizer of bitsandbytes wait at the end of its step alone, in place.
+
+    What it computes, its state and what is saved of it stay as they are: the GPU does the same work
+    in the same order. Returns whether it is one; others, and those with a step of their own, are
+    left alone.
+    """
+    own = type(optimizer)
+    if not any(one.__module__.startswith("bitsandbytes.") for one in own.__mro__):
+        return False
+    from bitsandbytes.optim.optimizer import Optimizer8bit
+
+    if inspect.unwrap(own.step) is not inspect.unwrap(Optimizer8bit.step):
+        return False
+    if "step" in vars(optimizer):  # a schedule has wrapped the class's step already
+        return False
+    optimizer.__class__ = _with_one_wait(own)
+    return True
+
+
+@cache
+def _with_one_wait(of: type[Optimizer]) -> type[Optimizer]:
+    """Returns `of` with another step; hooks and profilers see the step as they see that of `of`."""
+    step = Optimizer.profile_hook_step(_step)
+    step.hooked = True
+    return type(of.__name__, (of,), {"__module__": __name__, "step": step})
+
+
+@torch.no_grad()
+def _step(self: Any, closure: Callable[[], Any] | None = None) -> Any:
+    """Take a step as `Optimizer8bit.step` does, but for the waiting; returns the closure's loss."""
+    from bitsandbytes.utils import sync_gpu
+
+    loss = None
+    if closure is not None:
+        with torch.enable_grad():
+            loss = closure()
+    if not self.initialized:
+        self.check_overrides()
+        self.to_gpu()
+        self.initialized = True
+    updated = None
+    for group_index, group in enumerate(self.param_groups):
+        for index, parameter in enumerate(group["params"]):
+            if parameter.grad is None:
+                continue
+            if len(self.state[parameter]) == 0:
+                self.init_state(group, parameter, group_index, index)
+            self.prefetch_state(parameter)
+            self.update_step(group, parameter, group_index, index)
+            updated = parameter
+    if updated is not None:
+        sync_gpu(updated)
+    return loss
