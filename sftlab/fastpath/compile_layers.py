@@ -71,7 +71,9 @@ def _with_quant_states(forward: Callable, linears: Sequence[nn.Module]) -> Calla
 
     def with_quant_states(*args: object, **kwargs: object) -> object:
         for linear in linears:
-            fix_4bit_weight_quant_state_from_module(linear)
+            # what fix_... looks at first, without the ways through nn.Module
+            if getattr(linear._parameters["weight"], "quant_state", None) is None:
+                fix_4bit_weight_quant_state_from_module(linear)
         return forward(*args, **kwargs)
 
     return with_quant_states

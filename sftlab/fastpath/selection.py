@@ -26,7 +26,7 @@ class FastPath:
     `layers` are the model's. `reasons` says, by part, why one that the recipe leaves unset is off.
     Compiled layers are off on a CPU without a reason. `experts` is how a loaded mixture multiplies
     its experts, None for other models, and `experts_lora` how it adds LoRA to their stacked
-    weights, None where these have none.
+    weights, None where these have none. `four_bit_weights` is what gives weights in 4 bits back.
     """
 
     packing: bool
@@ -38,6 +38,7 @@ class FastPath:
     experts: str | None = None
     experts_lora: str | None = None
     fused_lora: bool = False
+    four_bit_weights: str | None = None
 
 
 def choose(

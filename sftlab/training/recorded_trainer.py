@@ -20,6 +20,7 @@ from sftlab.fastpath.compile_layers import compile_layers
 from sftlab.fastpath.experts import take_experts_product
 from sftlab.fastpath.experts_lora import take_experts_lora
 from sftlab.fastpath.float8 import freeze_in_float8
+from sftlab.fastpath.four_bit_layers import take_four_bits
 from sftlab.fastpath.fsdp import (
     average_replicated_,
     clip_sharded_,
@@ -42,6 +43,7 @@ from sftlab.training.clock import TrainingClock
 from sftlab.training.finiteness import Finiteness
 from sftlab.training.log_sums import TokenSums, TrainerSums
 from sftlab.training.loraplus import speed_up_b
+from sftlab.training.one_wait import wait_once
 from sftlab.training.router_loss import leave_out_frozen_router
 from sftlab.training.source_counts import SourceCounts
 from sftlab.training.upstream_fixes import SaveAfterEvaluation, UpstreamFixes
@@ -120,6 +122,7 @@ class RecordedTrainer(UpstreamFixes):
         precision = PRECISIONS[self.args.mixed_precision]
         dtype = getattr(torch, COMPUTE_DTYPE[precision])
         take_fused_lora(self.model, self.fast, self.launch.strategy, dtype)
+        take_four_bits(self.model, self.fast, self.launch.strategy, dtype)
         if self.fast.compile_layers:
             compile_layers(base)
 
@@ -138,6 +141,8 @@ class RecordedTrainer(UpstreamFixes):
         optimizer = super().create_optimizer(model)
         if made and ratio is not None:
             speed_up_b(optimizer, self.model if model is None else model, ratio)
+        if made:
+            wait_once(optimizer)
         return optimizer
 
     def choose_loss(self) -> None:

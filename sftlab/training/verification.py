@@ -164,6 +164,7 @@ def what_ran(trainer: SFTTrainer, fast: FastPath, observed: Mapping[str, str]) -
         "fused_loss": fast.fused_loss,
         **({"experts_implementation": fast.experts} if fast.experts else {}),
         **({"experts_lora": fast.experts_lora} if fast.experts_lora else {}),
+        **({"four_bit_weights": fast.four_bit_weights} if fast.four_bit_weights else {}),
         "micro_batch": args.per_device_train_batch_size,
         "accumulation": args.gradient_accumulation_steps,
         "global_batch": global_batch(args),

@@ -1,0 +1,70 @@
+"""A Triton kernel that gives 4-bit weights back, with the scales of their scales, in one pass.
+
+It computes what bitsandbytes computes in three: a block's scale is code[rounded] * larger scale +
+offset where scales are nested, a weight is table[4 bits] * scale. All of it is in float32, in this
+order, every operation rounded by itself (no fused multiply-add), and a weight is rounded once more,
+to the nearest number of `out`'s dtype. So weights are equal to bitsandbytes' to the last bit.
+Triton's interpreter cuts bfloat16 off instead of rounding it: there, bits are equal in float32 and
+float16 alone.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+# weights of four bits that a word of 32 bits holds: a program reads words and writes 16 bytes each
+A_WORD = 8
+# blocks whose scales share one larger scale: bitsandbytes knows no other number
+NESTED_BLOCK = 256
+# words of a program, and warps
+FORM = (512, 4)
+
+
+def fill_four_bit_weight(
+    packed: torch.Tensor,
+    scales: torch.Tensor,
+    nested: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None,
+    table: torch.Tensor,
+    block: int,
+    out: torch.Tensor,
+    form: tuple = FORM,
+) -> None:
+    """Fill `out` [rows, columns] with the weights that `packed` holds, two a byte.
+
+    `block` weights share one of `scales` [blocks], float32. With `nested` these are bytes: it holds
+    the 256 numbers that they stand for, a larger scale [blocks / 256] for each 256 of them, and
+    what is added, all float32. `table` are the 16 numbers that four bits stand for, float32.
+    All tensors are contiguous. The number of weights is a multiple of 8, `block` too, and `packed`
+    begins at a multiple of 4 bytes.
+    """
+    words, (width, warps) = out.numel() // A_WORD, form
+    code, larger, offset = nested or (scales, scales, scales)
+    _weights[(triton.cdiv(words, width),)](
+        packed, scales, code, larger, offset, table, out, words, block // A_WORD,
+        nested is not None, NESTED_BLOCK, A_WORD, width,
+        num_warps=warps, enable_fp_fusion=False,
+    )  # fmt: skip
+
+
+@triton.jit
+def _weights(
+    packed, scales, code, larger, offset, table, out, words,
+    WORDS_A_BLOCK: tl.constexpr, NESTED: tl.constexpr, NESTED_BLOCK: tl.constexpr,
+    A_WORD: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    at = tl.program_id(0) * WIDTH + tl.arange(0, WIDTH)
+    inside = at < words
+    word = tl.load(packed.to(tl.pointer_type(tl.int32), bitcast=True) + at, mask=inside, other=0)
+    block = at // WORDS_A_BLOCK
+    scale = tl.load(scales + block, mask=inside, other=0)
+    if NESTED:
+        scale = tl.load(code + scale.to(tl.int32)) * tl.load(
+            larger + block // NESTED_BLOCK, mask=inside, other=0.0
+        )
+        scale += tl.load(offset)
+    # the upper half of a byte is the weight before that of its lower half
+    place = tl.arange(0, A_WORD)[None, :]
+    four_bits = (word[:, None] >> (place ^ 1) * 4) & 15
+    found = tl.load(table + four_bits) * scale[:, None]
+    places = out + at.to(tl.int64)[:, None] * A_WORD + place
+    tl.store(places, found.to(out.dtype.element_ty), mask=inside[:, None])
