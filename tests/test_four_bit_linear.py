@@ -17,6 +17,7 @@ from packed_training import (
 from torch._dynamo.backends.common import aot_autograd
 from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch.utils._python_dispatch import TorchDispatchMode
+from triton.errors import TritonError
 
 from sftlab.fastpath import four_bit_linear
 from sftlab.fastpath.four_bit_layers import four_bit_linears, swap, take_four_bits
@@ -89,10 +90,10 @@ def test_outputs_and_gradients_are_bitsandbytes_own(taken_on_a_cpu, nested, kind
 
 
 def test_without_a_gradient_bitsandbytes_own_forward_runs(taken_on_a_cpu):
-    layer, x = linear(), torch.randn(3, 128)
+    layer, x = linear(), torch.randn(3, 128, requires_grad=True)
     assert swap([layer], torch.float32) == {}
-    for given in (x, x.requires_grad_()):
-        with Ran() as ran, torch.set_grad_enabled(not given.requires_grad):
+    for given, enabled in ((x.detach(), True), (x, False)):
+        with Ran() as ran, torch.set_grad_enabled(enabled):
             layer(given)
         assert ran.names == [BITSANDBYTES]
     with Ran() as ran:
@@ -185,6 +186,19 @@ def test_weights_that_differ_are_left_to_bitsandbytes_and_counted(taken_on_a_cpu
     monkeypatch.setattr(four_bit_linear, "four_bit_weight", other)
     layer = linear()
     assert swap([layer], torch.float32) == {"7 of 12,288 weights are not bitsandbytes'": 1}
+    assert type(layer) is bitsandbytes.Linear4bit
+
+
+@pytest.mark.parametrize("error", [RuntimeError("no\nroom"), TritonError("no\nroom")], ids=repr)
+def test_a_kernel_that_does_not_run_here_is_left_to_bitsandbytes(
+    taken_on_a_cpu, monkeypatch, error
+):
+    def fails(*args):
+        raise error
+
+    monkeypatch.setattr(four_bit_linear, "four_bit_weight", fails)
+    layer = linear()
+    assert swap([layer], torch.float32) == {"the kernel does not run here: no room": 1}
     assert type(layer) is bitsandbytes.Linear4bit
 
 

@@ -38,7 +38,10 @@ _COVERED_BY = {
     ),
 }
 _BATCH = "micro_batch accumulation"
-_QUANTIZED = "quantization compute *_dtypes gradients_reduced_in bnb_4bit_* use_bnb_nested_quant"
+_QUANTIZED = (
+    "quantization compute *_dtypes gradients_reduced_in bnb_4bit_* use_bnb_nested_quant "
+    "four_bit_weights"
+)
 # what a stage of training has of its own: its data, its loss, its steps
 _STAGE = (
     "adapter_name_or_path data.* dataset_* datasets* columns tokens *_file loss_on "
@@ -53,8 +56,8 @@ _TURNS = "template tokens quality.end_tokens quality.stop_strings"
 # micro-batch, are two changes in one.
 FOLLOWS = {
     "method": _STAGE,
-    "precision": "dtype compute tf32 *_dtypes gradients_reduced_in launch.*FP8*",
-    "strategy": "gradients_reduced_in trainable_dtypes launch.FSDP_*",
+    "precision": "dtype compute tf32 *_dtypes gradients_reduced_in launch.*FP8* four_bit_weights",
+    "strategy": "gradients_reduced_in trainable_dtypes launch.FSDP_* four_bit_weights",
     # sftlab/config/validation.py has DDP of three or more processes look for unused parameters
     "world_size": f"local_world_size {_BATCH} gradients_reduced_in hardware.host_cores "
     "ddp_find_unused_parameters",
@@ -76,6 +79,7 @@ FOLLOWS = {
     "max_length": "tokens",
     "loss_on": "data.train data.validation tokens",
     "packing": "attn_implementation",
+    "compile_layers": "four_bit_weights",
     "gradient_checkpointing": "gradient_checkpointing_kwargs activation_checkpointing",
     "torch_compile": "torch_compile_*",
     "use_liger_kernel": "liger_kernel_config",

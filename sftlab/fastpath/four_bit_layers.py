@@ -41,21 +41,41 @@ def swap(layers: list[nn.Module], dtype: torch.dtype) -> dict[str, int]:
     Parameters, their names and what is saved stay as they are. Returns how many layers keep
     bitsandbytes' forward, by reason.
     """
-    from sftlab.fastpath import four_bit_linear
-
     left: dict[str, int] = {}
     kinds: dict[tuple, str | None] = {}
     for layer in layers:
-        reason = four_bit_linear.why_not(layer, dtype) or four_bit_linear.weight_differs(layer)
-        if reason is None:
-            state, before = layer.weight.quant_state, type(layer)
-            layer.__class__ = four_bit_linear.Linear4bit
-            kind = (state.shape, state.dtype, state.quant_type, state.blocksize, state.nested)
-            if kind not in kinds:
-                kinds[kind] = four_bit_linear.product_differs(layer)
-            reason = kinds[kind]
-            if reason:
-                layer.__class__ = before
+        before = type(layer)
+        try:
+            reason = _why_not(layer, dtype, kinds)
+        except _failures() as error:
+            reason = f"the kernel does not run here: {' '.join(str(error).split())[:200]}"
         if reason:
+            layer.__class__ = before
             left[reason] = left.get(reason, 0) + 1
     return left
+
+
+def _why_not(layer: nn.Module, dtype: torch.dtype, kinds: dict[tuple, str | None]) -> str | None:
+    """Returns why a layer, which gets the product here, may not keep it.
+
+    `kinds` holds how the products of other layers differ, by kind.
+    """
+    from sftlab.fastpath import four_bit_linear
+
+    if reason := four_bit_linear.why_not(layer, dtype) or four_bit_linear.weight_differs(layer):
+        return reason
+    layer.__class__ = four_bit_linear.Linear4bit
+    state = layer.weight.quant_state
+    kind = (state.shape, state.dtype, state.quant_type, state.blocksize, state.nested)
+    if kind not in kinds:
+        kinds[kind] = four_bit_linear.product_differs(layer)
+    return kinds[kind]
+
+
+def _failures() -> tuple[type[Exception], ...]:
+    """Returns what a kernel raises that Triton cannot compile or the GPU cannot run."""
+    try:
+        from triton.errors import TritonError
+    except ImportError:
+        return ImportError, RuntimeError
+    return RuntimeError, TritonError

@@ -144,10 +144,12 @@ def weight_differs(layer: nn.Module) -> str | None:
 
 def product_differs(layer: Linear4bit) -> str | None:
     """Returns how far outputs or gradients are from bitsandbytes'; None where they are equal."""
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(WHOLE_FROM, layer.in_features, generator=generator)
-    gradient = torch.randn(WHOLE_FROM, layer.out_features, generator=generator)
-    x, gradient = (one.to(layer.weight.device, layer.compute_dtype) for one in (x, gradient))
+    device, dtype = layer.weight.device, layer.compute_dtype
+    generator = torch.Generator(device).manual_seed(0)
+    x, gradient = (
+        torch.randn(WHOLE_FROM, size, device=device, dtype=dtype, generator=generator)
+        for size in (layer.in_features, layer.out_features)
+    )
     pairs = []
     for forward in (layer.forward, super(Linear4bit, layer).forward):
         mine = x.clone().requires_grad_()

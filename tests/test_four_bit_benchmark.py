@@ -1,0 +1,78 @@
+"""The benchmark of 4-bit weights times what computes the same, and says what failed."""
+
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+
+import pytest
+import torch
+from conftest import ROOT, load_script
+
+from sftlab.exit_messages import mistakes_in_one_line
+from sftlab.tables import read_csv
+
+bench = load_script("benchmarks/four_bit_weights.py")
+SIZES = (bench.Sizes("q_proj", 64, 128, "cpu", torch.float16),)
+
+
+def test_without_time_every_line_says_so(tmp_path):
+    bench.main(["--seconds", "-1", "--out", str(tmp_path)], SIZES)
+    (row,) = read_csv(tmp_path / "weights.csv")
+    assert (row["what"], row["linears"], row["note"]) == ("weights", "q_proj", bench.NO_TIME)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_it_ends_with_a_sentence(tmp_path):
+    sentence = pytest.raises(SystemExit, match=r"^error: this needs a GPU [^\n]*$")
+    with sentence, mistakes_in_one_line():
+        bench.main(["--out", str(tmp_path / "out")])
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_fails_costs_its_own_line_alone(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(bench, "timed", lambda call: call() is None or [1.0, 3.0, 2.0])
+    bench.main(["--tokens", "20", "--out", str(tmp_path)], SIZES)
+    weights, products = read_csv(tmp_path / "weights.csv")
+    assert (weights["equal"], weights["us"], weights["bitsandbytes_us"]) == ("True", "2.0", "2.0")
+    assert (weights["lowest"], weights["highest"], weights["note"]) == ("1.0", "3.0", "")
+    assert products["note"] == "ValueError: the weights are on the cpu"
+    assert "products of q_proj [64, 128]: ValueError" in capsys.readouterr().out
+
+
+INTERPRETED = """
+import sys
+sys.path.insert(0, "benchmarks")
+import four_bit_weights as script
+import torch
+from sftlab.fastpath import four_bit_linear, four_bit_weight
+four_bit_linear.has_kernels = four_bit_weight.has_kernels = lambda x: True
+script.timed = lambda call: call() is None or [1.0, 3.0, 2.0]
+script.FORMS = ((64, 1), (128, 2))
+sizes = (script.Sizes("q_proj", 64, 128, "cpu", torch.float16),)
+for words in ([], ["--sweep"]):
+    script.main([*words, "--tokens", "70", "--out", sys.argv[1]], sizes)
+"""
+
+
+@pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
+def test_weights_and_products_are_bitsandbytes_own_under_tritons_interpreter(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-c", INTERPRETED, str(tmp_path)],
+        env=os.environ | {"TRITON_INTERPRET": "1"},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    rows = read_csv(tmp_path / "weights.csv")
+    assert [(row["what"], row["equal"], row["note"]) for row in rows] == [
+        ("weights", "True", ""),
+        ("products", "True", ""),
+    ]
+    moved = 64 * 128 * 2.5 + 128 + 4  # 16 and 4 bits a weight, a byte a block, one larger scale
+    assert float(rows[0]["gb_per_s"]) == round(moved / 2.0 / 1e3)
+    assert rows[1]["tokens"] == "70" and float(rows[1]["host_us"]) > 0
+    forms = read_csv(tmp_path / "sweep.csv")
+    assert [(row["form"], row["equal"]) for row in forms] == [("64 1", "True"), ("128 2", "True")]
