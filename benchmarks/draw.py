@@ -75,7 +75,9 @@ GROUPS = {
         "Unsloth bf16, 8B, 2 full rows of 4096": "Unsloth",
     },
     "7B shape in 4 bits (QLoRA), activations kept, rows to 1,024 tokens": {
+        "sft.py QLoRA, 7B, kept activations, 42 rows": "sft.py, 42 rows",
         "sft.py QLoRA, 7B, kept activations, 16 rows": "sft.py, 16 rows",
+        "sft.py QLoRA, 7B, kept activations, 11 rows": "sft.py, 11 rows",
         "sft.py QLoRA, 7B, kept activations, 4 rows": "sft.py, 4 rows",
         "Unsloth QLoRA, 7B, packed, 16 rows": "Unsloth, 16 full rows",
         "Unsloth QLoRA, 7B, packed, 4 rows": "Unsloth, 4 full rows",

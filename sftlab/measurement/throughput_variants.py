@@ -195,8 +195,10 @@ PEERS = {
     "Unsloth bf16, packed, 64 rows": unsloth(QVO, 64, 50),
     "trl bf16, packed, FA2, Liger, 64 rows": trl(QVO, 64, 44),
     "sft.py QLoRA, 7B, kept activations, 4 rows": qlora(4, 22),
+    "sft.py QLoRA, 7B, kept activations, 11 rows": qlora(11, 40),  # tokens of 4 full rows
     "Unsloth QLoRA, 7B, packed, 4 rows": unsloth(ALL, 4, 32, _R32, **_QLORA),
     "sft.py QLoRA, 7B, kept activations, 16 rows": qlora(16, 52),
+    "sft.py QLoRA, 7B, kept activations, 42 rows": qlora(42, 110),  # tokens of 16 full rows
     "sft.py bf16, 8B, 2 full rows of 4096": paced(
         sft("single", 2, 4096, 68, lora_target_modules=ALL), **_FULL
     ),
