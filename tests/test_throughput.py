@@ -133,6 +133,10 @@ time.sleep(600)
         ("a.b.OutOfMemoryError: GPU\n at line 3\n", "a.b.OutOfMemoryError: GPU"),
         ("error: the recipe\nx.errors.ChildFailedError: \n===\n", "error: the recipe"),
         ("Killed\n", "Killed"),
+        (
+            "triton.errors.OutOfResources: no\n File.py: it\n====\n",
+            "triton.errors.OutOfResources: no",
+        ),
         ("Signal 11 (SIGSEGV)\n=====\n-----\n", "Signal 11 (SIGSEGV)"),
         ("", "it ended without a word"),
     ],

@@ -107,7 +107,7 @@ def reason(log: str) -> str:
     errors = [
         line
         for line in lines
-        if re.match(r"(error:|[\w.]*(Error|Exception|Exit|Interrupt)\b)", line)
+        if re.match(r"(error:|[\w.]*(Error|Exception|Exit|Interrupt)\b|[\w.]+\.[A-Z]\w+: )", line)
         and not re.search("CalledProcessError|ChildFailedError", line)  # the launcher's, on it
     ]
     return preview((errors or lines or ["it ended without a word"])[-1], 200)
