@@ -20,6 +20,9 @@ from sftlab.fastpath import fsdp
 pytestmark = pytest.mark.long
 
 IN_BF16 = ("--mixed_precision", "bf16")
+UNITS = "fsdp_layers_per_unit"
+# as many as have their collectives counted
+TWENTY_STEPS = {"max_steps": "20", "save_steps": "20"}
 
 
 def command(fields, config="fsdp", flags=IN_BF16):
@@ -38,15 +41,34 @@ def adapter(folder):
     return (folder / "adapter" / "adapter_model.safetensors").read_bytes()
 
 
+def launch_ddp(fields, folder, flags=IN_BF16):
+    fields = {name: value for name, value in fields.items() if name != UNITS}
+    done = launch("cpu_ddp", fields | {"output_dir": str(folder)}, flags)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return read(folder)
+
+
+def as_ddp(ran):
+    """What ran under FSDP2, under the names of DDP."""
+    return {name: value for name, value in ran.items() if name != UNITS} | {"strategy": "ddp"}
+
+
 @pytest.fixture(scope="module")
-def sharded(base, rows, tmp_path_factory):
-    """Folder and fields of a run whose steps are two micro-batches a process."""
+def deep(tmp_path_factory):
+    """A base model of five layers, which are no whole number of units of two."""
+    return write_base_of("llama", tmp_path_factory.mktemp("deep"), num_hidden_layers=5)
+
+
+@pytest.fixture(scope="module")
+def sharded(deep, rows, tmp_path_factory):
+    """Folder and fields of a run in units of two, whose steps are two micro-batches a process."""
     folder = tmp_path_factory.mktemp("runs") / "fsdp"
     fields = {
-        **short_fields(base, rows, folder),
+        **short_fields(deep, rows, folder),
         "max_steps": "40",
         "save_steps": "20",
         "eval_strategy": "no",
+        UNITS: "2",
     }
     fields |= {"per_device_train_batch_size": "2", "lora_dropout": "0.1"}
     launch_fsdp(fields)
@@ -55,25 +77,60 @@ def sharded(base, rows, tmp_path_factory):
 
 def test_fsdp_trains_as_ddp_does(sharded, tmp_path):
     folder, fields = sharded
-    done = launch("cpu_ddp", {**fields, "output_dir": str(tmp_path / "ddp")}, IN_BF16)
-    assert done.returncode == 0, done.stderr[-3000:]
-    fsdp, ddp = read(folder), read(tmp_path / "ddp")
+    fsdp, ddp = read(folder), launch_ddp(fields, tmp_path / "ddp")
     assert (fsdp["ran"]["strategy"], ddp["ran"]["strategy"]) == ("fsdp2", "ddp")
-    assert fsdp["ran"] | {"strategy": "ddp"} == ddp["ran"]
+    assert fsdp["ran"][UNITS] == 2 and UNITS not in ddp["ran"]
+    assert as_ddp(fsdp["ran"]) == ddp["ran"]
     assert (fsdp["ran"]["accumulation"], fsdp["ran"]["gradients_reduced_in"]) == (2, "float32")
     assert fsdp["losses"] == ddp["losses"]
     assert len(fsdp["losses"]) == 40
     assert adapter(folder) == adapter(tmp_path / "ddp")
 
 
+def test_a_checkpointed_unit_is_gathered_once_for_its_backward_and_evaluated(
+    deep, rows, sharded, tmp_path
+):
+    """Every layer runs forward again within the backward of its unit."""
+    fields = short_fields(deep, rows, tmp_path / "fsdp") | {UNITS: "2"} | TWENTY_STEPS
+    fields |= {"gradient_checkpointing": "true", "eval_strategy": "steps", "eval_steps": "10"}
+    fields |= {"per_device_train_batch_size": "2", "lora_dropout": "0.1"}
+    launch_fsdp(fields)
+    fsdp, ddp = read(tmp_path / "fsdp"), launch_ddp(fields, tmp_path / "ddp")
+    assert as_ddp(fsdp["ran"]) == ddp["ran"] and fsdp["ran"][UNITS] == 2
+    assert len(fsdp["losses"]) == 20 and fsdp["losses"] == ddp["losses"]
+    loss = "validation_loss"
+    assert fsdp["measured"][loss] > 0 and fsdp["measured"][loss] == ddp["measured"][loss]
+    assert adapter(tmp_path / "fsdp") == adapter(tmp_path / "ddp")
+    talk, without = (run["measured"]["collectives"] for run in (fsdp, read(sharded[0])))
+    assert talk["all_gather"] == without["all_gather"]
+
+
+def test_all_that_trains_is_the_same_in_units_of_two_and_of_one(deep, rows, tmp_path):
+    """Without LoRA every weight is sharded, and its gradient reduced."""
+    runs = {size: tmp_path / size for size in ("1", "2")}
+    for size, folder in runs.items():
+        fields = short_fields(deep, rows, folder) | {UNITS: size, "use_peft": "false"}
+        fields |= {"per_device_train_batch_size": "2", "eval_strategy": "no"} | TWENTY_STEPS
+        launch_fsdp(fields | {"learning_rate": "0.001"})
+    one, two = map(read, runs.values())
+    assert len(one["losses"]) == 20 and one["losses"] == two["losses"]
+    assert one["losses"][0] != one["losses"][-1]
+    talk, less = (run["measured"]["collectives"] for run in (one, two))
+    assert talk["reduce_scatter"]["calls"] - less["reduce_scatter"]["calls"] == 2
+    weights = [next(folder.glob("adapter/model*.safetensors")) for folder in runs.values()]
+    assert weights[0].read_bytes() == weights[1].read_bytes()
+
+
 def test_fsdp_trains_in_fp8_as_ddp_does(base, rows, tmp_path):
+    """All layers are one unit here."""
     runs = {config: tmp_path / config for config in ("fsdp", "cpu_ddp")}
     for config, folder in runs.items():
         fields = short_fields(base, rows, folder) | {"save_strategy": "no", "eval_strategy": "no"}
+        fields |= {UNITS: "2"} if config == "fsdp" else {}
         launch_fsdp(fields, config, ("--mixed_precision", "fp8"))
     fsdp, ddp = map(read, runs.values())
-    assert fsdp["ran"]["compute"]["linear"] == "FrozenFloat8Linear"
-    assert fsdp["ran"] | {"strategy": "ddp"} == ddp["ran"]
+    assert fsdp["ran"]["compute"]["linear"] == "FrozenFloat8Linear" and fsdp["ran"][UNITS] == 2
+    assert as_ddp(fsdp["ran"]) == ddp["ran"]
     assert len(fsdp["losses"]) == 6 and fsdp["losses"] == ddp["losses"]
     assert adapter(runs["fsdp"]) == adapter(runs["cpu_ddp"])
 
@@ -81,9 +138,9 @@ def test_fsdp_trains_in_fp8_as_ddp_does(base, rows, tmp_path):
 def test_fsdp_gathers_weights_and_averages_gradients_at_once(sharded):
     record = read(sharded[0])
     talk, trained = record["measured"]["collectives"], record["ran"]["trainable_parameters"]
-    # of two micro-batches; the last layer is gathered once in each, where without care it would be
-    # 19
-    assert talk["all_gather"]["calls"] == 17
+    # of two micro-batches: three units in the forward, and two in the backward, which begins with
+    # the third. Units of a layer would make it 27, frozen embeddings in the backward 2 more.
+    assert talk["all_gather"]["calls"] == 19
     assert "reduce_scatter" not in talk, "no gradient of a sharded weight is there to be reduced"
     assert talk["all_reduce"]["mb"] == pytest.approx(trained * 4 / 2**20, abs=2e-3)
 
@@ -155,6 +212,6 @@ def test_fsdp_trains_lora_on_experts_as_ddp_does(rows, tmp_path):
         launch_fsdp(fields | {"lora_dropout": "0", "lora_target_parameters": targets}, config)
     fsdp, ddp = map(read, runs.values())
     assert fsdp["ran"]["experts_lora"] == "factored"
-    assert fsdp["ran"] | {"strategy": "ddp"} == ddp["ran"]
+    assert as_ddp(fsdp["ran"]) == ddp["ran"]
     assert len(fsdp["losses"]) == 6 and fsdp["losses"] == ddp["losses"]
     assert adapter(runs["fsdp"]) == adapter(runs["cpu_ddp"])

@@ -64,6 +64,8 @@ REFUSED = [
     ({"answers_during_training": "0", "eval_strategy": "epoch"}, "must be at least 1"),
     ({"early_stopping_threshold": "0.1"}, "has no effect without early_stopping_patience"),
     ({"early_stopping_patience": "0", "eval_strategy": "epoch"}, "must be at least 1"),
+    ({"fsdp_layers_per_unit": "2"}, "fsdp_layers_per_unit belongs to FSDP2: launch with fsdp.yaml"),
+    ({"fsdp_layers_per_unit": "0"}, "fsdp_layers_per_unit is 0: it must be at least 1"),
 ]
 
 

@@ -68,9 +68,10 @@ def write_base_of(family: str, folder: Path, **settings: object) -> Path:
     Its weights are so large that attention and what happens to the logits are felt.
     """
     size = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+    size |= settings
     heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 512}
     ids = {"vocab_size": 259, "bos_token_id": 256, "eos_token_id": 257, "pad_token_id": 258}
-    config = AutoConfig.for_model(family, **size, **heads, **ids, **settings)
+    config = AutoConfig.for_model(family, **size, **heads, **ids)
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config)
     with torch.no_grad():

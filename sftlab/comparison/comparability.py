@@ -40,7 +40,7 @@ _COVERED_BY = {
 _BATCH = "micro_batch accumulation"
 _QUANTIZED = (
     "quantization compute *_dtypes gradients_reduced_in bnb_4bit_* use_bnb_nested_quant "
-    "four_bit_weights"
+    "four_bit_weights fsdp_layers_per_unit"
 )
 # what a stage of training has of its own: its data, its loss, its steps
 _STAGE = (
@@ -56,8 +56,10 @@ _TURNS = "template tokens quality.end_tokens quality.stop_strings"
 # micro-batch, are two changes in one.
 FOLLOWS = {
     "method": _STAGE,
-    "precision": "dtype compute tf32 *_dtypes gradients_reduced_in launch.*FP8* four_bit_weights",
-    "strategy": "gradients_reduced_in trainable_dtypes launch.FSDP_* four_bit_weights",
+    "precision": "dtype compute tf32 *_dtypes gradients_reduced_in four_bit_weights "
+    "fsdp_layers_per_unit launch.*FP8*",
+    "strategy": "gradients_reduced_in trainable_dtypes four_bit_weights fsdp_layers_per_unit "
+    "launch.FSDP_*",
     # sftlab/config/validation.py has DDP of three or more processes look for unused parameters
     "world_size": f"local_world_size {_BATCH} gradients_reduced_in hardware.host_cores "
     "ddp_find_unused_parameters",
@@ -71,7 +73,7 @@ FOLLOWS = {
     ),
     **dict.fromkeys(("lora_alpha", *SCALE_FIELDS), "lora_scale"),
     "use_peft": "lora_* dtype trainable_parameters *_dtypes gradients_reduced_in fused_lora "
-    "fused_loss",
+    "fused_loss fsdp_layers_per_unit",
     **dict.fromkeys(("load_in_4bit", "load_in_8bit"), _QUANTIZED),
     "dtype": "frozen_dtypes",
     **dict.fromkeys(("per_device_train_batch_size", "gradient_accumulation_steps"), _BATCH),
@@ -85,7 +87,7 @@ FOLLOWS = {
     "use_liger_kernel": "liger_kernel_config",
     "lr_scheduler_type": "lr_scheduler_kwargs",
     "chat_template_path": _TURNS,
-    "model_name_or_path": f"{_TURNS} model_revision trainable_parameters",
+    "model_name_or_path": f"{_TURNS} model_revision trainable_parameters fsdp_layers_per_unit",
     "dataset_name": "data.* dataset_config dataset_train_split dataset_shape datasets* columns "
     "dataset_text_from_numbers *_file dataset_*_split tokens quality.fingerprint quality.rows",
 }

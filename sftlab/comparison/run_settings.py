@@ -34,6 +34,7 @@ CHOSEN = (
     "compile_layers",
     "fused_lora",
     "fused_loss",
+    "fsdp_layers_per_unit",
 )
 # Fingerprints of the rows, by split.
 DATA_FACTS = ("data.train", "data.validation", "data.test")

@@ -65,6 +65,13 @@ class OwnFields:
             "input, in one product. Unset: no."
         },
     )
+    fsdp_layers_per_unit: int | None = field(
+        default=None,
+        metadata={
+            "help": "Decoder layers that FSDP2 gathers at once. Unset: as many as have 0.5 GB, in "
+            "two units or more."
+        },
+    )
     loraplus_lr_ratio: float | None = field(
         default=None,
         metadata={

@@ -158,6 +158,11 @@ def _check_rows(data: DataArguments, training: TrainingArguments) -> None:
 
 
 def _check_fsdp(training: TrainingArguments, launch: Launch) -> None:
+    version = launch.settings.get("FSDP_VERSION") if launch.strategy == "fsdp" else None
+    if training.fsdp_layers_per_unit is not None and version != "2":
+        raise ValueError(
+            "fsdp_layers_per_unit belongs to FSDP2: launch with fsdp.yaml, or leave it out"
+        )
     if launch.strategy != "fsdp":
         return
     if is_bitsandbytes(training.optim):

@@ -40,7 +40,7 @@ _FIELDS = {
     _AT_LEAST_1: """per_device_train_batch_size per_device_eval_batch_size save_total_limit
         gradient_accumulation_steps streaming_eval_rows pad_to_multiple_of dataset_num_proc
         dataloader_prefetch_factor ddp_timeout ddp_bucket_cap_mb torch_empty_cache_steps
-        early_stopping_patience answers_during_training""",
+        early_stopping_patience answers_during_training fsdp_layers_per_unit""",
     _BELOW_1: "adam_beta1 adam_beta2 lora_dropout",
     _SHARE: "label_smoothing_factor label_smoothing ld_alpha",
     _SEED: "seed data_seed",

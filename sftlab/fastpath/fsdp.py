@@ -18,6 +18,7 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from sftlab.fastpath.compile_layers import decoder_layers
+from sftlab.fastpath.fsdp_units import units_of
 
 LORA_MODULES = r".*\.lora_[AB]\.\w+"
 
@@ -40,17 +41,24 @@ def resolve_plugin(plugin: FullyShardedDataParallelPlugin, model: nn.Module) -> 
     return whole
 
 
-def gather_ahead(model: PreTrainedModel) -> None:
-    """Make every decoder layer gather the next layer's weights before it computes (FSDP2 only).
+def gather_ahead(model: PreTrainedModel, layers_per_unit: int = 1) -> None:
+    """Make every unit of decoder layers gather the next one's weights before it computes.
 
-    FSDP2 gathers weights when their layer begins. That is too late if the host is not far ahead of
-    the GPU. The last layer keeps its weights, because the backward begins with it.
+    FSDP2 gathers weights when their unit begins. That is too late if the host is not far ahead of
+    the GPU. The last unit keeps its weights, because the backward begins with it. Embeddings of
+    their own are not gathered for a backward that does not read them.
     """
     layers = [layer for layer in decoder_layers(model) if isinstance(layer, FSDPModule)]
-    for layer, following in pairwise(layers):
-        layer.set_modules_to_forward_prefetch([following])
-    for layer in layers[-1:]:
-        layer.set_reshard_after_forward(False)
+    units = units_of(layers, layers_per_unit)
+    for unit, following in pairwise(units):
+        unit[0].set_modules_to_forward_prefetch([following[0]])
+    for unit in units[-1:]:
+        unit[0].set_reshard_after_forward(False)
+    embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
+    tied = head is not None and head.weight is embeddings.weight
+    frozen = not any(parameter.requires_grad for parameter in embeddings.parameters())
+    if isinstance(embeddings, FSDPModule) and frozen and not tied:
+        embeddings.set_unshard_in_backward(False)
 
 
 def average_replicated_(parameters: Sequence[nn.Parameter]) -> None:

@@ -27,6 +27,7 @@ class FastPath:
     Compiled layers are off on a CPU without a reason. `experts` is how a loaded mixture multiplies
     its experts, None for other models, and `experts_lora` how it adds LoRA to their stacked
     weights, None where these have none. `four_bit_weights` is what gives weights in 4 bits back.
+    `layers_per_unit` is how many decoder layers FSDP2 gathers at once, None without FSDP2.
     """
 
     packing: bool
@@ -39,6 +40,7 @@ class FastPath:
     experts_lora: str | None = None
     fused_lora: bool = False
     four_bit_weights: str | None = None
+    layers_per_unit: int | None = None
 
 
 def choose(

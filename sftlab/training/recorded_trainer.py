@@ -28,6 +28,7 @@ from sftlab.fastpath.fsdp import (
     is_sharded_over_one_mesh,
     resolve_plugin,
 )
+from sftlab.fastpath.fsdp_units import layers_in_units, take_units
 from sftlab.fastpath.fused_lora import take_fused_lora
 from sftlab.fastpath.packed_mixers import pack_mixers
 from sftlab.fastpath.selection import FastPath
@@ -76,15 +77,16 @@ class RecordedTrainer(UpstreamFixes):
         self.meter, self.launch, self.fast, self.memory = meter, launch, fast, memory
         super().__init__(*args, **kwargs)
         plugin = self.accelerator.state.fsdp_plugin if self.is_fsdp_enabled else None
+        shards = plugin is not None and plugin.fsdp_version == 2
         # whether FSDP2 leaves the LoRA matrices whole on every process
-        self.replicated = (
-            plugin is not None and plugin.fsdp_version == 2 and resolve_plugin(plugin, self.model)
-        )
+        self.replicated = shards and resolve_plugin(plugin, self.model)
         if isinstance(self.train_dataset, IterableDataset):
             self.train_dataset = WholeBatches(self.train_dataset, global_batch(self.args))
         self.flops = flops_per_token(self.model)
         self._count_over_all_starts()
         self._take_fast_path()
+        if shards:
+            take_units(self.model, self.fast, plugin, self.args)
 
     def _count_over_all_starts(self) -> None:
         self.clock = TrainingClock(lambda: self.meter.waited_s)
@@ -238,9 +240,13 @@ class RecordedTrainer(UpstreamFixes):
             average_replicated_(self._trained)
         return loss
 
+    def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
+        with layers_in_units(self._base, self.fast.layers_per_unit or 1):
+            return super()._prepare_for_training(*args, **kwargs)
+
     def check_first_step(self, model: nn.Module, inputs: dict[str, Any]) -> None:
         """Check strategy and precision before the first step of a start."""
-        gather_ahead(self._base)
+        gather_ahead(self._base, self.fast.layers_per_unit or 1)
         forward = partial(self.forward_once, model, inputs)
         self.first_step.run(self, model, self._trained, forward)
 
