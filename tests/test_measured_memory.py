@@ -16,7 +16,7 @@ def test_measured_runs_of_the_fast_path_are_near():
         ("fp8", 64, {}, 25.278),
         ("single", 32, {"compile_layers": "false"}, 19.694),
         ("ddp", 64, {}, 24.014),
-        ("fsdp", 64, {}, 23.456),
+        ("fsdp", 64, {"fsdp_layers_per_unit": 1}, 23.456),
     ):
         batch = {
             "per_device_train_batch_size": count,

@@ -1,5 +1,7 @@
 """Planned memory grows and shrinks as it must, up to the largest micro-batch."""
 
+from dataclasses import replace
+
 import pytest
 from conftest import arguments
 from planned_steps import ALL, forecast
@@ -12,6 +14,8 @@ from sftlab.models.random_models import random_lengths
 from sftlab.planning.gpu_specs import GPUS
 from sftlab.planning.plan import make_plan, most_rows, resized
 from sftlab.planning.row_lengths import RowLengths, of_lengths
+from sftlab.planning.step_memory import communication_bytes
+from sftlab.planning.step_time import HOST_UNIT, host_seconds
 from sftlab.planning.weight_memory import count_weights
 
 
@@ -74,6 +78,22 @@ def test_techniques_change_memory_in_the_direction_they_are_for():
     assert peak["4 bits"].parameters < 0.5 * peak["plain"].parameters
     assert peak["fp8"].parameters == peak["plain"].parameters
     assert peak["fp32"].allocated > 1.8 * peak["plain"].allocated
+
+
+def test_units_of_several_layers_take_memory_and_save_the_host_time():
+    two = {"flags": {"num_processes": 2}}
+    one, four = (forecast("fsdp", fsdp_layers_per_unit=size, **two) for size in (1, 4))
+    layer, layers = one.step.weights.layer, one.step.shape.layers
+    assert four.step == forecast("fsdp", **two).step, (
+        "1B's layers have 0.12 GB, and 0.5 is the limit"
+    )
+    for at, more in (("loss", 3), ("backward", 6)):
+        held = communication_bytes(four.step, at) - communication_bytes(one.step, at)
+        assert held == more * layer
+    saved = host_seconds(one.step) - host_seconds(four.step)
+    assert saved == pytest.approx(HOST_UNIT[True] * layers * 3 / 4)
+    all_layers = communication_bytes(replace(four.step, reshard=False), "loss")
+    assert communication_bytes(replace(four.step, layers_per_unit=layers), "backward") == all_layers
 
 
 def test_weights_in_8_bits_and_lora_on_the_head_are_refused(base, fields):

@@ -97,6 +97,8 @@ class Cell(NamedTuple):
             fields |= QLORA | {
                 "optim": "adamw_torch_fused" if self.strategy == "fsdp" else "paged_adamw_32bit"
             }
+        if self.strategy == "fsdp":  # as results/plan_accuracy was measured
+            fields["fsdp_layers_per_unit"] = 1
         return fields
 
     def argv(self) -> list[str]:

@@ -14,6 +14,7 @@ from sftlab.config.launch import COMPUTE_DTYPE, PRECISIONS, Launch
 from sftlab.config.recipe import ModelArguments, Recipe
 from sftlab.config.validation import is_bitsandbytes
 from sftlab.fastpath import varlen_attention
+from sftlab.fastpath.fsdp_units import layers_per_unit
 from sftlab.fastpath.selection import FastPath
 from sftlab.models.layers import Layers, decoder_of
 from sftlab.models.plain_attention import PACKED
@@ -85,6 +86,8 @@ def step_of(
         packed=fast.packing,
         dropout=model.lora_dropout > 0 and model.use_peft,
         reshard=launch.settings.get("FSDP_RESHARD_AFTER_FORWARD", "true") == "true",
+        layers_per_unit=training.fsdp_layers_per_unit
+        or layers_per_unit(shape.layers, weights.layer),
         accumulation=training.gradient_accumulation_steps,
         optimizer_copies=training.optim == "adamw_torch",
         optimizer_waits=is_bitsandbytes(training.optim),

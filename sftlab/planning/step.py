@@ -95,7 +95,7 @@ class Step:
     `whole_logits`: the number of float32 copies of all logits, 0 for a loss in chunks.
     `reference`: preference tuning's frozen model runs forward too, with an adapter of its own where
     `reference_adapter` is set. `reference_once`: it runs before the first step alone. `measured` is
-    what layers take that are not worked out.
+    what layers take that are not worked out. `layers_per_unit`: FSDP2 gathers so many at once.
     """
 
     shape: Shape
@@ -114,6 +114,7 @@ class Step:
     packed: bool = True
     dropout: bool = False
     reshard: bool = True
+    layers_per_unit: int = 1
     accumulation: int = 1
     optimizer_copies: bool = False
     optimizer_waits: bool = False

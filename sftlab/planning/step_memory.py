@@ -35,9 +35,9 @@ WORK_EAGER_FP8 = (5.0, 5.0)
 # Outputs of the experts that a token visits, one for each, which live at once beside what is kept
 # (counted on a CPU, uncompiled)
 OUTPUTS_OF_EXPERTS = 3.0
-# Layers whose whole weights FSDP2 holds at once: the working layer's, the next one's, and the
-# buffer that it arrives in.
-FSDP_LAYERS_IN_FLIGHT = 3
+# Units whose whole weights FSDP2 holds at once, the working one and the buffer that the next one
+# arrives in. What was measured in units of a layer has one layer more.
+FSDP_UNITS_IN_FLIGHT, FSDP_LAYERS_BESIDES = 2, 1
 # cuBLAS's workspace, and all that is too small to count.
 WORKSPACE = 8 * 2**20
 # Share of the allocated memory that an allocator cannot use when memory is short (an estimate).
@@ -240,8 +240,10 @@ def communication_bytes(step: Step, at: str) -> int:
         return w.gradients
     if step.strategy == "single":
         return 0
-    in_flight = 1 if at == "loss" else FSDP_LAYERS_IN_FLIGHT
-    if not step.reshard:
+    in_flight = step.layers_per_unit
+    if at != "loss":
+        in_flight = FSDP_UNITS_IN_FLIGHT * step.layers_per_unit + FSDP_LAYERS_BESIDES
+    if not step.reshard or in_flight > step.shape.layers:
         in_flight = step.shape.layers
     return w.tail + in_flight * w.layer
 

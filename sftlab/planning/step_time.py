@@ -46,9 +46,12 @@ DEQUANTISING = 2.4
 HOST_COMPILED, HOST_EAGER = (2.7e-3, 0.36e-3), (4.4e-3, 0.86e-3)
 # Seconds of one operation of torch's that is not compiled (an estimate).
 HOST_OPERATION = 10e-6
-# What a layer takes besides: float8 (eager, compiled), 4-bit weights, FSDP2's hooks (one process,
-# several).
-HOST_FP8, HOST_QUANTIZED, HOST_FSDP = (7.0e-3, 2.4e-3), 3.25e-3, (1.0e-3, 3.6e-3)
+# What a layer takes besides: float8 (eager, compiled), 4-bit weights.
+HOST_FP8, HOST_QUANTIZED = (7.0e-3, 2.4e-3), 3.25e-3
+# FSDP2's hooks: for a unit (one process, several, which wait for one another), and for each layer
+# in it, whose weights are handled one by one. Their sums were measured on GPUs in units of a layer;
+# how they split, on a CPU (docs/LOG.md, FSDP2 in units of several layers).
+HOST_UNIT, HOST_UNIT_LAYER = (0.65e-3, 3.25e-3), 0.35e-3
 # How many times longer both take with checkpointing: the forward runs again, and hooks pack and
 # unpack every tensor.
 HOST_CHECKPOINTED, HOST_AGAIN = 1.6, 1.2
@@ -205,7 +208,10 @@ def host_seconds(step: Step) -> float:
     if step.measured:  # a recurrence in torch is not compiled
         own = max(own, step.measured.operations * HOST_OPERATION)
     besides = HOST_FP8[step.compiled] * (step.precision == "fp8") + HOST_QUANTIZED * step.quantized
-    besides += HOST_FSDP[step.processes > 1] * (step.strategy == "fsdp")
+    if step.strategy == "fsdp":
+        units = -(-step.shape.layers // step.layers_per_unit)
+        unit = HOST_UNIT[step.processes > 1] * units / step.shape.layers
+        besides += unit + HOST_UNIT_LAYER
     if step.checkpointing:
         own, besides = own * HOST_CHECKPOINTED, besides * HOST_AGAIN
     if step.reference:
