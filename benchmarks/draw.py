@@ -113,6 +113,7 @@ GROUPS = {
         "sft.py bf16, FSDP2, 64 rows": "FSDP2, bf16, 64 rows a GPU",
         "sft.py bf16, FSDP2": "FSDP2, bf16, 32 rows a GPU",
         "sft.py bf16, FSDP2, 20 rows": "FSDP2, bf16, 20 rows a GPU",
+        "sft.py bf16, FSDP2, 20 rows, a layer a unit": "FSDP2, bf16, 20 rows, a layer a unit",
         "sft.py fp8": "one GPU, fp8, 32 rows",
         "sft.py bf16, 64 rows": "one GPU, bf16, 64 rows",
         "sft.py bf16": "one GPU, bf16, 32 rows",

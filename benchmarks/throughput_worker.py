@@ -226,6 +226,8 @@ def parts_of(model: Any, fast: Any = None, args: Any = None) -> str:
         parts |= {"packing": fast.packing, "compiled layers": fast.compile_layers}
         parts |= {"fused loss": fast.fused_loss, "fused LoRA": fast.fused_lora}
         parts |= {f"{part} is off": why for part, why in fast.reasons.items()}
+        if fast.layers_per_unit:
+            parts["layers a unit"] = fast.layers_per_unit
         experts = fast.experts
     else:
         parts |= {"packing": args.packing, "padding-free": args.padding_free}

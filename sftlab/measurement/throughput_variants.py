@@ -144,6 +144,9 @@ VARIANTS = {
     "trl QLoRA, 7B": Variant("trl", "single", QLORA_7B, 1024, LLAMA_7B, gb=40),
     "sft.py bf16, DDP, 20 rows": sft("ddp", rows=20, gb=18, on_all=True),
     "sft.py bf16, FSDP2, 20 rows": sft("fsdp", rows=20, gb=18, on_all=True),
+    "sft.py bf16, FSDP2, 20 rows, a layer a unit": sft(
+        "fsdp", rows=20, gb=18, on_all=True, fsdp_layers_per_unit=1
+    ),
     "sft.py bf16, DDP": sft("ddp", gb=24, on_all=True),
     "sft.py bf16, FSDP2": sft("fsdp", gb=24, on_all=True),
     "sft.py bf16, DDP, 64 rows": sft("ddp", rows=64, gb=64, on_all=True),
