@@ -47,7 +47,7 @@ from sftlab.evaluation.generation import (
     rows_worth_compiling,
     longest_prompt,
 )
-from sftlab.evaluation.held_out import held_out, result_name
+from sftlab.evaluation.held_out import held_out
 from sftlab.evaluation.preference_pairs import (
     CHOSEN,
     REJECTED,
@@ -67,6 +67,7 @@ from sftlab.evaluation.start_rows import StartRows, pairs_known_to_start, start_
 from sftlab.exit_messages import mistakes_in_one_line
 from sftlab.files import write_json, write_lines
 from sftlab.runs.environment import environment
+from sftlab.runs.made_files import result_name
 from sftlab.runs.run_directory import adapter_hash
 from sftlab.script_options import Options
 from sftlab.startup.launcher import reported_to_launcher

@@ -36,7 +36,7 @@ from sftlab.evaluation.generation import (
     rows_worth_compiling,
     longest_prompt,
 )
-from sftlab.evaluation.held_out import HeldOut, ScoredRows, held_out, result_name, select
+from sftlab.evaluation.held_out import HeldOut, ScoredRows, held_out, select
 from sftlab.evaluation.base_and_tuned import (
     add_trust_flag,
     answering,
@@ -57,6 +57,7 @@ from sftlab.evaluation.served_answers import (
 )
 from sftlab.export.server_agreement import LoadedRun, answers_of_held_server
 from sftlab.runs.environment import environment
+from sftlab.runs.made_files import result_name
 from sftlab.runs.run_directory import SIDES, adapter_hash
 from sftlab.evaluation.row_scores import likelihoods, score_rows
 from sftlab.evaluation.text_metrics import (

@@ -1,7 +1,7 @@
 """May these runs be compared, and how do they compare? Speed, memory, losses and scores of runs.
 
 python eval/report.py --runs runs --out results/report [--axis lora_r lora_target_modules]
-    [--reference runs/x] [--allow-confounded]
+    [--reference runs/x] [--scored_on data/other.jsonl] [--allow-confounded]
 
 Reads run.json and what eval/ wrote beside it. Writes OUT/report.md, runs.csv and plots (PNG and
 SVG). Refuses runs that differ in more than the axis explains; sftlab/comparison/comparability.py
@@ -55,7 +55,15 @@ def main(argv: list[str]) -> None:
     out = arguments.out
     try:
         check_output_folder(out, "report.md", HEADING)
-        found = {name: read_results(path) for name, path in find_runs(arguments.runs).items()}
+        found = {
+            name: read_results(path, arguments.scored_on)
+            for name, path in find_runs(arguments.runs).items()
+        }
+        if arguments.scored_on and not any(one.quality for one in found.values()):
+            raise ValueError(
+                f"no run has scores of {arguments.scored_on}: run eval/quality.py with "
+                "--dataset_name first, and name the data set as there"
+            )
         comparison = check_comparable(found, arguments.axis, arguments.allow_confounded)
         against = against_reference(comparison, arguments.reference)
     except ValueError as error:
@@ -83,6 +91,12 @@ def parsed(argv: list[str]) -> argparse.Namespace:
         metavar="FIELD",
         help="what is compared (default: inferred)",
     )
+    add(
+        "--scored_on",
+        metavar="DATASET",
+        help="compare scores of this data set, given as --dataset_name of eval/quality.py "
+        "(default: those of each run's test split)",
+    )
     add("--reference", type=Path, help="the run that the tuned models are compared with")
     add(
         "--allow-confounded",
@@ -103,7 +117,7 @@ def as_markdown(
     lines += ["## Runs", "", *grid(table(comparison, list(COLUMNS)))]
     lines += pictures(plots, "speed", "memory", "losses")
     if any(one.quality or one.texts or one.tasks or one.judged for one in comparison.runs.values()):
-        lines += ["## Base and tuned on held-out rows", ""]
+        lines += [f"## Base and tuned on {scored_rows(comparison)}", ""]
         lines += [*grid(table(comparison, [], scores(comparison))), *pictures(plots, "quality")]
         lines += [
             "In brackets are 95 % intervals: the score interval of the scale and bootstrap-t "
@@ -133,6 +147,14 @@ def as_text(comparison: Comparison, against: tuple[str, Table]) -> str:
     if differences:
         lines += ["", aligned(differences), said]
     return "\n".join([*lines, *(f"warning: {warning}" for warning in comparison.warnings)])
+
+
+def scored_rows(comparison: Comparison) -> str:
+    """Returns what the rows are called that the scores are of."""
+    found = (one.quality.get("held_out", {}) for one in comparison.runs.values())
+    named = {rows["dataset"] for rows in found if "dataset" in rows}
+    others = {name for name in named if not name.endswith(", test split")}
+    return f"the rows of {', '.join(sorted(others))}" if others else "held-out rows"
 
 
 def unexplained(comparison: Comparison) -> list[str]:

@@ -38,6 +38,29 @@ def test_a_run_judged_twice_is_named(make, report, capsys, tmp_path):
     assert "r8 and r16" not in printed
 
 
+def test_scores_of_another_data_set_are_compared_where_asked_for(make, report, capsys, tmp_path):
+    for name, wrong in (("a", 1), ("b", 30)):
+        evaluated = make(name, wrong=1) / "eval"
+        scored = make(f"{name}-elsewhere", wrong=wrong) / "eval"
+        record = json.loads((scored / "quality.json").read_text())
+        record["held_out"]["dataset"] = "data/other rows.jsonl"
+        record["adapter_hash"] = adapter_hash(evaluated.parent)
+        (evaluated / "quality-other-rows.json").write_text(json.dumps(record))
+        (scored / "quality.jsonl").rename(evaluated / "quality-other-rows.jsonl")
+    given = ("--runs", tmp_path / "runs" / "a", tmp_path / "runs" / "b", "--out", tmp_path / "out")
+    run_report(report, capsys, *given)
+    own = read_csv(tmp_path / "out")
+    run_report(report, capsys, *given, "--scored_on", "data/other rows.jsonl")
+    other = read_csv(tmp_path / "out")
+    assert own["a"]["tuned bleu"] == own["b"]["tuned bleu"] == other["a"]["tuned bleu"]
+    assert float(other["b"]["tuned bleu"]) < float(own["b"]["tuned bleu"]) / 2
+    assert "## Base and tuned on the rows of data/other rows.jsonl" in (
+        tmp_path / "out" / "report.md"
+    ).read_text()
+    with pytest.raises(SystemExit, match="no run has scores of nowhere: run eval/quality.py"):
+        run_report(report, capsys, *given, "--scored_on", "nowhere")
+
+
 def test_equal_answers_differ_by_nothing(make, report, capsys, tmp_path):
     for name in ("a", "b"):
         folder = make(name)

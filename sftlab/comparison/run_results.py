@@ -22,6 +22,7 @@ from sftlab.comparison.result_files import (
 )
 from sftlab.evaluation.significance import compare
 from sftlab.evaluation.text_metrics import NAMES, PARTS, paired_scores
+from sftlab.runs.made_files import result_name
 from sftlab.runs.run_directory import SIDES, adapter_hash, read_run
 from sftlab.tables import counted
 
@@ -89,11 +90,15 @@ def find_runs(paths: Sequence[Path]) -> dict[str, Path]:
     }
 
 
-def read_results(folder: Path) -> RunResults:
-    """Returns what a run directory holds; ValueError names a file that cannot be read."""
+def read_results(folder: Path, scored_on: str | None = None) -> RunResults:
+    """Returns what a run directory holds; ValueError names a file that cannot be read.
+
+    Its scores are those of the test split, or of the data set whose file is called `scored_on`.
+    """
     run, evaluated = read_run(folder), folder / "eval"
     adapter, stale = adapter_hash(folder), []
-    quality = read_quality(evaluated / "quality.json")
+    scored = result_name("quality", scored_on)
+    quality = read_quality(evaluated / f"{scored}.json")
     if quality and quality["adapter_hash"] != adapter:
         quality, stale = {}, ["stale scores"]
     entries: dict[str, list[dict[str, Any]]] = {}
@@ -106,7 +111,7 @@ def read_results(folder: Path) -> RunResults:
     written = read_text_scores(evaluated)
     texts = [one for one in written if one["adapter_hash"] == adapter]
     stale += ["stale perplexity of text"] if len(texts) < len(written) else []
-    records = read_records(evaluated / "quality.jsonl") if quality else []
+    records = read_records(evaluated / f"{scored}.jsonl") if quality else []
     held = _hashes(evaluated, adapter, records, judged)
     tasks = entries["harness"]
     preferences = read_preferences(evaluated / "preferences.json")

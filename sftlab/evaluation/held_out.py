@@ -1,8 +1,6 @@
 """The rows that a run is judged on: its test split, or another data set."""
 
-import re
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from datasets import Dataset
@@ -121,15 +119,6 @@ def held_out(
         return HeldOut(rows, facts, unchecked)
     _refuse_overlap(rows, splits, origin)
     return HeldOut(rows, facts, None)
-
-
-def result_name(name: str, dataset: str | None) -> str:
-    """Returns the name of what is written of an evaluation, without an ending.
-
-    That is `name`, and behind it another data set's own.
-    """
-    other = dataset and re.sub(r"\W+", "-", Path(dataset).stem)
-    return f"{name}-{other}" if other else name
 
 
 def questions_of(run: dict[str, Any]) -> frozenset[int]:

@@ -7,6 +7,7 @@ it is on the disk, so a kill leaves nothing that is not listed.
 
 import glob
 import os
+import re
 from collections.abc import Iterable, Iterator
 from fnmatch import fnmatchcase
 from pathlib import Path, PurePosixPath
@@ -130,3 +131,12 @@ def _matches(name: str, pattern: str) -> bool:
 def _stays_inside(name: str) -> bool:
     path = PurePosixPath(name)
     return not path.is_absolute() and ".." not in path.parts
+
+
+def result_name(name: str, dataset: str | None) -> str:
+    """Returns the name of what is written of an evaluation, without an ending.
+
+    That is `name`, and behind it another data set's own.
+    """
+    other = dataset and re.sub(r"\W+", "-", Path(dataset).stem)
+    return f"{name}-{other}" if other else name
