@@ -97,6 +97,15 @@ GROUPS = {
         for dropout in (0, 0.05)
         for fused in (", LoRA fused", "")
     },
+    "1B and 7B shapes, small micro-batches, with and without captured steps": {
+        f"sft.py {which}{recorded}": f"sft.py, {about}{recorded}"
+        for which, about in (
+            ("bf16, 20 rows", "1B, q, v and o, 20 rows"),
+            ("bf16, all linears, 20 rows", "1B, all linears, 20 rows"),
+            ("QLoRA, 7B, kept activations, 4 rows", "7B in 4 bits, 4 rows"),
+        )
+        for recorded in (", steps captured", "")
+    },
     "1B shape, LoRA on q, v and o, fp32": {
         "sft.py fp32, 20 rows": "sft.py, fp32, 20 rows",
         "published loop, fp32": "published loop, fp32, 20 rows",

@@ -6,6 +6,7 @@ python benchmarks/throughput.py --peers --gb 135              # into results/pee
 python benchmarks/throughput.py --families --gb 135 [--only Qwen3-1.7B]    # results/families
 python benchmarks/throughput.py --draw                        # the plot again, from the table
 python benchmarks/throughput.py --fused_lora --out results/fused_lora     # its pairs alone
+python benchmarks/throughput.py --captured_step                # into results/captured_step
 
 The models are random-initialised: Llama-3.2-1B's shape, Llama-2-7B's for QLoRA, and those that
 variants name. Rows have 16 to 512 tokens, lognormal(5.75, 0.7), unless the variant's name says
@@ -46,6 +47,7 @@ from sftlab.config.launch_command import as_arguments, launch_command
 from sftlab.exit_messages import mistakes_in_one_line
 from sftlab.measurement.hardware_limit import matrix_rate
 from sftlab.measurement.throughput_variants import (
+    CAPTURED,
     EVERY,
     FAMILIES,
     FUSED_LORA,
@@ -141,6 +143,7 @@ def parse_arguments() -> argparse.Namespace:
     which.add_argument("--variants", nargs="+", choices=EVERY, metavar="NAME")
     sets = {
         "fused_lora": (FUSED_LORA, "pairs with and without fused LoRA"),
+        "captured_step": (CAPTURED, "pairs with and without captured steps"),
         "peers": (PEERS, "the fastest other trainers at their best, beside sft.py"),
         "families": (FAMILIES, "sft.py and these peers on models of other families"),
     }

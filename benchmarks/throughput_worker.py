@@ -225,6 +225,7 @@ def parts_of(model: Any, fast: Any = None, args: Any = None) -> str:
     if fast is not None:
         parts |= {"packing": fast.packing, "compiled layers": fast.compile_layers}
         parts |= {"fused loss": fast.fused_loss, "fused LoRA": fast.fused_lora}
+        parts["steps captured"] = fast.captured_step
         parts |= {f"{part} is off": why for part, why in fast.reasons.items()}
         if fast.layers_per_unit:
             parts["layers a unit"] = fast.layers_per_unit

@@ -292,6 +292,8 @@ def train(
         "checkpoints": trainer.checkpointer.facts(),
         "global_step": state.global_step,
     }
+    if capture := getattr(trainer, "capture", None):  # preference tuning has none
+        measured["captured_step"] = capture.facts()
     if streaming:
         measured["trained_on"] = trainer.source_counts.facts(names or [recipe.data.dataset_name])
     if run.is_main and torch.cuda.is_available() and not streaming:

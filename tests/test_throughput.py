@@ -13,6 +13,7 @@ from conftest import ROOT, load_script
 from sftlab.measurement import turnstile
 from sftlab.measurement.flops import Flops
 from sftlab.measurement.throughput_variants import (
+    CAPTURED,
     EVERY,
     FAMILIES,
     FAMILY_OF,
@@ -169,7 +170,7 @@ def test_variants_of_one_model_share_a_group_where_they_fit():
 
 
 def test_what_one_question_compares_shares_a_group():
-    assert set(EVERY) == {*VARIANTS, *FUSED_LORA, *PEERS, *FAMILIES}
+    assert set(EVERY) == {*VARIANTS, *FUSED_LORA, *CAPTURED, *PEERS, *FAMILIES}
     together = [set(names) for names in script.groups(FAMILIES, 135)]
     for shape, family in FAMILY_OF.items():
         assert any(set(family_variants(shape, family)) <= group for group in together)

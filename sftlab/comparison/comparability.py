@@ -47,7 +47,8 @@ _STAGE = (
     "adapter_name_or_path data.* dataset_* datasets* columns tokens *_file loss_on "
     "learning_rate lr_* warmup_* max_steps num_train_epochs max_length truncation_mode "
     f"global_batch {_BATCH} loss_type beta reference lora_dropout neftune_noise_alpha "
-    "packing compile_layers fused_lora fused_loss attn_implementation completion_only_loss "
+    "packing compile_layers fused_lora fused_loss captured_step attn_implementation "
+    "completion_only_loss "
     "quality.fingerprint quality.rows"
 )
 _TURNS = "template tokens quality.end_tokens quality.stop_strings"

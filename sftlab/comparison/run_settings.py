@@ -35,6 +35,7 @@ CHOSEN = (
     "fused_lora",
     "fused_loss",
     "fsdp_layers_per_unit",
+    "captured_step",
 )
 # Fingerprints of the rows, by split.
 DATA_FACTS = ("data.train", "data.validation", "data.test")

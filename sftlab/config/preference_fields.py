@@ -35,6 +35,7 @@ REFUSED_OF_PAIRS = {
     "completion_only_loss": "the log-probabilities are those of the answers",
     "answers_during_training": "eval/quality.py generates the answers after the training",
     "shuffle_dataset": "the sampler shuffles the rows",
+    "captured_step": "only steps of supervised fine-tuning are recorded",
     "neftune_noise_alpha": "noise would make the model differ from its reference before it trains",
 }
 
@@ -46,6 +47,7 @@ class PreferenceArguments(OwnFields, DPOConfig):
     # what the code that both methods share reads
     completion_only_loss: ClassVar[bool] = True
     answers_during_training: ClassVar[int | None] = None
+    captured_step: ClassVar[bool | None] = None
 
     method: str = field(default="dpo", metadata=OwnFields.__dataclass_fields__["method"].metadata)
     packing: bool | None = field(

@@ -236,6 +236,13 @@ class TrainingArguments(OwnFields, SFTConfig):
             "wherever the head allows it."
         },
     )
+    captured_step: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Record forward and backward of a micro-batch once for each of a few sizes, "
+            "and replay them as CUDA graphs: for small micro-batches on one GPU. Unset: no."
+        },
+    )
 
 
 class Recipe(NamedTuple):

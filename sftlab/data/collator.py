@@ -13,13 +13,15 @@ import torch
 from torch.nn.functional import pad
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
+from sftlab.data.buckets import loss_bucket, most_tiles, token_bucket
+
 # queries (and keys) per program of the attention kernels
 TILE = 64
 # Packed batches are padded to a multiple of this many tokens, so that matrix shapes are aligned.
 TOKENS_MULTIPLE = 128
 # what the collator adds for the loss and the meter; the model does not take it
 _EXTRAS = (
-    *("loss_positions", "targets", "loss_rows", "loss_tokens"),
+    *("loss_positions", "targets", "loss_rows", "loss_tokens", "in_loss"),
     *("real_tokens", "real_rows", "by_source"),
 )
 
@@ -28,11 +30,14 @@ class Collator:
     """trl's collator, with what loss and attention need besides.
 
     It adds `loss_positions`, the flat index of every token whose next token is in the loss. The
-    next tokens are `targets`, and their rows `loss_rows`. `real_tokens` and `real_rows` are ints.
+    next tokens are `targets`, and their rows `loss_rows`. `real_tokens`, `real_rows` and
+    `loss_tokens` are ints.
     Of a stream, `by_source` has the data set's number and the tokens of each row.
     With `packed`, rows are concatenated to [1, tokens], and `tiles` tells the
     attention where they begin; with `mixers`, `boundaries` tells it to the other layers. The
-    number of tokens is padded to a `multiple`.
+    number of tokens is padded to a `multiple`. With `parts`, all tensors but `loss_rows` have one
+    of a few sizes (sftlab/data/buckets.py): `loss_positions` and `targets` go on behind the tokens
+    in the loss, at positions that are not in it, and `in_loss` [n] is false there.
     """
 
     def __init__(
@@ -41,7 +46,9 @@ class Collator:
         packed: bool,
         multiple: int | None = None,
         mixers: bool = False,
+        parts: int = 0,
     ) -> None:
+        self._parts = parts
         self._collate = DataCollatorForLanguageModeling(
             pad_token_id=pad_token_id,
             padding_free=packed,
@@ -70,10 +77,13 @@ class Collator:
         if self._packed:
             rows = torch.repeat_interleave(lengths)[positions]
             batch = self._filled_up(batch, lengths)
+        scored = {"loss_positions": positions, "targets": following[in_loss]}
+        if self._parts:
+            scored = _scored_in_bucket(scored, batch["input_ids"].numel(), self._parts)
         return batch | {
-            "loss_positions": positions,
-            "targets": following[in_loss],
+            **scored,
             "loss_rows": rows,
+            "loss_tokens": len(positions),
             "real_tokens": int(lengths.sum()),
             "real_rows": len(examples),
             **({"by_source": sources} if sources else {}),
@@ -81,13 +91,21 @@ class Collator:
 
     def _filled_up(self, batch: dict[str, Any], lengths: torch.Tensor) -> dict[str, torch.Tensor]:
         # the padding is a sequence of its own, so that its attention is defined
-        tail = -batch["input_ids"].shape[1] % self._multiple
-        sequences = [*lengths.tolist(), tail]
+        tokens = batch["input_ids"].shape[1]
+        if self._parts:  # or several short ones, whose attention costs least
+            tail = token_bucket(tokens, self._multiple) - tokens
+            padding = [TILE] * (tail // TILE) + [tail % TILE]
+            count = most_tiles(tokens + tail, len(lengths) + 1, TILE)
+        else:
+            tail = -tokens % self._multiple
+            padding, count = [tail], 0
+        sequences = [*lengths.tolist(), *padding]
+        places = torch.cat([torch.arange(one) for one in padding])[None]
         return {
             "input_ids": pad(batch["input_ids"], (0, tail), value=self._pad),
             "labels": pad(batch["labels"], (0, tail), value=-100),
-            "position_ids": torch.cat([batch["position_ids"], torch.arange(tail)[None]], dim=1),
-            "tiles": tiles(sequences),
+            "position_ids": torch.cat([batch["position_ids"], places], dim=1),
+            "tiles": tiles(sequences, count),
             **(boundaries(sequences) if self._mixers else {}),
         }
 
@@ -115,18 +133,36 @@ def boundaries(lengths: Sequence[int]) -> dict[str, torch.Tensor]:
     }
 
 
-def tiles(lengths: Sequence[int]) -> torch.Tensor:
+def _scored_in_bucket(
+    scored: dict[str, torch.Tensor], tokens: int, parts: int
+) -> dict[str, torch.Tensor]:
+    """Returns positions and targets with others behind them, and which are in the loss.
+
+    Positions stay different from one another: gradients are written to them in any order.
+    """
+    positions, count = scored["loss_positions"], len(scored["loss_positions"])
+    size = loss_bucket(count, tokens, parts)
+    others = torch.ones(tokens, dtype=torch.bool).index_fill(0, positions, False)
+    return {
+        "loss_positions": torch.cat([positions, others.nonzero()[: size - count, 0]]),
+        "targets": pad(scored["targets"], (0, size - count)),
+        "in_loss": torch.arange(size) < count,
+    }
+
+
+def tiles(lengths: Sequence[int], count: int = 0) -> torch.Tensor:
     """Returns sequences of these lengths in pieces of at most `TILE` tokens, [2, pieces, 3] int32.
 
     A piece is its sequence's start and end, and its own first token. The first table is for
     programs that read what comes before a piece, the second for those that read what comes after
-    it. Both begin with the most work. Empty pieces at the end keep the second table aligned to 16
-    bytes, because Triton compiles a kernel anew for one that is not.
+    it. Both begin with the most work. Empty pieces at the end fill up to `count`, and keep the
+    second table aligned to 16 bytes, because Triton compiles a kernel anew for one that is not.
     """
     pieces, start = [], 0
     for length in lengths:
         pieces += [(start, start + length, first) for first in range(start, start + length, TILE)]
         start += length
+    pieces += [(start, start, start)] * (count - len(pieces))
     pieces += [(start, start, start)] * (-len(pieces) % 4)
     before = sorted(pieces, key=lambda piece: piece[0] - piece[2])
     after = sorted(pieces, key=lambda piece: piece[2] - piece[1])

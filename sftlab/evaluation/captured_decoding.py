@@ -12,9 +12,10 @@ from collections.abc import Callable
 import torch
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
-from transformers import PreTrainedConfig, PreTrainedModel, StaticCache
+from transformers import PreTrainedModel, StaticCache
 
 from sftlab.models.inner_model import inner_model
+from sftlab.models.rotary import GROWING, rotary_kinds
 
 # a warm-up before the capture takes as many columns beyond the last
 _WARM_STEPS = 2
@@ -44,14 +45,8 @@ def can_capture(model: PeftModel | PreTrainedModel) -> bool:
         and config._attn_implementation == "sdpa"
         and getattr(inner, "hf_quantizer", None) is None
         and not any("experts" in name and isinstance(n, int) for name, n in vars(config).items())
-        and not _angles(config) & {"dynamic", "longrope"}
+        and not rotary_kinds(config) & GROWING
     )
-
-
-def _angles(config: PreTrainedConfig) -> set[str | None]:
-    """Returns the kinds of rotary embedding: a model may have one for each kind of layer."""
-    angles = getattr(config, "rope_parameters", None) or {}
-    return {one.get("rope_type") for one in (angles, *angles.values()) if isinstance(one, dict)}
 
 
 def only_full_attention(model: PreTrainedModel) -> bool:

@@ -1,4 +1,4 @@
-"""Which parts of the fast path a run takes: packing, compiled layers, fused LoRA, fused loss.
+"""Which parts of the fast path a run takes: packing, compiled layers, fused LoRA and loss, replays.
 
 The training is the same with and without them. A part whose recipe field is unset is on if it works
 here. A field that is set is obeyed, or refused with a ValueError.
@@ -15,6 +15,7 @@ from sftlab.config.recipe import Recipe
 from sftlab.fastpath import varlen_attention
 from sftlab.models.layers import Layers, describe
 from sftlab.models.loading import model_class
+from sftlab.models.rotary import GROWING, rotary_kinds
 
 UNTIMED = "not measured with 8-bit weights under FSDP; set compile_layers to switch it on"
 
@@ -41,6 +42,7 @@ class FastPath:
     fused_lora: bool = False
     four_bit_weights: str | None = None
     layers_per_unit: int | None = None
+    captured_step: bool = False
 
 
 def choose(
@@ -52,8 +54,8 @@ def choose(
     """Choose the parts before any weights are loaded.
 
     `elsewhere` plans for another machine: it returns why that one has no Triton kernels, or None.
-    Raises ValueError for packing that the recipe asks for and that does not work here, and for
-    fewer bits than 16 of a mixture of experts.
+    Raises ValueError for packing or recorded steps that the recipe asks for and that do not work
+    here, and for fewer bits than 16 of a mixture of experts.
     """
     attention, reasons = recipe.model.attn_implementation, {}
     layers = describe(config, model_class(config))
@@ -77,6 +79,12 @@ def choose(
         compiled = no_triton is None and not recipe.training.torch_compile
         if compiled and launch.strategy == "fsdp" and recipe.model.load_in_8bit:
             compiled, reasons["compile_layers"] = False, UNTIMED
+    if recipe.training.captured_step and (
+        reason := _no_capture(recipe, config, launch, layers, packing)
+    ):
+        raise ValueError(
+            f"captured_step is not possible here: {reason}; leave it out of the recipe"
+        )
     return FastPath(
         packing,
         compiled,
@@ -85,7 +93,34 @@ def choose(
         layers,
         reasons,
         fused_lora=bool(recipe.training.fused_lora),
+        captured_step=bool(recipe.training.captured_step),
     )
+
+
+def _no_capture(
+    recipe: Recipe, config: PreTrainedConfig, launch: Launch, layers: Layers, packing: bool
+) -> str | None:
+    """Returns why steps cannot be recorded; None where nothing is known against it."""
+    training = recipe.training
+    if not packing:
+        return "rows are not packed"
+    if launch.world_size > 1:
+        return f"{launch.world_size} processes average their gradients within the backward"
+    if training.gradient_checkpointing or training.activation_offloading:
+        return "checkpointed or offloaded activations make the backward wait for the host"
+    if training.mixed_precision == "fp16":
+        return "the loss scale of fp16 changes from step to step"
+    if training.fused_loss is False:
+        return "the loss is not fused"
+    if training.torch_compile or training.torch_empty_cache_steps:
+        return "torch_compile and torch_empty_cache_steps have not been tried with it"
+    if recipe.model.load_in_8bit:
+        return "products of 8-bit weights look for outliers"
+    if layers.mixers or layers.experts:
+        return "layers beside attention depend on how many tokens a row or an expert has"
+    if growing := rotary_kinds(config.get_text_config()) & GROWING:
+        return f"rotary embeddings of kind {min(growing)} depend on the longest row"
+    return None
 
 
 def _refuse_whole_experts(recipe: Recipe, layers: Layers) -> None:

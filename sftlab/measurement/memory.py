@@ -30,6 +30,9 @@ class MemorySplit(TrainerCallback):
         self._first: int | None = None
         self._parts: dict[str, int] = {}
         self._profile: profile | None = None
+        # bytes that a rehearsal's forward left, and the most that it held; beyond those before it
+        self._rehearsed: dict[str, int] = {}
+        self._rehearses = False
 
     def on_step_begin(
         self, args: Any, state: Any, control: Any, model: nn.Module, **kwargs: Any
@@ -40,15 +43,42 @@ class MemorySplit(TrainerCallback):
             return
         self._parts = {"parameters": _bytes([*model.parameters(), *_kept_beside(model)])}
         if torch.cuda.is_available():
-            self.peak_before = torch.cuda.max_memory_allocated()
-            torch.cuda.reset_peak_memory_stats()
-            self._began = torch.cuda.memory_allocated()
+            self._begin_peak()
         else:
             self._profile = profile(activities=[ProfilerActivity.CPU], profile_memory=True)
             self._profile.start()
 
+    def _begin_peak(self) -> None:
+        self.peak_before = max(self.peak_before, torch.cuda.max_memory_allocated())
+        torch.cuda.reset_peak_memory_stats()
+        self._began = torch.cuda.memory_allocated()
+
+    def rehearse(self, work: Callable[[], Any]) -> Any:
+        """Returns what a forward and backward returns that stands for those replayed later.
+
+        The allocator does not see what a replay of a CUDA graph holds.
+        """
+        if not torch.cuda.is_available():
+            return work()
+        self._begin_peak()
+        self._rehearses = True
+        try:
+            return work()
+        finally:
+            self._rehearses = False
+            self._rehearsed["peak"] = torch.cuda.max_memory_allocated() - self._began
+
+    def replayed(self) -> None:
+        """Note a replay; the step's first one counts."""
+        if self._parts and self._rehearsed and "activations" not in self._parts:
+            self._parts["activations"] = self._rehearsed["activations"]
+            self._parts["peak"] = self._began + self._rehearsed["peak"]
+
     def forward_ended(self) -> None:
         """Note the activations; called after every forward, the step's first one counts."""
+        if self._rehearses:
+            self._rehearsed["activations"] = torch.cuda.memory_allocated() - self._began
+            return
         if not self._parts or "activations" in self._parts:
             return
         if self._profile is None:
@@ -78,7 +108,8 @@ class MemorySplit(TrainerCallback):
             value for value in states if isinstance(value, torch.Tensor)
         )
         if self._profile is None:
-            self._parts["peak"] = torch.cuda.max_memory_allocated()
+            peak = torch.cuda.max_memory_allocated()
+            self._parts["peak"] = max(peak, self._parts.get("peak", 0))
         else:
             self._profile.stop()
             held = self._parts["parameters"] + self._parts["optimizer_state"]

@@ -1,8 +1,9 @@
 """Which trainings does benchmarks/throughput.py measure?
 
 VARIANTS are this project beside trl and a published loop. FUSED_LORA are pairs with and without
-fused LoRA, PEERS are the fastest other trainers at their best, and FAMILIES are other models than
-Llama. A packed row of a peer is full: 20 of 512 tokens hold about 32 rows of the data.
+fused LoRA, CAPTURED pairs with and without captured_step, PEERS are the fastest other trainers at
+their best, and FAMILIES are other models than Llama. A packed row of a peer is full: 20 of 512
+tokens hold about 32 rows of the data.
 """
 
 from importlib.util import find_spec
@@ -180,6 +181,15 @@ def fused(rows: int, gb: int) -> Variant:
     return paced(sft("single", rows, gb=gb, lora_target_modules=ALL, fused_lora="true"))
 
 
+def captured(one: Variant) -> Variant:
+    """Returns a variant of recipes/sft.py that replays captured steps, with more to warm up.
+
+    Every size of a micro-batch is captured when it first comes. The graphs' pool is memory besides.
+    """
+    fields = one.fields | {"captured_step": "true"}
+    return paced(one, fields=fields, gb=2 * one.gb, warm=40, steps=20)
+
+
 _QLORA = {"longest": 1024, "shape": LLAMA_7B, "load_in_4bit": True}
 _R32 = {"r": 32, "lora_alpha": 64}
 _FULL = {"longest": 4096, "shortest": 4096, "shape": "llama3-8b"}
@@ -258,5 +268,20 @@ FAMILIES = {
     for shape, family in FAMILY_OF.items()
     for name, variant in family_variants(shape, family).items()
 }
-# a name that is also in VARIANTS means that one
-EVERY = PEERS | FAMILIES | FUSED_LORA | VARIANTS
+# pairs with and without captured_step, the cheapest first
+CAPTURED = {
+    f"{name}{', steps captured' * captures}": (
+        captured(one) if captures else paced(one, warm=40, steps=20)
+    )
+    for name, one in (
+        ("sft.py bf16, 20 rows", VARIANTS["sft.py bf16, 20 rows"]),
+        ("sft.py bf16, all linears, 20 rows", PEERS["sft.py bf16, all linears, 20 rows"]),
+        (
+            "sft.py QLoRA, 7B, kept activations, 4 rows",
+            PEERS["sft.py QLoRA, 7B, kept activations, 4 rows"],
+        ),
+    )
+    for captures in (False, True)
+}
+# a name that is also in VARIANTS or PEERS means that one
+EVERY = CAPTURED | PEERS | FAMILIES | FUSED_LORA | VARIANTS

@@ -23,9 +23,8 @@ class TokenSums:
         self._sums: torch.Tensor | None = None
         self._real_tokens = 0
 
-    def add(self, entropies: torch.Tensor, hits: torch.Tensor, real_tokens: int) -> None:
-        """Add one micro-batch: entropy and hit of each token in the loss, [n] both."""
-        sums = torch.stack([entropies.sum(), hits.sum(), torch.ones_like(hits).sum()])
+    def add(self, sums: torch.Tensor, real_tokens: int) -> None:
+        """Add one micro-batch: the sums of its entropies, hits and tokens in the loss, [3]."""
         self._sums = sums if self._sums is None else self._sums + sums
         self._real_tokens += real_tokens
 

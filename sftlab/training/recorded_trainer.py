@@ -232,7 +232,7 @@ class RecordedTrainer(UpstreamFixes):
         self.source_counts.add(inputs.get("by_source", ()))
         if not self.first_step.done:
             self.check_first_step(model, inputs)
-        loss = super().training_step(model, inputs, *args, **kwargs)
+        loss = self.forward_and_backward(model, inputs, *args, **kwargs)
         self.finiteness.add_loss(loss)
         if self.accelerator.scaler is not None:  # a step that fp16 skips adds nothing to the mean
             loss = torch.nan_to_num(loss, nan=0.0, posinf=0.0, neginf=0.0)
@@ -243,6 +243,12 @@ class RecordedTrainer(UpstreamFixes):
     def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
         with layers_in_units(self._base, self.fast.layers_per_unit or 1):
             return super()._prepare_for_training(*args, **kwargs)
+
+    def forward_and_backward(
+        self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> torch.Tensor:
+        """Add the gradients of a micro-batch to those that are there; returns its loss."""
+        return super().training_step(model, inputs, *args, **kwargs)
 
     def check_first_step(self, model: nn.Module, inputs: dict[str, Any]) -> None:
         """Check strategy and precision before the first step of a start."""

@@ -4,6 +4,7 @@ The fast path: packed rows, compiled layers, a loss without whole logits, no wai
 Batches, order and loss are SFTTrainer's.
 """
 
+import logging
 import math
 from collections.abc import Callable
 from typing import Any
@@ -12,17 +13,22 @@ import torch
 from datasets import Dataset
 from torch import nn
 from torch.nn.functional import pad
+from torch.utils.data import DataLoader
 from transformers.trainer_utils import EvalLoopOutput
 from trl import SFTTrainer
 
 from sftlab.config.launch import PRECISIONS
+from sftlab.data.buckets import loss_parts
 from sftlab.data.collator import Collator, for_the_model
 from sftlab.fastpath import fused_loss
+from sftlab.fastpath.captured_step import NotCaptured
 from sftlab.models.likelihood import nats_per_token
 from sftlab.models.own_logits import Changes
 from sftlab.training.packing_check import verify_packing
 from sftlab.training.recorded_trainer import RecordedTrainer
+from sftlab.training.step_capture import StepCapture
 
+_log = logging.getLogger(__name__)
 # nats a token beyond which exp() has no value
 MOST_NATS = 700
 
@@ -44,12 +50,36 @@ class LabTrainer(RecordedTrainer, SFTTrainer):
                 "the loss of a step cannot be averaged over all its tokens: this model's forward "
                 "takes no **kwargs, so short micro-batches would weigh too much"
             )
-        self.data_collator = Collator(
+        self.data_collator = self._collator()
+        self.capture: StepCapture | None = None
+        if self.fast.captured_step:
+            if not self.fast.fused_loss:
+                why = self.fast.reasons["fused_loss"]
+                raise ValueError(
+                    f"captured_step is not possible here: the loss is not fused ({why}); leave it "
+                    "out of the recipe"
+                )
+            self.capture = StepCapture(self.loss_and_sums, self.accelerator.backward)
+
+    def _collator(self, parts: int = 0) -> Collator:
+        return Collator(
             self.processing_class.pad_token_id,
             self.fast.packing,
             self.args.pad_to_multiple_of,
             mixers=self.fast.layers.mixers > 0,
+            parts=parts,
         )
+
+    def get_train_dataloader(self) -> DataLoader:
+        """Returns the training batches; of a few sizes, where steps are recorded."""
+        usual = self.data_collator
+        if self.capture is not None:
+            parts = loss_parts(self.flops.loss_token / self.flops.token)
+            self.data_collator = self._collator(parts)
+        try:
+            return super().get_train_dataloader()
+        finally:
+            self.data_collator = usual
 
     def logit_changes(self) -> Changes | str:
         """Returns what the model does to its logits, or why there is no fused loss."""
@@ -72,7 +102,7 @@ class LabTrainer(RecordedTrainer, SFTTrainer):
 
     def loss_tokens(self, inputs: dict[str, Any]) -> int:
         """Returns how many tokens of a micro-batch are in the loss."""
-        return len(inputs["targets"])
+        return inputs["loss_tokens"]
 
     def check_first_step(self, model: nn.Module, inputs: dict[str, Any]) -> None:
         """Check strategy, precision, and that packed rows do not see one another."""
@@ -95,6 +125,41 @@ class LabTrainer(RecordedTrainer, SFTTrainer):
     def forward_once(self, model: nn.Module, inputs: dict[str, Any]) -> None:
         """Run one forward in training mode, for the check of the first step."""
         self.token_losses(model.train(), self._prepare_inputs(inputs))
+
+    def forward_and_backward(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        num_items_in_batch: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Add the gradients of a micro-batch, by a replay where steps are recorded.
+
+        Where they can no longer be, batches stay filled up: those of a run that goes on are, too.
+        """
+
+        def plain() -> torch.Tensor:
+            return super(LabTrainer, self).forward_and_backward(model, inputs, num_items_in_batch)
+
+        def undone() -> torch.Tensor:
+            sums = self.token_sums.state()
+            loss = plain() if self.memory is None else self.memory.rehearse(plain)
+            self.token_sums.restore(sums)
+            return loss
+
+        if self.capture is None or self.capture.off:
+            return plain()
+        self.optimizer.train()  # some swap the weights for an evaluation
+        try:
+            loss, sums = self.capture.run(model, inputs, num_items_in_batch, self._trained, undone)
+        except NotCaptured as error:
+            self.capture.end(str(error))
+            self.fast.captured_step, self.fast.reasons["captured_step"] = False, str(error)
+            _log.warning("captured_step is off: %s", error)
+            return plain()
+        self.token_sums.add(sums, inputs["real_tokens"])
+        if self.memory is not None:
+            self.memory.replayed()
+        return loss
 
     def compute_loss(
         self,
@@ -120,11 +185,29 @@ class LabTrainer(RecordedTrainer, SFTTrainer):
             return super().compute_loss(
                 model, for_the_model(inputs), return_outputs, num_items_in_batch
             )
+        loss, sums = self.loss_and_sums(model, inputs, num_items_in_batch)
+        self.token_sums.add(sums, inputs["real_tokens"])
+        return loss
+
+    def loss_and_sums(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Returns the fused loss, and the sums of entropies, hits and tokens in the loss [3].
+
+        It reads nothing back from the device, and of `inputs` nothing but tensors.
+        """
         nats, entropies, hits = self.token_losses(model, inputs)
-        self.token_sums.add(entropies, hits, inputs["real_tokens"])
+        counted = torch.ones_like(hits)
+        if "in_loss" in inputs:
+            outside = ~inputs["in_loss"]
+            nats, entropies, hits, counted = (
+                one.masked_fill(outside, 0.0) for one in (nats, entropies, hits, counted)
+            )
+        sums = torch.stack([entropies.sum(), hits.sum(), counted.sum()])
         if num_items_in_batch is None:
-            return nats.sum() / max(1, len(nats))
-        return nats.sum() / num_items_in_batch.clamp(min=1) * self._processes_averaged
+            return nats.sum() / counted.sum().clamp(min=1), sums
+        loss = nats.sum() / num_items_in_batch.clamp(min=1) * self._processes_averaged
+        return loss, sums
 
     @property
     def _processes_averaged(self) -> int:
@@ -136,7 +219,7 @@ class LabTrainer(RecordedTrainer, SFTTrainer):
         plain = for_the_model(inputs)
         positions = inputs["loss_positions"]
         if self.fast.fused_loss:
-            del plain["labels"]
+            plain.pop("labels", None)
             return model(**plain, loss_positions=positions, targets=inputs["targets"])
         outputs = model(**plain, use_cache=False, fused_lm_head=True)
         fields = (-outputs.log_probs, outputs.entropy, outputs.is_top1.float())

@@ -163,6 +163,7 @@ def what_ran(trainer: SFTTrainer, fast: FastPath, observed: Mapping[str, str]) -
         "fused_lora": fast.fused_lora,
         "fused_loss": fast.fused_loss,
         **({"fsdp_layers_per_unit": fast.layers_per_unit} if fast.layers_per_unit else {}),
+        "captured_step": fast.captured_step,
         **({"experts_implementation": fast.experts} if fast.experts else {}),
         **({"experts_lora": fast.experts_lora} if fast.experts_lora else {}),
         **({"four_bit_weights": fast.four_bit_weights} if fast.four_bit_weights else {}),

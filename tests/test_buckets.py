@@ -1,0 +1,65 @@
+"""Batches of a few sizes hold what they would hold otherwise, and little besides."""
+
+import torch
+from packed_training import examples
+
+from sftlab.data.buckets import loss_bucket, loss_parts, most_tiles, token_bucket
+from sftlab.data.collator import TILE, Collator
+from sftlab.training import step_capture
+
+
+def test_sizes_hold_what_they_must_and_waste_little():
+    sizes = set()
+    for tokens in [*range(1, 3000, 7), *range(3000, 70000, 231)]:
+        size = token_bucket(tokens, 128)
+        assert size >= tokens and size % 128 == 0
+        assert size - tokens < 0.0906 * tokens + 128
+        assert token_bucket(size, 128) == size, "a full batch is not filled up"
+        sizes.add(size)
+    assert len([size for size in sizes if 4096 < size <= 8192]) == 8
+    assert token_bucket(500, 384) == 768
+    for count in (0, 1, 32, 33, 255, 256):
+        size = loss_bucket(count, 256, 8)
+        assert size >= max(count, 1) and size % 32 == 0 and size - max(count, 1) < 32
+    assert loss_bucket(3, 256, 1) == 256
+    shares = {0.001: 1, 0.02: 1, 0.07: 2, 0.13: 4, 0.27: 8, 2.0: 8}
+    assert {share: loss_parts(share) for share in shares} == shares
+
+
+def test_batches_of_a_size_have_tensors_of_the_same_shapes():
+    collate = Collator(0, packed=True, parts=4)
+    rows, shapes = examples(200), {}
+    for first in range(0, 200, 5):
+        batch = collate(rows[first : first + 5])
+        count = batch["loss_tokens"]
+        key = batch["input_ids"].numel(), len(batch["targets"])
+        assert key == (
+            token_bucket(batch["real_tokens"], 128),
+            loss_bucket(count, batch["input_ids"].numel(), 4),
+        )
+        found = {name: batch[name].shape for name in step_capture.INPUTS}
+        assert shapes.setdefault(key, found) == found
+        at, inside = batch["loss_positions"], batch["in_loss"]
+        assert len(at.unique()) == len(at), "gradients are written to every position once"
+        assert inside.sum() == count and inside[:count].all()
+        flat = batch["labels"].flatten()
+        assert torch.equal(flat[at[:count] + 1], batch["targets"][:count])
+        after = torch.cat([flat[1:], flat.new_tensor([-100])])
+        assert (after[at[count:]] == -100).all(), "what fills up is not in the loss"
+    assert len(shapes) < 20
+
+
+def test_padding_is_in_short_rows_of_its_own():
+    rows = examples(44)
+    batch = Collator(0, packed=True, parts=8)(rows)
+    real, size = sum(len(row["input_ids"]) for row in rows), batch["input_ids"].numel()
+    assert size - real > 2 * TILE
+    for half in batch["tiles"].tolist():
+        seen = [at for start, end, first in half for at in range(first, min(first + TILE, end))]
+        assert sorted(seen) == list(range(size))
+        assert all(end <= real or (start >= real and end - start <= TILE) for start, end, _ in half)
+    assert batch["tiles"].shape[1] >= most_tiles(size, len(rows) + 1, TILE)
+    starts = (batch["position_ids"][0] == 0).nonzero()[:, 0].tolist()
+    assert starts == sorted({start for start, end, _ in batch["tiles"][0].tolist() if start < end})
+    assert batch["position_ids"][0, real:].max() < TILE
+    assert (batch["labels"][0, real:] == -100).all()
