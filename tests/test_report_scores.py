@@ -54,10 +54,11 @@ def test_scores_of_another_data_set_are_compared_where_asked_for(make, report, c
     other = read_csv(tmp_path / "out")
     assert own["a"]["tuned bleu"] == own["b"]["tuned bleu"] == other["a"]["tuned bleu"]
     assert float(other["b"]["tuned bleu"]) < float(own["b"]["tuned bleu"]) / 2
-    assert "## Base and tuned on the rows of data/other rows.jsonl" in (
-        tmp_path / "out" / "report.md"
-    ).read_text()
-    with pytest.raises(SystemExit, match="no run has scores of nowhere: run eval/quality.py"):
+    assert (
+        "## Base and tuned on the rows of data/other rows.jsonl"
+        in (tmp_path / "out" / "report.md").read_text()
+    )
+    with pytest.raises(SystemExit, match=r"no run has scores of nowhere: run eval/quality\.py"):
         run_report(report, capsys, *given, "--scored_on", "nowhere")
 
 
