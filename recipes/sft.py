@@ -157,6 +157,10 @@ def prepare(
     started = started_from(model)
     template = set_template(tokenizer, training.chat_template_path)
     fast = choose(recipe, config, launch)
+    if start.checkpoint and training.fused_lora is None:
+        # of a run that says nothing, it was off
+        began = bool(start.must_match.get("fused_lora"))
+        fast.continue_with_fused_lora(began, recipe.data.resume_anyway)
     compilers = start_compilers(recipe, config, fast)
 
     splits, facts = read_data(recipe, tokenizer, template)
@@ -191,6 +195,7 @@ def prepare(
     if start.at_stake:
         trainer.checkpointer.refuse_full_disk(run.made_bytes)
         begin(run, start, recipe, launch, recorded)
+    must["fused_lora"] = fast.fused_lora
     trainer.checkpointer.must_match, trainer.checkpointer.hardware = must, now["hardware"]
     phase_ended(WEIGHTS)
     with says_if_long("compiling the kernels"):

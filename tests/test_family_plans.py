@@ -17,6 +17,8 @@ from sftlab.data.collator import Collator, for_the_model
 from sftlab.fastpath.compile_layers import compile_layers, decoder_layers
 from sftlab.fastpath.experts import GROUPED, ONE_BY_ONE
 from sftlab.fastpath.experts_lora import factor_experts
+from sftlab.fastpath.fused_lora import fuse_lora
+from sftlab.fastpath.lora_products import LoraProduct, copy_matrices
 from sftlab.fastpath.packed_mixers import pack_mixers
 from sftlab.measurement.flops import flops_per_token
 from sftlab.models.layers import decoder_of, describe
@@ -155,6 +157,23 @@ def test_lora_on_experts_is_planned_as_autograd_saves_it(family, monkeypatch):
     assert planned == pytest.approx(held, rel=0.02)
     without, _ = planned_and_held(family)
     assert planned > 1.05 * without or family == "Qwen 3 MoE", "whose all-linear has the experts"
+
+
+@pytest.mark.parametrize("family", ["ERNIE 4.5", "Hunyuan (dense)"])
+def test_fused_lora_of_measured_layers_is_planned_as_autograd_saves_it(family, monkeypatch):
+    kernels_without_numbers(monkeypatch)
+    plain = adapted
+
+    def with_fused_lora(*given):
+        model = plain(*given)
+        assert fuse_lora(model, torch.bfloat16) == {}
+        products = [one for one in model.modules() if isinstance(one, LoraProduct)]
+        copy_matrices(list(dict.fromkeys(one.together for one in products)))
+        return model
+
+    monkeypatch.setitem(globals(), "adapted", with_fused_lora)
+    planned, held = planned_and_held(family, "--fused_lora=true")
+    assert planned == pytest.approx(held, rel=1e-6)
 
 
 @pytest.mark.parametrize("family", ["Phi-2", pytest.param("LFM2", marks=pytest.mark.long)])

@@ -234,7 +234,7 @@ def test_layers_that_share_an_input_and_are_called_with_others_are_right():
     "fields, reason",
     [
         ({"use_dora": True}, "DoraLinearVariant changes the LoRA update"),
-        ({"lora_bias": True}, "LoRA has a bias, or several adapters"),
+        ({"lora_bias": True}, "LoRA has a bias"),
     ],
     ids=str,
 )

@@ -40,7 +40,7 @@ _COVERED_BY = {
 _BATCH = "micro_batch accumulation"
 _QUANTIZED = (
     "quantization compute *_dtypes gradients_reduced_in bnb_4bit_* use_bnb_nested_quant "
-    "four_bit_weights fsdp_layers_per_unit"
+    "four_bit_weights fsdp_layers_per_unit fused_lora"
 )
 # what a stage of training has of its own: its data, its loss, its steps
 _STAGE = (
@@ -58,37 +58,40 @@ _TURNS = "template tokens quality.end_tokens quality.stop_strings"
 FOLLOWS = {
     "method": _STAGE,
     "precision": "dtype compute tf32 *_dtypes gradients_reduced_in four_bit_weights "
-    "fsdp_layers_per_unit launch.*FP8*",
+    "fsdp_layers_per_unit fused_lora launch.*FP8*",
     "strategy": "gradients_reduced_in trainable_dtypes four_bit_weights fsdp_layers_per_unit "
-    "launch.FSDP_*",
+    "fused_lora launch.FSDP_*",
     # sftlab/config/validation.py has DDP of three or more processes look for unused parameters
     "world_size": f"local_world_size {_BATCH} gradients_reduced_in hardware.host_cores "
     "ddp_find_unused_parameters",
     **dict.fromkeys(
         ("lora_r", "lora_target_modules", "lora_target_parameters"),
         # an adapter to go on from has the rank and the targets
-        "trainable_parameters adapter_name_or_path",
+        "trainable_parameters adapter_name_or_path fused_lora",
     ),
     **dict.fromkeys(
-        ("lora_modules_to_save", *PARAMETER_FIELDS, "model_init_kwargs"), "trainable_parameters"
+        ("lora_modules_to_save", *PARAMETER_FIELDS, "model_init_kwargs"),
+        "trainable_parameters fused_lora",
     ),
+    **dict.fromkeys(("lora_dropout", "exclude_modules"), "fused_lora"),
     **dict.fromkeys(("lora_alpha", *SCALE_FIELDS), "lora_scale"),
     "use_peft": "lora_* dtype trainable_parameters *_dtypes gradients_reduced_in fused_lora "
     "fused_loss fsdp_layers_per_unit",
     **dict.fromkeys(("load_in_4bit", "load_in_8bit"), _QUANTIZED),
-    "dtype": "frozen_dtypes",
+    "dtype": "frozen_dtypes fused_lora",
     **dict.fromkeys(("per_device_train_batch_size", "gradient_accumulation_steps"), _BATCH),
     "global_batch_size": f"global_batch {_BATCH}",
     "max_length": "tokens",
     "loss_on": "data.train data.validation tokens",
     "packing": "attn_implementation",
-    "compile_layers": "four_bit_weights",
+    "compile_layers": "four_bit_weights fused_lora",
     "gradient_checkpointing": "gradient_checkpointing_kwargs activation_checkpointing",
-    "torch_compile": "torch_compile_*",
+    "torch_compile": "torch_compile_* fused_lora",
     "use_liger_kernel": "liger_kernel_config",
     "lr_scheduler_type": "lr_scheduler_kwargs",
     "chat_template_path": _TURNS,
-    "model_name_or_path": f"{_TURNS} model_revision trainable_parameters fsdp_layers_per_unit",
+    "model_name_or_path": f"{_TURNS} model_revision trainable_parameters fsdp_layers_per_unit "
+    "fused_lora",
     "dataset_name": "data.* dataset_config dataset_train_split dataset_shape datasets* columns "
     "dataset_text_from_numbers *_file dataset_*_split tokens quality.fingerprint quality.rows",
 }

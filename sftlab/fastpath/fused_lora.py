@@ -7,7 +7,8 @@ from peft.tuners import lora
 from torch import nn
 from transformers import PreTrainedModel
 
-from sftlab.fastpath.lora_mlp import fuse_mlp
+from sftlab.fastpath.fused_lora_check import differs
+from sftlab.fastpath.lora_mlp import LoraMlp, fuse_mlp, unfuse_mlp
 from sftlab.fastpath.lora_products import (
     LARGEST_SHARED_RANK,
     LoraProduct,
@@ -16,19 +17,21 @@ from sftlab.fastpath.lora_products import (
     padded,
 )
 from sftlab.fastpath.selection import FastPath
+from sftlab.fastpath.unset_fused_lora import SHARDED
 from sftlab.models.inner_model import inner_model
 from sftlab.models.layers import decoder_of
 
 # names under which linears of one module read the same tensor
 ATTENTION = ("q_proj", "k_proj", "v_proj")
 SIBLINGS = (ATTENTION, ("gate_proj", "up_proj"))
-SHARDED = "FSDP shards the frozen weights, and one product needs them beside LoRA's matrices"
 
 
 def take_fused_lora(model: nn.Module, fast: FastPath, strategy: str, dtype: torch.dtype) -> None:
-    """Fuse the model's LoRA layers where the recipe asks for it; note why some stay peft's.
+    """Fuse the model's LoRA layers where that was chosen; note why some stay peft's.
 
-    `dtype` is that of the products. Raises ValueError where no layer can.
+    `dtype` is that of the products. Layers are compared with peft's before they are compiled. Where
+    fused LoRA is needed, raises ValueError if no layer can, or if one computes something else.
+    Where it is not, the model then is as peft made it, as it is where no MLP is one function.
     """
     if not fast.fused_lora:
         return
@@ -36,11 +39,19 @@ def take_fused_lora(model: nn.Module, fast: FastPath, strategy: str, dtype: torc
     left = {SHARDED: layers} if strategy == "fsdp" else fuse_lora(model, dtype)
     reason = "; ".join(f"{count} of {layers} LoRA layers: {why}" for why, count in left.items())
     if sum(left.values()) == layers:
+        impossible = reason or "there is no LoRA layer"
+    else:
+        whole = any(isinstance(module, LoraMlp) for module in model.modules())
+        alone = None if whole or fast.needs_fused_lora else "no MLP is one function with it"
+        impossible = alone or differs(model)
+    if impossible and fast.needs_fused_lora:
         raise ValueError(
-            f"fused_lora is not possible here: {reason or 'there is no LoRA layer'}; leave it out "
-            "of the recipe"
+            f"fused_lora is not possible here: {impossible}; {fast.without_fused_lora}"
         )
-    if reason:
+    if impossible:
+        unfuse_lora(model)
+        fast.fused_lora, fast.reasons["fused_lora"] = False, impossible
+    elif reason:
         fast.reasons["fused_lora"] = f"for {reason}"
 
 
@@ -50,8 +61,7 @@ def fuse_lora(model: nn.Module, dtype: torch.dtype) -> dict[str, int]:
     `dtype` is that of the products. Parameters, their names and what peft saves stay as they are.
     Returns how many layers stay on peft's path, by reason.
     """
-    base = inner_model(model)
-    decoder = decoder_of(base) if isinstance(base, PreTrainedModel) else base
+    decoder = _decoder(model)
     within = set(decoder.modules())  # what it begins with copies what LoRA trains
     left: dict[str, int] = {}
     for layer in [m for m in model.modules() if isinstance(m, lora.LoraLayer)]:
@@ -67,8 +77,43 @@ def fuse_lora(model: nn.Module, dtype: torch.dtype) -> dict[str, int]:
     for module in decoder.modules():
         fuse_mlp(module)
     if groups:
-        decoder.register_forward_pre_hook(lambda *_: copy_matrices(groups))
+        copies = _Copies(groups)
+        copies.hook = decoder.register_forward_pre_hook(copies)
     return left
+
+
+def unfuse_lora(model: nn.Module) -> None:
+    """Let every LoRA layer compute as peft does again, in place.
+
+    The frozen weights stay where they are, with room for LoRA's matrices beside them where the
+    decoder has run. Layers must not be compiled yet.
+    """
+    for hook in list(_decoder(model)._forward_pre_hooks.values()):
+        if isinstance(hook, _Copies):
+            hook.hook.remove()
+    for module in list(model.modules()):
+        if isinstance(module, LoraMlp):
+            unfuse_mlp(module)
+        elif isinstance(module, LoraProduct):
+            module.__class__ = lora.Linear
+            del module.together, module.place
+
+
+class _Copies:
+    """What a decoder's forward begins with; `hook` takes it away again."""
+
+    hook: torch.utils.hooks.RemovableHandle
+
+    def __init__(self, groups: list[SharedInput]) -> None:
+        self.groups = groups
+
+    def __call__(self, *_: object) -> None:
+        copy_matrices(self.groups)
+
+
+def _decoder(model: nn.Module) -> nn.Module:
+    base = inner_model(model)
+    return decoder_of(base) if isinstance(base, PreTrainedModel) else base
 
 
 def why_not(layer: lora.LoraLayer, dtype: torch.dtype) -> str | None:

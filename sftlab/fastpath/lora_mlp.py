@@ -5,16 +5,13 @@ and up read theirs. The activation is not kept for the backward: its gradient wo
 """
 
 from functools import cache
-from types import SimpleNamespace
 
 import torch
 from torch import nn
 
 from sftlab.fastpath.lora_products import LoraProduct, adapter_gradients
-from sftlab.fastpath.mlp_ops import activation, gated_backward, gated_down
-from sftlab.models.layers import NOT_WITHOUT_NUMBERS
-
-NAMES = ("gate_proj", "up_proj", "down_proj")
+from sftlab.fastpath.mlp_ops import gated_backward, gated_down
+from sftlab.models.gated_mlp import NAMES, tanh_gelu_of
 
 
 class LoraMlp(nn.Module):
@@ -68,34 +65,20 @@ def fuse_mlp(module: nn.Module) -> None:
         return
     if not gate.out_features == up.out_features == down.in_features:
         return
-    act = getattr(module, "act_fn", None)
-    if not isinstance(act, nn.Module) or not _is_gated(type(module).forward):
-        return
-    x = torch.linspace(-8, 8, 1000, dtype=torch.float64)
-    for tanh_gelu in (False, True):
-        if next(act.parameters(), None) is None and _same(act, x, activation(x, tanh_gelu)):
-            module.__class__ = _with_lora(type(module))
-            module.tanh_gelu = tanh_gelu
-            return
+    if (tanh_gelu := tanh_gelu_of(module)) is not None:
+        module.__class__ = _with_lora(type(module))
+        module.tanh_gelu = tanh_gelu
 
 
-def _is_gated(forward: object) -> bool:
-    """Whether a forward computes down(f(gate(x)) up(x)) and looks at nothing else."""
-    x = torch.linspace(-8, 8, 1000, dtype=torch.float64)
-    stand_in = SimpleNamespace(
-        gate_proj=lambda x: x + 1,
-        up_proj=lambda x: x - 2,
-        down_proj=lambda x: x * 3,
-        act_fn=torch.cos,
-    )
-    return _same(lambda x: forward(stand_in, x), x, torch.cos(x + 1) * (x - 2) * 3)
+def unfuse_mlp(module: LoraMlp) -> None:
+    """Give an MLP its own class back, in place."""
+    module.__class__ = own_class(module)
+    del module.tanh_gelu
 
 
-def _same(function: object, x: torch.Tensor, expected: torch.Tensor) -> bool:
-    try:
-        return torch.allclose(function(x), expected, rtol=1e-9, atol=1e-12)
-    except NOT_WITHOUT_NUMBERS:
-        return False
+def own_class(module: LoraMlp) -> type[nn.Module]:
+    """Returns the class that an MLP had before it was fused."""
+    return type(module).__bases__[1]
 
 
 @cache

@@ -6,7 +6,7 @@ gradient of x. One matrix holds all of them, and the frozen weights are views of
 read the same tensor (q, k and v; gate and up) are one such product, B on a block diagonal.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from peft.tuners import lora
@@ -142,6 +142,12 @@ class SharedInput:
         form = (sizes, scales, self.far)
         found = _Product.apply(rows, self.joined, kept, factor, form, *matrices)
         return [part.unflatten(0, x.shape[:-1]) for part in found]
+
+    def forget(self, weights: Mapping[nn.Parameter, torch.Tensor]) -> None:
+        """Be as before the decoder's first forward, with the frozen weights that are given."""
+        self.joined, self._x, self._waiting = None, None, []
+        for layer in self.layers:
+            layer.base_layer.weight.data = weights[layer.base_layer.weight]
 
     def hold_weights(self) -> None:
         """Make the frozen weights views of `joined`, unless they are."""

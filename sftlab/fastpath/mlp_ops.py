@@ -8,17 +8,13 @@ CPU plain torch.
 from collections.abc import Sequence
 
 import torch
-from torch.nn.functional import gelu, silu
+
+from sftlab.models.gated_mlp import activation
 
 # whether h of down comes from the activation's kernel, and LoRA's gradients from its gradient's
 H_IN_KERNEL, SUMS_IN_KERNEL = False, False
 # larger sums do not fit into registers beside the kernel's tiles
 LARGEST_SUMMED_RANK = 32
-
-
-def activation(x: torch.Tensor, tanh_gelu: bool) -> torch.Tensor:
-    """Returns SiLU of x, or the tanh form of GELU."""
-    return gelu(x, approximate="tanh") if tanh_gelu else silu(x)
 
 
 @torch.library.custom_op("sftlab::beside", mutates_args=())

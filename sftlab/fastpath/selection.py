@@ -13,6 +13,7 @@ from sftlab.config.launch import Launch
 from sftlab.config.preference_fields import MICRO_BATCH_LOSSES
 from sftlab.config.recipe import Recipe
 from sftlab.fastpath import varlen_attention
+from sftlab.fastpath.unset_fused_lora import choose_fused_lora
 from sftlab.models.layers import Layers, describe
 from sftlab.models.loading import model_class
 from sftlab.models.rotary import GROWING, rotary_kinds
@@ -28,7 +29,9 @@ class FastPath:
     Compiled layers are off on a CPU without a reason. `experts` is how a loaded mixture multiplies
     its experts, None for other models, and `experts_lora` how it adds LoRA to their stacked
     weights, None where these have none. `four_bit_weights` is what gives weights in 4 bits back.
-    `layers_per_unit` is how many decoder layers FSDP2 gathers at once, None without FSDP2.
+    `layers_per_unit` is how many decoder layers FSDP2 gathers at once, None without FSDP2. Where
+    fused LoRA is needed, it is an error if it cannot be, and `without_fused_lora` says what to do
+    then.
     """
 
     packing: bool
@@ -43,6 +46,21 @@ class FastPath:
     four_bit_weights: str | None = None
     layers_per_unit: int | None = None
     captured_step: bool = False
+    needs_fused_lora: bool = False
+    without_fused_lora: str = "leave it out of the recipe"
+
+    def continue_with_fused_lora(self, began: bool, settings_changed: bool) -> None:
+        """Fuse LoRA if the run that is continued `began` so; the recipe leaves it unset.
+
+        It is needed then, unless the run is continued with other settings on purpose.
+        """
+        if self.fused_lora and not began:
+            self.reasons["fused_lora"] = "the run began without it"
+        elif began and not self.fused_lora and not settings_changed:
+            self.reasons.pop("fused_lora", None)
+        self.fused_lora = began and (self.fused_lora or not settings_changed)
+        self.needs_fused_lora = began and not settings_changed
+        self.without_fused_lora = "the run began with it: begin anew with --overwrite"
 
 
 def choose(
@@ -73,9 +91,10 @@ def choose(
         raise ValueError(
             "attn_implementation varlen is for packed rows: leave packing out of the recipe"
         )
-    compiled = recipe.training.compile_layers
-    if compiled is None:
+    compiled, no_triton = recipe.training.compile_layers, None
+    if compiled is not False:
         no_triton = (elsewhere or varlen_attention.no_triton)()
+    if compiled is None:
         compiled = no_triton is None and not recipe.training.torch_compile
         if compiled and launch.strategy == "fsdp" and recipe.model.load_in_8bit:
             compiled, reasons["compile_layers"] = False, UNTIMED
@@ -85,6 +104,10 @@ def choose(
         raise ValueError(
             f"captured_step is not possible here: {reason}; leave it out of the recipe"
         )
+    fused_lora = bool(recipe.training.fused_lora)
+    if recipe.training.fused_lora is None and compiled and no_triton is None:
+        fused_lora, why = choose_fused_lora(recipe, layers, launch)
+        reasons |= {"fused_lora": why} if why else {}
     return FastPath(
         packing,
         compiled,
@@ -92,8 +115,9 @@ def choose(
         varlen_attention.NAME if packing else attention,
         layers,
         reasons,
-        fused_lora=bool(recipe.training.fused_lora),
         captured_step=bool(recipe.training.captured_step),
+        fused_lora=fused_lora,
+        needs_fused_lora=bool(recipe.training.fused_lora),
     )
 
 

@@ -158,7 +158,7 @@ VARIANTS = {
 FUSED_LORA = {
     f"sft.py bf16, {linears}, {rows} rows, dropout {dropout}{', LoRA fused' * fused}": sft(
         "single", rows=rows, gb=gb, lora_dropout=dropout, lora_target_modules=targets,
-        **({"fused_lora": "true"} if fused else {}),
+        fused_lora="true" if fused else "false",
     )
     for linears, targets, sizes in (
         ("all linears", ALL, {64: 64, 20: 24}),
@@ -176,9 +176,10 @@ def qlora(rows: int, gb: int) -> Variant:
     return paced(one, shape=LLAMA_7B, needs=("bitsandbytes",))
 
 
-def fused(rows: int, gb: int) -> Variant:
-    """Returns recipes/sft.py with LoRA on all linears of the 1B shape, fused with them."""
-    return paced(sft("single", rows, gb=gb, lora_target_modules=ALL, fused_lora="true"))
+def all_linears(rows: int, gb: int, fused: bool) -> Variant:
+    """Returns recipes/sft.py with LoRA on all linears of the 1B shape, fused with them or not."""
+    fields = {"lora_target_modules": ALL, "fused_lora": str(fused).lower()}
+    return paced(sft("single", rows, gb=gb, **fields))
 
 
 def captured(one: Variant) -> Variant:
@@ -198,11 +199,11 @@ PEERS = {
     "sft.py bf16, 20 rows": paced(VARIANTS["sft.py bf16, 20 rows"]),
     "Unsloth bf16, packed, 20 rows": unsloth(QVO, 20, 24),
     "trl bf16, packed, FA2, Liger, 20 rows": trl(QVO, 20, 22),
-    "sft.py bf16, all linears, 20 rows": paced(sft("single", 20, gb=24, lora_target_modules=ALL)),
-    "sft.py bf16, all linears, 20 rows, LoRA fused": fused(20, 24),
+    "sft.py bf16, all linears, 20 rows": all_linears(20, 24, fused=True),
+    "sft.py bf16, all linears, 20 rows, LoRA not fused": all_linears(20, 24, fused=False),
     "Unsloth bf16, packed, all linears, 20 rows": unsloth(ALL, 20, 24),
     "sft.py bf16, all linears, 64 rows": paced(VARIANTS["sft.py bf16, all linears, 64 rows"]),
-    "sft.py bf16, all linears, 64 rows, LoRA fused": fused(64, 36),
+    "sft.py bf16, all linears, 64 rows, LoRA not fused": all_linears(64, 36, fused=False),
     "Unsloth bf16, packed, all linears, 64 rows": unsloth(ALL, 64, 50),
     "sft.py bf16, 64 rows": paced(VARIANTS["sft.py bf16, 64 rows"]),
     "Unsloth bf16, packed, 64 rows": unsloth(QVO, 64, 50),

@@ -134,6 +134,13 @@ def _matches(asked: str | Collection[str] | None, name: str) -> bool:
     return any(_found(one, [name]) for one in asked)
 
 
+def is_target(model: ModelArguments, name: str) -> bool:
+    """Whether a recipe's LoRA adapts the linear of a decoder layer that has this name."""
+    targets = model.lora_target_modules
+    asked = targets == "all-linear" or _matches(targets, name)
+    return asked and not _matches(model.exclude_modules, name)
+
+
 def _check_excluded(model: ModelArguments, names: Collection[str], built: nn.Module) -> None:
     """Raise ValueError where `exclude_modules` leaves out nothing or everything."""
     excluded, targets = model.exclude_modules, model.lora_target_modules

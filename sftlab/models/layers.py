@@ -15,9 +15,11 @@ import torch
 from torch import nn
 from transformers import AttentionInterface, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
+from sftlab.models.gated_mlp import gated_mlps
 from sftlab.models.mixers import packed_mixers, tokenwise_layers
 from sftlab.models.mixture import Mixture, mixture_of
 from sftlab.models.text_part import Nested
+from sftlab.models.without_numbers import NOT_WITHOUT_NUMBERS
 
 _NAME = "described"
 _TOKENS = 4
@@ -25,16 +27,6 @@ _TOKENS = 4
 _KNOWN_TENSORS = {"position_ids", "tiles", "s_aux"}
 # "hybrid" layers attend to all earlier tokens, and carry a state besides
 _LAYER_TYPES = {"full_attention", "sliding_attention", "chunked_attention", "hybrid"}
-# What a model may raise that cannot run without numbers.
-NOT_WITHOUT_NUMBERS = (
-    ArithmeticError,
-    AttributeError,
-    LookupError,
-    NotImplementedError,
-    RuntimeError,
-    TypeError,
-    ValueError,
-)
 
 
 class Attention(NamedTuple):
@@ -77,7 +69,9 @@ class Layers(NamedTuple):
     and `tokenwise` that of layers that mix nothing. `experts` is the share of the parameters that
     belong to experts, stacked in tensors of three dimensions, and `mixture` has their sizes.
     `norms` are the elements and the vectors of a token that a layer normalises beside the two norms
-    of a Llama layer. `unknown` says why the attention cannot be described; None where it is.
+    of a Llama layer. `linears` are the names of the layers' linears, and `gated_mlps` those of
+    modules that compute down(f(gate(x)) up(x)) of linears without biases. `unknown` says why the
+    attention cannot be described; None where it is.
     """
 
     count: int
@@ -89,6 +83,15 @@ class Layers(NamedTuple):
     norms: tuple[int, int] = (0, 0)
     unknown: str | None = None
     mixture: Mixture | None = None
+    linears: tuple[str, ...] = ()
+    gated_mlps: tuple[str, ...] = ()
+
+    @property
+    def alike_and_gated(self) -> bool:
+        """Whether every layer is attention of the same heads and a gated MLP, as Llama's are."""
+        heads = {(a.heads, a.key_heads, a.size, a.value_size) for a in self.attention}
+        alike = len(heads) == 1 and not self.hybrid and self.mixture is None
+        return alike and len(self.gated_mlps) == self.count
 
     @property
     def distinct(self) -> tuple[Attention, ...]:
@@ -156,7 +159,17 @@ def _described(pickled: bytes, takes_another: bool) -> Layers:
         (0, 0) if unknown or not found else _norms(model, decoder.hidden_size, found[0]),
         unknown,
         mixture_of(model, decoder),
+        tuple(_linears(model)),
+        tuple(gated_mlps(model)),
     )
+
+
+def _linears(model: nn.Module) -> list[str]:
+    """Returns the names of the linears within the first list of modules, the layers."""
+    named = list(model.named_modules())
+    layers = next((name for name, m in named if isinstance(m, nn.ModuleList)), None)
+    within = (one for one in named if layers and one[0].startswith(f"{layers}."))
+    return [name for name, module in within if isinstance(module, nn.Linear)]
 
 
 def _norms(model: PreTrainedModel, hidden: int, attention: Attention) -> tuple[int, int]:

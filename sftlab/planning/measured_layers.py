@@ -27,8 +27,9 @@ from sftlab.fastpath.compile_layers import decoder_layers
 from sftlab.fastpath.experts import GROUPED
 from sftlab.fastpath.experts_lora import factor_experts
 from sftlab.fastpath.packed_mixers import pack_mixers
-from sftlab.models.layers import NOT_WITHOUT_NUMBERS, decoder_of
+from sftlab.models.layers import decoder_of
 from sftlab.models.mixers import packed_mixers
+from sftlab.models.without_numbers import NOT_WITHOUT_NUMBERS
 from sftlab.planning.live_memory import LiveMemory, SavedTensors
 
 ROWS = 2

@@ -5,6 +5,8 @@ were fitted on GPUs. All others are measured on tensors without numbers.
 """
 
 import math
+import re
+from dataclasses import replace
 
 import torch
 from torch import nn
@@ -16,6 +18,7 @@ from sftlab.config.validation import is_bitsandbytes
 from sftlab.fastpath import varlen_attention
 from sftlab.fastpath.fsdp_units import layers_per_unit
 from sftlab.fastpath.selection import FastPath
+from sftlab.models.adapter_names import is_target
 from sftlab.models.layers import Layers, decoder_of
 from sftlab.models.plain_attention import PACKED
 from sftlab.planning.measured_layers import Measured, Rows, measured
@@ -51,9 +54,7 @@ def step_of(
     A micro-batch has `tokens` in `rows`. Raises ValueError for a recipe that no plan is made for.
     """
     model, training = recipe.model, recipe.training
-    pairs = training.method == "dpo"  # its log-probabilities come in chunks
-    once = pairs and training.reference_once(rows.count, recipe.data.global_batch_size)
-    if training.fused_loss is False and not pairs:
+    if training.fused_loss is False and training.method != "dpo":
         raise ValueError(
             "fused_loss: false keeps whole logits, and plans are made for the fused loss alone: "
             "leave fused_loss out"
@@ -61,14 +62,40 @@ def step_of(
     weights, shape = count_weights(recipe, config), Shape.of(config, fast.layers)
     if fast.layers.mixture:
         _refuse_mixture(recipe)
-    targets, found = _targets(model), None
-    worked_out = shape is not None and targets is not None
-    worked_out = worked_out and not (weights.other or weights.on_parameters)
-    if not worked_out or not _keeps_what_is_worked_out(recipe, config, fast.layers, shape):
-        shape, targets = Shape.of_measured(config, fast.layers), frozenset()
-        found = _measured(recipe, config, fast, rows)
-    elif shape.experts:
-        targets = targets & {"q_proj", "k_proj", "v_proj", "o_proj"}
+    targets = _targets(model, fast.layers)
+    known = shape is not None and targets is not None
+    worked_out = known and not (weights.other or weights.on_parameters)
+    if worked_out and _keeps_what_is_worked_out(recipe, config, fast.layers, shape):
+        if shape.experts:
+            targets = targets & {"q_proj", "k_proj", "v_proj", "o_proj"}
+        return _step(recipe, launch, fast, tokens, rows, weights, shape, targets)
+    found = _measured(recipe, config, fast, rows)
+    if fast.fused_lora and known and fast.layers.alike_and_gated:
+        # its linears are Llama's, whatever else the layer keeps
+        one = _step(recipe, launch, fast, tokens, rows, weights, shape, targets)
+        more = kept_bytes(one) - kept_bytes(replace(one, fused_lora=False))
+        found = found._replace(kept=found.kept + more, largest=found.largest + more)
+    elif training.fused_lora:
+        name = config.get_text_config().model_type
+        raise ValueError(f"no plan is made for fused_lora of {name}: leave fused_lora out")
+    shape = Shape.of_measured(config, fast.layers)
+    step = _step(recipe, launch, fast, tokens, rows, weights, shape, frozenset())
+    return replace(step, measured=found)
+
+
+def _step(
+    recipe: Recipe,
+    launch: Launch,
+    fast: FastPath,
+    tokens: int,
+    rows: RowLengths,
+    weights: Weights,
+    shape: Shape,
+    targets: frozenset[str],
+) -> Step:
+    model, training = recipe.model, recipe.training
+    pairs = training.method == "dpo"  # its log-probabilities come in chunks
+    once = pairs and training.reference_once(rows.count, recipe.data.global_batch_size)
     return Step(
         shape=shape,
         weights=weights,
@@ -95,24 +122,37 @@ def step_of(
         reference_adapter=pairs and bool(model.adapter_name_or_path),
         reference_once=once,
         fused_lora=fast.fused_lora,
-        measured=found,
     )
 
 
-def _targets(model: ModelArguments) -> frozenset[str] | None:
+def _targets(model: ModelArguments, layers: Layers) -> frozenset[str] | None:
     """Returns the linears that train, with LoRA or whole, under Llama's names.
 
     None where one of them has another name, or some are left out.
     """
     names = model.lora_target_modules or []
-    if model.use_peft and model.exclude_modules:
-        return None
     if names == "all-linear" or not model.use_peft:
         names = LINEARS
+    is_pattern = isinstance(names, str) and not re.fullmatch(r"[\w.]+", names)
+    if model.use_peft and (model.exclude_modules or is_pattern):
+        names = _ends(model, layers)
+        if names is None:
+            return None
     names = [names] if isinstance(names, str) else names
     ends = (name.rpartition(".")[2] for name in names)
     targets = frozenset(one for end in ends for one in FUSED.get(end, (end,)))
     return targets if targets <= set(LINEARS) else None
+
+
+def _ends(model: ModelArguments, layers: Layers) -> set[str] | None:
+    """Returns the last parts of the names of linears with LoRA.
+
+    None where a linear of such a name has none, or where none has.
+    """
+    adapted = {name for name in layers.linears if is_target(model, name)}
+    ends = {name.rpartition(".")[2] for name in adapted}
+    whole = all(name in adapted for name in layers.linears if name.rpartition(".")[2] in ends)
+    return ends if ends and whole else None
 
 
 def _refuse_mixture(recipe: Recipe) -> None:
@@ -171,8 +211,6 @@ def _measured(
         raise ValueError(
             f"{name} has layers that carry a state and have no packed form: no plan is made for it"
         )
-    if fast.fused_lora:
-        raise ValueError(f"no plan is made for fused_lora of {name}: leave fused_lora out")
     # a side of a pair is a row to the model
     lengths = (rows.mean / rows.sequences, rows.longest / rows.sequences)
     asked = Rows(*(max(1, round(one)) for one in lengths), packed=fast.packing)
