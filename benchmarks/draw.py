@@ -63,10 +63,10 @@ GROUPS = {
         "trl bf16, packed, FA2, Liger, 20 rows": "trl, FA2, Liger, 20 full rows",
     },
     "1B shape, LoRA on all seven linears, bf16, beside the fastest other": {
-        "sft.py bf16, all linears, 64 rows, LoRA fused": "sft.py, LoRA fused, 64 rows",
         "sft.py bf16, all linears, 64 rows": "sft.py, 64 rows",
-        "sft.py bf16, all linears, 20 rows, LoRA fused": "sft.py, LoRA fused, 20 rows",
+        "sft.py bf16, all linears, 64 rows, LoRA not fused": "sft.py, LoRA not fused, 64 rows",
         "sft.py bf16, all linears, 20 rows": "sft.py, 20 rows",
+        "sft.py bf16, all linears, 20 rows, LoRA not fused": "sft.py, LoRA not fused, 20 rows",
         "Unsloth bf16, packed, all linears, 64 rows": "Unsloth, 64 full rows",
         "Unsloth bf16, packed, all linears, 20 rows": "Unsloth, 20 full rows",
     },

@@ -48,7 +48,8 @@ _STAGE = (
     "learning_rate lr_* warmup_* max_steps num_train_epochs max_length truncation_mode "
     f"global_batch {_BATCH} loss_type beta reference lora_dropout neftune_noise_alpha "
     "packing compile_layers fused_lora fused_loss captured_step attn_implementation "
-    "completion_only_loss "
+    # a copy of the adapter is frozen beside it
+    "completion_only_loss frozen_dtypes eval_strategy eval_steps save_strategy save_steps "
     "quality.fingerprint quality.rows"
 )
 _TURNS = "template tokens quality.end_tokens quality.stop_strings"
