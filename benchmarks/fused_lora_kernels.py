@@ -9,8 +9,8 @@ kernel which breaks the context of the GPU does so in a process of its own.
 
 `torch_us` is torch's path of the same, uncompiled, as a CPU takes it. `error` is the largest
 difference from that path in float64, over the largest value. `gb_per_s` counts what must be read
-and written once. `form` is how a kernel is launched: sftlab/fastpath/mlp_kernel.py and
-mlp_sums_kernel.py say what its numbers mean. With --sweep kernels have other forms too.
+and written once. `form` is how a kernel is launched: sftlab/fastpath/mlp_kernel.py says what its
+numbers mean. With --sweep kernels have other forms too.
 
 What fails says why as `note`, and SFTLAB_TRACEBACK=1 prints where. At --seconds it ends with what
 there is. The table is kernels.csv, or sweep.csv, and is written after every line.
@@ -44,12 +44,6 @@ RANKS = 64  # what ranks are padded to
 # forms that a sweep tries
 ROWS = "1,512,4 1,1024,2 2,512,4 2,1024,4 2,1024,8 1,2048,4 1,2048,8 1,4096,8 4,512,4 4,1024,8"
 COPIES = "1,512,2 2,512,4 4,512,8 8,512,4 8,512,8 4,1024,8 1,4096,8 2,4096,8"
-WITH_H = "32,128,4,2 32,128,4,4 32,128,8,3 16,128,4,3 16,128,4,4 16,256,4,3 32,256,8,3 64,128,8,3"
-SUMS = (
-    "64,64,1024,4,2 64,64,512,4,2 32,64,1024,4,1 64,64,1024,8,1 64,64,2048,4,2 64,64,1024,4,3 "
-    "64,64,1024,8,2 32,64,1024,4,3 32,64,512,4,2 32,64,2048,4,3 32,128,1024,8,2 32,128,1024,4,2 "
-    "64,128,1024,8,2 128,64,1024,8,2 16,128,1024,4,3 16,256,1024,8,3"
-)
 
 
 class Case(NamedTuple):
@@ -169,7 +163,7 @@ def inputs_of_kernels(tokens: int, shape: Shape) -> SimpleNamespace:
     torch.manual_seed(0)
     hidden, mlp, heads, key_heads, rank, device, dtype = shape
     size = hidden // heads
-    sizes = {"y": 2 * mlp, "both": hidden + RANKS, "into": mlp, "into_h": RANKS}
+    sizes = {"y": 2 * mlp, "both": hidden + RANKS, "into": mlp}
     sizes |= {"gradient": hidden, "act": mlp + RANKS, "into_y": 2 * mlp + RANKS}
     sizes |= {"q": hidden, "k": key_heads * size, "v": key_heads * size}
     sizes["beside"] = sizes["q"] + 2 * sizes["k"] + RANKS
@@ -187,7 +181,7 @@ def inputs_of_kernels(tokens: int, shape: Shape) -> SimpleNamespace:
 
 def cases(shape: Shape) -> dict[str, Case]:
     """Returns what is timed of a fused MLP, and the gradients of q, k and v side by side."""
-    from sftlab.fastpath import mlp_kernel, mlp_sums_kernel
+    from sftlab.fastpath import mlp_kernel
 
     hidden, mlp, r = shape.hidden, shape.mlp, shape.rank
 
@@ -196,29 +190,12 @@ def cases(shape: Shape) -> dict[str, Case]:
         mlp_kernel.gated(g.y, False, act, form) if form else mlp_ops.gated(g.y, False, act)
         return [act]
 
-    def with_h(g: SimpleNamespace, form: tuple) -> list[torch.Tensor]:
-        a = g.down[hidden : hidden + r, :mlp]
-        if form:
-            mlp_sums_kernel.gated_with_h(g.y, False, g.act, a, form)
-        else:
-            g.act[:, mlp : mlp + r] = gated(g, ())[0] @ a.t()
-        return [g.act[:, :mlp], g.act[:, mlp : mlp + r]]
-
     def backward(g: SimpleNamespace, form: tuple) -> list[torch.Tensor]:
         if form:
             mlp_kernel.gated_backward_(g.into, g.y, False, g.into_y, form)
         else:
             mlp_ops.gated_backward_(g.into, g.y, False, g.into_y)
         return [g.into_y, g.into]
-
-    def sums(g: SimpleNamespace, form: tuple) -> list[torch.Tensor]:
-        h, into_h = g.both[:, hidden:], g.into_h
-        if form:
-            of = g.into, g.y, False, g.into_y, h, into_h, r, r, form
-            return [g.into_y, *mlp_sums_kernel.gated_backward_sums(*of)[:, :r]]
-        gate, up = backward(g, ())[0].chunk(2, 1)
-        found = h[:, :r].t() @ gate, h[:, r : 2 * r].t() @ up, into_h[:, :r].t() @ g.into
-        return [g.into_y, *found]
 
     def beside(g: SimpleNamespace, form: tuple) -> list[torch.Tensor]:
         if not form:
@@ -227,27 +204,22 @@ def cases(shape: Shape) -> dict[str, Case]:
         return [g.beside]
 
     def down(g: SimpleNamespace, form: tuple) -> list[torch.Tensor]:
-        with switched(H_IN_KERNEL=form == ("h in its kernel",)):
-            found, h = mlp_ops.gated_down(g.y, g.down, False, r)
+        found, h = mlp_ops.gated_down(g.y, g.down, False)
         return [found, h[:, :r]]
 
     def whole(g: SimpleNamespace, form: tuple) -> list[torch.Tensor]:
-        of = g.gradient, g.y, g.both, g.joined, g.down, False, r, r
-        with switched(SUMS_IN_KERNEL=form == ("sums in their kernel",)):
-            x, a, b, a_down = mlp_ops.gated_backward(*of)
+        of = g.gradient, g.y, g.both, g.joined, g.down, False
+        x, a, b, a_down = mlp_ops.gated_backward(*of)
         return [x, a, b[:mlp, :r], b[mlp:, r : 2 * r], a_down[:r]]
 
     size = hidden // shape.heads * (shape.heads + 2 * shape.key_heads)
-    form_of_h, form = mlp_sums_kernel.FORM_OF_H, mlp_sums_kernel.FORM
     return {
         "copy of y (torch)": Case(lambda g, form: [g.y.clone()], ((),), 4 * mlp),
         "gated": Case(gated, (mlp_kernel.TILE,), 3 * mlp, ROWS),
         "gated_backward_": Case(backward, (mlp_kernel.TILE,), 6 * mlp, ROWS),
-        "gated_with_h": Case(with_h, (form_of_h,), 3 * mlp + RANKS, WITH_H),
-        "gated_backward_sums": Case(sums, (form,), 5 * mlp, SUMS),
         "beside": Case(beside, (mlp_kernel.COPIED,), 2 * size + RANKS, COPIES),
-        "gated_down": Case(down, ((), ("h in its kernel",))),
-        "gated_backward": Case(whole, ((), ("sums in their kernel",))),
+        "gated_down": Case(down, ((),)),
+        "gated_backward": Case(whole, ((),)),
     }
 
 

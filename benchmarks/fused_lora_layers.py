@@ -35,7 +35,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from sftlab.data.collator import tiles
 from sftlab.exit_messages import mistakes_in_one_line
-from sftlab.fastpath import compile_layers, mlp_ops, varlen_attention
+from sftlab.fastpath import compile_layers, varlen_attention
 from sftlab.fastpath.fused_lora import fuse_lora
 from sftlab.fastpath.lora_mlp import LoraMlp
 from sftlab.fastpath.lora_products import LoraProduct, copy_matrices
@@ -52,13 +52,11 @@ SHOWN = ("variant", "tokens", "note", "first_s", "layer_us", "times_peft", "time
 
 
 class Variant(NamedTuple):
-    """What of a layer is fused. The first three decide on its graph."""
+    """What of a layer is fused."""
 
     fused: bool = True
     mlp: bool = True  # the MLP is one function
     copied: bool = True  # gradients of q, k and v are copied by a kernel of their own
-    h: bool = False
-    sums: bool = False
 
 
 PEFT, BEFORE = "peft", "fused before"
@@ -66,9 +64,6 @@ VARIANTS = {
     PEFT: Variant(fused=False),
     BEFORE: Variant(mlp=False, copied=False),
     "fused": Variant(),
-    "fused, h in its kernel": Variant(h=True),
-    "fused, sums in their kernel": Variant(sums=True),
-    "fused, h and sums": Variant(h=True, sums=True),
     "fused, the MLP alone": Variant(copied=False),
     "fused, the copy alone": Variant(mlp=False),
 }
@@ -199,12 +194,11 @@ class Layers(NamedTuple):
     def step(self, name: str, tokens: int) -> Callable[[], dict[str, torch.Tensor]]:
         """Returns what does a step of a variant, with random inputs that are made here."""
         variant = VARIANTS[name]
-        graph = variant._replace(h=False, sums=False)
-        if graph not in self.decoders:
-            self.decoders[graph] = build(graph, self.shape)
-        decoder = self.decoders[graph]
+        if variant not in self.decoders:
+            self.decoders[variant] = build(variant, self.shape)
+        decoder = self.decoders[variant]
         given = inputs_of_layer(decoder, tokens, self.shape)
-        return partial(outcome, variant, decoder.layers[0], **given)
+        return partial(outcome, decoder.layers[0], **given)
 
 
 def compared(line: dict[str, Any], peft: dict[str, Any], before: dict[str, Any]) -> dict[str, Any]:
@@ -258,10 +252,9 @@ def inputs_of_layer(decoder: nn.Module, tokens: int, shape: Shape) -> dict[str, 
 
 
 def outcome(
-    variant: Variant, layer: nn.Module, x: torch.Tensor, gradient: torch.Tensor, **more: object
+    layer: nn.Module, x: torch.Tensor, gradient: torch.Tensor, **more: object
 ) -> dict[str, torch.Tensor]:
     """Do a forward and a backward. Returns the output and every gradient."""
-    mlp_ops.H_IN_KERNEL, mlp_ops.SUMS_IN_KERNEL = variant.h, variant.sums
     leaves = {"x": x} | {name: p for name, p in layer.named_parameters() if p.requires_grad}
     for leaf in leaves.values():
         leaf.grad = None

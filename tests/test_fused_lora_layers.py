@@ -23,8 +23,6 @@ FUSED = [name for name in bench.VARIANTS if name != bench.PEFT]
 def _no_gpu(monkeypatch):
     """Times that need no GPU: of round n, a tenth of the place of the variant and 10 n."""
     places = list(bench.VARIANTS)
-    for switch in ("H_IN_KERNEL", "SUMS_IN_KERNEL"):
-        monkeypatch.setattr(mlp_ops, switch, False)
     monkeypatch.setattr(bench, "added_gb", lambda call: 0.5)
     monkeypatch.setattr(
         bench.Layers,
@@ -63,7 +61,7 @@ def test_variants_are_what_their_names_say(monkeypatch):
 
     def noted(name, plain):
         def call(*of):
-            done.append((name, mlp_ops.H_IN_KERNEL, mlp_ops.SUMS_IN_KERNEL))
+            done.append(name)
             return plain(*of)
 
         return call
@@ -75,14 +73,10 @@ def test_variants_are_what_their_names_say(monkeypatch):
         layers.step(name, 20)()
         found[name] = done.copy()
         done.clear()
-    both, off = ("gated_down", "beside"), (False, False)
     assert found["peft"] == found["fused before"] == []
-    assert found["fused"] == [(name, *off) for name in both]
-    assert found["fused, the MLP alone"] == [("gated_down", *off)]
-    assert found["fused, the copy alone"] == [("beside", *off)]
-    assert found["fused, h in its kernel"] == [(name, True, False) for name in both]
-    assert found["fused, sums in their kernel"] == [(name, False, True) for name in both]
-    assert found["fused, h and sums"] == [(name, True, True) for name in both]
+    assert found["fused"] == ["gated_down", "beside"]
+    assert found["fused, the MLP alone"] == ["gated_down"]
+    assert found["fused, the copy alone"] == ["beside"]
 
 
 def test_the_table_has_ratios_of_the_same_round_and_says_what_failed(tmp_path, monkeypatch, capsys):
@@ -154,15 +148,15 @@ import sys
 sys.path.insert(0, "benchmarks")
 import fused_lora_kernels as script
 import torch
-from sftlab.fastpath import mlp_ops, mlp_sums_kernel
+from sftlab.fastpath import mlp_kernel, mlp_ops
 script.timed = lambda call: call() and [1.0, 3.0, 2.0]
 mlp_ops.has_kernels = lambda x: True
-plain = mlp_sums_kernel.gated_with_h
+plain = mlp_kernel.beside
 def fails(*of):
-    if len(of) == 5:
+    if len(of) == 3:
         raise RuntimeError("no such tile")
     plain(*of)
-mlp_sums_kernel.gated_with_h = fails
+mlp_kernel.beside = fails
 shape = script.Shape(64, 96, 4, 2, rank=8, device="cpu", dtype=torch.float32)
 script.main(["--tokens", "70", "--out", sys.argv[1]], shape)
 """
@@ -181,8 +175,8 @@ def test_kernels_are_held_to_float64_under_tritons_interpreter(tmp_path):
     assert done.returncode == 0, done.stderr[-2000:]
     rows = read_csv(tmp_path / "kernels.csv")
     found = {(row["kernel"], row["form"]): row for row in rows}
-    assert found.pop(("gated_with_h", "32 128 4 3"))["note"] == "RuntimeError: no such tile"
-    assert len(found) == 9
+    assert found.pop(("beside", "4 512 4"))["note"] == "RuntimeError: no such tile"
+    assert len(found) == 5
     for row in found.values():
         assert float(row["error"] or "nan") < 2e-6, row
         assert (row["us"], row["lowest"], row["highest"], row["torch_us"]) == (

@@ -304,56 +304,24 @@ def test_gradients_side_by_side_are_what_cat_makes(dtype, sizes):
 @with_triton
 @runs_kernels
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
-@pytest.mark.parametrize("sums", [False, True])
 @pytest.mark.parametrize("tanh_gelu", [False, True])
-def test_an_mlps_products_and_gradients_are_plain_ones(monkeypatch, dtype, sums, tanh_gelu):
-    if interpreted and sums and dtype == torch.bfloat16:
-        pytest.skip("Triton's interpreter multiplies bfloat16's bits as integers")
+def test_an_mlps_products_and_gradients_are_plain_ones(monkeypatch, dtype, tanh_gelu):
     from sftlab.fastpath import mlp_ops
 
     torch.manual_seed(0)
-    rows, width, size, rank, ranks = 150, 48, 72, 12, 64
+    rows, width, size, ranks = 150, 48, 72, 64
     shapes = (rows, width), (rows, 2 * size), (rows, width + ranks)
     shapes += (2 * size + ranks, width + ranks), (width + ranks, size + ranks)
     given = [torch.randn(shape, device=device).to(dtype) for shape in shapes]
     exact = [one.double().cpu() for one in given]
-    y, down = given[1], given[4]
-    for one in (down, exact[4]):
-        one[width + rank :] = 0
-    expected = mlp_ops.gated_down(exact[1], exact[4], tanh_gelu, rank)
-    expected += mlp_ops.gated_backward(*exact, tanh_gelu, rank, rank)
+    expected = mlp_ops.gated_down(exact[1], exact[4], tanh_gelu)
+    expected += mlp_ops.gated_backward(*exact, tanh_gelu)
     monkeypatch.setattr(mlp_ops, "has_kernels", lambda x: x.dtype != torch.float64)
-    monkeypatch.setattr(mlp_ops, "SUMS_IN_KERNEL", sums)
-    monkeypatch.setattr(mlp_ops, "H_IN_KERNEL", sums)
-    found = mlp_ops.gated_down(y, down, tanh_gelu, rank)
-    found += mlp_ops.gated_backward(*given, tanh_gelu, rank, rank)
-    used = torch.zeros(2 * size, ranks, dtype=torch.bool)
-    used[:size, :rank] = used[size:, rank : 2 * rank] = True
+    found = mlp_ops.gated_down(given[1], given[4], tanh_gelu)
+    found += mlp_ops.gated_backward(*given, tanh_gelu)
     for place, (mine, plain) in enumerate(zip(found, expected, strict=True)):
         assert mine.shape == plain.shape
-        mine = mine.cpu()
-        if place == 4:  # of B
-            mine, plain = mine[used], plain[used]
-        if place == 5:  # of A of down
-            mine, plain = mine[:rank], plain[:rank]
-        assert (mine - plain).abs().max() < 3 * TOLERANCE[dtype] * plain.abs().max(), place
-
-
-@with_triton
-@runs_kernels
-@pytest.mark.parametrize("rank, ranks", [(12, 64), (16, 16)])
-def test_an_activation_with_h_and_zeros_beside_it_where_gradients_need_them(rank, ranks):
-    from sftlab.fastpath import mlp_sums_kernel
-    from sftlab.fastpath.mlp_ops import activation
-
-    y, a = (torch.randn(shape, device=device) for shape in ((70, 400), (rank, 200)))
-    out = torch.full((72, 200 + ranks), float("nan"), device=device)
-    mlp_sums_kernel.gated_with_h(y, False, out[:70], a)
-    act = activation(y[:, :200].double(), False) * y[:, 200:]
-    zeros = act.new_zeros(70, ranks - rank)
-    expected = torch.cat([act, act @ a.double().t(), zeros], 1)
-    assert (out[:70] - expected).abs().max() < 2e-6 * expected.abs().max()
-    assert out[70:].isnan().all()
+        assert (mine.cpu() - plain).abs().max() < 3 * TOLERANCE[dtype] * plain.abs().max(), place
 
 
 @with_triton
@@ -369,4 +337,4 @@ def test_the_kernels_run_under_tritons_interpreter():
         timeout=300,
     )
     assert done.returncode == 0, done.stdout[-3000:]
-    assert "44 passed, 6 skipped" in done.stdout
+    assert "38 passed, 4 skipped" in done.stdout

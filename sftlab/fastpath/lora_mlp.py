@@ -109,10 +109,10 @@ class _Mlp(torch.autograd.Function):
         both = torch.cat([x, x.new_zeros(len(x), joined.shape[1] - width)], 1)
         both[:, width:] = both @ joined[wide:].t()
         y = both @ joined[:wide].t()
-        ctx.rank, ctx.rank_down = len(matrices[0]), len(matrices[4])
-        found, h = gated_down(y, down, tanh_gelu, ctx.rank_down)
+        found, h = gated_down(y, down, tanh_gelu)
         ctx.save_for_backward(both, y, h, joined, down)
         ctx.tanh_gelu, ctx.scales, ctx.dtype = tanh_gelu, scales, matrices[0].dtype
+        ctx.rank, ctx.rank_down = len(matrices[0]), len(matrices[4])
         return found
 
     @staticmethod
@@ -121,7 +121,7 @@ class _Mlp(torch.autograd.Function):
         size, out = y.shape[1] // 2, gradient.shape[1]
         into_b_down = gradient.t() @ h
         into_x, into_a, into_b, into_a_down = gated_backward(
-            gradient, y, both, joined, down, ctx.tanh_gelu, ctx.rank, ctx.rank_down
+            gradient, y, both, joined, down, ctx.tanh_gelu
         )
         dtype, (*scales, scale) = ctx.dtype, ctx.scales
         found = adapter_gradients(into_a, into_b, ctx.rank, [size, size], scales, dtype)

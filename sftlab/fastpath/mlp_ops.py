@@ -11,11 +11,6 @@ import torch
 
 from sftlab.models.gated_mlp import activation
 
-# whether h of down comes from the activation's kernel, and LoRA's gradients from its gradient's
-H_IN_KERNEL, SUMS_IN_KERNEL = False, False
-# larger sums do not fit into registers beside the kernel's tiles
-LARGEST_SUMMED_RANK = 32
-
 
 @torch.library.custom_op("sftlab::beside", mutates_args=())
 def beside(parts: Sequence[torch.Tensor], columns: int) -> torch.Tensor:
@@ -38,31 +33,24 @@ def _(parts: Sequence[torch.Tensor], columns: int) -> torch.Tensor:
 
 @torch.library.custom_op("sftlab::gated_down", mutates_args=())
 def gated_down(
-    y: torch.Tensor, joined: torch.Tensor, tanh_gelu: bool, rank: int
+    y: torch.Tensor, joined: torch.Tensor, tanh_gelu: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The down product of act = f(gate) up, with y [rows, 2 size] = [gate, up].
 
-    `joined` [out + ranks, size + ranks] holds W, s B to its right and A below it, of which `rank`
-    are not 0. Returns the output [rows, out] and h = act A^T [rows, ranks].
+    `joined` [out + ranks, size + ranks] holds W, s B to its right and A below it. Returns the
+    output [rows, out] and h = act A^T [rows, ranks].
     """
     size = y.shape[1] // 2
     out = len(joined) - joined.shape[1] + size
     both = _room(y, joined.shape[1])
     act = both[:, :size]
-    if H_IN_KERNEL and has_kernels(y) and rank <= LARGEST_SUMMED_RANK:
-        from sftlab.fastpath.mlp_sums_kernel import gated_with_h
-
-        gated_with_h(y, tanh_gelu, both, joined[out : out + rank, :size])
-        return both @ joined[:out].t(), both[:, size:].clone(memory_format=torch.contiguous_format)
     gated(y, tanh_gelu, act)
     both[:, size:] = h = act @ joined[out:, :size].t()
     return both @ joined[:out].t(), h
 
 
 @gated_down.register_fake
-def _(
-    y: torch.Tensor, joined: torch.Tensor, tanh_gelu: bool, rank: int
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _(y: torch.Tensor, joined: torch.Tensor, tanh_gelu: bool) -> tuple[torch.Tensor, torch.Tensor]:
     ranks = joined.shape[1] - y.shape[1] // 2
     return y.new_empty(y.shape[0], joined.shape[0] - ranks), y.new_empty(y.shape[0], ranks)
 
@@ -75,15 +63,12 @@ def gated_backward(
     joined: torch.Tensor,
     down: torch.Tensor,
     tanh_gelu: bool,
-    rank: int,
-    rank_down: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """The gradients of an MLP, from `gradient` [rows, out], that of its output.
 
     `both` [rows, in + ranks] holds its input and the h of gate and up, `joined` and `down` hold the
     matrices of gate and up, and of down. Returns the gradients of the input, of A and of s B of
-    gate and up, and of A of down. Only what `rank` and `rank_down` columns of a layer's h have to
-    do with is filled.
+    gate and up, and of A of down.
     """
     wide, out = y.shape[1], gradient.shape[1]
     size, width = wide // 2, joined.shape[1] - len(joined) + wide
@@ -93,11 +78,8 @@ def gated_backward(
     act = into_down @ down[:, :size]  # the gradient of act; then act itself, in its place
     into_both = _room(y, len(joined))
     into_y, h = into_both[:, :wide], both[:, width:]
-    if SUMS_IN_KERNEL and has_kernels(y) and max(rank, rank_down) <= LARGEST_SUMMED_RANK:
-        into_b, into_a_down = _sums(act, y, tanh_gelu, into_y, h, into_h, rank, rank_down)
-    else:
-        gated_backward_(act, y, tanh_gelu, into_y)
-        into_b, into_a_down = into_y.t() @ h, into_h.t() @ act
+    gated_backward_(act, y, tanh_gelu, into_y)
+    into_b, into_a_down = into_y.t() @ h, into_h.t() @ act
     del act, into_down, into_h
     into_both[:, wide:] = into_h = into_y @ joined[:wide, width:]
     return into_both @ joined[:, :width], into_h.t() @ both[:, :width], into_b, into_a_down
@@ -110,7 +92,7 @@ def _(
     both: torch.Tensor,
     joined: torch.Tensor,
     down: torch.Tensor,
-    *rest: object,
+    tanh_gelu: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     wide = y.shape[1]
     ranks, ranks_down = joined.shape[0] - wide, down.shape[1] - wide // 2
@@ -156,31 +138,6 @@ def gated_backward_(
         into_gate = torch.ops.aten.silu_backward(into * up, gate)
     out.copy_(torch.cat([into_gate, into * passed], 1))
     gradient.copy_(passed * up)
-
-
-def _sums(
-    gradient: torch.Tensor,
-    y: torch.Tensor,
-    tanh_gelu: bool,
-    out: torch.Tensor,
-    h: torch.Tensor,
-    into_h: torch.Tensor,
-    rank: int,
-    rank_down: int,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Fill `out`, and return what sums over its rows: see mlp_sums_kernel.py."""
-    from sftlab.fastpath.mlp_sums_kernel import gated_backward_sums
-
-    size = gradient.shape[1]
-    gate, up, act = gated_backward_sums(
-        gradient, y, tanh_gelu, out, h, into_h, rank, rank_down
-    ).unbind()
-    into_b = y.new_empty(2 * size, h.shape[1])
-    into_b[:size, :rank] = gate[:rank].t()
-    into_b[size:, rank : 2 * rank] = up[:rank].t()
-    into_a_down = y.new_empty(into_h.shape[1], size)
-    into_a_down[:rank_down] = act[:rank_down]
-    return into_b, into_a_down
 
 
 def _room(y: torch.Tensor, columns: int) -> torch.Tensor:
