@@ -331,7 +331,7 @@ def test_it_is_refused_where_no_layer_can(fields):
 
 def test_sharded_weights_and_those_of_another_dtype_than_the_products_are_refused(fields):
     trainer = build(fields)
-    trainer.fast.fused_lora = True
+    trainer.fast.fused_lora = trainer.fast.needs_fused_lora = True
     for strategy, dtype, why in (
         ("fsdp", torch.float32, "FSDP shards the frozen weights"),
         (

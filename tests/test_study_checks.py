@@ -122,4 +122,4 @@ def test_the_advice_for_confounded_cells_is_an_axis_that_the_file_may_have(refus
 
 def test_a_flag_that_accelerate_lacks_is_one_sentence(refused):
     said = refused({"flags": {"mixed_precisionn": "fp16"}})
-    assert said == "error: small, r4, 1: flags: unrecognized arguments: --mixed_precisionn"
+    assert said == "error: small, r4, 1: flags: unrecognized arguments: --mixed_precisionn=fp16"
