@@ -45,6 +45,7 @@ import torch
 
 from sftlab.config.launch_command import as_arguments, launch_command
 from sftlab.exit_messages import mistakes_in_one_line
+from sftlab.measurement.committed_speeds import FAILED
 from sftlab.measurement.hardware_limit import matrix_rate
 from sftlab.measurement.throughput_variants import (
     CAPTURED,
@@ -300,7 +301,8 @@ def summary(name: str, variant: Variant, found: Found, rate: float) -> dict[str,
     The cells of a variant that failed are empty, but for its note.
     """
     reports, count = found.reports, gpus(variant)
-    row: dict[str, Any] = {"variant": name, "gpus": count, "tokens_per_s": "failed"}
+    row: dict[str, Any] = {"variant": name, "shape": variant.shape, "gpus": count}
+    row["tokens_per_s"] = FAILED
     columns = ("lowest", "highest", "rows_per_s", "tokens_per_step", "share_of_limit", "peak_gb")
     row |= dict.fromkeys((*columns, "loss"), "")
     if reports:

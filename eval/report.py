@@ -11,7 +11,7 @@ knows what follows from which axis.
 import argparse
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from sftlab.comparison.output_folder import check_output_folder, claim_output_folder
@@ -26,7 +26,7 @@ from sftlab.comparison.run_comparison import (
     portable,
     shared_facts,
 )
-from sftlab.comparison.run_results import find_runs, read_results
+from sftlab.comparison.run_results import RunResults, find_runs, read_results
 from sftlab.evaluation.preference_words import SCORES as PREFERENCE_SCORES
 from sftlab.evaluation.text_metrics import NAMES
 from sftlab.exit_messages import mistakes_in_one_line, short
@@ -59,11 +59,8 @@ def main(argv: list[str]) -> None:
             name: read_results(path, arguments.scored_on)
             for name, path in find_runs(arguments.runs).items()
         }
-        if arguments.scored_on and not any(one.quality for one in found.values()):
-            raise ValueError(
-                f"no run has scores of {arguments.scored_on}: run eval/quality.py with "
-                "--dataset_name first, and name the data set as there"
-            )
+        if arguments.scored_on:
+            check_scored_alike(found, arguments.scored_on)
         comparison = check_comparable(found, arguments.axis, arguments.allow_confounded)
         against = against_reference(comparison, arguments.reference)
     except ValueError as error:
@@ -147,6 +144,20 @@ def as_text(comparison: Comparison, against: tuple[str, Table]) -> str:
     if differences:
         lines += ["", aligned(differences), said]
     return "\n".join([*lines, *(f"warning: {warning}" for warning in comparison.warnings)])
+
+
+def check_scored_alike(runs: Mapping[str, RunResults], dataset: str) -> None:
+    """Raise ValueError where a run has no scores of a data set, or scores of other rows of it."""
+    if without := [name for name, one in runs.items() if not one.quality]:
+        raise ValueError(
+            f"{', '.join(without)} {'have' if len(without) > 1 else 'has'} no scores of {dataset}: "
+            f"run eval/quality.py --run RUN --dataset_name {dataset} first"
+        )
+    if len({one.quality["held_out"]["fingerprint"] for one in runs.values()}) > 1:
+        raise ValueError(
+            f"the runs were scored on other rows of {dataset}, which has changed between: score "
+            "them again"
+        )
 
 
 def scored_rows(comparison: Comparison) -> str:

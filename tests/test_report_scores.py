@@ -58,8 +58,15 @@ def test_scores_of_another_data_set_are_compared_where_asked_for(make, report, c
         "## Base and tuned on the rows of data/other rows.jsonl"
         in (tmp_path / "out" / "report.md").read_text()
     )
-    with pytest.raises(SystemExit, match=r"no run has scores of nowhere: run eval/quality\.py"):
-        run_report(report, capsys, *given, "--scored_on", "nowhere")
+    for name in ("nowhere", "elsewhere/other rows.jsonl"):
+        with pytest.raises(SystemExit, match=rf"a, b have no scores of {name}: run eval/quality"):
+            run_report(report, capsys, *given, "--scored_on", name)
+    changed = evaluated / "quality-other-rows.json"  # of b
+    record = json.loads(changed.read_text())
+    record["held_out"]["fingerprint"] = "of other rows"
+    changed.write_text(json.dumps(record))
+    with pytest.raises(SystemExit, match="were scored on other rows of data/other rows"):
+        run_report(report, capsys, *given, "--scored_on", "data/other rows.jsonl")
 
 
 def test_equal_answers_differ_by_nothing(make, report, capsys, tmp_path):

@@ -92,7 +92,7 @@ def exported(
     if config["distributed_type"] == "MULTI_CPU" and processes > 1:
         raise ValueError(
             f"{config_file}: distributed_type MULTI_CPU starts its {processes} processes under MPI "
-            "alone: use accelerate_configs/cpu_ddp.yaml, which hides the GPUs from MULTI_GPU"
+            "alone: use accelerate_configs/cpu_ddp.yaml"
         )
     if config.get("use_cpu") in (True, "yes", "true"):
         flags.setdefault("gpu_ids", ",".join(["-1"] * max(2, processes)))

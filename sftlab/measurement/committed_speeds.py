@@ -9,6 +9,8 @@ from sftlab.tables import read_csv
 SHAPE = "llama3.2-1b"
 # the project's own trainings in bf16
 VARIANT = "sft.py bf16"
+# what a table says of a training without a speed
+FAILED = "failed"
 
 
 class Speed(NamedTuple):
@@ -24,6 +26,8 @@ def committed_speeds(results: Path) -> dict[str, Speed]:
     for table in sorted(results.glob("*/throughput.csv")):
         for row in read_csv(table):
             if not row["variant"].startswith(VARIANT) or row.get("gpus", "1") != "1":
+                continue
+            if row["tokens_per_s"] == FAILED:
                 continue
             shape, speed = row.get("shape") or SHAPE, float(row["tokens_per_s"] or 0)
             if speed > found.get(shape, Speed(0.0, table)).tokens_per_s:

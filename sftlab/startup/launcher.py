@@ -80,7 +80,7 @@ def take_flags(arguments: list[str]) -> tuple[list[str], dict[str, str]]:
             rest.append(word)
             continue
         if name in flags:
-            sys.exit(f"error: --{name} is given twice: which of the two is meant?")
+            sys.exit(f"error: --{name} is given twice: give it once")
         flags[name] = value if equals else next(words, "")
         if not flags[name]:
             sys.exit(f"error: --{name} needs a value")
