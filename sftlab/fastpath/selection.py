@@ -99,7 +99,7 @@ def choose(
         if compiled and launch.strategy == "fsdp" and recipe.model.load_in_8bit:
             compiled, reasons["compile_layers"] = False, UNTIMED
     if recipe.training.captured_step and (
-        reason := _no_capture(recipe, config, launch, layers, packing)
+        reason := _no_capture(recipe, config, launch, layers, None if packing else no_packing or "")
     ):
         raise ValueError(
             f"captured_step is not possible here: {reason}; leave it out of the recipe"
@@ -122,12 +122,19 @@ def choose(
 
 
 def _no_capture(
-    recipe: Recipe, config: PreTrainedConfig, launch: Launch, layers: Layers, packing: bool
+    recipe: Recipe,
+    config: PreTrainedConfig,
+    launch: Launch,
+    layers: Layers,
+    unpacked: str | None,
 ) -> str | None:
-    """Returns why steps cannot be recorded; None where nothing is known against it."""
+    """Returns why steps cannot be recorded; None where nothing is known against it.
+
+    `unpacked` says why rows are not packed, and is None where they are.
+    """
     training = recipe.training
-    if not packing:
-        return "rows are not packed"
+    if unpacked is not None:
+        return "rows are not packed" + f" ({unpacked})" * bool(unpacked)
     if launch.world_size > 1:
         return f"{launch.world_size} processes average their gradients within the backward"
     if training.gradient_checkpointing or training.activation_offloading:
