@@ -12,6 +12,8 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import nn
 
+from sftlab.exit_messages import first_line
+
 # Runs before the first recording and before others: kernels are compiled, libraries take memory.
 WARM_UPS, WARM_UPS_LATER = 3, 1
 # recorded shapes; batches of others are trained on without a recording
@@ -247,4 +249,4 @@ def _reason(error: BaseException) -> str:
     """Returns the first line of the error that others followed."""
     while error.__context__ is not None:
         error = error.__context__
-    return str(error).partition("\n")[0]
+    return first_line(error)

@@ -7,6 +7,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from sftlab.fastpath.experts_lora import keep_peft_uncompiled
+from sftlab.fastpath.four_bit_layers import four_bit_linears
 from sftlab.models.layers import decoder_of
 
 
@@ -28,7 +29,7 @@ def compile_layers(model: PreTrainedModel) -> None:
     norms = [m for name, m in decoder_of(model).named_children() if "norm" in name]
     for module in [*layers, *norms]:
         module.forward = _with_dynamic_tokens(torch.compile(module.forward))
-        if in_4bit := [m for m in module.modules() if "quant_state" in vars(m)]:
+        if in_4bit := four_bit_linears(module):
             module.forward = _with_quant_states(module.forward, in_4bit)
     if any(parameter.requires_grad for parameter in layers[0].parameters()):
         layers[0].forward = _with_gradient(layers[0].forward)

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import torch
 from bitsandbytes import nn as bitsandbytes
-from bitsandbytes.functional import dequantize_4bit
+from bitsandbytes.functional import QuantState, dequantize_4bit
 from torch import nn
 from torch.nn.functional import linear
 
@@ -39,10 +39,7 @@ class Linear4bit(bitsandbytes.Linear4bit):
         state = weight.quant_state
         if asked != self.compute_dtype:
             x = x.to(self.compute_dtype)
-        nested = state.state2
-        code, larger = (None, None) if nested is None else (nested.code, nested.absmax)
-        of = Stored(state.blocksize, state.quant_type, *state.shape, state.dtype)
-        y = _Product.apply(x, weight, state.absmax, code, larger, state.offset, of)
+        y = _Product.apply(x, weight, *_scales(state), _stored(state))
         return y if asked == y.dtype else y.to(asked)
 
     def _is_ready(self, x: torch.Tensor) -> bool:
@@ -59,6 +56,17 @@ class Stored(NamedTuple):
     rows: int
     columns: int
     dtype: torch.dtype
+
+
+def _scales(state: QuantState) -> tuple[torch.Tensor | None, ...]:
+    """Returns scales, and of nested ones what they stand for, the larger scales and the offset."""
+    nested = state.state2
+    code, larger = (None, None) if nested is None else (nested.code, nested.absmax)
+    return state.absmax, code, larger, state.offset
+
+
+def _stored(state: QuantState) -> Stored:
+    return Stored(state.blocksize, state.quant_type, *state.shape, state.dtype)
 
 
 class _Product(torch.autograd.Function):
@@ -132,10 +140,8 @@ def weight_differs(layer: nn.Module) -> str | None:
     The layer is one of which `why_not` knows no reason. Its weight is whole twice meanwhile.
     """
     state = layer.weight.quant_state
-    right, nested = dequantize_4bit(layer.weight, state), state.state2
-    larger = (None, None) if nested is None else (nested.code, nested.absmax)
-    of = state.blocksize, state.quant_type, *state.shape, state.dtype
-    found = four_bit_weight(layer.weight, state.absmax, *larger, state.offset, *of)
+    right = dequantize_4bit(layer.weight, state)
+    found = four_bit_weight(layer.weight, *_scales(state), *_stored(state))
     if torch.equal(found, right):
         return None
     apart = (found != right).sum().item()
