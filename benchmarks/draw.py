@@ -103,6 +103,7 @@ GROUPS = {
             ("bf16, 20 rows", "1B, q, v and o, 20 rows"),
             ("bf16, all linears, 20 rows", "1B, all linears, 20 rows"),
             ("QLoRA, 7B, kept activations, 4 rows", "7B in 4 bits, 4 rows"),
+            ("QLoRA, 7B, kept activations, 11 rows", "7B in 4 bits, 11 rows"),
         )
         for recorded in (", steps captured", "")
     },

@@ -9,15 +9,16 @@ from sftlab.training import step_capture
 
 
 def test_sizes_hold_what_they_must_and_waste_little():
-    sizes = set()
-    for tokens in [*range(1, 3000, 7), *range(3000, 70000, 231)]:
-        size = token_bucket(tokens, 128)
-        assert size >= tokens and size % 128 == 0
-        assert size - tokens < 0.0906 * tokens + 128
-        assert token_bucket(size, 128) == size, "a full batch is not filled up"
-        sizes.add(size)
-    assert len([size for size in sizes if 4096 < size <= 8192]) == 8
-    assert token_bucket(500, 384) == 768
+    for rows, share, count in ((1, 0.0906, 8), (4, 0.0906, 8), (20, 0.0393, 18), (64, 0.022, 32)):
+        sizes = set()
+        for tokens in [*range(1, 3000, 7), *range(3000, 70000, 17)]:
+            size = token_bucket(tokens, 128, rows)
+            assert size >= tokens and size % 128 == 0
+            assert size - tokens < share * tokens + 128
+            assert token_bucket(size, 128, rows) == size, "a full batch is not filled up"
+            sizes.add(size)
+        assert len([size for size in sizes if 16384 < size <= 32768]) == count
+    assert token_bucket(500, 384, 4) == 768
     for count in (0, 1, 32, 33, 255, 256):
         size = loss_bucket(count, 256, 8)
         assert size >= max(count, 1) and size % 32 == 0 and size - max(count, 1) < 32
@@ -34,7 +35,7 @@ def test_batches_of_a_size_have_tensors_of_the_same_shapes():
         count = batch["loss_tokens"]
         key = batch["input_ids"].numel(), len(batch["targets"])
         assert key == (
-            token_bucket(batch["real_tokens"], 128),
+            token_bucket(batch["real_tokens"], 128, 5),
             loss_bucket(count, batch["input_ids"].numel(), 4),
         )
         found = {name: batch[name].shape for name in step_capture.INPUTS}
@@ -51,7 +52,7 @@ def test_batches_of_a_size_have_tensors_of_the_same_shapes():
 
 def test_padding_is_in_short_rows_of_its_own():
     rows = examples(44)
-    batch = Collator(0, packed=True, parts=8)(rows)
+    batch = Collator(0, packed=True, multiple=384, parts=8)(rows)
     real, size = sum(len(row["input_ids"]) for row in rows), batch["input_ids"].numel()
     assert size - real > 2 * TILE
     for half in batch["tiles"].tolist():

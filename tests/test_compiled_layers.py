@@ -125,6 +125,22 @@ def test_frozen_float8_linears_are_near_the_linears_they_replace():
         )
 
 
+def test_a_large_token_costs_the_others_no_digits_in_float8():
+    torch.manual_seed(0)
+    linear = torch.nn.Linear(64, 48, bias=False).bfloat16().requires_grad_(False)
+    x, gradient = torch.randn(32, 64).bfloat16(), torch.randn(32, 48).bfloat16()
+    large = torch.ones(32, 1)
+    large[0] = 1e6
+    found = []
+    for factor in (torch.ones(32, 1), large):
+        mine = (x * factor).bfloat16().requires_grad_()
+        y = FrozenFloat8Linear(linear)(mine)
+        y.backward((gradient * factor).bfloat16())
+        found.append((y.detach()[1:], mine.grad[1:]))
+    for alone, beside in zip(*found, strict=True):
+        torch.testing.assert_close(alone, beside, rtol=0, atol=0)
+
+
 def test_fp8_freezes_the_decoders_linears_and_no_others():
     config = LlamaConfig(
         vocab_size=64,

@@ -1,6 +1,7 @@
 """Packed rows of models whose layers are not all attention: no state crosses from row to row."""
 
 import sys
+from inspect import getclosurevars, isfunction
 from types import ModuleType
 
 import pytest
@@ -25,8 +26,9 @@ from sftlab.data import collator
 from sftlab.data.collator import Collator, boundaries, for_the_model
 from sftlab.fastpath import packed_mixers, varlen_attention
 from sftlab.fastpath.packed_mixers import pack_mixers, shifted_products
+from sftlab.models import layers, mixers
 from sftlab.models.layers import decoder_of, describe
-from sftlab.models.mixers import PACKED
+from sftlab.models.mixers import PACKED, is_kernel
 
 models = load_script("docs/make_models.py")
 HYBRIDS = [
@@ -142,8 +144,36 @@ def test_a_kernel_is_known_by_what_transformers_found(monkeypatch, found):
         package.mix = lambda x: x
     monkeypatch.setitem(sys.modules, package.__name__, package)
     decorated = use_kernel_func_from_hub_with_fallback("mix", package.__name__)(lambda x: -x)
-    assert packed_mixers._is_kernel(decorated) == found
-    assert not packed_mixers._is_kernel(lambda x: x)
+    assert is_kernel(decorated) == found
+    assert not is_kernel(lambda x: x)
+
+
+@pytest.mark.parametrize("family", HYBRIDS)
+def test_no_kernel_runs_on_tensors_without_numbers(monkeypatch, family):
+    """A kernel would write to address zero, and no other kernel of the process would run."""
+    layers._described.cache_clear()
+    model = models.model_of(family)
+    right = describe(model.config, type(model))
+
+    def kernel(*args, **kwargs):
+        raise AssertionError("a kernel ran")
+
+    replaced = 0
+    for modeling in {sys.modules[type(m).__module__] for m in mixers.packed_mixers(model)}:
+        for name, own in list(vars(modeling).items()):
+            if isfunction(own) and "torch_function" in getclosurevars(own).nonlocals:
+                package = ModuleType("kernels_of_a_package")
+                monkeypatch.setitem(sys.modules, package.__name__, package)
+                package.kernel = kernel
+                decorate = use_kernel_func_from_hub_with_fallback("kernel", package.__name__)
+                in_torch = getclosurevars(own).nonlocals["torch_function"]
+                monkeypatch.setattr(modeling, name, decorate(in_torch))
+                replaced += 1
+    assert replaced
+    layers._described.cache_clear()
+    assert describe(model.config, type(model)) == right
+    with pytest.raises(AssertionError, match="a kernel ran"):
+        hidden_states(model.train(), Collator(0, packed=False)(ROWS))
 
 
 # ---- whole trainings ----

@@ -6,23 +6,26 @@ a function of the batch alone: a run that goes on after a kill fills its batches
 
 import math
 
-# sizes within a factor of two
-STEPS_OF_TOKENS = 8
+# sizes within a factor of two: for one row, at least and at most
+_OF_A_ROW, _FEWEST, _MOST = 4, 8, 32
 # the most sizes of the part in the loss, for one number of tokens
 MOST_LOSS_PARTS = 8
 
 
-def token_bucket(tokens: int, multiple: int) -> int:
-    """Returns the smallest size that holds `tokens`, a multiple of `multiple`.
+def token_bucket(tokens: int, multiple: int, rows: int) -> int:
+    """Returns the smallest size that holds `tokens` of so many `rows`, a multiple of `multiple`.
 
-    Sizes grow by a factor of 2^(1/8), so less than 9.1 % of one is filled up, beside the multiple.
+    Sizes grow by a factor of 2^(1/n). The more rows there are, the less their sum varies from batch
+    to batch, and the closer sizes may be: n is 4 sqrt(rows), 8 at least and 32 at most. So less
+    than 9.1 % of 4 rows is filled up, 3.9 % of 20 and 2.2 % of 64, beside the multiple.
     """
     whole = -(-tokens // multiple) * multiple
     below = whole - multiple  # the largest multiple that is too small
     if below < 1:
         return multiple
-    exponent = math.floor(STEPS_OF_TOKENS * math.log2(below)) + 1
-    return max(whole, math.ceil(2 ** (exponent / STEPS_OF_TOKENS) / multiple) * multiple)
+    steps = min(max(round(_OF_A_ROW * math.sqrt(rows)), _FEWEST), _MOST)
+    exponent = math.floor(steps * math.log2(below)) + 1
+    return max(whole, math.ceil(2 ** (exponent / steps) / multiple) * multiple)
 
 
 def loss_parts(head_share: float) -> int:

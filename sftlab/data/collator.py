@@ -93,7 +93,7 @@ class Collator:
         # the padding is a sequence of its own, so that its attention is defined
         tokens = batch["input_ids"].shape[1]
         if self._parts:  # or several short ones, whose attention costs least
-            tail = token_bucket(tokens, self._multiple) - tokens
+            tail = token_bucket(tokens, self._multiple, len(lengths)) - tokens
             padding = [TILE] * (tail // TILE) + [tail % TILE]
             count = most_tiles(tokens + tail, len(lengths) + 1, TILE)
         else:

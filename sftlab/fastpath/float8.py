@@ -1,8 +1,10 @@
 """float8 for frozen linears: weights are rounded once, inputs and gradients at every step.
 
 torchao's Float8Linear is made for weights that train. It rounds them at every forward, and again
-for the gradient of the input. Here each tensor has one scale. The format is e4m3 in the forward and
-e5m2 for gradients (Micikevicius et al. 2022, arXiv 2209.05433).
+for the gradient of the input. Here a weight has one scale. An input and a gradient have one for
+each token: torch.compile rounds them in the kernel that makes them, which would have to end first
+if a scale needed all tokens. The format is e4m3 in the forward and e5m2 for gradients
+(Micikevicius et al. 2022, arXiv 2209.05433).
 """
 
 import torch
@@ -23,7 +25,9 @@ class FrozenFloat8Linear(nn.Linear):
     def __init__(self, linear: nn.Linear, device: torch.device | None = None) -> None:
         nn.Module.__init__(self)
         self.in_features, self.out_features = linear.in_features, linear.out_features
-        rounded, self.scale = to_float8(linear.weight.data.to(device), FORWARD)
+        rounded, scale = to_float8(linear.weight.data.to(device), FORWARD)
+        # a product by rows takes a scale for each of its columns, of either copy
+        self.scale = scale.repeat(1, max(self.in_features, self.out_features))
         both = torch.cat(
             [rounded.view(torch.uint8).flatten(), rounded.view(torch.uint8).t().flatten()]
         )
@@ -51,13 +55,13 @@ class _Float8Product(torch.autograd.Function):
     ) -> torch.Tensor:
         ctx.save_for_backward(weight_t, scale)
         ctx.dtype = x.dtype
-        return _product(*to_float8(x, FORWARD), weight, scale)
+        return _product(*to_float8(x, FORWARD, by_row=True), weight, scale)
 
     @staticmethod
     def backward(ctx: object, gradient: torch.Tensor) -> tuple:
         weight_t, scale = ctx.saved_tensors
         return (
-            _product(*to_float8(gradient, BACKWARD), weight_t, scale).to(ctx.dtype),
+            _product(*to_float8(gradient, BACKWARD, by_row=True), weight_t, scale).to(ctx.dtype),
             None,
             None,
             None,
@@ -70,17 +74,26 @@ def _product(
     # no cast after this: in a forward compiled by torch 2.11, one that changes nothing loses the
     # gradient
     return torch._scaled_mm(
-        x, weight.t(), x_scale, scale, out_dtype=torch.bfloat16, use_fast_accum=True
+        x,
+        weight.t(),
+        x_scale,
+        scale[:, : len(weight)],
+        out_dtype=torch.bfloat16,
+        use_fast_accum=True,
     )
 
 
-def to_float8(tensor: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+def to_float8(
+    tensor: torch.Tensor, dtype: torch.dtype, by_row: bool = False
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Returns `tensor` in float8, and the float32 scale that it must be multiplied with.
 
-    The scale maps the tensor's largest absolute value to the largest one of `dtype`.
+    The scale maps the largest absolute value, of the tensor or `by_row` of each row ([rows, 1]), to
+    the largest one of `dtype`.
     """
     largest = torch.finfo(dtype).max
-    scale = tensor.abs().amax().float().clamp(min=1e-12) / largest
+    most = tensor.abs().amax(dim=-1, keepdim=True) if by_row else tensor.abs().amax()
+    scale = most.float().clamp(min=1e-12) / largest
     return (tensor.float() / scale).clamp(-largest, largest).to(dtype), scale
 
 

@@ -9,7 +9,6 @@ side by side, padded. Everything else of a layer stays packed.
 import sys
 from collections.abc import Callable
 from functools import wraps
-from inspect import getclosurevars
 from typing import Any
 
 import torch
@@ -17,7 +16,7 @@ from torch.nn.functional import pad
 from transformers import PreTrainedModel
 from transformers.activations import ACT2FN
 
-from sftlab.models.mixers import packed_mixers
+from sftlab.models.mixers import is_kernel, packed_mixers
 
 # why a recurrence cuts a compiled layer
 IN_TORCH = "the recurrence is not compiled where its package of kernels is missing"
@@ -34,7 +33,7 @@ def pack_mixers(model: PreTrainedModel) -> None:
         for function, packed in _FUNCTIONS.items():
             own = getattr(modeling, function, None)
             if own is not None and not hasattr(own, "of_padded_rows"):
-                setattr(modeling, function, _for_packed_rows(own, packed(own, _is_kernel(own))))
+                setattr(modeling, function, _for_packed_rows(own, packed(own, is_kernel(own))))
 
 
 def _for_packed_rows(own: Callable, packed: Callable) -> Callable:
@@ -46,14 +45,6 @@ def _for_packed_rows(own: Callable, packed: Callable) -> Callable:
 
     either.of_padded_rows = own
     return either
-
-
-def _is_kernel(own: Callable) -> bool:
-    """Returns whether transformers found the package whose kernel this function stands for.
-
-    Where transformers no longer says so, torch's own way is taken, which is right for both.
-    """
-    return bool(getclosurevars(own).nonlocals.get("is_new_implementation"))
 
 
 def _convolution(own: Callable, kernel: bool) -> Callable:

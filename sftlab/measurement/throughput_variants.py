@@ -92,6 +92,8 @@ def unsloth(
 # what is compared with peers warms up for less long, and has shorter turns
 PACE = {"warm": 10, "steps": 10}
 SLOW = {"warm": 4, "steps": 4}
+# steps in which nearly all sizes of a micro-batch come, each of which is captured
+WARM_CAPTURED = 100
 
 
 def paced(variant: Variant, **others: Any) -> Variant:
@@ -188,7 +190,7 @@ def captured(one: Variant) -> Variant:
     Every size of a micro-batch is captured when it first comes. The graphs' pool is memory besides.
     """
     fields = one.fields | {"captured_step": "true"}
-    return paced(one, fields=fields, gb=2 * one.gb, warm=40, steps=20)
+    return paced(one, fields=fields, gb=2 * one.gb, warm=WARM_CAPTURED, steps=20)
 
 
 _QLORA = {"longest": 1024, "shape": LLAMA_7B, "load_in_4bit": True}
@@ -272,14 +274,15 @@ FAMILIES = {
 # pairs with and without captured_step, the cheapest first
 CAPTURED = {
     f"{name}{', steps captured' * captures}": (
-        captured(one) if captures else paced(one, warm=40, steps=20)
+        captured(one) if captures else paced(one, warm=WARM_CAPTURED, steps=20)
     )
     for name, one in (
         ("sft.py bf16, 20 rows", VARIANTS["sft.py bf16, 20 rows"]),
         ("sft.py bf16, all linears, 20 rows", PEERS["sft.py bf16, all linears, 20 rows"]),
-        (
-            "sft.py QLoRA, 7B, kept activations, 4 rows",
-            PEERS["sft.py QLoRA, 7B, kept activations, 4 rows"],
+        *(
+            (name, PEERS[name])
+            for name in PEERS
+            if name.endswith((" 4 rows", " 11 rows")) and "sft.py" in name
         ),
     )
     for captures in (False, True)

@@ -16,7 +16,7 @@ from torch import nn
 from transformers import AttentionInterface, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from sftlab.models.gated_mlp import gated_mlps
-from sftlab.models.mixers import packed_mixers, tokenwise_layers
+from sftlab.models.mixers import packed_mixers, tokenwise_layers, without_kernels
 from sftlab.models.mixture import Mixture, mixture_of
 from sftlab.models.text_part import Nested
 from sftlab.models.without_numbers import NOT_WITHOUT_NUMBERS
@@ -190,7 +190,8 @@ def _run(model: PreTrainedModel) -> str | None:
     """Run a model on the meta device as a packed batch would; returns why it cannot be."""
     ids, positions = torch.zeros(1, _TOKENS, dtype=torch.long), torch.arange(_TOKENS)[None]
     try:
-        model.train()(input_ids=ids, position_ids=positions, tiles=ids, use_cache=False)
+        with without_kernels(model):
+            model.train()(input_ids=ids, position_ids=positions, tiles=ids, use_cache=False)
     except NOT_WITHOUT_NUMBERS as error:
         return _cannot(model.config, error)
     return None

@@ -4,6 +4,12 @@ Their convolutions and recurrences go through functions that `fastpath/packed_mi
 every class named here, tests/test_packed_hybrids.py holds packed rows to rows alone.
 """
 
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from inspect import getclosurevars, isfunction
+from typing import Any
+
 from torch import nn
 
 # classes of transformers with one short convolution, and at most one recurrence behind it
@@ -28,3 +34,37 @@ def tokenwise_layers(model: nn.Module) -> int:
     """Returns how many decoder layers neither attend nor carry a state."""
     mixers = (getattr(module, "mixer", None) for module in model.modules())
     return sum(type(mixer).__name__ in TOKENWISE for mixer in mixers)
+
+
+def is_kernel(function: Callable) -> bool:
+    """Returns whether transformers found the package whose kernel this function stands for.
+
+    Where transformers no longer says so, torch's own way is taken, which is right for both.
+    """
+    return bool(_closure(function).get("is_new_implementation"))
+
+
+@contextmanager
+def without_kernels(model: nn.Module) -> Iterator[None]:
+    """Mixers of a model compute in torch while the context lasts, not by a package of kernels.
+
+    A kernel takes the address of a tensor without numbers for memory, and ruins the GPU's context.
+    """
+    replaced = []
+    for name in {type(mixer).__module__ for mixer in packed_mixers(model)}:
+        modeling = sys.modules[name]
+        for function, own in list(vars(modeling).items()):
+            of_padded_rows = getattr(own, "of_padded_rows", own)
+            if isfunction(of_padded_rows) and is_kernel(of_padded_rows):
+                replaced.append((modeling, function, own))
+                setattr(modeling, function, _closure(of_padded_rows)["torch_function"])
+    try:
+        yield
+    finally:
+        for modeling, function, own in replaced:
+            setattr(modeling, function, own)
+
+
+def _closure(function: Callable) -> dict[str, Any]:
+    """Returns the variables that transformers' wrapper of a function closes over."""
+    return dict(getclosurevars(function).nonlocals)

@@ -28,7 +28,7 @@ from sftlab.fastpath.experts import GROUPED
 from sftlab.fastpath.experts_lora import factor_experts
 from sftlab.fastpath.packed_mixers import pack_mixers
 from sftlab.models.layers import decoder_of
-from sftlab.models.mixers import packed_mixers
+from sftlab.models.mixers import packed_mixers, without_kernels
 from sftlab.models.without_numbers import NOT_WITHOUT_NUMBERS
 from sftlab.planning.live_memory import LiveMemory, SavedTensors
 
@@ -102,7 +102,7 @@ def measured(
         )
     mixers = bool(packed_mixers(base))
     try:
-        with FakeTensorMode(), _gpu_dropout(model):
+        with FakeTensorMode(), without_kernels(base), _gpu_dropout(model):
             _without_numbers(model)
             _prepare(base, rows)
             alike = _alike(base)
@@ -266,7 +266,12 @@ def why_several_graphs(base: PreTrainedModel, rows: Rows) -> str | None:
     None where it is compiled in one. The model is of no use afterwards.
     """
     torch.compiler.reset()
-    with FakeTensorMode(), warnings.catch_warnings(action="ignore"), _gpu_dropout(base):
+    with (
+        FakeTensorMode(),
+        without_kernels(base),
+        warnings.catch_warnings(action="ignore"),
+        _gpu_dropout(base),
+    ):
         _without_numbers(base)
         _prepare(base, rows)
         alike = _alike(base)
