@@ -17,6 +17,7 @@ import sftlab.startup.preload  # noqa: F401
 import argparse
 import sys
 import time
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -313,11 +314,27 @@ def write(
     records: list[dict[str, Any]],
     name: str = "quality",
 ) -> None:
-    """Write NAME.json and NAME.jsonl. Another data set's name becomes part of the names."""
-    name = result_name(name, arguments.dataset_name)
-    (arguments.run / "eval").mkdir(exist_ok=True)
-    write_lines(arguments.run / "eval" / f"{name}.jsonl", records)
-    write_json(arguments.run / "eval" / f"{name}.json", report)
+    """Write NAME.json and NAME.jsonl. Another data set's name becomes part of the names.
+
+    A result of more rows that is there is kept aside.
+    """
+    name, folder = result_name(name, arguments.dataset_name), arguments.run / "eval"
+    folder.mkdir(exist_ok=True)
+    if kept := keep_larger(folder, name, len(records)):
+        print(f"the result of more rows that was there is now {kept}")
+    write_lines(folder / f"{name}.jsonl", records)
+    write_json(folder / f"{name}.json", report)
+
+
+def keep_larger(folder: Path, name: str, rows: int) -> Path | None:
+    """Rename NAME.json and NAME.jsonl of more than so many rows; returns the former's new path."""
+    table = folder / f"{name}.jsonl"
+    if not table.exists() or (count := len(table.read_bytes().splitlines())) <= rows:
+        return None
+    for suffix in (".jsonl", ".json"):
+        with suppress(FileNotFoundError):
+            (folder / f"{name}{suffix}").replace(folder / f"of-{count}-rows-{name}{suffix}")
+    return folder / f"of-{count}-rows-{name}.json"
 
 
 def answer_settings(

@@ -131,6 +131,8 @@ def as_markdown(
     if differences:
         title, _, explained = said.partition(": ")
         lines += [f"## {title}", "", f"{explained}.", "", *grid(differences)]
+    elif said:
+        lines += [f"{said}.", ""]
     return "\n".join(lines)
 
 
@@ -142,7 +144,8 @@ def as_text(comparison: Comparison, against: tuple[str, Table]) -> str:
         lines += ["", aligned(preferences)]
     said, differences = against
     if differences:
-        lines += ["", aligned(differences), said]
+        lines += ["", aligned(differences)]
+    lines += [said] if said else []
     return "\n".join([*lines, *(f"warning: {warning}" for warning in comparison.warnings)])
 
 

@@ -99,10 +99,14 @@ def test_use_cpu_hides_the_gpus(switch, processes, tmp_path):
     assert not Launch.from_environment(exported(path, {"gpu_ids": "0,1"})).hides_gpus
 
 
-def test_several_processes_of_multi_cpu_are_refused(tmp_path):
+@pytest.mark.parametrize(
+    ("kind", "said"),
+    [("MULTI_CPU", "under MPI alone: use accelerate_configs/cpu_ddp"), ("'NO'", "one process")],
+)
+def test_several_processes_are_refused_where_they_would_not_start(kind, said, tmp_path):
     path = tmp_path / "launch.yaml"
-    path.write_text("distributed_type: MULTI_CPU\nnum_machines: 1\nnum_processes: 2\n")
-    with pytest.raises(ValueError, match="under MPI alone: use accelerate_configs/cpu_ddp"):
+    path.write_text(f"distributed_type: {kind}\nnum_machines: 1\nnum_processes: 2\n")
+    with pytest.raises(ValueError, match=said):
         exported(path)
     assert exported(path, {"num_processes": 1})["WORLD_SIZE"] == "1"
 

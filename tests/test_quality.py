@@ -6,6 +6,8 @@ import signal
 import subprocess
 import sys
 import time
+from argparse import Namespace
+from fnmatch import fnmatch
 
 import fork_server
 import numpy as np
@@ -20,6 +22,7 @@ from sftlab.comparison.result_files import read_records
 from sftlab.data.chat_template import prompt_ids
 from sftlab.evaluation.base_and_tuned import load_pair
 from sftlab.evaluation.generation import Answer, Generator
+from sftlab.runs.made_files import EVALUATIONS
 
 SCORES = [
     "response_perplexity",
@@ -85,6 +88,20 @@ def test_the_table_the_file_and_the_records_agree(run):
     assert len(re.findall(r"^  row \d", done.stdout, re.M)) == 3
     assert "95 % intervals" in done.stdout
     assert "Holm over 7 scores" in done.stdout
+
+
+def test_a_result_of_fewer_rows_leaves_a_larger_one(quality, tmp_path, capsys):
+    given, evaluated = Namespace(run=tmp_path, dataset_name=None), tmp_path / "eval"
+    for rows, said in ((5, ""), (5, ""), (7, ""), (2, "eval/of-7-rows-quality.json"), (3, "")):
+        quality.write(given, {"rows": rows}, [{"row": n} for n in range(rows)])
+        printed = capsys.readouterr().out
+        assert said in printed and bool(said) == bool(printed)
+        lines = (evaluated / "quality.jsonl").read_text().splitlines()
+        assert len(lines) == json.loads((evaluated / "quality.json").read_text())["rows"] == rows
+    kept = sorted(path.name for path in evaluated.glob("of-*"))
+    assert kept == ["of-7-rows-quality.json", "of-7-rows-quality.jsonl"]
+    assert json.loads((evaluated / kept[0]).read_text()) == {"rows": 7}
+    assert any(fnmatch(f"eval/{kept[1]}", pattern) for pattern in EVALUATIONS)
 
 
 def test_the_batch_size_changes_nothing(quality, finished, tmp_path):

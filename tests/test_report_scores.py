@@ -4,7 +4,7 @@ import json
 import re
 
 import pytest
-from report_runs import read_csv, run_report, table_row
+from report_runs import read_csv, refused, run_report, table_row
 
 from sftlab.evaluation.significance import add_holm, compare
 from sftlab.evaluation.text_metrics import paired_scores
@@ -121,14 +121,17 @@ def test_holm_counts_the_runs_of_a_score(make, report, capsys, tmp_path):
 
 
 def test_scores_on_other_rows_are_not_compared(make, report, capsys, tmp_path):
-    make("a")
-    path = make("b") / "eval" / "quality.jsonl"
+    folders = [make("a"), make("b")]
+    path = folders[1] / "eval" / "quality.jsonl"
     path.write_text(path.read_text().replace("no other number", "no other one"))
     printed = run_report(report, capsys, "--runs", tmp_path / "runs", "--out", tmp_path / "out")
-    assert "Tuned models against" not in printed
+    said = "Tuned models are not compared with a: b (other held-out rows)"
+    assert said in printed and said in (tmp_path / "out" / "report.md").read_text()
     make("c")
     printed = run_report(report, capsys, "--runs", tmp_path / "runs", "--out", tmp_path / "out")
     assert "not compared: b (other held-out rows)" in printed
+    error = refused(report, "--runs", *folders, "--reference", "a", "--out", tmp_path / "out")
+    assert "no other run can be compared with it: b (other held-out rows)" in error
 
 
 def test_scores_of_another_adapter_are_not_the_runs(plots, make, report, capsys, tmp_path):

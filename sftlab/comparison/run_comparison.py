@@ -191,7 +191,7 @@ def against_reference(comparison: Comparison, asked: Path | None) -> tuple[str, 
     """Compare each run's tuned scores with those of one run: `asked`, else the first with scores.
 
     Returns what is said about the comparison, and its table ([] where there is nothing to compare).
-    Raises ValueError for a reference without scores.
+    Raises ValueError for a reference that is asked for and has no scores, or none in common.
     """
     runs = comparison.runs
     scored = [name for name, one in runs.items() if one.records]
@@ -207,6 +207,13 @@ def against_reference(comparison: Comparison, asked: Path | None) -> tuple[str, 
     first = runs[reference].records[0]["tuned"]
     shown = (*SHOWN, *([IF_SCORED] if IF_SCORED in first else []))
     compared, left_out = compare_tuned(runs, reference, shown)
+    if asked and left_out and not compared:
+        raise ValueError(
+            f"--reference {asked}: no other run can be compared with it: {', '.join(left_out)}"
+        )
+    if not compared:
+        other = f"Tuned models are not compared with {reference}: {', '.join(left_out)}"
+        return other if len(scored) > 1 else "", []
     for score in shown:
         add_holm({name: scores[score] for name, scores in compared.items() if score in scores})
     said = (
@@ -215,7 +222,7 @@ def against_reference(comparison: Comparison, asked: Path | None) -> tuple[str, 
         "over the runs of a score"
     )
     said += f"; not compared: {', '.join(left_out)}" if left_out else ""
-    return said, _difference_table(compared, shown) if compared else []
+    return said, _difference_table(compared, shown)
 
 
 def _is_run(name: str, folder: Path, asked: Path) -> bool:

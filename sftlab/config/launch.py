@@ -94,6 +94,11 @@ def exported(
             f"{config_file}: distributed_type MULTI_CPU starts its {processes} processes under MPI "
             "alone: use accelerate_configs/cpu_ddp.yaml"
         )
+    if config["distributed_type"] == "NO" and processes > 1:
+        raise ValueError(
+            f"{config_file}: distributed_type NO starts one process, and {processes} are asked for: "
+            "use accelerate_configs/ddp.yaml, or cpu_ddp.yaml on a CPU"
+        )
     if config.get("use_cpu") in (True, "yes", "true"):
         flags.setdefault("gpu_ids", ",".join(["-1"] * max(2, processes)))
     if (known := _of_one_process(config, flags)) is not None:

@@ -35,7 +35,7 @@ REFUSED_OF_PAIRS = {
     "completion_only_loss": "the log-probabilities are those of the answers",
     "answers_during_training": "eval/quality.py generates the answers after the training",
     "shuffle_dataset": "the sampler shuffles the rows",
-    "captured_step": "only steps of supervised fine-tuning are recorded",
+    "captured_step": "only steps of supervised fine-tuning are captured",
     "neftune_noise_alpha": "noise would make the model differ from its reference before it trains",
 }
 

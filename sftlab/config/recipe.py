@@ -239,7 +239,7 @@ class TrainingArguments(OwnFields, SFTConfig):
     captured_step: bool | None = field(
         default=None,
         metadata={
-            "help": "Record forward and backward of a micro-batch once for each of a few sizes, "
+            "help": "Capture forward and backward of a micro-batch once for each of a few sizes, "
             "and replay them as CUDA graphs: for small micro-batches on one GPU. Unset: no."
         },
     )

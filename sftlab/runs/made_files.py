@@ -20,6 +20,7 @@ _HASH = "[0-9a-f]" * 8
 # what eval/ writes: its names are fixed, or end in a hash
 _EVALUATIONS = (
     *("quality.json", "quality.jsonl", "quality-*.json", "quality-*.jsonl"),
+    "of-*-rows-quality*.json*",  # results of more rows than the newest one's
     *("preferences.json", "preferences.jsonl", "preferences-*.json", "preferences-*.jsonl"),
     *("start_rows.jsonl", "start_rows-*.jsonl"),
     *("alpaca.json", "mt_bench.json", "harness.json", "annotations-*.json"),
