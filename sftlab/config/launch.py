@@ -96,8 +96,8 @@ def exported(
         )
     if config["distributed_type"] == "NO" and processes > 1:
         raise ValueError(
-            f"{config_file}: distributed_type NO starts one process, and {processes} are asked for: "
-            "use accelerate_configs/ddp.yaml, or cpu_ddp.yaml on a CPU"
+            f"{config_file}: distributed_type NO starts one process, and {processes} are asked "
+            "for: use accelerate_configs/ddp.yaml, or cpu_ddp.yaml on a CPU"
         )
     if config.get("use_cpu") in (True, "yes", "true"):
         flags.setdefault("gpu_ids", ",".join(["-1"] * max(2, processes)))
