@@ -240,7 +240,7 @@ class TrainingArguments(OwnFields, SFTConfig):
         default=None,
         metadata={
             "help": "Record forward and backward of a micro-batch once for each of a few sizes, "
-            "and replay them as CUDA graphs: for small micro-batches on one GPU. Unset: no."
+            "and replay them as CUDA graphs: for small micro-batches on a GPU. Unset: no."
         },
     )
 

@@ -13,6 +13,7 @@ from sftlab.config.launch import Launch
 from sftlab.config.preference_fields import MICRO_BATCH_LOSSES
 from sftlab.config.recipe import Recipe
 from sftlab.fastpath import varlen_attention
+from sftlab.fastpath.recomputed_layers import dropout_in
 from sftlab.fastpath.unset_fused_lora import choose_fused_lora
 from sftlab.models.layers import Layers, describe
 from sftlab.models.loading import model_class
@@ -135,10 +136,12 @@ def _no_capture(
     training = recipe.training
     if unpacked is not None:
         return "rows are not packed" + f" ({unpacked})" * bool(unpacked)
-    if launch.world_size > 1:
-        return f"{launch.world_size} processes average their gradients within the backward"
-    if training.gradient_checkpointing or training.activation_offloading:
-        return "checkpointed or offloaded activations make the backward wait for the host"
+    if launch.strategy == "fsdp":
+        return "FSDP gathers the frozen weights within the step"
+    if training.activation_offloading:
+        return "offloaded activations make the backward wait for the host"
+    if training.gradient_checkpointing and (reason := _no_recorded_recomputation(recipe, config)):
+        return reason
     if training.mixed_precision == "fp16":
         return "the loss scale of fp16 changes from step to step"
     if training.fused_loss is False:
@@ -152,6 +155,22 @@ def _no_capture(
     if growing := rotary_kinds(config.get_text_config()) & GROWING:
         return f"rotary embeddings of kind {min(growing)} depend on the longest row"
     return None
+
+
+def _no_recorded_recomputation(recipe: Recipe, config: PreTrainedConfig) -> str | None:
+    """Returns why the recomputation of checkpointed layers cannot be recorded, or None."""
+    asked = recipe.training.gradient_checkpointing_kwargs or {"use_reentrant": False}
+    if asked.get("use_reentrant") is not False:
+        return "reentrant checkpointing runs a backward within the backward"
+    if asked.get("offload"):
+        return "offloaded activations make the backward wait for the host"
+    dropout = dropout_in(config)
+    if recipe.model.use_peft and recipe.model.lora_dropout:
+        dropout = f"lora_dropout {recipe.model.lora_dropout:g}"
+    return dropout and (
+        f"checkpointed layers draw the random numbers of {dropout} a second time, and no recording "
+        "can go back to them"
+    )
 
 
 def _refuse_whole_experts(recipe: Recipe, layers: Layers) -> None:

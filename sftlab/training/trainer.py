@@ -7,6 +7,7 @@ Batches, order and loss are SFTTrainer's.
 import logging
 import math
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -69,6 +70,11 @@ class LabTrainer(RecordedTrainer, SFTTrainer):
             mixers=self.fast.layers.mixers > 0,
             parts=parts,
         )
+
+    def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
+        several = self.capture is not None and self.accelerator.num_processes > 1
+        with self.capture.wrapping() if several else nullcontext():
+            return super()._prepare_for_training(*args, **kwargs)
 
     def get_train_dataloader(self) -> DataLoader:
         """Returns the training batches; of a few sizes, where steps are recorded."""
