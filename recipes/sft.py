@@ -56,7 +56,7 @@ from sftlab.measurement.hardware_limit import measure_mfu
 from sftlab.models.adapter_names import check_adapter_names
 from sftlab.models.loading import load_config, load_tokenizer
 from sftlab.models.started_adapter import started_from
-from sftlab.planning.plan import planned_memory
+from sftlab.planning.plan import captures_by_itself, planned_memory
 from sftlab.runs.environment import environment
 from sftlab.runs.run_directory import Run, Start, must_match, read_run
 from sftlab.startup.launcher import reported_to_launcher
@@ -161,6 +161,9 @@ def prepare(
         # of a run that says nothing, it was off
         began = bool(start.must_match.get("fused_lora"))
         fast.continue_with_fused_lora(began, recipe.data.resume_anyway)
+    if start.checkpoint and training.captured_step is None:
+        began = bool(start.must_match.get("captured_step"))
+        fast.continue_with_captured_steps(began, recipe.data.resume_anyway)
     compilers = start_compilers(recipe, config, fast)
 
     splits, facts = read_data(recipe, tokenizer, template)
@@ -195,7 +198,9 @@ def prepare(
     if start.at_stake:
         trainer.checkpointer.refuse_full_disk(run.made_bytes)
         begin(run, start, recipe, launch, recorded)
-    must["fused_lora"] = fast.fused_lora
+    if captures_by_itself(recipe, launch, fast, trainer):
+        trainer.capture_steps()
+    must |= {"fused_lora": fast.fused_lora, "captured_step": fast.captured_step}
     trainer.checkpointer.must_match, trainer.checkpointer.hardware = must, now["hardware"]
     phase_ended(WEIGHTS)
     with says_if_long("compiling the kernels"):

@@ -5,6 +5,8 @@ between are those of the recording, as in a graph. What would wait for the devic
 """
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from unittest import mock
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -37,6 +39,10 @@ class _Recording(TorchDispatchMode):
         return outputs
 
 
+def _not_permitted(*_: object) -> None:
+    raise RuntimeError("operation not permitted when recording: the state of random numbers")
+
+
 class Tape:
     """Records work on a CPU; `recorded` counts it."""
 
@@ -47,7 +53,11 @@ class Tape:
 
     def record(self, work: Callable[[], torch.Tensor]) -> tuple[Callable[[], None], torch.Tensor]:
         type(self).recorded += 1
-        with _Recording() as recording:
+        with (
+            mock.patch.object(torch, "get_rng_state", _not_permitted),
+            mock.patch.object(torch, "set_rng_state", _not_permitted),
+            _Recording() as recording,
+        ):
             result = work()
         with torch.no_grad():  # a graph's tensors hold nothing until it is replayed
             result.fill_(float("nan"))
@@ -66,3 +76,6 @@ class Tape:
     def forget(self, drop: Callable[[], object]) -> None:
         type(self).forgotten += 1
         drop()
+
+    def on_its_stream(self) -> AbstractContextManager[None]:
+        return nullcontext()

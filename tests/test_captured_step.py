@@ -96,8 +96,9 @@ def test_filling_up_changes_neither_loss_nor_gradients(fields, tape, count):
         {"per_device_train_batch_size": 2, "eval_strategy": "steps", "eval_steps": 2},
         {"per_device_train_batch_size": 1, "lora_target_modules": ["q_proj", "down_proj"]},
         {"per_device_train_batch_size": 2, "fused_lora": "true"},
+        {"per_device_train_batch_size": 2, "gradient_checkpointing": "true"},
     ],
-    ids=["no accumulation", "evaluated", "single rows", "fused LoRA"],
+    ids=["no accumulation", "evaluated", "single rows", "fused LoRA", "checkpointed"],
 )
 def test_replayed_steps_train_as_plain_ones(fields, tape, tmp_path, more):
     targets = more.pop("lora_target_modules", None)
@@ -112,6 +113,7 @@ def test_replayed_steps_train_as_plain_ones(fields, tape, tmp_path, more):
         ]
     (plain, expected), (mine, found) = runs["plain"], runs["replayed"]
     assert mine.fast.captured_step and not plain.fast.captured_step
+    assert mine.args.gradient_checkpointing == ("gradient_checkpointing" in more)
     micro_batches = 6 * 4 // more["per_device_train_batch_size"]
     # the first one is compared, and so is one for each recording
     assert tape.replayed == micro_batches + 1 + tape.recorded
@@ -247,6 +249,18 @@ def test_a_trained_tensor_without_a_gradient_is_no_zero(fields, tape):
     assert layer.left_out.grad is None and torch.equal(layer.left_out.data, torch.ones(3))
 
 
+def test_checkpointed_layers_that_draw_random_numbers_are_not_recorded(fields, tape):
+    trainer = build(fields, captured_step="true", gradient_checkpointing="true", max_steps=1)
+    layer = trainer.model.get_submodule("base_model.model.model.layers.0")
+    layer.mlp.register_forward_hook(
+        lambda mlp, _, found: nn.functional.dropout(found, 0.1, training=mlp.training)
+    )
+    train(trainer)
+    assert trainer.capture.off == "checkpointed layers draw random numbers" and not tape.recorded
+    kept = layer._gradient_checkpointing_func.keywords.get("preserve_rng_state", True)
+    assert kept, "plain steps recompute them with the same random numbers"
+
+
 def test_gradients_stay_where_they_are():
     parameters = [nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(2, 5, dtype=torch.float64))]
     parameters[0].grad = torch.full((3,), 2.0)
@@ -278,13 +292,20 @@ def test_gradients_stay_where_they_are():
 
 # ---- where it cannot be ----
 
+CHECKPOINTED = {"gradient_checkpointing": "true"}
+
 
 @pytest.mark.parametrize(
     "more, why",
     [
         ({"packing": "false"}, "rows are not packed"),
-        ({"gradient_checkpointing": "true"}, "checkpointed or offloaded activations"),
-        ({"activation_offloading": "true"}, "checkpointed or offloaded activations"),
+        (
+            CHECKPOINTED | {"lora_dropout": "0.1"},
+            "random numbers of lora_dropout 0.1 a second time",
+        ),
+        (CHECKPOINTED | {"gradient_checkpointing_kwargs": '{"use_reentrant": true}'}, "reentrant"),
+        (CHECKPOINTED | {"gradient_checkpointing_kwargs": '{"debug": false}'}, "reentrant"),
+        ({"activation_offloading": "true"}, "offloaded activations"),
         ({"fused_loss": "false"}, "the loss is not fused"),
         ({"label_smoothing_factor": "0.1"}, "label smoothing needs whole logits"),
         ({"torch_compile": "true"}, "torch_compile"),
@@ -300,6 +321,7 @@ def test_what_cannot_be_recorded_is_refused(fields, tape, more, why):
 HYBRID = Lfm2Config(hidden_size=64, num_attention_heads=2, num_hidden_layers=2,
                     layer_types=["conv", "full_attention"])  # fmt: skip
 LONG = LlamaConfig(rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4})
+DROPS = LlamaConfig(hidden_dropout=0.1)
 
 
 @pytest.mark.parametrize(
@@ -307,7 +329,11 @@ LONG = LlamaConfig(rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope
     [
         (HYBRID, {}, {}, "layers beside attention"),
         (LONG, {}, {}, "rotary embeddings of kind dynamic"),
-        (LlamaConfig(), {"world_size": 2}, {}, "2 processes average their gradients"),
+        (LlamaConfig(), {"world_size": 2, "strategy": "ddp"}, {}, None),
+        (LlamaConfig(), {"world_size": 2, "strategy": "fsdp"}, {}, "FSDP gathers"),
+        (LlamaConfig(), {}, CHECKPOINTED, None),
+        (DROPS, {}, {}, None),
+        (DROPS, {}, CHECKPOINTED, "random numbers of hidden_dropout 0.1 a second time"),
         (LlamaConfig(), {}, {"load_in_8bit": "true"}, "8-bit weights look for outliers"),
         (LlamaConfig(), {}, FOUR_BITS, None),
         (LlamaConfig(), {}, {}, None),

@@ -240,7 +240,8 @@ class TrainingArguments(OwnFields, SFTConfig):
         default=None,
         metadata={
             "help": "Capture forward and backward of a micro-batch once for each of a few sizes, "
-            "and replay them as CUDA graphs: for small micro-batches on one GPU. Unset: no."
+            "and replay them as CUDA graphs. Unset: on a GPU with compiled layers, where micro-"
+            "batches are so small that the GPU would wait for the host."
         },
     )
 

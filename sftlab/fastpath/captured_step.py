@@ -7,9 +7,11 @@ which the optimizer changes in place. sftlab/fastpath/cuda_graphs.py does the re
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, NamedTuple, Protocol
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from sftlab.exit_messages import first_line
@@ -45,6 +47,9 @@ class Recorder(Protocol):
     def forget(self, drop: Callable[[], object]) -> None:
         """Call `drop`, which lets go of all recordings, and give their memory back."""
 
+    def on_its_stream(self) -> AbstractContextManager[None]:
+        """Inside, work is done where it is when it is recorded; in order with what is outside."""
+
 
 class StaticBatch:
     """Tensors of a batch that stay where they are, for all batches of one shape."""
@@ -61,7 +66,8 @@ class StaticBatch:
 class StaticGradients:
     """Gradients of parameters that stay where they are from one step to the next.
 
-    They are parts of one tensor for each dtype.
+    They are parts of one tensor for each dtype. The first of these also has a note, a number that
+    `average` adds up over all processes.
     """
 
     def __init__(self, parameters: Sequence[nn.Parameter]) -> None:
@@ -73,8 +79,10 @@ class StaticGradients:
             places.append(starts.get(kind, 0))
             starts[kind] = places[-1] + -(-one.numel() // _ALIGNED) * _ALIGNED
         self._whole = {
-            kind: torch.zeros(size, device=kind[0], dtype=kind[1]) for kind, size in starts.items()
+            kind: torch.zeros(size + 1, device=kind[0], dtype=kind[1])
+            for kind, size in starts.items()
         }
+        self._note = next(iter(self._whole.values()))[-1:]
         self._views = tuple(
             self._whole[one.device, one.dtype][start : start + one.numel()].view(one.shape)
             for one, start in zip(self._parameters, places, strict=True)
@@ -84,7 +92,6 @@ class StaticGradients:
     def _addresses(self) -> tuple[int, ...]:
         return tuple(one.data_ptr() for one in self._parameters)
 
-    @torch.no_grad()
     def attach(self) -> None:
         """Let every parameter have its gradient here; one that it has elsewhere is copied.
 
@@ -92,6 +99,11 @@ class StaticGradients:
         """
         if self._addresses() != self._weights:
             raise NotCaptured("the trained weights were moved in memory")
+        self.take()
+
+    @torch.no_grad()
+    def take(self) -> None:
+        """Do what `attach` does, wherever the weights are."""
         for parameter, view in zip(self._parameters, self._views, strict=True):
             if parameter.grad is not view:
                 if parameter.grad is None:
@@ -121,6 +133,18 @@ class StaticGradients:
         """Set all gradients to zero, in place."""
         for whole in self._whole.values():
             whole.zero_()
+
+    def average(self, note: float) -> torch.Tensor:
+        """Average the gradients over all processes, in as many messages as there are dtypes.
+
+        Each is divided and then added up, as DDP does. Returns whether a process gave a note above
+        0: a number above 0 then, on the device, [1]. Every process calls it.
+        """
+        self._note.fill_(note)
+        for whole in self._whole.values():
+            whole.div_(dist.get_world_size())
+            dist.all_reduce(whole)
+        return self._note
 
     def clone(self) -> list[torch.Tensor]:
         """Returns a copy of all gradients."""
@@ -161,13 +185,18 @@ class CapturedSteps:
         key = tuple(tuple(one.shape) for one in batch.values())
         if key not in self._shapes:
             if len(self._shapes) >= MOST_SHAPES:
-                self.plain += 1
-                return self.gradients.add(lambda: self._step(batch))
+                return self.run_plain(batch)
             self._shapes[key] = self._recorded(batch)
         shape = self._shapes[key]
         shape.batch.take(batch)
         shape.replay()
         return shape.results.clone()  # the next replay overwrites them
+
+    def run_plain(self, batch: Batch) -> torch.Tensor:
+        """Run a micro-batch without a recording; its gradients are where those of others are."""
+        self.gradients.take()
+        self.plain += 1
+        return self.gradients.add(lambda: self._step(batch))
 
     def _recorded(self, batch: Batch) -> _Shape:
         """Record a step and compare a replay with the step; nothing else changes.

@@ -1,7 +1,8 @@
 """Records work on a GPU as CUDA graphs."""
 
 import gc
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -21,6 +22,23 @@ class CudaGraphs:
         self._pool = torch.cuda.graph_pool_handle()
         self._room = 0  # bytes that work took at its last run before the first recording
         self._began = False
+
+    @contextmanager
+    def on_its_stream(self) -> Iterator[None]:
+        """Inside, work is on the stream of the recordings; in order with what is outside.
+
+        What DDP keeps of the gradients belongs to the stream that it is wrapped on, and a recording
+        must not use another one.
+        """
+        outside = torch.cuda.current_stream()
+        self._stream.wait_stream(outside)
+        with torch.cuda.stream(self._stream):
+            yield
+        outside.wait_stream(self._stream)
+        # plain steps then add gradients on another stream than their own, and torch warns of that
+        warn = getattr(torch.autograd.graph, "set_warn_on_accumulate_grad_stream_mismatch", None)
+        if warn is not None:
+            warn(False)
 
     def warm(self, work: Callable[[], torch.Tensor]) -> torch.Tensor:
         """Run work on the stream of the recordings, and wait for it; returns its result."""

@@ -13,6 +13,7 @@ from sftlab.config.launch import Launch
 from sftlab.config.preference_fields import MICRO_BATCH_LOSSES
 from sftlab.config.recipe import Recipe
 from sftlab.fastpath import varlen_attention
+from sftlab.fastpath.recomputed_layers import dropout_in
 from sftlab.fastpath.unset_fused_lora import choose_fused_lora
 from sftlab.models.layers import Layers, describe
 from sftlab.models.loading import model_class
@@ -46,6 +47,7 @@ class FastPath:
     four_bit_weights: str | None = None
     layers_per_unit: int | None = None
     captured_step: bool = False
+    may_capture_step: bool = False
     needs_fused_lora: bool = False
     without_fused_lora: str = "leave it out of the recipe"
 
@@ -61,6 +63,19 @@ class FastPath:
         self.fused_lora = began and (self.fused_lora or not settings_changed)
         self.needs_fused_lora = began and not settings_changed
         self.without_fused_lora = "the run began with it: begin anew with --overwrite"
+
+    def continue_with_captured_steps(self, began: bool, settings_changed: bool) -> None:
+        """Capture steps if the run that is continued `began` so; the recipe leaves it unset.
+
+        Raises ValueError where they can no longer be, unless the run is continued with other
+        settings on purpose.
+        """
+        if began and not self.may_capture_step and not settings_changed:
+            raise ValueError(
+                "the run began with captured steps, which are not possible here: begin anew with "
+                "--overwrite"
+            )
+        self.captured_step, self.may_capture_step = began and self.may_capture_step, False
 
 
 def choose(
@@ -98,11 +113,11 @@ def choose(
         compiled = no_triton is None and not recipe.training.torch_compile
         if compiled and launch.strategy == "fsdp" and recipe.model.load_in_8bit:
             compiled, reasons["compile_layers"] = False, UNTIMED
-    if recipe.training.captured_step and (
-        reason := _no_capture(recipe, config, launch, layers, None if packing else no_packing or "")
-    ):
+    unpacked = None if packing else no_packing or ""
+    no_capture = _no_capture(recipe, config, launch, layers, unpacked)
+    if recipe.training.captured_step and no_capture:
         raise ValueError(
-            f"captured_step is not possible here: {reason}; leave it out of the recipe"
+            f"captured_step is not possible here: {no_capture}; leave it out of the recipe"
         )
     fused_lora = bool(recipe.training.fused_lora)
     if recipe.training.fused_lora is None and compiled and no_triton is None:
@@ -116,6 +131,7 @@ def choose(
         layers,
         reasons,
         captured_step=bool(recipe.training.captured_step),
+        may_capture_step=recipe.training.captured_step is None and compiled and no_capture is None,
         fused_lora=fused_lora,
         needs_fused_lora=bool(recipe.training.fused_lora),
     )
@@ -135,10 +151,12 @@ def _no_capture(
     training = recipe.training
     if unpacked is not None:
         return "rows are not packed" + f" ({unpacked})" * bool(unpacked)
-    if launch.world_size > 1:
-        return f"{launch.world_size} processes average their gradients within the backward"
-    if training.gradient_checkpointing or training.activation_offloading:
-        return "checkpointed or offloaded activations make the backward wait for the host"
+    if launch.strategy == "fsdp":
+        return "FSDP gathers the frozen weights within the step"
+    if training.activation_offloading:
+        return "offloaded activations make the backward wait for the host"
+    if training.gradient_checkpointing and (reason := _no_recorded_recomputation(recipe, config)):
+        return reason
     if training.mixed_precision == "fp16":
         return "the loss scale of fp16 changes from step to step"
     if training.fused_loss is False:
@@ -152,6 +170,22 @@ def _no_capture(
     if growing := rotary_kinds(config.get_text_config()) & GROWING:
         return f"rotary embeddings of kind {min(growing)} depend on the longest row"
     return None
+
+
+def _no_recorded_recomputation(recipe: Recipe, config: PreTrainedConfig) -> str | None:
+    """Returns why the recomputation of checkpointed layers cannot be recorded, or None."""
+    asked = recipe.training.gradient_checkpointing_kwargs or {"use_reentrant": False}
+    if asked.get("use_reentrant") is not False:
+        return "reentrant checkpointing runs a backward within the backward"
+    if asked.get("offload"):
+        return "offloaded activations make the backward wait for the host"
+    dropout = dropout_in(config)
+    if recipe.model.use_peft and recipe.model.lora_dropout:
+        dropout = f"lora_dropout {recipe.model.lora_dropout:g}"
+    return dropout and (
+        f"checkpointed layers draw the random numbers of {dropout} a second time, and no recording "
+        "can go back to them"
+    )
 
 
 def _refuse_whole_experts(recipe: Recipe, layers: Layers) -> None:

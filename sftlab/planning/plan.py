@@ -5,18 +5,19 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any, NamedTuple
 
+import torch
 from transformers import PreTrainedConfig, Trainer
 
 from sftlab.config.launch import BF16_CAPABILITY, Launch, check_precision
 from sftlab.config.parser import parse_recipe
 from sftlab.config.recipe import Recipe
 from sftlab.fastpath.selection import FastPath, choose
-from sftlab.planning.gpu_specs import GPU
-from sftlab.planning.recipe_step import step_of
+from sftlab.planning.gpu_specs import GPU, gpu_seen_as
+from sftlab.planning.recipe_step import step_of, step_of_trainer
 from sftlab.planning.row_lengths import RowLengths, of_encoded
 from sftlab.planning.step import Step
 from sftlab.planning.step_memory import Memory, memory
-from sftlab.planning.step_time import StepTime, step_time
+from sftlab.planning.step_time import StepTime, is_captured, step_time
 from sftlab.tables import counted
 
 GB = 2**30
@@ -180,6 +181,14 @@ def remedies(recipe: Recipe, plan: Plan) -> Iterator[list[str]]:
 def largest_divisor(number: int, limit: int) -> int:
     """Returns the largest divisor of `number` up to `limit`; 0 where there is none."""
     return next((n for n in range(min(limit, number), 0, -1) if number % n == 0), 0)
+
+
+def captures_by_itself(recipe: Recipe, launch: Launch, fast: FastPath, trainer: Trainer) -> bool:
+    """Returns whether a training on this GPU captures its micro-batches where it is not asked."""
+    gpu = gpu_seen_as(torch.cuda.get_device_name()) if fast.may_capture_step else None
+    if gpu is None or not fast.fused_loss:
+        return False
+    return is_captured(step_of_trainer(recipe, launch, fast, trainer), gpu)
 
 
 def planned_memory(

@@ -10,7 +10,7 @@ from dataclasses import replace
 
 import torch
 from torch import nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel, Trainer
 
 from sftlab.config.launch import COMPUTE_DTYPE, PRECISIONS, Launch
 from sftlab.config.recipe import ModelArguments, Recipe
@@ -22,7 +22,7 @@ from sftlab.models.adapter_names import is_target
 from sftlab.models.layers import Layers, decoder_of
 from sftlab.models.plain_attention import PACKED
 from sftlab.planning.measured_layers import Measured, Rows, measured
-from sftlab.planning.row_lengths import RowLengths
+from sftlab.planning.row_lengths import RowLengths, of_encoded
 from sftlab.planning.step import Shape, Step
 from sftlab.planning.step_memory import kept_bytes
 from sftlab.planning.weight_memory import (
@@ -83,6 +83,19 @@ def step_of(
     return replace(step, measured=found)
 
 
+def step_of_trainer(recipe: Recipe, launch: Launch, fast: FastPath, trainer: Trainer) -> Step:
+    """Returns the average micro-batch of a training that is set up, for `is_captured` alone.
+
+    Nothing is counted on the meta device, which would take seconds of every start.
+    """
+    rows, layers = of_encoded(trainer.train_dataset), fast.layers.count
+    adapters = sum(name.endswith(".lora_A") for name, _ in trainer.model.named_modules())
+    named = frozenset(f"adapter {n}" for n in range(round(adapters / layers)))
+    tokens = round(recipe.training.per_device_train_batch_size * rows.mean)
+    shape, weights = Shape(0, 0, layers, 0, 0, 0, 0), Weights(*[0] * 10, trainer.flops)
+    return _step(recipe, launch, fast, tokens, rows, weights, shape, named)
+
+
 def _step(
     recipe: Recipe,
     launch: Launch,
@@ -122,6 +135,8 @@ def _step(
         reference_adapter=pairs and bool(model.adapter_name_or_path),
         reference_once=once,
         fused_lora=fast.fused_lora,
+        captured=fast.captured_step,
+        may_capture=fast.may_capture_step,
     )
 
 

@@ -65,6 +65,11 @@ HOST_TENSOR = 0.12e-3
 # Seconds of the host beside the layers: for a micro-batch (its rows, embedding, loss), for a step
 # (optimizer, logs).
 HOST_MICRO, HOST_STEP = 0.005, 0.007
+# A micro-batch is captured by itself where starting its kernels takes the host at least this share
+# of what the GPU works, with its products at the other share of the published rate.
+HELD_UP, REACHED = 0.7, 0.5
+# How much more a captured micro-batch computes, to be of one of a few sizes.
+FILLED_UP = 1.03
 # Share of a link's published rate that a collective reaches.
 LINK = 0.7
 
@@ -105,6 +110,10 @@ class StepTime(NamedTuple):
 
 def step_time(step: Step, gpu: GPU) -> StepTime:
     """Returns the seconds of a micro-batch on a GPU."""
+    host = host_seconds(step)
+    if is_captured(step, gpu):
+        step = replace(step, tokens=round(step.tokens * FILLED_UP))
+        host = HOST_MICRO + HOST_STEP / step.accumulation
     s, tokens, b = step.shape, step.tokens, step.compute_bytes
     bandwidth, slower = gpu.memory_gbs * 1e9, gpu.host_us / HOST_US
     scaler = HOST_SCALER * (step.precision == "fp16")
@@ -115,7 +124,7 @@ def step_time(step: Step, gpu: GPU) -> StepTime:
         loss=(3 + step.reference) * b * tokens * s.vocabulary / bandwidth / 0.6,
         dequantising=_dequantised_bytes(step) / bandwidth,
         communication=_sent_bytes(step) / (gpu.link_gbs * 1e9 * LINK),
-        host=host_seconds(step) * slower,
+        host=host * slower,
         waiting=(scaler + update_seconds(step) * slower) / step.accumulation,
     )
 
@@ -217,6 +226,19 @@ def host_seconds(step: Step) -> float:
     if step.reference:
         own, besides = own * HOST_REFERENCE, besides * HOST_REFERENCE
     return step.shape.layers * (own + besides) + HOST_MICRO + HOST_STEP / step.accumulation
+
+
+def is_captured(step: Step, gpu: GPU) -> bool:
+    """Returns whether micro-batches are captured: where that is asked for, or where it helps.
+
+    It depends on sizes, on the GPU's kind and on nothing that is measured on the way.
+    """
+    if step.captured or not step.may_capture:
+        return step.captured
+    work = step.weights.flops.token * step.tokens * (1.5 if step.checkpointing else 1.0)
+    launched = replace(step, accumulation=1)
+    seconds = work / (gpu.tflops(step.precision) * 1e12 * REACHED)
+    return host_seconds(launched) >= HELD_UP * seconds
 
 
 def adapters(step: Step) -> float:

@@ -1,6 +1,7 @@
 """Trains micro-batches by replaying recorded steps, after a comparison with a plain one."""
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -15,6 +16,14 @@ from sftlab.fastpath.captured_step import (
     set_random_state,
 )
 from sftlab.fastpath.cuda_graphs import CudaGraphs
+from sftlab.fastpath.recomputed_layers import RecomputedLayers
+from sftlab.training.shared_capture import (
+    SharedCapture,
+    averages_now,
+    averaging,
+    together,
+    without_ddp,
+)
 
 # what a step reads of a batch, beside the number of tokens in the loss of the global batch
 INPUTS = ("input_ids", "position_ids", "tiles", "loss_positions", "targets", "in_loss")
@@ -29,14 +38,21 @@ class StepCapture:
 
     The first micro-batch is also trained on without a recording. Where that gives another loss or
     other gradients, NotCaptured says so, and nothing has changed. `off` is why steps are plain for
-    good, after `end`.
+    good, after `end`. Under DDP every process records its own micro-batches, and gradients are
+    averaged where DDP would do so; if one process has to end that, NotCaptured says so in all.
     """
 
     def __init__(self, loss: Loss, backward: Callable[[torch.Tensor], object]) -> None:
         self._loss, self._backward = loss, backward
+        self._recorder, self._shared = CudaGraphs(), SharedCapture()
         self._steps: CapturedSteps | None = None
         self._model: nn.Module | None = None
+        self._layers: RecomputedLayers | None = None
         self.off: str | None = None
+
+    def wrapping(self) -> AbstractContextManager[None]:
+        """Inside, DDP is wrapped around the model that is recorded later."""
+        return self._recorder.on_its_stream()
 
     def run(
         self,
@@ -51,18 +67,34 @@ class StepCapture:
         `plain` does the same without a recording and returns the loss; it runs before the first
         step, and is undone. Gradients are added to those of the parameters in `trained`.
         """
+        self._shared.go_on()
         batch = {name: inputs[name] for name in INPUTS}
         # a graph would keep the value of a number that is on the host
         device = inputs["input_ids"].device
         batch[_IN_GLOBAL_BATCH] = torch.as_tensor(in_global_batch, device=device)
         if self._steps is None:
+            self._layers = RecomputedLayers(model)
+            self._layers.leave_random_numbers()
             self._steps = self._verified(model, batch, trained, plain)
             # Gradients stay where they are. And no step looks for parameters among all modules.
             self._model, model.zero_grad = model, self._zero_grad
         if not model.training:
             model.train()
-        results = self._steps.run(batch)
+        results = self._results(model, batch)
+        if averages_now(model):
+            self._shared.average(self._steps.gradients)
         return results[0], results[1:]
+
+    def _results(self, model: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        if self._shared.problem is None:
+            try:
+                return self._steps.run(batch)
+            except NotCaptured as error:
+                if without_ddp(model) is model:
+                    raise
+                self._shared.problem = str(error)
+                self._steps.forget()
+        return self._steps.run_plain(batch)
 
     def _verified(
         self,
@@ -71,9 +103,11 @@ class StepCapture:
         trained: Sequence[nn.Parameter],
         plain: Callable[[], torch.Tensor],
     ) -> CapturedSteps:
-        drawn = random_state(batch["input_ids"].device)
-        try:
-            loss = plain()
+        inner, drawn = without_ddp(model), random_state(batch["input_ids"].device)
+
+        def begun() -> tuple[CapturedSteps, list[torch.Tensor], torch.Tensor]:
+            """Steps, the gradients of the plain one, and the results of the first recorded one."""
+            self._check_recomputation(drawn, batch)
             without = sum(one.grad is None for one in trained)
             if without:
                 raise NotCaptured(f"{without} of {len(trained)} trained tensors get no gradient")
@@ -82,14 +116,38 @@ class StepCapture:
             expected = gradients.clone()
             gradients.zero()
             set_random_state(drawn)
-            steps = CapturedSteps(lambda static: self._step(model, static), gradients, CudaGraphs())
-            found = steps.run(batch)
-            compare(loss.float().reshape(1), expected, found, gradients.clone())
+            step = CapturedSteps(
+                lambda static: self._step(inner, static), gradients, self._recorder
+            )
+            return step, expected, step.run(batch)
+
+        try:
+            with averaging(model):
+                loss = plain().float().reshape(1)
+            steps, expected, found = together(begun)
+            if inner is not model:
+                steps.gradients.average(0.0)
+            together(lambda: compare(loss, expected, found, steps.gradients.clone()))
         finally:
             set_random_state(drawn)
             model.zero_grad()
-        gradients.attach()
+        steps.gradients.attach()
         return steps
+
+    def _check_recomputation(
+        self, drawn: Sequence[torch.Tensor], batch: dict[str, torch.Tensor]
+    ) -> None:
+        """Raise NotCaptured where checkpointed layers would be recomputed otherwise than they ran.
+
+        `drawn` is the state of the random numbers before a step that has run.
+        """
+        if not self._layers.any:
+            return
+        if self._layers.reentrant:
+            raise NotCaptured("reentrant checkpointing runs a backward within the backward")
+        now = random_state(batch["input_ids"].device)
+        if not all(map(torch.equal, drawn, now)):
+            raise NotCaptured("checkpointed layers draw random numbers")
 
     def _step(self, model: nn.Module, static: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """Returns loss and sums [1 + n] of a forward and backward over tensors alone."""
@@ -109,7 +167,9 @@ class StepCapture:
             del self._model.zero_grad
         if self._steps is not None:
             self._steps.forget()
-        self._steps = self._model = None
+        if self._layers is not None:
+            self._layers.undo()
+        self._steps = self._model = self._layers = None
 
     def facts(self) -> dict[str, Any]:
         """Returns how many recordings were made and how many micro-batches had none, or `off`."""

@@ -7,6 +7,7 @@ Batches, order and loss are SFTTrainer's.
 import logging
 import math
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -53,13 +54,18 @@ class LabTrainer(RecordedTrainer, SFTTrainer):
         self.data_collator = self._collator()
         self.capture: StepCapture | None = None
         if self.fast.captured_step:
-            if not self.fast.fused_loss:
-                why = self.fast.reasons["fused_loss"]
-                raise ValueError(
-                    f"captured_step is not possible here: the loss is not fused ({why}); leave it "
-                    "out of the recipe"
-                )
-            self.capture = StepCapture(self.loss_and_sums, self.accelerator.backward)
+            self.capture_steps()
+
+    def capture_steps(self) -> None:
+        """Capture micro-batches, before a training. Raises ValueError for a loss not fused."""
+        if not self.fast.fused_loss:
+            why = self.fast.reasons["fused_loss"]
+            raise ValueError(
+                f"captured_step is not possible here: the loss is not fused ({why}); leave it "
+                "out of the recipe"
+            )
+        self.fast.captured_step = True
+        self.capture = StepCapture(self.loss_and_sums, self.accelerator.backward)
 
     def _collator(self, parts: int = 0) -> Collator:
         return Collator(
@@ -69,6 +75,11 @@ class LabTrainer(RecordedTrainer, SFTTrainer):
             mixers=self.fast.layers.mixers > 0,
             parts=parts,
         )
+
+    def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
+        several = self.capture is not None and self.accelerator.num_processes > 1
+        with self.capture.wrapping() if several else nullcontext():
+            return super()._prepare_for_training(*args, **kwargs)
 
     def get_train_dataloader(self) -> DataLoader:
         """Returns the training batches; of a few sizes, where steps are recorded."""
