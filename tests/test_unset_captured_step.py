@@ -1,0 +1,191 @@
+"""Where steps are captured by themselves, and how a run that began so goes on."""
+
+import json
+import os
+import signal
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import arguments, read, short_fields
+from packed_training import build, pack_on_a_cpu, reference_attention
+from planned_steps import forecast
+from step_tape import Tape
+
+from sftlab.config.launch import Launch
+from sftlab.config.parser import parse_recipe
+from sftlab.config.recipe import ModelArguments
+from sftlab.fastpath.selection import choose
+from sftlab.planning.plan import captures_by_itself
+from sftlab.planning.step_time import is_captured
+from sftlab.runs import checkpoint_manifest
+from sftlab.runs.run_directory import adapter_hash
+from sftlab.training import step_capture
+from sftlab.training.trainer import LabTrainer
+
+ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+QLORA = {
+    "shape": "llama2-7b",
+    "load_in_4bit": "true",
+    "bnb_4bit_quant_storage": "bfloat16",
+    "targets": ALL,
+    "lora_r": 32,
+}
+
+
+def captured(**asked) -> bool:
+    made = forecast(**{"lora_dropout": 0} | asked)
+    return is_captured(made.step, made.gpu)
+
+
+def rows(count, **more):
+    return {"per_device_train_batch_size": count, "global_batch_size": count} | more
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        rows(20, targets=ALL),
+        rows(4),
+        rows(4, **QLORA),
+        rows(11, **QLORA),
+        rows(4, gradient_checkpointing="true", **QLORA),
+        rows(20, targets=ALL, launch="ddp", flags={"num_processes": 2}, global_batch_size=40),
+    ],
+    ids=str,
+)
+def test_small_micro_batches_are_captured(asked):
+    assert captured(**asked)
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        rows(64),
+        rows(64, targets=ALL),
+        rows(42, **QLORA),
+        rows(20, targets=ALL, gpu="a10"),  # it needs longer for its work, and never waits
+        rows(4, captured_step="false"),
+        rows(4, compile_layers="false"),
+        rows(4, packing="false"),
+        rows(4, launch="fp16"),
+        rows(20, launch="fsdp", flags={"num_processes": 2}, global_batch_size=40),
+        rows(4, gradient_checkpointing="true", lora_dropout=0.05),
+    ],
+    ids=str,
+)
+def test_others_are_not(asked):
+    assert not captured(**asked)
+
+
+def test_what_is_asked_for_is_captured_whatever_its_size():
+    assert captured(**rows(64, captured_step="true"))
+
+
+def test_a_captured_step_does_not_wait_for_the_host():
+    asked = rows(4, **QLORA)
+    plain = forecast(lora_dropout=0, captured_step="false", **asked)
+    alone = forecast(lora_dropout=0, **asked)
+    assert plain.time.bound == "host" and alone.time.bound == "GPU"
+    assert plain.time.gpu < alone.time.gpu < 1.05 * plain.time.gpu
+
+
+# ---- the training ----
+
+
+@pytest.fixture
+def fields(base, rows, tmp_path, monkeypatch) -> dict[str, str]:
+    """A run of packed rows on a CPU, whose steps a tape can capture."""
+    pack_on_a_cpu(monkeypatch, reference_attention)
+    monkeypatch.setattr(step_capture, "CudaGraphs", Tape)
+    return short_fields(base, rows, tmp_path / "run") | {"lora_dropout": "0"}
+
+
+@pytest.mark.parametrize(
+    ("name", "asked", "captures"),
+    [
+        ("NVIDIA H200", True, True),
+        ("NVIDIA H200", False, False),
+        ("NVIDIA H300", True, False),
+    ],
+)
+def test_a_training_of_small_batches_captures_them_on_a_gpu_of_the_table(
+    fields, monkeypatch, name, asked, captures
+):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: name)
+    made = build(fields)
+    assert not made.fast.may_capture_step, "layers are not compiled on a CPU"
+    made.fast.may_capture_step = asked
+    recipe = SimpleNamespace(model=model_of(fields), training=made.args)
+    assert captures_by_itself(recipe, made.launch, made.fast, made) is captures
+
+
+def model_of(fields) -> ModelArguments:
+    return parse_recipe(arguments(fields), Launch.from_environment()).model
+
+
+def choosing(sft, monkeypatch, captures: bool) -> None:
+    """Let the script capture steps by itself, or not."""
+
+    def possible(*given):
+        fast = choose(*given)
+        fast.may_capture_step = not fast.captured_step
+        return fast
+
+    monkeypatch.setattr(sft, "choose", possible)
+    monkeypatch.setattr(
+        sft, "captures_by_itself", lambda r, la, fast, t: captures and fast.may_capture_step
+    )
+
+
+@pytest.mark.parametrize("began", ["before this default", "without", "with"])
+def test_a_run_goes_on_as_it_began(
+    fields, sft, tmp_path, monkeypatch, train_here, trained_here, began
+):
+    captures = began == "with"
+    with monkeypatch.context() as patched:
+        choosing(sft, patched, captures)
+        stop_in_step_two(patched)
+        done = train_here(fields)
+        assert read(tmp_path / "run")["status"] == "interrupted", done.stderr[-2000:]
+    for path in (tmp_path / "run").glob("checkpoint-*/manifest.json"):
+        content = json.loads(path.read_text())["content"]
+        assert content["must_match"].pop("captured_step") is captures
+        if began == "before this default":
+            made = {"sha256": checkpoint_manifest._hash(content), "content": content}
+            path.write_text(json.dumps(made))
+    with monkeypatch.context() as patched:
+        choosing(sft, patched, not captures)
+        trained_here(fields)
+    choosing(sft, monkeypatch, captures)
+    trained_here(fields | {"output_dir": str(tmp_path / "whole")})
+    run, whole = read(tmp_path / "run"), read(tmp_path / "whole")
+    assert run["ran"]["captured_step"] is whole["ran"]["captured_step"] is captures
+    assert ("recordings" in run["measured"].get("captured_step", {})) is captures
+    assert run["losses"] == whole["losses"]
+    assert adapter_hash(tmp_path / "run") == adapter_hash(tmp_path / "whole")
+
+
+def test_a_run_that_cannot_go_on_so_is_refused(
+    fields, sft, tmp_path, monkeypatch, train_here, trained_here
+):
+    with monkeypatch.context() as patched:
+        choosing(sft, patched, True)
+        stop_in_step_two(patched)
+        train_here(fields)
+    done = train_here(fields)
+    assert done.returncode, "layers are not compiled here"
+    assert "the run began with captured steps, which are not possible here" in done.stderr
+    trained_here(fields | {"resume_anyway": "true"})
+    assert read(tmp_path / "run")["ran"]["captured_step"] is False
+
+
+def stop_in_step_two(monkeypatch) -> None:
+    step = LabTrainer.training_step
+
+    def told_to_stop(self, *args, **kwargs):
+        if self.state.global_step == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(self, *args, **kwargs)
+
+    monkeypatch.setattr(LabTrainer, "training_step", told_to_stop)
