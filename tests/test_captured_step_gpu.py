@@ -3,12 +3,14 @@
 pytest -s tests/test_captured_step_gpu.py     # prints the ratio of their speeds
 """
 
+import subprocess
+import sys
 import time
 from itertools import cycle, islice
 
 import pytest
 import torch
-from conftest import ROOT, short_fields
+from conftest import ROOT, arguments, read, short_fields
 from packed_training import FOUR_BITS, build, train
 from tiny_base import byte_tokenizer, write_jsonl
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -18,6 +20,7 @@ from sftlab.fastpath import captured_step
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="a GPU replays CUDA graphs")
 STEPS = 20
+CHECKPOINTED = {"gradient_checkpointing": "true", "lora_dropout": "0"}
 
 
 @pytest.fixture(scope="module")
@@ -136,15 +139,66 @@ def test_dropout_is_that_of_plain_steps_and_of_a_run_that_goes_on(fields, tmp_pa
     [
         {"fused_lora": "true", "lora_dropout": "0.05"},
         {**FOUR_BITS, "lora_dropout": "0.05"},
+        {**CHECKPOINTED, "compile_layers": "true"},
+        {**CHECKPOINTED, "compile_layers": "true", "fused_lora": "true"},
+        {**CHECKPOINTED, **FOUR_BITS},
     ],
-    ids=["fused LoRA", "4 bits"],
+    ids=[
+        "fused LoRA",
+        "4 bits",
+        "checkpointed",
+        "checkpointed, fused LoRA",
+        "checkpointed, 4 bits",
+    ],
 )
 def test_other_parts_of_the_fast_path_are_recorded_too(fields, tmp_path, monkeypatch, more):
     if "load_in_4bit" in more:
         pytest.importorskip("bitsandbytes")
-    more |= {"max_steps": "6", "captured_step": "true", "compile_layers": "false"}
+    torch._dynamo.reset()
+    more = {"max_steps": "6", "captured_step": "true", "compile_layers": "false"} | more
     runs = []
     for shapes in (0, 64):
         monkeypatch.setattr(captured_step, "MOST_SHAPES", shapes)
         runs.append(losses(build(fields, **more, output_dir=tmp_path / str(shapes))))
     assert runs[1] == pytest.approx(runs[0], rel=1e-3)
+    if "gradient_checkpointing" not in more:
+        return
+    plain = losses(
+        build(fields, **more | {"captured_step": "false"}, output_dir=tmp_path / "plain")
+    )
+    apart = max(abs(one - other) / one for one, other in zip(plain, runs[1], strict=True))
+    print(f"\nlosses of plain steps, checkpointed too, are within {apart:.2e}")
+    assert apart < 0.02, "products of other sizes round otherwise"
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="two GPUs average their gradients")
+def test_processes_that_record_train_as_ddp(fields, tmp_path, monkeypatch):
+    """On all GPUs, launched as a user does."""
+    for name in exported(ROOT / "accelerate_configs" / "single.yaml"):
+        monkeypatch.delenv(name)
+    count = torch.cuda.device_count()
+    fields |= {
+        "max_steps": "8",
+        "global_batch_size": str(8 * count),
+        "per_device_train_batch_size": "4",
+        "lora_dropout": "0",
+        "eval_strategy": "no",
+    }
+    runs = []
+    for switch in ("false", "true"):
+        asked = fields | {"captured_step": switch, "output_dir": str(tmp_path / switch)}
+        config = str(ROOT / "accelerate_configs" / "ddp.yaml")
+        words = ["recipes/sft.py", "--config_file", config, "--num_processes", str(count)]
+        command = [sys.executable, *words, *arguments(asked)]
+        done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=300)
+        assert done.returncode == 0, done.stderr[-3000:]
+        runs.append(read(tmp_path / switch))
+    for run in runs:
+        assert (run["ran"]["strategy"], run["ran"]["world_size"]) == ("ddp", count)
+        assert run["ran"]["accumulation"] == 2 and run["ran"]["compile_layers"]
+    plain, mine = ([loss for _, loss in run["losses"]] for run in runs)
+    facts = runs[1]["measured"]["captured_step"]
+    assert runs[1]["ran"]["captured_step"] and facts["recordings"] > 2, facts
+    apart = max(abs(one - other) / one for one, other in zip(plain, mine, strict=True))
+    print(f"\n{count} processes: {facts}; losses of plain DDP are within {apart:.2e}")
+    assert apart < 0.02 and len(mine) == 8, "products of other sizes round otherwise"
