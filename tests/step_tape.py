@@ -47,6 +47,7 @@ class Tape:
     """Records work on a CPU; `recorded` counts it."""
 
     recorded = replayed = forgotten = 0
+    short = False
 
     def warm(self, work: Callable[[], torch.Tensor]) -> torch.Tensor:
         return work()
@@ -72,6 +73,9 @@ class Tape:
                         old.copy_(new)
 
         return replay, result
+
+    def short_of_memory(self) -> bool:
+        return self.short
 
     def forget(self, drop: Callable[[], object]) -> None:
         type(self).forgotten += 1

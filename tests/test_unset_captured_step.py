@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import arguments, read, short_fields
-from packed_training import build, pack_on_a_cpu, reference_attention
+from packed_training import build, pack_on_a_cpu, reference_attention, train
 from planned_steps import forecast
 from step_tape import Tape
 
@@ -189,3 +189,19 @@ def stop_in_step_two(monkeypatch) -> None:
         return step(self, *args, **kwargs)
 
     monkeypatch.setattr(LabTrainer, "training_step", told_to_stop)
+
+
+def test_an_evaluation_has_the_recordings_memory_where_little_is_left(
+    fields, tmp_path, monkeypatch
+):
+    more = {"captured_step": "true", "eval_strategy": "steps", "eval_steps": 2}
+    losses = []
+    for short in (False, True):
+        tape = type("Tape", (Tape,), {"short": short})
+        monkeypatch.setattr(step_capture, "CudaGraphs", tape)
+        trainer = build(fields, output_dir=tmp_path / str(short), **more)
+        losses.append([entry["loss"] for entry in train(trainer) if "loss" in entry])
+        assert trainer.capture.facts()["recordings"] == tape.recorded
+        assert tape.forgotten == (3 if short else 0)
+        assert trainer.fast.captured_step
+    assert losses[0] == losses[1]

@@ -47,6 +47,9 @@ class Recorder(Protocol):
     def forget(self, drop: Callable[[], object]) -> None:
         """Call `drop`, which lets go of all recordings, and give their memory back."""
 
+    def short_of_memory(self) -> bool:
+        """Returns whether little memory is left for other work than the recordings."""
+
     def on_its_stream(self) -> AbstractContextManager[None]:
         """Inside, work is done where it is when it is recorded; in order with what is outside."""
 

@@ -6,6 +6,9 @@ from contextlib import contextmanager
 
 import torch
 
+# An evaluation may need this share of the GPU's memory, and rather has it than recordings do.
+_FOR_OTHERS = 0.25
+
 
 class CudaGraphs:
     """Records work on the current GPU, a graph each; the graphs share one pool of memory.
@@ -83,6 +86,12 @@ class CudaGraphs:
                 gc.enable()
         self._began = True
         return graph.replay, result
+
+    def short_of_memory(self) -> bool:
+        """Returns whether little of the GPU's memory is left for other work."""
+        torch.cuda.empty_cache()
+        free, whole = torch.cuda.mem_get_info()
+        return free < _FOR_OTHERS * whole
 
     def forget(self, drop: Callable[[], object]) -> None:
         """Call `drop`, which lets go of all graphs, and give their memory back."""

@@ -160,6 +160,11 @@ class StepCapture:
         """What `zero_grad` of the model is while steps are recorded."""
         self._steps.gradients.zero()
 
+    def make_room(self) -> None:
+        """Let go of recordings where other work may need their memory; steps record anew then."""
+        if self._steps is not None and self._recorder.short_of_memory():
+            self._steps.forget()
+
     def end(self, why: str) -> None:
         """Drop all recordings; steps are plain from now on, and gradients are the model's own."""
         self.off = why

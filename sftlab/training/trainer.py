@@ -260,6 +260,8 @@ class LabTrainer(RecordedTrainer, SFTTrainer):
     ) -> EvalLoopOutput:
         """Run transformers' loop; the loss is all nats over all tokens, not a mean of means."""
         self._held_out = []
+        if self.capture is not None:
+            self.capture.make_room()
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
         output.metrics[f"{metric_key_prefix}_loss"] = nats_per_token(
             torch.cat(self._held_out).cpu().numpy()
