@@ -11,11 +11,15 @@ WEIGHTS, KERNELS, FIRST_STEP = "weights_and_encoding", "rest_of_the_kernels", "f
 _ended: dict[str, float] = {}
 
 
-def seconds_since_start() -> float:
-    """Returns the seconds since this process started, whatever was done to the clock meanwhile."""
+def seconds_since_start(process: int | None = None) -> float:
+    """Returns the seconds since this process started, whatever was done to the clock meanwhile.
+
+    `process` is the id of another one.
+    """
     if not hasattr(time, "CLOCK_BOOTTIME"):  # no Linux
-        return max(0.0, time.time() - psutil.Process().create_time())
-    fields = Path("/proc/self/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
+        return max(0.0, time.time() - psutil.Process(process).create_time())
+    stat = Path("/proc") / str(process or "self") / "stat"
+    fields = stat.read_text(encoding="utf-8").rpartition(")")[2].split()
     started = int(fields[19]) / os.sysconf("SC_CLK_TCK")  # since boot
     return time.clock_gettime(time.CLOCK_BOOTTIME) - started
 
