@@ -105,7 +105,7 @@ GROUPS = {
             ("QLoRA, 7B, kept activations, 4 rows", "7B in 4 bits, 4 rows"),
             ("QLoRA, 7B, kept activations, 11 rows", "7B in 4 bits, 11 rows"),
         )
-        for recorded in (", steps captured", "")
+        for recorded in (", steps captured", ", steps not captured")
     },
     "1B shape, LoRA on q, v and o, fp32": {
         "sft.py fp32, 20 rows": "sft.py, fp32, 20 rows",

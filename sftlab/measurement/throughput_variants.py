@@ -118,7 +118,7 @@ VARIANTS = {
     "published loop, fp16": Variant("loop", "single", {"autocast": "float16"}, gb=42),
     "trl bf16": Variant("trl", "single", {}),
     "sft.py bf16, 64 rows": sft("single", rows=64, gb=30),
-    "sft.py fp8, 64 rows": sft("fp8", rows=64, gb=46),
+    "sft.py fp8, 64 rows": sft("fp8", rows=64, gb=40),
     "sft.py bf16, all linears, 64 rows": sft("single", rows=64, gb=36, lora_target_modules=ALL),
     "sft.py fp8, all linears, 64 rows": sft("fp8", rows=64, gb=66, lora_target_modules=ALL),
     "sft.py bf16, 20 rows": sft("single", rows=20, gb=16),
@@ -145,7 +145,9 @@ VARIANTS = {
         "single", rows=4, longest=1024, gb=24, recipe="llama2-7b/all_r32"
     )._replace(shape=LLAMA_7B),
     "trl QLoRA, 7B": Variant("trl", "single", QLORA_7B, 1024, LLAMA_7B, gb=40),
-    "sft.py bf16, DDP, 20 rows": sft("ddp", rows=20, gb=18, on_all=True),
+    "sft.py bf16, DDP, 20 rows": sft("ddp", rows=20, gb=18, on_all=True)._replace(
+        warm=WARM_CAPTURED
+    ),
     "sft.py bf16, FSDP2, 20 rows": sft("fsdp", rows=20, gb=18, on_all=True),
     "sft.py bf16, FSDP2, 20 rows, a layer a unit": sft(
         "fsdp", rows=20, gb=18, on_all=True, fsdp_layers_per_unit=1
@@ -184,13 +186,14 @@ def all_linears(rows: int, gb: int, fused: bool) -> Variant:
     return paced(sft("single", rows, gb=gb, **fields))
 
 
-def captured(one: Variant) -> Variant:
-    """Returns a variant of recipes/sft.py that replays captured steps, with more to warm up.
+def captured(one: Variant, captures: bool | None = None) -> Variant:
+    """Returns a variant of recipes/sft.py whose micro-batches are captured, or not.
 
-    Every size of a micro-batch is captured when it first comes. The graphs' pool is memory besides.
+    None leaves it to the size of the micro-batch. Every size is captured when it first comes, and
+    the graphs' pool is memory besides.
     """
-    fields = one.fields | {"captured_step": "true"}
-    return paced(one, fields=fields, gb=2 * one.gb, warm=WARM_CAPTURED, steps=20)
+    fields = {} if captures is None else {"captured_step": str(captures).lower()}
+    return paced(one, fields=one.fields | fields, warm=WARM_CAPTURED)
 
 
 _QLORA = {"longest": 1024, "shape": LLAMA_7B, "load_in_4bit": True}
@@ -198,11 +201,11 @@ _R32 = {"r": 32, "lora_alpha": 64}
 _FULL = {"longest": 4096, "shortest": 4096, "shape": "llama3-8b"}
 # The cheapest and most informative first. With `--gb 135` a group is what one question compares.
 PEERS = {
-    "sft.py bf16, 20 rows": paced(VARIANTS["sft.py bf16, 20 rows"]),
+    "sft.py bf16, 20 rows": captured(VARIANTS["sft.py bf16, 20 rows"]),
     "Unsloth bf16, packed, 20 rows": unsloth(QVO, 20, 24),
     "trl bf16, packed, FA2, Liger, 20 rows": trl(QVO, 20, 22),
-    "sft.py bf16, all linears, 20 rows": all_linears(20, 24, fused=True),
-    "sft.py bf16, all linears, 20 rows, LoRA not fused": all_linears(20, 24, fused=False),
+    "sft.py bf16, all linears, 20 rows": captured(all_linears(20, 24, fused=True)),
+    "sft.py bf16, all linears, 20 rows, LoRA not fused": captured(all_linears(20, 24, fused=False)),
     "Unsloth bf16, packed, all linears, 20 rows": unsloth(ALL, 20, 24),
     "sft.py bf16, all linears, 64 rows": paced(VARIANTS["sft.py bf16, all linears, 64 rows"]),
     "sft.py bf16, all linears, 64 rows, LoRA not fused": all_linears(64, 36, fused=False),
@@ -210,8 +213,8 @@ PEERS = {
     "sft.py bf16, 64 rows": paced(VARIANTS["sft.py bf16, 64 rows"]),
     "Unsloth bf16, packed, 64 rows": unsloth(QVO, 64, 50),
     "trl bf16, packed, FA2, Liger, 64 rows": trl(QVO, 64, 44),
-    "sft.py QLoRA, 7B, kept activations, 4 rows": qlora(4, 22),
-    "sft.py QLoRA, 7B, kept activations, 11 rows": qlora(11, 40),  # tokens of 4 full rows
+    "sft.py QLoRA, 7B, kept activations, 4 rows": captured(qlora(4, 30)),
+    "sft.py QLoRA, 7B, kept activations, 11 rows": captured(qlora(11, 50)),  # tokens of 4 full rows
     "Unsloth QLoRA, 7B, packed, 4 rows": unsloth(ALL, 4, 32, _R32, **_QLORA),
     "sft.py QLoRA, 7B, kept activations, 16 rows": qlora(16, 52),
     "sft.py QLoRA, 7B, kept activations, 42 rows": qlora(42, 110),  # tokens of 16 full rows
@@ -220,6 +223,16 @@ PEERS = {
     ),
     "Unsloth bf16, 8B, 2 full rows of 4096": unsloth(ALL, 2, 60, **_FULL),
     "Unsloth QLoRA, 7B, packed, 16 rows": unsloth(ALL, 16, 90, _R32, **_QLORA),
+}
+
+
+# those whose steps have few tokens
+SMALL = {
+    name: PEERS[name]
+    for name in (
+        *("sft.py bf16, 20 rows", "sft.py bf16, all linears, 20 rows"),
+        *(f"sft.py QLoRA, 7B, kept activations, {rows} rows" for rows in (4, 11)),
+    )
 }
 
 
@@ -273,18 +286,8 @@ FAMILIES = {
 }
 # pairs with and without captured_step, the cheapest first
 CAPTURED = {
-    f"{name}{', steps captured' * captures}": (
-        captured(one) if captures else paced(one, warm=WARM_CAPTURED, steps=20)
-    )
-    for name, one in (
-        ("sft.py bf16, 20 rows", VARIANTS["sft.py bf16, 20 rows"]),
-        ("sft.py bf16, all linears, 20 rows", PEERS["sft.py bf16, all linears, 20 rows"]),
-        *(
-            (name, PEERS[name])
-            for name in PEERS
-            if name.endswith((" 4 rows", " 11 rows")) and "sft.py" in name
-        ),
-    )
+    f"{name}{', steps captured' if captures else ', steps not captured'}": captured(one, captures)
+    for name, one in SMALL.items()
     for captures in (False, True)
 }
 # a name that is also in VARIANTS or PEERS means that one
