@@ -43,7 +43,7 @@ def trained(fields, monkeypatch, tmp_path):
         )
         typed = launch_command("cpu_ddp", asked)
         words = [word.replace("recipes/sft.py", "tests/captured_on_cpu.py") for word in typed]
-        done = subprocess.run(words, capture_output=True, text=True, cwd=ROOT, timeout=300)
+        done = subprocess.run(words, capture_output=True, text=True, cwd=ROOT, timeout=120)
         assert (done.returncode != 0) == ends, done.stderr[-3000:]
         return read(asked["output_dir"])
 
