@@ -5,8 +5,12 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import ROOT, launch_command, read, short_fields
 from tiny_base import write_jsonl
+from torch import nn
+
+from sftlab.fastpath.captured_step import StaticGradients
 
 MICRO_BATCHES = 6 * 2  # of a process
 
@@ -43,7 +47,7 @@ def trained(fields, monkeypatch, tmp_path):
         )
         typed = launch_command("cpu_ddp", asked)
         words = [word.replace("recipes/sft.py", "tests/captured_on_cpu.py") for word in typed]
-        done = subprocess.run(words, capture_output=True, text=True, cwd=ROOT, timeout=300)
+        done = subprocess.run(words, capture_output=True, text=True, cwd=ROOT, timeout=120)
         assert (done.returncode != 0) == ends, done.stderr[-3000:]
         return read(asked["output_dir"])
 
@@ -57,6 +61,29 @@ def losses(run: dict) -> list[float]:
 def norms(run: Path) -> list[float]:
     state = json.loads((run / "checkpoint-6" / "trainer_state.json").read_text())
     return [entry["grad_norm"] for entry in state["log_history"] if "grad_norm" in entry]
+
+
+def test_one_message_for_each_dtype_averages_the_gradients_and_carries_a_note(monkeypatch):
+    sent = []
+
+    def add_up(tensor: torch.Tensor) -> None:
+        """Three other processes have the same gradients, and no note."""
+        sent.append(tensor.numel())
+        tensor[:-1] *= 4
+
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 4)
+    monkeypatch.setattr(torch.distributed, "all_reduce", add_up)
+    weights = [
+        nn.Parameter(torch.ones(3)),
+        nn.Parameter(torch.ones(2, dtype=torch.bfloat16)),
+        nn.Parameter(torch.ones(5)),
+    ]
+    gradients = StaticGradients(weights)
+    gradients.attach()
+    sum(one.float().sum() * 3 for one in weights).backward()
+    assert float(gradients.average(1.0)) > 0 and len(sent) == 2
+    assert all((one.grad == 3).all() for one in weights)
+    assert float(gradients.average(0.0)) == 0
 
 
 @pytest.mark.parametrize("checkpointed", ["false", "true"])
