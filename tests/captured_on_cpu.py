@@ -21,6 +21,7 @@ from conftest import load_script
 from packed_training import pack_on_a_cpu, reference_attention
 from step_tape import Tape
 
+from sftlab.fastpath import captured_step
 from sftlab.training import step_capture
 
 
@@ -54,4 +55,5 @@ if __name__ == "__main__":
     patch = pytest.MonkeyPatch()
     pack_on_a_cpu(patch, reference_attention)
     patch.setattr(step_capture, "CudaGraphs", Fails)
+    patch.setattr(captured_step, "RECORDED_WHEN_MET", 1)
     load_script("recipes/sft.py").main(sys.argv[1:])

@@ -34,7 +34,8 @@ from sftlab.training import step_capture
 
 @pytest.fixture
 def tape(monkeypatch) -> type[Tape]:
-    """Let rows be packed and steps be recorded here."""
+    """Let rows be packed and steps be recorded here, each size when it first comes."""
+    monkeypatch.setattr(captured_step, "RECORDED_WHEN_MET", 1)
     pack_on_a_cpu(monkeypatch, reference_attention)
     fresh = type("Tape", (Tape,), {})
     monkeypatch.setattr(step_capture, "CudaGraphs", fresh)

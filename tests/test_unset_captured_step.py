@@ -15,6 +15,7 @@ from step_tape import Tape
 from sftlab.config.launch import Launch
 from sftlab.config.parser import parse_recipe
 from sftlab.config.recipe import ModelArguments
+from sftlab.fastpath.captured_step import CapturedSteps, NotCaptured, StaticGradients
 from sftlab.fastpath.selection import choose
 from sftlab.planning.plan import captures_by_itself
 from sftlab.planning.step_time import is_captured
@@ -48,6 +49,7 @@ def rows(count, **more):
         rows(20, targets=ALL),
         rows(4),
         rows(4, **QLORA),
+        rows(4, max_steps=500, **QLORA),
         rows(11, **QLORA),
         rows(4, gradient_checkpointing="true", **QLORA),
         rows(20, targets=ALL, launch="ddp", flags={"num_processes": 2}, global_batch_size=40),
@@ -69,6 +71,8 @@ def test_small_micro_batches_are_captured(asked):
         rows(4, compile_layers="false"),
         rows(4, packing="false"),
         rows(4, launch="fp16"),
+        rows(20, launch="fp8"),  # not measured
+        rows(20, targets=ALL, max_steps=500),  # capturing some 40 sizes would cost more
         rows(20, launch="fsdp", flags={"num_processes": 2}, global_batch_size=40),
         rows(4, gradient_checkpointing="true", lora_dropout=0.05),
     ],
@@ -191,17 +195,62 @@ def stop_in_step_two(monkeypatch) -> None:
     monkeypatch.setattr(LabTrainer, "training_step", told_to_stop)
 
 
-def test_an_evaluation_has_the_recordings_memory_where_little_is_left(
-    fields, tmp_path, monkeypatch
-):
+class OneFits(Tape):
+    """A recorder whose memory is short once it holds a recording."""
+
+    held = 0
+
+    def record(self, work):
+        type(self).held += 1
+        return super().record(work)
+
+    def forget(self, drop):
+        type(self).held = 0
+        super().forget(drop)
+
+    def short_of_memory(self) -> bool:
+        return self.held > 0
+
+
+def test_recordings_and_an_evaluation_share_what_memory_there_is(fields, tmp_path, monkeypatch):
     more = {"captured_step": "true", "eval_strategy": "steps", "eval_steps": 2}
     losses = []
-    for short in (False, True):
-        tape = type("Tape", (Tape,), {"short": short})
+    for recorder in (Tape, OneFits):
+        tape = type("Tape", (recorder,), {})
         monkeypatch.setattr(step_capture, "CudaGraphs", tape)
-        trainer = build(fields, output_dir=tmp_path / str(short), **more)
+        trainer = build(fields, output_dir=tmp_path / recorder.__name__, **more)
         losses.append([entry["loss"] for entry in train(trainer) if "loss" in entry])
         assert trainer.capture.facts()["recordings"] == tape.recorded
-        assert tape.forgotten == (3 if short else 0)
+        assert tape.forgotten == (3 if recorder is OneFits else 0)
         assert trainer.fast.captured_step
     assert losses[0] == losses[1]
+
+
+def test_a_size_is_captured_when_it_comes_again():
+    weight, tape = torch.nn.Parameter(torch.ones(3)), type("Tape", (Tape,), {})()
+    steps = CapturedSteps(multiplied_by(weight), StaticGradients([weight]), tape)
+    met, plain = [], []
+    for size in (1, 2, 3, 2, 3, 1, 4):
+        assert steps.run({"x": torch.full((size,), 2.0)})[0] == 6.0 * size
+        met.append(steps.captures)
+        plain.append(steps.plain)
+    assert met == [1, 1, 1, 2, 3, 3, 3]
+    assert plain == [0, 1, 2, 2, 2, 2, 3]
+    assert weight.grad.tolist() == [2.0 * (1 + 2 + 3 + 2 + 3 + 1 + 4)] * 3
+
+
+def test_without_room_for_one_recording_there_is_none():
+    weight, tape = torch.nn.Parameter(torch.ones(3)), type("Tape", (Tape,), {"short": True})()
+    steps = CapturedSteps(multiplied_by(weight), StaticGradients([weight]), tape)
+    with pytest.raises(NotCaptured, match="too little of the GPU's memory is left"):
+        steps.run({"x": torch.ones(2)})
+    assert not tape.recorded
+
+
+def multiplied_by(weight):
+    def step(batch):
+        loss = (batch["x"][:, None] * weight).sum()
+        loss.backward()
+        return loss.detach().reshape(1)
+
+    return step

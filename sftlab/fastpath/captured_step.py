@@ -6,6 +6,7 @@ stay where it is in memory: the batch (StaticBatch), the gradients (StaticGradie
 which the optimizer changes in place. sftlab/fastpath/cuda_graphs.py does the recording.
 """
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, NamedTuple, Protocol
@@ -20,6 +21,8 @@ from sftlab.exit_messages import first_line
 WARM_UPS, WARM_UPS_LATER = 3, 1
 # recorded shapes; batches of others are trained on without a recording
 MOST_SHAPES = 64
+# A recording takes about as long as three steps, so a shape is recorded when it comes again.
+RECORDED_WHEN_MET = 2
 # Largest relative differences from the step that is not replayed. Its kernels are the same, so that
 # only sums in another order may differ.
 LOSS_TOLERANCE, GRADIENT_TOLERANCE = 1e-3, 1e-2
@@ -170,13 +173,15 @@ class CapturedSteps:
 
     What a replay leaves is what the step itself would leave: gradients are added to those that are
     there, and as many random numbers are drawn, whether or not the shape is recorded for it. A
-    shape is recorded when it first comes. `captures` counts recordings, and `plain` micro-batches
-    without one.
+    shape is recorded when it comes again, and the first of all at once. `captures` counts
+    recordings, and `plain` micro-batches without one.
     """
 
     def __init__(self, step: Step, gradients: StaticGradients, recorder: Recorder) -> None:
         self._step, self.gradients, self._recorder = step, gradients, recorder
         self._shapes: dict[tuple, _Shape] = {}
+        self._met: Counter[tuple] = Counter()
+        self._full = False
         self.captures = self.plain = 0
 
     def run(self, batch: Batch) -> torch.Tensor:
@@ -187,13 +192,27 @@ class CapturedSteps:
         self.gradients.attach()
         key = tuple(tuple(one.shape) for one in batch.values())
         if key not in self._shapes:
-            if len(self._shapes) >= MOST_SHAPES:
+            if not self._is_to_be_recorded(key):
                 return self.run_plain(batch)
             self._shapes[key] = self._recorded(batch)
         shape = self._shapes[key]
         shape.batch.take(batch)
         shape.replay()
         return shape.results.clone()  # the next replay overwrites them
+
+    def _is_to_be_recorded(self, key: tuple) -> bool:
+        """Whether a shape that is not recorded shall be, now that it has come.
+
+        Raises NotCaptured where there is no memory for even one.
+        """
+        self._met[key] += 1
+        rare = self._met[key] < RECORDED_WHEN_MET and self.captures > 0
+        if rare or self._full or len(self._shapes) >= MOST_SHAPES:
+            return False
+        self._full = self._recorder.short_of_memory()
+        if self._full and self.captures == 0:
+            raise NotCaptured("too little of the GPU's memory is left for recordings")
+        return not self._full
 
     def run_plain(self, batch: Batch) -> torch.Tensor:
         """Run a micro-batch without a recording; its gradients are where those of others are."""
@@ -237,6 +256,7 @@ class CapturedSteps:
 
     def forget(self) -> None:
         """Drop all recordings, and give their memory back."""
+        self._full = False
         self._recorder.forget(self._shapes.clear)
 
 

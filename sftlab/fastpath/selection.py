@@ -131,7 +131,10 @@ def choose(
         layers,
         reasons,
         captured_step=bool(recipe.training.captured_step),
-        may_capture_step=recipe.training.captured_step is None and compiled and no_capture is None,
+        may_capture_step=recipe.training.captured_step is None
+        and compiled
+        and no_capture is None
+        and recipe.training.mixed_precision != "fp8",  # not measured
         fused_lora=fused_lora,
         needs_fused_lora=bool(recipe.training.fused_lora),
     )

@@ -13,7 +13,7 @@ from sftlab.config.parser import parse_recipe
 from sftlab.config.recipe import Recipe
 from sftlab.fastpath.selection import FastPath, choose
 from sftlab.planning.gpu_specs import GPU, gpu_seen_as
-from sftlab.planning.recipe_step import step_of, step_of_trainer
+from sftlab.planning.recipe_step import step_of, step_of_trainer, steps_of
 from sftlab.planning.row_lengths import RowLengths, of_encoded
 from sftlab.planning.step import Step
 from sftlab.planning.step_memory import Memory, memory
@@ -120,10 +120,7 @@ def make_plan(
     """Returns the plan of a parsed recipe."""
     fast = choose(recipe, config, launch, lambda: no_kernels(gpu))
     training, micro_batch = recipe.training, recipe.training.per_device_train_batch_size
-    steps = training.max_steps if training.max_steps > 0 else None
-    if steps is None and rows.count is not None:
-        steps = int(rows.count // recipe.data.global_batch_size * training.num_train_epochs)
-    step = step_of(recipe, config, launch, fast, 0, rows)
+    step, steps = step_of(recipe, config, launch, fast, 0, rows), steps_of(recipe, rows)
     return _plan(step, gpu, rows, micro_batch, training.gradient_accumulation_steps, steps)
 
 

@@ -137,7 +137,17 @@ def _step(
         fused_lora=fast.fused_lora,
         captured=fast.captured_step,
         may_capture=fast.may_capture_step,
+        steps=steps_of(recipe, rows),
     )
+
+
+def steps_of(recipe: Recipe, rows: RowLengths) -> int | None:
+    """Returns the optimizer steps of a training; None where the number of rows is unknown."""
+    if recipe.training.max_steps > 0:
+        return recipe.training.max_steps
+    if rows.count is None:
+        return None
+    return int(rows.count // recipe.data.global_batch_size * recipe.training.num_train_epochs)
 
 
 def _targets(model: ModelArguments, layers: Layers) -> frozenset[str] | None:

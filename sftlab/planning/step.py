@@ -96,7 +96,8 @@ class Step:
     `reference`: preference tuning's frozen model runs forward too, with an adapter of its own where
     `reference_adapter` is set. `reference_once`: it runs before the first step alone. `measured` is
     what layers take that are not worked out. `layers_per_unit`: FSDP2 gathers so many at once.
-    `captured`: micro-batches are captured as CUDA graphs, or with `may_capture` where that helps.
+    `captured`: micro-batches are captured as CUDA graphs, or with `may_capture` where that helps in
+    so many `steps`, None for any number.
     """
 
     shape: Shape
@@ -126,6 +127,7 @@ class Step:
     fused_lora: bool = False
     captured: bool = False
     may_capture: bool = False
+    steps: int | None = None
     measured: Measured | None = None
 
     @property

@@ -65,9 +65,11 @@ HOST_TENSOR = 0.12e-3
 # Seconds of the host beside the layers: for a micro-batch (its rows, embedding, loss), for a step
 # (optimizer, logs).
 HOST_MICRO, HOST_STEP = 0.005, 0.007
-# A micro-batch is captured by itself where starting its kernels takes the host at least this share
-# of what the GPU works, with its products at the other share of the published rate.
-HELD_UP, REACHED = 0.7, 0.5
+# Share of the published 16-bit rate that a compiled step reaches with all that it does.
+REACHED = 0.42
+# Steps are captured by themselves where that saves so many: twice what recording some 40 sizes
+# takes.
+WORTH = 250
 # How much more a captured micro-batch computes, to be of one of a few sizes.
 FILLED_UP = 1.03
 # Share of a link's published rate that a collective reaches.
@@ -236,9 +238,9 @@ def is_captured(step: Step, gpu: GPU) -> bool:
     if step.captured or not step.may_capture:
         return step.captured
     work = step.weights.flops.token * step.tokens * (1.5 if step.checkpointing else 1.0)
-    launched = replace(step, accumulation=1)
-    seconds = work / (gpu.tflops(step.precision) * 1e12 * REACHED)
-    return host_seconds(launched) >= HELD_UP * seconds
+    alone = work / (gpu.tflops("bf16") * 1e12 * REACHED)
+    saved = 1 - alone / host_seconds(replace(step, accumulation=1))
+    return saved > 0 and (step.steps is None or step.steps * step.accumulation * saved >= WORTH)
 
 
 def adapters(step: Step) -> float:
