@@ -11,7 +11,7 @@ with empty folders for what Inductor, Triton, CUDA and datasets keep, and warm, 
 start left there. Files that were read before are in the machine's memory in both.
 
 `launcher` is the time until the trainer's process starts, then come the phases of
-`measured.start_s` in run.json. `first_step` is step 1 and what is before it. Every step is logged,
+`measured.start_s` in run.json. `first_step` ends with step 1. Every step is logged,
 which waits for the GPU, and steps end when they are logged. The first step at full speed takes at
 most 1.3 times the median of steps 11 to 20. `total` is from the command to the end of that step.
 Writes start_up.csv after every start: a row a part, its median and range.

@@ -60,7 +60,7 @@ from sftlab.planning.plan import captures_by_itself, planned_memory
 from sftlab.runs.environment import environment
 from sftlab.runs.run_directory import Run, Start, must_match, read_run
 from sftlab.startup.launcher import reported_to_launcher
-from sftlab.startup.phases import CHECKS, DATA, IMPORTS, KERNELS, WEIGHTS, phase_ended
+from sftlab.startup.phases import CHECKS, DATA, IMPORTS, KERNELS, TRAINER, phase_ended
 from sftlab.startup.waiting import says_if_long
 from sftlab.training.building import build_trainer
 from sftlab.training.determinism import compute_deterministically
@@ -202,7 +202,7 @@ def prepare(
         trainer.capture_steps()
     must |= {"fused_lora": fast.fused_lora, "captured_step": fast.captured_step}
     trainer.checkpointer.must_match, trainer.checkpointer.hardware = must, now["hardware"]
-    phase_ended(WEIGHTS)
+    phase_ended(TRAINER)
     with says_if_long("compiling the kernels"):
         error = compilers.exception()
     phase_ended(KERNELS)

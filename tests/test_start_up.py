@@ -13,6 +13,10 @@ script = load_script("benchmarks/start_up.py")
 ARGUMENTS = SimpleNamespace(
     launch="cpu", shape="tiny", rows=2, longest=64, config="recipes/llama3.2-1b/attn_r16.yaml"
 )
+PHASES = (
+    *("imports", "recipe_and_run_directory", "reading_the_data", "encoding_the_rows", "weights"),
+    *("adapter_and_trainer", "rest_of_the_kernels", "checks_of_the_first_step", "first_step"),
+)
 
 
 def test_every_part_of_a_start_is_measured(monkeypatch, tmp_path, capsys):
@@ -27,11 +31,13 @@ def test_every_part_of_a_start_is_measured(monkeypatch, tmp_path, capsys):
         seconds = {part: float(row["seconds"] or 0) for part, row in of.items()}
         # accelerate imports torch before it starts the trainer
         assert seconds["launcher"] > 0.3 and seconds["imports"] > 0.3
+        own = list(of)[1 : list(of).index("step 2")]
+        assert own == [*PHASES] and min(seconds[part] for part in own) >= 0
         number = int(of[script.NUMBER]["step"])
         steps = sum(seconds[f"step {step}"] for step in range(2, min(number, 10) + 1))
-        phases = list(of)[: list(of).index("step 2")]
-        parts = sum(seconds[part] for part in phases) + steps
-        assert parts == pytest.approx(seconds["total"], rel=0.1)
+        parts = seconds["launcher"] + sum(seconds[part] for part in own) + steps
+        if number <= 10:  # where other work slows the machine, steps may settle later
+            assert parts == pytest.approx(seconds["total"], rel=0.1)
         assert "CPU cores" in of["total"]["hardware"] and "torch" in of["total"]["versions"]
     shown = capsys.readouterr().out
     assert "first_full_speed_step" in shown and "accelerate, warm" in shown

@@ -7,7 +7,9 @@ from pathlib import Path
 import psutil
 
 IMPORTS, CHECKS, DATA = "imports", "recipe_and_run_directory", "reading_the_data"
-WEIGHTS, KERNELS, FIRST_STEP = "weights_and_encoding", "rest_of_the_kernels", "first_step"
+ENCODING, WEIGHTS, TRAINER = "encoding_the_rows", "weights", "adapter_and_trainer"
+KERNELS, FIRST_CHECKS = "rest_of_the_kernels", "checks_of_the_first_step"
+FIRST_STEP = "first_step"
 _ended: dict[str, float] = {}
 
 

@@ -19,6 +19,7 @@ from sftlab.models.lora_config import lora_config
 from sftlab.models.plain_adapter import initial_matrices
 from sftlab.models.started_adapter import with_adapter
 from sftlab.models.text_part import name_adapted_layers
+from sftlab.startup.phases import ENCODING, WEIGHTS, phase_ended
 from sftlab.training.adapter_start import AdapterStart
 from sftlab.training.base_model import base_model
 from sftlab.training.early_stopping import EarlyStopping
@@ -45,6 +46,7 @@ def build_trainer(
     pairs = args.method == "dpo"
     encode = encode_pairs if pairs else encode_splits
     encoded = encode(splits, tokenizer, args)
+    phase_ended(ENCODING)
     facts = {name: one.facts for name, one in encoded.items()}
     refuse_lost_rows(facts, args, splits)
     train, validation = encoded["train"].rows, encoded["validation"].rows
@@ -64,8 +66,10 @@ def build_trainer(
     args.remove_unused_columns = False
     start = AdapterStart(recipe) if reads_first(recipe.model.init_lora_weights) else None
     set_seed(args.seed)
+    model = with_adapter(base_model(recipe, fast), recipe.model)
+    phase_ended(WEIGHTS)
     trainer = (PreferenceTrainer if pairs else LabTrainer)(
-        model=with_adapter(base_model(recipe, fast), recipe.model),
+        model=model,
         args=args,
         train_dataset=train,
         eval_dataset=validation if len(validation) else None,

@@ -38,6 +38,7 @@ from sftlab.measurement.throughput import Meter
 from sftlab.models.inner_model import inner_model
 from sftlab.models.own_logits import Changes, logit_changes, own_log_probs_if_needed
 from sftlab.models.plain_adapter import Matrices
+from sftlab.startup.phases import FIRST_CHECKS, phase_ended
 from sftlab.training.adapter_start import AdapterStart
 from sftlab.training.checkpointing import Checkpointer
 from sftlab.training.clock import TrainingClock
@@ -232,6 +233,7 @@ class RecordedTrainer(UpstreamFixes):
         self.source_counts.add(inputs.get("by_source", ()))
         if not self.first_step.done:
             self.check_first_step(model, inputs)
+            phase_ended(FIRST_CHECKS)
         loss = self.forward_and_backward(model, inputs, *args, **kwargs)
         self.finiteness.add_loss(loss)
         if self.accelerator.scaler is not None:  # a step that fp16 skips adds nothing to the mean
