@@ -161,6 +161,7 @@ def test_no_kernel_runs_on_tensors_without_numbers(monkeypatch, family):
     replaced = 0
     for modeling in {sys.modules[type(m).__module__] for m in mixers.packed_mixers(model)}:
         for name, own in list(vars(modeling).items()):
+            own = getattr(own, "of_padded_rows", own)  # another test may have packed the model
             if isfunction(own) and "torch_function" in getclosurevars(own).nonlocals:
                 package = ModuleType("kernels_of_a_package")
                 monkeypatch.setitem(sys.modules, package.__name__, package)

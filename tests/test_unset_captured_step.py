@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+from copy import copy
 from types import SimpleNamespace
 
 import pytest
@@ -101,7 +102,7 @@ def test_a_captured_step_does_not_wait_for_the_host():
 def fields(base, rows, tmp_path, monkeypatch) -> dict[str, str]:
     """A run of packed rows on a CPU, whose steps a tape can capture."""
     pack_on_a_cpu(monkeypatch, reference_attention)
-    monkeypatch.setattr(step_capture, "CudaGraphs", Tape)
+    monkeypatch.setattr(step_capture, "CudaGraphs", type("Tape", (Tape,), {}))
     return short_fields(base, rows, tmp_path / "run") | {"lora_dropout": "0"}
 
 
@@ -120,7 +121,9 @@ def test_a_training_of_small_batches_captures_them_on_a_gpu_of_the_table(
     made = build(fields)
     assert not made.fast.may_capture_step, "layers are not compiled on a CPU"
     made.fast.may_capture_step = asked
-    recipe = SimpleNamespace(model=model_of(fields), training=made.args)
+    long = copy(made.args)
+    long.max_steps = 1000
+    recipe = SimpleNamespace(model=model_of(fields), training=long)
     assert captures_by_itself(recipe, made.launch, made.fast, made) is captures
 
 

@@ -34,8 +34,8 @@ TRAFFIC_COMPILED, TRAFFIC_EAGER, TRAFFIC_EAGER_FP32 = 5.0, 13.7, 10.9
 LORA_COMPILED, LORA_EAGER, LORA_CASTS = 5.5, 8.0, 14.0
 # The forward's share of both, which checkpointing moves again.
 FORWARD, FORWARD_LORA = 0.32, 0.45
-# Bytes moved for each element that enters or leaves a float8 product. Compiled, it is rounded in the
-# kernel that makes it: written in 1, read in 1, and in part read again for its token's scale
+# Bytes moved for each element that enters or leaves a float8 product. Compiled, it is rounded in
+# the kernel that makes it: written in 1, read in 1, and in part read again for its token's scale
 # (results/float8). Uncompiled, every operation of `to_float8` reads and writes anew: 2 + 2, 2,
 # 2 + 4, 4 + 4, 4 + 4, 4 + 1. Inputs are rounded in the forward, gradients of outputs in the
 # backward.
