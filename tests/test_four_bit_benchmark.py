@@ -55,6 +55,7 @@ for words in ([], ["--sweep"]):
 """
 
 
+@pytest.mark.long
 @pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
 def test_weights_and_products_are_bitsandbytes_own_under_tritons_interpreter(tmp_path):
     done = subprocess.run(

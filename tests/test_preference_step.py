@@ -25,6 +25,7 @@ def turns_of(variant, base, folder, turns=2):
     return {path.name: json.loads(path.read_text()) for path in files}
 
 
+@pytest.mark.long
 def test_variants_do_the_same_work(base, tmp_path):
     names = (step.OURS, "trl", "trl, reference beforehand")
     found = {

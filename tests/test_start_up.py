@@ -19,6 +19,7 @@ PHASES = (
 )
 
 
+@pytest.mark.long
 def test_every_part_of_a_start_is_measured(monkeypatch, tmp_path, capsys):
     given = ["--launch", "cpu", "--shape", "tiny", "--rows", "2", "--longest", "64"]
     given += ["--repeats", "1", "--commands", "accelerate", "--lora_r", "2", "--out", str(tmp_path)]
