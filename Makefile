@@ -15,8 +15,8 @@
 # Spinning OpenMP threads stall one another where the cores are shared.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-# Tests wait for processes a fifth of their time: two workers a core, where there are two cores.
-WORKERS ?= 4
+# A worker a core, where there are two: 490 s alone; two a core took 656.
+WORKERS ?= 2
 
 PYTHON ?= python3
 BIN := .venv/bin

@@ -182,8 +182,9 @@ def test_eager_layers_move_what_the_plan_says(shape, dtype, lora32):
 )
 @pytest.mark.parametrize(
     ("shape", "targets"),
-    [("1b", frozenset()), pytest.param("1b", ALL, marks=LONG), pytest.param("7b", ALL, marks=LONG)],
+    [("1b", frozenset()), ("1b", ALL), ("7b", ALL)],
 )
+@LONG
 def test_compiled_layers_move_what_the_plan_says(shape, targets, monkeypatch):
     monkeypatch.setattr(
         torch._inductor.compile_fx.inductor_metrics_log, "isEnabledFor", lambda level: True
