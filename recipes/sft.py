@@ -198,7 +198,10 @@ def prepare(
     if start.at_stake:
         trainer.checkpointer.refuse_full_disk(run.made_bytes)
         begin(run, start, recipe, launch, recorded)
-    if captures_by_itself(recipe, launch, fast, trainer):
+    captures = [captures_by_itself(recipe, launch, fast, trainer)]
+    if launch.world_size > 1:  # GPUs of two kinds would not agree
+        broadcast_object_list(captures)
+    if captures[0]:
         trainer.capture_steps()
     must |= {"fused_lora": fast.fused_lora, "captured_step": fast.captured_step}
     trainer.checkpointer.must_match, trainer.checkpointer.hardware = must, now["hardware"]

@@ -5,7 +5,7 @@ accelerate launch --config_file accelerate_configs/cpu_ddp.yaml tests/captured_o
 
 FAILS="1 2" in the environment lets process 1 fail at its third recording. FAILS="1 2 wrong" lets
 the replays of that one and of later ones have another loss. DIES="1 16" kills process 1 in front of
-its replay of that number.
+its replay of that number. CHOOSES=1 lets process 1 alone find that steps are worth recording.
 """
 
 import sftlab.startup.filter_warnings  # noqa: I001  (before the libraries that it quiets)
@@ -56,4 +56,7 @@ if __name__ == "__main__":
     pack_on_a_cpu(patch, reference_attention)
     patch.setattr(step_capture, "CudaGraphs", Fails)
     patch.setattr(captured_step, "RECORDED_WHEN_MET", 1)
-    load_script("recipes/sft.py").main(sys.argv[1:])
+    sft = load_script("recipes/sft.py")
+    if chooses := os.environ.get("CHOOSES"):
+        patch.setattr(sft, "captures_by_itself", lambda *_: os.environ["RANK"] == chooses)
+    sft.main(sys.argv[1:])

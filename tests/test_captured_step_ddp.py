@@ -137,3 +137,9 @@ def test_a_run_that_goes_on_after_a_kill_trains_as_one_in_a_piece(trained, tmp_p
         tmp_path / name / "adapter" / "adapter_model.safetensors" for name in ("right", "run")
     )
     assert one.read_bytes() == other.read_bytes()
+
+
+@pytest.mark.parametrize("chooses", ["0", "1"])
+def test_processes_on_gpus_of_two_kinds_do_as_the_first_one_does(trained, monkeypatch, chooses):
+    monkeypatch.setenv("CHOOSES", chooses)
+    assert trained()["ran"]["captured_step"] is (chooses == "0")
