@@ -134,7 +134,9 @@ def choose(
         may_capture_step=recipe.training.captured_step is None
         and compiled
         and no_capture is None
-        and recipe.training.mixed_precision != "fp8",  # not measured
+        # not measured on a GPU
+        and not recipe.training.gradient_checkpointing
+        and recipe.training.mixed_precision != "fp8",
         fused_lora=fused_lora,
         needs_fused_lora=bool(recipe.training.fused_lora),
     )
