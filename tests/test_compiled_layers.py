@@ -14,7 +14,12 @@ from packed_training import (
     with_trained_lora,
 )
 from peft import LoraConfig, get_peft_model
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import (
+    GPTNeoXJapaneseConfig,
+    GPTNeoXJapaneseForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 
 from sftlab.fastpath import compile_layers
 from sftlab.fastpath.float8 import FrozenFloat8Linear, freeze_in_float8
@@ -139,6 +144,17 @@ def test_a_large_token_costs_the_others_no_digits_in_float8():
         found.append((y.detach()[1:], mine.grad[1:]))
     for alone, beside in zip(*found, strict=True):
         torch.testing.assert_close(alone, beside, rtol=0, atol=0)
+
+
+def test_fp8_leaves_a_head_of_any_name():
+    config = GPTNeoXJapaneseConfig(
+        vocab_size=64, hidden_size=32, num_hidden_layers=1, num_attention_heads=2
+    )
+    base = GPTNeoXJapaneseForCausalLM(config)
+    model = get_peft_model(base, LoraConfig(r=8, target_modules=["query_key_value"]))
+    freeze_in_float8(model)
+    head = base.get_output_embeddings()
+    assert type(head) is torch.nn.Linear and head is base.embed_out
 
 
 def test_fp8_freezes_the_decoders_linears_and_no_others():

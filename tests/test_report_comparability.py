@@ -146,6 +146,17 @@ def test_world_size_never_explains_another_global_batch(make, report, tmp_path):
     assert "strategy" in differences({"one": facts(one), "two": facts(fsdp)}, ["world_size"])
 
 
+def test_steps_that_runs_captured_by_themselves_are_no_second_axis(make):
+    small = facts(make("small", ran={"captured_step": True}, lora_r=8, lora_alpha=16))
+    large = facts(make("large", ran={"captured_step": False}, lora_r=16, lora_alpha=32))
+    runs = {"small": small, "large": large}
+    assert list(differences(runs, ["lora_r"])) == []
+    assert "captured_step" in differences(runs), "a report says so"
+    asked = {"ran": {"captured_step": True}, "captured_step": True}
+    runs["small"] = facts(make("asked", lora_r=8, lora_alpha=16, **asked))
+    assert list(differences(runs, ["lora_r"])) == ["captured_step"]
+
+
 def test_strategy_explains_how_gradients_are_reduced_and_not_the_optimizer(make):
     ddp = facts(make("ddp", **processes(2)))
     fsdp = facts(

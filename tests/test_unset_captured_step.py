@@ -12,12 +12,16 @@ from conftest import arguments, read, short_fields
 from packed_training import build, pack_on_a_cpu, reference_attention, train
 from planned_steps import forecast
 from step_tape import Tape
+from transformers import LlamaConfig
 
-from sftlab.config.launch import Launch
+from sftlab.config.launch import Launch, exported, launched
 from sftlab.config.parser import parse_recipe
 from sftlab.config.recipe import ModelArguments
+from sftlab.fastpath import varlen_attention
 from sftlab.fastpath.captured_step import CapturedSteps, NotCaptured, StaticGradients
 from sftlab.fastpath.selection import choose
+from sftlab.models.random_models import MODEL_SHAPES
+from sftlab.paths import ROOT
 from sftlab.planning.plan import captures_by_itself
 from sftlab.planning.step_time import is_captured
 from sftlab.runs import checkpoint_manifest
@@ -71,6 +75,11 @@ def test_small_micro_batches_are_captured(asked):
         rows(4, compile_layers="false"),
         rows(4, packing="false"),
         rows(4, launch="fp16"),
+        rows(4, launch="fp32"),  # its products keep the GPU busy
+        rows(4, loss_type="dft"),
+        rows(4, label_smoothing_factor=0.1),
+        rows(4, use_peft="false"),
+        rows(4, gpu="l4", **QLORA),  # too little memory is left
         rows(20, launch="fp8"),  # not measured
         rows(20, targets=ALL, max_steps=500),  # capturing some 40 sizes would cost more
         rows(20, launch="fsdp", flags={"num_processes": 2}, global_batch_size=40),
@@ -80,6 +89,15 @@ def test_small_micro_batches_are_captured(asked):
 )
 def test_others_are_not(asked):
     assert not captured(**asked)
+
+
+def test_preference_tuning_captures_nothing(monkeypatch):
+    monkeypatch.setattr(varlen_attention, "why_not", lambda layers, longest: None)
+    with launched(exported(ROOT / "accelerate_configs" / "single.yaml")) as launch:
+        config = str(ROOT / "recipes" / "llama3.2-1b-dpo" / "attn_r16.yaml")
+        recipe = parse_recipe(["--config", config, "--compile_layers", "true"], launch)
+        fast = choose(recipe, LlamaConfig(**MODEL_SHAPES["llama3.2-1b"]), launch, lambda: None)
+    assert fast.packing and fast.compile_layers and not fast.may_capture_step
 
 
 def test_what_is_asked_for_is_captured_whatever_its_size():

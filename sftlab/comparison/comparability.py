@@ -113,7 +113,7 @@ def differences(runs: Mapping[str, Settings], axes: Sequence[str] = ()) -> Diffe
     follows = " ".join(f"{axis} {FOLLOWS.get(axis, '')}" for axis in axes)
     found = {}
     for field in dict.fromkeys(field for one in runs.values() for field in one.facts):
-        if _is_covered(field, runs):
+        if _is_covered(field, runs) or (axes and _follows_from_sizes(field, runs)):
             continue
         values = _values(field, runs)
         keys = {name: canonical(value) for name, value in values.items()}
@@ -128,6 +128,14 @@ def differences(runs: Mapping[str, Settings], axes: Sequence[str] = ()) -> Diffe
 
 def _differs(runs: Mapping[str, Settings], axis: str) -> bool:
     return len({canonical(one.value(axis)) for one in runs.values()}) > 1
+
+
+def _follows_from_sizes(field: str, runs: Mapping[str, Settings]) -> bool:
+    """Returns whether runs chose the field by themselves, from sizes that every axis may change.
+
+    Captured steps are the same training at another speed. A run says so, and a report has it.
+    """
+    return field == "captured_step" and all(one.recipe.get(field) is None for one in runs.values())
 
 
 def _is_covered(field: str, runs: Mapping[str, Settings]) -> bool:

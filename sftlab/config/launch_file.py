@@ -66,6 +66,8 @@ def read_launch_config(path: str | os.PathLike, folder: Path = Path()) -> dict[s
             raise ValueError(f"{path}: unknown key {key!r}{hint}")
         if value and key in _UNUSED:
             raise ValueError(f"{path}: {key} is set, and {_UNUSED[key]}")
+        if key == "distributed_type" and value is False:
+            raise ValueError(f"{path}: YAML reads {key}: NO as false: write 'NO' in quotes")
         if value is not None and (expected := _expected(key, value)):
             raise ValueError(f"{path}: {key} is {value!r}: expected {expected}")
     if config.get("distributed_type") is None:

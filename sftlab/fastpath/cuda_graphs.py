@@ -7,7 +7,7 @@ from contextlib import contextmanager
 import torch
 
 # An evaluation may need this share of the GPU's memory, and rather has it than recordings do.
-_FOR_OTHERS = 0.25
+FOR_OTHERS = 0.25
 
 
 class CudaGraphs:
@@ -91,7 +91,7 @@ class CudaGraphs:
         """Returns whether little of the GPU's memory is left for other work."""
         torch.cuda.empty_cache()
         free, whole = torch.cuda.mem_get_info()
-        return free < _FOR_OTHERS * whole
+        return free < FOR_OTHERS * whole
 
     def forget(self, drop: Callable[[], object]) -> None:
         """Call `drop`, which lets go of all graphs, and give their memory back."""

@@ -103,7 +103,12 @@ def freeze_in_float8(model: nn.Module, device: torch.device | None = None) -> in
     Returns the number of replaced linears. Raises ValueError if there is none whose sizes are
     multiples of 16, as float8 products need.
     """
-    names = [name for name, module in model.named_modules() if is_base_linear(module, name)]
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    names = [
+        name
+        for name, module in model.named_modules()
+        if module is not head and is_base_linear(module, name)
+    ]
     if not names:
         raise ValueError(
             "fp8: the model has no frozen linear whose sizes are multiples of 16: launch with "

@@ -154,6 +154,8 @@ def _no_capture(
     `unpacked` says why rows are not packed, and is None where they are.
     """
     training = recipe.training
+    if training.method == "dpo":
+        return "only steps of supervised fine-tuning are captured"
     if unpacked is not None:
         return "rows are not packed" + f" ({unpacked})" * bool(unpacked)
     if launch.strategy == "fsdp":
@@ -164,7 +166,8 @@ def _no_capture(
         return reason
     if training.mixed_precision == "fp16":
         return "the loss scale of fp16 changes from step to step"
-    if training.fused_loss is False:
+    whole = not recipe.model.use_peft or training.label_smoothing_factor
+    if training.fused_loss is False or whole or training.loss_type != "nll":
         return "the loss is not fused"
     if training.torch_compile or training.torch_empty_cache_steps:
         return "torch_compile and torch_empty_cache_steps have not been tried with it"

@@ -11,6 +11,7 @@ from transformers import PreTrainedConfig, Trainer
 from sftlab.config.launch import BF16_CAPABILITY, Launch, check_precision
 from sftlab.config.parser import parse_recipe
 from sftlab.config.recipe import Recipe
+from sftlab.fastpath.cuda_graphs import FOR_OTHERS
 from sftlab.fastpath.selection import FastPath, choose
 from sftlab.planning.gpu_specs import GPU, gpu_seen_as
 from sftlab.planning.recipe_step import step_of, step_of_trainer, steps_of
@@ -129,9 +130,11 @@ def _plan(
 ) -> Plan:
     many, step = step.processes * accumulation, replace(step, accumulation=accumulation)
     largest = replace(step, tokens=rows.largest(micro_batch, many, step.packed, steps or 1000))
-    average = micro_batch * (rows.mean if step.packed else rows.longest)
+    average, needed = micro_batch * (rows.mean if step.packed else rows.longest), memory(largest)
     step = replace(step, tokens=round(average))
-    return Plan(gpu, step, rows, micro_batch, steps, memory(largest), step_time(step, gpu))
+    if needed.needed > (1 - FOR_OTHERS) * gpu.memory_gb * GB:  # nothing is captured then
+        step = replace(step, captured=False, may_capture=False)
+    return Plan(gpu, step, rows, micro_batch, steps, needed, step_time(step, gpu))
 
 
 def resized(plan: Plan, micro_batch: int, **changes: object) -> Plan:

@@ -66,7 +66,7 @@ HOST_TENSOR = 0.12e-3
 # Seconds of the host beside the layers: for a micro-batch (its rows, embedding, loss), for a step
 # (optimizer, logs).
 HOST_MICRO, HOST_STEP = 0.005, 0.007
-# Share of the published 16-bit rate that a compiled step reaches with all that it does.
+# Share of the published rate of its products that a compiled step reaches with all that it does.
 REACHED = 0.42
 # Steps are captured by themselves where that saves so many: twice what recording some 40 sizes
 # takes.
@@ -239,7 +239,8 @@ def is_captured(step: Step, gpu: GPU) -> bool:
     if step.captured or not step.may_capture:
         return step.captured
     work = step.weights.flops.token * step.tokens * (1.5 if step.checkpointing else 1.0)
-    alone = work / (gpu.tflops("bf16") * 1e12 * REACHED)
+    rate = gpu.tflops("fp32" if step.precision == "fp32" else "bf16") * 1e12
+    alone = work / (rate * REACHED)
     saved = 1 - alone / host_seconds(replace(step, accumulation=1))
     return saved > 0 and (step.steps is None or step.steps * step.accumulation * saved >= WORTH)
 
