@@ -166,9 +166,14 @@ def _no_capture(
         return reason
     if training.mixed_precision == "fp16":
         return "the loss scale of fp16 changes from step to step"
-    whole = not recipe.model.use_peft or training.label_smoothing_factor
-    if training.fused_loss is False or whole or training.loss_type != "nll":
+    if training.fused_loss is False:
         return "the loss is not fused"
+    if training.label_smoothing_factor:
+        return "the loss is not fused (label smoothing needs whole logits)"
+    if training.loss_type != "nll":
+        return f"the loss is not fused (loss_type is {training.loss_type})"
+    if not recipe.model.use_peft:
+        return "the loss is not fused (the head trains)"
     if training.torch_compile or training.torch_empty_cache_steps:
         return "torch_compile and torch_empty_cache_steps have not been tried with it"
     if recipe.model.load_in_8bit:
