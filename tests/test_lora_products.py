@@ -85,7 +85,7 @@ def compiled(model: PeftModel, monkeypatch: pytest.MonkeyPatch) -> PeftModel:
     return model
 
 
-@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("dropout", [pytest.param(0.0, marks=pytest.mark.long), 0.3])
 def test_compiled_layers_of_any_number_of_tokens_are_what_uncompiled_ones_are(monkeypatch, dropout):
     plain = fused(adapted(lora_dropout=dropout))
     mine = compiled(fused(adapted(lora_dropout=dropout)), monkeypatch)

@@ -164,7 +164,9 @@ def test_what_trains_with_it_is_planned_with_it(family, options):
         assert step.measured.kept != without.measured.kept
 
 
-@pytest.mark.parametrize("family", ["Phi-2", "Gemma 4 (text)"])
+@pytest.mark.parametrize(
+    "family", ["Phi-2", pytest.param("Gemma 4 (text)", marks=pytest.mark.long)]
+)
 def test_a_family_that_no_plan_with_it_is_made_for_plans_and_trains_without(family):
     fast, step = planned(family)
     assert not fast.fused_lora and not step.fused_lora
