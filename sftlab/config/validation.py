@@ -186,7 +186,7 @@ def _resolve_precision(recipe: Recipe) -> None:
         fitting = "single" if model.dtype == "bfloat16" else "fp16"
         raise ValueError(
             f"the recipe's dtype is {model.dtype}, which contradicts the launch config's precision "
-            f"{precision}: launch with {fitting}.yaml or leave dtype out"
+            f"{precision}: launch with {fitting}.yaml or pass --dtype {compute}"
         )
     if precision == "fp8" and (why := _fp8_conflict(model)):
         raise ValueError(f"fp8 rounds the frozen weights, and {why}: launch with single.yaml")
