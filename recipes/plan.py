@@ -43,7 +43,6 @@ from sftlab.planning.gpu_specs import GPU, GPUS, MEASURED_ON, find_gpu
 from sftlab.planning.known_accuracy import known_accuracy
 from sftlab.planning.plan import GB, MOST_ROWS, Plan, make_plan, most_rows, read_recipe, remedies
 from sftlab.planning.row_lengths import RowLengths, measure_rows
-from sftlab.planning.step_time import is_captured
 from sftlab.script_options import Options
 from sftlab.tables import aligned, figure
 
@@ -268,7 +267,7 @@ def speed_rows(plan: Plan) -> list[tuple[str, str]]:
     waits = "the GPU is the bottleneck"
     if plan.time.bound == "host":
         waits = "the host is the bottleneck: larger micro-batches are faster"
-    if is_captured(plan.step, plan.gpu):
+    if plan.time.captured:
         waits += "; steps are captured"
     speed = f"{figure(plan.tokens_per_s)}, {figure(plan.rows_per_s)}"
     lines = [

@@ -157,13 +157,13 @@ def prepare(
     started = started_from(model)
     template = set_template(tokenizer, training.chat_template_path)
     fast = choose(recipe, config, launch)
-    if start.checkpoint and training.fused_lora is None:
-        # of a run that says nothing, it was off
-        began = bool(start.must_match.get("fused_lora"))
-        fast.continue_with_fused_lora(began, recipe.data.resume_anyway)
-    if start.checkpoint and training.captured_step is None:
-        began = bool(start.must_match.get("captured_step"))
-        fast.continue_with_captured_steps(began, recipe.data.resume_anyway)
+    for part, go_on in (
+        ("fused_lora", fast.continue_with_fused_lora),
+        ("captured_step", fast.continue_with_captured_steps),
+    ):
+        if start.checkpoint and getattr(training, part) is None:
+            # of a run that says nothing, it was off
+            go_on(bool(start.must_match.get(part)), recipe.data.resume_anyway)
     compilers = start_compilers(recipe, config, fast)
 
     splits, facts = read_data(recipe, tokenizer, template)

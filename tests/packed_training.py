@@ -1,6 +1,10 @@
 """A trainer on the fast path on a CPU: plain attention under a block mask replaces the kernels."""
 
+import json
+import os
+import signal
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +18,7 @@ from sftlab.data.collator import TILE
 from sftlab.data.splits import load_splits
 from sftlab.fastpath import selection, varlen_attention
 from sftlab.models.loading import load_config, load_tokenizer
+from sftlab.runs import checkpoint_manifest
 from sftlab.training.building import build_trainer
 from sftlab.training.trainer import LabTrainer
 
@@ -120,3 +125,28 @@ def assert_continues_exactly(fields: dict[str, str]) -> None:
     assert [entry["loss"] for entry in train(again, resume_from_checkpoint=checkpoint)] == losses
     for one, other in zip(whole.model.parameters(), again.model.parameters(), strict=True):
         assert torch.equal(one, other)
+
+
+# ---- a run that chose a part of the fast path, and goes on ----
+
+
+def stop_in_step_two(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let a signal end a training in this process in its second step."""
+    step = LabTrainer.training_step
+
+    def told_to_stop(self, *args, **kwargs):
+        if self.state.global_step == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(self, *args, **kwargs)
+
+    monkeypatch.setattr(LabTrainer, "training_step", told_to_stop)
+
+
+def assert_checkpoints_say(run: Path, part: str, chosen: bool, forget: bool) -> None:
+    """Checkpoints say whether the run has the part; to `forget` makes them of a time before it."""
+    for path in run.glob("checkpoint-*/manifest.json"):
+        content = json.loads(path.read_text())["content"]
+        assert content["must_match"].pop(part) is chosen
+        if forget:
+            made = {"sha256": checkpoint_manifest._hash(content), "content": content}
+            path.write_text(json.dumps(made))

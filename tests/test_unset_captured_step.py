@@ -1,15 +1,19 @@
 """Where steps are captured by themselves, and how a run that began so goes on."""
 
-import json
-import os
-import signal
 from copy import copy
 from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import arguments, read, short_fields
-from packed_training import build, pack_on_a_cpu, reference_attention, train
+from packed_training import (
+    assert_checkpoints_say,
+    build,
+    pack_on_a_cpu,
+    reference_attention,
+    stop_in_step_two,
+    train,
+)
 from planned_steps import forecast
 from step_tape import Tape
 from transformers import LlamaConfig
@@ -22,12 +26,9 @@ from sftlab.fastpath.captured_step import CapturedSteps, NotCaptured, StaticGrad
 from sftlab.fastpath.selection import choose
 from sftlab.models.random_models import MODEL_SHAPES
 from sftlab.paths import ROOT
-from sftlab.planning.plan import captures_by_itself
-from sftlab.planning.step_time import is_captured
-from sftlab.runs import checkpoint_manifest
+from sftlab.planning.plan import captures_by_itself, resized
 from sftlab.runs.run_directory import adapter_hash
 from sftlab.training import step_capture
-from sftlab.training.trainer import LabTrainer
 
 ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 QLORA = {
@@ -40,8 +41,7 @@ QLORA = {
 
 
 def captured(**asked) -> bool:
-    made = forecast(**{"lora_dropout": 0} | asked)
-    return is_captured(made.step, made.gpu)
+    return forecast(**{"lora_dropout": 0} | asked).time.captured
 
 
 def rows(count, **more):
@@ -102,6 +102,11 @@ def test_preference_tuning_captures_nothing(monkeypatch):
 
 def test_what_is_asked_for_is_captured_whatever_its_size():
     assert captured(**rows(64, captured_step="true"))
+
+
+def test_a_smaller_micro_batch_than_one_that_leaves_no_memory_is_captured():
+    large = forecast(gpu="l4", lora_dropout=0, **rows(24, **QLORA))
+    assert not large.time.captured and resized(large, 1).time.captured
 
 
 def test_a_captured_step_does_not_wait_for_the_host():
@@ -172,12 +177,8 @@ def test_a_run_goes_on_as_it_began(
         stop_in_step_two(patched)
         done = train_here(fields)
         assert read(tmp_path / "run")["status"] == "interrupted", done.stderr[-2000:]
-    for path in (tmp_path / "run").glob("checkpoint-*/manifest.json"):
-        content = json.loads(path.read_text())["content"]
-        assert content["must_match"].pop("captured_step") is captures
-        if began == "before this default":
-            made = {"sha256": checkpoint_manifest._hash(content), "content": content}
-            path.write_text(json.dumps(made))
+    before = began == "before this default"
+    assert_checkpoints_say(tmp_path / "run", "captured_step", captures, forget=before)
     with monkeypatch.context() as patched:
         choosing(sft, patched, not captures)
         trained_here(fields)
@@ -202,17 +203,6 @@ def test_a_run_that_cannot_go_on_so_is_refused(
     assert "the run began with captured steps, which are not possible here" in done.stderr
     trained_here(fields | {"resume_anyway": "true"})
     assert read(tmp_path / "run")["ran"]["captured_step"] is False
-
-
-def stop_in_step_two(monkeypatch) -> None:
-    step = LabTrainer.training_step
-
-    def told_to_stop(self, *args, **kwargs):
-        if self.state.global_step == 1:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return step(self, *args, **kwargs)
-
-    monkeypatch.setattr(LabTrainer, "training_step", told_to_stop)
 
 
 class OneFits(Tape):

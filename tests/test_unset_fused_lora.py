@@ -1,13 +1,10 @@
 """Where fused LoRA is on by itself, what it does where it is wrong, and how runs with it go on."""
 
-import json
-import os
-import signal
 from pathlib import Path
 
 import pytest
 from conftest import load_script, read, short_fields
-from packed_training import build, train
+from packed_training import assert_checkpoints_say, build, stop_in_step_two, train
 
 from sftlab.config.launch import exported, launched
 from sftlab.config.parser import parse_recipe
@@ -18,7 +15,6 @@ from sftlab.fastpath.selection import FastPath, choose
 from sftlab.paths import ROOT
 from sftlab.planning.recipe_step import step_of
 from sftlab.planning.step_memory import kept_bytes
-from sftlab.runs import checkpoint_manifest
 from sftlab.runs.run_directory import adapter_hash
 from sftlab.training import recorded_trainer
 from sftlab.training.trainer import LabTrainer
@@ -258,16 +254,9 @@ def choosing(sft, monkeypatch, fused: bool) -> None:
 
 def stopped(fields, sft, monkeypatch, train_here, fused: bool) -> None:
     """A run that a signal ends in its second step."""
-    step = LabTrainer.training_step
-
-    def told_to_stop(self, *args, **kwargs):
-        if self.state.global_step == 1:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return step(self, *args, **kwargs)
-
     with monkeypatch.context() as patched:
         choosing(sft, patched, fused)
-        patched.setattr(LabTrainer, "training_step", told_to_stop)
+        stop_in_step_two(patched)
         done = train_here(fields)
         assert read(Path(fields["output_dir"]))["status"] == "interrupted", done.stderr[-2000:]
 
@@ -278,12 +267,8 @@ def test_a_run_goes_on_as_it_began(
 ):
     fused = began == "with"
     stopped(fields, sft, monkeypatch, train_here, fused)
-    for path in (tmp_path / "run").glob("checkpoint-*/manifest.json"):
-        content = json.loads(path.read_text())["content"]
-        assert content["must_match"].pop("fused_lora") is fused
-        if began == "before this default":
-            made = {"sha256": checkpoint_manifest._hash(content), "content": content}
-            path.write_text(json.dumps(made))
+    before = began == "before this default"
+    assert_checkpoints_say(tmp_path / "run", "fused_lora", fused, forget=before)
     with monkeypatch.context() as patched:
         choosing(sft, patched, not fused)
         done = trained_here(fields)

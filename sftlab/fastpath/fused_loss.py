@@ -10,7 +10,7 @@ import types
 import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, TrainingArguments
 from trl.trainer.utils import FusedCausalLMOutput
 
 from sftlab.models.layers import decoder_of
@@ -120,6 +120,13 @@ def why_not(model: PreTrainedModel) -> str | None:
     if getattr(model.config.get_text_config(), "output_router_logits", False):
         return f"{model.config.model_type} has a loss of its router besides"
     return None
+
+
+def needs_whole_logits(training: TrainingArguments) -> str | None:
+    """Returns why the loss of supervised fine-tuning cannot be fused, whatever the model."""
+    if training.label_smoothing_factor:
+        return "label smoothing needs whole logits"
+    return None if training.loss_type == "nll" else f"loss_type is {training.loss_type}"
 
 
 def add_frozen_head_loss(model: PreTrainedModel, changes: Changes = NO_CHANGES) -> None:

@@ -10,9 +10,10 @@ from dataclasses import dataclass, field
 from transformers import PreTrainedConfig
 
 from sftlab.config.launch import Launch
-from sftlab.config.preference_fields import MICRO_BATCH_LOSSES
+from sftlab.config.preference_fields import MICRO_BATCH_LOSSES, REFUSED_OF_PAIRS
 from sftlab.config.recipe import Recipe
 from sftlab.fastpath import varlen_attention
+from sftlab.fastpath.fused_loss import needs_whole_logits
 from sftlab.fastpath.recomputed_layers import dropout_in
 from sftlab.fastpath.unset_fused_lora import choose_fused_lora
 from sftlab.models.layers import Layers, describe
@@ -155,7 +156,7 @@ def _no_capture(
     """
     training = recipe.training
     if training.method == "dpo":
-        return "only steps of supervised fine-tuning are captured"
+        return REFUSED_OF_PAIRS["captured_step"]
     if unpacked is not None:
         return "rows are not packed" + f" ({unpacked})" * bool(unpacked)
     if launch.strategy == "fsdp":
@@ -168,12 +169,8 @@ def _no_capture(
         return "the loss scale of fp16 changes from step to step"
     if training.fused_loss is False:
         return "the loss is not fused"
-    if training.label_smoothing_factor:
-        return "the loss is not fused (label smoothing needs whole logits)"
-    if training.loss_type != "nll":
-        return f"the loss is not fused (loss_type is {training.loss_type})"
-    if not recipe.model.use_peft:
-        return "the loss is not fused (the head trains)"
+    if whole := needs_whole_logits(training) or (not recipe.model.use_peft and "the head trains"):
+        return f"the loss is not fused ({whole})"
     if training.torch_compile or training.torch_empty_cache_steps:
         return "torch_compile and torch_empty_cache_steps have not been tried with it"
     if recipe.model.load_in_8bit:

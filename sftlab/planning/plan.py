@@ -14,7 +14,7 @@ from sftlab.config.recipe import Recipe
 from sftlab.fastpath.cuda_graphs import FOR_OTHERS
 from sftlab.fastpath.selection import FastPath, choose
 from sftlab.planning.gpu_specs import GPU, gpu_seen_as
-from sftlab.planning.recipe_step import step_of, step_of_trainer, steps_of
+from sftlab.planning.recipe_step import step_of, step_of_trainer
 from sftlab.planning.row_lengths import RowLengths, of_encoded
 from sftlab.planning.step import Step
 from sftlab.planning.step_memory import Memory, memory
@@ -35,9 +35,13 @@ class Plan(NamedTuple):
     step: Step
     rows: RowLengths
     micro_batch: int
-    steps: int | None
     memory: Memory
     time: StepTime
+
+    @property
+    def steps(self) -> int | None:
+        """Optimizer steps of the training; None where the number of rows is unknown."""
+        return self.step.steps
 
     @property
     def fits(self) -> bool:
@@ -120,21 +124,23 @@ def make_plan(
 ) -> Plan:
     """Returns the plan of a parsed recipe."""
     fast = choose(recipe, config, launch, lambda: no_kernels(gpu))
-    training, micro_batch = recipe.training, recipe.training.per_device_train_batch_size
-    step, steps = step_of(recipe, config, launch, fast, 0, rows), steps_of(recipe, rows)
-    return _plan(step, gpu, rows, micro_batch, training.gradient_accumulation_steps, steps)
+    training = recipe.training
+    step = step_of(recipe, config, launch, fast, 0, rows)
+    micro_batch, accumulation = (
+        training.per_device_train_batch_size,
+        training.gradient_accumulation_steps,
+    )
+    return _plan(step, gpu, rows, micro_batch, accumulation)
 
 
-def _plan(
-    step: Step, gpu: GPU, rows: RowLengths, micro_batch: int, accumulation: int, steps: int | None
-) -> Plan:
+def _plan(step: Step, gpu: GPU, rows: RowLengths, micro_batch: int, accumulation: int) -> Plan:
     many, step = step.processes * accumulation, replace(step, accumulation=accumulation)
-    largest = replace(step, tokens=rows.largest(micro_batch, many, step.packed, steps or 1000))
+    largest = replace(step, tokens=rows.largest(micro_batch, many, step.packed, step.steps or 1000))
     average, needed = micro_batch * (rows.mean if step.packed else rows.longest), memory(largest)
     step = replace(step, tokens=round(average))
-    if needed.needed > (1 - FOR_OTHERS) * gpu.memory_gb * GB:  # nothing is captured then
-        step = replace(step, captured=False, may_capture=False)
-    return Plan(gpu, step, rows, micro_batch, steps, needed, step_time(step, gpu))
+    room = needed.needed <= (1 - FOR_OTHERS) * gpu.memory_gb * GB  # nothing is captured without
+    captured = room and is_captured(step, gpu)
+    return Plan(gpu, step, rows, micro_batch, needed, step_time(step, gpu, captured))
 
 
 def resized(plan: Plan, micro_batch: int, **changes: object) -> Plan:
@@ -144,7 +150,7 @@ def resized(plan: Plan, micro_batch: int, **changes: object) -> Plan:
     """
     accumulation = math.ceil(plan.step.accumulation * plan.micro_batch / micro_batch)
     step = replace(plan.step, **changes)
-    return _plan(step, plan.gpu, plan.rows, micro_batch, accumulation, plan.steps)
+    return _plan(step, plan.gpu, plan.rows, micro_batch, accumulation)
 
 
 def most_rows(plan: Plan) -> int:

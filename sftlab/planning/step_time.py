@@ -80,7 +80,7 @@ LINK = 0.7
 class StepTime(NamedTuple):
     """Seconds of one micro-batch and its share of the step, by part.
 
-    All but `host` and `waiting` are the GPU's.
+    All but `host` and `waiting` are the GPU's. `captured` says whether it is of captured steps.
     """
 
     matrices: float
@@ -91,6 +91,7 @@ class StepTime(NamedTuple):
     communication: float
     host: float
     waiting: float
+    captured: bool = False
 
     @property
     def gpu(self) -> float:
@@ -111,10 +112,10 @@ class StepTime(NamedTuple):
         return "GPU" if self.gpu >= self.host else "host"
 
 
-def step_time(step: Step, gpu: GPU) -> StepTime:
-    """Returns the seconds of a micro-batch on a GPU."""
+def step_time(step: Step, gpu: GPU, captured: bool = False) -> StepTime:
+    """Returns the seconds of a micro-batch on a GPU, of one that is captured if so."""
     host = host_seconds(step)
-    if is_captured(step, gpu):
+    if captured:
         step = replace(step, tokens=round(step.tokens * FILLED_UP))
         host = HOST_MICRO + HOST_STEP / step.accumulation
     s, tokens, b = step.shape, step.tokens, step.compute_bytes
@@ -129,6 +130,7 @@ def step_time(step: Step, gpu: GPU) -> StepTime:
         communication=_sent_bytes(step) / (gpu.link_gbs * 1e9 * LINK),
         host=host * slower,
         waiting=(scaler + update_seconds(step) * slower) / step.accumulation,
+        captured=captured,
     )
 
 

@@ -94,11 +94,7 @@ class LabTrainer(RecordedTrainer, SFTTrainer):
 
     def logit_changes(self) -> Changes | str:
         """Returns what the model does to its logits, or why there is no fused loss."""
-        if self.args.label_smoothing_factor:
-            return "label smoothing needs whole logits"
-        if self.args.loss_type != "nll":
-            return f"loss_type is {self.args.loss_type}"
-        return super().logit_changes()
+        return fused_loss.needs_whole_logits(self.args) or super().logit_changes()
 
     def add_fused_loss(self, changes: Changes) -> None:
         """Let the model return nats, entropies and hits of the tokens in the loss."""
