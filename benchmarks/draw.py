@@ -97,6 +97,13 @@ GROUPS = {
         for dropout in (0, 0.05)
         for fused in (", LoRA fused", "")
     },
+    "7B shape in 4 bits, all linears, with and without LoRA and its linear as one product": {
+        f"sft.py QLoRA, 7B, kept activations, {rows} rows, LoRA {fused}": (
+            f"sft.py, {rows} rows, LoRA {fused}"
+        )
+        for rows in (42, 16, 11, 4)
+        for fused in ("fused", "not fused")
+    },
     "1B and 7B shapes, small micro-batches, with and without captured steps": {
         f"sft.py {which}{recorded}": f"sft.py, {about}{recorded}"
         for which, about in (

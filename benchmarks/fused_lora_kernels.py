@@ -33,6 +33,7 @@ import torch
 
 from sftlab.exit_messages import mistakes_in_one_line
 from sftlab.fastpath import mlp_ops
+from sftlab.fastpath.joined_product import Form, for_gradients, for_outputs
 from sftlab.measurement.layer_shape import LayerShape as Shape
 from sftlab.paths import ROOT
 from sftlab.runs.environment import provenance, typed_command
@@ -184,6 +185,7 @@ def cases(shape: Shape) -> dict[str, Case]:
     from sftlab.fastpath import mlp_kernel
 
     hidden, mlp, r = shape.hidden, shape.mlp, shape.rank
+    of_both, of_down = Form([mlp, mlp], [1.0, 1.0], False), Form([hidden], [1.0], False)
 
     def gated(g: SimpleNamespace, form: tuple) -> list[torch.Tensor]:
         act = g.act[:, :mlp]
@@ -204,12 +206,12 @@ def cases(shape: Shape) -> dict[str, Case]:
         return [g.beside]
 
     def down(g: SimpleNamespace, form: tuple) -> list[torch.Tensor]:
-        found, h = mlp_ops.gated_down(g.y, g.down, False)
+        found, h = mlp_ops.gated_down(g.y, *for_outputs(of_down, [g.down]), False)
         return [found, h[:, :r]]
 
     def whole(g: SimpleNamespace, form: tuple) -> list[torch.Tensor]:
-        of = g.gradient, g.y, g.both, g.joined, g.down, False
-        x, a, b, a_down = mlp_ops.gated_backward(*of)
+        of = *for_gradients(of_both, [g.joined], g.y), *for_gradients(of_down, [g.down], g.y)
+        x, a, b, a_down = mlp_ops.gated_backward(g.gradient, g.y, g.both, *of, False)
         return [x, a, b[:mlp, :r], b[mlp:, r : 2 * r], a_down[:r]]
 
     size = hidden // shape.heads * (shape.heads + 2 * shape.key_heads)

@@ -16,6 +16,7 @@ import torch
 from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 from conftest import ROOT
 
+from sftlab.fastpath import four_bit_weight
 from sftlab.fastpath.four_bit_weight import table_of
 from sftlab.models import four_bits
 
@@ -81,6 +82,25 @@ def test_weights_are_bitsandbytes_own_to_the_last_bit(kind, dtype, nested):
 
 @with_triton
 @runs_kernels
+def test_weights_leave_what_stands_beside_them(monkeypatch):
+    """Rows with gaps between them, which hold LoRA's matrices."""
+    monkeypatch.setattr(four_bit_weight, "has_kernels", lambda x: True)
+    weights = [torch.randn(rows, 104, device=device, dtype=torch.float16) for rows in (101, 40)]
+    tensors, right = [], []
+    for weight in weights:
+        packed, state = quantize_4bit(weight, blocksize=64, compress_statistics=True)
+        tensors += packed, state.absmax, state.state2.code, state.state2.absmax, state.offset
+        right.append(dequantize_4bit(packed, state))
+    a = torch.randn(64, 104, device=device, dtype=torch.float16)
+    b = torch.randn(141, 64, device=device, dtype=torch.float16)
+    of = tensors, [101, 40]
+    found = four_bit_weight.four_bit_beside(*of, b, 104, 64, "fp4")
+    assert torch.equal(found, torch.cat([torch.cat(right), b], 1))
+    assert torch.equal(four_bit_weight.four_bit_above(*of, a, 64, "fp4", b), torch.cat([*right, a]))
+
+
+@with_triton
+@runs_kernels
 @pytest.mark.parametrize("form", [(64, 1), (256, 4), (2048, 8)], ids=str)
 def test_every_form_gives_the_same(form):
     weight = torch.randn(SHAPE, device=device, dtype=torch.float16)
@@ -90,10 +110,10 @@ def test_every_form_gives_the_same(form):
 
 @with_triton
 @pytest.mark.skipif(interpreted, reason="Triton's interpreter runs no compiled kernel")
-@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize("nested, gap", [(False, 0), (True, 0), (True, 64)])
 @pytest.mark.parametrize("capability", [80, 90])
 def test_compiled_it_rounds_every_product_and_writes_16_bytes_at_a_time(
-    monkeypatch, nested, capability
+    monkeypatch, nested, gap, capability
 ):
     """A fused multiply-add would round a scale once where bitsandbytes rounds it twice."""
     import triton
@@ -110,7 +130,7 @@ def test_compiled_it_rounds_every_product_and_writes_16_bytes_at_a_time(
     monkeypatch.setattr(four_bit_kernel, "_weights", defaultdict(lambda: start))
     whole = torch.zeros(1)
     scales = torch.zeros(1, dtype=torch.uint8) if nested else whole
-    out = torch.zeros(64, 64, dtype=torch.bfloat16)
+    out = torch.zeros(64, 64 + gap, dtype=torch.bfloat16)[:, :64]
     of = torch.zeros(2048, 1, dtype=torch.uint8), scales, (whole,) * 3 if nested else None, whole
     four_bit_kernel.fill_four_bit_weight(*of, 64, out)
     ((arguments, options),) = started
@@ -138,4 +158,4 @@ def test_the_kernel_runs_under_tritons_interpreter():
         timeout=300,
     )
     assert done.returncode == 0, done.stdout[-3000:]
-    assert "15 passed, 5 skipped" in done.stdout
+    assert "16 passed, 7 skipped" in done.stdout

@@ -6,7 +6,7 @@ from test_lora_mlp import CONFIGS, build
 from test_lora_products import loss_and_gradients
 from torch import nn
 
-from sftlab.fastpath import fused_lora_check, lora_mlp, lora_products, mlp_ops
+from sftlab.fastpath import fused_lora_check, joined_product, lora_mlp, lora_products, mlp_ops
 from sftlab.fastpath.fused_lora import fuse_lora, unfuse_lora
 from sftlab.fastpath.fused_lora_check import differs
 
@@ -52,9 +52,9 @@ def another_scale(monkeypatch):
 
 
 def no_gradient_of_b(monkeypatch):
-    plain = lora_products.adapter_gradients
+    plain = joined_product.adapter_gradients
     wrong = lambda *of: [g * (i % 2 == 0) for i, g in enumerate(plain(*of))]  # noqa: E731
-    monkeypatch.setattr(lora_products, "adapter_gradients", wrong)
+    monkeypatch.setattr(joined_product, "adapter_gradients", wrong)
 
 
 def no_numbers(monkeypatch):
@@ -104,7 +104,7 @@ def test_a_comparison_leaves_everything_as_it_was(ran):
             [(name, one.data_ptr(), one.detach().clone().tolist()) for name, one in tensors],
             [one.grad if one.grad is None else one.grad.tolist() for one in model.parameters()],
             [(type(one), one.training) for one in model.modules()],
-            [(id(one.joined), one._x, bool(one._waiting and any(one._waiting))) for one in groups],
+            [(id(one.held), one._x, bool(one._waiting and any(one._waiting))) for one in groups],
             torch.is_autocast_enabled("cpu"),
         )
 

@@ -310,14 +310,15 @@ def test_an_mlps_products_and_gradients_are_plain_ones(monkeypatch, dtype, tanh_
 
     torch.manual_seed(0)
     rows, width, size, ranks = 150, 48, 72, 64
-    shapes = (rows, width), (rows, 2 * size), (rows, width + ranks)
-    shapes += (2 * size + ranks, width + ranks), (width + ranks, size + ranks)
-    given = [torch.randn(shape, device=device).to(dtype) for shape in shapes]
-    exact = [one.double().cpu() for one in given]
-    expected = mlp_ops.gated_down(exact[1], exact[4], tanh_gelu)
+    y, down = (rows, 2 * size), ((width, size + ranks), (ranks, size))
+    shapes = (rows, width), y, (rows, width + ranks), (2 * size + ranks, width), (2 * size, ranks)
+    shapes += (width + ranks, size), (width, ranks)
+    down, given = ([torch.randn(s, device=device).to(dtype) for s in of] for of in (down, shapes))
+    exact_down, exact = ([one.double().cpu() for one in of] for of in (down, given))
+    expected = mlp_ops.gated_down(exact[1], *exact_down, tanh_gelu)
     expected += mlp_ops.gated_backward(*exact, tanh_gelu)
     monkeypatch.setattr(mlp_ops, "has_kernels", lambda x: x.dtype != torch.float64)
-    found = mlp_ops.gated_down(given[1], given[4], tanh_gelu)
+    found = mlp_ops.gated_down(given[1], *down, tanh_gelu)
     found += mlp_ops.gated_backward(*given, tanh_gelu)
     for place, (mine, plain) in enumerate(zip(found, expected, strict=True)):
         assert mine.shape == plain.shape

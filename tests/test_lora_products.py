@@ -321,7 +321,8 @@ def test_a_training_with_dropout_continues_exactly(fields):
 
 
 def test_it_is_refused_where_no_layer_can(fields):
-    with pytest.raises(ValueError, match=r"fused_lora is not possible here: .*Linear4bit"):
+    matrices = "LoRA's matrices are torch.bfloat16, and the products torch.float32"
+    with pytest.raises(ValueError, match=f"fused_lora is not possible here: 6 of 6 .*{matrices}"):
         build(fields | FOUR_BITS, fused_lora="true")
     with pytest.raises(ValueError, match="there is no LoRA layer"):
         build(fields, use_peft="false", fused_lora="true")

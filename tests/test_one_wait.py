@@ -63,6 +63,21 @@ def tensors(state):
 
 
 @pytest.mark.filterwarnings("ignore:Paged optimizers are not supported on CPU")
+@pytest.mark.parametrize("free, asks", [(0.5, 0), (0.051, 0), (0.049, 3)])
+def test_paged_states_are_asked_for_where_memory_is_short(monkeypatch, free, asks):
+    asked = []
+    monkeypatch.setattr(upstream.Optimizer8bit, "prefetch_state", lambda self, p: asked.append(p))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (int(free * 10**9), 10**9))
+    monkeypatch.setattr("bitsandbytes.utils.sync_gpu", lambda tensor: None)
+    four = parameters()
+    optimizer = MADE["paged, 32 bits"](groups_of(four))
+    assert wait_once(optimizer)
+    step(optimizer, four, 0)
+    assert len(asked) == asks
+
+
+@pytest.mark.filterwarnings("ignore:Paged optimizers are not supported on CPU")
 @pytest.mark.parametrize("make", MADE.values(), ids=list(MADE))
 def test_a_step_waits_once_and_computes_the_same(make, waits):
     found = []

@@ -254,3 +254,58 @@ def test_packed_pairs_of_a_hybrid_are_trls_own(hybrid, tmp_path, on_a_cpu):
     for name, one in right.items():
         assert (gradient[name] - one).norm() <= 1e-3 * one.norm() + 1e-6, name
     assert len(train(build(pairs, packing="true", max_steps=1))) == 1
+
+
+class _Fails(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        raise RuntimeError("This Triton is wrong\non this GPU")
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_kernels_that_do_not_train_here_are_left_out_with_their_reason(
+    monkeypatch, on_a_cpu, fails
+):
+    model = models.model_of("Qwen 3.5 (text)").train()
+    modeling = sys.modules[type(mixers.packed_mixers(model)[0]).__module__]
+    name = "torch_chunk_gated_delta_rule"
+    own = getattr(modeling, name)
+    own = mixers._closure(getattr(own, "of_padded_rows", own))["torch_function"]
+    package = ModuleType("kernels_of_a_package")
+
+    def kernel(query, key, value, g, beta, **kwargs):
+        found, state = own(query, key, value, g, beta, **kwargs)
+        return (_Fails.apply(found) if fails else found), state
+
+    package.kernel = kernel
+    monkeypatch.setitem(sys.modules, package.__name__, package)
+    decorated = use_kernel_func_from_hub_with_fallback("kernel", package.__name__)(own)
+    monkeypatch.setattr(modeling, name, decorated)
+    before = torch.get_rng_state()
+    kernels, why = mixers.leave_out_failing_kernels(model, torch.float32)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert not any(p.grad is not None for p in model.parameters())
+    assert kernels is not fails and getattr(modeling, name) is (own if fails else decorated)
+    assert why is None or why.endswith(
+        "with its package's kernels: This Triton is wrong on this GPU"
+    )
+    assert fails == (why is not None)
+    if not fails:
+        return
+    alone = torch.cat([hidden_states(model, Collator(0, packed=False)([r]))[0] for r in ROWS])
+    model.set_attn_implementation("varlen")
+    pack_mixers(model)
+    found = hidden_states(model, Collator(0, packed=True, mixers=True)(ROWS))[0][: len(alone)]
+    assert (found - alone).norm() / alone.norm() < 1e-5
+    model.requires_grad_()
+    hidden_states(model, Collator(0, packed=True, mixers=True)(ROWS)).sum().backward()
+
+
+def test_a_model_without_mixers_or_packages_has_nothing_to_leave_out():
+    for family in ("Qwen 3.5 (text)", "LFM2"):
+        model = models.model_of(family)
+        assert mixers.leave_out_failing_kernels(model, torch.float32) == (False, None)

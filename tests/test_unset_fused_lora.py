@@ -56,6 +56,7 @@ TARGETS = "--lora_target_modules"
         ("single", ["--use_rslora=true", "--lora_r=64"]),
         ("single", ["--compile_layers=true"]),
         ("single", ["--packing=false"]),
+        ("single", ["--load_in_4bit=true"]),
     ],
     ids=str,
 )
@@ -78,7 +79,7 @@ def test_it_is_on_where_it_was_measured_to_help(launch_config, options):
         ("single", [TARGETS, *MLP[:2]], None),
         ("single", [TARGETS, r".*layers\.0\..*(gate|up|down)_proj"], None),
         ("single", ["--exclude_modules", "up_proj"], None),
-        ("single", ["--load_in_4bit=true"], None),
+        ("fsdp", ["--load_in_4bit=true"], "FSDP shards the frozen weights"),
         ("single", ["--load_in_8bit=true"], None),
         ("fp8", [], None),
         ("single", ["--use_dora=true"], None),

@@ -92,7 +92,7 @@ FOLLOWS = {
     "lr_scheduler_type": "lr_scheduler_kwargs",
     "chat_template_path": _TURNS,
     "model_name_or_path": f"{_TURNS} model_revision trainable_parameters fsdp_layers_per_unit "
-    "fused_lora",
+    "fused_lora mixers",
     "dataset_name": "data.* dataset_config dataset_train_split dataset_shape datasets* columns "
     "dataset_text_from_numbers *_file dataset_*_split tokens quality.fingerprint quality.rows",
 }

@@ -34,14 +34,17 @@ def fill_four_bit_weight(
     `block` weights share one of `scales` [blocks], float32. With `nested` these are bytes: it holds
     the 256 numbers that they stand for, a larger scale [blocks / 256] for each 256 of them, and
     what is added, all float32. `table` are the 16 numbers that four bits stand for, float32.
-    All tensors are contiguous. The number of weights is a multiple of 8, `block` too, and `packed`
-    begins at a multiple of 4 bytes.
+    All tensors are contiguous, but for gaps between the rows of `out` where its columns are a
+    multiple of 8. The number of weights is one, `block` too, and `packed` begins at a multiple of 4
+    bytes.
     """
     words, (width, warps) = out.numel() // A_WORD, form
     code, larger, offset = nested or (scales, scales, scales)
+    gaps = not out.is_contiguous()
+    row, stride = (out.shape[1] // A_WORD, out.stride(0)) if gaps else (1, 0)
     _weights[(triton.cdiv(words, width),)](
         packed, scales, code, larger, offset, table, out, words, block // A_WORD,
-        nested is not None, NESTED_BLOCK, A_WORD, width,
+        nested is not None, NESTED_BLOCK, A_WORD, gaps, row, stride, width,
         num_warps=warps, enable_fp_fusion=False,
     )  # fmt: skip
 
@@ -50,7 +53,8 @@ def fill_four_bit_weight(
 def _weights(
     packed, scales, code, larger, offset, table, out, words,
     WORDS_A_BLOCK: tl.constexpr, NESTED: tl.constexpr, NESTED_BLOCK: tl.constexpr,
-    A_WORD: tl.constexpr, WIDTH: tl.constexpr,
+    A_WORD: tl.constexpr, GAPS: tl.constexpr, ROW: tl.constexpr, STRIDE: tl.constexpr,
+    WIDTH: tl.constexpr,
 ):  # fmt: skip
     at = tl.program_id(0) * WIDTH + tl.arange(0, WIDTH)
     inside = at < words
@@ -66,5 +70,8 @@ def _weights(
     place = tl.arange(0, A_WORD)[None, :]
     four_bits = (word[:, None] >> (place ^ 1) * 4) & 15
     found = tl.load(table + four_bits) * scale[:, None]
-    places = out + at.to(tl.int64)[:, None] * A_WORD + place
+    places = at.to(tl.int64)[:, None] * A_WORD
+    if GAPS:
+        places = (at // ROW).to(tl.int64)[:, None] * STRIDE + (at % ROW)[:, None] * A_WORD
+    places = out + places + place
     tl.store(places, found.to(out.dtype.element_ty), mask=inside[:, None])

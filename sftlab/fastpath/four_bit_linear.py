@@ -39,7 +39,7 @@ class Linear4bit(bitsandbytes.Linear4bit):
         state = weight.quant_state
         if asked != self.compute_dtype:
             x = x.to(self.compute_dtype)
-        y = _Product.apply(x, weight, *_scales(state), _stored(state))
+        y = _Product.apply(x, weight, *scales_of(weight), _stored(state))
         return y if asked == y.dtype else y.to(asked)
 
     def _is_ready(self, x: torch.Tensor) -> bool:
@@ -58,8 +58,9 @@ class Stored(NamedTuple):
     dtype: torch.dtype
 
 
-def _scales(state: QuantState) -> tuple[torch.Tensor | None, ...]:
+def scales_of(weight: bitsandbytes.Params4bit) -> tuple[torch.Tensor | None, ...]:
     """Returns scales, and of nested ones what they stand for, the larger scales and the offset."""
+    state = weight.quant_state
     nested = state.state2
     code, larger = (None, None) if nested is None else (nested.code, nested.absmax)
     return state.absmax, code, larger, state.offset
@@ -141,7 +142,7 @@ def weight_differs(layer: nn.Module) -> str | None:
     """
     state = layer.weight.quant_state
     right = dequantize_4bit(layer.weight, state)
-    found = four_bit_weight(layer.weight, *_scales(state), *_stored(state))
+    found = four_bit_weight(layer.weight, *scales_of(layer.weight), *_stored(state))
     if torch.equal(found, right):
         return None
     apart = (found != right).sum().item()

@@ -1,8 +1,9 @@
-"""A frozen 4-bit weight as one operation that torch.compile takes as it is.
+"""Frozen 4-bit weights as operations that torch.compile takes as they are.
 
-On a GPU it is the kernel of four_bit_kernel.py; elsewhere bitsandbytes' own operations.
+On a GPU they are the kernel of four_bit_kernel.py; elsewhere bitsandbytes' own operations.
 """
 
+from collections.abc import Sequence
 from functools import cache
 
 import torch
@@ -31,18 +32,10 @@ def four_bit_weight(
     backward names its gradient there: else torch.compile would give the forward's weight to the
     backward too, and keep all of them in memory meanwhile.
     """
-    if has_kernels(packed):
-        from sftlab.fastpath.four_bit_kernel import fill_four_bit_weight
-
-        out = torch.empty(rows, columns, dtype=dtype, device=packed.device)
-        nested = None if code is None else (code, larger, offset)
-        fill_four_bit_weight(packed, scales, nested, table_of(kind, packed.device), block, out)
-        return out
-    if code is not None:
-        whole = torch.ops.bitsandbytes.dequantize_blockwise.default
-        scales = whole(scales, larger, code, 256, torch.float32) + offset
-    give_back = torch.ops.bitsandbytes.dequantize_4bit.default
-    return give_back(packed, scales, block, kind, [rows, columns], dtype)
+    out = torch.empty(rows, columns, dtype=dtype, device=packed.device)
+    nested = None if code is None else (code, larger, offset)
+    _fill(packed, scales, nested, block, kind, out)
+    return out
 
 
 @four_bit_weight.register_fake
@@ -60,6 +53,100 @@ def _(
     after: torch.Tensor | None = None,
 ) -> torch.Tensor:
     return packed.new_empty(rows, columns, dtype=dtype)
+
+
+@torch.library.custom_op("sftlab::four_bit_beside", mutates_args=())
+def four_bit_beside(
+    weights: Sequence[torch.Tensor],
+    sizes: Sequence[int],
+    b: torch.Tensor,
+    columns: int,
+    block: int,
+    kind: str,
+) -> torch.Tensor:
+    """Returns weights [out, columns] below one another, with `b` [all out, ranks] on their right.
+
+    `weights` are the tensors of each, of `sizes` rows, as four_bit_weight takes them: `packed` and
+    `scales`, and where scales are nested `code`, `larger` and `offset`.
+    """
+    out = b.new_empty(len(b), columns + b.shape[1])
+    _fill_each(weights, sizes, block, kind, out[:, :columns])
+    out[:, columns:] = b
+    return out
+
+
+@four_bit_beside.register_fake
+def _(
+    weights: Sequence[torch.Tensor],
+    sizes: Sequence[int],
+    b: torch.Tensor,
+    columns: int,
+    block: int,
+    kind: str,
+) -> torch.Tensor:
+    return b.new_empty(b.shape[0], columns + b.shape[1])
+
+
+@torch.library.custom_op("sftlab::four_bit_above", mutates_args=())
+def four_bit_above(
+    weights: Sequence[torch.Tensor],
+    sizes: Sequence[int],
+    a: torch.Tensor,
+    block: int,
+    kind: str,
+    after: torch.Tensor,
+) -> torch.Tensor:
+    """Returns weights [out, in] below one another, and `a` [ranks, in] below them.
+
+    `weights` are those of four_bit_beside, and `after` is that of four_bit_weight.
+    """
+    rows = sum(sizes)
+    out = a.new_empty(rows + len(a), a.shape[1])
+    _fill_each(weights, sizes, block, kind, out[:rows])
+    out[rows:] = a
+    return out
+
+
+@four_bit_above.register_fake
+def _(
+    weights: Sequence[torch.Tensor],
+    sizes: Sequence[int],
+    a: torch.Tensor,
+    block: int,
+    kind: str,
+    after: torch.Tensor,
+) -> torch.Tensor:
+    return a.new_empty(sum(sizes) + a.shape[0], a.shape[1])
+
+
+def _fill_each(
+    weights: Sequence[torch.Tensor], sizes: Sequence[int], block: int, kind: str, out: torch.Tensor
+) -> None:
+    each = len(weights) // len(sizes)
+    for i, into in enumerate(out.split(list(sizes))):
+        packed, scales, *nested = weights[i * each : (i + 1) * each]
+        _fill(packed, scales, nested or None, block, kind, into)
+
+
+def _fill(
+    packed: torch.Tensor,
+    scales: torch.Tensor,
+    nested: Sequence[torch.Tensor] | None,
+    block: int,
+    kind: str,
+    out: torch.Tensor,
+) -> None:
+    """Fill `out` [rows, columns], whose rows may have gaps between them."""
+    if has_kernels(packed):
+        from sftlab.fastpath.four_bit_kernel import fill_four_bit_weight
+
+        fill_four_bit_weight(packed, scales, nested, table_of(kind, packed.device), block, out)
+        return
+    if nested:
+        (code, larger, offset), whole = nested, torch.ops.bitsandbytes.dequantize_blockwise.default
+        scales = whole(scales, larger, code, 256, torch.float32) + offset
+    give_back = torch.ops.bitsandbytes.dequantize_4bit.default
+    out.copy_(give_back(packed, scales, block, kind, list(out.shape), out.dtype))
 
 
 @cache

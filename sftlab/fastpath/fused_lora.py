@@ -7,6 +7,7 @@ from peft.tuners import lora
 from torch import nn
 from transformers import PreTrainedModel
 
+from sftlab.fastpath.four_bit_layers import four_bit_linears
 from sftlab.fastpath.fused_lora_check import differs
 from sftlab.fastpath.lora_mlp import LoraMlp, fuse_mlp, unfuse_mlp
 from sftlab.fastpath.lora_products import (
@@ -16,6 +17,7 @@ from sftlab.fastpath.lora_products import (
     copy_matrices,
     padded,
 )
+from sftlab.fastpath.own_class import own_class, with_forward
 from sftlab.fastpath.selection import FastPath
 from sftlab.fastpath.unset_fused_lora import SHARDED
 from sftlab.models.inner_model import inner_model
@@ -29,8 +31,9 @@ SIBLINGS = (ATTENTION, ("gate_proj", "up_proj"))
 def take_fused_lora(model: nn.Module, fast: FastPath, strategy: str, dtype: torch.dtype) -> None:
     """Fuse the model's LoRA layers where that was chosen; note why some stay peft's.
 
-    `dtype` is that of the products. Layers are compared with peft's before they are compiled. Where
-    fused LoRA is needed, raises ValueError if no layer can, or if one computes something else.
+    `dtype` is that of the products. 4-bit linears have the product that they keep already. Layers
+    are compared with peft's before they are compiled. Where fused LoRA is needed, raises ValueError
+    if no layer can, or if one computes something else.
     Where it is not, the model then is as peft made it, as it is where no MLP is one function.
     """
     if not fast.fused_lora:
@@ -69,8 +72,8 @@ def fuse_lora(model: nn.Module, dtype: torch.dtype) -> dict[str, int]:
         if reason:
             left[reason] = left.get(reason, 0) + 1
         else:
-            layer.__class__ = LoraProduct
-    groups = [SharedInput(layers, far) for layers, far in _sharing(model)]
+            layer.__class__ = with_forward(LoraProduct, type(layer))
+    groups = [_group(layers, far) for layers, far in _sharing(model)]
     for group in groups:
         for place, layer in enumerate(group.layers):
             layer.together, layer.place = group, place
@@ -95,7 +98,7 @@ def unfuse_lora(model: nn.Module) -> None:
         if isinstance(module, LoraMlp):
             unfuse_mlp(module)
         elif isinstance(module, LoraProduct):
-            module.__class__ = lora.Linear
+            module.__class__ = own_class(module)
             del module.together, module.place
 
 
@@ -119,7 +122,9 @@ def _decoder(model: nn.Module) -> nn.Module:
 def why_not(layer: lora.LoraLayer, dtype: torch.dtype) -> str | None:
     """Returns why a layer stays on peft's path; None if it need not."""
     base = layer.get_base_layer()
-    if type(layer) is not lora.Linear or type(base) is not nn.Linear or layer.fan_in_fan_out:
+    in_four_bits = bool(four_bit_linears(base))
+    whole = (type(layer), type(base)) == (lora.Linear, nn.Linear)
+    if not (whole or in_four_bits) or layer.fan_in_fan_out:
         return f"{type(base).__name__} under peft's {type(layer).__name__} has a product of its own"
     if len(layer.lora_A) != 1:
         return "there are several adapters, as in preference tuning from an adapter"
@@ -130,7 +135,15 @@ def why_not(layer: lora.LoraLayer, dtype: torch.dtype) -> str | None:
         return f"{type(variant).__name__} changes the LoRA update"
     if base.weight.requires_grad:
         return "the linear under LoRA trains"
-    if base.weight.dtype != dtype:
+    matrix = next(iter(layer.lora_A.values())).weight.dtype
+    if matrix != dtype and dtype not in (torch.bfloat16, torch.float16):  # no autocast casts to it
+        return f"LoRA's matrices are {matrix}, and the products {dtype}"
+    if in_four_bits:
+        from sftlab.fastpath import four_bit_lora
+
+        if reason := four_bit_lora.why_not(layer, dtype):
+            return reason
+    elif base.weight.dtype != dtype:
         return f"the weights are {base.weight.dtype}, and the products {dtype}"
     (dropout,) = layer.lora_dropout.values()
     if type(dropout) not in (nn.Identity, nn.Dropout):
@@ -138,6 +151,14 @@ def why_not(layer: lora.LoraLayer, dtype: torch.dtype) -> str | None:
     if type(dropout) is nn.Dropout and base.in_features % 8:
         return "dropout needs inputs whose size is a multiple of 8"
     return None
+
+
+def _group(layers: list[LoraProduct], far: bool) -> SharedInput:
+    if not four_bit_linears(layers[0].base_layer):
+        return SharedInput(layers, far)
+    from sftlab.fastpath.four_bit_lora import FourBitInput
+
+    return FourBitInput(layers, far)
 
 
 def _sharing(model: nn.Module) -> Iterator[tuple[list[LoraProduct], bool]]:

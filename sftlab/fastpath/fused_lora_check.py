@@ -6,11 +6,12 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import NamedTuple
 
 import torch
-from peft.tuners import lora
+from peft.utils.integrations import dequantize_module_weight
 from torch import nn
 
-from sftlab.fastpath.lora_mlp import LoraMlp, own_class
+from sftlab.fastpath.lora_mlp import LoraMlp
 from sftlab.fastpath.lora_products import LoraProduct, SharedInput, copy_matrices
+from sftlab.fastpath.own_class import own_class
 
 # Largest difference of equal outputs and gradients, relative to their norm.
 SAME = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 0.03, torch.float16: 0.01}
@@ -36,18 +37,19 @@ class _Part(NamedTuple):
         sizes = [(*one.kind, one.out_features, one.base_layer.bias is None) for one in self.layers]
         scales = [one.scale for one in self.layers]
         of = [type(self.mlp), type(self.mlp.act_fn), self.mlp.tanh_gelu] if self.mlp else []
-        return (*sizes, *scales, *of, *(one.far for one in self.groups), self.weight.device)
+        return (*sizes, *scales, *of, *(one.far for one in self.groups), self.like.device)
 
     @property
     def most(self) -> float:
         """The largest difference of what is the same; a GPU may round float32 to TF32."""
-        tf32 = self.weight.dtype == torch.float32 and self.weight.is_cuda
-        return SAME[torch.float16 if tf32 else self.weight.dtype]
+        tf32 = self.like.dtype == torch.float32 and self.like.is_cuda
+        return SAME[torch.float16 if tf32 else self.like.dtype]
 
     @property
-    def weight(self) -> nn.Parameter:
-        """The first frozen weight."""
-        return self.layers[0].base_layer.weight
+    def like(self) -> torch.Tensor:
+        """A number with the dtype and device of its products."""
+        first = self.layers[0]
+        return torch.empty((), dtype=first.together.dtype, device=first.base_layer.weight.device)
 
     def outputs(self, x: torch.Tensor) -> list[torch.Tensor]:
         """Returns what its modules make of x [1, tokens, in]."""
@@ -94,15 +96,15 @@ def _largest_difference(part: _Part) -> tuple[float, str]:
     def drawn(*shape: int) -> torch.Tensor:
         return torch.randn(shape, generator=generator, device="cpu")
 
-    weight, first = part.weight, part.layers[0]
-    x = drawn(1, TOKENS, first.in_features).to(weight).requires_grad_()
+    like, first = part.like, part.layers[0]
+    x = drawn(1, TOKENS, first.in_features).to(like).requires_grad_()
     ends = [part.layers[-1]] if part.mlp else part.layers
     given = [drawn(1, TOKENS, one.out_features) * TOKENS**-0.5 for one in ends]
-    given = [one.to(weight) for one in given]
+    given = [one.to(like) for one in given]
     matrices = [matrix for layer in part.layers for matrix in layer.matrices]
     named = [f"the gradient of {which}" for _ in part.layers for which in "AB"]
     names = [*("the output" for _ in given), "the gradient of the input", *named]
-    with _random(part, drawn), _casting(matrices[0], weight), torch.enable_grad():
+    with _random(part, drawn), _casting(matrices[0], like), torch.enable_grad():
         with _as_peft(part):
             right = _computed(part.outputs, x, given, matrices)
         copy_matrices(part.groups)
@@ -136,12 +138,13 @@ def _random(part: _Part, drawn: Callable[..., torch.Tensor]) -> Iterator[None]:
     """Let random matrices stand for A and B, without dropout; then all is as before."""
     own = {one: one.data for layer in part.layers for one in layer.matrices}
     weights = {layer.base_layer.weight: layer.base_layer.weight.data for layer in part.layers}
-    joined = {group: group.joined for group in part.groups}
+    held = {group: group.held for group in part.groups}
     training = {one: one.training for layer in part.layers for one in layer.modules()}
     try:
         for layer in part.layers:
             a, b = layer.matrices  # an update as large as the product that it adds to
-            spread = float(layer.base_layer.weight[:256].float().std()) or 1.0
+            weight = dequantize_module_weight(layer.base_layer)
+            spread = float(weight[:256].float().std()) or 1.0
             large = spread * (layer.in_features / layer.rank) ** 0.5 / (layer.scale or 1.0)
             a.data = (drawn(*a.shape) * layer.in_features**-0.5).to(a)
             b.data = (drawn(*b.shape) * large).to(b)
@@ -153,9 +156,9 @@ def _random(part: _Part, drawn: Callable[..., torch.Tensor]) -> Iterator[None]:
             parameter.data = data
         for one, was in training.items():
             one.training = was
-        for group, was in joined.items():
+        for group, was in held.items():
             group.forget(weights)
-            group.joined = was
+            group.held = was
 
 
 @contextmanager
@@ -166,7 +169,7 @@ def _as_peft(part: _Part) -> Iterator[None]:
         fused[part.mlp] = type(part.mlp)
     try:
         for module in part.layers:
-            module.__class__ = lora.Linear
+            module.__class__ = own_class(module)
         if part.mlp:
             part.mlp.__class__ = own_class(part.mlp)
         yield
@@ -175,8 +178,8 @@ def _as_peft(part: _Part) -> Iterator[None]:
             module.__class__ = of
 
 
-def _casting(a: torch.Tensor, weight: torch.Tensor) -> AbstractContextManager:
+def _casting(a: torch.Tensor, like: torch.Tensor) -> AbstractContextManager:
     """Returns a context in which products have the weights' dtype, as in a step."""
-    if a.dtype == weight.dtype:
+    if a.dtype == like.dtype:
         return nullcontext()
-    return torch.autocast(weight.device.type, weight.dtype, cache_enabled=False)
+    return torch.autocast(like.device.type, like.dtype, cache_enabled=False)

@@ -4,13 +4,13 @@ Its activation is written where down's product reads it, and its gradient where 
 and up read theirs. The activation is not kept for the backward: its gradient works it out again.
 """
 
-from functools import cache
-
 import torch
 from torch import nn
 
-from sftlab.fastpath.lora_products import LoraProduct, adapter_gradients
+from sftlab.fastpath.joined_product import Form, adapter_gradients, for_gradients, for_outputs
+from sftlab.fastpath.lora_products import LoraProduct
 from sftlab.fastpath.mlp_ops import gated_backward, gated_down
+from sftlab.fastpath.own_class import own_class, with_forward
 from sftlab.models.gated_mlp import NAMES, tanh_gelu_of
 
 
@@ -29,10 +29,12 @@ class LoraMlp(nn.Module):
             return super().forward(x, *args, **kwargs)
         layers = self.gate_proj, self.up_proj, self.down_proj
         both, down = self.gate_proj.together, self.down_proj.together
-        rows = x.reshape(-1, self.gate_proj.in_features).to(both.joined.dtype)
-        scales = [layer.scale for layer in layers]
+        rows = x.reshape(-1, self.gate_proj.in_features).to(both.dtype)
         matrices = [matrix for layer in layers for matrix in layer.matrices]
-        found = _Mlp.apply(rows, both.joined, down.joined, self.tanh_gelu, scales, *matrices)
+        found = _Mlp.apply(
+            rows, self.tanh_gelu, both.form, down.form, len(both.tensors()),
+            *both.tensors(), *down.tensors(), *matrices,
+        )  # fmt: skip
         return found.unflatten(0, x.shape[:-1])
 
     def _is_ready(self, x: torch.Tensor) -> bool:
@@ -61,12 +63,12 @@ def fuse_mlp(module: nn.Module) -> None:
         return
     if any(layer.base_layer.bias is not None for layer in layers):
         return
-    if gate.base_layer.weight.dtype != down.base_layer.weight.dtype:
+    if gate.together.dtype != down.together.dtype:
         return
     if not gate.out_features == up.out_features == down.in_features:
         return
     if (tanh_gelu := tanh_gelu_of(module)) is not None:
-        module.__class__ = _with_lora(type(module))
+        module.__class__ = with_forward(LoraMlp, type(module))
         module.tanh_gelu = tanh_gelu
 
 
@@ -76,54 +78,47 @@ def unfuse_mlp(module: LoraMlp) -> None:
     del module.tanh_gelu
 
 
-def own_class(module: LoraMlp) -> type[nn.Module]:
-    """Returns the class that an MLP had before it was fused."""
-    return type(module).__bases__[1]
-
-
-@cache
-def _with_lora(of: type[nn.Module]) -> type[nn.Module]:
-    """Returns a class that is LoraMlp first and then `of`, the same one for every layer."""
-    return type(f"Lora{of.__name__}", (LoraMlp, of), {"__module__": __name__})
-
-
 class _Mlp(torch.autograd.Function):
     """down's [act, h] [W, s B]^T of act = f(gate) up: [rows, in] to [rows, out].
 
-    `joined` and `down` hold W, A and s B as in SharedInput, of gate and up and of down; `matrices`
-    are A and B of gate, up and down, whose gradients it returns.
+    `form` and the first `count` of `tensors` are those of gate and up, as for_outputs takes them.
+    `form_down` and the next tensors are down's. The last six are A and B of gate, up and down,
+    whose gradients it returns.
     """
 
     @staticmethod
     def forward(
         ctx: object,
         x: torch.Tensor,
-        joined: torch.Tensor,
-        down: torch.Tensor,
         tanh_gelu: bool,
-        scales: list[float],
-        *matrices: torch.Tensor,
+        form: Form,
+        form_down: Form,
+        count: int,
+        *tensors: torch.Tensor,
     ) -> torch.Tensor:
+        held, held_down, matrices = tensors[:count], tensors[count:-6], tensors[-6:]
+        wide, a = for_outputs(form, held)
         width = x.shape[1]
-        wide = len(joined) - joined.shape[1] + width
-        both = torch.cat([x, x.new_zeros(len(x), joined.shape[1] - width)], 1)
-        both[:, width:] = both @ joined[wide:].t()
-        y = both @ joined[:wide].t()
-        found, h = gated_down(y, down, tanh_gelu)
-        ctx.save_for_backward(both, y, h, joined, down)
-        ctx.tanh_gelu, ctx.scales, ctx.dtype = tanh_gelu, scales, matrices[0].dtype
-        ctx.rank, ctx.rank_down = len(matrices[0]), len(matrices[4])
+        both = torch.cat([x, x.new_zeros(len(x), len(a))], 1)
+        both[:, width:] = both[:, :width] @ a.t()
+        y = both @ wide.t()
+        found, h = gated_down(y, *for_outputs(form_down, held_down), tanh_gelu)
+        ctx.save_for_backward(both, y, h, *held, *held_down)
+        ctx.tanh_gelu, ctx.form, ctx.form_down, ctx.count = tanh_gelu, form, form_down, count
+        ctx.rank, ctx.rank_down, ctx.dtype = len(matrices[0]), len(matrices[4]), matrices[0].dtype
         return found
 
     @staticmethod
     def backward(ctx: object, gradient: torch.Tensor) -> tuple:
-        both, y, h, joined, down = ctx.saved_tensors
-        size, out = y.shape[1] // 2, gradient.shape[1]
+        both, y, h, *held = ctx.saved_tensors
+        tall, b = for_gradients(ctx.form, held[: ctx.count], gradient)
+        tall_down, b_down = for_gradients(ctx.form_down, held[ctx.count :], gradient)
         into_b_down = gradient.t() @ h
         into_x, into_a, into_b, into_a_down = gated_backward(
-            gradient, y, both, joined, down, ctx.tanh_gelu
+            gradient, y, both, tall, b, tall_down, b_down, ctx.tanh_gelu
         )
-        dtype, (*scales, scale) = ctx.dtype, ctx.scales
-        found = adapter_gradients(into_a, into_b, ctx.rank, [size, size], scales, dtype)
-        found += adapter_gradients(into_a_down, into_b_down, ctx.rank_down, [out], [scale], dtype)
-        return into_x, None, None, None, None, *found
+        found = adapter_gradients(into_a, into_b, ctx.rank, ctx.form, ctx.dtype)
+        found += adapter_gradients(
+            into_a_down, into_b_down, ctx.rank_down, ctx.form_down, ctx.dtype
+        )
+        return into_x, None, None, None, None, *(None for _ in held), *found

@@ -2,24 +2,18 @@
 
 peft computes x W^T and s (x A^T) B^T and adds them. Here h = x A^T stands beside x and s B beside
 W, so that one product gives the sum. W and A are below one another too: another product gives the
-gradient of x. One matrix holds all of them, and the frozen weights are views of it. Linears that
-read the same tensor (q, k and v; gate and up) are one such product, B on a block diagonal.
+gradient of x. One matrix holds all of them, and whole frozen weights are views of it (for those in
+4 bits see four_bit_lora.py). Linears that read the same tensor (q, k and v; gate and up) are one
+such product, B on a block diagonal.
 """
 
 from collections.abc import Mapping, Sequence
 
 import torch
-from peft.tuners import lora
 from torch import nn
 
-from sftlab.fastpath import mlp_ops
-from sftlab.fastpath.dropout_bits import (
-    dropout_bits,
-    is_kept,
-    kept_share,
-    project_dropped_,
-    project_dropped_backward,
-)
+from sftlab.fastpath.dropout_bits import dropout_bits, kept_share
+from sftlab.fastpath.joined_product import Form, JoinedProduct
 
 # products are fast where the rank is padded to this
 RANK_MULTIPLE = 64
@@ -27,12 +21,12 @@ RANK_MULTIPLE = 64
 LARGEST_SHARED_RANK = 128
 
 
-class LoraProduct(lora.Linear):
-    """peft's LoRA layer, computed in one product with the layers that share its input.
+class LoraProduct(nn.Module):
+    """What a LoRA layer is computed by, in one product with the layers that share its input.
 
-    It falls back to peft's own forward before the decoder's first one, while adapters are merged,
-    disabled or chosen by row, where a hook looks at the frozen linear, and where its products have
-    another dtype than its weight.
+    It stands before peft's class of the layer. It falls back to that class's forward before the
+    decoder's first one, while adapters are merged, disabled or chosen by row, where a hook looks at
+    the frozen linear, and where its products have another dtype than its weight.
     """
 
     together: "SharedInput"
@@ -41,10 +35,10 @@ class LoraProduct(lora.Linear):
     def forward(self, x: torch.Tensor, *args: object, **kwargs: object) -> torch.Tensor:
         """Returns x W^T + s dropout(x) A^T B^T: [..., in] to [..., out]."""
         if args or kwargs or not self.together.is_ready(x):
-            return lora.Linear.forward(self, x, *args, **kwargs)
-        weight = self.base_layer.weight
-        y = self.together.output(self.place, x.to(weight.dtype))
-        return y if self.base_layer.bias is None else y + self.base_layer.bias.to(weight.dtype)
+            return super().forward(x, *args, **kwargs)
+        dtype, bias = self.together.dtype, self.base_layer.bias
+        y = self.together.output(self.place, x.to(dtype))
+        return y if bias is None else y + bias.to(dtype)
 
     @property
     def adapts(self) -> bool:
@@ -85,7 +79,13 @@ class LoraProduct(lora.Linear):
     @property
     def kind(self) -> tuple:
         """What layers of one product have in common."""
-        return self.in_features, self.base_layer.weight.dtype, self.rank, self.dropped
+        base = self.base_layer
+        state = getattr(base.weight, "quant_state", None)
+        if state is None:
+            frozen = (base.weight.dtype,)
+        else:
+            frozen = (base.compute_dtype, state.blocksize, state.quant_type, state.nested)
+        return self.in_features, self.rank, self.dropped, *frozen
 
 
 def padded(rank: int) -> int:
@@ -96,25 +96,45 @@ def padded(rank: int) -> int:
 class SharedInput:
     """Layers that read one tensor. The first one that is asked computes the outputs of all.
 
-    `joined` [out + rank, in + rank] holds W, s B to its right and A below it; its last block is 0.
-    `far` outputs have gradients that are worked out before they are copied beside one another.
+    `held` is one matrix [out + ranks, in + ranks] with W, s B to its right and A below it; its last
+    block is 0. It is None before the decoder's first forward. `far` is that of Form.
     """
 
     def __init__(self, layers: Sequence[LoraProduct], far: bool = False) -> None:
         self.layers, self.far = tuple(layers), far
-        self.joined: torch.Tensor | None = None
+        self.held: tuple[torch.Tensor, ...] | None = None
         self._x: torch.Tensor | None = None
         self._waiting: list[torch.Tensor | None] = []
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of its products."""
+        return self.layers[0].base_layer.weight.dtype
+
+    @property
+    def form(self) -> Form:
+        """What its product has to know beside tensors."""
+        sizes = [layer.out_features for layer in self.layers]
+        return Form(sizes, [layer.scale for layer in self.layers], self.far, *self.rounding)
+
+    @property
+    def rounding(self) -> tuple[int | None, str]:
+        """How its weights were rounded: weights a block and the kind of 4 bits."""
+        return None, ""
+
+    def tensors(self) -> list[torch.Tensor]:
+        """Returns what its product takes the frozen weights and LoRA's copies from."""
+        return list(self.held)
+
     def is_ready(self, x: torch.Tensor) -> bool:
-        """Whether the decoder has begun, every layer adapts, and x's products have W's dtype."""
-        if self.joined is None or not all(one.adapts for one in self.layers):
+        """Whether the decoder has begun, every layer adapts, and products have the right dtype."""
+        if self.held is None or not all(one.adapts for one in self.layers):
             return False
         for layer in self.layers:
             dtype = layer.matrices[0].dtype
             if torch.is_autocast_enabled(x.device.type):
                 dtype = torch.get_autocast_dtype(x.device.type)
-            if dtype != layer.base_layer.weight.dtype:
+            if dtype != self.dtype:
                 return False
         return True
 
@@ -136,50 +156,51 @@ class SharedInput:
             seed = torch.randint(2**62, (1,), device=x.device)
             kept = dropout_bits(seed, len(layers), *rows.shape, first.dropped)
             factor = 1 / kept_share(first.dropped)
-        sizes = [layer.out_features for layer in layers]
-        scales = [layer.scale for layer in layers]
         matrices = [matrix for layer in layers for matrix in layer.matrices]
-        form = (sizes, scales, self.far)
-        found = _Product.apply(rows, self.joined, kept, factor, form, *matrices)
+        found = JoinedProduct.apply(rows, kept, factor, self.form, *self.tensors(), *matrices)
         return [part.unflatten(0, x.shape[:-1]) for part in found]
 
     def forget(self, weights: Mapping[nn.Parameter, torch.Tensor]) -> None:
         """Be as before the decoder's first forward, with the frozen weights that are given."""
-        self.joined, self._x, self._waiting = None, None, []
+        self.held, self._x, self._waiting = None, None, []
         for layer in self.layers:
             layer.base_layer.weight.data = weights[layer.base_layer.weight]
 
     def hold_weights(self) -> None:
-        """Make the frozen weights views of `joined`, unless they are."""
+        """Make the frozen weights views of what is held, unless they are."""
         first = self.layers[0].base_layer.weight
-        out, rank = sum(layer.out_features for layer in self.layers), self._columns()
+        out, ranks = sum(layer.out_features for layer in self.layers), self.columns()
         weights = [layer.base_layer.weight for layer in self.layers]
-        if self.joined is not None and all(
+        if self.held is not None and all(
             weight.data_ptr() == view.data_ptr()
             for weight, view in zip(weights, self._weight_views(), strict=True)
         ):
             return
-        self.joined = first.new_zeros(out + rank, first.shape[1] + rank)
+        self.held = (first.new_zeros(out + ranks, first.shape[1] + ranks),)
         for weight, view in zip(weights, self._weight_views(), strict=True):
             view.copy_(weight.data)
             weight.data = view
 
-    def _columns(self) -> int:
+    def columns(self) -> int:
+        """Returns the columns of all A matrices, padded."""
         return padded(sum(layer.rank for layer in self.layers))
 
     def _weight_views(self) -> list[torch.Tensor]:
-        width = self.layers[0].in_features
-        sizes = [layer.out_features for layer in self.layers]
-        return list(self.joined[: sum(sizes), :width].split(sizes))
+        width, sizes = self.layers[0].in_features, self.form.sizes
+        return list(self.held[0][: sum(sizes), :width].split(sizes))
 
     def lora_views(self) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-        """Returns where `joined` has each layer's A [rank, in] and s B [out, rank]."""
-        width, rank = self.layers[0].in_features, self.layers[0].rank
-        sizes = [layer.out_features for layer in self.layers]
-        below = self.joined[sum(sizes) :, :width].split(rank)[: len(sizes)]
-        beside = self.joined[: sum(sizes), width:].split(sizes)
-        blocks = [block[:, i * rank : (i + 1) * rank] for i, block in enumerate(beside)]
-        return list(below), blocks
+        """Returns where it holds each layer's A [rank, in] and s B [out, rank]."""
+        (joined,), width, out = self.held, self.layers[0].in_features, sum(self.form.sizes)
+        return self.parts(joined[out:, :width], joined[:out, width:])
+
+    def parts(
+        self, a: torch.Tensor, b: torch.Tensor
+    ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """Returns each layer's part of A [ranks, in] and of the block diagonal s B [out, ranks]."""
+        sizes, rank = self.form.sizes, self.layers[0].rank
+        blocks = [b[:, i * rank : (i + 1) * rank] for i, b in enumerate(b.split(sizes))]
+        return list(a.split(rank)[: len(sizes)]), blocks
 
 
 @torch.no_grad()
@@ -201,81 +222,3 @@ def copy_matrices(groups: Sequence[SharedInput]) -> None:
         return
     torch._foreach_copy_(into[0], a)
     torch._foreach_copy_(into[1], torch._foreach_mul(b, scales))
-
-
-class _Product(torch.autograd.Function):
-    """[x, h] [W, s B]^T with h = `factor` dropout(x) A^T: [rows, in] to [rows, out] of each layer.
-
-    `joined` holds W, A and s B; `matrices` are each layer's A and B, whose gradients it returns.
-    `kept` are dropout's bits.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: object,
-        x: torch.Tensor,
-        joined: torch.Tensor,
-        kept: torch.Tensor | None,
-        factor: float,
-        form: tuple[list[int], list[float], bool],
-        *matrices: torch.Tensor,
-    ) -> tuple[torch.Tensor, ...]:
-        sizes, ctx.scales, ctx.far = form
-        out, width, rank = sum(sizes), x.shape[1], len(matrices[0])
-        beside = torch.cat([x, x.new_zeros(len(x), joined.shape[1] - width)], 1)
-        if kept is None:
-            beside[:, width:] = beside @ joined[out:].t()
-        else:
-            project_dropped_(beside, joined[out:, :width], kept, rank, factor)
-        ctx.save_for_backward(beside, joined, kept)
-        ctx.rank, ctx.factor, ctx.sizes = rank, factor, sizes
-        ctx.dtype = matrices[0].dtype
-        return (beside @ joined[:out].t()).split(sizes, 1)
-
-    @staticmethod
-    def backward(ctx: object, *gradients: torch.Tensor) -> tuple:
-        both, joined, kept = ctx.saved_tensors
-        out, rank = sum(ctx.sizes), ctx.rank
-        width = both.shape[1] - len(joined) + out
-        x, h = both[:, :width], both[:, width:]
-        if kept is None:
-            if ctx.far:
-                beside = mlp_ops.beside(list(gradients), len(joined))
-            else:
-                beside = torch.cat([*gradients, x.new_zeros(h.shape)], 1)
-            into_h = beside @ joined[:, width:]
-            into_b = beside[:, :out].t() @ h
-            into_a = into_h.t() @ x
-            beside[:, out:] = into_h
-            into_x = beside @ joined[:, :width]
-        else:
-            gradient = mlp_ops.beside(list(gradients), out) if ctx.far else torch.cat(gradients, 1)
-            into_h = gradient @ joined[:out, width:] * ctx.factor
-            into_b = gradient.t() @ h
-            into_a = project_dropped_backward(into_h, x, kept, rank)
-            into_x = gradient @ joined[:out, :width]
-            parts = zip(into_h.split(rank, 1), joined[out:, :width].split(rank), kept, strict=False)
-            for mine, a, bits in parts:
-                into_x = into_x + torch.where(is_kept(bits), mine @ a, 0)
-        found = adapter_gradients(into_a, into_b, rank, ctx.sizes, ctx.scales, ctx.dtype)
-        return into_x, None, None, None, None, *found
-
-
-def adapter_gradients(
-    into_a: torch.Tensor,
-    into_b: torch.Tensor,
-    rank: int,
-    sizes: Sequence[int],
-    scales: Sequence[float],
-    dtype: torch.dtype,
-) -> list[torch.Tensor]:
-    """Returns the gradients of each layer's A [rank, in] and B [out, rank], in turn.
-
-    They are parts of those of all: `into_a` [ranks, in], and `into_b` [all out, ranks] for s B.
-    """
-    found = []
-    parts = zip(into_a.split(rank), into_b.split(sizes), scales, strict=False)
-    for i, (a, b, scale) in enumerate(parts):
-        found.append(a.to(dtype))
-        found.append(b[:, i * rank : (i + 1) * rank].to(dtype) * scale)
-    return found

@@ -33,26 +33,26 @@ def _(parts: Sequence[torch.Tensor], columns: int) -> torch.Tensor:
 
 @torch.library.custom_op("sftlab::gated_down", mutates_args=())
 def gated_down(
-    y: torch.Tensor, joined: torch.Tensor, tanh_gelu: bool
+    y: torch.Tensor, wide: torch.Tensor, a: torch.Tensor, tanh_gelu: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The down product of act = f(gate) up, with y [rows, 2 size] = [gate, up].
 
-    `joined` [out + ranks, size + ranks] holds W, s B to its right and A below it. Returns the
+    `wide` [out, size + ranks] is down's W beside s B, and `a` [ranks, size] its A. Returns the
     output [rows, out] and h = act A^T [rows, ranks].
     """
-    size = y.shape[1] // 2
-    out = len(joined) - joined.shape[1] + size
-    both = _room(y, joined.shape[1])
+    size = a.shape[1]
+    both = _room(y, wide.shape[1])
     act = both[:, :size]
     gated(y, tanh_gelu, act)
-    both[:, size:] = h = act @ joined[out:, :size].t()
-    return both @ joined[:out].t(), h
+    both[:, size:] = h = act @ a.t()
+    return both @ wide.t(), h
 
 
 @gated_down.register_fake
-def _(y: torch.Tensor, joined: torch.Tensor, tanh_gelu: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    ranks = joined.shape[1] - y.shape[1] // 2
-    return y.new_empty(y.shape[0], joined.shape[0] - ranks), y.new_empty(y.shape[0], ranks)
+def _(
+    y: torch.Tensor, wide: torch.Tensor, a: torch.Tensor, tanh_gelu: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return y.new_empty(y.shape[0], wide.shape[0]), y.new_empty(y.shape[0], a.shape[0])
 
 
 @torch.library.custom_op("sftlab::gated_backward", mutates_args=())
@@ -60,29 +60,31 @@ def gated_backward(
     gradient: torch.Tensor,
     y: torch.Tensor,
     both: torch.Tensor,
-    joined: torch.Tensor,
-    down: torch.Tensor,
+    tall: torch.Tensor,
+    b: torch.Tensor,
+    tall_down: torch.Tensor,
+    b_down: torch.Tensor,
     tanh_gelu: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """The gradients of an MLP, from `gradient` [rows, out], that of its output.
 
-    `both` [rows, in + ranks] holds its input and the h of gate and up, `joined` and `down` hold the
-    matrices of gate and up, and of down. Returns the gradients of the input, of A and of s B of
-    gate and up, and of A of down.
+    `both` [rows, in + ranks] holds its input and the h of gate and up. `tall` [2 size + ranks, in]
+    is W above A of gate and up, and `b` [2 size, ranks] their s B; `tall_down` and `b_down` are
+    down's. Returns the gradients of the input, of A and of s B of gate and up, and of A of down.
     """
     wide, out = y.shape[1], gradient.shape[1]
-    size, width = wide // 2, joined.shape[1] - len(joined) + wide
-    into_down = _room(y, len(down))
+    width = tall.shape[1]
+    into_down = _room(y, len(tall_down))
     copy(gradient, into_down[:, :out])
-    into_down[:, out:] = into_h = gradient @ down[:out, size:]
-    act = into_down @ down[:, :size]  # the gradient of act; then act itself, in its place
-    into_both = _room(y, len(joined))
+    into_down[:, out:] = into_h = gradient @ b_down
+    act = into_down @ tall_down  # the gradient of act; then act itself, in its place
+    into_both = _room(y, len(tall))
     into_y, h = into_both[:, :wide], both[:, width:]
     gated_backward_(act, y, tanh_gelu, into_y)
     into_b, into_a_down = into_y.t() @ h, into_h.t() @ act
     del act, into_down, into_h
-    into_both[:, wide:] = into_h = into_y @ joined[:wide, width:]
-    return into_both @ joined[:, :width], into_h.t() @ both[:, :width], into_b, into_a_down
+    into_both[:, wide:] = into_h = into_y @ b
+    return into_both @ tall, into_h.t() @ both[:, :width], into_b, into_a_down
 
 
 @gated_backward.register_fake
@@ -90,18 +92,18 @@ def _(
     gradient: torch.Tensor,
     y: torch.Tensor,
     both: torch.Tensor,
-    joined: torch.Tensor,
-    down: torch.Tensor,
+    tall: torch.Tensor,
+    b: torch.Tensor,
+    tall_down: torch.Tensor,
+    b_down: torch.Tensor,
     tanh_gelu: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    wide = y.shape[1]
-    ranks, ranks_down = joined.shape[0] - wide, down.shape[1] - wide // 2
-    width = joined.shape[1] - ranks
+    (width, ranks), ranks_down = (tall.shape[1], b.shape[1]), b_down.shape[1]
     return (
         y.new_empty(y.shape[0], width),
         y.new_empty(ranks, width),
-        y.new_empty(wide, ranks),
-        y.new_empty(ranks_down, wide // 2),
+        y.new_empty(y.shape[1], ranks),
+        y.new_empty(ranks_down, tall_down.shape[1]),
     )
 
 

@@ -30,7 +30,8 @@ class FastPath:
     `layers` are the model's. `reasons` says, by part, why one that the recipe leaves unset is off.
     Compiled layers are off on a CPU without a reason. `experts` is how a loaded mixture multiplies
     its experts, None for other models, and `experts_lora` how it adds LoRA to their stacked
-    weights, None where these have none. `four_bit_weights` is what gives weights in 4 bits back.
+    weights, None where these have none. `mixers` is what computes layers beside attention: the
+    "kernels" of a package, or "torch". `four_bit_weights` is what gives weights in 4 bits back.
     `layers_per_unit` is how many decoder layers FSDP2 gathers at once, None without FSDP2. Where
     fused LoRA is needed, it is an error if it cannot be, and `without_fused_lora` says what to do
     then.
@@ -44,6 +45,7 @@ class FastPath:
     reasons: dict[str, str] = field(default_factory=dict)
     experts: str | None = None
     experts_lora: str | None = None
+    mixers: str | None = None
     fused_lora: bool = False
     four_bit_weights: str | None = None
     layers_per_unit: int | None = None
@@ -135,9 +137,7 @@ def choose(
         may_capture_step=recipe.training.captured_step is None
         and compiled
         and no_capture is None
-        # not measured on a GPU
-        and not recipe.training.gradient_checkpointing
-        and recipe.training.mixed_precision != "fp8",
+        and recipe.training.mixed_precision != "fp8",  # not measured on a GPU
         fused_lora=fused_lora,
         needs_fused_lora=bool(recipe.training.fused_lora),
     )

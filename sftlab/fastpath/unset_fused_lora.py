@@ -18,7 +18,7 @@ SHARDED = "FSDP shards the frozen weights, and one product needs them beside LoR
 def choose_fused_lora(recipe: Recipe, layers: Layers, launch: Launch) -> tuple[bool, str | None]:
     """Returns whether it is on, with compiled layers on a GPU, and why not.
 
-    The reason is None where nobody expects it: for LoRA on other linears, or on rounded weights.
+    The reason is None where nobody expects it: for LoRA on other linears, or on weights in 8 bits.
     """
     if not _is_expected(recipe, layers):
         return False, None
@@ -28,7 +28,7 @@ def choose_fused_lora(recipe: Recipe, layers: Layers, launch: Launch) -> tuple[b
 
 def _is_expected(recipe: Recipe, layers: Layers) -> bool:
     model = recipe.model
-    rounded = model.load_in_4bit or model.load_in_8bit or recipe.training.mixed_precision == "fp8"
+    rounded = model.load_in_8bit or recipe.training.mixed_precision == "fp8"
     if rounded or not model.use_peft or model.lora_modules_to_save or model.lora_target_parameters:
         return False
     if any(getattr(model, name) for name in PARAMETER_FIELDS):

@@ -159,7 +159,7 @@ VARIANTS = {
     "sft.py fp8, DDP": sft("fp8", gb=20, on_all=True),
 }
 # pairs with and without fused_lora, for linears, rows a step and dropout
-FUSED_LORA = {
+_FUSED_1B = {
     f"sft.py bf16, {linears}, {rows} rows, dropout {dropout}{', LoRA fused' * fused}": sft(
         "single", rows=rows, gb=gb, lora_dropout=dropout, lora_target_modules=targets,
         fused_lora="true" if fused else "false",
@@ -225,6 +225,16 @@ PEERS = {
     "Unsloth QLoRA, 7B, packed, 16 rows": unsloth(ALL, 16, 90, _R32, **_QLORA),
 }
 
+
+_FUSED_7B = {
+    f"{name}, LoRA {'' if fused else 'not '}fused": one._replace(
+        fields=one.fields | {"fused_lora": str(fused).lower()}
+    )
+    for name, one in PEERS.items()
+    if name.startswith("sft.py QLoRA")
+    for fused in (True, False)
+}
+FUSED_LORA = _FUSED_1B | _FUSED_7B
 
 # those whose steps have few tokens
 SMALL = {

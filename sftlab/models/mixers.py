@@ -6,10 +6,12 @@ every class named here, tests/test_packed_hybrids.py holds packed rows to rows a
 
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from inspect import getclosurevars, isfunction
+from types import ModuleType
 from typing import Any
 
+import torch
 from torch import nn
 
 # classes of transformers with one short convolution, and at most one recurrence behind it
@@ -21,6 +23,8 @@ PACKED = frozenset(
         *("BambaMixer", "FalconH1Mixer", "GraniteMoeHybridMambaLayer", "NemotronHMamba2Mixer"),
     )
 )
+# tokens of a row on which kernels are tried: two chunks of the recurrences
+TRIED = 128
 # decoder layers of these compute each token by itself
 TOKENWISE = frozenset(("NemotronHMLP", "NemotronHMoE"))
 
@@ -50,19 +54,62 @@ def without_kernels(model: nn.Module) -> Iterator[None]:
 
     A kernel takes the address of a tensor without numbers for memory, and ruins the GPU's context.
     """
-    replaced = []
-    for name in {type(mixer).__module__ for mixer in packed_mixers(model)}:
-        modeling = sys.modules[name]
-        for function, own in list(vars(modeling).items()):
-            of_padded_rows = getattr(own, "of_padded_rows", own)
-            if isfunction(of_padded_rows) and is_kernel(of_padded_rows):
-                replaced.append((modeling, function, own))
-                setattr(modeling, function, _closure(of_padded_rows)["torch_function"])
+    replaced = [*_kernels(model)]
+    for modeling, function, own in replaced:
+        setattr(modeling, function, _in_torch(own))
     try:
         yield
     finally:
         for modeling, function, own in replaced:
             setattr(modeling, function, own)
+
+
+def leave_out_failing_kernels(model: nn.Module, dtype: torch.dtype) -> tuple[bool, str | None]:
+    """Let mixers compute in torch where the kernels of a package do not train on this machine.
+
+    A forward and a backward of one mixer of each class run on a short row, with products of
+    `dtype`. Returns whether kernels compute, and otherwise why not, if there are any.
+    """
+    kernels = [*_kernels(model)]
+    if not kernels:
+        return False, None
+    for mixer in {type(one): one for one in packed_mixers(model)}.values():
+        try:
+            _train_on_a_row(mixer, model.config.get_text_config().hidden_size, dtype)
+        except Exception as error:
+            for modeling, function, own in kernels:
+                setattr(modeling, function, _in_torch(own))
+            why = " ".join(str(error).split()) or type(error).__name__
+            return False, f"{type(mixer).__name__} does not train with its package's kernels: {why}"
+    return True, None
+
+
+def _train_on_a_row(mixer: nn.Module, hidden: int, dtype: torch.dtype) -> None:
+    parameter = next(mixer.parameters())
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(1, TRIED, hidden, generator=generator, device="cpu").to(parameter.device, dtype)
+    casts = nullcontext() if parameter.dtype == dtype else torch.autocast(x.device.type, dtype)
+    x.requires_grad_()
+    gpus = [x.device] if x.is_cuda else []
+    with torch.random.fork_rng(gpus), torch.enable_grad(), casts:
+        found = mixer(x)
+        found = found[0] if isinstance(found, tuple) else found
+        torch.autograd.grad(found.float().sum(), x)
+
+
+def _kernels(model: nn.Module) -> Iterator[tuple[ModuleType, str, Callable]]:
+    """Yields the functions of transformers' modules that a package of kernels computes."""
+    for name in {type(mixer).__module__ for mixer in packed_mixers(model)}:
+        modeling = sys.modules[name]
+        for function, own in list(vars(modeling).items()):
+            of_padded_rows = getattr(own, "of_padded_rows", own)
+            if isfunction(of_padded_rows) and is_kernel(of_padded_rows):
+                yield modeling, function, own
+
+
+def _in_torch(own: Callable) -> Callable:
+    """Returns transformers' own function in torch, of one that a kernel computes."""
+    return _closure(getattr(own, "of_padded_rows", own))["torch_function"]
 
 
 def _closure(function: Callable) -> dict[str, Any]:

@@ -1,8 +1,10 @@
 """bitsandbytes' optimizers wait for the GPU once a step, not after every tensor.
 
 Version: bitsandbytes 0.50.2, optim/optimizer.py, `Optimizer8bit.step`. It calls `sync_gpu` after
-each tensor's update, so the next one is started only when the GPU has nothing left to do. Delete
-when it waits at the end of the step alone.
+each tensor's update, so the next one is started only when the GPU has nothing left to do. A paged
+optimizer also asks for each tensor's state to be brought to the GPU. The driver does that on the
+host between two kernels, and has to even where the state never left: it leaves when memory is
+short. Delete when it waits at the end of the step alone, and asks where something left.
 """
 
 import inspect
@@ -12,6 +14,9 @@ from typing import Any
 
 import torch
 from torch.optim import Optimizer
+
+# states of a paged optimizer stay on a GPU that has at least this share of its memory free
+FREE = 0.05
 
 
 def wait_once(optimizer: Optimizer) -> bool:
@@ -55,16 +60,28 @@ def _step(self: Any, closure: Callable[[], Any] | None = None) -> Any:
         self.check_overrides()
         self.to_gpu()
         self.initialized = True
-    updated = None
+    updated, may_be_away = None, self.is_paged and memory_is_short()
     for group_index, group in enumerate(self.param_groups):
         for index, parameter in enumerate(group["params"]):
             if parameter.grad is None:
                 continue
             if len(self.state[parameter]) == 0:
                 self.init_state(group, parameter, group_index, index)
-            self.prefetch_state(parameter)
+            if may_be_away:
+                self.prefetch_state(parameter)
             self.update_step(group, parameter, group_index, index)
             updated = parameter
     if updated is not None:
         sync_gpu(updated)
     return loss
+
+
+def memory_is_short() -> bool:
+    """Whether the GPU is so full that its driver may have moved paged states to the host.
+
+    A kernel that needs them there still gets them, page by page. On a CPU nothing is paged.
+    """
+    if not torch.cuda.is_available():
+        return False
+    free, of = torch.cuda.mem_get_info()
+    return free < FREE * of

@@ -36,6 +36,7 @@ from sftlab.measurement.flops import flops_per_token
 from sftlab.measurement.memory import MemorySplit, PeakMemory
 from sftlab.measurement.throughput import Meter
 from sftlab.models.inner_model import inner_model
+from sftlab.models.mixers import leave_out_failing_kernels, packed_mixers
 from sftlab.models.own_logits import Changes, logit_changes, own_log_probs_if_needed
 from sftlab.models.plain_adapter import Matrices
 from sftlab.startup.phases import FIRST_CHECKS, phase_ended
@@ -116,18 +117,26 @@ class RecordedTrainer(UpstreamFixes):
             self.fast.reasons["router_loss"] = off
         if differs := own_log_probs_if_needed(base):
             self.fast.reasons["trl_fused_head"] = differs
-        if self.fast.packing:
-            pack_mixers(base)
+        precision = PRECISIONS[self.args.mixed_precision]
+        dtype = getattr(torch, COMPUTE_DTYPE[precision])
+        self._take_mixers(base, dtype)
         self._take_experts_product(base)
         self.choose_loss()
         if self.args.mixed_precision == "fp8":
             freeze_in_float8(self.model, self.accelerator.device)
-        precision = PRECISIONS[self.args.mixed_precision]
-        dtype = getattr(torch, COMPUTE_DTYPE[precision])
-        take_fused_lora(self.model, self.fast, self.launch.strategy, dtype)
         take_four_bits(self.model, self.fast, self.launch.strategy, dtype)
+        take_fused_lora(self.model, self.fast, self.launch.strategy, dtype)
         if self.fast.compile_layers:
             compile_layers(base)
+
+    def _take_mixers(self, base: PreTrainedModel, dtype: torch.dtype) -> None:
+        if packed_mixers(base):
+            kernels, why = leave_out_failing_kernels(base, dtype)
+            self.fast.mixers = "kernels" if kernels else "torch"
+            if why:
+                self.fast.reasons["mixer_kernels"] = why
+        if self.fast.packing:
+            pack_mixers(base)
 
     def _take_experts_product(self, base: PreTrainedModel) -> None:
         precision = PRECISIONS[self.args.mixed_precision]
