@@ -1,5 +1,6 @@
 """Packed rows of models whose layers are not all attention: no state crosses from row to row."""
 
+import copy
 import sys
 from inspect import getclosurevars, isfunction
 from types import ModuleType
@@ -256,6 +257,9 @@ def test_packed_pairs_of_a_hybrid_are_trls_own(hybrid, tmp_path, on_a_cpu):
     assert len(train(build(pairs, packing="true", max_steps=1))) == 1
 
 
+CPU = torch.device("cpu")
+
+
 class _Fails(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x):
@@ -286,7 +290,7 @@ def test_kernels_that_do_not_train_here_are_left_out_with_their_reason(
     decorated = use_kernel_func_from_hub_with_fallback("kernel", package.__name__)(own)
     monkeypatch.setattr(modeling, name, decorated)
     before = torch.get_rng_state()
-    kernels, why = mixers.leave_out_failing_kernels(model, torch.float32)
+    kernels, why = mixers.leave_out_failing_kernels(model, torch.float32, CPU)
     assert torch.equal(torch.get_rng_state(), before)
     assert not any(p.grad is not None for p in model.parameters())
     assert kernels is not fails and getattr(modeling, name) is (own if fails else decorated)
@@ -305,7 +309,14 @@ def test_kernels_that_do_not_train_here_are_left_out_with_their_reason(
     hidden_states(model, Collator(0, packed=True, mixers=True)(ROWS)).sum().backward()
 
 
+def test_a_mixer_that_is_not_where_it_trains_is_copied_there(monkeypatch):
+    model = models.model_of("Qwen 3.5 (text)").to("meta")
+    mixer = mixers.packed_mixers(model)[0]
+    monkeypatch.setattr(copy, "deepcopy", lambda one: one.to_empty(device="cpu"))
+    mixers._train_on_a_row(mixer, model.config.hidden_size, torch.float32, CPU)
+
+
 def test_a_model_without_mixers_or_packages_has_nothing_to_leave_out():
     for family in ("Qwen 3.5 (text)", "LFM2"):
         model = models.model_of(family)
-        assert mixers.leave_out_failing_kernels(model, torch.float32) == (False, None)
+        assert mixers.leave_out_failing_kernels(model, torch.float32, CPU) == (False, None)

@@ -4,6 +4,7 @@ Their convolutions and recurrences go through functions that `fastpath/packed_mi
 every class named here, tests/test_packed_hybrids.py holds packed rows to rows alone.
 """
 
+import copy
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -64,18 +65,21 @@ def without_kernels(model: nn.Module) -> Iterator[None]:
             setattr(modeling, function, own)
 
 
-def leave_out_failing_kernels(model: nn.Module, dtype: torch.dtype) -> tuple[bool, str | None]:
+def leave_out_failing_kernels(
+    model: nn.Module, dtype: torch.dtype, device: torch.device
+) -> tuple[bool, str | None]:
     """Let mixers compute in torch where the kernels of a package do not train on this machine.
 
     A forward and a backward of one mixer of each class run on a short row, with products of
-    `dtype`. Returns whether kernels compute, and otherwise why not, if there are any.
+    `dtype`, on the `device` that trains: a copy of the mixer, where it is elsewhere. Returns
+    whether kernels compute, and otherwise why not, if there are any.
     """
     kernels = [*_kernels(model)]
     if not kernels:
         return False, None
     for mixer in {type(one): one for one in packed_mixers(model)}.values():
         try:
-            _train_on_a_row(mixer, model.config.get_text_config().hidden_size, dtype)
+            _train_on_a_row(mixer, model.config.get_text_config().hidden_size, dtype, device)
         except Exception as error:
             for modeling, function, own in kernels:
                 setattr(modeling, function, _in_torch(own))
@@ -84,10 +88,14 @@ def leave_out_failing_kernels(model: nn.Module, dtype: torch.dtype) -> tuple[boo
     return True, None
 
 
-def _train_on_a_row(mixer: nn.Module, hidden: int, dtype: torch.dtype) -> None:
+def _train_on_a_row(
+    mixer: nn.Module, hidden: int, dtype: torch.dtype, device: torch.device
+) -> None:
     parameter = next(mixer.parameters())
+    if parameter.device != device:  # FSDP's model is on the CPU until it is sharded
+        mixer = copy.deepcopy(mixer).to(device)
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(1, TRIED, hidden, generator=generator, device="cpu").to(parameter.device, dtype)
+    x = torch.randn(1, TRIED, hidden, generator=generator, device="cpu").to(device, dtype)
     casts = nullcontext() if parameter.dtype == dtype else torch.autocast(x.device.type, dtype)
     x.requires_grad_()
     gpus = [x.device] if x.is_cuda else []

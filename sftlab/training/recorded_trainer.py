@@ -131,7 +131,7 @@ class RecordedTrainer(UpstreamFixes):
 
     def _take_mixers(self, base: PreTrainedModel, dtype: torch.dtype) -> None:
         if packed_mixers(base):
-            kernels, why = leave_out_failing_kernels(base, dtype)
+            kernels, why = leave_out_failing_kernels(base, dtype, self.accelerator.device)
             self.fast.mixers = "kernels" if kernels else "torch"
             if why:
                 self.fast.reasons["mixer_kernels"] = why
