@@ -4,7 +4,18 @@ import pytest
 from planned_steps import ALL, ATTENTION, forecast
 
 from sftlab.models.random_models import random_lengths
+from sftlab.paths import ROOT
 from sftlab.planning.row_lengths import RowLengths, of_lengths
+from sftlab.tables import read_csv
+
+LLAMA_8B = {"shape": "llama3-8b"}
+CAPTURED = {"captured_step": "true"}
+QLORA = {
+    "shape": "llama2-7b",
+    "load_in_4bit": "true",
+    "lora_r": 32,
+    "optim": "paged_adamw_32bit",
+}
 
 
 def test_speed_follows_the_gpu_and_what_is_known_of_the_h200():
@@ -19,11 +30,39 @@ def test_speed_follows_the_gpu_and_what_is_known_of_the_h200():
     for launch, fields, speed in (
         ("single", {}, 100_047),
         ("fp8", {}, 116_991),
-        ("single", {"targets": ALL}, 85_827),
+        ("single", {"targets": ALL, "fused_lora": "false"}, 85_827),
     ):
         assert forecast(launch, rows=rows, lora_dropout=0, **fields).tokens_per_s == pytest.approx(
             speed, rel=0.15
         )
+
+
+FUSED = {  # the table's folder and variant: rows a step, their shortest and longest, steps, fields
+    ("float8", "sft.py bf16, all linears, 64 rows"): (64, 16, 512, 60, {}),
+    ("captured_step", "sft.py bf16, all linears, 20 rows"): (20, 16, 512, 130, CAPTURED),
+    ("peers_8b", "sft.py bf16, 8B, 2 full rows of 4096"): (2, 4096, 4096, 40, LLAMA_8B),
+    ("fused_qlora", "sft.py QLoRA, 7B, kept activations, 42 rows, LoRA fused"): (
+        *(42, 16, 1024, 30),
+        QLORA,
+    ),
+}
+
+
+@pytest.mark.parametrize("table, variant", FUSED)
+def test_speed_and_memory_with_fused_lora_are_near_what_was_measured(table, variant):
+    rows, shortest, longest, steps, fields = FUSED[table, variant]
+    (line,) = [
+        one
+        for one in read_csv(ROOT / "results" / table / "throughput.csv")
+        if one["variant"] == variant
+    ]
+    planned = forecast(
+        rows=of_lengths(random_lengths(3000, longest, shortest), None, "its own"),
+        per_device_train_batch_size=rows, global_batch_size=rows, max_length=longest,
+        targets=ALL, lora_dropout=0, max_steps=steps, **fields,
+    )  # fmt: skip
+    assert planned.tokens_per_s == pytest.approx(float(line["tokens_per_s"]), rel=0.05)
+    assert planned.memory.allocated / 2**30 == pytest.approx(float(line["peak_gb"]), rel=0.05)
 
 
 def test_checkpointing_costs_a_forward_whatever_is_trained():

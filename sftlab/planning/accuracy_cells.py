@@ -97,7 +97,9 @@ class Cell(NamedTuple):
             fields |= QLORA | {
                 "optim": "adamw_torch_fused" if self.strategy == "fsdp" else "paged_adamw_32bit"
             }
-        if self.strategy == "fsdp":  # as results/plan_accuracy was measured
+        # as results/plan_accuracy was measured
+        fields["fused_lora"] = False
+        if self.strategy == "fsdp":
             fields["fsdp_layers_per_unit"] = 1
         return fields
 

@@ -95,10 +95,7 @@ def kept_bytes(step: Step) -> float:
     masks = step.dropout * (s.hidden * (into_attention + into_mlp) + query * ("o_proj" in targets))
     masks += step.dropout * s.mlp * ("down_proj" in targets)
     lora = b * (inputs + step.rank * adapters) + masks
-    # gate, up and down as one function keep no activation: its gradient works it out again
-    as_one = step.fused_lora and not step.dropout and not gate_up
-    as_one &= targets >= {"gate_proj", "up_proj", "down_proj"}
-    as_one &= padded(2 * step.rank) <= LARGEST_SHARED_RANK
+    as_one = has_fused_mlp(step)
     if step.fused_lora:
         lora = _kept_by_fused_lora(
             step,
@@ -115,6 +112,14 @@ def kept_bytes(step: Step) -> float:
         return norms + attention + b * 2 * s.mlp + lora
     norms = 2 * (4 * s.hidden + 4) + 4 * (s.norm_elements + s.norm_vectors)
     return norms + attention + b * (2 if as_one else 3) * s.mlp + lora
+
+
+def has_fused_mlp(step: Step) -> bool:
+    """Whether gate, up and down are one function, which keeps no activation for its gradient."""
+    if not step.fused_lora or step.dropout or "gate_up_proj" in step.fused:
+        return False
+    all_three = step.targets >= {"gate_proj", "up_proj", "down_proj"}
+    return all_three and padded(2 * step.rank) <= LARGEST_SHARED_RANK
 
 
 def _routing_bytes(step: Step) -> float:

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from sftlab.planning.gpu_specs import GPU, HOST_US
 from sftlab.planning.step import Step
-from sftlab.planning.step_memory import kept_bytes
+from sftlab.planning.step_memory import has_fused_mlp, kept_bytes
 
 # Share of the published matrix rate: a large product's, times that of a decoder's products on
 # average.
@@ -32,6 +32,9 @@ TRAFFIC_COMPILED, TRAFFIC_EAGER, TRAFFIC_EAGER_FP32 = 5.0, 13.7, 10.9
 # Elements moved for each one that enters or leaves a linear with LoRA; float32 LoRA matrices have
 # them cast and cast back.
 LORA_COMPILED, LORA_EAGER, LORA_CASTS = 5.5, 8.0, 14.0
+# The same where gate, up and down are one function with it, fitted to whole runs (results/float8,
+# captured_step, peers_8b, fused_qlora).
+LORA_FUSED = 1.8
 # The forward's share of both, which checkpointing moves again.
 FORWARD, FORWARD_LORA = 0.32, 0.45
 # Bytes moved for each element that enters or leaves a float8 product. Compiled, it is rounded in
@@ -199,6 +202,8 @@ def traffic(step: Step) -> float:
         * (1 + FORWARD * again)
     )
     elements = LORA_COMPILED if step.compiled else LORA_CASTS if step.casts else LORA_EAGER
+    if step.compiled and has_fused_mlp(step):
+        elements = LORA_FUSED
     lora_again = step.checkpointing + (step.reference and step.reference_adapter)
     moved += b * elements * sum(a + z for a, z in with_lora) * (1 + FORWARD_LORA * lora_again)
     # an element read and written, and a byte of mask; the same in the backward
