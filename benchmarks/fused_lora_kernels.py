@@ -206,12 +206,17 @@ def cases(shape: Shape) -> dict[str, Case]:
         return [g.beside]
 
     def down(g: SimpleNamespace, form: tuple) -> list[torch.Tensor]:
-        found, h = mlp_ops.gated_down(g.y, *for_outputs(of_down, [g.down]), False)
+        wide, a = for_outputs(of_down, [g.down])
+        found, h = mlp_ops.gated_down(g.y, wide, a[:, :mlp], False)
         return [found, h[:, :r]]
 
     def whole(g: SimpleNamespace, form: tuple) -> list[torch.Tensor]:
-        of = *for_gradients(of_both, [g.joined], g.y), *for_gradients(of_down, [g.down], g.y)
-        x, a, b, a_down = mlp_ops.gated_backward(g.gradient, g.y, g.both, *of, False)
+        (tall, b), (tall_down, b_down) = (
+            for_gradients(form, [held], g.y)
+            for form, held in ((of_both, g.joined), (of_down, g.down))
+        )
+        of = g.gradient, g.y, g.both, tall, b[: 2 * mlp], tall_down, b_down[:hidden]
+        x, a, b, a_down = mlp_ops.gated_backward(*of, False)
         return [x, a, b[:mlp, :r], b[mlp:, r : 2 * r], a_down[:r]]
 
     size = hidden // shape.heads * (shape.heads + 2 * shape.key_heads)

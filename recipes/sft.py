@@ -189,6 +189,7 @@ def prepare(
         answers = answers_in_training(training, splits, tokenizer, config)
     callbacks = [stop, FirstStepWait(fast.compile_layers)]
     trainer = trainer_of(recipe, launch, fast, tokenizer, config, splits, callbacks)
+    fast.refuse_other_mixers(start.must_match.get("mixers"), recipe.data.resume_anyway)
     if answers:
         trainer.answer = answers
     for _, rows in trainer.sequences()[:1] if run.is_main else []:
@@ -203,7 +204,8 @@ def prepare(
         broadcast_object_list(captures)
     if captures[0]:
         trainer.capture_steps()
-    must |= {"fused_lora": fast.fused_lora, "captured_step": fast.captured_step}
+    for part in ("fused_lora", "captured_step", "mixers"):
+        must[part] = getattr(fast, part)
     trainer.checkpointer.must_match, trainer.checkpointer.hardware = must, now["hardware"]
     phase_ended(TRAINER)
     with says_if_long("compiling the kernels"):

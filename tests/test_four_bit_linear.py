@@ -128,10 +128,14 @@ class Graphs:
             for graphs in (self.forward, self.backward)
         ]
 
-    def kept(self):
-        """Sizes, smallest first, of what the forwards return and keep for the backwards."""
+    def kept(self, made=False):
+        """Sizes, smallest first, of what the forwards return and keep for the backwards.
+
+        With `made` of these alone that are not inputs.
+        """
         outputs = [node for graph in self.forward for node in graph.nodes if node.op == "output"]
-        values = [one.meta["val"] for node in outputs for one in node.args[0] if one is not None]
+        nodes = [one for node in outputs for one in node.args[0] if one is not None]
+        values = [one.meta["val"] for one in nodes if not made or one.op != "placeholder"]
         return [tuple(sorted(one.shape)) for one in values if isinstance(one, torch.Tensor)]
 
 

@@ -1,6 +1,8 @@
 """LoRA and its frozen linear in one product compute what peft's layers do."""
 
+import re
 from collections.abc import Iterator
+from shutil import which
 
 import pytest
 import torch
@@ -8,6 +10,7 @@ from conftest import short_fields
 from packed_training import FOUR_BITS, build, train
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from torch import nn
+from torch._inductor.utils import run_and_get_code
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from sftlab.fastpath import compile_layers, fused_lora
@@ -318,6 +321,22 @@ def test_a_training_with_dropout_continues_exactly(fields):
     train(again, resume_from_checkpoint=f"{fields['output_dir']}/checkpoint-3")
     saved = [get_peft_model_state_dict(one.model) for one in (whole, again)]
     assert difference(*saved) == 0
+
+
+@pytest.mark.long
+@pytest.mark.skipif(not (which("g++") or which("clang++")), reason="there is no C++ compiler")
+def test_compiled_nothing_is_copied_to_write_beside_it():
+    """Inductor writes into a part of a matrix in place, or into a copy of the whole."""
+    torch._dynamo.reset()
+    mine = fused(adapted().bfloat16())
+    compile_layers.compile_layers(mine.get_base_model())
+    _, codes = run_and_get_code(lambda: loss_and_gradients(mine))
+    layers = [code for code in codes if "cpp_fused_copy_slice" in code]
+    assert len(layers) == 2, "the layers' forward and backward"
+    for code in layers:
+        written = re.findall(r"^ +cpp_fused_copy_slice_\d+\((.*)\)", code, re.MULTILINE)
+        tensors = [[one for one in call.split(", ") if not one.startswith("s")] for call in written]
+        assert {len(one) for one in tensors} == {2}, "what is written, and where"
 
 
 def test_it_is_refused_where_no_layer_can(fields):

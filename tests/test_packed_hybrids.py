@@ -30,6 +30,7 @@ from sftlab.fastpath.packed_mixers import pack_mixers, shifted_products
 from sftlab.models import layers, mixers
 from sftlab.models.layers import decoder_of, describe
 from sftlab.models.mixers import PACKED, is_kernel
+from sftlab.training import recorded_trainer
 
 models = load_script("docs/make_models.py")
 HYBRIDS = [
@@ -290,16 +291,18 @@ def test_kernels_that_do_not_train_here_are_left_out_with_their_reason(
     decorated = use_kernel_func_from_hub_with_fallback("kernel", package.__name__)(own)
     monkeypatch.setattr(modeling, name, decorated)
     before = torch.get_rng_state()
-    kernels, why = mixers.leave_out_failing_kernels(model, torch.float32, CPU)
+    assert mixers.has_kernels(model)
+    why = mixers.why_kernels_fail(model, torch.float32, CPU)
     assert torch.equal(torch.get_rng_state(), before)
     assert not any(p.grad is not None for p in model.parameters())
-    assert kernels is not fails and getattr(modeling, name) is (own if fails else decorated)
     assert why is None or why.endswith(
         "with its package's kernels: This Triton is wrong on this GPU"
     )
     assert fails == (why is not None)
     if not fails:
         return
+    mixers.leave_out_kernels(model)
+    assert getattr(modeling, name) is own and not mixers.has_kernels(model)
     alone = torch.cat([hidden_states(model, Collator(0, packed=False)([r]))[0] for r in ROWS])
     model.set_attn_implementation("varlen")
     pack_mixers(model)
@@ -316,7 +319,27 @@ def test_a_mixer_that_is_not_where_it_trains_is_copied_there(monkeypatch):
     mixers._train_on_a_row(mixer, model.config.hidden_size, torch.float32, CPU)
 
 
-def test_a_model_without_mixers_or_packages_has_nothing_to_leave_out():
-    for family in ("Qwen 3.5 (text)", "LFM2"):
-        model = models.model_of(family)
-        assert mixers.leave_out_failing_kernels(model, torch.float32, CPU) == (False, None)
+@pytest.mark.parametrize("why", [None, "FooMixer does not train"])
+@pytest.mark.parametrize("hybrid", ["LFM2"], indirect=True)
+def test_a_run_says_what_computes_its_mixers_and_goes_on_with_it(fields, monkeypatch, why):
+    left = []
+    monkeypatch.setattr(recorded_trainer, "has_kernels", lambda model: True)
+    monkeypatch.setattr(recorded_trainer, "leave_out_kernels", left.append)
+    monkeypatch.setattr(recorded_trainer, "why_kernels_fail", lambda *_: None)
+    # another process found that they fail
+    monkeypatch.setattr(recorded_trainer, "gather_object", lambda mine: [*mine, why])
+    trainer = build(fields, max_steps=1)
+    fast, by = trainer.fast, "torch" if why else "kernels"
+    assert trainer.what_ran()["mixers"] == by and len(left) == bool(why)
+    assert fast.reasons.get("mixer_kernels") == why
+    fast.refuse_other_mixers(by, False)
+    fast.refuse_other_mixers(None, False)
+    other = "kernels" if why else "torch"
+    fast.refuse_other_mixers(other, True)
+    with pytest.raises(ValueError, match=f"began with mixers in {other}, .*--overwrite"):
+        fast.refuse_other_mixers(other, False)
+
+
+def test_a_model_without_packages_has_no_kernels():
+    for family in ("Qwen 3.5 (text)", "LFM2", "Llama 2, 3; SmolLM2"):
+        assert not mixers.has_kernels(models.model_of(family))

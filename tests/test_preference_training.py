@@ -240,6 +240,19 @@ def test_a_reference_that_is_computed_once_is_that_of_every_step(pairs, trained_
         assert once["measured"][name] == pytest.approx(each["measured"][name], abs=1e-5)
 
 
+def test_fused_lora_that_is_asked_for_trains_beside_a_reference_in_every_step(pairs):
+    """The reference's forward copies LoRA's matrices anew, before the policy's backward."""
+    targets = ["gate_proj", "up_proj", "down_proj", "q_proj"]
+    own = pairs | {"lora_target_modules": targets, "precompute_ref_log_probs": "false"}
+    found = []
+    for switch in ("true", "false"):
+        trainer = build(own, fused_lora=switch, overwrite="true")
+        assert trainer.fast.fused_lora == (switch == "true") and not trainer.reference_once
+        trainer.train()
+        found.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
+    assert len(found[0]) == 4 and found[0] == pytest.approx(found[1], rel=1e-4)
+
+
 def test_wrong_figures_of_the_reference_stop_the_run(pairs, monkeypatch):
     trainer = build(pairs, precompute_ref_log_probs="true")
     forward = DPOTrainer.compute_ref_log_probs

@@ -26,6 +26,7 @@ def compile_layers(model: PreTrainedModel) -> None:
             f"{type(model).__name__} has no list of decoder layers: pass --compile_layers false"
         )
     keep_peft_uncompiled(model)
+    _keep_graphs_of_functions()
     norms = [m for name, m in decoder_of(model).named_children() if "norm" in name]
     for module in [*layers, *norms]:
         module.forward = _with_dynamic_tokens(torch.compile(module.forward))
@@ -33,6 +34,18 @@ def compile_layers(model: PreTrainedModel) -> None:
             module.forward = _with_quant_states(module.forward, in_4bit)
     if any(parameter.requires_grad for parameter in layers[0].parameters()):
         layers[0].forward = _with_gradient(layers[0].forward)
+
+
+def _keep_graphs_of_functions() -> None:
+    """Let torch keep compiled graphs that have an autograd.Function in them, as it keeps others.
+
+    torch 2.11 to 2.13 leaves them out unless told otherwise, so every start would trace them anew.
+    What they are kept under has the traced forward and backward of each Function in it.
+    """
+    from torch._functorch import config
+
+    if hasattr(config, "autograd_cache_allow_custom_autograd_functions"):
+        config.autograd_cache_allow_custom_autograd_functions = True
 
 
 def decoder_layers(model: PreTrainedModel) -> Sequence[nn.Module]:

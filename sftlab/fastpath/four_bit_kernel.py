@@ -35,8 +35,8 @@ def fill_four_bit_weight(
     the 256 numbers that they stand for, a larger scale [blocks / 256] for each 256 of them, and
     what is added, all float32. `table` are the 16 numbers that four bits stand for, float32.
     All tensors are contiguous, but for gaps between the rows of `out` where its columns are a
-    multiple of 8. The number of weights is one, `block` too, and `packed` begins at a multiple of 4
-    bytes.
+    multiple of 8. The number of weights is a multiple of 8, and so is `block`; `packed` begins at a
+    multiple of 4 bytes.
     """
     words, (width, warps) = out.numel() // A_WORD, form
     code, larger, offset = nested or (scales, scales, scales)

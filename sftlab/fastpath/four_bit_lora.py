@@ -16,10 +16,11 @@ from sftlab.fastpath.lora_products import SharedInput
 
 
 class FourBitInput(SharedInput):
-    """Layers with 4-bit weights that read one tensor; `held` are s B and A [ranks, in].
+    """Layers with 4-bit weights that read one tensor, without dropout.
 
-    It is ready where a gradient is kept. Without one bitsandbytes has products of its own, for an
-    answer's tokens.
+    `held` are s B with zeros below it, [out + ranks, ranks], and A with zeros behind it, [ranks, in
+    + ranks]. It is ready where a gradient is kept. Without one bitsandbytes has products of its
+    own, for an answer's tokens.
     """
 
     @property
@@ -54,17 +55,16 @@ class FourBitInput(SharedInput):
 
     def hold_weights(self) -> None:
         """Make room for the copies of LoRA's matrices, unless there is."""
-        first = self.layers[0]
-        device, ranks = first.base_layer.weight.device, self.columns()
-        if self.held is not None and self.held[0].device == device:
-            return
-        b = torch.zeros(sum(self.form.sizes), ranks, dtype=self.dtype, device=device)
-        self.held = b, b.new_zeros(ranks, first.in_features)
+        first, out, ranks = self.layers[0], sum(self.form.sizes), self.columns()
+        device = first.base_layer.weight.device
+        if not self.holds_these_ranks() or self.held[0].device != device:
+            b = torch.zeros(out + ranks, ranks, dtype=self.dtype, device=device)
+            self.hold(b, b.new_zeros(ranks, first.in_features + ranks))
 
     def lora_views(self) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         """Returns where it holds each layer's A [rank, in] and s B [out, rank]."""
         b, a = self.held
-        return self.parts(a, b)
+        return self.parts(a[:, : self.layers[0].in_features], b[: sum(self.form.sizes)])
 
 
 def why_not(layer: lora.LoraLayer, dtype: torch.dtype) -> str | None:
@@ -81,4 +81,7 @@ def why_not(layer: lora.LoraLayer, dtype: torch.dtype) -> str | None:
         return f"the weights were {was} before they had 4 bits, and the products are {dtype}"
     if base.in_features % 8:
         return "the size of their input is no multiple of 8"
+    if any(isinstance(one, nn.Dropout) for one in layer.lora_dropout.values()):
+        # a forward without gradients is peft's, as reentrant checkpointing's first one: other masks
+        return "in 4 bits LoRA with dropout stays peft's"
     return None

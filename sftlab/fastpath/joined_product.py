@@ -30,33 +30,40 @@ class Form(NamedTuple):
 
 
 def for_outputs(form: Form, held: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Returns `wide` and A [ranks, in].
+    """Returns `wide`, and A with zeros behind it, [ranks, in + ranks].
 
-    `held` is one matrix with W, s B to its right and A below it; in 4 bits it is s B [out, ranks],
-    A, and the tensors of every weight.
+    `held` is one matrix with W, s B to its right and A below it; its last block is 0. In 4 bits it
+    is s B with zeros below it, [out + ranks, ranks], A with its zeros, and the tensors of every
+    weight.
     """
+    out = sum(form.sizes)
     if form.block is None:
-        joined, out = held[0], sum(form.sizes)
-        width = joined.shape[1] - len(joined) + out
-        return joined[:out], joined[out:, :width]
+        return held[0][:out], held[0][out:]
     b, a, *weights = held
-    return four_bit_beside(weights, form.sizes, b, a.shape[1], form.block, form.kind), a
+    width = a.shape[1] - len(a)
+    return four_bit_beside(weights, form.sizes, b[:out], width, form.block, form.kind), a
 
 
 def for_gradients(
     form: Form, held: Sequence[torch.Tensor], gradient: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Returns `tall` and s B [out, ranks]; `gradient` is there in the backward alone."""
+    """Returns `tall`, and s B with zeros below it, [out + ranks, ranks].
+
+    `gradient` is there in the backward alone.
+    """
     if form.block is None:
-        joined, out = held[0], sum(form.sizes)
-        width = joined.shape[1] - len(joined) + out
-        return joined[:, :width], joined[:out, width:]
+        width = held[0].shape[1] - len(held[0]) + sum(form.sizes)
+        return held[0][:, :width], held[0][:, width:]
     b, a, *weights = held
+    a = a[:, : a.shape[1] - len(a)]
     return four_bit_above(weights, form.sizes, a, form.block, form.kind, gradient), b
 
 
 class JoinedProduct(torch.autograd.Function):
     """[x, h] [W, s B]^T with h = `factor` dropout(x) A^T: [rows, in] to [rows, out] of each layer.
+
+    h comes of x with zeros beside it, and is written over them: Inductor copies the whole matrix
+    where a product reads a part of it.
 
     `tensors` are what `for_outputs` takes, and then each layer's A and B, whose gradients it
     returns. `kept` are dropout's bits.
@@ -76,9 +83,9 @@ class JoinedProduct(torch.autograd.Function):
         width, rank = x.shape[1], len(matrices[0])
         beside = torch.cat([x, x.new_zeros(len(x), len(a))], 1)
         if kept is None:
-            beside[:, width:] = beside[:, :width] @ a.t()
+            beside[:, width:] = beside @ a.t()
         else:
-            project_dropped_(beside, a, kept, rank, factor)
+            project_dropped_(beside, a[:, :width], kept, rank, factor)
         ctx.save_for_backward(beside, kept, *held)
         ctx.form, ctx.rank, ctx.factor = form, rank, factor
         ctx.dtype = matrices[0].dtype
@@ -96,15 +103,14 @@ class JoinedProduct(torch.autograd.Function):
                 beside = mlp_ops.beside(list(gradients), len(tall))
             else:
                 beside = torch.cat([*gradients, x.new_zeros(h.shape)], 1)
-            gradient = beside[:, :out]
-            into_h = gradient @ b
-            into_b = gradient.t() @ h
+            into_h = beside @ b
+            into_b = beside[:, :out].t() @ h
             into_a = into_h.t() @ x
             beside[:, out:] = into_h
             into_x = beside @ tall
         else:
             gradient = mlp_ops.beside(list(gradients), out) if form.far else torch.cat(gradients, 1)
-            into_h = gradient @ b * ctx.factor
+            into_h = gradient @ b[:out] * ctx.factor
             into_b = gradient.t() @ h
             into_a = project_dropped_backward(into_h, x, kept, rank)
             into_x = gradient @ tall[:out]

@@ -103,6 +103,7 @@ class SharedInput:
     def __init__(self, layers: Sequence[LoraProduct], far: bool = False) -> None:
         self.layers, self.far = tuple(layers), far
         self.held: tuple[torch.Tensor, ...] | None = None
+        self.held_ranks: list[int] = []
         self._x: torch.Tensor | None = None
         self._waiting: list[torch.Tensor | None] = []
 
@@ -171,15 +172,23 @@ class SharedInput:
         first = self.layers[0].base_layer.weight
         out, ranks = sum(layer.out_features for layer in self.layers), self.columns()
         weights = [layer.base_layer.weight for layer in self.layers]
-        if self.held is not None and all(
+        if self.holds_these_ranks() and all(
             weight.data_ptr() == view.data_ptr()
             for weight, view in zip(weights, self._weight_views(), strict=True)
         ):
             return
-        self.held = (first.new_zeros(out + ranks, first.shape[1] + ranks),)
+        self.hold(first.data.new_zeros(out + ranks, first.shape[1] + ranks))
         for weight, view in zip(weights, self._weight_views(), strict=True):
             view.copy_(weight.data)
             weight.data = view
+
+    def hold(self, *matrices: torch.Tensor) -> None:
+        """Hold matrices that have room for adapters of today's ranks."""
+        self.held, self.held_ranks = matrices, [layer.rank for layer in self.layers]
+
+    def holds_these_ranks(self) -> bool:
+        """Whether what is held was made for adapters of today's ranks."""
+        return self.held is not None and self.held_ranks == [layer.rank for layer in self.layers]
 
     def columns(self) -> int:
         """Returns the columns of all A matrices, padded."""
@@ -197,8 +206,13 @@ class SharedInput:
     def parts(
         self, a: torch.Tensor, b: torch.Tensor
     ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-        """Returns each layer's part of A [ranks, in] and of the block diagonal s B [out, ranks]."""
+        """Returns each layer's part of A [ranks, in] and of the block diagonal s B [out, ranks].
+
+        They have versions of their own: a reference's forward copies the same once more, before the
+        backward of the forward ahead of it.
+        """
         sizes, rank = self.form.sizes, self.layers[0].rank
+        a, b = a.data, b.data
         blocks = [b[:, i * rank : (i + 1) * rank] for i, b in enumerate(b.split(sizes))]
         return list(a.split(rank)[: len(sizes)]), blocks
 

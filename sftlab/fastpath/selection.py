@@ -80,6 +80,17 @@ class FastPath:
             )
         self.captured_step, self.may_capture_step = began and self.may_capture_step, False
 
+    def refuse_other_mixers(self, began: str | None, settings_changed: bool) -> None:
+        """Raise ValueError where the run that is continued `began` with other mixers.
+
+        Not where that was not written down, or where it goes on with other settings on purpose.
+        """
+        if began and began != self.mixers and not settings_changed:
+            why = self.reasons.get("mixer_kernels", f"layers beside attention run in {self.mixers}")
+            raise ValueError(
+                f"the run began with mixers in {began}, and here {why}: begin anew with --overwrite"
+            )
+
 
 def choose(
     recipe: Recipe,

@@ -49,8 +49,8 @@ def _why_off(recipe: Recipe, layers: Layers, launch: Launch) -> str | None:
         return SHARDED
     if model.dtype != products or products == "float32":
         return "not measured where weights and products are not in the same 16 bits"
-    if recipe.training.method == "dpo" and model.adapter_name_or_path:
-        return "preference tuning from an adapter has two"
+    if recipe.training.method == "dpo":
+        return "the reference of preference tuning would be rounded in another way than the policy"
     if padded(2 * model.lora_r) > LARGEST_SHARED_RANK:
         return f"gate and up share no product at rank {model.lora_r}"
     if not layers.alike_and_gated:

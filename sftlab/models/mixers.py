@@ -65,27 +65,30 @@ def without_kernels(model: nn.Module) -> Iterator[None]:
             setattr(modeling, function, own)
 
 
-def leave_out_failing_kernels(
-    model: nn.Module, dtype: torch.dtype, device: torch.device
-) -> tuple[bool, str | None]:
-    """Let mixers compute in torch where the kernels of a package do not train on this machine.
+def has_kernels(model: nn.Module) -> bool:
+    """Returns whether a package of kernels computes mixers of a model."""
+    return any(True for _ in _kernels(model))
+
+
+def why_kernels_fail(model: nn.Module, dtype: torch.dtype, device: torch.device) -> str | None:
+    """Returns why the kernels of a package do not train a model's mixers here; None if they do.
 
     A forward and a backward of one mixer of each class run on a short row, with products of
-    `dtype`, on the `device` that trains: a copy of the mixer, where it is elsewhere. Returns
-    whether kernels compute, and otherwise why not, if there are any.
+    `dtype`, on the `device` that trains: a copy of the mixer, where it is elsewhere.
     """
-    kernels = [*_kernels(model)]
-    if not kernels:
-        return False, None
     for mixer in {type(one): one for one in packed_mixers(model)}.values():
         try:
             _train_on_a_row(mixer, model.config.get_text_config().hidden_size, dtype, device)
         except Exception as error:
-            for modeling, function, own in kernels:
-                setattr(modeling, function, _in_torch(own))
             why = " ".join(str(error).split()) or type(error).__name__
-            return False, f"{type(mixer).__name__} does not train with its package's kernels: {why}"
-    return True, None
+            return f"{type(mixer).__name__} does not train with its package's kernels: {why}"
+    return None
+
+
+def leave_out_kernels(model: nn.Module) -> None:
+    """Let mixers of a model compute in torch from now on."""
+    for modeling, function, own in [*_kernels(model)]:
+        setattr(modeling, function, _in_torch(own))
 
 
 def _train_on_a_row(

@@ -91,7 +91,7 @@ class Step:
     """What memory and time of a micro-batch depend on.
 
     `optimizer_copies`: torch's AdamW, unless fused, takes the roots of all second moments at once.
-    `optimizer_waits`: bitsandbytes' optimizers wait for the GPU after every trained tensor.
+    `optimizer_waits`: the GPU is idle between the updates of bitsandbytes' optimizers.
     `whole_logits`: the number of float32 copies of all logits, 0 for a loss in chunks.
     `reference`: preference tuning's frozen model runs forward too, with an adapter of its own where
     `reference_adapter` is set. `reference_once`: it runs before the first step alone. `measured` is

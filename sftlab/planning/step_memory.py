@@ -122,6 +122,29 @@ def has_fused_mlp(step: Step) -> bool:
     return all_three and padded(2 * step.rank) <= LARGEST_SHARED_RANK
 
 
+def _fused_copies(step: Step) -> int:
+    """Returns the bytes of A and B of fused LoRA, padded, beside the matrices that train.
+
+    Weights in 4 bits are whole meanwhile: those of an MLP that is one function at the same time.
+    """
+    if not step.fused_lora:
+        return 0
+    s = step.shape
+    query, key = s.heads * s.head_size, s.key_heads * s.head_size
+    found = 0
+    for names, width, outs in (
+        (("q_proj", "k_proj", "v_proj"), s.hidden, (query, key, key)),
+        (("o_proj",), query, (s.hidden,)),
+        (("gate_proj", "up_proj"), s.hidden, (s.mlp, s.mlp)),
+        (("down_proj",), s.mlp, (s.hidden,)),
+    ):
+        sizes = [out for name, out in zip(names, outs, strict=True) if name in step.targets]
+        ranks = padded(len(sizes) * step.rank)
+        found += ranks * (width + sum(sizes) + ranks) if sizes else 0
+    whole = 3 * s.mlp * s.hidden if step.quantized and has_fused_mlp(step) else 0
+    return step.compute_bytes * (s.layers * found + whole)
+
+
 def _routing_bytes(step: Step) -> float:
     """Returns the bytes a token that a mixture's layer keeps beside the products within experts.
 
@@ -174,7 +197,7 @@ def _in_a_step(step: Step) -> Memory:
     gradients = _gradients(step) if step.rank or step.accumulation > 1 else 0
     return Memory(
         parameters=w.base // share,
-        adapter=w.adapter * (1 + step.reference_adapter) // trained_share,
+        adapter=w.adapter * (1 + step.reference_adapter) // trained_share + _fused_copies(step),
         gradients=gradients,
         optimizer_state=w.optimizer_state // trained_share,
         activations=_kept_at_end(step, tokens) + (int(working) if at == "backward" else 0),

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate.data_loader import SeedableRandomSampler
+from accelerate.utils import gather_object
 from datasets import Dataset
 from torch import nn
 from torch.utils.data import IterableDataset, RandomSampler, Sampler, SequentialSampler
@@ -36,7 +37,12 @@ from sftlab.measurement.flops import flops_per_token
 from sftlab.measurement.memory import MemorySplit, PeakMemory
 from sftlab.measurement.throughput import Meter
 from sftlab.models.inner_model import inner_model
-from sftlab.models.mixers import leave_out_failing_kernels, packed_mixers
+from sftlab.models.mixers import (
+    has_kernels,
+    leave_out_kernels,
+    packed_mixers,
+    why_kernels_fail,
+)
 from sftlab.models.own_logits import Changes, logit_changes, own_log_probs_if_needed
 from sftlab.models.plain_adapter import Matrices
 from sftlab.startup.phases import FIRST_CHECKS, phase_ended
@@ -131,10 +137,14 @@ class RecordedTrainer(UpstreamFixes):
 
     def _take_mixers(self, base: PreTrainedModel, dtype: torch.dtype) -> None:
         if packed_mixers(base):
-            kernels, why = leave_out_failing_kernels(base, dtype, self.accelerator.device)
-            self.fast.mixers = "kernels" if kernels else "torch"
-            if why:
+            self.fast.mixers = "torch"
+        if has_kernels(base):
+            whys = gather_object([why_kernels_fail(base, dtype, self.accelerator.device)])
+            if why := next(filter(None, whys), None):  # in any process: all compute alike
+                leave_out_kernels(base)
                 self.fast.reasons["mixer_kernels"] = why
+            else:
+                self.fast.mixers = "kernels"
         if self.fast.packing:
             pack_mixers(base)
 
