@@ -7,6 +7,9 @@ import torch
 from conftest import arguments, read, short_fields
 from packed_training import FOUR_BITS, build, pack_on_a_cpu, reference_attention, train
 from transformers import (
+    BertConfig,
+    DbrxConfig,
+    GemmaConfig,
     Lfm2Config,
     Llama4TextConfig,
     LlamaConfig,
@@ -134,6 +137,37 @@ def test_models_whose_attention_the_kernels_do_not_have_are_not_packed(
     monkeypatch.setattr(varlen_attention, "find_spec", lambda name: name)
     found = varlen_attention.why_not(describe(config, model_class(config)), longest)
     assert found is None if why is None else why in found
+
+
+TINY = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 64}
+TWO_WAYS = [  # encoders have classes for generation too; PaliGemma's text part looks both ways
+    BertConfig(**TINY, intermediate_size=32),
+    GemmaConfig(**TINY, intermediate_size=32, head_dim=8, use_bidirectional_attention=True),
+]
+
+
+@pytest.mark.parametrize("config", TWO_WAYS, ids=lambda one: one.model_type)
+def test_a_model_whose_tokens_see_later_ones_is_refused(fields, config):
+    recipe = parse_recipe(arguments(fields), Launch.from_environment())
+    said = f"{config.model_type} lets tokens attend to later ones, so .* a causal language model"
+    for elsewhere in (None, lambda: None):  # a run, and a plan for another machine
+        with pytest.raises(ValueError, match=said):
+            selection.choose(recipe, config, Launch.from_environment(), elsewhere)
+    causal = BertConfig(**TINY, intermediate_size=32, is_decoder=True)
+    selection.choose(recipe, causal, Launch.from_environment())
+
+
+def test_experts_in_two_dimensions_count_as_whole_though_the_layers_are_unknown(fields):
+    config = DbrxConfig(
+        d_model=32, n_heads=4, n_layers=2, max_seq_len=64, vocab_size=64,
+        ffn_config={"ffn_hidden_size": 16, "moe_num_experts": 4, "moe_top_k": 2, "hidden_size": 32},
+        attn_config={"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": 1e4},
+    )  # fmt: skip
+    layers = describe(config, model_class(config))
+    assert layers.unknown and layers.experts > 0.3
+    recipe = parse_recipe(arguments(fields | FOUR_BITS), Launch.from_environment())
+    with pytest.raises(ValueError, match=r"rounds linear layers alone, and .* stacked"):
+        selection.choose(recipe, config, Launch.from_environment())
 
 
 def test_a_parameter_that_something_unfroze_stops_the_run(fields, on_a_cpu):

@@ -12,8 +12,8 @@ from types import FrameType
 from typing import Any, NoReturn
 
 import torch
-from peft import PeftModel, get_peft_model_state_dict
-from safetensors import SafetensorError, safe_open
+from peft import PeftModel
+from safetensors import SafetensorError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sftlab.config.model_overrides import check_overrides
@@ -29,6 +29,7 @@ from sftlab.fastpath import varlen_attention
 from sftlab.fastpath.experts_lora import take_experts_lora
 from sftlab.models.identity import base_identity, tokenizer_identity
 from sftlab.models.likelihood import with_fused_head
+from sftlab.models.loaded_adapter import refuse_other_tensors
 from sftlab.models.loading import load_model, model_init_kwargs, read_tokenizer
 from sftlab.models.trust import FLAG, check_adapter
 from sftlab.runs.record import read_run
@@ -197,7 +198,7 @@ def load_pair(
         raise ValueError(
             f"{folder / 'adapter'} does not load on {name}: {first_line(error)}"
         ) from error
-    _refuse_other_tensors(model, folder / "adapter")
+    refuse_other_tensors(model, folder / "adapter")
     take_experts_lora(model)  # peft's path copies all experts for every token
     return model.eval()
 
@@ -251,26 +252,6 @@ def _model_arguments(folder: Path, recipe: dict[str, Any]) -> ModelArguments:
     if arguments.attn_implementation == varlen_attention.NAME:  # it needs packed rows
         arguments.attn_implementation = None
     return arguments
-
-
-def _refuse_other_tensors(model: PeftModel, folder: Path) -> None:
-    """Raise ValueError where the adapter's file holds other tensors than the adapter has.
-
-    peft trains on with what it has drawn for a missing one.
-    """
-    with safe_open(folder / "adapter_model.safetensors", framework="pt") as file:
-        held = set(file.keys())
-    expected = set(get_peft_model_state_dict(model, save_embedding_layers=False))
-    # of embeddings that are targets, peft saves the base weights as well
-    missing = expected - held
-    unexpected = {one for one in held - expected if "lora_" in one}
-    if missing or unexpected:
-        parts = {"missing": missing, "unexpected": unexpected}
-        named = [f"{what} {', '.join(sorted(one)[:4])}" for what, one in parts.items() if one]
-        raise ValueError(
-            f"{folder} holds other tensors than its adapter_config.json asks for: "
-            f"{'; '.join(named)}"
-        )
 
 
 def answering(model: PeftModel | PreTrainedModel, side: str) -> AbstractContextManager:

@@ -102,10 +102,15 @@ def choose(
 
     `elsewhere` plans for another machine: it returns why that one has no Triton kernels, or None.
     Raises ValueError for packing or recorded steps that the recipe asks for and that do not work
-    here, and for fewer bits than 16 of a mixture of experts.
+    here, for fewer bits than 16 of a mixture of experts, and for a model that is not causal.
     """
     attention, reasons = recipe.model.attn_implementation, {}
     layers = describe(config, model_class(config))
+    if layers.sees_later:
+        raise ValueError(
+            f"{layers.unknown}, so a row gives away the tokens that the model is to predict: give "
+            "a causal language model"
+        )
     _refuse_whole_experts(recipe, layers)
     no_packing = _no_packing(recipe, layers, elsewhere)
     if (recipe.training.packing or attention == varlen_attention.NAME) and no_packing:

@@ -22,6 +22,7 @@ from sftlab.models.text_part import Nested
 from sftlab.models.without_numbers import NOT_WITHOUT_NUMBERS
 
 _NAME = "described"
+_LATER = "lets tokens attend to later ones"
 _TOKENS = 4
 # Tensors among an attention's arguments that do not change it, or are understood.
 _KNOWN_TENSORS = {"position_ids", "tiles", "s_aux"}
@@ -67,11 +68,12 @@ class Layers(NamedTuple):
     `count` is the number of decoder layers, and `convolutions` that of modules that mix
     neighbouring tokens. `mixers` is the number of modules beside attention that have a packed form,
     and `tokenwise` that of layers that mix nothing. `experts` is the share of the parameters that
-    belong to experts, stacked in tensors of three dimensions, and `mixture` has their sizes.
+    belong to experts and are no linears, but stacked in one tensor; `mixture` has their sizes.
     `norms` are the elements and the vectors of a token that a layer normalises beside the two norms
     of a Llama layer. `linears` are the names of the layers' linears, and `gated_mlps` those of
     modules that compute down(f(gate(x)) up(x)) of linears without biases. `unknown` says why the
-    attention cannot be described; None where it is.
+    attention cannot be described; None where it is. `sees_later` is set where a token attends to
+    later ones.
     """
 
     count: int
@@ -85,6 +87,7 @@ class Layers(NamedTuple):
     mixture: Mixture | None = None
     linears: tuple[str, ...] = ()
     gated_mlps: tuple[str, ...] = ()
+    sees_later: bool = False
 
     @property
     def alike_and_gated(self) -> bool:
@@ -135,32 +138,48 @@ def _described(pickled: bytes, takes_another: bool) -> Layers:
     decoder, found = config.get_text_config(), []
     AttentionInterface.register(_NAME, _recorder(decoder, found))
     with torch.device("meta"):
+        unknown = None
         try:
             model = AutoModelForCausalLM.from_config(
                 config, dtype=torch.bfloat16, attn_implementation=_NAME
             )
         except NOT_WITHOUT_NUMBERS as error:
-            return Layers(decoder.num_hidden_layers, unknown=_cannot(decoder, error))
+            unknown, takes_another = _cannot(decoder, error), False
+            try:
+                model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+            except NOT_WITHOUT_NUMBERS:
+                return Layers(decoder.num_hidden_layers, unknown=unknown)
         # hybrid models hand over their attention too, without saying so
-        takes_another = takes_another or bool(packed_mixers(model))
-        other = f"{decoder.model_type} does not take another attention"
-        unknown = _run(model) if takes_another else other
-    unknown = next((one for one in found if isinstance(one, str)), unknown)
-    experts = sum(
-        p.numel() for n, p in model.named_parameters() if p.ndim == 3 and ".experts." in n
-    )
+        if unknown is None:
+            takes_another = takes_another or bool(packed_mixers(model))
+            other = f"{decoder.model_type} does not take another attention"
+            unknown = _run(model) if takes_another else other
+    said = [one for one in found if isinstance(one, str)]
+    unknown = next(iter(said), unknown)
     return Layers(
         decoder.num_hidden_layers,
         () if unknown else tuple(found),
         sum(isinstance(module, nn.Conv1d) for module in model.modules()),
         len(packed_mixers(model)),
         tokenwise_layers(model),
-        experts / max(1, sum(p.numel() for p in model.parameters())),
+        _stacked(model) / max(1, sum(p.numel() for p in model.parameters())),
         (0, 0) if unknown or not found else _norms(model, decoder.hidden_size, found[0]),
         unknown,
         mixture_of(model, decoder),
         tuple(_linears(model)),
         tuple(gated_mlps(model)),
+        any(one.endswith(_LATER) for one in said),
+    )
+
+
+def _stacked(model: nn.Module) -> int:
+    """Returns the parameters of experts that are not the weights of linears."""
+    return sum(
+        parameter.numel()
+        for name, module in model.named_modules()
+        if ".experts" in f".{name}" and not isinstance(module, nn.Linear)
+        for parameter in module.parameters(recurse=False)
+        if parameter.ndim > 1
     )
 
 
@@ -257,7 +276,7 @@ def _not_understood(
     if mask is not None:
         return f"{name} makes an attention mask of its own"
     if not given.get("is_causal", getattr(module, "is_causal", True)):
-        return f"{name} lets tokens attend to later ones"
+        return f"{name} {_LATER}"
     tensors = {key for key, value in given.items() if isinstance(value, torch.Tensor)}
     if other := sorted(tensors - _KNOWN_TENSORS):
         return f"{name} gives its attention {', '.join(other)}"

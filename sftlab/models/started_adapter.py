@@ -8,6 +8,7 @@ from transformers import PreTrainedModel
 
 from sftlab.config.recipe import ModelArguments
 from sftlab.files import file_hash
+from sftlab.models.loaded_adapter import refuse_other_tensors
 from sftlab.models.trust import check_adapter
 
 # fields of the recipe that the adapter has decided already: (recipe's, adapter_config.json's)
@@ -72,9 +73,11 @@ def with_adapter(base: PreTrainedModel, model: ModelArguments) -> PreTrainedMode
     config = LoraConfig.from_pretrained(folder)
     config.lora_dropout, config.inference_mode = model.lora_dropout, False
     try:
-        return PeftModel.from_pretrained(base, folder, is_trainable=True, config=config)
+        found = PeftModel.from_pretrained(base, folder, is_trainable=True, config=config)
     except (RuntimeError, ValueError) as error:
         raise ValueError(
             f"the adapter in {folder} does not fit {model.model_name_or_path}: it was trained on "
             f"{config.base_model_name_or_path}"
         ) from error
+    refuse_other_tensors(found, folder)
+    return found

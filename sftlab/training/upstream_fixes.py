@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftModel
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset, Sampler
 from transformers import (
@@ -23,6 +24,7 @@ from transformers import (
 from transformers.trainer_utils import TrainOutput
 
 from sftlab.fastpath.float8 import convert_nothing
+from sftlab.models.loaded_adapter import refuse_other_tensors
 from sftlab.runs.checkpoint_manifest import in_order, remove
 from sftlab.training.clock import TrainingClock
 from sftlab.training.early_stopping import early_stopping_of
@@ -93,10 +95,12 @@ class UpstreamFixes(Trainer):
             order.set_epoch(epoch)
         return super()._run_epoch(model, epoch, train_dataloader, *args, **kwargs)
 
-    def _load_from_checkpoint(self, *args: Any, **kwargs: Any) -> None:
-        """Keep the dtypes: see `dtypes_kept`."""
+    def _load_from_checkpoint(self, checkpoint: str, *args: Any, **kwargs: Any) -> None:
+        """Keep the dtypes: see `dtypes_kept`. Raises ValueError where another adapter is loaded."""
         with dtypes_kept(self.model):
-            super()._load_from_checkpoint(*args, **kwargs)
+            super()._load_from_checkpoint(checkpoint, *args, **kwargs)
+        if isinstance(self.model, PeftModel) and not self.is_fsdp_enabled:
+            refuse_other_tensors(self.model, Path(checkpoint))
 
     def _load_best_model(self) -> None:
         """Keep the dtypes: see `dtypes_kept`."""
