@@ -2,7 +2,7 @@
 
 import pytest
 from conftest import load_script
-from transformers import Llama4TextConfig, LlamaConfig, MambaConfig
+from transformers import Llama4TextConfig, LlamaConfig, MambaConfig, Phi4MultimodalConfig
 
 from sftlab.config.launch import Launch
 from sftlab.config.recipe import ModelArguments
@@ -143,3 +143,12 @@ def test_a_config_that_makes_no_model_is_one_sentence(spoilt):
         setattr(config, name, value)
     with pytest.raises(ValueError, match=r"config\.json of the base model .* makes no model \("):
         check_adapter_names(ModelArguments(use_peft=True), config, ALONE, False)
+
+
+def test_what_sees_and_hears_beside_a_text_model_is_refused():
+    config = Phi4MultimodalConfig(**CONFIG, num_key_value_heads=2, pad_token_id=0)
+    model = ModelArguments(use_peft=True, lora_target_modules="all-linear", lora_dropout=0.0)
+    with pytest.raises(ValueError, match="linears of audio_embed, image_embed of phi4_multimodal"):
+        check_adapter_names(model, config, ALONE, False)
+    model.exclude_modules = ".*(audio_embed|image_embed).*"
+    check_adapter_names(model, config, ALONE, False)

@@ -25,6 +25,7 @@ _MIXERS = ("falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h")
 _MIXER_OUTPUTS = ("conv1d", "out_proj")
 # what transformers raises for values of a config that contradict each other
 _UNBUILT = (AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
+_SENSES = {"audio", "image", "speech", "vision", "visual"}
 _TIED = ("embed_tokens", "lm_head", "wte", "embed_in", "embed_out")
 
 
@@ -42,6 +43,7 @@ def check_adapter_names(
     _check_excluded(model, adapted, built)
     _refuse_mixer_outputs(model, adapted, config.model_type)
     _refuse_routers(model, adapted, built)
+    _refuse_towers(model, adapted, config.model_type)
     every = [name for name, _ in built.named_modules() if name]
     _check_each("lora_modules_to_save", model.lora_modules_to_save, every, built)
     _check_parameters(model.lora_target_parameters, built)
@@ -122,6 +124,18 @@ def _refuse_routers(model: ModelArguments, linear: Collection[str], built: nn.Mo
         raise ValueError(
             f"peft does not adapt {names} of {built.config.model_type}, which returns more than a "
             f"product: leave it out with --exclude_modules {names}"
+        )
+
+
+def _refuse_towers(model: ModelArguments, linear: Collection[str], model_type: str) -> None:
+    """Raise ValueError where a recipe adapts what sees or hears beside a text model."""
+    asked = [name.split(".") for name in linear if is_target(model, name)]
+    found = (next((p for p in parts if _SENSES & set(p.split("_"))), None) for parts in asked)
+    towers = sorted({part for part in found if part})
+    if towers:
+        raise ValueError(
+            f"lora_target_modules means linears of {', '.join(towers)} of {model_type} too, which "
+            f"text never reaches: leave them out with --exclude_modules '.*({'|'.join(towers)}).*'"
         )
 
 
