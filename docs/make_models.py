@@ -316,9 +316,9 @@ model trains, and the run says so. Images are never trained.
 - `recipes/export.py --to merged` writes the text model alone where transformers has a class for it
   (Gemma 3 and 4, Mistral 3). For the others export the adapter.
 
-Where transformers itself reads the text out of the checkpoint (Qwen 3.5, Llama 4), its class is
-used. A checkpoint whose text model is built otherwise (Llama 3.2 Vision, SmolVLM) is refused in one
-sentence.
+Where transformers itself reads the text out of the checkpoint (Qwen 3.5, Llama 4, Llama 3.2
+Vision), its class is used. A checkpoint whose text model is built otherwise (SmolVLM, Idefics 3)
+is refused in one sentence.
 """
 
 

@@ -37,8 +37,10 @@ CHECKPOINTS = {
         {**QWEN, "hidden_size": 32, "num_position_embeddings": 16, "deepstack_visual_indexes": [0]},
     ),
     "Llama4": ("Llama 4 (text)", SIGLIP | TWO),
+    "Mllama": ("Llama 2, 3; SmolLM2", SIGLIP),
 }
-TEXT_ALONE = [name for name in CHECKPOINTS if name != "Llama4"]
+# transformers reads the text of the others itself
+TEXT_ALONE = [name for name in CHECKPOINTS if name not in ("Llama4", "Mllama")]
 
 
 @pytest.fixture(scope="module")
@@ -50,6 +52,7 @@ def checkpoints(tmp_path_factory):
         if name not in made:
             family, vision = CHECKPOINTS[name]
             text = models.config_of(family).to_dict() | {"vocab_size": 1400}
+            text |= {"cross_attention_layers": [1]} if name == "Mllama" else {}
             folder = tmp_path_factory.mktemp(name)
             config = getattr(transformers, f"{name}Config")(text_config=text, vision_config=vision)
             torch.manual_seed(0)
@@ -141,6 +144,15 @@ def test_overrides_that_would_not_reach_the_text_are_refused(checkpoints):
     training = SimpleNamespace(model_init_kwargs={"num_hidden_layers": 1}, trust_remote_code=False)
     with pytest.raises(ValueError, match="takes images too, and model_init_kwargs"):
         load_config(str(checkpoints("Gemma3")[0]), None, training)
+
+
+def test_a_run_where_the_embeddings_have_images_and_the_head_has_none(
+    checkpoints, tokenizer, fields, trained_here
+):
+    folder, _ = checkpoints("Mllama")
+    tokenizer.save_pretrained(folder)
+    done = trained_here(fields | {"model_name_or_path": str(folder), "max_steps": "2"})
+    assert read(fields["output_dir"])["status"] == "succeeded", done.stderr
 
 
 def test_a_run_on_such_a_checkpoint(checkpoints, tokenizer, fields, trained_here, caplog):

@@ -234,8 +234,15 @@ def load_weights(
         _say_text_alone(name)
         if attention is not None:
             loaded.set_attn_implementation(attention)
+    _name_decoder(loaded)
     _check_generation(loaded.generation_config, name)
     return loaded
+
+
+def _name_decoder(model: PreTrainedModel) -> None:
+    """Let `base_model`, which trl asks for, be the decoder where a class names one it lacks."""
+    if model.base_model is model and isinstance(getattr(model, "model", None), torch.nn.Module):
+        model.base_model_prefix = "model"
 
 
 def _check_generation(config: GenerationConfig, name: str) -> None:
