@@ -303,6 +303,13 @@ def planned(config: PreTrainedConfig, *options: str) -> tuple[Step, Recipe]:
 
 
 TAIL = """\
+## What is refused?
+
+- Quantised checkpoints (fp8, AWQ, GPTQ and others): give the one in 16 bits, with `load_in_4bit`
+  where memory is short. gpt-oss is published in MXFP4, and loaded in 16 bits, which hold it exactly.
+- Encoders (BERT, ModernBERT) and encoder-decoders (T5, BART, Whisper): they do not write text from
+  left to right.
+
 ## What about checkpoints that take images?
 
 Gemma 3 and 4, Qwen 2.5-VL and 3-VL, Mistral Small 3, GLM-4V, InternVL, LLaVA and others are

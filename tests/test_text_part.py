@@ -38,7 +38,14 @@ CHECKPOINTS = {
     ),
     "Llama4": ("Llama 4 (text)", SIGLIP | TWO),
     "Mllama": ("Llama 2, 3; SmolLM2", SIGLIP),
+    "Qwen3VLMoe": (
+        "Qwen 3-VL (text)",
+        {**QWEN, "hidden_size": 32, "num_position_embeddings": 16, "deepstack_visual_indexes": [0]},
+    ),
 }
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+# What the text has beside its family.
+MORE = {"Mllama": {"cross_attention_layers": [1]}, "Qwen3VLMoe": EXPERTS}
 # transformers reads the text of the others itself
 TEXT_ALONE = [name for name in CHECKPOINTS if name not in ("Llama4", "Mllama")]
 
@@ -51,8 +58,7 @@ def checkpoints(tmp_path_factory):
     def make(name):
         if name not in made:
             family, vision = CHECKPOINTS[name]
-            text = models.config_of(family).to_dict() | {"vocab_size": 1400}
-            text |= {"cross_attention_layers": [1]} if name == "Mllama" else {}
+            text = models.config_of(family).to_dict() | {"vocab_size": 1400} | MORE.get(name, {})
             folder = tmp_path_factory.mktemp(name)
             config = getattr(transformers, f"{name}Config")(text_config=text, vision_config=vision)
             torch.manual_seed(0)
@@ -146,10 +152,11 @@ def test_overrides_that_would_not_reach_the_text_are_refused(checkpoints):
         load_config(str(checkpoints("Gemma3")[0]), None, training)
 
 
-def test_a_run_where_the_embeddings_have_images_and_the_head_has_none(
-    checkpoints, tokenizer, fields, trained_here
+@pytest.mark.parametrize("name", ["Mllama", "Qwen3VLMoe"])
+def test_a_run_where_the_head_lacks_images_and_one_on_a_mixture(
+    name, checkpoints, tokenizer, fields, trained_here
 ):
-    folder, _ = checkpoints("Mllama")
+    folder, _ = checkpoints(name)
     tokenizer.save_pretrained(folder)
     done = trained_here(fields | {"model_name_or_path": str(folder), "max_steps": "2"})
     assert read(fields["output_dir"])["status"] == "succeeded", done.stderr
