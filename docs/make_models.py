@@ -306,7 +306,7 @@ TAIL = """\
 ## What is refused?
 
 - Quantised checkpoints (fp8, AWQ, GPTQ and others): give the one in 16 bits, with `load_in_4bit`
-  where memory is short. gpt-oss is published in MXFP4, and loaded in 16 bits, which hold it exactly.
+  where memory is short. gpt-oss is published in MXFP4; 16 bits hold it exactly, so it is loaded.
 - Encoders (BERT, ModernBERT) and encoder-decoders (T5, BART, Whisper): they do not write text from
   left to right.
 

@@ -187,6 +187,9 @@ def _with_head(decoder: type[PreTrainedModel]) -> type[PreTrainedModel]:
             "__init__": initialise,
             "_tied_weights_keys": Qwen2ForCausalLM._tied_weights_keys,
             "config_class": decoder.config_class,
+            # transformers reads the source of a class's module to know, and here is none
+            "_can_set_attn_implementation": decoder._can_set_attn_implementation,
+            "_can_set_experts_implementation": decoder._can_set_experts_implementation,
             "forward": Qwen2ForCausalLM.forward,
         },
     )
