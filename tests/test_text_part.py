@@ -11,7 +11,7 @@ from conftest import load_script, read
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
-from sftlab.evaluation.base_and_tuned import load_pair
+from sftlab.evaluation.base_and_tuned import answering, load_pair
 from sftlab.export.formats import adapted_base
 from sftlab.fastpath.compile_layers import decoder_layers
 from sftlab.models.layers import decoder_of
@@ -38,6 +38,7 @@ CHECKPOINTS = {
     ),
     "Llama4": ("Llama 4 (text)", SIGLIP | TWO),
     "Mllama": ("Llama 2, 3; SmolLM2", SIGLIP),
+    "Llava": ("Llama 2, 3; SmolLM2", SIGLIP),
     "Qwen3VLMoe": (
         "Qwen 3-VL (text)",
         {**QWEN, "hidden_size": 32, "num_position_embeddings": 16, "deepstack_visual_indexes": [0]},
@@ -48,6 +49,8 @@ EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 
 MORE = {"Mllama": {"cross_attention_layers": [1]}, "Qwen3VLMoe": EXPERTS}
 # transformers reads the text of the others itself
 TEXT_ALONE = [name for name in CHECKPOINTS if name not in ("Llama4", "Mllama")]
+# Whose head is the embeddings, though its text's own config says that it is not.
+TIED = {"Llava": {"tie_word_embeddings": True, "image_seq_length": 4}}
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +63,8 @@ def checkpoints(tmp_path_factory):
             family, vision = CHECKPOINTS[name]
             text = models.config_of(family).to_dict() | {"vocab_size": 1400} | MORE.get(name, {})
             folder = tmp_path_factory.mktemp(name)
-            config = getattr(transformers, f"{name}Config")(text_config=text, vision_config=vision)
+            made_of = {"text_config": text, "vision_config": vision, **TIED.get(name, {})}
+            config = getattr(transformers, f"{name}Config")(**made_of)
             torch.manual_seed(0)
             whole = getattr(transformers, f"{name}ForConditionalGeneration")(config).eval()
             whole.save_pretrained(folder)
@@ -126,13 +130,17 @@ def test_an_adapter_for_llama_4_loads_where_transformers_reads_its_text(checkpoi
     assert torch.equal(logits(again), logits(tuned))
 
 
-def test_merged_weights_are_a_text_model_or_refused(checkpoints, tmp_path):
-    text = load(checkpoints("Gemma3")[0])
+@pytest.mark.parametrize("name, kind", [("Gemma3", "Gemma3"), ("Llava", "Llama")])
+def test_merged_weights_are_a_text_model(name, kind, checkpoints, tmp_path):
+    text = load(checkpoints(name)[0])
     expected = logits(text)
     unnested(text).save_pretrained(tmp_path)
     again = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
-    assert type(again).__name__ == "Gemma3ForCausalLM"
+    assert type(again).__name__ == f"{kind}ForCausalLM"
     assert torch.equal(logits(again), expected)
+
+
+def test_weights_that_transformers_could_not_read_alone_are_not_merged(checkpoints):
     with pytest.raises(ValueError, match=r"no text-only class for qwen3_vl_text.*--to adapter"):
         unnested(load(checkpoints("Qwen3VL")[0]))
 
@@ -160,6 +168,31 @@ def test_a_run_where_the_head_lacks_images_and_one_on_a_mixture(
     tokenizer.save_pretrained(folder)
     done = trained_here(fields | {"model_name_or_path": str(folder), "max_steps": "2"})
     assert read(fields["output_dir"])["status"] == "succeeded", done.stderr
+
+
+@pytest.mark.parametrize("name", ["Gemma3", "Llava"])
+def test_full_fine_tuning_is_evaluated_beside_its_base(
+    name, checkpoints, tokenizer, fields, trained_here
+):
+    folder, whole = checkpoints(name)
+    tokenizer.save_pretrained(folder)
+    fields |= {"model_name_or_path": str(folder), "max_steps": "2", "use_peft": "false"}
+    trained_here(fields)
+    run = Path(fields["output_dir"])
+    pair = load_pair(run, read(run))
+    tuned = AutoModelForCausalLM.from_pretrained(run / "adapter", dtype=torch.float32).eval()
+    assert torch.equal(logits(pair), logits(tuned))
+    with answering(pair, "base"):
+        assert torch.equal(logits(pair), logits(whole))
+
+
+@pytest.mark.parametrize("name", ["Gemma3", "Llava"])
+def test_the_config_says_whether_the_head_is_tied(name, checkpoints):
+    folder, whole = checkpoints(name)
+    training = SimpleNamespace(model_init_kwargs=None, trust_remote_code=False)
+    config = load_config(str(folder), None, training)
+    tied = whole.lm_head.weight is whole.get_input_embeddings().weight
+    assert config.tie_word_embeddings is load(folder).config.tie_word_embeddings is tied is True
 
 
 def test_a_run_on_such_a_checkpoint(checkpoints, tokenizer, fields, trained_here, caplog):

@@ -37,7 +37,7 @@ from sftlab.models.refused_checkpoints import (
     refuse_quantised,
     refuse_quantised_tensors,
 )
-from sftlab.models.text_part import refuse_other_structure, text_config_of, text_model
+from sftlab.models.text_part import read_structure, text_config_of, text_model
 from sftlab.models.trust import FLAG, check_base_folder, refuse_hub_kernels
 
 logger = logging.getLogger(__name__)
@@ -127,7 +127,7 @@ def load_config(
         kind = taken.__name__ if taken else f"{config.model_type} model"
         raise ValueError(f"{name} is a {kind}, which takes more than text: give a text-only model")
     _refuse_overrides(overrides, name)
-    refuse_other_structure(config)
+    read_structure(config)
     return text
 
 

@@ -82,6 +82,11 @@ def _parts(whole: PreTrainedModel) -> tuple[nn.Module, nn.Module]:
     return modules[DECODER], modules[HEAD]
 
 
+def _note_tie(text: PreTrainedConfig, decoder: PreTrainedModel, head: nn.Module) -> None:
+    """Let a text config say whether head and embeddings are one, as the whole's config decides."""
+    text.tie_word_embeddings = head.weight is decoder.get_input_embeddings().weight
+
+
 def has_causal_model(text: PreTrainedConfig) -> bool:
     """Whether a text config has a causal language model, after one is made of its decoder here."""
     known = AutoModelForCausalLM._model_mapping
@@ -91,10 +96,14 @@ def has_causal_model(text: PreTrainedConfig) -> bool:
     return type(text) in known
 
 
-def refuse_other_structure(config: PreTrainedConfig) -> None:
-    """Raise ValueError where a checkpoint's text model is not where `text_model` looks for it."""
+def read_structure(config: PreTrainedConfig) -> None:
+    """Let the text's config say whether its head is its embeddings, as in the whole checkpoint.
+
+    Raises ValueError where the text model is not where `text_model` looks for it.
+    """
     with torch.device("meta"):
-        _parts(AutoModelForImageTextToText.from_config(config))
+        whole = AutoModelForImageTextToText.from_config(config)
+    _note_tie(config.get_text_config(), *_parts(whole))
 
 
 def text_model(whole: PreTrainedModel) -> PreTrainedModel:
@@ -104,6 +113,7 @@ def text_model(whole: PreTrainedModel) -> PreTrainedModel:
     where the text model's logits would not be the whole model's.
     """
     config, (decoder, head) = text_config_of(whole.config), _parts(whole)
+    _note_tie(config, decoder, head)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=whole.dtype)
     model.model, model.lm_head, model.config = Nested(decoder), head, decoder.config
