@@ -141,6 +141,8 @@ def test_merged_weights_are_a_text_model(name, kind, checkpoints, tmp_path):
 
 
 def test_weights_that_transformers_could_not_read_alone_are_not_merged(checkpoints):
+    with pytest.raises(ValueError, match=r"no text-only class for mllama_text_model"):
+        unnested(load(checkpoints("Mllama")[0]))
     with pytest.raises(ValueError, match=r"no text-only class for qwen3_vl_text.*--to adapter"):
         unnested(load(checkpoints("Qwen3VL")[0]))
 

@@ -133,14 +133,15 @@ def unnested(model: PreTrainedModel) -> PreTrainedModel:
 
     Raises ValueError where transformers could not load it without the rest of its checkpoint.
     """
-    if not isinstance(getattr(model, "model", None), Nested):
-        return model
-    if type(model).__module__ == __name__:
+    made, own = (type(model).__module__.startswith(one) for one in (__name__, "transformers."))
+    if made or (own and type(model.config) not in AutoModelForCausalLM._model_mapping):
         raise ValueError(
             f"transformers has no text-only class for {model.config.model_type}, so its text model "
             "alone could not be loaded: train an adapter (use_peft: true) and export it with "
             "--to adapter"
         )
+    if not isinstance(getattr(model, "model", None), Nested):
+        return model
     model.model = model.model.language_model
     return model
 
