@@ -38,6 +38,7 @@ CHECKPOINTS = {
     ),
     "Llama4": ("Llama 4 (text)", SIGLIP | TWO),
     "Mllama": ("Llama 2, 3; SmolLM2", SIGLIP),
+    "Glm4vMoe": ("GLM-4", {**PATCHES, "depth": 1, "num_heads": 2, "out_hidden_size": 64}),
     "Llava": ("Llama 2, 3; SmolLM2", SIGLIP),
     "Qwen3VLMoe": (
         "Qwen 3-VL (text)",
@@ -46,7 +47,12 @@ CHECKPOINTS = {
 }
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
 # What the text has beside its family.
-MORE = {"Mllama": {"cross_attention_layers": [1]}, "Qwen3VLMoe": EXPERTS}
+MORE = {
+    "Glm4vMoe": {**EXPERTS, "n_routed_experts": 4, "n_group": 1, "topk_group": 1}
+    | {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]}},
+    "Mllama": {"cross_attention_layers": [1]},
+    "Qwen3VLMoe": EXPERTS,
+}
 # transformers reads the text of the others itself
 TEXT_ALONE = [name for name in CHECKPOINTS if name not in ("Llama4", "Mllama")]
 # Whose head is the embeddings, though its text's own config says that it is not.
@@ -84,9 +90,10 @@ def logits(model):
         return model(input_ids=IDS).logits
 
 
-def tuned_on(text, folder):
+def tuned_on(text, folder, *targets, **more):
     """An adapter with numbers in it, saved as a run saves it."""
-    lora = LoraConfig(target_modules=["q_proj"], init_lora_weights=False, task_type="CAUSAL_LM")
+    more |= {"init_lora_weights": False, "task_type": "CAUSAL_LM"}
+    lora = LoraConfig(target_modules=[*targets] or ["q_proj"], **more)
     tuned = get_peft_model(text, lora).eval()
     name_adapted_layers(tuned)
     tuned.save_pretrained(folder)
@@ -120,6 +127,23 @@ def test_its_adapter_loads_into_the_checkpoint_with_plain_peft(name, checkpoints
     adapted = {key for key, _ in again.named_parameters() if "lora_" in key}
     assert adapted and all(".language_model." in key for key in adapted)
     assert torch.equal(logits(adapted_base(tmp_path, torch.float32, False).eval()), logits(tuned))
+
+
+def test_an_adapter_of_experts_loads_into_the_checkpoint(checkpoints, tmp_path):
+    folder, _ = checkpoints("Qwen3VLMoe")
+    experts = [f"mlp.experts.{name}" for name in ("gate_up_proj", "down_proj")]
+    tuned = tuned_on(load(folder), tmp_path, target_parameters=experts)
+    whole = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32)
+    again = PeftModel.from_pretrained(whole, tmp_path).eval()
+    assert torch.allclose(logits(again), logits(tuned), atol=1e-5)
+
+
+def test_names_that_peft_takes_for_those_of_experts_are_refused(checkpoints, tmp_path):
+    text = load(checkpoints("Glm4vMoe")[0])
+    with pytest.raises(
+        ValueError, match=r"take down_proj .* its experts .* --exclude_modules down_"
+    ):
+        tuned_on(text, tmp_path, "q_proj", "down_proj")
 
 
 def test_an_adapter_for_llama_4_loads_where_transformers_reads_its_text(checkpoints, tmp_path):
