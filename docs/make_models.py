@@ -303,6 +303,13 @@ def planned(config: PreTrainedConfig, *options: str) -> tuple[Step, Recipe]:
 
 
 TAIL = """\
+## What is refused?
+
+- Quantised checkpoints (fp8, AWQ, GPTQ and others): give the one in 16 bits, with `load_in_4bit`
+  where memory is short. gpt-oss is published in MXFP4; 16 bits hold it exactly, so it is loaded.
+- Encoders (BERT, ModernBERT) and encoder-decoders (T5, BART, Whisper): they do not write text from
+  left to right.
+
 ## What about checkpoints that take images?
 
 Gemma 3 and 4, Qwen 2.5-VL and 3-VL, Mistral Small 3, GLM-4V, InternVL, LLaVA and others are
@@ -316,9 +323,9 @@ model trains, and the run says so. Images are never trained.
 - `recipes/export.py --to merged` writes the text model alone where transformers has a class for it
   (Gemma 3 and 4, Mistral 3). For the others export the adapter.
 
-Where transformers itself reads the text out of the checkpoint (Qwen 3.5, Llama 4), its class is
-used. A checkpoint whose text model is built otherwise (Llama 3.2 Vision, SmolVLM) is refused in one
-sentence.
+Where transformers itself reads the text out of the checkpoint (Qwen 3.5, Llama 4, Llama 3.2
+Vision), its class is used. A checkpoint whose text model is built otherwise (SmolVLM, Idefics 3)
+is refused in one sentence.
 """
 
 

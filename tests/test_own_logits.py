@@ -31,6 +31,8 @@ CHANGED = {
     "hyperclovax": {"logits_scaling": 0.3},
     "nanochat": {"final_logit_softcapping": 2.0},
 }
+# Families whose logits are the head's product: Phi's has a bias, OPT calls a part of its decoder.
+PLAIN = {"phi": {}, "opt": {"ffn_dim": 64, "word_embed_proj_dim": 32}}
 
 
 def family(name: str, **settings) -> torch.nn.Module:
@@ -93,13 +95,13 @@ def test_a_model_that_changes_its_logits_in_another_way_gets_no_fused_loss():
     assert "changes its logits" in logit_changes(model)
 
 
-@pytest.mark.parametrize("name", [*CHANGED, "phi"])
+@pytest.mark.parametrize("name", [*CHANGED, *PLAIN])
 def test_the_fused_loss_of_a_scaled_capped_or_biased_head_is_the_models_own(name):
     batch, nats, gradients = rows(), [], []
     for own in (True, False):
-        model = family(name, **CHANGED.get(name, {}))
+        model = family(name, **CHANGED.get(name, {}) | PLAIN.get(name, {}))
         changes = logit_changes(model)
-        assert (changes == NO_CHANGES) == (name == "phi")
+        assert (changes == NO_CHANGES) == (name in PLAIN)
         weight = next(p for n, p in model.named_parameters() if "layers.0." in n)
         weight.requires_grad_()
         if own:
@@ -155,6 +157,14 @@ def test_a_plain_head_stays_fused(dtype):
     forward = model.forward
     assert own_log_probs_if_needed(model) is None
     assert model.forward == forward
+
+
+def test_embeddings_of_images_beyond_the_head_are_left_out():
+    model = family("llama")
+    model.set_input_embeddings(torch.nn.Embedding(970, 32))
+    assert logit_changes(model) == NO_CHANGES
+    add_fused_lm_head(model)
+    assert own_log_probs_if_needed(model) is None
 
 
 def test_a_run_says_so_and_trains_the_models_own_loss(

@@ -31,6 +31,7 @@ from sftlab.models.identity import base_identity, tokenizer_identity
 from sftlab.models.likelihood import with_fused_head
 from sftlab.models.loaded_adapter import refuse_other_tensors
 from sftlab.models.loading import load_model, model_init_kwargs, read_tokenizer
+from sftlab.models.text_part import unnested
 from sftlab.models.trust import FLAG, check_adapter
 from sftlab.runs.record import read_run
 from sftlab.runs.run_directory import SIDES, START, adapter_hash
@@ -225,7 +226,7 @@ def _load_full_pair(
             base = load_model(arguments, kwargs, device)
         except torch.OutOfMemoryError:
             base = load_model(arguments, kwargs, "cpu")
-        hold_base(tuned, base)
+        hold_base(tuned, unnested(base))
     except ValueError as error:
         raise ValueError(f"the base model {name} of the run cannot be loaded: {error}") from error
     return with_fused_head(tuned).eval()

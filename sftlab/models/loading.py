@@ -31,7 +31,13 @@ from trl import get_quantization_config
 from sftlab.config.model_overrides import check_overrides
 from sftlab.config.recipe import ModelArguments, TrainingArguments
 from sftlab.models import four_bits
-from sftlab.models.text_part import refuse_other_structure, text_config_of, text_model
+from sftlab.models.refused_checkpoints import (
+    in_16_bits,
+    refuse_encoder,
+    refuse_quantised,
+    refuse_quantised_tensors,
+)
+from sftlab.models.text_part import read_structure, text_config_of, text_model
 from sftlab.models.trust import FLAG, check_base_folder, refuse_hub_kernels
 
 logger = logging.getLogger(__name__)
@@ -107,19 +113,21 @@ def load_config(
     """Load the base model's config, with the overrides of `model_init_kwargs`.
 
     Of a checkpoint that takes images too it is the text model's. Raises ValueError where it cannot
-    be loaded, for a model without safetensors, and for one without a text model.
+    be loaded, for a model without safetensors, for an encoder, for quantised weights, and for one
+    without a text model.
     """
     overrides, trusted = training.model_init_kwargs, training.trust_remote_code
     config = read_config(name, revision, trusted, overrides, with_weights)
     text = _text_within(config)
     if text is config:
+        refuse_encoder(config, name)
         return config
     if text is None:
         taken = model_class(config)
         kind = taken.__name__ if taken else f"{config.model_type} model"
         raise ValueError(f"{name} is a {kind}, which takes more than text: give a text-only model")
     _refuse_overrides(overrides, name)
-    refuse_other_structure(config)
+    read_structure(config)
     return text
 
 
@@ -151,13 +159,17 @@ def read_config(
     overrides: dict[str, Any] | None = None,
     with_weights: bool = True,
 ) -> PreTrainedConfig:
-    """Read a model's config. Raises ValueError where it would run code without trust."""
+    """Read a model's config.
+
+    Raises ValueError where it would run code without trust, and where the weights are quantised.
+    """
     changes = check_overrides(overrides)
     if Path(name).is_dir():
         check_base_folder(Path(name), trusted, with_weights)
     config = _from_hub(AutoConfig, name, revision=revision, trust_remote_code=trusted, **changes)
     if not trusted:
         refuse_hub_kernels(getattr(config, "_attn_implementation", None), f"config of {name}")
+    refuse_quantised(config, name)
     return config
 
 
@@ -209,6 +221,8 @@ def load_weights(
     config = read_config(name, kwargs.get("revision"), trusted)
     text = _text_within(config)
     within = text is not None and text is not config
+    if text is config:
+        refuse_encoder(config, name)
     # the other parts have no attention for packed rows
     attention = kwargs.pop("attn_implementation", None) if within else None
     loader = logging.getLogger("transformers.modeling_utils")
@@ -218,7 +232,7 @@ def load_weights(
             AutoModelForImageTextToText if within else AutoModelForCausalLM,
             name,
             device_map=device_map,
-            quantization_config=quantization,
+            quantization_config=quantization or in_16_bits(config),
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # they are refused below, with their names
             **kwargs,
@@ -234,8 +248,15 @@ def load_weights(
         _say_text_alone(name)
         if attention is not None:
             loaded.set_attn_implementation(attention)
+    _name_decoder(loaded)
     _check_generation(loaded.generation_config, name)
     return loaded
+
+
+def _name_decoder(model: PreTrainedModel) -> None:
+    """Let `base_model`, which trl asks for, be the decoder where a class names one it lacks."""
+    if model.base_model is model and isinstance(getattr(model, "model", None), torch.nn.Module):
+        model.base_model_prefix = "model"
 
 
 def _check_generation(config: GenerationConfig, name: str) -> None:
@@ -266,6 +287,7 @@ def _refuse_other_tensors(
         "of another shape": {one[0] for one in found["mismatched_keys"]},
     }
     if any(wrong.values()):
+        refuse_quantised_tensors(unexpected | wrong["of another shape"], name)
         parts = [f"{len(one)} {what} ({_few(one)})" for what, one in wrong.items() if one]
         raise ValueError(
             f"the weights of base model {name} are not those of a {type(model).__name__}, tensors: "

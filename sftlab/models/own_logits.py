@@ -57,6 +57,8 @@ def logit_changes(model: PreTrainedModel) -> Changes | str:
             logits = model(input_ids=ids, use_cache=False).logits
         finally:
             hook.remove()
+        if not hidden:  # some models call a part of their decoder
+            hidden = [decoder_of(model)(input_ids=ids, use_cache=False).last_hidden_state]
         head = model.get_output_embeddings()
         product = nn.functional.linear(hidden[-1].to(head.weight.dtype), head.weight, head.bias)
     own, product = logits.float(), product.float()
@@ -112,7 +114,9 @@ def own_log_probs_if_needed(model: PreTrainedModel) -> str | None:
 def _probing(model: PreTrainedModel) -> Iterator[torch.Tensor]:
     training = model.training
     rows, tokens = PROBE
-    words = model.get_input_embeddings().weight.shape[0]
+    # a head may have fewer rows than the embeddings, which image tokens have too
+    ends = model.get_input_embeddings(), model.get_output_embeddings()
+    words = min(len(one.weight) for one in ends)
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(words, (rows, tokens), generator=generator)
     try:

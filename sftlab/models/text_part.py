@@ -5,11 +5,15 @@ The decoder keeps its name in the checkpoint, so an adapter that is trained on i
 checkpoint with plain peft. Before use, the text model's logits are held to the whole model's.
 """
 
+from copy import copy
+from types import SimpleNamespace
 from typing import Any
 
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel
+from peft.tuners.lora import ParamWrapper
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 from torch import nn
 from transformers import (
     MODEL_MAPPING,
@@ -82,6 +86,11 @@ def _parts(whole: PreTrainedModel) -> tuple[nn.Module, nn.Module]:
     return modules[DECODER], modules[HEAD]
 
 
+def _note_tie(text: PreTrainedConfig, decoder: PreTrainedModel, head: nn.Module) -> None:
+    """Let a text config say whether head and embeddings are one, as the whole's config decides."""
+    text.tie_word_embeddings = head.weight is decoder.get_input_embeddings().weight
+
+
 def has_causal_model(text: PreTrainedConfig) -> bool:
     """Whether a text config has a causal language model, after one is made of its decoder here."""
     known = AutoModelForCausalLM._model_mapping
@@ -91,10 +100,14 @@ def has_causal_model(text: PreTrainedConfig) -> bool:
     return type(text) in known
 
 
-def refuse_other_structure(config: PreTrainedConfig) -> None:
-    """Raise ValueError where a checkpoint's text model is not where `text_model` looks for it."""
+def read_structure(config: PreTrainedConfig) -> None:
+    """Let the text's config say whether its head is its embeddings, as in the whole checkpoint.
+
+    Raises ValueError where the text model is not where `text_model` looks for it.
+    """
     with torch.device("meta"):
-        _parts(AutoModelForImageTextToText.from_config(config))
+        whole = AutoModelForImageTextToText.from_config(config)
+    _note_tie(config.get_text_config(), *_parts(whole))
 
 
 def text_model(whole: PreTrainedModel) -> PreTrainedModel:
@@ -104,11 +117,12 @@ def text_model(whole: PreTrainedModel) -> PreTrainedModel:
     where the text model's logits would not be the whole model's.
     """
     config, (decoder, head) = text_config_of(whole.config), _parts(whole)
+    _note_tie(config, decoder, head)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=whole.dtype)
     model.model, model.lm_head, model.config = Nested(decoder), head, decoder.config
     model.generation_config, model.name_or_path = whole.generation_config, whole.name_or_path
-    model.text_of = type(whole).__name__
+    model.text_of, model.whole_type = type(whole).__name__, whole.config.model_type
     for one in _OF_QUANTISED:
         if hasattr(whole, one):
             setattr(model, one, getattr(whole, one))
@@ -123,30 +137,54 @@ def unnested(model: PreTrainedModel) -> PreTrainedModel:
 
     Raises ValueError where transformers could not load it without the rest of its checkpoint.
     """
-    if not isinstance(getattr(model, "model", None), Nested):
-        return model
-    if type(model).__module__ == __name__:
+    made, own = (type(model).__module__.startswith(one) for one in (__name__, "transformers."))
+    if made or (own and type(model.config) not in AutoModelForCausalLM._model_mapping):
         raise ValueError(
             f"transformers has no text-only class for {model.config.model_type}, so its text model "
             "alone could not be loaded: train an adapter (use_peft: true) and export it with "
             "--to adapter"
         )
+    if not isinstance(getattr(model, "model", None), Nested):
+        return model
     model.model = model.model.language_model
     return model
 
 
 def name_adapted_layers(model: PeftModel) -> None:
-    """Let the adapter's config name every layer that it adapts within a larger checkpoint.
+    """Let the adapter's config name all that it adapts within a larger checkpoint.
 
-    A layer of the vision part may have the same short name, and peft would adapt it too.
+    A layer of the vision part may have the same short name, and peft would adapt it too. Raises
+    ValueError where peft would take the names for others.
     """
-    if not isinstance(getattr(model.get_base_model(), "model", None), Nested):
+    text = model.get_base_model()
+    if not isinstance(getattr(text, "model", None), Nested):
         return
-    modules = model.get_base_model().named_modules()
-    adapted = sorted(name for name, one in modules if isinstance(one, BaseTunerLayer))
+    adapted = [(name, m) for name, m in text.named_modules() if isinstance(m, BaseTunerLayer)]
+    layers = sorted(name for name, one in adapted if not isinstance(one, ParamWrapper))
+    parameters = sorted(
+        f"{name.replace('.base_layer', '')}.{one.parameter_name}"
+        for name, one in adapted
+        if isinstance(one, ParamWrapper)
+    )
     for config in model.peft_config.values():
-        config.target_modules = adapted
+        config.target_modules, config.target_parameters = layers, parameters or None
         config.exclude_modules = config.layers_to_transform = config.layers_pattern = None
+        _refuse_other_names(config, text)
+
+
+def _refuse_other_names(config: LoraConfig, text: PreTrainedModel) -> None:
+    """Raise ValueError where peft would look for other layers in the whole checkpoint.
+
+    Of some mixtures it takes names of linears for those that experts had before they were stacked.
+    """
+    whole, read = SimpleNamespace(config=SimpleNamespace(model_type=text.whole_type)), copy(config)
+    convert_peft_config_for_transformers(read, whole, None)
+    if others := {*config.target_modules} - {*read.target_modules}:
+        ends = sorted({name.rpartition(".")[2] for name in others})
+        raise ValueError(
+            f"peft would take {', '.join(ends)} of a {text.text_of} for its experts where the "
+            f"adapter is loaded: leave them out with --exclude_modules {' '.join(ends)}"
+        )
 
 
 def _refuse_other_logits(model: PreTrainedModel, whole: PreTrainedModel) -> None:
@@ -187,6 +225,9 @@ def _with_head(decoder: type[PreTrainedModel]) -> type[PreTrainedModel]:
             "__init__": initialise,
             "_tied_weights_keys": Qwen2ForCausalLM._tied_weights_keys,
             "config_class": decoder.config_class,
+            # transformers reads the source of a class's module to know, and here is none
+            "_can_set_attn_implementation": decoder._can_set_attn_implementation,
+            "_can_set_experts_implementation": decoder._can_set_experts_implementation,
             "forward": Qwen2ForCausalLM.forward,
         },
     )
