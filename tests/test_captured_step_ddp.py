@@ -86,7 +86,7 @@ def test_one_message_for_each_dtype_averages_the_gradients_and_carries_a_note(mo
     assert float(gradients.average(0.0)) == 0
 
 
-@pytest.mark.parametrize("checkpointed", ["false", "true"])
+@pytest.mark.parametrize("checkpointed", [pytest.param("false", marks=pytest.mark.long), "true"])
 def test_two_processes_that_record_train_as_plain_ones(trained, tmp_path, checkpointed):
     more = {"gradient_checkpointing": checkpointed}
     plain = trained(output_dir=tmp_path / "plain", **more)

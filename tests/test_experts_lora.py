@@ -343,7 +343,7 @@ def compiled(model, monkeypatch, **how):
     return model
 
 
-@pytest.mark.parametrize("family", ["Qwen 3 MoE", "gpt-oss"])
+@pytest.mark.parametrize("family", [pytest.param("Qwen 3 MoE", marks=pytest.mark.long), "gpt-oss"])
 def test_layers_are_compiled_in_one_graph_for_any_number_of_tokens(family, monkeypatch):
     make = partial(adapted, family, GROUPED)
     plain = factored(make().bfloat16())

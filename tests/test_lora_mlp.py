@@ -91,7 +91,8 @@ def test_the_output_and_every_gradient_are_pefts(config, dtype, most, whole):
     assert difference(exact, found) < 1.5 * peft or dtype == torch.float64
 
 
-@pytest.mark.parametrize("config", ["gemma", pytest.param("qwen3", marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("config", ["gemma", "qwen3"])
 def test_compiled_layers_of_any_number_of_tokens_are_what_pefts_are(config, monkeypatch):
     plain, mine = build(CONFIGS[config], False), compiled(build(CONFIGS[config]), monkeypatch)
     for tokens in (50, 70):
