@@ -117,6 +117,12 @@ class Graphs:
             partition_fn=min_cut_rematerialization_partition,
         )
 
+    def take_compile(self, monkeypatch, compile_=torch.compile):
+        """Let whatever is compiled from now on come here, whole."""
+        torch._dynamo.reset()
+        into = {"backend": self.backend, "fullgraph": True}
+        monkeypatch.setattr(torch, "compile", lambda forward: compile_(forward, **into))
+
     def keep(self, graphs, graph):
         graphs.append(graph.graph)
         return make_boxed_func(graph.forward)
@@ -232,16 +238,11 @@ def fields(base, rows, tmp_path, monkeypatch):
 
 
 def test_a_training_takes_it_where_layers_are_compiled_and_is_bitsandbytes_own(fields, monkeypatch):
-    found, compile_ = {}, torch.compile
+    found = {}
     for taken in (False, True):
         graphs = Graphs()
-        monkeypatch.setattr(
-            torch,
-            "compile",
-            lambda f, graphs=graphs: compile_(f, backend=graphs.backend, fullgraph=True),
-        )
+        graphs.take_compile(monkeypatch)
         monkeypatch.setattr(four_bit_linear, "has_kernels", lambda x, taken=taken: taken)
-        torch._dynamo.reset()
         trainer = with_trained_lora(build(fields, compile_layers="true"))
         names = list(trainer.model.state_dict())
         nats, gradients = losses_and_gradients(trainer, examples(5))

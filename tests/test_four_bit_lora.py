@@ -189,15 +189,10 @@ def fields(base, rows, tmp_path, monkeypatch):
 def test_compiled_a_training_is_pefts_and_no_whole_weight_waits_for_the_backward(
     fields, monkeypatch
 ):
-    found, compile_ = {}, torch.compile
+    found = {}
     for taken in (False, True):
         graphs = Graphs()
-        monkeypatch.setattr(
-            torch,
-            "compile",
-            lambda f, graphs=graphs: compile_(f, backend=graphs.backend, fullgraph=True),
-        )
-        torch._dynamo.reset()
+        graphs.take_compile(monkeypatch)
         more = {"fused_lora": str(taken).lower(), "compile_layers": "true"}
         trainer = with_trained_lora(build(fields, **more))
         assert trainer.fast.fused_lora == taken
