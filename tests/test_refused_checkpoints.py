@@ -121,3 +121,10 @@ def test_a_decoder_of_an_encoders_family_is_loaded(tmp_path):
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
     kwargs = {"trust_remote_code": False, "dtype": "float32"}
     assert type(load_weights(str(tmp_path), kwargs, None, None)).__name__ == "BertLMHeadModel"
+
+
+@pytest.mark.parametrize("task", ["SequenceClassification", "TokenClassification"])
+def test_a_classifier_is_refused(task, sft, fields, base, tmp_path, monkeypatch):
+    folder = copy_with(base, tmp_path / task, architectures=[f"LlamaFor{task}"])
+    for said in refusals(sft, fields, folder, monkeypatch):
+        assert f"is no causal language model: config.json says LlamaFor{task}, whose head" in said

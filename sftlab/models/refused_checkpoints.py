@@ -1,4 +1,4 @@
-"""Checkpoints that no language model is fine-tuned from: quantised ones, and encoders.
+"""Checkpoints that no language model is fine-tuned from: quantised ones, encoders, classifiers.
 
 transformers loads some of them without a word, and another model than the published one trains.
 gpt-oss is published in MXFP4 alone, whose numbers 16 bits hold exactly: it is loaded in these.
@@ -20,6 +20,8 @@ _FIELDS = ("quantization_config", "compression_config")
 _OF_QUANTISED = re.compile(
     r"[._](qweight|qzeros|g_idx|weight_scale(_inv)?|weight_packed|absmax|blocks|SCB)$"
 )
+# Classes whose head answers another question than which word comes next.
+_OF_ANOTHER_TASK = re.compile(r"For\w*(Classification|QuestionAnswering)$|RewardModel$")
 
 
 def refuse_quantised(config: PreTrainedConfig, name: str) -> None:
@@ -61,10 +63,11 @@ def _quantised(name: str, why: str) -> str:
 
 
 def refuse_encoder(config: PreTrainedConfig, name: str) -> None:
-    """Raise ValueError for the config of an encoder, or of a model that transformers cannot train.
+    """Raise ValueError for the config of an encoder, of a classifier, or of no causal model.
 
     Code that the model brings is not looked at.
     """
+    made = getattr(config, "architectures", None) or [""]
     remote = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
     writes = getattr(config, "is_decoder", False) or getattr(config, "causal", False)
     if getattr(config, "is_encoder_decoder", False):
@@ -73,6 +76,8 @@ def refuse_encoder(config: PreTrainedConfig, name: str) -> None:
         kind = "its config is of an encoder"
     elif type(config) not in AutoModelForCausalLM._model_mapping and not remote:
         kind = "transformers has no causal class for its config"
+    elif _OF_ANOTHER_TASK.search(made[0]):
+        kind = f"config.json says {made[0]}, whose head gives no words"
     else:
         return
     raise ValueError(
