@@ -16,8 +16,8 @@ from torch.utils.checkpoint import checkpoint
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from sftlab.models.layers import describe
-from sftlab.planning.step import Shape, Step
-from sftlab.planning.step_time import traffic, widths
+from sftlab.planning.step import Shape, Step, widths
+from sftlab.planning.step_time import traffic
 from sftlab.planning.weight_memory import Weights
 
 # The proportions of Llama-3.2-1B and of Llama-2-7B, an eighth as wide.

@@ -31,9 +31,10 @@ class LoraMlp(nn.Module):
         both, down = self.gate_proj.together, self.down_proj.together
         rows = x.reshape(-1, self.gate_proj.in_features).to(both.dtype)
         matrices = [matrix for layer in layers for matrix in layer.matrices]
+        held = both.tensors()
         found = _Mlp.apply(
-            rows, self.tanh_gelu, both.form, down.form, len(both.tensors()),
-            *both.tensors(), *down.tensors(), *matrices,
+            rows, self.tanh_gelu, both.form, down.form, len(held),
+            *held, *down.tensors(), *matrices,
         )  # fmt: skip
         return found.unflatten(0, x.shape[:-1])
 

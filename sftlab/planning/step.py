@@ -144,3 +144,18 @@ class Step:
     def casts(self) -> bool:
         """Whether LoRA's inputs are copies: peft casts them to float32 and autocast back."""
         return self.compute_bytes == 2 and not self.quantized
+
+
+def widths(step: Step) -> dict[str, tuple[int, int]]:
+    """Returns the widths of input and output of each linear of a layer."""
+    s = step.shape
+    query, key = s.heads * s.head_size, s.key_heads * s.head_size
+    return {
+        "q_proj": (s.hidden, query),
+        "k_proj": (s.hidden, key),
+        "v_proj": (s.hidden, key),
+        "o_proj": (query, s.hidden),
+        "gate_proj": (s.hidden, s.mlp),
+        "up_proj": (s.hidden, s.mlp),
+        "down_proj": (s.mlp, s.hidden),
+    }

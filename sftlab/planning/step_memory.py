@@ -17,7 +17,7 @@ from typing import NamedTuple
 from sftlab.data.collator import TOKENS_MULTIPLE
 from sftlab.fastpath.fused_loss import CHUNK
 from sftlab.fastpath.lora_products import LARGEST_SHARED_RANK, padded
-from sftlab.planning.step import Step
+from sftlab.planning.step import Step, widths
 
 # Tensors of the MLP's width that live at once in a layer's forward or backward beside those that
 # are kept: (output projection of the MLP without LoRA, with LoRA). Counted on a CPU with the
@@ -35,6 +35,13 @@ WORK_EAGER_FP8 = (5.0, 5.0)
 # Outputs of the experts that a token visits, one for each, which live at once beside what is kept
 # (counted on a CPU, uncompiled)
 OUTPUTS_OF_EXPERTS = 3.0
+# Linears of a layer that read the same tensor.
+_READ_ONE_TENSOR = (
+    ("q_proj", "k_proj", "v_proj"),
+    ("o_proj",),
+    ("gate_proj", "up_proj"),
+    ("down_proj",),
+)
 # Units whose whole weights FSDP2 holds at once, the working one and the buffer that the next one
 # arrives in. What was measured in units of a layer has one layer more.
 FSDP_UNITS_IN_FLIGHT, FSDP_LAYERS_BESIDES = 2, 1
@@ -129,18 +136,12 @@ def _fused_copies(step: Step) -> int:
     """
     if not step.fused_lora:
         return 0
-    s = step.shape
-    query, key = s.heads * s.head_size, s.key_heads * s.head_size
-    found = 0
-    for names, width, outs in (
-        (("q_proj", "k_proj", "v_proj"), s.hidden, (query, key, key)),
-        (("o_proj",), query, (s.hidden,)),
-        (("gate_proj", "up_proj"), s.hidden, (s.mlp, s.mlp)),
-        (("down_proj",), s.mlp, (s.hidden,)),
-    ):
-        sizes = [out for name, out in zip(names, outs, strict=True) if name in step.targets]
-        ranks = padded(len(sizes) * step.rank)
-        found += ranks * (width + sum(sizes) + ranks) if sizes else 0
+    s, ends, found = step.shape, widths(step), 0
+    for names in _READ_ONE_TENSOR:
+        mine = [ends[name] for name in names if name in step.targets]
+        if mine:
+            ranks = padded(len(mine) * step.rank)
+            found += ranks * (mine[0][0] + sum(out for _, out in mine) + ranks)
     whole = 3 * s.mlp * s.hidden if step.quantized and has_fused_mlp(step) else 0
     return step.compute_bytes * (s.layers * found + whole)
 

@@ -11,7 +11,7 @@ from dataclasses import replace
 from typing import NamedTuple
 
 from sftlab.planning.gpu_specs import GPU, HOST_US
-from sftlab.planning.step import Step
+from sftlab.planning.step import Step, widths
 from sftlab.planning.step_memory import has_fused_mlp, kept_bytes
 
 # Share of the published matrix rate: a large product's, times that of a decoder's products on
@@ -256,18 +256,3 @@ def is_captured(step: Step, gpu: GPU) -> bool:
 def adapters(step: Step) -> float:
     """Returns how many modules of a layer have LoRA."""
     return step.measured.adapters if step.measured else len(step.targets)
-
-
-def widths(step: Step) -> dict[str, tuple[int, int]]:
-    """Returns the widths of input and output of each linear of a layer."""
-    s = step.shape
-    query, key = s.heads * s.head_size, s.key_heads * s.head_size
-    return {
-        "q_proj": (s.hidden, query),
-        "k_proj": (s.hidden, key),
-        "v_proj": (s.hidden, key),
-        "o_proj": (query, s.hidden),
-        "gate_proj": (s.hidden, s.mlp),
-        "up_proj": (s.hidden, s.mlp),
-        "down_proj": (s.mlp, s.hidden),
-    }

@@ -126,7 +126,7 @@ class RecordedTrainer(UpstreamFixes):
         precision = PRECISIONS[self.args.mixed_precision]
         dtype = getattr(torch, COMPUTE_DTYPE[precision])
         self._take_mixers(base, dtype)
-        self._take_experts_product(base)
+        self._take_experts_product(base, precision)
         self.choose_loss()
         if self.args.mixed_precision == "fp8":
             freeze_in_float8(self.model, self.accelerator.device)
@@ -148,8 +148,7 @@ class RecordedTrainer(UpstreamFixes):
         if self.fast.packing:
             pack_mixers(base)
 
-    def _take_experts_product(self, base: PreTrainedModel) -> None:
-        precision = PRECISIONS[self.args.mixed_precision]
+    def _take_experts_product(self, base: PreTrainedModel, precision: str) -> None:
         self.fast.experts, why = take_experts_product(base, precision)
         if why and torch.cuda.is_available():
             self.fast.reasons["grouped_experts"] = why
