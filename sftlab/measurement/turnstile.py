@@ -20,8 +20,9 @@ from sftlab.measurement.hardware_limit import synchronize
 from sftlab.measurement.turn_workers import wait_for_turn_file
 
 PROFILED_STEPS = 10
-# Seconds after which a turn, or a warm-up beyond its first two steps, ends at the next step.
-LONGEST_S = 30.0
+# Seconds after which a turn, or a warm-up beyond its first two steps, ends at the next step. The
+# workers of a group warm up beside one another.
+LONGEST_S, LONGEST_WARM_S = 30.0, 240.0
 # What a kernel's name says of its work; the first match counts.
 KERNELS = {
     "matrix products": ("nvjet", "gemm", "cutlass", "cublas", "splitK"),
@@ -74,7 +75,7 @@ class Turnstile(TrainerCallback):
         done = state.global_step - self._first
         if done <= 2 and self._turn == 0:  # the first steps compile
             self._entered = time.perf_counter()
-        warm = self._turn > 0 or done >= self._warm or late(self._entered)
+        warm = self._turn > 0 or done >= self._warm or late(self._entered, LONGEST_WARM_S)
         if self._training or not warm:
             return
         synchronize()
@@ -89,7 +90,7 @@ class Turnstile(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Report at the last step of a turn."""
         steps = state.global_step - self._first
-        if not self._training or (steps < self._steps and not late(self._started)):
+        if not self._training or (steps < self._steps and not late(self._started, LONGEST_S)):
             return
         synchronize()
         seconds, report = time.perf_counter() - self._started, {}
@@ -124,9 +125,9 @@ class Turnstile(TrainerCallback):
             control.should_training_stop = True
 
 
-def late(since: float) -> bool:
+def late(since: float, longest: float) -> bool:
     """Returns whether a warm-up or a turn has taken long enough; never among several processes."""
-    return not dist.is_initialized() and time.perf_counter() - since > LONGEST_S
+    return not dist.is_initialized() and time.perf_counter() - since > longest
 
 
 def kernel_classes(profiler: torch.profiler.profile, seconds: float) -> dict[str, float]:
