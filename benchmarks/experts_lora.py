@@ -80,8 +80,10 @@ def main(argv: list[str]) -> None:
     arguments.out.mkdir(parents=True, exist_ok=True)
     for name in arguments.shape:
         for product in (GROUPED,) if torch.cuda.is_available() else (ONE_BY_ONE, GROUPED):
-            lines += [one | about for one in measured(name, product, arguments)]
+            found = measured(name, product, arguments)
+            lines += [one | about for one in found]
             write_csv(arguments.out / "experts_lora.csv", lines)
+            print(f"{name} measured, {product}", flush=True)
     print(aligned([list(SHOWN), *([str(line[name]) for name in SHOWN] for line in lines)]))
 
 

@@ -2,6 +2,7 @@
 
 import copy
 import sys
+from functools import partial
 from inspect import getclosurevars, isfunction
 from types import ModuleType
 
@@ -26,6 +27,7 @@ from transformers.integrations import use_kernel_func_from_hub_with_fallback
 from sftlab.data import collator
 from sftlab.data.collator import Collator, boundaries, for_the_model
 from sftlab.fastpath import packed_mixers, varlen_attention
+from sftlab.fastpath.compile_layers import compile_layers
 from sftlab.fastpath.packed_mixers import pack_mixers, shifted_products
 from sftlab.models import layers, mixers
 from sftlab.models.layers import decoder_of, describe
@@ -271,25 +273,59 @@ class _Fails(torch.autograd.Function):
         raise RuntimeError("This Triton is wrong\non this GPU")
 
 
+class Kernel:
+    """A package's kernel of the gated delta rule, which counts its calls."""
+
+    NAME = "torch_chunk_gated_delta_rule"
+
+    def __init__(self, modeling):
+        own = getattr(modeling, self.NAME)
+        self.modeling, self.calls, self.after = modeling, 0, lambda found: found
+        self.own = mixers._closure(getattr(own, "of_padded_rows", own))["torch_function"]
+
+    def in_use(self):
+        return getattr(self.modeling, self.NAME)
+
+    def kernel(self, query, key, value, g, beta, cu_seqlens=None, **kwargs):
+        self.calls += 1
+        found, state = self.own(query, key, value, g, beta, **kwargs)
+        return self.after(found), state
+
+
+def with_a_kernel(monkeypatch):
+    """Returns a hybrid whose recurrence a package computes, and the package's kernel."""
+    model = models.model_of("Qwen 3.5 (text)").train()
+    kernel = Kernel(sys.modules[type(mixers.packed_mixers(model)[0]).__module__])
+    package = ModuleType("kernels_of_a_package")
+    package.kernel = kernel.kernel
+    monkeypatch.setitem(sys.modules, package.__name__, package)
+    decorate = use_kernel_func_from_hub_with_fallback("kernel", package.__name__)
+    monkeypatch.setattr(kernel.modeling, kernel.NAME, decorate(kernel.own))
+    return model, kernel
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_compiled_layers_take_the_kernels_and_unroll_no_recurrence(monkeypatch, on_a_cpu, packed):
+    """torch 2.11 tells compiled code that it is exported, which has no kernels."""
+    model, kernel = with_a_kernel(monkeypatch)
+    if packed:
+        model.set_attn_implementation("varlen")
+    pack_mixers(model)
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    compile_layers(model.requires_grad_())
+    for longer in (0, 64, 128):
+        rows = [{name: one + one[:1] * longer for name, one in row.items()} for row in ROWS[:2]]
+        hidden_states(model, Collator(0, packed=packed, mixers=True)(rows)).sum().backward()
+    assert kernel.calls == 3 * len(mixers.packed_mixers(model))
+
+
 @pytest.mark.parametrize("fails", [False, True])
 def test_kernels_that_do_not_train_here_are_left_out_with_their_reason(
     monkeypatch, on_a_cpu, fails
 ):
-    model = models.model_of("Qwen 3.5 (text)").train()
-    modeling = sys.modules[type(mixers.packed_mixers(model)[0]).__module__]
-    name = "torch_chunk_gated_delta_rule"
-    own = getattr(modeling, name)
-    own = mixers._closure(getattr(own, "of_padded_rows", own))["torch_function"]
-    package = ModuleType("kernels_of_a_package")
-
-    def kernel(query, key, value, g, beta, **kwargs):
-        found, state = own(query, key, value, g, beta, **kwargs)
-        return (_Fails.apply(found) if fails else found), state
-
-    package.kernel = kernel
-    monkeypatch.setitem(sys.modules, package.__name__, package)
-    decorated = use_kernel_func_from_hub_with_fallback("kernel", package.__name__)(own)
-    monkeypatch.setattr(modeling, name, decorated)
+    model, kernel = with_a_kernel(monkeypatch)
+    own = kernel.own
+    kernel.after = _Fails.apply if fails else lambda found: found
     before = torch.get_rng_state()
     assert mixers.has_kernels(model)
     why = mixers.why_kernels_fail(model, torch.float32, CPU)
@@ -302,7 +338,7 @@ def test_kernels_that_do_not_train_here_are_left_out_with_their_reason(
     if not fails:
         return
     mixers.leave_out_kernels(model)
-    assert getattr(modeling, name) is own and not mixers.has_kernels(model)
+    assert kernel.in_use() is own and not mixers.has_kernels(model)
     alone = torch.cat([hidden_states(model, Collator(0, packed=False)([r]))[0] for r in ROWS])
     model.set_attn_implementation("varlen")
     pack_mixers(model)

@@ -27,6 +27,7 @@ def compile_layers(model: PreTrainedModel) -> None:
         )
     keep_peft_uncompiled(model)
     _keep_graphs_of_functions()
+    _compile_what_would_run()
     norms = [m for name, m in decoder_of(model).named_children() if "norm" in name]
     for module in [*layers, *norms]:
         module.forward = _with_dynamic_tokens(torch.compile(module.forward))
@@ -46,6 +47,19 @@ def _keep_graphs_of_functions() -> None:
 
     if hasattr(config, "autograd_cache_allow_custom_autograd_functions"):
         config.autograd_cache_allow_custom_autograd_functions = True
+
+
+def _compile_what_would_run() -> None:
+    """Let torch.compile trace a model as it runs, not as torch.export would see it.
+
+    To compiled code torch 2.11 says that it is exported. transformers then leaves out the kernels
+    of a package, and unrolls loops over tokens. torch 2.13 no longer does.
+    """
+    from torch._dynamo.variables import torch as traced
+
+    answers = getattr(traced, "tracing_state_functions", dict)()
+    if torch.compiler.is_exporting in answers:
+        answers[torch.compiler.is_exporting] = False
 
 
 def decoder_layers(model: PreTrainedModel) -> Sequence[nn.Module]:

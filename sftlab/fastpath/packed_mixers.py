@@ -18,22 +18,27 @@ from transformers.activations import ACT2FN
 
 from sftlab.models.mixers import is_kernel, packed_mixers
 
-# why a recurrence cuts a compiled layer
-IN_TORCH = "the recurrence is not compiled where its package of kernels is missing"
+# why a recurrence cuts a compiled layer: torch.compile unrolls the loop over a row's chunks
+NOT_COMPILED = "the recurrence is not compiled"
 
 
 def pack_mixers(model: PreTrainedModel) -> None:
     """Let a model's convolutions and recurrences take packed rows, as the collator gives them.
 
     It replaces functions of the modules of transformers that define them. Padded rows still go
-    through transformers' own.
+    through transformers' own. Recurrences and kernels of a package stay out of compiled layers.
     """
     for name in {type(mixer).__module__ for mixer in packed_mixers(model)}:
         modeling = sys.modules[name]
         for function, packed in _FUNCTIONS.items():
             own = getattr(modeling, function, None)
-            if own is not None and not hasattr(own, "of_padded_rows"):
-                setattr(modeling, function, _for_packed_rows(own, packed(own, is_kernel(own))))
+            if own is None or hasattr(own, "of_padded_rows"):
+                continue
+            kernel = is_kernel(own)
+            taken = _for_packed_rows(own, packed(own, kernel))
+            if kernel or packed in _RECURRENCES:
+                taken = torch.compiler.disable(taken, reason=NOT_COMPILED)
+            setattr(modeling, function, taken)
 
 
 def _for_packed_rows(own: Callable, packed: Callable) -> Callable:
@@ -104,7 +109,7 @@ def _delta_rule(own: Callable, kernel: bool) -> Callable:
         found = own(query, key, value, g=g, beta=beta, **kwargs)[0]
         return _one_row(found, seq_idx, row_places), None
 
-    return with_boundaries if kernel else torch.compiler.disable(side_by_side, reason=IN_TORCH)
+    return with_boundaries if kernel else side_by_side
 
 
 def _state_space(own: Callable, kernel: bool) -> Callable:
@@ -122,7 +127,7 @@ def _state_space(own: Callable, kernel: bool) -> Callable:
         x, dt, B, C = (_rows(one, row_places) for one in (x, dt, B, C))
         return _one_row(own(x, dt, A, B, C, **kwargs), seq_idx, row_places)
 
-    return own if kernel else torch.compiler.disable(side_by_side, reason=IN_TORCH)
+    return own if kernel else side_by_side
 
 
 def _fused_state_space(own: Callable, kernel: bool) -> Callable:
@@ -150,3 +155,4 @@ _FUNCTIONS: dict[str, Callable[[Callable, bool], Callable]] = {
     "mamba2_chunk_scan": _state_space,
     "mamba2_split_conv1d_scan_combined": _fused_state_space,
 }
+_RECURRENCES = (_delta_rule, _state_space)

@@ -13,6 +13,8 @@ from accelerate import Accelerator
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from trl import SFTTrainer
 
+from sftlab.measurement.hardware_limit import synchronize
+
 # steps between two looks where logs are further apart, or there are none
 LONGEST_INTERVAL = 100
 # skipped steps in a row after which no loss scale is left that could help
@@ -96,6 +98,7 @@ class Finiteness(TrainerCallback):
     def look_at_optimizer(self) -> None:
         """Raise NotFinite if a state of the optimizer is not finite. Every rank calls it."""
         trainer = self._trainer
+        synchronize()  # the host reads what is paged
         states = (one for state in trainer.optimizer.state.values() for one in _tensors(state))
         bad = (~are_finite(states)).long().reshape(1)
         (found,) = _least_of_all_ranks(trainer.accelerator, -bad)

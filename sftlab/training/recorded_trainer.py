@@ -52,7 +52,7 @@ from sftlab.training.clock import TrainingClock
 from sftlab.training.finiteness import Finiteness
 from sftlab.training.log_sums import TokenSums, TrainerSums
 from sftlab.training.loraplus import speed_up_b
-from sftlab.training.one_wait import wait_once
+from sftlab.training.optimizer_waits import wait_to_read
 from sftlab.training.router_loss import leave_out_frozen_router
 from sftlab.training.source_counts import SourceCounts
 from sftlab.training.upstream_fixes import SaveAfterEvaluation, UpstreamFixes
@@ -136,8 +136,9 @@ class RecordedTrainer(UpstreamFixes):
             compile_layers(base)
 
     def _take_mixers(self, base: PreTrainedModel, dtype: torch.dtype) -> None:
-        if packed_mixers(base):
-            self.fast.mixers = "torch"
+        if not packed_mixers(base):
+            return
+        self.fast.mixers = "torch"
         if has_kernels(base):
             whys = gather_object([why_kernels_fail(base, dtype, self.accelerator.device)])
             if why := next(filter(None, whys), None):  # in any process: all compute alike
@@ -145,8 +146,7 @@ class RecordedTrainer(UpstreamFixes):
                 self.fast.reasons["mixer_kernels"] = why
             else:
                 self.fast.mixers = "kernels"
-        if self.fast.packing:
-            pack_mixers(base)
+        pack_mixers(base)
 
     def _take_experts_product(self, base: PreTrainedModel, precision: str) -> None:
         self.fast.experts, why = take_experts_product(base, precision)
@@ -163,7 +163,7 @@ class RecordedTrainer(UpstreamFixes):
         if made and ratio is not None:
             speed_up_b(optimizer, self.model if model is None else model, ratio)
         if made:
-            wait_once(optimizer)
+            wait_to_read(optimizer)
         return optimizer
 
     def choose_loss(self) -> None:

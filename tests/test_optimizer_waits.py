@@ -1,4 +1,4 @@
-"""bitsandbytes' optimizers wait once a step, and compute what they computed before."""
+"""bitsandbytes' optimizers wait only before their state is read, and compute what they computed."""
 
 import copy
 import warnings
@@ -10,7 +10,7 @@ from bitsandbytes.optim import optimizer as upstream
 from conftest import short_fields
 from packed_training import build, train
 
-from sftlab.training.one_wait import wait_once
+from sftlab.training.optimizer_waits import wait_to_read
 
 MADE = {
     "paged, 32 bits": lambda groups: optim.PagedAdamW32bit(groups, weight_decay=0.1),
@@ -72,45 +72,52 @@ def test_paged_states_are_asked_for_where_memory_is_short(monkeypatch, free, ask
     monkeypatch.setattr("bitsandbytes.utils.sync_gpu", lambda tensor: None)
     four = parameters()
     optimizer = MADE["paged, 32 bits"](groups_of(four))
-    assert wait_once(optimizer)
+    assert wait_to_read(optimizer)
     step(optimizer, four, 0)
     assert len(asked) == asks
 
 
 @pytest.mark.filterwarnings("ignore:Paged optimizers are not supported on CPU")
 @pytest.mark.parametrize("make", MADE.values(), ids=list(MADE))
-def test_a_step_waits_once_and_computes_the_same(make, waits):
+def test_a_step_waits_for_nothing_and_computes_the_same(make, waits):
     found = []
-    for once in (False, True):
+    for mended in (False, True):
         four = parameters()
         optimizer = make(groups_of(four))
-        assert not once or wait_once(optimizer)
+        assert not mended or wait_to_read(optimizer)
         waits.clear()
         for seed in range(3):
             step(optimizer, four, seed)
-        found.append((four, optimizer.state_dict(), list(waits)))
+        happened = list(waits)
+        found.append((four, optimizer.state_dict(), happened))
+        assert waits == happened + ["wait"] * mended, "a state was read without waiting"
     (plain, state, upstreams), (mine, own_state, own) = found
     assert all(torch.equal(*pair) for pair in zip(plain, mine, strict=True))
     assert state.keys() == own_state.keys()
     pairs = list(zip(tensors(state), tensors(own_state), strict=True))
     assert len(pairs) > 10 and all(torch.equal(*pair) for pair in pairs)
     updates = [(64, 80), (70, 70), (9,)]
-    assert own == (updates + ["wait"]) * 3
+    assert own == updates * 3
     assert [one for one in upstreams if one != "wait"] == updates * 3
-    assert upstreams.count("wait") >= 9, "bitsandbytes waits once a step itself: delete the mend"
+    assert upstreams.count("wait") >= 9, "bitsandbytes waits less itself: delete the mend"
 
 
-def test_a_step_without_gradients_waits_for_nothing(waits):
-    optimizer = optim.AdamW8bit(parameters())
-    assert wait_once(optimizer)
-    optimizer.step()
-    assert waits == []
+@pytest.mark.filterwarnings("ignore:Paged optimizers are not supported on CPU")
+def test_paged_states_are_waited_for_where_no_host_may_touch_them(monkeypatch, waits):
+    monkeypatch.setattr("sys.platform", "win32")
+    four = parameters()
+    for name, count in (("paged, 32 bits", 1), ("8 bits", 0)):
+        optimizer = MADE[name](groups_of(four))
+        assert wait_to_read(optimizer)
+        waits.clear()
+        step(optimizer, four, 0)
+        assert waits.count("wait") == count
 
 
 def test_hooks_schedules_closures_and_saved_states_are_as_before(waits):
     four = parameters()
     optimizer = optim.AdamW8bit(groups_of(four))
-    assert wait_once(optimizer) and not wait_once(torch.optim.AdamW(four))
+    assert wait_to_read(optimizer) and not wait_to_read(torch.optim.AdamW(four))
     seen = []
     optimizer.register_step_pre_hook(lambda *_: seen.append("before"))
     optimizer.register_step_post_hook(lambda *_: seen.append("after"))
@@ -137,15 +144,17 @@ def test_an_optimizer_with_a_step_of_its_own_is_left_alone():
             return 3
 
     optimizer = Own(parameters())
-    assert not wait_once(optimizer)
+    assert not wait_to_read(optimizer)
     assert optimizer.step() == 3
 
 
 @pytest.mark.filterwarnings("ignore:Paged optimizers are not supported on CPU")
-def test_a_training_waits_once_a_step(base, rows, tmp_path, waits):
+def test_a_training_waits_for_its_checkpoints_alone(base, rows, tmp_path, waits):
     fields = short_fields(base, rows, tmp_path / "run")
     trainer = build(fields, optim="paged_adamw_32bit", loraplus_lr_ratio="4")
     train(trainer)
     trained = sum(one.requires_grad for one in trainer.model.parameters())
-    assert waits.count("wait") == trainer.state.global_step > 1
-    assert len(waits) == trainer.state.global_step * (trained + 1)
+    steps, saved = trainer.state.global_step, len(list((tmp_path / "run").glob("checkpoint-*")))
+    assert waits[0] == "wait"  # accelerate reads the empty state once
+    assert waits[1:].count("wait") == saved < steps
+    assert len(waits[1:]) == steps * trained + saved

@@ -1,13 +1,17 @@
-"""bitsandbytes' optimizers wait for the GPU once a step, not after every tensor.
+"""bitsandbytes' optimizers wait for the GPU where the host reads their state, and nowhere else.
 
 Version: bitsandbytes 0.50.2, optim/optimizer.py, `Optimizer8bit.step`. It calls `sync_gpu` after
-each tensor's update, so the next one is started only when the GPU has nothing left to do. A paged
-optimizer also asks for each tensor's state to be brought to the GPU. The driver does that on the
-host between two kernels, and has to even where the state never left: it leaves when memory is
-short. Delete when it waits at the end of the step alone, and asks where something left.
+each tensor's update, and a paged optimizer once more at the end. So the GPU has nothing to do while
+Python starts the next update, and again while Python prepares the next step. Everything on the GPU
+runs in the order of one stream; only a paged state lies where the host can read it too early.
+
+A paged optimizer also asks for each tensor's state to be brought to the GPU. The driver does that
+on the host between two kernels, and has to even where the state never left: it leaves when memory
+is short. Delete when it waits as this does, and asks where something left.
 """
 
 import inspect
+import sys
 from collections.abc import Callable
 from functools import cache
 from typing import Any
@@ -19,12 +23,12 @@ from torch.optim import Optimizer
 FREE = 0.05
 
 
-def wait_once(optimizer: Optimizer) -> bool:
-    """Let an optimizer of bitsandbytes wait at the end of its step alone, in place.
+def wait_to_read(optimizer: Optimizer) -> bool:
+    """Let an optimizer of bitsandbytes wait for the GPU before its state is read, in place.
 
     What it computes, its state and what is saved of it stay as they are: the GPU does the same work
-    in the same order. Returns whether it is one; others, and those with a step of their own, are
-    left alone.
+    in the same order. Who reads `optimizer.state` without `state_dict` waits first. Returns whether
+    it is one; others, and those with a step of their own, are left alone.
     """
     own = type(optimizer)
     if not any(one.__module__.startswith("bitsandbytes.") for one in own.__mro__):
@@ -35,23 +39,27 @@ def wait_once(optimizer: Optimizer) -> bool:
         return False
     if "step" in vars(optimizer):  # a schedule has wrapped the class's step already
         return False
-    optimizer.__class__ = _with_one_wait(own)
+    optimizer.__class__ = _that_waits_to_read(own)
     return True
 
 
 @cache
-def _with_one_wait(of: type[Optimizer]) -> type[Optimizer]:
+def _that_waits_to_read(of: type[Optimizer]) -> type[Optimizer]:
     """Returns `of` with another step; hooks and profilers see the step as they see that of `of`."""
     step = Optimizer.profile_hook_step(_step)
     step.hooked = True
-    return type(of.__name__, (of,), {"__module__": __name__, "step": step})
+
+    def state_dict(self: Any) -> dict[str, Any]:
+        _wait(self)
+        return of.state_dict(self)
+
+    own = {"__module__": __name__, "step": step, "state_dict": state_dict}
+    return type(of.__name__, (of,), own)
 
 
 @torch.no_grad()
 def _step(self: Any, closure: Callable[[], Any] | None = None) -> Any:
     """Take a step as `Optimizer8bit.step` does, but for the waiting; returns the closure's loss."""
-    from bitsandbytes.utils import sync_gpu
-
     loss = None
     if closure is not None:
         with torch.enable_grad():
@@ -60,7 +68,7 @@ def _step(self: Any, closure: Callable[[], Any] | None = None) -> Any:
         self.check_overrides()
         self.to_gpu()
         self.initialized = True
-    updated, may_be_away = None, self.is_paged and memory_is_short()
+    may_be_away = self.is_paged and memory_is_short()
     for group_index, group in enumerate(self.param_groups):
         for index, parameter in enumerate(group["params"]):
             if parameter.grad is None:
@@ -70,10 +78,16 @@ def _step(self: Any, closure: Callable[[], Any] | None = None) -> Any:
             if may_be_away:
                 self.prefetch_state(parameter)
             self.update_step(group, parameter, group_index, index)
-            updated = parameter
-    if updated is not None:
-        sync_gpu(updated)
+    if self.is_paged and sys.platform != "linux":  # no host may touch pages while a GPU works
+        _wait(self)
     return loss
+
+
+def _wait(optimizer: Any) -> None:
+    from bitsandbytes.utils import sync_gpu
+
+    first = next(one for group in optimizer.param_groups for one in group["params"])
+    sync_gpu(first)
 
 
 def memory_is_short() -> bool:
