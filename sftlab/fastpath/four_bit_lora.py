@@ -12,7 +12,7 @@ from peft.tuners.lora.bnb import Linear4bit
 from torch import nn
 
 from sftlab.fastpath import four_bit_linear
-from sftlab.fastpath.lora_products import SharedInput
+from sftlab.fastpath.lora_products import SharedInput, Views
 
 
 class FourBitInput(SharedInput):
@@ -55,16 +55,18 @@ class FourBitInput(SharedInput):
 
     def hold_weights(self) -> None:
         """Make room for the copies of LoRA's matrices, unless there is."""
-        first, out, ranks = self.layers[0], sum(self.form.sizes), self.columns()
+        first = self.layers[0]
         device = first.base_layer.weight.device
         if not self.holds_these_ranks() or self.held[0].device != device:
+            out, ranks = sum(self.form.sizes), self.columns()
             b = torch.zeros(out + ranks, ranks, dtype=self.dtype, device=device)
             self.hold(b, b.new_zeros(ranks, first.in_features + ranks))
 
-    def lora_views(self) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-        """Returns where it holds each layer's A [rank, in] and s B [out, rank]."""
+    def find_views(self) -> Views:
+        """Returns where each layer's tensors are in what is held."""
         b, a = self.held
-        return self.parts(a[:, : self.layers[0].in_features], b[: sum(self.form.sizes)])
+        width, out = self.layers[0].in_features, sum(self.form.sizes)
+        return Views(self.held, *self.parts(a[:, :width], b[:out]), [])
 
 
 def why_not(layer: lora.LoraLayer, dtype: torch.dtype) -> str | None:

@@ -8,6 +8,7 @@ such product, B on a block diagonal.
 """
 
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -106,6 +107,7 @@ class SharedInput:
         self.held_ranks: list[int] = []
         self._x: torch.Tensor | None = None
         self._waiting: list[torch.Tensor | None] = []
+        self._views: Views | None = None
 
     @property
     def dtype(self) -> torch.dtype:
@@ -169,14 +171,12 @@ class SharedInput:
 
     def hold_weights(self) -> None:
         """Make the frozen weights views of what is held, unless they are."""
-        first = self.layers[0].base_layer.weight
-        out, ranks = sum(layer.out_features for layer in self.layers), self.columns()
         weights = [layer.base_layer.weight for layer in self.layers]
-        if self.holds_these_ranks() and all(
-            weight.data_ptr() == view.data_ptr()
-            for weight, view in zip(weights, self._weight_views(), strict=True)
-        ):
+        addresses = [weight.data_ptr() for weight in weights]
+        if self.holds_these_ranks() and addresses == self.views().weights:
             return
+        first = weights[0]
+        out, ranks = sum(layer.out_features for layer in self.layers), self.columns()
         self.hold(first.data.new_zeros(out + ranks, first.shape[1] + ranks))
         for weight, view in zip(weights, self._weight_views(), strict=True):
             view.copy_(weight.data)
@@ -194,14 +194,21 @@ class SharedInput:
         """Returns the columns of all A matrices, padded."""
         return padded(sum(layer.rank for layer in self.layers))
 
+    def views(self) -> "Views":
+        """Returns where each layer's tensors are in what is held; found once for what that is."""
+        if self._views is None or self._views.held is not self.held:
+            self._views = self.find_views()
+        return self._views
+
+    def find_views(self) -> "Views":
+        """Returns where each layer's tensors are in what is held."""
+        (joined,), width, out = self.held, self.layers[0].in_features, sum(self.form.sizes)
+        weights = [view.data_ptr() for view in self._weight_views()]
+        return Views(self.held, *self.parts(joined[out:, :width], joined[:out, width:]), weights)
+
     def _weight_views(self) -> list[torch.Tensor]:
         width, sizes = self.layers[0].in_features, self.form.sizes
         return list(self.held[0][: sum(sizes), :width].split(sizes))
-
-    def lora_views(self) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-        """Returns where it holds each layer's A [rank, in] and s B [out, rank]."""
-        (joined,), width, out = self.held, self.layers[0].in_features, sum(self.form.sizes)
-        return self.parts(joined[out:, :width], joined[:out, width:])
 
     def parts(
         self, a: torch.Tensor, b: torch.Tensor
@@ -217,16 +224,30 @@ class SharedInput:
         return list(a.split(rank)[: len(sizes)]), blocks
 
 
+class Views(NamedTuple):
+    """Where a SharedInput's layers are in what it holds.
+
+    Each has its A [rank, in] and s B [out, rank], and its frozen weight at an address, where that
+    is a view too.
+    """
+
+    held: tuple[torch.Tensor, ...]
+    a: list[torch.Tensor]
+    b: list[torch.Tensor]
+    weights: list[int]
+
+
 @torch.no_grad()
 def copy_matrices(groups: Sequence[SharedInput]) -> None:
     """Copy what LoRA trains to where the products read it; before every forward."""
-    into, a, b, scales = ([], []), [], [], []
+    into_a, into_b, a, b, scales = [], [], [], [], []
     for group in groups:
         if not all(layer.has_one_adapter for layer in group.layers):
             continue
         group.hold_weights()
-        for views, found in zip(into, group.lora_views(), strict=True):
-            views.extend(found)
+        views = group.views()
+        into_a.extend(views.a)
+        into_b.extend(views.b)
         for layer in group.layers:
             mine = layer.matrices
             a.append(mine[0].data)
@@ -234,5 +255,5 @@ def copy_matrices(groups: Sequence[SharedInput]) -> None:
             scales.append(layer.scale)
     if not a:
         return
-    torch._foreach_copy_(into[0], a)
-    torch._foreach_copy_(into[1], torch._foreach_mul(b, scales))
+    torch._foreach_copy_(into_a, a)
+    torch._foreach_copy_(into_b, torch._foreach_mul(b, scales))
