@@ -37,11 +37,18 @@ class FrozenFloat8Linear(nn.Linear):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Returns x W^T: [..., in] to [..., out], in bfloat16."""
-        weight, weight_t = self.weight.view(-1).view(FORWARD).view(2, -1)
-        weight, weight_t = weight.view(self.out_features, -1), weight_t.view(self.in_features, -1)
-        y = _Float8Product.apply(x.reshape(-1, self.in_features), weight, weight_t, self.scale)
+        y = _Float8Product.apply(x.reshape(-1, self.in_features), *self.stored())
         y = y.view(*x.shape[:-1], self.out_features)
         return y if self.bias is None else y + self.bias.to(y.dtype)
+
+    def stored(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Returns W [out, in] and W^T [in, out] in float8, and their scale for every column."""
+        weight, weight_t = self.weight.view(-1).view(FORWARD).view(2, -1)
+        return (
+            weight.view(self.out_features, -1),
+            weight_t.view(self.in_features, -1),
+            self.scale,
+        )
 
 
 class _Float8Product(torch.autograd.Function):
@@ -55,22 +62,22 @@ class _Float8Product(torch.autograd.Function):
     ) -> torch.Tensor:
         ctx.save_for_backward(weight_t, scale)
         ctx.dtype = x.dtype
-        return _product(*to_float8(x, FORWARD, by_row=True), weight, scale)
+        return float8_product(*to_float8(x, FORWARD, by_row=True), weight, scale)
 
     @staticmethod
     def backward(ctx: object, gradient: torch.Tensor) -> tuple:
         weight_t, scale = ctx.saved_tensors
-        return (
-            _product(*to_float8(gradient, BACKWARD, by_row=True), weight_t, scale).to(ctx.dtype),
-            None,
-            None,
-            None,
-        )
+        into_x = float8_product(*to_float8(gradient, BACKWARD, by_row=True), weight_t, scale)
+        return into_x.to(ctx.dtype), None, None, None
 
 
-def _product(
+def float8_product(
     x: torch.Tensor, x_scale: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor
 ) -> torch.Tensor:
+    """Returns x W^T in bfloat16 of x [rows, in] and W [out, in] in float8, [rows, out].
+
+    x has a scale for each row, [rows, 1], and W one for each of its rows or more, [1, ...].
+    """
     # no cast after this: in a forward compiled by torch 2.11, one that changes nothing loses the
     # gradient
     return torch._scaled_mm(

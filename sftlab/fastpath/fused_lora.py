@@ -17,6 +17,7 @@ from sftlab.fastpath.lora_products import (
     copy_matrices,
     padded,
 )
+from sftlab.fastpath.one_adapter import why_not_plain
 from sftlab.fastpath.own_class import own_class, with_forward
 from sftlab.fastpath.selection import FastPath
 from sftlab.fastpath.unset_fused_lora import SHARDED
@@ -126,13 +127,8 @@ def why_not(layer: lora.LoraLayer, dtype: torch.dtype) -> str | None:
     whole = (type(layer), type(base)) == (lora.Linear, nn.Linear)
     if not (whole or in_four_bits) or layer.fan_in_fan_out:
         return f"{type(base).__name__} under peft's {type(layer).__name__} has a product of its own"
-    if len(layer.lora_A) != 1:
-        return "there are several adapters, as in preference tuning from an adapter"
-    if any(layer.lora_bias.values()):
-        return "LoRA has a bias"
-    if layer.lora_variant:
-        variant = next(iter(layer.lora_variant.values()))
-        return f"{type(variant).__name__} changes the LoRA update"
+    if reason := why_not_plain(layer):
+        return reason
     if base.weight.requires_grad:
         return "the linear under LoRA trains"
     matrix = next(iter(layer.lora_A.values())).weight.dtype

@@ -10,7 +10,7 @@ from torch import nn
 from sftlab.fastpath.joined_product import Form, adapter_gradients, for_gradients, for_outputs
 from sftlab.fastpath.lora_products import LoraProduct
 from sftlab.fastpath.mlp_ops import gated_backward, gated_down
-from sftlab.fastpath.own_class import own_class, with_forward
+from sftlab.fastpath.own_class import is_watched, own_class, with_forward
 from sftlab.models.gated_mlp import NAMES, tanh_gelu_of
 
 
@@ -46,12 +46,7 @@ class LoraMlp(nn.Module):
             return False
         if any(layer.training and layer.dropped for layer in layers):
             return False
-        for module in (*layers, self.act_fn):
-            if module._forward_hooks or module._forward_pre_hooks:
-                return False
-            if module._backward_hooks or module._backward_pre_hooks:
-                return False
-        return True
+        return not any(is_watched(module) for module in (*layers, self.act_fn))
 
 
 def fuse_mlp(module: nn.Module) -> None:

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
+from sftlab.fastpath import one_adapter
 from sftlab.fastpath.dropout_bits import dropout_bits, kept_share
 from sftlab.fastpath.joined_product import Form, JoinedProduct
 
@@ -41,41 +42,12 @@ class LoraProduct(nn.Module):
         y = self.together.output(self.place, x.to(dtype))
         return y if bias is None else y + bias.to(dtype)
 
-    @property
-    def adapts(self) -> bool:
-        """Whether it adds its one adapter to a frozen linear that nobody watches."""
-        if self._disable_adapters or self.merged_adapters or self.base_layer._forward_hooks:
-            return False
-        return self.has_one_adapter and self.active_adapters == list(self.lora_A)
-
-    @property
-    def has_one_adapter(self) -> bool:
-        """Whether no second adapter was added."""
-        return len(self.lora_A) == 1
-
-    @property
-    def matrices(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """A [rank, in] and B [out, rank]."""
-        (a,), (b,) = self.lora_A.values(), self.lora_B.values()
-        return a.weight, b.weight
-
-    @property
-    def rank(self) -> int:
-        """The rank of its adapter."""
-        (rank,) = self.r.values()
-        return rank
-
-    @property
-    def scale(self) -> float:
-        """What the LoRA update is multiplied with."""
-        (scale,) = self.scaling.values()
-        return scale
-
-    @property
-    def dropped(self) -> float:
-        """The probability with which dropout zeroes an element of LoRA's input."""
-        (dropout,) = self.lora_dropout.values()
-        return dropout.p if isinstance(dropout, nn.Dropout) else 0.0
+    adapts = property(one_adapter.adapts)
+    has_one_adapter = property(one_adapter.has_one_adapter)
+    matrices = property(one_adapter.matrices)
+    rank = property(one_adapter.rank)
+    scale = property(one_adapter.scale)
+    dropped = property(one_adapter.dropped)
 
     @property
     def kind(self) -> tuple:
@@ -133,13 +105,8 @@ class SharedInput:
         """Whether the decoder has begun, every layer adapts, and products have the right dtype."""
         if self.held is None or not all(one.adapts for one in self.layers):
             return False
-        for layer in self.layers:
-            dtype = layer.matrices[0].dtype
-            if torch.is_autocast_enabled(x.device.type):
-                dtype = torch.get_autocast_dtype(x.device.type)
-            if dtype != self.dtype:
-                return False
-        return True
+        kind = x.device.type
+        return all(one_adapter.product_dtype(one, kind) == self.dtype for one in self.layers)
 
     def output(self, place: int, x: torch.Tensor) -> torch.Tensor:
         """Returns the output of the layer at `place` for x, without a bias."""

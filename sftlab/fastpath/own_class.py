@@ -14,3 +14,9 @@ def with_forward(first: type[nn.Module], of: type[nn.Module]) -> type[nn.Module]
 def own_class(module: nn.Module) -> type[nn.Module]:
     """Returns the class that a module had before `with_forward` gave it another."""
     return type(module).__bases__[1]
+
+
+def is_watched(module: nn.Module) -> bool:
+    """Whether a hook sees, or changes, what goes into the module or comes out of it."""
+    hooks = module._forward_hooks or module._forward_pre_hooks
+    return bool(hooks or module._backward_hooks or module._backward_pre_hooks)

@@ -1,0 +1,232 @@
+"""A decoder layer's MLP over float8 weights as one function, with or without LoRA.
+
+Its activation and the gradients of gate and up are rounded by the kernel that makes them. The
+activation is not kept for the backward: its gradient works it out again. LoRA is computed in
+bfloat16 of what was not rounded.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from peft.tuners import lora
+from torch import nn
+
+from sftlab.fastpath import one_adapter
+from sftlab.fastpath.float8 import (
+    BACKWARD,
+    FORWARD,
+    FrozenFloat8Linear,
+    float8_product,
+    to_float8,
+)
+from sftlab.fastpath.float8_mlp_ops import gated_backward_to_float8_, gated_to_float8
+from sftlab.fastpath.own_class import is_watched, with_forward
+from sftlab.models.gated_mlp import NAMES, tanh_gelu_of
+
+# columns of an activation: a program holds as many
+LARGEST_SIZE = 16384
+
+
+class Float8Mlp(nn.Module):
+    """What down(f(gate(x)) up(x)) is computed by, beside the model's own class for an MLP.
+
+    It falls back to that class's forward while adapters are merged, disabled or under dropout,
+    where LoRA is not computed in bfloat16, and where a hook looks at what is within.
+    """
+
+    tanh_gelu: bool
+
+    def forward(self, x: torch.Tensor, *args: object, **kwargs: object) -> torch.Tensor:
+        """Returns the MLP's output: [..., hidden] to [..., hidden]."""
+        if args or kwargs or not self._is_ready(x):
+            return super().forward(x, *args, **kwargs)
+        layers = self.gate_proj, self.up_proj, self.down_proj
+        frozen = [tensor for layer in layers for tensor in _base(layer).stored()]
+        adapted = [layer for layer in layers if isinstance(layer, lora.LoraLayer)]
+        scales = tuple(one_adapter.scale(layer) if layer in adapted else None for layer in layers)
+        matrices = [matrix for layer in adapted for matrix in one_adapter.matrices(layer)]
+        rows = x.reshape(-1, x.shape[-1])
+        found = _Mlp.apply(rows, self.tanh_gelu, scales, *frozen, *matrices)
+        return found.unflatten(0, x.shape[:-1])
+
+    def _is_ready(self, x: torch.Tensor) -> bool:
+        layers = self.gate_proj, self.up_proj, self.down_proj
+        if any(is_watched(module) for module in (*layers, self.act_fn)):
+            return False
+        for layer in layers:
+            if not isinstance(layer, lora.LoraLayer):
+                if not isinstance(layer, FrozenFloat8Linear):  # peft merged and left
+                    return False
+            elif (
+                not one_adapter.adapts(layer)
+                or (layer.training and one_adapter.dropped(layer))
+                or one_adapter.product_dtype(layer, x.device.type) != torch.bfloat16
+            ):
+                return False
+        return True
+
+
+def fuse_float8_mlps(model: nn.Module) -> int:
+    """Let every MLP over float8 linears that is understood compute as one function, in place.
+
+    Parameters, their names and what peft saves stay as they are. Returns how many do.
+    """
+    fused = 0
+    for module in list(model.modules()):
+        layers = [getattr(module, name, None) for name in NAMES]
+        if not all(_is_understood(layer) for layer in layers):
+            continue
+        gate, up, down = (_base(layer) for layer in layers)
+        sizes = {gate.out_features, up.out_features, down.in_features}
+        if len(sizes) > 1 or max(sizes) > LARGEST_SIZE or gate.in_features != up.in_features:
+            continue
+        if (tanh_gelu := tanh_gelu_of(module)) is not None:
+            module.__class__ = with_forward(Float8Mlp, type(module))
+            module.tanh_gelu = tanh_gelu
+            fused += 1
+    return fused
+
+
+def _is_understood(layer: nn.Module | None) -> bool:
+    if isinstance(layer, lora.LoraLayer):
+        if type(layer) is not lora.Linear or layer.fan_in_fan_out:
+            return False
+        if one_adapter.why_not_plain(layer):
+            return False
+        if any(type(one) not in (nn.Identity, nn.Dropout) for one in layer.lora_dropout.values()):
+            return False
+        layer = layer.base_layer
+    return isinstance(layer, FrozenFloat8Linear) and layer.bias is None
+
+
+def _base(layer: nn.Module) -> FrozenFloat8Linear:
+    return layer.base_layer if isinstance(layer, lora.LoraLayer) else layer
+
+
+class _Mlp(torch.autograd.Function):
+    """down's act W^T + s (act A^T) B^T of act = f(gate) up: [rows, in] to [rows, out].
+
+    `tensors` are what FrozenFloat8Linear.stored returns of gate, up and down, and then A and B of
+    those whose place in `scales` has LoRA's s. It returns the gradients of A and B.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: object,
+        x: torch.Tensor,
+        tanh_gelu: bool,
+        scales: tuple[float | None, float | None, float | None],
+        *tensors: torch.Tensor,
+    ) -> torch.Tensor:
+        weights, weights_t, weight_scales = tensors[:9:3], tensors[1:9:3], tensors[2:9:3]
+        adapters = _adapters(scales, tensors[9:])
+        rounded, x16 = to_float8(x, FORWARD, by_row=True), x.to(torch.bfloat16)
+        hs = _project(x16, adapters[:2])
+        gate, up = (
+            _add(float8_product(*rounded, weights[i], weight_scales[i]), hs[i], adapters[i])
+            for i in range(2)
+        )
+        act8, act_scale, act = gated_to_float8(gate, up, tanh_gelu, scales[2] is not None)
+        hs += _project(act, adapters[2:])
+        kept = [h for h in hs if h is not None]
+        if scales[:2] != (None, None):
+            kept.append(x16)
+        ctx.save_for_backward(gate, up, *weights_t, *weight_scales, *tensors[9:], *kept)
+        ctx.tanh_gelu, ctx.scales, ctx.dtype = tanh_gelu, scales, x.dtype
+        return _add(
+            float8_product(act8, act_scale, weights[2], weight_scales[2]), hs[2], adapters[2]
+        )
+
+    @staticmethod
+    def backward(ctx: object, gradient: torch.Tensor) -> tuple:
+        gate, up, *saved = ctx.saved_tensors
+        weights_t, weight_scales, saved = saved[:3], saved[3:6], saved[6:]
+        adapters = _adapters(ctx.scales, saved)
+        rest = iter(saved[2 * sum(one is not None for one in adapters) :])
+        hs = [None if one is None else next(rest) for one in adapters]
+        x = next(rest, None)
+        into_y = [gradient.to(torch.bfloat16)]
+        rounded = to_float8(gradient, BACKWARD, by_row=True)
+        into_h_down = _into_h(into_y, adapters[2:])
+        act = _add_through_a(
+            float8_product(*rounded, weights_t[2], weight_scales[2]), into_h_down, adapters[2:]
+        )  # its gradient; then act itself, in its place
+        *rounded, into_gate, into_up = gated_backward_to_float8_(
+            act, gate, up, ctx.tanh_gelu, x is not None, into_h_down is not None
+        )
+        into_ys = [into_gate, into_up]
+        into_h = _into_h(into_ys, adapters[:2])
+        into_x = float8_product(*rounded[:2], weights_t[0], weight_scales[0])
+        into_x = _add_through_a(into_x, into_h, adapters[:2])
+        into_x = into_x + float8_product(*rounded[2:], weights_t[1], weight_scales[1])
+        found = _into_adapters(x, into_h, into_ys, hs[:2], adapters[:2])
+        found += _into_adapters(act, into_h_down, into_y, hs[2:], adapters[2:])
+        return into_x.to(ctx.dtype), None, None, *[None] * 9, *found
+
+
+# A [rank, in], B [out, rank] and s of a layer
+_Adapter = tuple[torch.Tensor, torch.Tensor, float]
+
+
+def _adapters(
+    scales: Sequence[float | None], matrices: Sequence[torch.Tensor]
+) -> list[_Adapter | None]:
+    each = iter(matrices)
+    return [None if one is None else (next(each), next(each), one) for one in scales]
+
+
+def _joined_a(adapters: Sequence[_Adapter | None], dtype: torch.dtype) -> torch.Tensor:
+    return torch.cat([one[0].to(dtype) for one in adapters if one is not None])
+
+
+def _project(x: torch.Tensor, adapters: Sequence[_Adapter | None]) -> list[torch.Tensor | None]:
+    """Returns each adapter's h = x A^T, of one product."""
+    ranks = [len(one[0]) for one in adapters if one is not None]
+    if not ranks:
+        return [None for _ in adapters]
+    parts = iter((x @ _joined_a(adapters, x.dtype).t()).split(ranks, 1))
+    return [None if one is None else next(parts) for one in adapters]
+
+
+def _add(y: torch.Tensor, h: torch.Tensor | None, adapter: _Adapter | None) -> torch.Tensor:
+    """Returns y + s h B^T."""
+    if adapter is None:
+        return y
+    return torch.addmm(y, h, adapter[1].to(y.dtype).t(), alpha=adapter[2])
+
+
+def _into_h(
+    into_ys: Sequence[torch.Tensor], adapters: Sequence[_Adapter | None]
+) -> torch.Tensor | None:
+    """Returns the gradients of every h side by side, from those of their outputs."""
+    pairs = zip(into_ys, adapters, strict=True)
+    parts = [y @ one[1].to(y.dtype) * one[2] for y, one in pairs if one is not None]
+    return torch.cat(parts, 1) if parts else None
+
+
+def _add_through_a(
+    into_x: torch.Tensor, into_h: torch.Tensor | None, adapters: Sequence[_Adapter | None]
+) -> torch.Tensor:
+    """Returns the gradient of an input with what comes from every h."""
+    if into_h is None:
+        return into_x
+    return torch.addmm(into_x, into_h, _joined_a(adapters, into_x.dtype))
+
+
+def _into_adapters(
+    x: torch.Tensor | None,
+    into_h: torch.Tensor | None,
+    into_ys: Sequence[torch.Tensor],
+    hs: Sequence[torch.Tensor | None],
+    adapters: Sequence[_Adapter | None],
+) -> list[torch.Tensor]:
+    """Returns the gradients of each adapter's A and B, in turn."""
+    if into_h is None:
+        return []
+    into_a, found = into_h.t() @ x, []
+    for into_y, h, one in zip(into_ys, hs, adapters, strict=True):
+        if one is not None:
+            a, b, scale = one
+            found += [into_a[: len(a)].to(a.dtype), (into_y.t() @ h).to(b.dtype) * scale]
+            into_a = into_a[len(a) :]
+    return found
