@@ -53,17 +53,7 @@ class Float8Mlp(nn.Module):
         layers = self.gate_proj, self.up_proj, self.down_proj
         if any(is_watched(module) for module in (*layers, self.act_fn)):
             return False
-        for layer in layers:
-            if not isinstance(layer, lora.LoraLayer):
-                if not isinstance(layer, FrozenFloat8Linear):  # peft merged and left
-                    return False
-            elif (
-                not one_adapter.adapts(layer)
-                or (layer.training and one_adapter.dropped(layer))
-                or one_adapter.product_dtype(layer, x.device.type) != torch.bfloat16
-            ):
-                return False
-        return True
+        return all(_computes_as_here(layer, x.device.type) for layer in layers)
 
 
 def fuse_float8_mlps(model: nn.Module) -> int:
@@ -97,6 +87,16 @@ def _is_understood(layer: nn.Module | None) -> bool:
             return False
         layer = layer.base_layer
     return isinstance(layer, FrozenFloat8Linear) and layer.bias is None
+
+
+def _computes_as_here(layer: nn.Module, device: str) -> bool:
+    if isinstance(layer, FrozenFloat8Linear):
+        return True
+    if not isinstance(layer, lora.LoraLayer) or not one_adapter.adapts(layer):  # merged and left
+        return False
+    if layer.training and one_adapter.dropped(layer):
+        return False
+    return one_adapter.product_dtype(layer, device) == torch.bfloat16
 
 
 def _base(layer: nn.Module) -> FrozenFloat8Linear:
@@ -133,9 +133,8 @@ class _Mlp(torch.autograd.Function):
             kept.append(x16)
         ctx.save_for_backward(gate, up, *weights_t, *weight_scales, *tensors[9:], *kept)
         ctx.tanh_gelu, ctx.scales, ctx.dtype = tanh_gelu, scales, x.dtype
-        return _add(
-            float8_product(act8, act_scale, weights[2], weight_scales[2]), hs[2], adapters[2]
-        )
+        y = float8_product(act8, act_scale, weights[2], weight_scales[2])
+        return _add(y, hs[2], adapters[2])
 
     @staticmethod
     def backward(ctx: object, gradient: torch.Tensor) -> tuple:
