@@ -19,7 +19,11 @@ from sftlab.fastpath.float8 import (
     float8_product,
     to_float8,
 )
-from sftlab.fastpath.float8_mlp_ops import gated_backward_to_float8_, gated_to_float8
+from sftlab.fastpath.float8_mlp_ops import (
+    add_product_,
+    gated_backward_to_float8_,
+    gated_to_float8,
+)
 from sftlab.fastpath.own_class import is_watched, with_forward
 from sftlab.models.gated_mlp import NAMES, tanh_gelu_of
 
@@ -188,10 +192,10 @@ def _project(x: torch.Tensor, adapters: Sequence[_Adapter | None]) -> list[torch
 
 
 def _add(y: torch.Tensor, h: torch.Tensor | None, adapter: _Adapter | None) -> torch.Tensor:
-    """Returns y + s h B^T."""
-    if adapter is None:
-        return y
-    return torch.addmm(y, h, adapter[1].to(y.dtype).t(), alpha=adapter[2])
+    """Returns y, to which s h B^T was added."""
+    if adapter is not None:
+        add_product_(y, h, adapter[1].to(y.dtype).t(), adapter[2])
+    return y
 
 
 def _into_h(
@@ -206,10 +210,10 @@ def _into_h(
 def _add_through_a(
     into_x: torch.Tensor, into_h: torch.Tensor | None, adapters: Sequence[_Adapter | None]
 ) -> torch.Tensor:
-    """Returns the gradient of an input with what comes from every h."""
-    if into_h is None:
-        return into_x
-    return torch.addmm(into_x, into_h, _joined_a(adapters, into_x.dtype))
+    """Returns the gradient of an input, to which what comes from every h was added."""
+    if into_h is not None:
+        add_product_(into_x, into_h, _joined_a(adapters, into_x.dtype), 1.0)
+    return into_x
 
 
 def _into_adapters(
