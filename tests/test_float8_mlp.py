@@ -56,7 +56,7 @@ def room(*shape: int, dtype: torch.dtype) -> torch.Tensor:
 def check_rounded(rounded, scale, exact, dtype):
     """Compare with `to_float8`: all but those on the border of two numbers are the same."""
     expected, expected_scale = to_float8(exact, dtype, by_row=True)
-    torch.testing.assert_close(scale, expected_scale, rtol=1e-5, atol=0)
+    torch.testing.assert_close(scale, expected_scale, rtol=1e-5 if interpreted else 1e-4, atol=0)
     if interpreted:
         largest = torch.finfo(dtype).max
         assert rounded.abs().max() <= largest
