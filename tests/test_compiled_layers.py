@@ -23,6 +23,7 @@ from transformers import (
 
 from sftlab.fastpath import compile_layers
 from sftlab.fastpath.float8 import FrozenFloat8Linear, freeze_in_float8
+from sftlab.fastpath.float8_mlp import fuse_float8_mlps
 from sftlab.measurement.flops import flops_per_token
 
 # each of these takes half a minute to trace
@@ -36,7 +37,7 @@ CASES = [
         id=f"{weights}-{'checkpointed' if dropped else 'kept'}",
         marks=[] if (weights, dropped) in QUICK else pytest.mark.long,
     )
-    for weights in ("whole", "4 bits", "float8", "4 bits gathered")
+    for weights in ("whole", "4 bits", "float8", "float8 MLPs", "4 bits gathered")
     for dropped in (KEPT, CHECKPOINTED)
 ]
 
@@ -94,8 +95,10 @@ def test_compiled_layers_have_the_gradients_of_uncompiled_ones(
     for compiled in (False, True):
         torch._dynamo.reset()
         trainer = with_trained_lora(build(fields, packing="true", compile_layers="false", **more))
-        if weights == "float8":
+        if "float8" in weights:
             freeze_in_float8(trainer.model)
+        if weights == "float8 MLPs":
+            assert fuse_float8_mlps(trainer.model) == 2
         if weights == "4 bits gathered":  # FSDP gives them back as plain parameters
             for linear in (m for m in trainer.model.modules() if "quant_state" in vars(m)):
                 linear.weight = torch.nn.Parameter(linear.weight.data, requires_grad=False)
@@ -105,7 +108,7 @@ def test_compiled_layers_have_the_gradients_of_uncompiled_ones(
             found.append(losses_and_gradients(trainer, examples(5)))
     assert not torch._dynamo.utils.counters["graph_break"]
     (nats, gradients), (nats_compiled, gradients_compiled) = found
-    rounding = {"whole": 1e-6, "float8": 0.03}.get(weights, 0.01)
+    rounding = {"whole": 1e-6, "float8": 0.03, "float8 MLPs": 0.03}.get(weights, 0.01)
     assert (nats_compiled - nats).abs().mean() < rounding
     for name, gradient in gradients.items():
         pair = (gradient.flatten().double(), gradients_compiled[name].flatten().double())

@@ -23,6 +23,7 @@ from transformers import AutoModelForCausalLM, GemmaConfig, LlamaConfig
 from sftlab.fastpath import compile_layers, float8, float8_mlp, float8_mlp_ops
 from sftlab.fastpath.float8 import BACKWARD, FORWARD, freeze_in_float8, to_float8
 from sftlab.fastpath.float8_mlp import Float8Mlp, fuse_float8_mlps
+from sftlab.fastpath.own_class import own_class
 from sftlab.models.gated_mlp import activation
 
 interpreted = os.environ.get("TRITON_INTERPRET") == "1"
@@ -55,7 +56,7 @@ def room(*shape: int, dtype: torch.dtype) -> torch.Tensor:
 def check_rounded(rounded, scale, exact, dtype):
     """Compare with `to_float8`: all but those on the border of two numbers are the same."""
     expected, expected_scale = to_float8(exact, dtype, by_row=True)
-    torch.testing.assert_close(scale, expected_scale, rtol=1e-5, atol=0)
+    torch.testing.assert_close(scale, expected_scale, rtol=1e-5 if interpreted else 1e-4, atol=0)
     if interpreted:
         largest = torch.finfo(dtype).max
         assert rounded.abs().max() <= largest
@@ -161,7 +162,7 @@ def output_and_gradients(
         output = (module if run is None else run)(x)
     assert output.dtype == torch.bfloat16 and output.shape == x.shape
     (output * weights).sum().backward()
-    gradients = {n: p.grad for n, p in module.named_parameters() if p.requires_grad}
+    gradients = {n: p.grad for n, p in module.named_parameters() if p.grad is not None}
     assert all(gradient.dtype == torch.float32 for gradient in gradients.values())
     return {"output": output.detach(), "x": x.grad} | gradients
 
@@ -243,9 +244,10 @@ def test_compiled_for_any_number_of_tokens_it_is_the_same(targets):
         plain = output_and_gradients(mlp(model), tokens=tokens)
         with torch.profiler.profile() as profile:
             found = output_and_gradients(mlp(model), compiled, tokens)
-        assert difference(found, plain) < 1e-3
+        assert difference(found, plain) < ROUNDING
         done = {event.name for event in profile.events()}
         assert done >= {"sftlab::gated_to_float8", "sftlab::gated_backward_to_float8"}
+        assert ("sftlab::add_product" in done) == (targets == "all")
 
 
 def test_its_backward_keeps_no_activation():
@@ -276,7 +278,7 @@ def _bytes(*tensors: torch.Tensor) -> int:
 
 
 CHANGES: dict[str, Callable[[PeftModel], object]] = {
-    "disabled": lambda model: mlp(model).up_proj.enable_adapters(False),
+    "merged": lambda m: mlp(m).up_proj.merged_adapters.append("default"),
     "hook": lambda m: mlp(m).gate_proj.register_forward_hook(lambda *a: a[2] * 2),
     "within": lambda m: mlp(m).down_proj.base_layer.register_forward_hook(lambda *a: a[2] * 2),
     "before": lambda m: mlp(m).act_fn.register_forward_pre_hook(lambda _, x: (x[0] + 1,)),
@@ -291,8 +293,19 @@ def test_what_changes_a_layer_later_is_done_linear_by_linear(change, whole):
     CHANGES[change](model)
     found = output_and_gradients(mlp(model))
     assert whole == []
-    mlp(model).__class__ = type(mlp(model)).__bases__[1]
+    mlp(model).__class__ = own_class(mlp(model))
     assert difference(output_and_gradients(mlp(model)), found) == 0
+
+
+@pytest.mark.parametrize("names", [["up_proj"], ["down_proj"], GATED], ids=len)
+def test_disabled_adapters_are_left_out(names, whole):
+    model = build()
+    for name in names:
+        getattr(mlp(model), name).enable_adapters(False)
+    plain = output_and_gradients(mlp(model))
+    fuse_float8_mlps(model)
+    assert difference(output_and_gradients(mlp(model)), plain) < ROUNDING
+    assert whole == [80]
 
 
 def test_without_autocast_lora_in_float32_is_done_linear_by_linear(whole):

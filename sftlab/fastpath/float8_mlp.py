@@ -19,7 +19,11 @@ from sftlab.fastpath.float8 import (
     float8_product,
     to_float8,
 )
-from sftlab.fastpath.float8_mlp_ops import gated_backward_to_float8_, gated_to_float8
+from sftlab.fastpath.float8_mlp_ops import (
+    add_product_,
+    gated_backward_to_float8_,
+    gated_to_float8,
+)
 from sftlab.fastpath.own_class import is_watched, with_forward
 from sftlab.models.gated_mlp import NAMES, tanh_gelu_of
 
@@ -30,8 +34,9 @@ LARGEST_SIZE = 16384
 class Float8Mlp(nn.Module):
     """What down(f(gate(x)) up(x)) is computed by, beside the model's own class for an MLP.
 
-    It falls back to that class's forward while adapters are merged, disabled or under dropout,
-    where LoRA is not computed in bfloat16, and where a hook looks at what is within.
+    Disabled adapters are left out. It falls back to that class's forward while adapters are merged
+    or under dropout, where LoRA is not computed in bfloat16, and where a hook looks at what is
+    within.
     """
 
     tanh_gelu: bool
@@ -42,8 +47,8 @@ class Float8Mlp(nn.Module):
             return super().forward(x, *args, **kwargs)
         layers = self.gate_proj, self.up_proj, self.down_proj
         frozen = [tensor for layer in layers for tensor in _base(layer).stored()]
-        adapted = [layer for layer in layers if isinstance(layer, lora.LoraLayer)]
-        scales = tuple(one_adapter.scale(layer) if layer in adapted else None for layer in layers)
+        adapted = [layer for layer in layers if _has_lora(layer)]
+        scales = tuple(one_adapter.scale(one) if _has_lora(one) else None for one in layers)
         matrices = [matrix for layer in adapted for matrix in one_adapter.matrices(layer)]
         rows = x.reshape(-1, x.shape[-1])
         found = _Mlp.apply(rows, self.tanh_gelu, scales, *frozen, *matrices)
@@ -51,7 +56,8 @@ class Float8Mlp(nn.Module):
 
     def _is_ready(self, x: torch.Tensor) -> bool:
         layers = self.gate_proj, self.up_proj, self.down_proj
-        if any(is_watched(module) for module in (*layers, self.act_fn)):
+        bases = [_base(layer) for layer in layers]
+        if any(is_watched(module) for module in (*layers, *bases, self.act_fn)):
             return False
         return all(_computes_as_here(layer, x.device.type) for layer in layers)
 
@@ -92,11 +98,17 @@ def _is_understood(layer: nn.Module | None) -> bool:
 def _computes_as_here(layer: nn.Module, device: str) -> bool:
     if isinstance(layer, FrozenFloat8Linear):
         return True
-    if not isinstance(layer, lora.LoraLayer) or not one_adapter.adapts(layer):  # merged and left
+    if not isinstance(layer, lora.LoraLayer) or layer.merged_adapters:  # merged, or merged and left
         return False
-    if layer.training and one_adapter.dropped(layer):
+    if not _has_lora(layer):
+        return True
+    if not one_adapter.adapts(layer) or (layer.training and one_adapter.dropped(layer)):
         return False
     return one_adapter.product_dtype(layer, device) == torch.bfloat16
+
+
+def _has_lora(layer: nn.Module) -> bool:
+    return isinstance(layer, lora.LoraLayer) and not layer.disable_adapters
 
 
 def _base(layer: nn.Module) -> FrozenFloat8Linear:
@@ -188,10 +200,10 @@ def _project(x: torch.Tensor, adapters: Sequence[_Adapter | None]) -> list[torch
 
 
 def _add(y: torch.Tensor, h: torch.Tensor | None, adapter: _Adapter | None) -> torch.Tensor:
-    """Returns y + s h B^T."""
-    if adapter is None:
-        return y
-    return torch.addmm(y, h, adapter[1].to(y.dtype).t(), alpha=adapter[2])
+    """Returns y, to which s h B^T was added."""
+    if adapter is not None:
+        add_product_(y, h, adapter[1].to(y.dtype).t(), adapter[2])
+    return y
 
 
 def _into_h(
@@ -206,10 +218,10 @@ def _into_h(
 def _add_through_a(
     into_x: torch.Tensor, into_h: torch.Tensor | None, adapters: Sequence[_Adapter | None]
 ) -> torch.Tensor:
-    """Returns the gradient of an input with what comes from every h."""
-    if into_h is None:
-        return into_x
-    return torch.addmm(into_x, into_h, _joined_a(adapters, into_x.dtype))
+    """Returns the gradient of an input, to which what comes from every h was added."""
+    if into_h is not None:
+        add_product_(into_x, into_h, _joined_a(adapters, into_x.dtype), 1.0)
+    return into_x
 
 
 def _into_adapters(

@@ -12,6 +12,8 @@ from sftlab.fastpath.mlp_kernel import gradients, share
 
 # elements of a row that a thread holds of every matrix
 HELD = 16
+# of a thread, so that two programs of 16 warps run beside one another
+REGISTERS = 64
 
 
 def gated_to_float8(
@@ -53,7 +55,7 @@ def gated_backward_to_float8_(
     rows, size = gate.shape
     _gated_backward_to_float8[(rows,)](
         gradient, gate, up, *rounded, *scales, *(whole or (None, None)), size, largest, gelu,
-        whole is not None, keep_act, **_width(size),
+        whole is not None, keep_act, maxnreg=REGISTERS, **_width(size),
     )  # fmt: skip
 
 

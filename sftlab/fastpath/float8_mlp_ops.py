@@ -87,6 +87,20 @@ def _(
     return _backward_room(gate, keep)
 
 
+@torch.library.custom_op("sftlab::add_product", mutates_args=("y",))
+def add_product_(y: torch.Tensor, h: torch.Tensor, b: torch.Tensor, scale: float) -> None:
+    """Add scale h b to y [rows, out], in place, from [rows, ranks] and [ranks, out].
+
+    addmm would copy y first.
+    """
+    y.addmm_(h, b, alpha=scale)
+
+
+@add_product_.register_fake
+def _(y: torch.Tensor, h: torch.Tensor, b: torch.Tensor, scale: float) -> None:
+    return None
+
+
 def _gated_room(gate: torch.Tensor, keep: bool) -> tuple[torch.Tensor, ...]:
     rows, size = gate.shape
     return *_rounded_room(gate, FORWARD), gate.new_empty(rows if keep else 0, size)
