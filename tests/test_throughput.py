@@ -220,6 +220,6 @@ def test_turns_have_the_steps_asked_for(monkeypatch, tmp_path):
 def test_slow_steps_end_a_warm_up_and_a_turn_early(monkeypatch, tmp_path):
     turns = turnstile.Turnstile(tmp_path, turns=2, warm=40, steps=30)
     warm, steps = steps_of(turns, tmp_path, Clock(monkeypatch), lambda step: 20.0)
-    # two steps compile, two more take longer than 30 s; so do two of each turn
-    assert (warm, steps) == (4, 8)
+    # two steps compile, 13 more take longer than 240 s; two of each turn take longer than 30 s
+    assert (warm, steps) == (15, 19)
     assert json.loads((tmp_path / "done0").read_text(encoding="utf-8"))["tokens_per_step"] == 10

@@ -130,7 +130,7 @@ def _step(
         or layers_per_unit(shape.layers, weights.layer),
         accumulation=training.gradient_accumulation_steps,
         optimizer_copies=training.optim == "adamw_torch",
-        optimizer_waits=is_bitsandbytes(training.optim),
+        updates_by_tensor=is_bitsandbytes(training.optim),
         reference=pairs and not once,
         reference_adapter=pairs and bool(model.adapter_name_or_path),
         reference_once=once,

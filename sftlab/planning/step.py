@@ -91,7 +91,7 @@ class Step:
     """What memory and time of a micro-batch depend on.
 
     `optimizer_copies`: torch's AdamW, unless fused, takes the roots of all second moments at once.
-    `optimizer_waits`: the GPU is idle between the updates of bitsandbytes' optimizers.
+    `updates_by_tensor`: the host starts an update for every tensor, as in bitsandbytes.
     `whole_logits`: the number of float32 copies of all logits, 0 for a loss in chunks.
     `reference`: preference tuning's frozen model runs forward too, with an adapter of its own where
     `reference_adapter` is set. `reference_once`: it runs before the first step alone. `measured` is
@@ -119,7 +119,7 @@ class Step:
     layers_per_unit: int = 1
     accumulation: int = 1
     optimizer_copies: bool = False
-    optimizer_waits: bool = False
+    updates_by_tensor: bool = False
     whole_logits: float = 0.0
     reference: bool = False
     reference_adapter: bool = False

@@ -64,9 +64,9 @@ HOST_CHECKPOINTED, HOST_AGAIN = 1.6, 1.2
 HOST_REFERENCE = 1.4
 # Seconds of a step in which the GPU waits for float16's loss scale to be checked for overflow.
 HOST_SCALER = 0.010
-# Seconds for each tensor of bitsandbytes' optimizers in which the GPU is idle: measured while they
-# waited after each, and seen since, in about 80 ms a step of 7B.
-HOST_TENSOR = 0.12e-3
+# Seconds of the host for each tensor that bitsandbytes' optimizers update: 73 us between two of
+# them were seen in a trace on a busy host.
+HOST_TENSOR = 0.06e-3
 # Seconds of the host beside the layers: for a micro-batch (its rows, embedding, loss), for a step
 # (optimizer, logs).
 HOST_MICRO, HOST_STEP = 0.005, 0.007
@@ -121,7 +121,7 @@ def step_time(step: Step, gpu: GPU, captured: bool = False) -> StepTime:
     host = host_seconds(step)
     if captured:
         step = replace(step, tokens=round(step.tokens * FILLED_UP))
-        host = HOST_MICRO + HOST_STEP / step.accumulation
+        host = HOST_MICRO + (HOST_STEP + update_seconds(step)) / step.accumulation
     s, tokens, b = step.shape, step.tokens, step.compute_bytes
     bandwidth, slower = gpu.memory_gbs * 1e9, gpu.host_us / HOST_US
     scaler = HOST_SCALER * (step.precision == "fp16")
@@ -133,7 +133,7 @@ def step_time(step: Step, gpu: GPU, captured: bool = False) -> StepTime:
         dequantising=_dequantised_bytes(step) / bandwidth,
         communication=_sent_bytes(step) / (gpu.link_gbs * 1e9 * LINK),
         host=host * slower,
-        waiting=(scaler + update_seconds(step) * slower) / step.accumulation,
+        waiting=scaler / step.accumulation,
         captured=captured,
     )
 
@@ -216,9 +216,9 @@ def traffic(step: Step) -> float:
 
 
 def update_seconds(step: Step) -> float:
-    """Returns the seconds of a step in which the GPU waits for updates tensor by tensor."""
+    """Returns the seconds of the host for updates tensor by tensor, as bitsandbytes has them."""
     of_a_layer = 2 * adapters(step) if step.rank else len(widths(step)) + 2
-    return HOST_TENSOR * step.optimizer_waits * of_a_layer * step.shape.layers
+    return HOST_TENSOR * step.updates_by_tensor * of_a_layer * step.shape.layers
 
 
 def host_seconds(step: Step) -> float:
@@ -236,7 +236,8 @@ def host_seconds(step: Step) -> float:
         own, besides = own * HOST_CHECKPOINTED, besides * HOST_AGAIN
     if step.reference:
         own, besides = own * HOST_REFERENCE, besides * HOST_REFERENCE
-    return step.shape.layers * (own + besides) + HOST_MICRO + HOST_STEP / step.accumulation
+    a_step = HOST_STEP + update_seconds(step)
+    return step.shape.layers * (own + besides) + HOST_MICRO + a_step / step.accumulation
 
 
 def is_captured(step: Step, gpu: GPU) -> bool:
