@@ -278,9 +278,12 @@ def _bytes(*tensors: torch.Tensor) -> int:
 
 
 CHANGES: dict[str, Callable[[PeftModel], object]] = {
+    "another": lambda m: setattr(mlp(m), "up_proj", nn.Linear(64, 96).requires_grad_(False)),
     "merged": lambda m: mlp(m).up_proj.merged_adapters.append("default"),
     "hook": lambda m: mlp(m).gate_proj.register_forward_hook(lambda *a: a[2] * 2),
-    "within": lambda m: mlp(m).down_proj.base_layer.register_forward_hook(lambda *a: a[2] * 2),
+    "within": lambda m: mlp(m).down_proj.base_layer.register_forward_pre_hook(
+        lambda _, x: (x[0] + 1,)
+    ),
     "before": lambda m: mlp(m).act_fn.register_forward_pre_hook(lambda _, x: (x[0] + 1,)),
     "second adapter": lambda m: m.add_adapter("second", LoraConfig(target_modules=GATED)),
 }

@@ -96,12 +96,8 @@ def _is_understood(layer: nn.Module | None) -> bool:
 
 
 def _computes_as_here(layer: nn.Module, device: str) -> bool:
-    if isinstance(layer, FrozenFloat8Linear):
-        return True
-    if not isinstance(layer, lora.LoraLayer) or layer.merged_adapters:  # merged, or merged and left
-        return False
     if not _has_lora(layer):
-        return True
+        return isinstance(_base(layer), FrozenFloat8Linear)  # unless peft merged and left
     if not one_adapter.adapts(layer) or (layer.training and one_adapter.dropped(layer)):
         return False
     return one_adapter.product_dtype(layer, device) == torch.bfloat16
