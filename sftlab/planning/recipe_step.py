@@ -16,9 +16,11 @@ from sftlab.config.launch import COMPUTE_DTYPE, PRECISIONS, Launch
 from sftlab.config.recipe import ModelArguments, Recipe
 from sftlab.config.validation import is_bitsandbytes
 from sftlab.fastpath import varlen_attention
+from sftlab.fastpath.float8_mlp import LARGEST_SIZE
 from sftlab.fastpath.fsdp_units import layers_per_unit
 from sftlab.fastpath.selection import FastPath
 from sftlab.models.adapter_names import is_target
+from sftlab.models.gated_mlp import NAMES
 from sftlab.models.layers import Layers, decoder_of
 from sftlab.models.plain_attention import PACKED
 from sftlab.planning.measured_layers import Measured, Rows, measured
@@ -135,10 +137,21 @@ def _step(
         reference_adapter=pairs and bool(model.adapter_name_or_path),
         reference_once=once,
         fused_lora=fast.fused_lora,
+        float8_mlp=_has_float8_mlp(recipe, fast, shape),
         captured=fast.captured_step,
         may_capture=fast.may_capture_step,
         steps=steps_of(recipe, rows),
     )
+
+
+def _has_float8_mlp(recipe: Recipe, fast: FastPath, shape: Shape) -> bool:
+    """Whether the MLP over float8 weights is one function: see fuse_float8_mlps."""
+    if recipe.training.mixed_precision != "fp8" or not fast.compile_layers:
+        return False
+    dropped = recipe.model.use_peft and recipe.model.lora_dropout > 0
+    if dropped and (_targets(recipe.model, fast.layers) or frozenset()) & set(NAMES):
+        return False
+    return fast.layers.alike_and_gated and shape.mlp <= LARGEST_SIZE
 
 
 def steps_of(recipe: Recipe, rows: RowLengths) -> int | None:

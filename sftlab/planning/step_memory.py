@@ -98,7 +98,7 @@ def kept_bytes(step: Step) -> float:
     separate = step.dropout or (step.casts and not step.compiled)
     inputs = s.hidden * sum(n if separate else min(n, 1) for n in (into_attention, into_mlp))
     inputs += query * ("o_proj" in targets and (step.casts or step.dropout))
-    inputs += s.mlp * ("down_proj" in targets)
+    inputs += s.mlp * ("down_proj" in targets and not step.float8_mlp)
     masks = step.dropout * (s.hidden * (into_attention + into_mlp) + query * ("o_proj" in targets))
     masks += step.dropout * s.mlp * ("down_proj" in targets)
     lora = b * (inputs + step.rank * adapters) + masks

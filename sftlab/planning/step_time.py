@@ -10,6 +10,7 @@ extrapolated. On other hosts the times scale with the time of a small operation.
 from dataclasses import replace
 from typing import NamedTuple
 
+from sftlab.models.gated_mlp import NAMES
 from sftlab.planning.gpu_specs import GPU, HOST_US
 from sftlab.planning.step import Step, widths
 from sftlab.planning.step_memory import has_fused_mlp, kept_bytes
@@ -35,6 +36,8 @@ LORA_COMPILED, LORA_EAGER, LORA_CASTS = 5.5, 8.0, 14.0
 # The same where gate, up and down are one function with it, fitted to whole runs (results/float8,
 # captured_step, peers_8b, fused_qlora).
 LORA_FUSED = 1.8
+# The same of gate, up and down where they are one function over float8 weights (results/float8).
+LORA_FLOAT8 = 3.0
 # The forward's share of both, which checkpointing moves again.
 FORWARD, FORWARD_LORA = 0.32, 0.45
 # Bytes moved for each element that enters or leaves a float8 product. Compiled, it is rounded in
@@ -202,17 +205,25 @@ def traffic(step: Step) -> float:
         * (TRAFFIC_COMPILED if step.compiled else uncompiled)
         * (1 + FORWARD * again)
     )
-    elements = LORA_COMPILED if step.compiled else LORA_CASTS if step.casts else LORA_EAGER
-    if step.compiled and has_fused_mlp(step):
-        elements = LORA_FUSED
     lora_again = step.checkpointing + (step.reference and step.reference_adapter)
-    moved += b * elements * sum(a + z for a, z in with_lora) * (1 + FORWARD_LORA * lora_again)
+    lora = sum(_lora_elements(step, name) * sum(ends[name]) for name in step.targets if step.rank)
+    moved += b * lora * (1 + FORWARD_LORA * lora_again)
     # an element read and written, and a byte of mask; the same in the backward
     moved += step.dropout * (2 * b + 1) * sum(a for a, _ in with_lora) * (2 + again)
     if step.precision == "fp8":
         rounding = TRAFFIC_FP8_COMPILED if step.compiled else TRAFFIC_FP8_EAGER
-        moved += rounding * sum(a + z for a, z in ends.values()) * (1 + FORWARD_FP8 * again)
+        alone = [sum(ends[name]) for name in ends if not (step.float8_mlp and name in NAMES)]
+        moved += rounding * sum(alone) * (1 + FORWARD_FP8 * again)
     return moved
+
+
+def _lora_elements(step: Step, name: str) -> float:
+    """Returns the elements moved for each one that enters or leaves a linear with LoRA."""
+    if not step.compiled:
+        return LORA_CASTS if step.casts else LORA_EAGER
+    if step.float8_mlp and name in NAMES:
+        return LORA_FLOAT8
+    return LORA_FUSED if has_fused_mlp(step) else LORA_COMPILED
 
 
 def update_seconds(step: Step) -> float:
