@@ -2,7 +2,13 @@
 
 import pytest
 from conftest import load_script
-from transformers import Llama4TextConfig, LlamaConfig, MambaConfig, Phi4MultimodalConfig
+from transformers import (
+    JambaConfig,
+    Llama4TextConfig,
+    LlamaConfig,
+    MambaConfig,
+    Phi4MultimodalConfig,
+)
 
 from sftlab.config.launch import Launch
 from sftlab.config.recipe import ModelArguments
@@ -80,22 +86,42 @@ def test_tied_weights_are_not_trained_apart_under_fsdp2():
     check(SHARDED, tied=True, lora_modules_to_save=["norm"])
 
 
-@pytest.mark.parametrize("targets", ["all-linear", "out_proj", ["x_proj", "out_proj"], ".*proj"])
-def test_a_mamba_mixers_output_is_refused_with_the_names_to_give(targets):
+@pytest.mark.parametrize(
+    ("targets", "whys", "without"),
+    [
+        ("all-linear", "peft does not adapt out_proj and LoRA has no effect on dt_proj", "both"),
+        (".*proj", "peft does not adapt out_proj and LoRA has no effect on dt_proj", "both"),
+        ("out_proj", "peft does not adapt out_proj", None),
+        (["x_proj", "out_proj"], "peft does not adapt out_proj", "out_proj"),
+        (["in_proj", "dt_proj"], "LoRA has no effect on dt_proj", "dt_proj"),
+    ],
+)
+def test_linears_of_a_mamba_mixer_are_refused_with_the_names_to_give(targets, whys, without):
     config = MambaConfig(num_hidden_layers=1, hidden_size=32)
     arguments = ModelArguments(use_peft=True, lora_target_modules=targets)
-    said = "does not adapt out_proj of mamba: pass --lora_target_modules dt_proj in_proj x_proj"
-    with pytest.raises(ValueError, match=f"{said}.* with --exclude_modules out_proj"):
+    said = f"^{whys} of mamba: pass --lora_target_modules in_proj x_proj, or some of them"
+    with pytest.raises(ValueError, match=said):
         check_adapter_names(arguments, config, ALONE, False)
-    if targets != "out_proj":
-        arguments.exclude_modules = ["out_proj"]
+    if without:
+        arguments.exclude_modules = ["dt_proj", "out_proj"] if without == "both" else [without]
         check_adapter_names(arguments, config, ALONE, False)
-    check_adapter_names(
-        ModelArguments(use_peft=True, lora_target_modules=["in_proj", "x_proj"]),
-        config,
-        ALONE,
-        False,
-    )
+    arguments = ModelArguments(use_peft=True, lora_target_modules=["in_proj", "x_proj"])
+    check_adapter_names(arguments, config, ALONE, False)
+
+
+@pytest.mark.parametrize(("targets", "fine"), [(["out_proj"], True), ("all-linear", False)])
+def test_jambas_mixers_are_adapted_but_for_dt_proj(targets, fine):
+    config = JambaConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=32, num_hidden_layers=2,
+        num_attention_heads=2, num_key_value_heads=2, attn_layer_period=2, attn_layer_offset=1,
+        num_experts=1, num_experts_per_tok=1, mamba_d_state=4, use_mamba_kernels=False,
+    )  # fmt: skip
+    arguments = ModelArguments(use_peft=True, lora_target_modules=targets)
+    if fine:
+        check_adapter_names(arguments, config, ALONE, False)
+    else:
+        with pytest.raises(ValueError, match=r"^LoRA has no effect on dt_proj of jamba: pass"):
+            check_adapter_names(arguments, config, ALONE, False)
 
 
 @pytest.mark.parametrize("targets", ["all-linear", ["q_proj", "router"]])

@@ -355,16 +355,20 @@ def test_a_mixer_that_is_not_where_it_trains_is_copied_there(monkeypatch):
     mixers._train_on_a_row(mixer, model.config.hidden_size, torch.float32, CPU)
 
 
-@pytest.mark.parametrize("why", [None, "FooMixer does not train"])
+@pytest.mark.parametrize(
+    "here, why",
+    [(True, None), (True, "FooMixer does not train"), (True, mixers.NO_KERNELS), (False, None)],
+)
 @pytest.mark.parametrize("hybrid", ["LFM2"], indirect=True)
-def test_a_run_says_what_computes_its_mixers_and_goes_on_with_it(fields, monkeypatch, why):
+def test_a_run_says_what_computes_its_mixers_and_goes_on_with_it(fields, monkeypatch, here, why):
     left = []
-    monkeypatch.setattr(recorded_trainer, "has_kernels", lambda model: True)
+    monkeypatch.setattr(recorded_trainer, "has_kernels", lambda model: here)
     monkeypatch.setattr(recorded_trainer, "leave_out_kernels", left.append)
     monkeypatch.setattr(recorded_trainer, "why_kernels_fail", lambda *_: None)
     # another process found that they fail
     monkeypatch.setattr(recorded_trainer, "gather_object", lambda mine: [*mine, why])
     trainer = build(fields, max_steps=1)
+    why = why if here else mixers.NO_KERNELS
     fast, by = trainer.fast, "torch" if why else "kernels"
     assert trainer.what_ran()["mixers"] == by and len(left) == bool(why)
     assert fast.reasons.get("mixer_kernels") == why

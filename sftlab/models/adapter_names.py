@@ -23,6 +23,8 @@ _ADAPTED = (nn.Linear, Conv1D)
 # peft/tuners/tuners_utils.py, _check_lora_target_modules_mamba
 _MIXERS = ("falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h")
 _MIXER_OUTPUTS = ("conv1d", "out_proj")
+# their mixers read the weight of this linear themselves, without what LoRA adds
+_WITH_DT_PROJ = ("mamba", "falcon_mamba", "jamba")
 # what transformers raises for values of a config that contradict each other
 _UNBUILT = (AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 _SENSES = {"audio", "image", "speech", "vision", "visual"}
@@ -89,9 +91,15 @@ def _built(config: PreTrainedConfig, trust_remote_code: bool) -> nn.Module:
 
 
 def _refuse_mixer_outputs(model: ModelArguments, linear: Collection[str], model_type: str) -> None:
-    """Raise ValueError where a recipe adapts linear layers of a Mamba mixer that peft refuses."""
+    """Raise ValueError where a recipe adapts linear layers of a Mamba mixer that stay as they are.
+
+    peft refuses some, and LoRA has no effect on others.
+    """
     targets = model.lora_target_modules
-    if model_type not in _MIXERS or targets is None:
+    outputs = _MIXER_OUTPUTS if model_type in _MIXERS else ()
+    without_effect = ("dt_proj",) if model_type in _WITH_DT_PROJ else ()
+    left_out = (*outputs, *without_effect)
+    if not left_out or targets is None:
         return
     linear = [name for name in linear if not _matches(model.exclude_modules, name)]
     if targets == "all-linear":
@@ -100,10 +108,13 @@ def _refuse_mixer_outputs(model: ModelArguments, linear: Collection[str], model_
         asked = _ends([name for name in linear if re.fullmatch(targets, name)] or [targets])
     else:
         asked = _ends([one for one in targets if not _matches(model.exclude_modules, one)])
-    if refused := [name for name in asked if name in _MIXER_OUTPUTS]:
-        others = [name for name in _ends(linear) if name not in _MIXER_OUTPUTS]
+    if refused := [name for name in asked if name in left_out]:
+        others = [name for name in _ends(linear) if name not in left_out]
+        by_peft = [name for name in refused if name in outputs]
+        whys = [f"peft does not adapt {', '.join(by_peft)}"] * bool(by_peft)
+        whys += ["LoRA has no effect on dt_proj"] * (len(by_peft) < len(refused))
         raise ValueError(
-            f"peft does not adapt {', '.join(refused)} of {model_type}: pass "
+            f"{' and '.join(whys)} of {model_type}: pass "
             f"--lora_target_modules {' '.join(others)}, or some of them; or leave them out with "
             f"--exclude_modules {' '.join(refused)}"
         )

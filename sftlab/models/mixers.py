@@ -26,6 +26,8 @@ PACKED = frozenset(
 )
 # tokens of a row on which kernels are tried: two chunks of the recurrences
 TRIED = 128
+# why a process has no kernels to try
+NO_KERNELS = "a process has no package of kernels for them"
 # decoder layers of these compute each token by itself
 TOKENWISE = frozenset(("NemotronHMLP", "NemotronHMoE"))
 

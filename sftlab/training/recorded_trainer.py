@@ -1,5 +1,6 @@
 """What every trainer here shares: counting, checkpoints, order of rows, checks of what runs."""
 
+import logging
 from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
@@ -39,6 +40,7 @@ from sftlab.measurement.memory import MemorySplit, PeakMemory
 from sftlab.measurement.throughput import Meter
 from sftlab.models.inner_model import inner_model
 from sftlab.models.mixers import (
+    NO_KERNELS,
     has_kernels,
     leave_out_kernels,
     packed_mixers,
@@ -57,7 +59,14 @@ from sftlab.training.optimizer_waits import wait_to_read
 from sftlab.training.router_loss import leave_out_frozen_router
 from sftlab.training.source_counts import SourceCounts
 from sftlab.training.upstream_fixes import SaveAfterEvaluation, UpstreamFixes
-from sftlab.training.verification import FirstStepCheck, global_batch, what_ran
+from sftlab.training.verification import (
+    FirstStepCheck,
+    global_batch,
+    verify_gradients,
+    what_ran,
+)
+
+_log = logging.getLogger(__name__)
 
 
 class RecordedTrainer(UpstreamFixes):
@@ -141,14 +150,16 @@ class RecordedTrainer(UpstreamFixes):
     def _take_mixers(self, base: PreTrainedModel, dtype: torch.dtype) -> None:
         if not packed_mixers(base):
             return
-        self.fast.mixers = "torch"
+        mine = NO_KERNELS
         if has_kernels(base):
-            whys = gather_object([why_kernels_fail(base, dtype, self.accelerator.device)])
-            if why := next(filter(None, whys), None):  # in any process: all compute alike
-                leave_out_kernels(base)
-                self.fast.reasons["mixer_kernels"] = why
-            else:
-                self.fast.mixers = "kernels"
+            mine = why_kernels_fail(base, dtype, self.accelerator.device)
+        whys = gather_object([mine])
+        why = next(filter(None, whys), None)  # in any process: all compute alike
+        self.fast.mixers = "torch" if why else "kernels"
+        if why:
+            leave_out_kernels(base)
+        if why and set(whys) != {NO_KERNELS}:
+            self.fast.reasons["mixer_kernels"] = why
         pack_mixers(base)
 
     def _take_experts_product(self, base: PreTrainedModel, precision: str) -> None:
@@ -249,13 +260,16 @@ class RecordedTrainer(UpstreamFixes):
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> torch.Tensor:
-        """Run one micro-batch; before the first one, check strategy and precision."""
+        """Run one micro-batch; check strategy and precision before the first, gradients after."""
         self.meter.count(inputs["real_tokens"], inputs["real_rows"], self.loss_tokens(inputs))
         self.source_counts.add(inputs.get("by_source", ()))
-        if not self.first_step.done:
+        first = not self.first_step.done
+        if first:
             self.check_first_step(model, inputs)
             phase_ended(FIRST_CHECKS)
         loss = self.forward_and_backward(model, inputs, *args, **kwargs)
+        if first and (unused := verify_gradients(self.model)) and self.is_world_process_zero():
+            _log.warning(unused)
         self.finiteness.add_loss(loss)
         if self.accelerator.scaler is not None:  # a step that fp16 skips adds nothing to the mean
             loss = torch.nan_to_num(loss, nan=0.0, posinf=0.0, neginf=0.0)

@@ -95,6 +95,35 @@ def verify_precision(mixed_precision: str, launch: Launch, observed: Mapping[str
         raise RuntimeError(f"the launch config asks for fp8; the linears run as {linear}")
 
 
+def verify_gradients(model: nn.Module) -> str | None:
+    """Returns which LoRA layers got no gradient from a backward, in a sentence; None if all did.
+
+    Such a layer is not called, so LoRA on it has no effect. Experts are left out, which no token
+    may have come to. Raises RuntimeError where that is so of all layers of a name.
+    """
+    trained: dict[str, list[tuple[str, bool]]] = {}
+    for name, layer in model.named_modules():
+        matrices = [p for n, p in layer.named_parameters() if "lora_" in n and p.requires_grad]
+        if isinstance(layer, LoraLayer) and matrices and "experts" not in name:
+            used = any(p.grad is not None for p in matrices)
+            trained.setdefault(name.rpartition(".")[2], []).append((name, used))
+    unused = [name for layers in trained.values() for name, used in layers if not used]
+    if not unused:
+        return None
+    whole = [target for target, layers in trained.items() if not any(u for _, u in layers)]
+    if whole:
+        raise RuntimeError(
+            f"LoRA on {', '.join(whole)} has no effect: this model's forward does not call such "
+            "layers, and they get no gradient; leave them out with --exclude_modules "
+            f"{' '.join(whole)}"
+        )
+    count = sum(map(len, trained.values()))
+    return (
+        f"{len(unused)} of {count} LoRA layers get no gradient, first {unused[0]}: the model's "
+        "forward does not call them"
+    )
+
+
 class _Observed(Exception):
     """Ends a forward that has reached the linear it was run for."""
 
