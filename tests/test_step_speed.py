@@ -75,6 +75,24 @@ def test_speed_and_memory_with_fused_layers_are_near_what_was_measured(table, va
     assert planned.memory.allocated / 2**30 == pytest.approx(float(line["peak_gb"]), rel=0.07)
 
 
+@pytest.mark.parametrize(
+    "launch, fields, planned",
+    [
+        ("fp8", {}, True),
+        ("fp8", {"lora_dropout": 0.1}, False),
+        ("fp8", {"lora_dropout": 0.1, "targets": QVO}, True),
+        ("fp8", {"lora_bias": "true"}, False),
+        ("fp8", {"compile_layers": "false"}, False),
+        ("single", {}, False),
+    ],
+)
+def test_an_mlp_in_float8_is_planned_as_one_function_where_a_run_makes_it_one(
+    launch, fields, planned
+):
+    fields = {"targets": ALL, "lora_dropout": 0} | fields
+    assert forecast(launch, **fields).step.float8_mlp == planned
+
+
 def test_checkpointing_costs_a_forward_whatever_is_trained():
     lora, whole = (
         [forecast(use_peft=peft, gradient_checkpointing=c).time for c in ("false", "true")]

@@ -148,8 +148,9 @@ def _has_float8_mlp(recipe: Recipe, fast: FastPath, shape: Shape) -> bool:
     """Whether the MLP over float8 weights is one function: see fuse_float8_mlps."""
     if recipe.training.mixed_precision != "fp8" or not fast.compile_layers:
         return False
-    dropped = recipe.model.use_peft and recipe.model.lora_dropout > 0
-    if dropped and (_targets(recipe.model, fast.layers) or frozenset()) & set(NAMES):
+    model = recipe.model
+    other = model.use_peft and (model.lora_dropout > 0 or model.lora_bias)
+    if other and (_targets(model, fast.layers) or frozenset()) & set(NAMES):
         return False
     return fast.layers.alike_and_gated and shape.mlp <= LARGEST_SIZE
 
