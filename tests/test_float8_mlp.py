@@ -67,7 +67,7 @@ def check_rounded(rounded, scale, exact, dtype):
 
 @runs_kernels
 @pytest.mark.parametrize("tanh_gelu", [False, True])
-@pytest.mark.parametrize("size", [16, 96, 1024] if interpreted else [96, 1024, 8192, 11008, 16384])
+@pytest.mark.parametrize("size", [96, 1024] if interpreted else [96, 1024, 8192, 11008, 16384])
 @pytest.mark.parametrize("keep", [False, True])
 def test_kernels_are_plain_torch(tanh_gelu, size, keep):
     from sftlab.fastpath import float8_mlp_kernel
@@ -126,7 +126,7 @@ def test_the_kernels_run_under_tritons_interpreter():
         timeout=300,
     )
     assert done.returncode == 0, done.stdout[-3000:]
-    assert "12 passed" in done.stdout
+    assert "8 passed" in done.stdout
 
 
 def build(

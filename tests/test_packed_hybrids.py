@@ -313,10 +313,10 @@ def test_compiled_layers_take_the_kernels_and_unroll_no_recurrence(monkeypatch, 
     pack_mixers(model)
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
     compile_layers(model.requires_grad_())
-    for longer in (0, 64, 128):
+    for longer in (0, 64):
         rows = [{name: one + one[:1] * longer for name, one in row.items()} for row in ROWS[:2]]
         hidden_states(model, Collator(0, packed=packed, mixers=True)(rows)).sum().backward()
-    assert kernel.calls == 3 * len(mixers.packed_mixers(model))
+    assert kernel.calls == 2 * len(mixers.packed_mixers(model))
 
 
 @pytest.mark.parametrize("fails", [False, True])
