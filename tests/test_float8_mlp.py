@@ -4,21 +4,24 @@ Without a GPU, Triton's interpreter runs its kernels, in a process of its own, a
 tests/test_kernels.py. It rounds float8 otherwise than GPUs do, so the kernels store float32 there.
 """
 
-import os
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from copy import deepcopy
-from importlib.util import find_spec
 
 import pytest
 import torch
-from conftest import ROOT
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, GemmaConfig, LlamaConfig
+from triton_interpreter import (
+    interpret_tests,
+    interpreted,
+    on_a_gpu,
+    runs_kernels,
+    starts_interpreter,
+    with_triton,
+)
 
 from sftlab.fastpath import compile_layers, float8, float8_mlp, float8_mlp_ops
 from sftlab.fastpath.float8 import BACKWARD, FORWARD, freeze_in_float8, to_float8
@@ -26,12 +29,7 @@ from sftlab.fastpath.float8_mlp import Float8Mlp, fuse_float8_mlps
 from sftlab.fastpath.own_class import own_class
 from sftlab.models.gated_mlp import activation
 
-interpreted = os.environ.get("TRITON_INTERPRET") == "1"
-on_a_gpu = torch.cuda.is_available()
 needs_a_gpu = pytest.mark.skipif(not on_a_gpu, reason="compiled kernels run on a GPU")
-runs_kernels = pytest.mark.skipif(
-    not (on_a_gpu or interpreted), reason="run under Triton's interpreter, by the test below"
-)
 SIZES = {
     "vocab_size": 64,
     "hidden_size": 64,
@@ -113,20 +111,10 @@ def test_kernels_are_plain_torch(tanh_gelu, size, keep):
     torch.testing.assert_close(changed.float(), expected, **closeness)
 
 
-@pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
-@pytest.mark.skipif(interpreted or on_a_gpu, reason="the kernels run here themselves")
+@with_triton
+@starts_interpreter
 def test_the_kernels_run_under_tritons_interpreter():
-    words = ["-q", "-p", "no:cacheprovider", __file__, "-k", "kernels_are_plain"]
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", *words],
-        env=os.environ | {"TRITON_INTERPRET": "1"},
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stdout[-3000:]
-    assert "8 passed" in done.stdout
+    assert "8 passed" in interpret_tests(__file__, "-k", "kernels_are_plain")
 
 
 def build(

@@ -1,13 +1,9 @@
 """The benchmark of 4-bit weights times what computes the same, and says what failed."""
 
-import os
-import subprocess
-import sys
-from importlib.util import find_spec
-
 import pytest
 import torch
-from conftest import ROOT, load_script
+from conftest import load_script
+from triton_interpreter import interpret, with_triton
 
 from sftlab.exit_messages import mistakes_in_one_line
 from sftlab.tables import read_csv
@@ -56,17 +52,9 @@ for words in ([], ["--sweep"]):
 
 
 @pytest.mark.long
-@pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
+@with_triton
 def test_weights_and_products_are_bitsandbytes_own_under_tritons_interpreter(tmp_path):
-    done = subprocess.run(
-        [sys.executable, "-c", INTERPRETED, str(tmp_path)],
-        env=os.environ | {"TRITON_INTERPRET": "1"},
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    interpret("-c", INTERPRETED, str(tmp_path))
     rows = read_csv(tmp_path / "weights.csv")
     assert [(row["what"], row["equal"], row["note"]) for row in rows] == [
         ("weights", "True", ""),

@@ -4,29 +4,25 @@ Without a GPU, Triton's interpreter runs it, in a process of its own, as for tes
 """
 
 import itertools
-import os
 import re
-import subprocess
-import sys
 from collections import defaultdict
-from importlib.util import find_spec
 
 import pytest
 import torch
 from bitsandbytes.functional import dequantize_4bit, quantize_4bit
-from conftest import ROOT
+from triton_interpreter import (
+    interpret_tests,
+    interpreted,
+    runs_kernels,
+    starts_interpreter,
+    with_triton,
+)
 
 from sftlab.fastpath import four_bit_weight
 from sftlab.fastpath.four_bit_weight import table_of
 from sftlab.models import four_bits
 
-with_triton = pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
-interpreted = os.environ.get("TRITON_INTERPRET") == "1"
-on_a_gpu = torch.cuda.is_available()
 device = torch.device("cpu" if interpreted else "cuda")
-runs_kernels = pytest.mark.skipif(
-    not (on_a_gpu or interpreted), reason="run under Triton's interpreter, by the test below"
-)
 # more than 256 blocks of 32, so more than one larger scale; a last block that is not whole
 SHAPE = (101, 104)
 STORED = [torch.uint8, torch.bfloat16, torch.float32]
@@ -146,16 +142,6 @@ def test_compiled_it_rounds_every_product_and_writes_16_bytes_at_a_time(
 
 
 @with_triton
-@pytest.mark.skipif(interpreted or on_a_gpu, reason="the kernel runs here itself")
+@starts_interpreter
 def test_the_kernel_runs_under_tritons_interpreter():
-    words = ["-q", "-p", "no:cacheprovider", str(ROOT / "tests" / "test_four_bit_kernel.py")]
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", *words],
-        env=os.environ | {"TRITON_INTERPRET": "1"},
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stdout[-3000:]
-    assert "16 passed, 7 skipped" in done.stdout
+    assert "16 passed, 7 skipped" in interpret_tests(__file__)

@@ -1,13 +1,11 @@
 """The benchmark of fused LoRA times layers that compute the same, and says what failed."""
 
-import os
 import subprocess
-import sys
-from importlib.util import find_spec
 
 import pytest
 import torch
-from conftest import ROOT, load_script
+from conftest import load_script
+from triton_interpreter import interpret, with_triton
 
 from sftlab.exit_messages import mistakes_in_one_line
 from sftlab.fastpath import lora_mlp, mlp_ops
@@ -162,17 +160,9 @@ script.main(["--tokens", "70", "--out", sys.argv[1]], shape)
 """
 
 
-@pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
+@with_triton
 def test_kernels_are_held_to_float64_under_tritons_interpreter(tmp_path):
-    done = subprocess.run(
-        [sys.executable, "-c", INTERPRETED, str(tmp_path)],
-        env=os.environ | {"TRITON_INTERPRET": "1"},
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
+    interpret("-c", INTERPRETED, str(tmp_path), timeout=120)
     rows = read_csv(tmp_path / "kernels.csv")
     found = {(row["kernel"], row["form"]): row for row in rows}
     assert found.pop(("beside", "4 512 4"))["note"] == "RuntimeError: no such tile"

@@ -7,14 +7,19 @@ Triton interprets is decided when it is imported. The last run on a GPU is in do
 import os
 import re
 import subprocess
-import sys
 from collections import defaultdict
-from importlib.util import find_spec
 
 import pytest
 import torch
-from conftest import ROOT
 from torch.nn.functional import scaled_dot_product_attention
+from triton_interpreter import (
+    interpret_tests,
+    interpreted,
+    on_a_gpu,
+    runs_kernels,
+    starts_interpreter,
+    with_triton,
+)
 
 from sftlab.data.collator import tiles
 from sftlab.fastpath import fused_loss
@@ -22,13 +27,7 @@ from sftlab.fastpath.dropout_bits import is_kept
 from sftlab.fastpath.fused_loss import FrozenHeadLoss
 from sftlab.fastpath.varlen_attention import varlen_attention
 
-with_triton = pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
-interpreted = os.environ.get("TRITON_INTERPRET") == "1"
-on_a_gpu = torch.cuda.is_available()
 device = "cpu" if interpreted else "cuda"
-runs_kernels = pytest.mark.skipif(
-    not (on_a_gpu or interpreted), reason="run under Triton's interpreter, by the test below"
-)
 
 # Below, at and above one tile, and several tiles.
 LENGTHS = [1, 63, 64, 65, 17, 130] if interpreted else [1, 63, 64, 65, 200, 513, 128, 17]
@@ -326,16 +325,7 @@ def test_an_mlps_products_and_gradients_are_plain_ones(monkeypatch, dtype, tanh_
 
 
 @with_triton
-@pytest.mark.skipif(interpreted or on_a_gpu, reason="the kernels run here themselves")
+@starts_interpreter
 def test_the_kernels_run_under_tritons_interpreter():
-    words = ["-q", "-p", "no:cacheprovider", str(ROOT / "tests" / "test_kernels.py")]
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", *words, "-k", "gradients or frozen_head"],
-        env=os.environ | {"TRITON_INTERPRET": "1"},
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stdout[-3000:]
-    assert "38 passed, 4 skipped" in done.stdout
+    said = interpret_tests(__file__, "-k", "gradients or frozen_head")
+    assert "38 passed, 4 skipped" in said

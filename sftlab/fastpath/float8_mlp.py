@@ -89,8 +89,6 @@ def _is_understood(layer: nn.Module | None) -> bool:
             return False
         if one_adapter.why_not_plain(layer):
             return False
-        if any(type(one) not in (nn.Identity, nn.Dropout) for one in layer.lora_dropout.values()):
-            return False
         layer = layer.base_layer
     return isinstance(layer, FrozenFloat8Linear) and layer.bias is None
 

@@ -34,11 +34,7 @@ def gated_to_float8(
     return *to_float8(found, FORWARD, by_row=True), act
 
 
-@gated_to_float8.register_fake
-def _(
-    gate: torch.Tensor, up: torch.Tensor, tanh_gelu: bool, keep_act: bool
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    return _gated_room(gate, keep_act)
+gated_to_float8.register_fake(lambda gate, up, tanh_gelu, keep_act: _gated_room(gate, keep_act))
 
 
 @torch.library.custom_op("sftlab::gated_backward_to_float8", mutates_args=("gradient",))
@@ -75,16 +71,9 @@ def gated_backward_to_float8_(
     return *gate8, *up8, *found[4:]
 
 
-@gated_backward_to_float8_.register_fake
-def _(
-    gradient: torch.Tensor,
-    gate: torch.Tensor,
-    up: torch.Tensor,
-    tanh_gelu: bool,
-    keep: bool,
-    keep_act: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    return _backward_room(gate, keep)
+gated_backward_to_float8_.register_fake(
+    lambda gradient, gate, up, tanh_gelu, keep, keep_act: _backward_room(gate, keep)
+)
 
 
 @torch.library.custom_op("sftlab::add_product", mutates_args=("y",))
@@ -96,9 +85,7 @@ def add_product_(y: torch.Tensor, h: torch.Tensor, b: torch.Tensor, scale: float
     y.addmm_(h, b, alpha=scale)
 
 
-@add_product_.register_fake
-def _(y: torch.Tensor, h: torch.Tensor, b: torch.Tensor, scale: float) -> None:
-    return None
+add_product_.register_fake(lambda y, h, b, scale: None)
 
 
 def _gated_room(gate: torch.Tensor, keep: bool) -> tuple[torch.Tensor, ...]:

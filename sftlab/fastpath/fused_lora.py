@@ -142,8 +142,6 @@ def why_not(layer: lora.LoraLayer, dtype: torch.dtype) -> str | None:
     elif base.weight.dtype != dtype:
         return f"the weights are {base.weight.dtype}, and the products {dtype}"
     (dropout,) = layer.lora_dropout.values()
-    if type(dropout) not in (nn.Identity, nn.Dropout):
-        return f"{type(dropout).__name__} is not the dropout of LoRA"
     if type(dropout) is nn.Dropout and base.in_features % 8:
         return "dropout needs inputs whose size is a multiple of 8"
     return None

@@ -14,6 +14,9 @@ def why_not_plain(layer: lora.LoraLayer) -> str | None:
     if layer.lora_variant:
         variant = next(iter(layer.lora_variant.values()))
         return f"{type(variant).__name__} changes the LoRA update"
+    (dropout,) = layer.lora_dropout.values()
+    if type(dropout) not in (nn.Identity, nn.Dropout):
+        return f"{type(dropout).__name__} is not the dropout of LoRA"
     return None
 
 

@@ -137,20 +137,20 @@ def _step(
         reference_adapter=pairs and bool(model.adapter_name_or_path),
         reference_once=once,
         fused_lora=fast.fused_lora,
-        float8_mlp=_has_float8_mlp(recipe, fast, shape),
+        float8_mlp=_has_float8_mlp(recipe, fast, shape, targets),
         captured=fast.captured_step,
         may_capture=fast.may_capture_step,
         steps=steps_of(recipe, rows),
     )
 
 
-def _has_float8_mlp(recipe: Recipe, fast: FastPath, shape: Shape) -> bool:
+def _has_float8_mlp(recipe: Recipe, fast: FastPath, shape: Shape, targets: frozenset[str]) -> bool:
     """Whether the MLP over float8 weights is one function: see fuse_float8_mlps."""
     if recipe.training.mixed_precision != "fp8" or not fast.compile_layers:
         return False
     model = recipe.model
     other = model.use_peft and (model.lora_dropout > 0 or model.lora_bias)
-    if other and (_targets(model, fast.layers) or frozenset()) & set(NAMES):
+    if other and targets & set(NAMES):
         return False
     return fast.layers.alike_and_gated and shape.mlp <= LARGEST_SIZE
 

@@ -34,7 +34,7 @@ TRAFFIC_COMPILED, TRAFFIC_EAGER, TRAFFIC_EAGER_FP32 = 5.0, 13.7, 10.9
 # them cast and cast back.
 LORA_COMPILED, LORA_EAGER, LORA_CASTS = 5.5, 8.0, 14.0
 # The same where gate, up and down are one function with it, fitted to whole runs (results/float8,
-# captured_step, peers_8b, fused_qlora).
+# captured_step, peers_8b, qlora).
 LORA_FUSED = 1.8
 # The same of gate, up and down where they are one function over float8 weights (results/float8).
 LORA_FLOAT8 = 3.0
