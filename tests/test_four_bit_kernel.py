@@ -19,6 +19,8 @@ from triton_interpreter import (
 )
 
 from sftlab.fastpath import four_bit_weight
+from sftlab.fastpath.float8 import FORWARD
+from sftlab.fastpath.four_bit_float8_weight import float8_scale, plainly
 from sftlab.fastpath.four_bit_weight import table_of
 from sftlab.models import four_bits
 
@@ -105,6 +107,82 @@ def test_every_form_gives_the_same(form):
 
 
 @with_triton
+@runs_kernels
+@pytest.mark.parametrize("kind", ["nf4", "fp4"])
+@pytest.mark.parametrize("nested", [False, True])
+def test_weights_in_float8_are_plain_torchs_in_both_orders(kind, nested):
+    """Rows and words fill no tile, 4,096 weights no last block; 32 a block are many larger scales.
+
+    Triton's interpreter cuts float8 off: it stores float32 here, which torch rounds.
+    """
+    from sftlab.fastpath.four_bit_kernel import fill_four_bit_float8
+
+    torch.manual_seed(0)
+    weight = torch.randn(112, 176, device=device)
+    weight[5] *= 30
+    for block, size in itertools.product((32, 64, 4096), (1e-30, 0.02, 1e4)):
+        packed, state = quantize_4bit(weight * size, None, None, block, nested, quant_type=kind)
+        scales = (state.state2.code, state.state2.absmax, state.offset) if nested else None
+        scale = float8_scale(state.absmax, scales, kind)
+        of = packed, state.absmax, scales
+        whole = dequantize_4bit(packed, state) / scale
+        assert 224 <= whole.abs().max() <= 448 or size < 1e-9
+        for transposed, form in [(False, None), (False, (64, 2)), (True, None), (True, (16, 2, 1))]:
+            right = plainly(*of, block, kind, weight.shape, scale, transposed)
+            dtype = torch.float32 if interpreted else FORWARD
+            room = torch.full((weight.numel() + 100,), 7.0, device=device).to(dtype)
+            out = room[: weight.numel()].view(right.shape)
+            table = table_of(kind, device)
+            fill_four_bit_float8(*of, table, block, scale, transposed, out, form)
+            assert (room[weight.numel() :].float() == 7).all()
+            if interpreted:
+                assert torch.equal(out, whole.t() if transposed else whole)
+            assert torch.equal(out.to(FORWARD).float(), right.float()), (block, size, transposed)
+            assert size < 1e-9 or right.float().unique().numel() > 16
+
+
+def test_the_scale_in_float8_is_the_smallest_power_of_two_without_overflow():
+    """448 of 2 ** n is the largest number of float8 itself."""
+    for most, expected in ((448.0, 1.0), (448.1, 2.0), (0.875, 2.0**-9), (0.88, 2.0**-8)):
+        found = float8_scale(torch.tensor([0.1, -most]), None, "nf4")
+        assert found.shape == (1, 1) and found.item() == expected
+    assert float8_scale(torch.zeros(3), None, "nf4").item() > 0
+
+
+def compiled(monkeypatch, name, capability, fill):
+    """The PTX of the kernel `name` as `fill` starts it."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from sftlab.fastpath import four_bit_kernel
+
+    kernel, started = getattr(four_bit_kernel, name), []
+
+    def start(*args, **options):
+        started.append((dict(zip(kernel.arg_names, args, strict=True)), options))
+
+    monkeypatch.setattr(four_bit_kernel, name, defaultdict(lambda: start))
+    fill(four_bit_kernel)
+    ((arguments, options),) = started
+    types = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.uint8: "*u8"}
+    types[FORWARD] = "*fp8e4nv"
+    constants = {p.name: arguments[p.name] for p in kernel.params if p.is_constexpr}
+    of = {n: types[a.dtype] if torch.is_tensor(a) else "i32" for n, a in arguments.items()}
+    aligned = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(of) if n not in constants}
+    source = ASTSource(kernel, of | dict.fromkeys(constants, "constexpr"), constants, aligned)
+    target = GPUTarget("cuda", capability, 32)
+    return triton.compile(source, target=target, options=options).asm["ptx"]
+
+
+def stored(nested):
+    """What both kernels read, of no meaning."""
+    whole = torch.zeros(1)
+    scales = torch.zeros(1, dtype=torch.uint8) if nested else whole
+    return torch.zeros(2048, 1, dtype=torch.uint8), scales, (whole,) * 3 if nested else None, whole
+
+
+@with_triton
 @pytest.mark.skipif(interpreted, reason="Triton's interpreter runs no compiled kernel")
 @pytest.mark.parametrize("nested, gap", [(False, 0), (True, 0), (True, 64)])
 @pytest.mark.parametrize("capability", [80, 90])
@@ -112,36 +190,34 @@ def test_compiled_it_rounds_every_product_and_writes_16_bytes_at_a_time(
     monkeypatch, nested, gap, capability
 ):
     """A fused multiply-add would round a scale once where bitsandbytes rounds it twice."""
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    from sftlab.fastpath import four_bit_kernel
-
-    kernel, started = four_bit_kernel._weights, []
-
-    def start(*args, **options):
-        started.append((dict(zip(kernel.arg_names, args, strict=True)), options))
-
-    monkeypatch.setattr(four_bit_kernel, "_weights", defaultdict(lambda: start))
-    whole = torch.zeros(1)
-    scales = torch.zeros(1, dtype=torch.uint8) if nested else whole
     out = torch.zeros(64, 64 + gap, dtype=torch.bfloat16)[:, :64]
-    of = torch.zeros(2048, 1, dtype=torch.uint8), scales, (whole,) * 3 if nested else None, whole
-    four_bit_kernel.fill_four_bit_weight(*of, 64, out)
-    ((arguments, options),) = started
-    types = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.uint8: "*u8"}
-    constants = {p.name: arguments[p.name] for p in kernel.params if p.is_constexpr}
-    of = {n: types[a.dtype] if torch.is_tensor(a) else "i32" for n, a in arguments.items()}
-    aligned = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(of) if n not in constants}
-    source = ASTSource(kernel, of | dict.fromkeys(constants, "constexpr"), constants, aligned)
-    made = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
-    assert "fma" not in made.asm["ptx"]
-    stores = re.findall(r"st\.global\S*", made.asm["ptx"])
+    ptx = compiled(
+        monkeypatch, "_weights", capability,
+        lambda kernels: kernels.fill_four_bit_weight(*stored(nested), 64, out),
+    )  # fmt: skip
+    assert "fma" not in ptx
+    stores = re.findall(r"st\.global\S*", ptx)
     assert stores and set(stores) == {"st.global.v4.b32"}
+
+
+@with_triton
+@pytest.mark.skipif(interpreted, reason="Triton's interpreter runs no compiled kernel")
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_compiled_it_rounds_to_float8_once_and_writes_what_lies_together(
+    monkeypatch, nested, transposed
+):
+    out, scale = torch.zeros(64, 64).to(FORWARD), torch.zeros(1)
+    ptx = compiled(
+        monkeypatch, "_float8_weights", 90,
+        lambda kernels: kernels.fill_four_bit_float8(*stored(nested), 64, scale, transposed, out),
+    )  # fmt: skip
+    assert "fma" not in ptx and "cvt.rn.satfinite.e4m3x2.f32" in ptx
+    stores = re.findall(r"st\.global\S*", ptx)
+    assert stores and set(stores) == {"st.global.v4.b32" if transposed else "st.global.v2.b32"}
 
 
 @with_triton
 @starts_interpreter
 def test_the_kernel_runs_under_tritons_interpreter():
-    assert "16 passed, 7 skipped" in interpret_tests(__file__)
+    assert "21 passed, 11 skipped" in interpret_tests(__file__)

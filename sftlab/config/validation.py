@@ -43,7 +43,7 @@ def resolve(recipe: Recipe, launch: Launch) -> None:
     refuse_answers_never_asked(recipe.training, launch.strategy)
     _check_data(recipe)
     _check_rows(recipe.data, recipe.training)
-    _check_fsdp(recipe.training, launch)
+    _check_fsdp(recipe, launch)
     _resolve_precision(recipe)
     _resolve_batch(recipe, launch.world_size)
     _resolve_gradient_order(recipe.training, launch)
@@ -157,7 +157,8 @@ def _check_rows(data: DataArguments, training: TrainingArguments) -> None:
         )
 
 
-def _check_fsdp(training: TrainingArguments, launch: Launch) -> None:
+def _check_fsdp(recipe: Recipe, launch: Launch) -> None:
+    training = recipe.training
     version = launch.settings.get("FSDP_VERSION") if launch.strategy == "fsdp" else None
     if training.fsdp_layers_per_unit is not None and version != "2":
         raise ValueError(
@@ -174,6 +175,11 @@ def _check_fsdp(training: TrainingArguments, launch: Launch) -> None:
     if one_reads and training.mixed_precision == "fp8":
         raise ValueError(
             "fp8 rounds the weights in every process: leave fsdp_cpu_ram_efficient_loading false"
+        )
+    if training.mixed_precision == "fp8" and recipe.model.load_in_4bit:
+        raise ValueError(
+            "fp8 with load_in_4bit needs the scales of the weights, which FSDP2 does not gather: "
+            "launch with fp8.yaml and --num_processes for DDP, or leave load_in_4bit out"
         )
 
 
@@ -198,8 +204,8 @@ def _fp8_conflict(model: ModelArguments) -> str | None:
     """Returns why the model's weights cannot be rounded to float8; None where they can."""
     if not model.use_peft:
         return "use_peft: false trains them"
-    if model.load_in_4bit or model.load_in_8bit:
-        return "load_in_4bit and load_in_8bit round them otherwise"
+    if model.load_in_8bit:
+        return "load_in_8bit has products of its own"
     return float8_conflict(model)
 
 

@@ -6,6 +6,7 @@ the tokens of a training's micro-batch. For few tokens it has a product of its o
 most on an H200, depending on the weight's size.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -39,7 +40,7 @@ class Linear4bit(bitsandbytes.Linear4bit):
         state = weight.quant_state
         if asked != self.compute_dtype:
             x = x.to(self.compute_dtype)
-        y = _Product.apply(x, weight, *scales_of(weight), _stored(state))
+        y = _Product.apply(x, weight, *scales_of(weight), stored_as(state))
         return y if asked == y.dtype else y.to(asked)
 
     def _is_ready(self, x: torch.Tensor) -> bool:
@@ -66,7 +67,8 @@ def scales_of(weight: bitsandbytes.Params4bit) -> tuple[torch.Tensor | None, ...
     return state.absmax, code, larger, state.offset
 
 
-def _stored(state: QuantState) -> Stored:
+def stored_as(state: QuantState) -> Stored:
+    """Returns how a weight with this state is stored."""
     return Stored(state.blocksize, state.quant_type, *state.shape, state.dtype)
 
 
@@ -104,6 +106,13 @@ def why_not(layer: nn.Module, dtype: torch.dtype) -> str | None:
 
     `dtype` is that of the products.
     """
+    if not has_kernels(layer.weight):
+        return f"the weights are on the {layer.weight.device.type}"
+    return not_understood(layer, dtype)
+
+
+def not_understood(layer: nn.Module, dtype: torch.dtype) -> str | None:
+    """Returns what this project does not know of a 4-bit linear, on any device; None if nothing."""
     weight = layer.weight
     state = getattr(weight, "quant_state", None)
     if type(layer) is not bitsandbytes.Linear4bit or "forward" in vars(layer):
@@ -112,8 +121,6 @@ def why_not(layer: nn.Module, dtype: torch.dtype) -> str | None:
         return f"{type(layer).__name__} has a bias"
     if type(weight) is not bitsandbytes.Params4bit or state is None or weight.requires_grad:
         return "the weights are no frozen ones with scales beside them"
-    if not has_kernels(weight):
-        return f"the weights are on the {weight.device.type}"
     if layer.compute_dtype != dtype:
         return f"they compute in {layer.compute_dtype}, and the products in {dtype}"
     shape = layer.out_features, layer.in_features
@@ -134,15 +141,20 @@ def why_not(layer: nn.Module, dtype: torch.dtype) -> str | None:
     return None
 
 
+def take(layer: nn.Module) -> None:
+    """Give a linear, of which `why_not` knows no reason, the product."""
+    layer.__class__ = Linear4bit
+
+
 @torch.no_grad()
-def weight_differs(layer: nn.Module) -> str | None:
+def weight_differs(layer: Linear4bit) -> str | None:
     """Returns how many of a layer's weights are not bitsandbytes'; None where all are.
 
-    The layer is one of which `why_not` knows no reason. Its weight is whole twice meanwhile.
+    Its weight is whole twice meanwhile.
     """
     state = layer.weight.quant_state
     right = dequantize_4bit(layer.weight, state)
-    found = four_bit_weight(layer.weight, *scales_of(layer.weight), *_stored(state))
+    found = four_bit_weight(layer.weight, *scales_of(layer.weight), *stored_as(state))
     if torch.equal(found, right):
         return None
     apart = (found != right).sum().item()
@@ -151,6 +163,16 @@ def weight_differs(layer: nn.Module) -> str | None:
 
 def product_differs(layer: Linear4bit) -> str | None:
     """Returns how far outputs or gradients are from bitsandbytes'; None where they are equal."""
+    for name, far in distances(layer, layer.forward, super(Linear4bit, layer).forward).items():
+        if far:
+            return f"{name} are {far:.1e} from bitsandbytes'"
+    return None
+
+
+def distances(
+    layer: bitsandbytes.Linear4bit, found: Callable[..., object], right: Callable[..., object]
+) -> dict[str, float]:
+    """Returns how far outputs and gradients of a product are from another's, of their norm."""
     device, dtype = layer.weight.device, layer.compute_dtype
     generator = torch.Generator(device).manual_seed(0)
     x, gradient = (
@@ -158,13 +180,14 @@ def product_differs(layer: Linear4bit) -> str | None:
         for size in (layer.in_features, layer.out_features)
     )
     pairs = []
-    for forward in (layer.forward, super(Linear4bit, layer).forward):
+    for forward in (found, right):
         mine = x.clone().requires_grad_()
         with torch.enable_grad():
             y = forward(mine)
         pairs.append((y.detach(), *torch.autograd.grad(y, mine, gradient)))
-    for name, found, right in zip(("outputs", "gradients"), *pairs, strict=True):
-        if not torch.equal(found, right):
-            apart = ((found - right).float().norm() / right.float().norm()).item()
-            return f"{name} are {apart:.1e} from bitsandbytes'"
-    return None
+    return {
+        name: 0.0
+        if torch.equal(one, other)
+        else ((one - other).float().norm() / other.float().norm()).item()
+        for name, one, other in zip(("outputs", "gradients"), *pairs, strict=True)
+    }

@@ -11,7 +11,7 @@ from peft.tuners import lora
 from peft.tuners.lora.bnb import Linear4bit
 from torch import nn
 
-from sftlab.fastpath import four_bit_linear
+from sftlab.fastpath import four_bit_float8, four_bit_linear
 from sftlab.fastpath.lora_products import SharedInput, Views
 
 
@@ -75,6 +75,8 @@ def why_not(layer: lora.LoraLayer, dtype: torch.dtype) -> str | None:
     `dtype` is that of the products.
     """
     base = layer.get_base_layer()
+    if isinstance(base, four_bit_float8.Float8Linear4bit):
+        return "the products of the weights are in float8"
     if not isinstance(base, four_bit_linear.Linear4bit):
         return f"{type(base).__name__} has bitsandbytes' own products"
     if type(layer) is not Linear4bit:

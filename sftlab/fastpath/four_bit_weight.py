@@ -142,11 +142,30 @@ def _fill(
 
         fill_four_bit_weight(packed, scales, nested, table_of(kind, packed.device), block, out)
         return
-    if nested:
-        (code, larger, offset), whole = nested, torch.ops.bitsandbytes.dequantize_blockwise.default
-        scales = whole(scales, larger, code, 256, torch.float32) + offset
+    out.copy_(given_back(packed, scales, nested, block, kind, out.shape, out.dtype))
+
+
+def given_back(
+    packed: torch.Tensor,
+    scales: torch.Tensor,
+    nested: Sequence[torch.Tensor] | None,
+    block: int,
+    kind: str,
+    shape: Sequence[int],
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """Returns the weights of `shape` by bitsandbytes' operations."""
     give_back = torch.ops.bitsandbytes.dequantize_4bit.default
-    out.copy_(give_back(packed, scales, block, kind, list(out.shape), out.dtype))
+    return give_back(packed, whole_scales(scales, nested), block, kind, list(shape), dtype)
+
+
+def whole_scales(scales: torch.Tensor, nested: Sequence[torch.Tensor] | None) -> torch.Tensor:
+    """Returns the blocks' scales in float32, those that are nested given back."""
+    if not nested:
+        return scales
+    code, larger, offset = nested
+    whole = torch.ops.bitsandbytes.dequantize_blockwise.default
+    return whole(scales, larger, code, 256, torch.float32) + offset
 
 
 @cache

@@ -23,7 +23,7 @@ from sftlab.fastpath.experts import take_experts_product
 from sftlab.fastpath.experts_lora import take_experts_lora
 from sftlab.fastpath.float8 import freeze_in_float8
 from sftlab.fastpath.float8_mlp import fuse_float8_mlps
-from sftlab.fastpath.four_bit_layers import take_four_bits
+from sftlab.fastpath.four_bit_layers import four_bit_linears, take_four_bits
 from sftlab.fastpath.fsdp import (
     average_replicated_,
     clip_sharded_,
@@ -138,11 +138,12 @@ class RecordedTrainer(UpstreamFixes):
         self._take_mixers(base, dtype)
         self._take_experts_product(base, precision)
         self.choose_loss()
-        if self.args.mixed_precision == "fp8":
+        float8 = self.args.mixed_precision == "fp8"
+        if float8 and not four_bit_linears(self.model):
             freeze_in_float8(self.model, self.accelerator.device)
             if self.fast.compile_layers and self.accelerator.device.type == "cuda":
                 fuse_float8_mlps(self.model)
-        take_four_bits(self.model, self.fast, self.launch.strategy, dtype)
+        take_four_bits(self.model, self.fast, self.launch.strategy, dtype, float8)
         take_fused_lora(self.model, self.fast, self.launch.strategy, dtype)
         if self.fast.compile_layers:
             compile_layers(base)

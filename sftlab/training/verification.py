@@ -159,10 +159,12 @@ def observe_linear(
 
 
 def _frozen_linear(model: nn.Module) -> nn.Module:
-    # The first linear, or the base of the first one that LoRA wraps.
-    return next(
+    # The first linear, or the base of the first one that LoRA wraps. Under fp8 some 4-bit linears
+    # may multiply in 16 bits, which the run has said: then it is the first one that does not.
+    linears = [
         m for n, m in model.named_modules() if isinstance(m, LINEAR_LAYERS) and "lora_" not in n
-    )
+    ]
+    return next((one for one in linears if type(one).__name__ == "Float8Linear4bit"), linears[0])
 
 
 def what_ran(trainer: SFTTrainer, fast: FastPath, observed: Mapping[str, str]) -> dict[str, Any]:
