@@ -12,7 +12,7 @@ from torch import nn
 
 from sftlab.fastpath import four_bit_linear
 from sftlab.fastpath.float8 import BACKWARD, FORWARD, float8_product, to_float8
-from sftlab.fastpath.four_bit_float8_weight import four_bit_float8, float8_scale, plainly
+from sftlab.fastpath.four_bit_float8_weight import float8_scale, four_bit_float8, plainly
 from sftlab.fastpath.four_bit_linear import Stored, scales_of, stored_as
 
 # how far outputs and gradients may be from those in 16 bits, of their norm: e5m2 has two digits,

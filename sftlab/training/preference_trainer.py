@@ -130,7 +130,7 @@ class PreferenceTrainer(RecordedTrainer, DPOTrainer):
             at_once = self.args.per_device_train_batch_size
             self.train_dataset = with_reference(self, self.train_dataset, at_once)
             if self.eval_dataset is not None:
-                self.eval_dataset = with_reference(self, self.eval_dataset, at_once)
+                self.eval_dataset = with_reference(self, self.eval_dataset, at_once, evaluates=True)
             self.precompute_ref_logps = True
 
     def forward_once(self, model: nn.Module, inputs: dict[str, Any]) -> None:

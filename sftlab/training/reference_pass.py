@@ -11,8 +11,13 @@ from sftlab.data.pair_collator import REFERENCE_OF_TRL
 from sftlab.data.samplers import row_lengths
 
 
-def with_reference(trainer: DPOTrainer, pairs: Dataset, at_once: int) -> Dataset:
+def with_reference(
+    trainer: DPOTrainer, pairs: Dataset, at_once: int, evaluates: bool = False
+) -> Dataset:
     """Returns the pairs with the log-probabilities of both sides under the reference, in nats.
+
+    The model runs as in a step, or as where it `evaluates`: weights in 4 bits are multiplied in
+    float8 in steps alone.
 
     The batches of `at_once` pairs are the same in every start and under any number of processes,
     from the longest pairs to the shortest. So a run that is continued trains on the same figures.
@@ -21,7 +26,7 @@ def with_reference(trainer: DPOTrainer, pairs: Dataset, at_once: int) -> Dataset
     batches = [order[start : start + at_once] for start in range(0, len(pairs), at_once)]
     found = torch.zeros(len(pairs), len(REFERENCE_OF_TRL), device=trainer.accelerator.device)
     process, processes = trainer.accelerator.process_index, trainer.accelerator.num_processes
-    model = trainer.model.train()  # as in a step; dropout is off
+    model = trainer.model.train(not evaluates)  # dropout is off
     for batch in batches[process::processes]:
         inputs = for_the_model(trainer.data_collator([pairs[int(number)] for number in batch]))
         sides = trainer.compute_ref_log_probs(model, trainer._prepare_inputs(inputs))
