@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from conftest import ROOT, launch, launch_command, read, short_fields
+from packed_training import FOUR_BITS
 from tiny_base import write_base_of
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
@@ -138,6 +139,26 @@ def test_fsdp_trains_in_fp8_as_ddp_does(base, rows, tmp_path):
     assert as_ddp(fsdp["ran"]) == ddp["ran"]
     assert len(fsdp["losses"]) == 6 and fsdp["losses"] == ddp["losses"]
     assert adapter(runs["fsdp"]) == adapter(runs["cpu_ddp"])
+
+
+def test_ddp_trains_weights_in_4_bits_in_fp8_and_fsdp_refuses_them(base, rows, tmp_path):
+    """Two processes have the adapter of one, and what is asked for runs."""
+    runs = {config: tmp_path / config for config in ("cpu", "cpu_ddp")}
+    for config, folder in runs.items():
+        fields = short_fields(base, rows, folder) | {"save_strategy": "no", "eval_strategy": "no"}
+        fields |= FOUR_BITS | {"per_device_train_batch_size": "4"}
+        launch_fsdp(fields, config, ("--mixed_precision", "fp8"))
+    one, two = map(read, runs.values())
+    for run in (one, two):
+        ran = run["ran"]
+        assert ran["compute"] == {"linear": "Float8Linear4bit", "output_dtype": "bfloat16"}
+        assert ran["four_bit_weights"] == "one kernel, float8" and ran["precision"] == "fp8"
+    assert (one["ran"]["strategy"], two["ran"]["strategy"]) == ("single", "ddp")
+    losses = [[loss for _, loss in run["losses"]] for run in (one, two)]
+    assert losses[0] == pytest.approx(losses[1], rel=0.02) and losses[0][-1] < losses[0][0]
+    typed = command(fields | {"overwrite": "true"}, "fsdp", ("--mixed_precision", "fp8"))
+    done = subprocess.run(typed, capture_output=True, text=True, cwd=ROOT, timeout=300)
+    assert done.returncode and "which FSDP2 does not gather: launch with fp8.yaml" in done.stderr
 
 
 def test_fsdp_gathers_weights_and_averages_gradients_at_once(sharded):
