@@ -175,7 +175,7 @@ def test_a_global_batch_that_does_not_divide_is_refused(fields):
     [
         ("--use_peft=false", "trains them"),
         ("--use_dora=true", "norms"),
-        ("--load_in_4bit=true", "round them otherwise"),
+        ("--load_in_8bit=true", "load_in_8bit has products of its own"),
     ],
 )
 def test_fp8_refuses_weights_that_it_cannot_round(fields, monkeypatch, asked, why):
@@ -195,6 +195,17 @@ def test_fp8_refuses_weights_that_one_process_reads_for_all(fields, monkeypatch)
     monkeypatch.setenv("FSDP_CPU_RAM_EFFICIENT_LOADING", "true")
     with pytest.raises(ValueError, match="fp8 rounds the weights in every process"):
         parsed(fields)
+
+
+def test_fp8_takes_weights_in_4_bits_where_they_are_not_sharded(fields, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp8")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "-1")
+    recipe = parsed(fields, "--load_in_4bit=true")
+    assert recipe.model.load_in_4bit and recipe.model.dtype == "bfloat16"
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    sentence = r"^fp8 with load_in_4bit .* FSDP2 does not gather: launch with fp8.yaml and [^\n]*$"
+    with pytest.raises(ValueError, match=sentence):
+        parsed(fields, "--load_in_4bit=true")
 
 
 def test_the_launch_config_decides_the_precision(fields, monkeypatch):

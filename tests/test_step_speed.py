@@ -5,7 +5,9 @@ from planned_steps import ALL, ATTENTION, forecast
 
 from sftlab.models.random_models import random_lengths
 from sftlab.paths import ROOT
+from sftlab.planning.gpu_specs import GPUS
 from sftlab.planning.row_lengths import RowLengths, of_lengths
+from sftlab.planning.step_time import MATRIX
 from sftlab.tables import read_csv
 
 LLAMA_8B = {"shape": "llama3-8b"}
@@ -83,6 +85,7 @@ def test_speed_and_memory_with_fused_layers_are_near_what_was_measured(table, va
         ("fp8", {"lora_dropout": 0.1, "targets": QVO}, True),
         ("fp8", {"lora_bias": "true"}, False),
         ("fp8", {"compile_layers": "false"}, False),
+        ("fp8", {"load_in_4bit": "true"}, False),
         ("single", {}, False),
     ],
 )
@@ -91,6 +94,21 @@ def test_an_mlp_in_float8_is_planned_as_one_function_where_a_run_makes_it_one(
 ):
     fields = {"targets": ALL, "lora_dropout": 0} | fields
     assert forecast(launch, **fields).step.float8_mlp == planned
+
+
+def test_weights_in_4_bits_under_fp8_take_half_the_products_and_one_weight_in_float8():
+    fields = {"targets": ALL, "lora_dropout": 0, "load_in_4bit": "true", "fused_lora": "false"}
+    fields |= {"rows": RowLengths(38_000, 64, 0, 64, "said"), "per_device_train_batch_size": 64}
+    sixteen, eight = (forecast(launch, **fields) for launch in ("single", "fp8"))
+    assert eight.memory.at == sixteen.memory.at == "backward"
+    scratch = eight.memory.allocated - sixteen.memory.allocated
+    assert scratch == 2048 * 8192, "the largest of Llama-3.2-1B's"
+    head = eight.step.weights.head * eight.step.tokens
+    saved = sixteen.time.matrices - eight.time.matrices
+    layers = sixteen.time.matrices - 4 * head / (GPUS["h200"].tflops("bf16") * 1e12 * MATRIX)
+    assert saved == pytest.approx(layers / 2)
+    assert eight.time.dequantising == pytest.approx(sixteen.time.dequantising * 1.5 / 2.5)
+    assert eight.time.memory_traffic > sixteen.time.memory_traffic
 
 
 def test_checkpointing_costs_a_forward_whatever_is_trained():

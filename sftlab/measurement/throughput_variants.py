@@ -174,9 +174,9 @@ _FUSED_1B = {
 }  # fmt: skip
 
 
-def qlora(rows: int, gb: int) -> Variant:
+def qlora(rows: int, gb: int, launch: str = "single") -> Variant:
     """Returns recipes/sft.py on the 7B shape in 4 bits, its activations kept."""
-    one = sft("single", rows, 1024, gb, recipe="llama2-7b/all_r32", gradient_checkpointing="false")
+    one = sft(launch, rows, 1024, gb, recipe="llama2-7b/all_r32", gradient_checkpointing="false")
     return paced(one, shape=LLAMA_7B, needs=("bitsandbytes",))
 
 
@@ -216,8 +216,11 @@ PEERS = {
     "sft.py QLoRA, 7B, kept activations, 4 rows": captured(qlora(4, 30)),
     "sft.py QLoRA, 7B, kept activations, 11 rows": captured(qlora(11, 50)),  # tokens of 4 full rows
     "Unsloth QLoRA, 7B, packed, 4 rows": unsloth(ALL, 4, 32, _R32, **_QLORA),
+    "sft.py QLoRA fp8, 7B, kept activations, 4 rows": captured(qlora(4, 32, "fp8")),
+    "sft.py QLoRA fp8, 7B, kept activations, 11 rows": captured(qlora(11, 52, "fp8")),
     "sft.py QLoRA, 7B, kept activations, 16 rows": qlora(16, 52),
     "sft.py QLoRA, 7B, kept activations, 42 rows": qlora(42, 110),  # tokens of 16 full rows
+    "sft.py QLoRA fp8, 7B, kept activations, 42 rows": qlora(42, 118, "fp8"),
     "sft.py bf16, 8B, 2 full rows of 4096": paced(
         sft("single", 2, 4096, 68, lora_target_modules=ALL), **_FULL
     ),
@@ -231,7 +234,7 @@ _FUSED_7B = {
         fields=one.fields | {"fused_lora": str(fused).lower()}
     )
     for name, one in PEERS.items()
-    if name.startswith("sft.py QLoRA")
+    if name.startswith("sft.py QLoRA,")
     for fused in (True, False)
 }
 FUSED_LORA = _FUSED_1B | _FUSED_7B

@@ -174,7 +174,9 @@ def remedies(recipe: Recipe, plan: Plan) -> Iterator[list[str]]:
             f"--global_batch_size={recipe.data.global_batch_size}",
         ]
     model = recipe.model
-    if not model.load_in_4bit and model.use_peft and plan.step.precision == "bf16":
+    sharded_fp8 = plan.step.precision == "fp8" and plan.step.strategy == "fsdp"
+    rounds = plan.step.precision in ("bf16", "fp8") and not sharded_fp8
+    if not model.load_in_4bit and model.use_peft and rounds:
         yield [
             "--load_in_4bit=true",
             "--use_bnb_nested_quant=true",

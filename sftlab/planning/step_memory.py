@@ -233,7 +233,14 @@ def _working_bytes(step: Step, tokens: int) -> float:
     width = working_width(step) * s.mlp
     if s.experts:
         width = max(OUTPUTS_OF_EXPERTS * s.taken * s.hidden, s.taken * s.hidden + 2 * s.mlp)
-    return tokens * (b * width + b * s.hidden + again)
+    return tokens * (b * width + b * s.hidden + again) + _float8_weight(step)
+
+
+def _float8_weight(step: Step) -> int:
+    """Returns the bytes of the largest weight in 4 bits while it is in float8."""
+    if not step.quantized or step.precision != "fp8":
+        return 0
+    return max(into * out for into, out in widths(step).values())
 
 
 def _logits(step: Step, tokens: int) -> int:
