@@ -4,10 +4,11 @@ python benchmarks/float8_rounding.py [--model data/smollm2/base] \
     [--dataset data/gsm8k/train.jsonl] [--rows 16] [--out results/float8_rounding]
 
 A model with LoRA r=16 on all linears, whose B is drawn at random, since with zeros A would have no
-gradient. Rows are question and answer, one at a time, on a CPU. A line for float32; for bf16; and
-for bf16 with frozen linears in float8, whose inputs and gradients have one scale for a tensor, or
-one for each token. `perplexity` is that of all tokens, `nats_apart` the mean distance of a token's
-nats from float32's. `lowest_cosine` and `median_cosine` are over LoRA matrices, between the
+gradient. Rows are question and answer, one at a time, on a CPU. A line for float32; for bf16; for
+bf16 with frozen linears in float8, whose inputs and gradients have one scale for a tensor, or one
+for each token; and for weights in 4 bits (nf4, nested scales) that multiply in bf16, or in float8
+with a scale for each token. `perplexity` is that of all tokens, `nats_apart` the mean distance of a
+token's nats from float32's. `lowest_cosine` and `median_cosine` are over LoRA matrices, between the
 gradient of all rows and float32's. Writes float8_rounding.csv.
 """
 
@@ -22,16 +23,19 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer, BitsAndBytesConfig
 
 from sftlab.exit_messages import mistakes_in_one_line
 from sftlab.fastpath import float8
+from sftlab.fastpath.four_bit_layers import four_bit_linears, swap
+from sftlab.models.loading import load_weights
 from sftlab.paths import ROOT
 from sftlab.runs.environment import provenance, typed_command
 from sftlab.script_options import Options
 from sftlab.tables import write_csv
 
 FLOAT32, BF16, BY_TENSOR, BY_TOKEN = "float32", "bf16", "float8 by tensor", "float8 by token"
+FOUR_BITS, FOUR_BITS_FLOAT8 = "4 bits", "4 bits, float8"
 B_SIZE = 0.02
 
 
@@ -42,7 +46,7 @@ def main(argv: list[str] | None = None) -> None:
     command = typed_command("benchmarks/float8_rounding.py", argv or sys.argv[1:])
     about = provenance() | {"command": command}
     lines, exact = [], None
-    for precision in (FLOAT32, BF16, BY_TENSOR, BY_TOKEN):
+    for precision in (FLOAT32, BF16, BY_TENSOR, BY_TOKEN, FOUR_BITS, FOUR_BITS_FLOAT8):
         found = losses_and_gradients(options.model, batches, precision)
         exact = exact or found
         line = {"precision": precision, "rows": len(batches)} | compared(*found, *exact)
@@ -75,9 +79,15 @@ def losses_and_gradients(
     folder: Path, batches: list[torch.Tensor], precision: str
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """Returns the nats of all tokens [n], and the gradient of every LoRA matrix."""
-    model = with_lora(folder, torch.float32 if precision == FLOAT32 else torch.bfloat16)
+    in_four_bits = precision in (FOUR_BITS, FOUR_BITS_FLOAT8)
+    dtype = torch.float32 if precision == FLOAT32 else torch.bfloat16
+    model = with_lora(folder, dtype, in_four_bits).train()
     if precision in (BY_TENSOR, BY_TOKEN):
         float8.freeze_in_float8(model)
+    if precision == FOUR_BITS_FLOAT8 and (
+        left := swap(four_bit_linears(model), torch.bfloat16, float8=True)
+    ):
+        raise ValueError(f"not all linears multiply in float8: {left}")
     casts = torch.autocast("cpu", torch.bfloat16) if precision != FLOAT32 else nullcontext()
     nats = []
     with casts, one_scale() if precision == BY_TENSOR else nullcontext():
@@ -89,9 +99,16 @@ def losses_and_gradients(
     return torch.cat(nats).detach(), trained
 
 
-def with_lora(folder: Path, dtype: torch.dtype) -> PeftModel:
+def with_lora(folder: Path, dtype: torch.dtype, in_four_bits: bool) -> PeftModel:
     """Returns the model with LoRA in float32 on all its linears."""
-    base = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+    four_bits = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+    )
+    given = {"dtype": dtype, "trust_remote_code": False}
+    base = load_weights(str(folder), given, None, four_bits if in_four_bits else None)
     config = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
     model, generator = get_peft_model(base, config), torch.Generator().manual_seed(1)
     for name, parameter in model.named_parameters():

@@ -97,16 +97,16 @@ def test_an_mlp_in_float8_is_planned_as_one_function_where_a_run_makes_it_one(
 
 
 def test_weights_in_4_bits_under_fp8_take_half_the_products_and_one_weight_in_float8():
-    fields = {"targets": ALL, "lora_dropout": 0, "load_in_4bit": "true", "fused_lora": "false"}
+    fields = QLORA | {"targets": ALL, "lora_dropout": 0, "fused_lora": "false"}
     fields |= {"rows": RowLengths(38_000, 64, 0, 64, "said"), "per_device_train_batch_size": 64}
     sixteen, eight = (forecast(launch, **fields) for launch in ("single", "fp8"))
     assert eight.memory.at == sixteen.memory.at == "backward"
     scratch = eight.memory.allocated - sixteen.memory.allocated
-    assert scratch == 2048 * 8192, "the largest of Llama-3.2-1B's"
+    assert scratch == 4096 * 11008, "the largest weight"
     head = eight.step.weights.head * eight.step.tokens
     saved = sixteen.time.matrices - eight.time.matrices
     layers = sixteen.time.matrices - 4 * head / (GPUS["h200"].tflops("bf16") * 1e12 * MATRIX)
-    assert saved == pytest.approx(layers / 2)
+    assert saved == pytest.approx(layers / 2, rel=0.01)
     assert eight.time.dequantising == pytest.approx(sixteen.time.dequantising * 1.5 / 2.5)
     assert eight.time.memory_traffic > sixteen.time.memory_traffic
 
