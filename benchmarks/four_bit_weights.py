@@ -4,12 +4,15 @@ python benchmarks/four_bit_weights.py [--sweep] [--tokens 1260] [--seconds 90] \
     [--out results/four_bit_weights]
 
 The linears of Llama-2-7B, in nf4 with nested scales, in bf16 on one GPU. A line for each size: this
-project's kernel beside bitsandbytes' operations, and the forward and backward of the linear with
-either. `equal` says whether all weights, or outputs and gradients, are bitsandbytes' to the last
-bit. `us` and `bitsandbytes_us` are of the GPU, its cache emptied before each call; `host_us` and
-`bitsandbytes_host_us` are what Python takes to start a call, without waiting. `gb_per_s` counts
-what must be read and written once. `form` is how the kernel is launched: four_bit_kernel.py says
-what its numbers mean. With --sweep it has other forms too, and products are left out.
+project's kernel beside bitsandbytes' operations; the same in float8, in either order (bitsandbytes'
+column is bf16 there too); and the forward and backward of the linear with either, in bf16 and in
+float8. `equal` says whether all weights, or outputs and gradients, are bitsandbytes' to the last
+bit, in float8 those of plain torch; of float8's products `apart` says how far outputs are from
+bitsandbytes', of their norm. `us` and `bitsandbytes_us` are of the GPU, its cache emptied before
+each call; `host_us` and `bitsandbytes_host_us` are what Python takes to start a call, without
+waiting. `gb_per_s` counts what must be read and written once. `form` is how the kernel is launched:
+four_bit_kernel.py says what its numbers mean. With --sweep it has other forms too, and products are
+left out.
 
 What fails says why as `note`, and SFTLAB_TRACEBACK=1 prints where. At --seconds it ends with what
 there is. The table is weights.csv, or sweep.csv, and is written after every line.
@@ -30,7 +33,10 @@ from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 from bitsandbytes.nn import Linear4bit
 
 from sftlab.exit_messages import mistakes_in_one_line
+from sftlab.fastpath import four_bit_float8 as four_bit_float8_product
 from sftlab.fastpath import four_bit_linear
+from sftlab.fastpath.float8 import FORWARD
+from sftlab.fastpath.four_bit_float8_weight import float8_scale, four_bit_float8, plainly
 from sftlab.fastpath.four_bit_weight import four_bit_weight, table_of
 from sftlab.paths import ROOT
 from sftlab.runs.environment import provenance, typed_command
@@ -40,6 +46,13 @@ from sftlab.tables import preview, write_csv
 NO_TIME = "no time was left"
 # forms that a sweep tries: words of a program, and warps
 FORMS = ((128, 2), (256, 2), (256, 4), (512, 4), (512, 8), (1024, 4), (1024, 8), (2048, 8))
+# of tiles that are transposed: rows, words of each, and warps
+TILES = (
+    *((64, 8, 4), (64, 16, 4), (64, 16, 8), (64, 32, 8)),
+    *((128, 8, 4), (128, 8, 8), (128, 16, 4), (128, 16, 8), (256, 8, 8), (256, 16, 8)),
+)
+WEIGHTS, FLOAT8, TRANSPOSED = "weights", "weights in float8", "weights in float8, transposed"
+PRODUCTS, FLOAT8_PRODUCTS = "products", "products in float8"
 
 
 class Sizes(NamedTuple):
@@ -95,17 +108,22 @@ def shown(line: dict[str, Any]) -> str:
     if line["note"]:
         return f"{what}: {line['note']}"
     speed = f", {line['gb_per_s']} GB/s" if line.get("gb_per_s") else ""
+    near = f"apart: {line['apart']}" if "apart" in line else f"equal: {line['equal']}"
     return (
         f"{what}: {line['us']} us{speed}, bitsandbytes {line['bitsandbytes_us']}; to start "
-        f"{line['host_us']} us, bitsandbytes {line['bitsandbytes_host_us']}; equal: {line['equal']}"
+        f"{line['host_us']} us, bitsandbytes {line['bitsandbytes_host_us']}; {near}"
     )
 
 
 def measured(options: argparse.Namespace, sizes: tuple[Sizes, ...]) -> Iterator[dict[str, Any]]:
     """Yields a line for each size and form, and for each size's products."""
     for size in sizes:
-        cases = [("weights", form) for form in (FORMS if options.sweep else [None])]
-        cases += [] if options.sweep else [("products", None)]
+        if options.sweep:
+            cases = [(what, form) for what in (WEIGHTS, FLOAT8) for form in FORMS]
+            cases += [(TRANSPOSED, form) for form in TILES]
+        else:
+            whats = WEIGHTS, FLOAT8, TRANSPOSED, PRODUCTS, FLOAT8_PRODUCTS
+            cases = [(what, None) for what in whats]
         for what, form in cases:
             line = {"what": what, "form": " ".join(map(str, form or ())), "note": ""}
             line |= {"linears": size.linears, "rows": size.rows, "columns": size.columns}
@@ -113,12 +131,21 @@ def measured(options: argparse.Namespace, sizes: tuple[Sizes, ...]) -> Iterator[
                 yield line | {"note": NO_TIME}
                 return
             try:
-                line |= weights(size, form) if what == "weights" else products(size, options.tokens)
+                line |= timed_case(size, what, form, options.tokens)
             except Exception as error:  # a failure costs its own line alone
                 if os.environ.get("SFTLAB_TRACEBACK") == "1":
                     traceback.print_exc()
                 line["note"] = preview(f"{type(error).__name__}: {error}", 300)
             yield line
+
+
+def timed_case(size: Sizes, what: str, form: tuple | None, tokens: int) -> dict[str, Any]:
+    """Returns what a line measures."""
+    if what in (PRODUCTS, FLOAT8_PRODUCTS):
+        return products(size, tokens, float8=what == FLOAT8_PRODUCTS)
+    if what == WEIGHTS:
+        return weights(size, form)
+    return float8_weights(size, form, transposed=what == TRANSPOSED)
 
 
 def weights(size: Sizes, form: tuple[int, int] | None) -> dict[str, Any]:
@@ -143,31 +170,62 @@ def weights(size: Sizes, form: tuple[int, int] | None) -> dict[str, Any]:
     return line | {"gb_per_s": round(moved / line["us"] / 1e3)}
 
 
-def products(size: Sizes, tokens: int) -> dict[str, Any]:
+def float8_weights(size: Sizes, form: tuple | None, transposed: bool) -> dict[str, Any]:
+    """Returns what giving a weight back in float8 takes, as `weights` does."""
+    weight = drawn(size, size.rows)
+    packed, state = quantize_4bit(weight, compress_statistics=True, quant_type="nf4")
+    nested = (state.state2.code, state.state2.absmax, state.offset)
+    scale = float8_scale(state.absmax, nested, "nf4")
+    of, shape = (packed, state.absmax), (size.rows, size.columns)
+    kernel_out = torch.empty(shape[::-1] if transposed else shape, device=packed.device)
+    kernel_out = kernel_out.to(FORWARD)
+
+    def ours() -> torch.Tensor:
+        if form is None:
+            stored = state.blocksize, state.quant_type, *shape
+            return four_bit_float8(*of, *nested, *stored, scale, transposed)
+        from sftlab.fastpath.four_bit_kernel import fill_four_bit_float8
+
+        how = table_of("nf4", packed.device), state.blocksize, scale, transposed
+        fill_four_bit_float8(*of, nested, *how, kernel_out, form)
+        return kernel_out
+
+    line = beside_bitsandbytes(ours, lambda: dequantize_4bit(packed, state))
+    right = plainly(*of, nested, state.blocksize, "nf4", shape, scale, transposed)
+    line["equal"] = torch.equal(ours().bfloat16(), right.bfloat16())
+    moved = right.nbytes + packed.nbytes + state.absmax.nbytes + state.state2.absmax.nbytes
+    return line | {"gb_per_s": round(moved / line["us"] / 1e3)}
+
+
+def products(size: Sizes, tokens: int, float8: bool) -> dict[str, Any]:
     """Returns what a linear's forward and backward take, with either way to its weight."""
     of = {"bias": False, "compute_dtype": size.dtype, "quant_type": "nf4", "device": size.device}
     layer = Linear4bit(size.columns, size.rows, **of)
     layer.weight.data = drawn(size, size.rows)
     layer.to(size.device)  # which rounds it to 4 bits
-    if reason := four_bit_linear.why_not(layer, size.dtype):
+    product = four_bit_float8_product if float8 else four_bit_linear
+    if reason := product.why_not(layer, size.dtype):
         raise ValueError(reason)
     x, gradient = drawn(size, tokens).requires_grad_(), drawn(size, tokens, size.rows)
+    product.take(layer.train())
+    taken = type(layer)
 
     def call(of: type[Linear4bit]) -> list[torch.Tensor]:
         y = of.forward(layer, x)
         return [y, *torch.autograd.grad(y, x, gradient)]
 
-    layer.__class__ = four_bit_linear.Linear4bit
-
     def ours() -> list[torch.Tensor]:
-        return call(four_bit_linear.Linear4bit)
+        return call(taken)
 
     def bitsandbytes() -> list[torch.Tensor]:
         return call(Linear4bit)
 
-    line = beside_bitsandbytes(ours, bitsandbytes)
-    line["equal"] = all(torch.equal(*pair) for pair in zip(ours(), bitsandbytes(), strict=True))
-    return line | {"tokens": tokens}
+    line = beside_bitsandbytes(ours, bitsandbytes) | {"tokens": tokens}
+    found, right = ours(), bitsandbytes()
+    if float8:
+        apart = (found[0] - right[0]).float().norm() / right[0].float().norm()
+        return line | {"apart": round(apart.item(), 4)}
+    return line | {"equal": all(torch.equal(*pair) for pair in zip(found, right, strict=True))}
 
 
 def drawn(size: Sizes, rows: int, columns: int | None = None) -> torch.Tensor:
