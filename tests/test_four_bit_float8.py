@@ -72,6 +72,22 @@ def test_products_are_those_of_plain_float8_and_near_those_in_16_bits(nested, ki
     assert torch.equal(into_x.view(-1, 128), float8_product(*rounded, weight_t, scale))
 
 
+def test_weights_that_are_stored_as_another_dtype_multiply_alike():
+    """recipes/llama2-7b stores two weights of 4 bits in each byte of bfloat16."""
+    made = bitsandbytes.Linear4bit(
+        128, 96, bias=False, compute_dtype=torch.bfloat16, quant_storage=torch.bfloat16
+    )
+    made.weight.data = linear_weight = torch.randn(96, 128).bfloat16()
+    bytes_ = bitsandbytes.Linear4bit(128, 96, bias=False, compute_dtype=torch.bfloat16)
+    bytes_.weight.data = linear_weight.clone()
+    layers = [one.to("cpu") for one in (made, bytes_)]
+    assert made.weight.dtype == torch.bfloat16 and bytes_.weight.dtype == torch.uint8
+    assert swap(layers, torch.bfloat16, float8=True) == {}
+    x, gradient = drawn()
+    found = [product(one.train(), x, gradient)[:2] for one in layers]
+    assert all(torch.equal(*pair) for pair in zip(*found, strict=True))
+
+
 @pytest.mark.parametrize("asked", [torch.float32, torch.bfloat16], ids=str)
 def test_outputs_and_gradients_have_the_dtype_that_bitsandbytes_gives_them(asked):
     layer = swapped()
@@ -120,6 +136,8 @@ def test_compiled_it_is_one_graph_that_gives_each_weight_back_where_it_is_read()
     assert torch.equal(found, y) and torch.equal(mine.grad, into_x)
     assert graphs.count(FLOAT8) == [1, 1]
     assert len(graphs.kept()) > 1 and (96, 128) not in graphs.kept()
+    (node,) = [one for one in graphs.backward[0].nodes if str(one.target).startswith(FLOAT8)]
+    assert node.args[-1].meta["val"].shape == (100, 96), "no forward can work it out"
 
 
 def test_what_is_saved_is_what_it_was():
