@@ -82,6 +82,10 @@ GROUPS = {
         "Unsloth QLoRA, 7B, packed, 16 rows": "Unsloth, 16 full rows",
         "Unsloth QLoRA, 7B, packed, 4 rows": "Unsloth, 4 full rows",
     },
+    "7B shape in 4 bits (QLoRA) under fp8, activations kept, rows to 1,024 tokens": {
+        f"sft.py QLoRA fp8, 7B, kept activations, {rows} rows": f"sft.py, fp8, {rows} rows"
+        for rows in (42, 11, 4)
+    },
     **{
         f"Shape of {family.title}: bf16, LoRA on {', '.join(family.targets)}": {
             name: name.replace(f" bf16, {family.title}", "")
