@@ -140,6 +140,7 @@ def test_dropout_is_that_of_plain_steps_and_of_a_run_that_goes_on(fields, tmp_pa
     [
         {"fused_lora": "true", "lora_dropout": "0.05"},
         {**FOUR_BITS, "lora_dropout": "0.05"},
+        {**FOUR_BITS, "lora_dropout": "0.05", "precision": "fp8", "compile_layers": "true"},
         {**CHECKPOINTED, "compile_layers": "true"},
         {**CHECKPOINTED, "compile_layers": "true", "fused_lora": "true"},
         {**CHECKPOINTED, **FOUR_BITS},
@@ -147,6 +148,7 @@ def test_dropout_is_that_of_plain_steps_and_of_a_run_that_goes_on(fields, tmp_pa
     ids=[
         "fused LoRA",
         "4 bits",
+        "4 bits in fp8",
         "checkpointed",
         "checkpointed, fused LoRA",
         "checkpointed, 4 bits",
@@ -156,6 +158,8 @@ def test_other_parts_of_the_fast_path_are_recorded_too(fields, tmp_path, monkeyp
     if "load_in_4bit" in more:
         pytest.importorskip("bitsandbytes")
     torch._dynamo.reset()
+    more = dict(more)
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", more.pop("precision", "bf16"))
     more = {"max_steps": "6", "captured_step": "true", "compile_layers": "false"} | more
     runs = []
     for shapes in (0, 64):

@@ -89,6 +89,24 @@ def test_precision_explains_what_follows_from_it_and_no_more(make):
     assert set(differences(runs, ["precision"])) == {"quantization"}
 
 
+def test_4_bits_in_float8_differ_in_precision_alone(make):
+    """Their linears, and LoRA that is not fused with them, follow from it."""
+    runs = {}
+    for name, linear, kernel, fused in (
+        ("bf16", "Linear4bit", "one kernel", True),
+        ("fp8", "Float8Linear4bit", "one kernel, float8", False),
+    ):
+        ran = {"compute": {"linear": linear, "output_dtype": "bfloat16"}, "precision": name}
+        ran |= {"quantization": "4bit", "four_bit_weights": kernel, "fused_lora": fused}
+        settings = {"ACCELERATE_MIXED_PRECISION": name}
+        launch = {"precision": name, "settings": settings}
+        asked = {"dtype": "bfloat16", "load_in_4bit": True}
+        runs[name] = facts(make(name, wrong=None, ran=ran, launch=launch, **asked))
+    found = set(differences(runs))
+    assert found == {"precision", "compute", "four_bit_weights", "fused_lora"}
+    assert suggest_axes(runs) == (["precision"], {})
+
+
 @pytest.mark.parametrize("name", ["strategy", "world_size", "precision"])
 def test_a_record_without_its_launch_is_named(make, name):
     folder = make("cut")
