@@ -85,7 +85,7 @@ def test_speed_and_memory_with_fused_layers_are_near_what_was_measured(table, va
         ("fp8", {"lora_dropout": 0.1, "targets": QVO}, True),
         ("fp8", {"lora_bias": "true"}, False),
         ("fp8", {"compile_layers": "false"}, False),
-        ("fp8", {"load_in_4bit": "true"}, False),
+        ("fp8", {"load_in_4bit": "true"}, True),
         ("single", {}, False),
     ],
 )
@@ -97,7 +97,8 @@ def test_an_mlp_in_float8_is_planned_as_one_function_where_a_run_makes_it_one(
 
 
 def test_weights_in_4_bits_under_fp8_take_half_the_products_and_one_weight_in_float8():
-    fields = QLORA | {"targets": ALL, "lora_dropout": 0, "fused_lora": "false"}
+    # with dropout gate, up and down are no function of their own
+    fields = QLORA | {"targets": ALL, "lora_dropout": 0.05, "fused_lora": "false"}
     fields |= {"rows": RowLengths(38_000, 64, 0, 64, "said"), "per_device_train_batch_size": 64}
     sixteen, eight = (forecast(launch, **fields) for launch in ("single", "fp8"))
     assert eight.memory.at == sixteen.memory.at == "backward"

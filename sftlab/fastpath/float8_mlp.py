@@ -2,7 +2,7 @@
 
 Its activation and the gradients of gate and up are rounded by the kernel that makes them. The
 activation is not kept for the backward: its gradient works it out again. LoRA is computed in
-bfloat16 of what was not rounded.
+bfloat16 of what was not rounded. Weights stored in 4 bits are in float8 while they are multiplied.
 """
 
 from collections.abc import Sequence
@@ -24,19 +24,22 @@ from sftlab.fastpath.float8_mlp_ops import (
     gated_backward_to_float8_,
     gated_to_float8,
 )
+from sftlab.fastpath.four_bit_float8_weight import four_bit_float8
 from sftlab.fastpath.own_class import is_watched, with_forward
 from sftlab.models.gated_mlp import NAMES, tanh_gelu_of
 
 # columns of an activation: a program holds as many
 LARGEST_SIZE = 16384
+# tensors of a weight in 4 bits
+IN_FOUR_BITS = 6
 
 
 class Float8Mlp(nn.Module):
     """What down(f(gate(x)) up(x)) is computed by, beside the model's own class for an MLP.
 
     Disabled adapters are left out. It falls back to that class's forward while adapters are merged
-    or under dropout, where LoRA is not computed in bfloat16, and where a hook looks at what is
-    within.
+    or under dropout, where LoRA is not computed in bfloat16, where a hook looks at what is within,
+    and over weights in 4 bits while the model does not train.
     """
 
     tanh_gelu: bool
@@ -46,12 +49,13 @@ class Float8Mlp(nn.Module):
         if args or kwargs or not self._is_ready(x):
             return super().forward(x, *args, **kwargs)
         layers = self.gate_proj, self.up_proj, self.down_proj
+        hows = tuple(getattr(_base(layer), "how", None) for layer in layers)
         frozen = [tensor for layer in layers for tensor in _base(layer).stored()]
         adapted = [layer for layer in layers if _has_lora(layer)]
         scales = tuple(one_adapter.scale(one) if _has_lora(one) else None for one in layers)
         matrices = [matrix for layer in adapted for matrix in one_adapter.matrices(layer)]
         rows = x.reshape(-1, x.shape[-1])
-        found = _Mlp.apply(rows, self.tanh_gelu, scales, *frozen, *matrices)
+        found = _Mlp.apply(rows, self.tanh_gelu, scales, hows, *frozen, *matrices)
         return found.unflatten(0, x.shape[:-1])
 
     def _is_ready(self, x: torch.Tensor) -> bool:
@@ -84,18 +88,35 @@ def fuse_float8_mlps(model: nn.Module) -> int:
 
 
 def _is_understood(layer: nn.Module | None) -> bool:
-    if isinstance(layer, lora.LoraLayer):
-        if type(layer) is not lora.Linear or layer.fan_in_fan_out:
-            return False
-        if one_adapter.why_not_plain(layer):
-            return False
-        layer = layer.base_layer
-    return isinstance(layer, FrozenFloat8Linear) and layer.bias is None
+    linear = layer.base_layer if isinstance(layer, lora.LoraLayer) else layer
+    if not (_in_float8(linear) and linear.bias is None):
+        return False
+    if linear is layer:
+        return True
+    if type(layer) is not _class_of_lora(linear) or layer.fan_in_fan_out:
+        return False
+    return not one_adapter.why_not_plain(layer)
+
+
+def _in_float8(linear: nn.Module | None) -> bool:
+    """Whether it is FrozenFloat8Linear or, not to import bitsandbytes, what Float8Linear4bit is."""
+    return isinstance(linear, FrozenFloat8Linear) or hasattr(linear, "how")
+
+
+def _class_of_lora(linear: nn.Module) -> type[nn.Module]:
+    if isinstance(linear, FrozenFloat8Linear):
+        return lora.Linear
+    from peft.tuners.lora.bnb import Linear4bit
+
+    return Linear4bit
 
 
 def _computes_as_here(layer: nn.Module, device: str) -> bool:
+    base = _base(layer)
+    if hasattr(base, "how") and not base.training:
+        return False
     if not _has_lora(layer):
-        return isinstance(_base(layer), FrozenFloat8Linear)  # unless peft merged and left
+        return _in_float8(base)  # unless peft merged and left
     if not one_adapter.adapts(layer) or (layer.training and one_adapter.dropped(layer)):
         return False
     return one_adapter.product_dtype(layer, device) == torch.bfloat16
@@ -105,15 +126,16 @@ def _has_lora(layer: nn.Module) -> bool:
     return isinstance(layer, lora.LoraLayer) and not layer.disable_adapters
 
 
-def _base(layer: nn.Module) -> FrozenFloat8Linear:
+def _base(layer: nn.Module) -> nn.Module:
     return layer.base_layer if isinstance(layer, lora.LoraLayer) else layer
 
 
 class _Mlp(torch.autograd.Function):
     """down's act W^T + s (act A^T) B^T of act = f(gate) up: [rows, in] to [rows, out].
 
-    `tensors` are what FrozenFloat8Linear.stored returns of gate, up and down, and then A and B of
-    those whose place in `scales` has LoRA's s. It returns the gradients of A and B.
+    `tensors` are what `stored` returns of gate, up and down, and then A and B of those whose place
+    in `scales` has LoRA's s. `hows` say how weights in 4 bits are stored, None of whole ones. It
+    returns the gradients of A and B.
     """
 
     @staticmethod
@@ -122,14 +144,15 @@ class _Mlp(torch.autograd.Function):
         x: torch.Tensor,
         tanh_gelu: bool,
         scales: tuple[float | None, float | None, float | None],
-        *tensors: torch.Tensor,
+        hows: tuple[tuple | None, tuple | None, tuple | None],
+        *tensors: torch.Tensor | None,
     ) -> torch.Tensor:
-        weights, weights_t, weight_scales = tensors[:9:3], tensors[1:9:3], tensors[2:9:3]
-        adapters = _adapters(scales, tensors[9:])
+        frozen, matrices = _split(tensors, [3 if how is None else IN_FOUR_BITS for how in hows])
+        adapters = _adapters(scales, matrices)
         rounded, x16 = to_float8(x, FORWARD, by_row=True), x.to(torch.bfloat16)
         hs = _project(x16, adapters[:2])
         gate, up = (
-            _add(float8_product(*rounded, weights[i], weight_scales[i]), hs[i], adapters[i])
+            _add(float8_product(*rounded, *_weight(frozen[i], hows[i])), hs[i], adapters[i])
             for i in range(2)
         )
         act8, act_scale, act = gated_to_float8(gate, up, tanh_gelu, scales[2] is not None)
@@ -137,15 +160,18 @@ class _Mlp(torch.autograd.Function):
         kept = [h for h in hs if h is not None]
         if scales[:2] != (None, None):
             kept.append(x16)
-        ctx.save_for_backward(gate, up, *weights_t, *weight_scales, *tensors[9:], *kept)
-        ctx.tanh_gelu, ctx.scales, ctx.dtype = tanh_gelu, scales, x.dtype
-        y = float8_product(act8, act_scale, weights[2], weight_scales[2])
+        pairs = zip(frozen, hows, strict=True)
+        read = [one for of, how in pairs for one in (of[1:] if how is None else of)]
+        ctx.save_for_backward(gate, up, *read, *matrices, *kept)
+        ctx.tanh_gelu, ctx.scales, ctx.hows, ctx.dtype = tanh_gelu, scales, hows, x.dtype
+        y = float8_product(act8, act_scale, *_weight(frozen[2], hows[2]))
         return _add(y, hs[2], adapters[2])
 
     @staticmethod
     def backward(ctx: object, gradient: torch.Tensor) -> tuple:
         gate, up, *saved = ctx.saved_tensors
-        weights_t, weight_scales, saved = saved[:3], saved[3:6], saved[6:]
+        hows = ctx.hows
+        frozen, saved = _split(saved, [2 if how is None else IN_FOUR_BITS for how in hows])
         adapters = _adapters(ctx.scales, saved)
         rest = iter(saved[2 * sum(one is not None for one in adapters) :])
         hs = [None if one is None else next(rest) for one in adapters]
@@ -154,19 +180,54 @@ class _Mlp(torch.autograd.Function):
         rounded = to_float8(gradient, BACKWARD, by_row=True)
         into_h_down = _into_h(into_y, adapters[2:])
         act = _add_through_a(
-            float8_product(*rounded, weights_t[2], weight_scales[2]), into_h_down, adapters[2:]
+            float8_product(*rounded, *_weight_t(frozen[2], hows[2], gradient)),
+            into_h_down,
+            adapters[2:],
         )  # its gradient; then act itself, in its place
         *rounded, into_gate, into_up = gated_backward_to_float8_(
             act, gate, up, ctx.tanh_gelu, x is not None, into_h_down is not None
         )
         into_ys = [into_gate, into_up]
         into_h = _into_h(into_ys, adapters[:2])
-        into_x = float8_product(*rounded[:2], weights_t[0], weight_scales[0])
+        into_x = float8_product(*rounded[:2], *_weight_t(frozen[0], hows[0], rounded[0]))
         into_x = _add_through_a(into_x, into_h, adapters[:2])
-        into_x = into_x + float8_product(*rounded[2:], weights_t[1], weight_scales[1])
+        weight_t = _weight_t(frozen[1], hows[1], rounded[2])
+        into_x = into_x + float8_product(*rounded[2:], *weight_t)
         found = _into_adapters(x, into_h, into_ys, hs[:2], adapters[:2])
         found += _into_adapters(act, into_h_down, into_y, hs[2:], adapters[2:])
-        return into_x.to(ctx.dtype), None, None, *[None] * 9, *found
+        given = sum(3 if how is None else IN_FOUR_BITS for how in hows)
+        return into_x.to(ctx.dtype), None, None, None, *[None] * given, *found
+
+
+def _split(
+    tensors: Sequence[torch.Tensor | None], sizes: Sequence[int]
+) -> tuple[list[Sequence[torch.Tensor | None]], Sequence[torch.Tensor]]:
+    """Returns so many tensors of each of three weights, and the others."""
+    found = []
+    for size in sizes:
+        found.append(tensors[:size])
+        tensors = tensors[size:]
+    return found, tensors
+
+
+def _weight(
+    tensors: Sequence[torch.Tensor | None], how: tuple | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns W [out, in] in float8 with its scale."""
+    *of, scale = tensors
+    if how is None:
+        return of[0], scale
+    return four_bit_float8(*of, *how[:4], scale, False), scale
+
+
+def _weight_t(
+    tensors: Sequence[torch.Tensor | None], how: tuple | None, after: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns W^T [in, out] in float8 with its scale; in 4 bits it is given back `after` that."""
+    *of, scale = tensors
+    if how is None:
+        return of[0], scale
+    return four_bit_float8(*of, *how[:4], scale, True, after), scale
 
 
 # A [rank, in], B [out, rank] and s of a layer

@@ -31,6 +31,15 @@ class Float8Linear4bit(bitsandbytes.Linear4bit):
 
     scale: torch.Tensor
 
+    @property
+    def how(self) -> Stored:
+        """How its weight is stored."""
+        return stored_as(self.weight.quant_state)
+
+    def stored(self) -> tuple[torch.Tensor | None, ...]:
+        """Returns its weight in 4 bits, what its scales are, and the scale in float8."""
+        return self.weight, *scales_of(self.weight), self.scale
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Returns x W^T: [..., in] to [..., out], in x's dtype."""
         if not self.training or x.numel() == 0:
@@ -39,9 +48,8 @@ class Float8Linear4bit(bitsandbytes.Linear4bit):
 
     def product(self, x: torch.Tensor) -> torch.Tensor:
         """Returns x W^T by products in float8."""
-        weight, asked = self.weight, x.dtype
-        of = *scales_of(weight), self.scale, stored_as(weight.quant_state)
-        y = _Product.apply(x.reshape(-1, self.in_features), weight, *of)
+        asked = x.dtype
+        y = _Product.apply(x.reshape(-1, self.in_features), *self.stored(), self.how)
         y = y.view(*x.shape[:-1], self.out_features)
         return y if asked == y.dtype else y.to(asked)
 

@@ -149,8 +149,6 @@ def _has_float8_mlp(recipe: Recipe, fast: FastPath, shape: Shape, targets: froze
     if recipe.training.mixed_precision != "fp8" or not fast.compile_layers:
         return False
     model = recipe.model
-    if model.load_in_4bit:
-        return False
     other = model.use_peft and (model.lora_dropout > 0 or model.lora_bias)
     if other and targets & set(NAMES):
         return False

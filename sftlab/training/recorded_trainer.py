@@ -141,9 +141,9 @@ class RecordedTrainer(UpstreamFixes):
         float8 = self.args.mixed_precision == "fp8"
         if float8 and not four_bit_linears(self.model):
             freeze_in_float8(self.model, self.accelerator.device)
-            if self.fast.compile_layers and self.accelerator.device.type == "cuda":
-                fuse_float8_mlps(self.model)
         take_four_bits(self.model, self.fast, self.launch.strategy, dtype, float8)
+        if float8 and self.fast.compile_layers and self.accelerator.device.type == "cuda":
+            fuse_float8_mlps(self.model)
         take_fused_lora(self.model, self.fast, self.launch.strategy, dtype)
         if self.fast.compile_layers:
             compile_layers(base)
