@@ -217,7 +217,7 @@ def _weight(
     *of, scale = tensors
     if how is None:
         return of[0], scale
-    return four_bit_float8(*of, *how[:4], scale, False), scale
+    return four_bit_float8(*of, *how, scale, False), scale
 
 
 def _weight_t(
@@ -227,7 +227,7 @@ def _weight_t(
     *of, scale = tensors
     if how is None:
         return of[0], scale
-    return four_bit_float8(*of, *how[:4], scale, True, after), scale
+    return four_bit_float8(*of, *how, scale, True, after), scale
 
 
 # A [rank, in], B [out, rank] and s of a layer

@@ -13,7 +13,10 @@ from torch import nn
 from sftlab.fastpath import four_bit_linear
 from sftlab.fastpath.float8 import BACKWARD, FORWARD, float8_product, to_float8
 from sftlab.fastpath.four_bit_float8_weight import float8_scale, four_bit_float8, plainly
-from sftlab.fastpath.four_bit_linear import Stored, scales_of, stored_as
+from sftlab.fastpath.four_bit_linear import scales_of, stored_as
+
+# weights a block, nf4 or fp4, rows and columns of the weight
+How = tuple[int, str, int, int]
 
 # how far outputs and gradients may be from those in 16 bits, of their norm: e5m2 has two digits,
 # and rounds numbers by 5 % on average
@@ -26,15 +29,11 @@ class Float8Linear4bit(bitsandbytes.Linear4bit):
     That is also so without a gradient, as in the forward of a reference: it is rounded as the
     model that trains is. In an evaluation, and for an answer's tokens, it is bitsandbytes' own
     forward. Parameters, their names and what is saved are bitsandbytes'. `scale` is the weight's in
-    float8, for every column of either product.
+    float8, for every column of either product, and `how` says how it is stored.
     """
 
     scale: torch.Tensor
-
-    @property
-    def how(self) -> Stored:
-        """How its weight is stored."""
-        return stored_as(self.weight.quant_state)
+    how: How
 
     def stored(self) -> tuple[torch.Tensor | None, ...]:
         """Returns its weight in 4 bits, what its scales are, and the scale in float8."""
@@ -67,17 +66,17 @@ class _Product(torch.autograd.Function):
         larger: torch.Tensor | None,
         offset: torch.Tensor | None,
         scale: torch.Tensor,
-        stored: Stored,
+        how: How,
     ) -> torch.Tensor:
         ctx.save_for_backward(packed, scales, code, larger, offset, scale)
-        ctx.stored, ctx.dtype = stored, x.dtype
-        weight = four_bit_float8(packed, scales, code, larger, offset, *stored[:4], scale, False)
+        ctx.how, ctx.dtype = how, x.dtype
+        weight = four_bit_float8(packed, scales, code, larger, offset, *how, scale, False)
         return float8_product(*to_float8(x, FORWARD, by_row=True), weight, scale)
 
     @staticmethod
     def backward(ctx: object, gradient: torch.Tensor) -> tuple:
         *weight, scale = ctx.saved_tensors
-        weight_t = four_bit_float8(*weight, *ctx.stored[:4], scale, True, gradient)
+        weight_t = four_bit_float8(*weight, *ctx.how, scale, True, gradient)
         into_x = float8_product(*to_float8(gradient, BACKWARD, by_row=True), weight_t, scale)
         return into_x.to(ctx.dtype), *[None] * 7
 
@@ -101,6 +100,7 @@ def take(layer: nn.Module) -> None:
     nested = None if nested[0] is None else nested
     scale = float8_scale(scales, nested, weight.quant_state.quant_type)
     layer.__class__ = Float8Linear4bit
+    layer.how = tuple(stored_as(weight.quant_state)[:4])
     layer.scale = scale.repeat(1, max(layer.in_features, layer.out_features))
 
 
@@ -110,14 +110,13 @@ def weight_differs(layer: Float8Linear4bit) -> str | None:
 
     The weight is whole in float32 meanwhile.
     """
-    stored = stored_as(layer.weight.quant_state)
-    scales, *nested = scales_of(layer.weight)
+    *of, scale = layer.stored()
+    packed, scales, *nested = of
+    block, kind, *shape = layer.how
     code = None if nested[0] is None else nested
     for transposed in (False, True):
-        of = *stored[:2], stored[2:4], layer.scale, transposed
-        right = plainly(layer.weight, scales, code, *of)
-        of = *stored[:4], layer.scale, transposed
-        found = four_bit_float8(layer.weight, scales, *nested, *of)
+        right = plainly(packed, scales, code, block, kind, shape, scale, transposed)
+        found = four_bit_float8(*of, *layer.how, scale, transposed)
         apart = (found.bfloat16() != right.bfloat16()).sum().item()  # which is exact
         if apart:
             return f"{apart:,} of {found.numel():,} weights in float8 are not plain torch's"

@@ -80,7 +80,8 @@ def swap(layers: list[nn.Module], dtype: torch.dtype, float8: bool = False) -> d
             reason = f"the kernel does not run here: {' '.join(str(error).split())[:200]}"
         if reason:
             layer.__class__ = before
-            vars(layer).pop("scale", None)
+            for name in ("scale", "how"):
+                vars(layer).pop(name, None)
             left[reason] = left.get(reason, 0) + 1
     return left
 
