@@ -138,6 +138,9 @@ def _step(
         reference_once=once,
         fused_lora=fast.fused_lora,
         float8_mlp=_has_float8_mlp(recipe, fast, shape, targets),
+        float8_head=training.mixed_precision == "fp8"
+        and not pairs
+        and shape.hidden % 16 == shape.vocabulary % 16 == 0,
         captured=fast.captured_step,
         may_capture=fast.may_capture_step,
         steps=steps_of(recipe, rows),

@@ -150,12 +150,14 @@ def _matrix_seconds(step: Step, gpu: GPU) -> float:
     # again with checkpointing, and the reference's forward
     passes = 2.0 * (2 + (w.trained >= layer_weights) + step.checkpointing + step.reference)
     rate = gpu.tflops(step.precision) * 1e12
-    head_rate = gpu.tflops("fp32" if fp32 else "bf16") * 1e12  # the head is not rounded to float8
+    head_rate = gpu.tflops("fp32" if fp32 else "bf16") * 1e12
     layers = step.tokens * passes * layer_weights / (rate * reached)
     if step.shape.experts:  # every pass reads all experts, however few tokens each has
         read = w.layer * step.shape.layers * passes / 2
         layers = max(layers, read / (gpu.memory_gbs * 1e9 * MEMORY))
-    return layers + step.tokens * (4.0 + 2.0 * step.reference) * w.head / (head_rate * reached)
+    into_hidden = 2.0 / (rate if step.float8_head else head_rate)
+    head = (2.0 + 2.0 * step.reference) / head_rate + into_hidden
+    return layers + step.tokens * head * w.head / reached
 
 
 def _attention_seconds(step: Step, gpu: GPU) -> float:
