@@ -236,12 +236,13 @@ _FUSED_7B = {
 }
 FUSED_LORA = _FUSED_1B | _FUSED_7B
 
-# those whose steps have few tokens
-SMALL = {
-    name: PEERS[name]
+# those whose steps have few tokens, and those whose kernels take the GPU a short time
+SHORT = {
+    name: (PEERS | VARIANTS)[name]
     for name in (
         *("sft.py bf16, 20 rows", "sft.py bf16, all linears, 20 rows"),
         *(f"sft.py QLoRA, 7B, kept activations, {rows} rows" for rows in (4, 11)),
+        *("sft.py fp8, 64 rows", "sft.py fp8, all linears, 64 rows"),
     )
 }
 
@@ -301,7 +302,7 @@ FAMILIES = {
 # pairs with and without captured_step, the cheapest first
 CAPTURED = {
     f"{name}{', steps captured' if captures else ', steps not captured'}": captured(one, captures)
-    for name, one in SMALL.items()
+    for name, one in SHORT.items()
     for captures in (False, True)
 }
 # a name that is also in VARIANTS or PEERS means that one
