@@ -75,6 +75,9 @@ def test_speed_and_memory_with_fused_layers_are_near_what_was_measured(table, va
     assert planned.memory.allocated / 2**30 == pytest.approx(float(line["peak_gb"]), rel=0.07)
 
 
+PAIRS = {"method": "dpo"}
+
+
 @pytest.mark.parametrize(
     "launch, fields, planned",
     [
@@ -84,6 +87,8 @@ def test_speed_and_memory_with_fused_layers_are_near_what_was_measured(table, va
         ("fp8", {"lora_bias": "true"}, False),
         ("fp8", {"compile_layers": "false"}, False),
         ("single", {}, False),
+        ("fp8", PAIRS, True),
+        ("fp8", PAIRS | {"adapter_name_or_path": "an-adapter"}, False),
     ],
 )
 def test_an_mlp_in_float8_is_planned_as_one_function_where_a_run_makes_it_one(

@@ -5,6 +5,7 @@ import triton
 import triton.language as tl
 
 from sftlab.fastpath.float8 import BACKWARD
+from sftlab.fastpath.float8_mlp_kernel import larger_or_nan
 
 
 def softmax_cross_entropy_(
@@ -70,7 +71,7 @@ def _cross_entropy(
     tl.store(hits + row, (aimed >= top).to(tl.float32))
     if ROUNDED:
         # the target's slope is the largest: those of all others have its sum
-        scale = tl.maximum(1.0 - tl.exp(aimed - log_sum), 1e-12) / largest
+        scale = larger_or_nan(1.0 - tl.exp(aimed - log_sum), 1e-12) / largest
         tl.store(scales + row, scale)
     for start in range(0, words, BLOCK):
         inside = start + block < words

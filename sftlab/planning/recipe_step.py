@@ -152,7 +152,9 @@ def _has_float8_mlp(recipe: Recipe, fast: FastPath, shape: Shape, targets: froze
     if recipe.training.mixed_precision != "fp8" or not fast.compile_layers:
         return False
     model = recipe.model
-    other = model.use_peft and (model.lora_dropout > 0 or model.lora_bias)
+    # preference tuning from an adapter has a copy of it beside
+    two = recipe.training.method == "dpo" and bool(model.adapter_name_or_path)
+    other = model.use_peft and (model.lora_dropout > 0 or model.lora_bias or two)
     if other and targets & set(NAMES):
         return False
     return fast.layers.alike_and_gated and shape.mlp <= LARGEST_SIZE
