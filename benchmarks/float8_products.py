@@ -118,7 +118,7 @@ def roundings(options: argparse.Namespace) -> Iterator[tuple[dict[str, Any], Cal
 
 
 def head() -> Iterator[tuple[dict[str, Any], Callable]]:
-    """Yields what the loss of a chunk takes, with the slopes of its logits in bf16 and in float8."""
+    """Yields what the loss of a chunk takes, with slopes of its logits in bf16 and in float8."""
     hidden, weight = drawn(CHUNK, HIDDEN) * 10, drawn(WORDS, HIDDEN)
     targets = torch.randint(0, WORDS, (CHUNK,), device="cuda")
     figures = [torch.empty(CHUNK, device="cuda") for _ in range(3)]

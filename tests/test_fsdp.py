@@ -148,11 +148,12 @@ def test_fsdp_trains_in_fp8_as_ddp_does(base, rows, tmp_path):
     assert adapter(runs["fsdp"]) == adapter(runs["cpu_ddp"])
 
 
-def test_sharded_matrices_get_their_gradients_at_the_end_of_a_step(base, rows, tmp_path):
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_sharded_matrices_get_their_gradients_at_the_end_of_a_step(base, rows, tmp_path, precision):
     """LoRA with a bias is sharded, and a micro-batch that ends no step leaves no gradient."""
     fields = short_fields(base, rows, tmp_path) | {"lora_bias": "true", "max_steps": "2"}
     fields |= {"per_device_train_batch_size": "2", "save_strategy": "no", "eval_strategy": "no"}
-    launch_fsdp(fields, "fsdp", ("--mixed_precision", "no"))
+    launch_fsdp(fields, "fsdp", ("--mixed_precision", precision))
     assert read(tmp_path)["ran"]["accumulation"] > 1 and len(read(tmp_path)["losses"]) == 2
 
 

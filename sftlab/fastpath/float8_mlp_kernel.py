@@ -65,7 +65,7 @@ def _width(size: int) -> dict[str, int]:
 
 
 @triton.jit
-def larger_or_nan(x, y):
+def larger_or_nan(x, y) -> "tl.tensor":
     """Returns the larger of both, as torch.maximum does: tl.maximum alone drops NaN."""
     return tl.maximum(x, y, propagate_nan=tl.PropagateNan.ALL)
 
