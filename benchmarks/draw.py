@@ -114,6 +114,11 @@ GROUPS = {
         )
         for recorded in (", steps captured", ", steps not captured")
     },
+    "1B shape, fp8, 64 rows, captured steps": {
+        f"sft.py fp8, {which}64 rows{recorded}": f"sft.py, {about}{recorded}"
+        for which, about in (("", "q, v and o"), ("all linears, ", "all linears"))
+        for recorded in (", steps captured", ", steps not captured")
+    },
     "1B shape, LoRA on q, v and o, fp32": {
         "sft.py fp32, 20 rows": "sft.py, fp32, 20 rows",
         "published loop, fp32": "published loop, fp32, 20 rows",
