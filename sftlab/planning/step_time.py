@@ -67,8 +67,8 @@ HOST_CHECKPOINTED, HOST_AGAIN = 1.6, 1.2
 HOST_REFERENCE = 1.4
 # Seconds of a step in which the GPU waits for float16's loss scale to be checked for overflow.
 HOST_SCALER = 0.010
-# Seconds of the host for each tensor that bitsandbytes' optimizers update: 73 us between two of
-# them were seen in a trace on a busy host.
+# Seconds of the host for each tensor that bitsandbytes' optimizers update: 73 us were seen in a
+# trace on a busy host, which is taken to be somewhat slower than others.
 HOST_TENSOR = 0.06e-3
 # Seconds of the host beside the layers: for a micro-batch (its rows, embedding, loss), for a step
 # (optimizer, logs).
