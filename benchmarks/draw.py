@@ -70,7 +70,8 @@ GROUPS = {
         "Unsloth bf16, packed, all linears, 64 rows": "Unsloth, 64 full rows",
         "Unsloth bf16, packed, all linears, 20 rows": "Unsloth, 20 full rows",
     },
-    "8B shape, LoRA on all seven linears, bf16, 2 full rows of 4,096 tokens": {
+    "8B shape, LoRA on all seven linears, 2 full rows of 4,096 tokens": {
+        "sft.py fp8, 8B, 2 full rows of 4096": "sft.py, fp8",
         "sft.py bf16, 8B, 2 full rows of 4096": "sft.py",
         "Unsloth bf16, 8B, 2 full rows of 4096": "Unsloth",
     },

@@ -222,6 +222,9 @@ PEERS = {
         sft("single", 2, 4096, 68, lora_target_modules=ALL), **_FULL
     ),
     "Unsloth bf16, 8B, 2 full rows of 4096": unsloth(ALL, 2, 60, **_FULL),
+    "sft.py fp8, 8B, 2 full rows of 4096": paced(
+        sft("fp8", 2, 4096, 68, lora_target_modules=ALL), **_FULL
+    ),
     "Unsloth QLoRA, 7B, packed, 16 rows": unsloth(ALL, 16, 90, _R32, **_QLORA),
 }
 
