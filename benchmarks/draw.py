@@ -70,7 +70,8 @@ GROUPS = {
         "Unsloth bf16, packed, all linears, 64 rows": "Unsloth, 64 full rows",
         "Unsloth bf16, packed, all linears, 20 rows": "Unsloth, 20 full rows",
     },
-    "8B shape, LoRA on all seven linears, bf16, 2 full rows of 4,096 tokens": {
+    "8B shape, LoRA on all seven linears, 2 full rows of 4,096 tokens": {
+        "sft.py fp8, 8B, 2 full rows of 4096": "sft.py, fp8",
         "sft.py bf16, 8B, 2 full rows of 4096": "sft.py",
         "Unsloth bf16, 8B, 2 full rows of 4096": "Unsloth",
     },
@@ -116,6 +117,11 @@ GROUPS = {
             ("QLoRA, 7B, kept activations, 4 rows", "7B in 4 bits, 4 rows"),
             ("QLoRA, 7B, kept activations, 11 rows", "7B in 4 bits, 11 rows"),
         )
+        for recorded in (", steps captured", ", steps not captured")
+    },
+    "1B shape, fp8, 64 rows, captured steps": {
+        f"sft.py fp8, {which}64 rows{recorded}": f"sft.py, {about}{recorded}"
+        for which, about in (("", "q, v and o"), ("all linears, ", "all linears"))
         for recorded in (", steps captured", ", steps not captured")
     },
     "1B shape, LoRA on q, v and o, fp32": {

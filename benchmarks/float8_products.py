@@ -5,8 +5,11 @@ python benchmarks/float8_products.py [--tokens 20253] [--out results/float8_prod
 The linears of Llama-3.2-1B's shape on one GPU. A line for each size and direction: the product in
 bf16, in float8 with one scale for all of the input, and with one for each token (`by row`). Inputs
 are e4m3 forwards and e5m2 backwards. Lines of `rounding` are the RMS norm of the input, compiled:
-alone, and with its result in float8 as well. `us` is the median, the GPU's cache emptied before
-each call. What fails says why as `note`. The table is products.csv.
+alone, and with its result in float8 as well. Lines of `head` are of a chunk of the fused loss: the
+logits, their loss with its slopes, and the gradient of the hidden states, whose sums run over all
+words: in float8 with rough sums and with exact ones. `apart` is how far that gradient is from the
+one of the same slopes in float32, as a share of its norm. `us` is the median, the GPU's cache
+emptied before each call. What fails says why as `note`. The table is products.csv.
 """
 
 import argparse
@@ -20,7 +23,8 @@ from typing import Any
 import torch
 
 from sftlab.exit_messages import first_line, mistakes_in_one_line
-from sftlab.fastpath.float8 import BACKWARD, FORWARD, to_float8
+from sftlab.fastpath.float8 import BACKWARD, FORWARD, float8_product, to_float8
+from sftlab.fastpath.fused_loss import CHUNK, cross_entropy_, in_float8
 from sftlab.paths import ROOT
 from sftlab.runs.environment import provenance, typed_command
 from sftlab.script_options import Options
@@ -34,6 +38,7 @@ SIZES = {
     "down_proj": (8192, 2048),
 }
 HIDDEN = 2048
+WORDS = 128256
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -49,7 +54,7 @@ def main(argv: list[str] | None = None) -> None:
         "command": typed_command("benchmarks/float8_products.py", argv or sys.argv[1:])
     }
     lines = []
-    for line, call in (*products(options), *roundings(options)):
+    for line, call in (*products(options), *roundings(options), *head()):
         try:
             line["us"] = round(microseconds(call), 1)
         except RuntimeError as error:
@@ -64,6 +69,7 @@ def line_of(what: str, linears: str, direction: str, how: str) -> dict[str, Any]
     """Returns a line that has no time yet."""
     return {"what": what, "linears": linears, "direction": direction, "how": how} | {
         "us": "",
+        "apart": "",
         "note": "",
     }
 
@@ -109,6 +115,36 @@ def roundings(options: argparse.Namespace) -> Iterator[tuple[dict[str, Any], Cal
         ("norm, float8 by row", lambda: rounded(True)),
     ):
         yield line_of("rounding", "", "forward", how), torch.compile(call)
+
+
+def head() -> Iterator[tuple[dict[str, Any], Callable]]:
+    """Yields what the loss of a chunk takes, with slopes of its logits in bf16 and in float8."""
+    hidden, weight = drawn(CHUNK, HIDDEN) * 10, drawn(WORDS, HIDDEN)
+    targets = torch.randint(0, WORDS, (CHUNK,), device="cuda")
+    figures = [torch.empty(CHUNK, device="cuda") for _ in range(3)]
+    logits = hidden @ weight.t()
+    line = partial(line_of, "head", "lm_head")
+    yield line("forward", "logits in bf16"), partial(torch.mm, hidden, weight.t())
+    exact = torch.softmax(logits.float(), -1)
+    exact[torch.arange(CHUNK), targets] -= 1
+    exact = exact @ weight.float()
+    slopes = logits.clone()
+    loss = partial(cross_entropy_, targets=targets, nats=figures[0], entropies=figures[1])
+    loss(slopes, hits=figures[2])
+    call = partial(torch.mm, slopes, weight)
+    yield line("backward", "bf16") | {"apart": apart(call(), exact)}, call
+    room = torch.empty_like(logits, dtype=BACKWARD), torch.empty(CHUNK, 1, device="cuda")
+    loss(logits, hits=figures[2], slopes=room)
+    for how, rough in (("float8, rough sums", True), ("float8, exact sums", False)):
+        call = partial(float8_product, *room, *in_float8(weight), rough)
+        yield line("backward", how) | {"apart": apart(call(), exact)}, call
+    yield line("loss", "slopes in bf16"), partial(loss, slopes, hits=figures[2])
+    yield line("loss", "slopes in float8"), partial(loss, logits, hits=figures[2], slopes=room)
+
+
+def apart(found: torch.Tensor, exact: torch.Tensor) -> float:
+    """Returns the norm of the difference, as a share of the norm of `exact`."""
+    return round(((found.float() - exact).norm() / exact.norm()).item(), 5)
 
 
 def drawn(rows: int, columns: int) -> torch.Tensor:

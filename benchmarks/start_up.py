@@ -159,7 +159,7 @@ def rows_of(found: Found, about: Mapping[str, Any]) -> list[dict[str, Any]]:
     for (command, state), starts in found.items():
         for part in starts[0] if starts else ():
             values = sorted(one[part] for one in starts)
-            row = {"command": command, "caches": state, "part": part}
+            row = {"started_by": command, "caches": state, "part": part}
             row["seconds" if part != NUMBER else "step"] = round(statistics.median(values), 3)
             row |= {"lowest": round(values[0], 3), "highest": round(values[-1], 3)}
             rows.append(row | {"repeats": len(values)} | about)

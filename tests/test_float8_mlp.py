@@ -111,10 +111,31 @@ def test_kernels_are_plain_torch(tanh_gelu, size, keep):
     torch.testing.assert_close(changed.float(), expected, **closeness)
 
 
+@runs_kernels
+def test_kernels_keep_nan():
+    from sftlab.fastpath import float8_mlp_kernel
+
+    dtype = torch.float32 if interpreted else torch.bfloat16
+    gate, up, into = (room(4, 96, dtype=dtype).normal_() for _ in range(3))
+    gate[1, 7], up[2], into[3, 90] = torch.nan, torch.nan, torch.nan
+    rounded, scale = room(4, 96, dtype=dtype if interpreted else FORWARD), room(4, 1, dtype=dtype)
+    scale = scale.float()
+    float8_mlp_kernel.gated_to_float8(gate, up, False, rounded, scale, None, 448.0)
+    assert scale.isnan()[:, 0].tolist() == [False, True, True, False]
+    pair = [room(4, 96, dtype=dtype if interpreted else BACKWARD) for _ in range(2)]
+    scales = [torch.zeros_like(scale) for _ in range(2)]
+    float8_mlp_kernel.gated_backward_to_float8_(
+        into, gate, up, False, pair, scales, None, False, torch.finfo(BACKWARD).max
+    )
+    # the gradient of up is that of the activation times f(gate)
+    assert scales[0].isnan()[:, 0].tolist() == [False, True, True, True]
+    assert scales[1].isnan()[:, 0].tolist() == [False, True, False, True]
+
+
 @with_triton
 @starts_interpreter
 def test_the_kernels_run_under_tritons_interpreter():
-    assert "8 passed" in interpret_tests(__file__, "-k", "kernels_are_plain")
+    assert "9 passed" in interpret_tests(__file__, "-k", "kernels_are_plain or kernels_keep")
 
 
 def build(

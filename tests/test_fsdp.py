@@ -4,6 +4,7 @@ the training that DDP does, to the last bit, and its continuation.
 """
 
 import os
+import shutil
 import signal
 import subprocess
 
@@ -15,6 +16,7 @@ from packed_training import FOUR_BITS
 from tiny_base import write_base_of
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
+from transformers import AutoModelForCausalLM
 
 from sftlab.fastpath import fsdp
 
@@ -128,14 +130,20 @@ def test_all_that_trains_is_the_same_in_units_of_two_and_of_one(deep, rows, tmp_
 
 
 def test_fsdp_trains_in_fp8_as_ddp_does(base, rows, tmp_path):
-    """All layers are one unit here."""
+    """All layers are one unit here; the head's words are a multiple of 16."""
+    of_16 = tmp_path / "of_16"
+    shutil.copytree(base, of_16)
+    model = AutoModelForCausalLM.from_pretrained(base)
+    model.resize_token_embeddings(pad_to_multiple_of=16)
+    model.save_pretrained(of_16)
     runs = {config: tmp_path / config for config in ("fsdp", "cpu_ddp")}
     for config, folder in runs.items():
-        fields = short_fields(base, rows, folder) | {"save_strategy": "no", "eval_strategy": "no"}
+        fields = short_fields(of_16, rows, folder) | {"save_strategy": "no", "eval_strategy": "no"}
         fields |= {UNITS: "2"} if config == "fsdp" else {}
         launch_fsdp(fields, config, ("--mixed_precision", "fp8"))
     fsdp, ddp = map(read, runs.values())
     assert fsdp["ran"]["compute"]["linear"] == "FrozenFloat8Linear" and fsdp["ran"][UNITS] == 2
+    assert fsdp["ran"]["float8_head"]
     assert as_ddp(fsdp["ran"]) == ddp["ran"]
     assert len(fsdp["losses"]) == 6 and fsdp["losses"] == ddp["losses"]
     assert adapter(runs["fsdp"]) == adapter(runs["cpu_ddp"])
@@ -159,6 +167,15 @@ def test_ddp_trains_weights_in_4_bits_in_fp8_and_fsdp_refuses_them(base, rows, t
     typed = command(fields | {"overwrite": "true"}, "fsdp", ("--mixed_precision", "fp8"))
     done = subprocess.run(typed, capture_output=True, text=True, cwd=ROOT, timeout=300)
     assert done.returncode and "which FSDP2 does not gather: launch with fp8.yaml" in done.stderr
+
+
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_sharded_matrices_get_their_gradients_at_the_end_of_a_step(base, rows, tmp_path, precision):
+    """LoRA with a bias is sharded, and a micro-batch that ends no step leaves no gradient."""
+    fields = short_fields(base, rows, tmp_path) | {"lora_bias": "true", "max_steps": "2"}
+    fields |= {"per_device_train_batch_size": "2", "save_strategy": "no", "eval_strategy": "no"}
+    launch_fsdp(fields, "fsdp", ("--mixed_precision", precision))
+    assert read(tmp_path)["ran"]["accumulation"] > 1 and len(read(tmp_path)["losses"]) == 2
 
 
 def test_fsdp_gathers_weights_and_averages_gradients_at_once(sharded):

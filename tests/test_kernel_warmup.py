@@ -80,7 +80,9 @@ def test_the_rehearsed_kernels_are_those_of_every_step(fields, monkeypatch, weig
     for weight in trainer.model.parameters():
         weight.data = weight.data if weight.requires_grad else weight.data.to(weights)
     kinds = trainer.fast.layers.distinct
-    kernel_warmup.rehearse(trainer.model.config, kinds, dtype, torch.device("cpu"), fused_loss=True)
+    kernel_warmup.rehearse(
+        trainer.model.config, kinds, dtype, torch.device("cpu"), fused_loss=True, float8_head=False
+    )
     rehearsed, called = called, {}
     assert {name: len(forms) for name, forms in rehearsed.items()} == {
         "forward": 1,
@@ -164,7 +166,7 @@ def test_kernels_are_rehearsed_on_the_gpu_of_the_process(fields, monkeypatch):
     kinds = (Attention(2, 1, 16, 16, 0.25),)
     assert done == [
         ("rehearsal_0", "device", gpu),
-        ("rehearsal_0", "rehearsed", config, kinds, torch.float32, gpu, True),
+        ("rehearsal_0", "rehearsed", config, kinds, torch.float32, gpu, True, False),
     ]
     recipe.training.dataset_num_proc = 2
     assert kernel_warmup.start_compilers(recipe, config, fast).done() and len(done) == 2, (

@@ -1,5 +1,6 @@
 """LoRA and its frozen linear in one product compute what peft's layers do."""
 
+import copy
 import re
 from collections.abc import Iterator
 from shutil import which
@@ -16,7 +17,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCau
 from sftlab.fastpath import compile_layers, fused_lora
 from sftlab.fastpath.dropout_bits import dropout_bits, is_kept, kept_share
 from sftlab.fastpath.float8 import freeze_in_float8
-from sftlab.fastpath.fused_lora import fuse_lora
+from sftlab.fastpath.fused_lora import fuse_lora, unfuse_lora
 from sftlab.fastpath.lora_products import LoraProduct
 
 SIZES = {
@@ -192,6 +193,30 @@ def test_names_parameters_and_what_is_saved_stay_pefts():
     assert [n for n, _ in plain.named_modules()] == [n for n, _ in mine.named_modules()]
     saved = [get_peft_model_state_dict(model) for model in (plain, mine)]
     assert difference(*saved) == 0
+
+
+def test_weights_that_were_replaced_in_memory_are_read_anew():
+    model = fused(adapted())
+    loss_and_gradients(model)  # holds the weights
+
+    def scaled(factor: float) -> dict[str, torch.Tensor]:
+        state = model.state_dict().items()
+        return {name: one * (factor if "base_layer" in name else 1) for name, one in state}
+
+    def replace_one() -> None:
+        layer = next(m for m in model.modules() if isinstance(m, LoraProduct))
+        layer.base_layer.weight.data = layer.base_layer.weight.data * 2
+
+    for change in (
+        lambda: model.load_state_dict(scaled(1.1)),
+        lambda: model.load_state_dict(scaled(0.9), assign=True),
+        replace_one,
+        lambda: model.float().double(),
+    ):
+        change()
+        plain = copy.deepcopy(model)
+        unfuse_lora(plain)
+        assert difference(loss_and_gradients(plain), loss_and_gradients(model)) < 1e-7
 
 
 def test_disabled_and_merged_adapters_are_pefts():

@@ -305,7 +305,7 @@ def with_a_kernel(monkeypatch):
 
 
 @pytest.mark.parametrize("packed", [False, True])
-def test_compiled_layers_take_the_kernels_and_unroll_no_recurrence(monkeypatch, on_a_cpu, packed):
+def test_compiled_layers_take_the_kernels(monkeypatch, on_a_cpu, packed):
     """torch 2.11 tells compiled code that it is exported, which has no kernels."""
     model, kernel = with_a_kernel(monkeypatch)
     if packed:

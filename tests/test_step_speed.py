@@ -1,5 +1,7 @@
 """Planned time follows from FLOPs, traffic and the host."""
 
+from dataclasses import replace
+
 import pytest
 from planned_steps import ALL, ATTENTION, forecast
 
@@ -7,7 +9,8 @@ from sftlab.models.random_models import random_lengths
 from sftlab.paths import ROOT
 from sftlab.planning.gpu_specs import GPUS
 from sftlab.planning.row_lengths import RowLengths, of_lengths
-from sftlab.planning.step_time import MATRIX
+from sftlab.planning.step_memory import memory
+from sftlab.planning.step_time import MATRIX, step_time
 from sftlab.tables import read_csv
 
 LLAMA_8B = {"shape": "llama3-8b"}
@@ -77,6 +80,9 @@ def test_speed_and_memory_with_fused_layers_are_near_what_was_measured(table, va
     assert planned.memory.allocated / 2**30 == pytest.approx(float(line["peak_gb"]), rel=0.07)
 
 
+PAIRS = {"method": "dpo"}
+
+
 @pytest.mark.parametrize(
     "launch, fields, planned",
     [
@@ -87,6 +93,8 @@ def test_speed_and_memory_with_fused_layers_are_near_what_was_measured(table, va
         ("fp8", {"compile_layers": "false"}, False),
         ("fp8", {"load_in_4bit": "true"}, True),
         ("single", {}, False),
+        ("fp8", PAIRS, True),
+        ("fp8", PAIRS | {"adapter_name_or_path": "an-adapter"}, False),
     ],
 )
 def test_an_mlp_in_float8_is_planned_as_one_function_where_a_run_makes_it_one(
@@ -100,16 +108,17 @@ def test_weights_in_4_bits_under_fp8_take_half_the_products_and_one_weight_in_fl
     # with dropout gate, up and down are no function of their own
     fields = QLORA | {"targets": ALL, "lora_dropout": 0.05, "fused_lora": "false"}
     fields |= {"rows": RowLengths(38_000, 64, 0, 64, "said"), "per_device_train_batch_size": 64}
-    sixteen, eight = (forecast(launch, **fields) for launch in ("single", "fp8"))
-    assert eight.memory.at == sixteen.memory.at == "backward"
-    scratch = eight.memory.allocated - sixteen.memory.allocated
+    sixteen, eight = (
+        replace(forecast(launch, **fields).step, float8_head=False) for launch in ("single", "fp8")
+    )
+    assert memory(eight).at == memory(sixteen).at == "backward"
+    scratch = memory(eight).allocated - memory(sixteen).allocated
     assert scratch == 4096 * 11008, "the largest weight"
-    head = eight.step.weights.head * eight.step.tokens
-    saved = sixteen.time.matrices - eight.time.matrices
-    layers = sixteen.time.matrices - 4 * head / (GPUS["h200"].tflops("bf16") * 1e12 * MATRIX)
-    assert saved == pytest.approx(layers / 2, rel=0.01)
-    assert eight.time.dequantising == pytest.approx(sixteen.time.dequantising * 1.5 / 2.5)
-    assert eight.time.memory_traffic > sixteen.time.memory_traffic
+    head = 4 * eight.weights.head * eight.tokens / (GPUS["h200"].tflops("bf16") * 1e12 * MATRIX)
+    slow, fast = (step_time(step, GPUS["h200"]) for step in (sixteen, eight))
+    assert fast.matrices - head == pytest.approx((slow.matrices - head) / 2, rel=0.01)
+    assert fast.dequantising == pytest.approx(slow.dequantising * 1.5 / 2.5)
+    assert fast.memory_traffic > slow.memory_traffic
 
 
 def test_checkpointing_costs_a_forward_whatever_is_trained():

@@ -10,6 +10,7 @@ from peft import LoraConfig, get_peft_model
 from tiny_base import byte_tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
+from sftlab.training import recorded_trainer
 from sftlab.training.verification import verify_gradients
 
 models = load_script("docs/make_models.py")
@@ -39,6 +40,28 @@ def test_lora_on_layers_that_are_called_trains(mamba, caplog):
     with caplog.at_level(logging.WARNING):
         train(build(mamba | {"lora_target_modules": ["in_proj", "x_proj"]}, max_steps=1))
     assert "no gradient" not in caplog.text
+
+
+def test_gradients_are_looked_at_once_where_the_first_step_is_complete(
+    base, rows, tmp_path, monkeypatch
+):
+    fields = short_fields(base, rows, tmp_path / "run") | {"per_device_train_batch_size": "2"}
+    trainer = build(fields, max_steps=3)
+    micro_batches, looked_at = [], []
+    backward = trainer.forward_and_backward
+
+    def counted(*args, **kwargs):
+        micro_batches.append(None)
+        return backward(*args, **kwargs)
+
+    def look(model):
+        looked_at.append(len(micro_batches))
+
+    monkeypatch.setattr(trainer, "forward_and_backward", counted)
+    monkeypatch.setattr(recorded_trainer, "verify_gradients", look)
+    train(trainer)
+    assert trainer.state.global_step == 3
+    assert looked_at == [trainer.args.gradient_accumulation_steps] and looked_at[0] > 1
 
 
 def test_some_layers_without_a_gradient_are_said(base, rows, tmp_path, caplog, monkeypatch):

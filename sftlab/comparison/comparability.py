@@ -47,7 +47,7 @@ _STAGE = (
     "adapter_name_or_path data.* dataset_* datasets* columns tokens *_file loss_on "
     "learning_rate lr_* warmup_* max_steps num_train_epochs max_length truncation_mode "
     f"global_batch {_BATCH} loss_type beta reference lora_dropout neftune_noise_alpha "
-    "packing compile_layers fused_lora fused_loss captured_step attn_implementation "
+    "packing compile_layers fused_lora fused_loss float8_head captured_step attn_implementation "
     # a copy of the adapter is frozen beside it
     "completion_only_loss frozen_dtypes eval_strategy eval_steps save_strategy save_steps "
     "quality.fingerprint quality.rows"
@@ -59,7 +59,7 @@ _TURNS = "template tokens quality.end_tokens quality.stop_strings"
 FOLLOWS = {
     "method": _STAGE,
     "precision": "dtype compute tf32 *_dtypes gradients_reduced_in four_bit_weights "
-    "fsdp_layers_per_unit fused_lora launch.*FP8*",
+    "fsdp_layers_per_unit float8_head fused_lora launch.*FP8*",
     "strategy": "gradients_reduced_in trainable_dtypes four_bit_weights fsdp_layers_per_unit "
     "fused_lora launch.FSDP_*",
     # sftlab/config/validation.py has DDP of three or more processes look for unused parameters
@@ -77,7 +77,7 @@ FOLLOWS = {
     **dict.fromkeys(("lora_dropout", "exclude_modules"), "fused_lora"),
     **dict.fromkeys(("lora_alpha", *SCALE_FIELDS), "lora_scale"),
     "use_peft": "lora_* dtype trainable_parameters *_dtypes gradients_reduced_in fused_lora "
-    "fused_loss fsdp_layers_per_unit",
+    "fused_loss float8_head fsdp_layers_per_unit",
     **dict.fromkeys(("load_in_4bit", "load_in_8bit"), _QUANTIZED),
     "dtype": "frozen_dtypes fused_lora",
     **dict.fromkeys(("per_device_train_batch_size", "gradient_accumulation_steps"), _BATCH),
@@ -85,6 +85,7 @@ FOLLOWS = {
     "max_length": "tokens",
     "loss_on": "data.train data.validation tokens",
     "packing": "attn_implementation",
+    "fused_loss": "float8_head",
     "compile_layers": "four_bit_weights fused_lora",
     "gradient_checkpointing": "gradient_checkpointing_kwargs activation_checkpointing",
     "torch_compile": "torch_compile_* fused_lora",
@@ -92,7 +93,7 @@ FOLLOWS = {
     "lr_scheduler_type": "lr_scheduler_kwargs",
     "chat_template_path": _TURNS,
     "model_name_or_path": f"{_TURNS} model_revision trainable_parameters fsdp_layers_per_unit "
-    "fused_lora mixers",
+    "float8_head fused_lora mixers",
     "dataset_name": "data.* dataset_config dataset_train_split dataset_shape datasets* columns "
     "dataset_text_from_numbers *_file dataset_*_split tokens quality.fingerprint quality.rows",
 }

@@ -72,11 +72,17 @@ class _Float8Product(torch.autograd.Function):
 
 
 def float8_product(
-    x: torch.Tensor, x_scale: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor
+    x: torch.Tensor,
+    x_scale: torch.Tensor,
+    weight: torch.Tensor,
+    scale: torch.Tensor,
+    rough_sums: bool = True,
 ) -> torch.Tensor:
     """Returns x W^T in bfloat16 of x [rows, in] and W [out, in] in float8, [rows, out].
 
-    x has a scale for each row, [rows, 1], and W one for each of its rows or more, [1, ...].
+    x has a scale for each row, [rows, 1], and W one for each of its rows or more, [1, ...]. With
+    `rough_sums` Hopper's units for float8 add up alone, with some 14 bits: enough for some thousand
+    products.
     """
     # no cast after this: in a forward compiled by torch 2.11, one that changes nothing loses the
     # gradient
@@ -86,7 +92,7 @@ def float8_product(
         x_scale,
         scale[:, : len(weight)],
         out_dtype=torch.bfloat16,
-        use_fast_accum=True,
+        use_fast_accum=rough_sums,
     )
 
 

@@ -65,9 +65,15 @@ def _width(size: int) -> dict[str, int]:
 
 
 @triton.jit
+def larger_or_nan(x, y) -> "tl.tensor":
+    """Returns the larger of both, as torch.maximum does: tl.maximum alone drops NaN."""
+    return tl.maximum(x, y, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
 def _round(x, out, scale, row, size, at, inside, largest) -> None:
-    """Write a row of x in float8, and its scale."""
-    row_scale = tl.maximum(tl.max(tl.abs(x), 0), 1e-12) / largest
+    """Write a row of x in float8, and its scale, which is NaN where an element is."""
+    row_scale = larger_or_nan(tl.reduce(tl.abs(x), 0, larger_or_nan), 1e-12) / largest
     tl.store(scale + row, row_scale)
     small = tl.minimum(tl.maximum(x * (1.0 / row_scale), -largest), largest)
     tl.store(out + row * size + at, small.to(out.dtype.element_ty), mask=inside)

@@ -5,6 +5,7 @@ matrices would cost the host more than the rest of FSDP: a gather and a reductio
 DTensor's dispatch at every operation of the clipping and of the optimizer.
 """
 
+import functools
 import re
 from collections.abc import Sequence
 from itertools import pairwise
@@ -14,6 +15,7 @@ import torch.distributed as dist
 from accelerate import FullyShardedDataParallelPlugin
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
+from torch.distributed.fsdp._fully_shard._fsdp_param import FSDPParam
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
@@ -38,7 +40,26 @@ def resolve_plugin(plugin: FullyShardedDataParallelPlugin, model: nn.Module) -> 
             param_dtype=plugin.mixed_precision_policy.param_dtype,
             reduce_dtype=None if whole else torch.float32,
         )
+    _let_ungathered_weights_be()
     return whole
+
+
+def _let_ungathered_weights_be() -> None:
+    """Let a micro-batch that ends no step leave out weights that nothing has gathered.
+
+    The fused loss reads the head without FSDP's hooks, and torch looks for a gradient of the
+    gathered head there, which is not there.
+    """
+    convert = FSDPParam.to_accumulated_grad_if_needed
+    if convert.__module__ != FSDPParam.__module__:
+        return
+
+    @functools.wraps(convert, assigned=("__name__", "__doc__"))
+    def convert_if_gathered(self: FSDPParam) -> None:
+        if hasattr(self, "_unsharded_param"):
+            convert(self)
+
+    FSDPParam.to_accumulated_grad_if_needed = convert_if_gathered
 
 
 def gather_ahead(model: PreTrainedModel, layers_per_unit: int = 1) -> None:

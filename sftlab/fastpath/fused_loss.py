@@ -1,11 +1,13 @@
 """Cross-entropy over a frozen head, which holds one chunk of logits at a time.
 
 A frozen head has no gradient of its own. The gradient of the hidden states can be computed while a
-chunk's logits exist: two matrix products per token in all. Only positions whose next token is in
-the loss are computed.
+chunk's logits exist: two matrix products per token in all. In fp8 the second of them is in float8;
+the logits are not, as rounding the head shifts the loss. Only positions whose next token is in the
+loss are computed.
 """
 
 import types
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -13,6 +15,7 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel, TrainingArguments
 from trl.trainer.utils import FusedCausalLMOutput
 
+from sftlab.fastpath.float8 import BACKWARD, FORWARD, float8_product, to_float8
 from sftlab.models.layers import decoder_of
 from sftlab.models.own_logits import NO_CHANGES, Changes
 
@@ -22,13 +25,21 @@ CHUNK = 4096
 _MEANS_AT_ONCE = 128
 
 
+class Rounded(NamedTuple):
+    """A head in float8, for gradients: its weight [size, words], and a scale [1, size]."""
+
+    weight_t: torch.Tensor
+    scale: torch.Tensor
+
+
 class FrozenHeadLoss(torch.autograd.Function):
     """Returns nats, entropies and hits of the chosen positions, [n] each.
 
     Takes hidden [tokens, size], weight [words, size], positions and targets [n], and what the model
     does to its logits: `bias` [words] or None, `factor`, `cap`. `hits` is 1.0 where the target has
-    the highest logit. Only the nats have a gradient, and only with respect to `hidden`. `means` [n]
-    in float32, where given, is filled with the mean of each position's logits.
+    the highest logit. Only the nats have a gradient, and only with respect to `hidden`; it comes
+    out of `rounded` where that is given. `means` [n] in float32, where given, is filled with the
+    mean of each position's logits.
     """
 
     @staticmethod
@@ -42,6 +53,7 @@ class FrozenHeadLoss(torch.autograd.Function):
         factor: float = 1.0,
         cap: float = 0.0,
         means: torch.Tensor | None = None,
+        rounded: Rounded | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Compute the loss chunk by chunk, and the gradient of `hidden` with it."""
         picked = hidden.index_select(0, positions)
@@ -59,9 +71,16 @@ class FrozenHeadLoss(torch.autograd.Function):
             logits = nn.functional.linear(picked[chunk], weight, bias)
             if means is not None:
                 means[chunk] = _row_means(logits, cap)
-            cross_entropy_(logits, targets[chunk], nats[chunk], entropies[chunk], hits[chunk], cap)
-            if gradient is not None:
-                torch.mm(logits, weight, out=gradient[chunk])
+            found = targets[chunk], nats[chunk], entropies[chunk], hits[chunk], cap
+            if gradient is None or rounded is None:
+                cross_entropy_(logits, *found)
+                if gradient is not None:
+                    torch.mm(logits, weight, out=gradient[chunk])
+            else:
+                slopes = _room_in_float8(logits)
+                cross_entropy_(logits, *found, slopes)
+                gradient[chunk] = float8_product(*slopes, *rounded, rough_sums=False)
+                del slopes
             del logits
         ctx.save_for_backward(gradient, positions)
         ctx.shape, ctx.factor = hidden.shape, factor
@@ -76,7 +95,12 @@ class FrozenHeadLoss(torch.autograd.Function):
         scattered.index_copy_(
             0, positions, (gradient.float() * (of_nats * ctx.factor)[:, None]).to(gradient.dtype)
         )
-        return scattered, *[None] * 7
+        return scattered, *[None] * 8
+
+
+def _room_in_float8(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    scale = logits.new_empty(len(logits), 1, dtype=torch.float32)
+    return torch.empty_like(logits, dtype=BACKWARD), scale
 
 
 def _row_means(logits: torch.Tensor, cap: float) -> torch.Tensor:
@@ -92,15 +116,18 @@ def cross_entropy_(
     entropies: torch.Tensor,
     hits: torch.Tensor,
     cap: float = 0.0,
+    slopes: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> None:
     """Overwrite `logits` [n, words] with d nats / d logits; fill nats, entropies and hits [n].
 
     A `cap` bounds the logits by cap * tanh(logits / cap) first; 0.0 is none. Computes in float32.
+    Where `slopes` are given they are filled with d nats / d logits in float8 [n, words] and their
+    scales [n, 1], and `logits` stay.
     """
     if logits.is_cuda:
         from sftlab.fastpath.loss_kernel import softmax_cross_entropy_
 
-        return softmax_cross_entropy_(logits, targets, nats, entropies, hits, cap)
+        return softmax_cross_entropy_(logits, targets, nats, entropies, hits, cap, slopes)
     bent = torch.tanh(logits.float() / cap) if cap else None
     log_probs = torch.log_softmax(logits.float() if bent is None else cap * bent, dim=-1)
     aimed = log_probs.gather(1, targets[:, None])[:, 0]
@@ -109,7 +136,21 @@ def cross_entropy_(
     hits.copy_(aimed >= log_probs.amax(dim=-1))
     entropies.copy_(-(probs * log_probs).sum(dim=-1))
     probs.scatter_add_(1, targets[:, None], torch.full_like(aimed, -1.0)[:, None])
-    logits.copy_(probs if bent is None else probs * (1 - bent * bent))
+    found = probs if bent is None else probs * (1 - bent * bent)
+    if slopes is None:
+        logits.copy_(found)
+    else:
+        for room, one in zip(slopes, to_float8(found, slopes[0].dtype, by_row=True), strict=True):
+            room.copy_(one)
+
+
+def in_float8(weight: torch.Tensor) -> Rounded | None:
+    """Returns a head's weight [words, size] in float8; None if these are no multiples of 16."""
+    if any(size % 16 for size in weight.shape):
+        return None
+    rounded, scale = to_float8(weight, FORWARD)
+    weight_t = rounded.view(torch.uint8).t().contiguous().view(FORWARD)
+    return Rounded(weight_t, scale.repeat(1, len(weight_t)))
 
 
 def why_not(model: PreTrainedModel) -> str | None:
@@ -129,11 +170,13 @@ def needs_whole_logits(training: TrainingArguments) -> str | None:
     return None if training.loss_type == "nll" else f"loss_type is {training.loss_type}"
 
 
-def add_frozen_head_loss(model: PreTrainedModel, changes: Changes = NO_CHANGES) -> None:
+def add_frozen_head_loss(
+    model: PreTrainedModel, changes: Changes = NO_CHANGES, rounded: Rounded | None = None
+) -> None:
     """Make `model(..., loss_positions=, targets=)` return nats, entropies and hits, [n] each.
 
-    `changes` is what the model does to its logits. Without these arguments the model returns logits
-    as before.
+    `changes` is what the model does to its logits, and `rounded` the head that gradients come out
+    of, unless it is the head itself. Without these arguments the model returns logits as before.
     """
     original = model.forward
 
@@ -148,7 +191,7 @@ def add_frozen_head_loss(model: PreTrainedModel, changes: Changes = NO_CHANGES) 
         if loss_positions is None:
             return original(*args, labels=labels, **kwargs)
         hidden = decoder_of(self)(*args, **kwargs | {"use_cache": False}).last_hidden_state
-        return _of_frozen_head(self, hidden, loss_positions, targets, changes)
+        return _of_frozen_head(self, hidden, loss_positions, targets, changes, rounded=rounded)
 
     model.forward = types.MethodType(forward, model)
 
@@ -220,6 +263,7 @@ def _of_frozen_head(
     targets: torch.Tensor,
     changes: Changes,
     means: torch.Tensor | None = None,
+    rounded: Rounded | None = None,
 ) -> tuple[torch.Tensor, ...]:
     """Returns nats, entropies and hits at flat positions of hidden [rows, tokens, size], [n].
 
@@ -239,4 +283,5 @@ def _of_frozen_head(
         None if bias is None else bias.to(dtype),
         *changes,
         means,
+        rounded,
     )

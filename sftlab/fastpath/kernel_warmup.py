@@ -12,7 +12,7 @@ from sftlab.config.launch import COMPUTE_DTYPE, PRECISIONS
 from sftlab.config.recipe import Recipe
 from sftlab.data.collator import TOKENS_MULTIPLE, tiles
 from sftlab.fastpath import mlp_ops, varlen_attention
-from sftlab.fastpath.fused_loss import CHUNK, FrozenHeadLoss
+from sftlab.fastpath.fused_loss import CHUNK, FrozenHeadLoss, in_float8
 from sftlab.fastpath.lora_products import padded
 from sftlab.fastpath.selection import FastPath
 from sftlab.models.layers import Attention
@@ -39,10 +39,11 @@ def start_compilers(recipe: Recipe, config: PreTrainedConfig, fast: FastPath) ->
     longest = recipe.training.max_length
     kinds = tuple(dict.fromkeys(one.for_rows(longest) for one in fast.layers.attention))
     fused_loss = fast.fused_loss is not False
+    float8_head = recipe.training.mixed_precision == "fp8" and recipe.training.method == "sft"
 
     def rehearse_here() -> None:
         torch.cuda.set_device(device)  # a new thread begins on the first GPU
-        rehearse(config.get_text_config(), kinds, dtype, device, fused_loss)
+        rehearse(config.get_text_config(), kinds, dtype, device, fused_loss, float8_head)
         if fast.fused_lora and not recipe.model.lora_dropout:
             rehearse_mlp(config.get_text_config(), recipe.model.lora_r, dtype, device)
 
@@ -57,6 +58,7 @@ def rehearse(
     dtype: torch.dtype,
     device: torch.device,
     fused_loss: bool,
+    float8_head: bool,
 ) -> None:
     """Run the kernels of a packed step once, in the form in which the step will call them.
 
@@ -80,7 +82,10 @@ def rehearse(
             make(config.vocab_size, config.hidden_size).detach(),
         )
         every = torch.arange(rows, device=device)
-        FrozenHeadLoss.apply(hidden, head, every, every % config.vocab_size)[0].sum().backward()
+        loss = partial(FrozenHeadLoss.apply, hidden, head, every, every % config.vocab_size)
+        loss()[0].sum().backward()
+        if float8_head and (rounded := in_float8(head)):
+            loss(None, 1.0, 0.0, None, rounded)[0].sum().backward()
 
 
 def rehearse_mlp(

@@ -132,7 +132,7 @@ class SharedInput:
 
     def forget(self, weights: Mapping[nn.Parameter, torch.Tensor]) -> None:
         """Be as before the decoder's first forward, with the frozen weights that are given."""
-        self.held, self._x, self._waiting = None, None, []
+        self.held, self._views, self._x, self._waiting = None, None, None, []
         for layer in self.layers:
             layer.base_layer.weight.data = weights[layer.base_layer.weight]
 

@@ -225,6 +225,9 @@ PEERS = {
         sft("single", 2, 4096, 68, lora_target_modules=ALL), **_FULL
     ),
     "Unsloth bf16, 8B, 2 full rows of 4096": unsloth(ALL, 2, 60, **_FULL),
+    "sft.py fp8, 8B, 2 full rows of 4096": paced(
+        sft("fp8", 2, 4096, 68, lora_target_modules=ALL), **_FULL
+    ),
     "Unsloth QLoRA, 7B, packed, 16 rows": unsloth(ALL, 16, 90, _R32, **_QLORA),
 }
 
@@ -239,12 +242,13 @@ _FUSED_7B = {
 }
 FUSED_LORA = _FUSED_1B | _FUSED_7B
 
-# those whose steps have few tokens
-SMALL = {
-    name: PEERS[name]
+# those whose steps have few tokens, and those whose kernels take the GPU a short time
+SHORT = {
+    name: (PEERS | VARIANTS)[name]
     for name in (
         *("sft.py bf16, 20 rows", "sft.py bf16, all linears, 20 rows"),
         *(f"sft.py QLoRA, 7B, kept activations, {rows} rows" for rows in (4, 11)),
+        *("sft.py fp8, 64 rows", "sft.py fp8, all linears, 64 rows"),
     )
 }
 
@@ -304,7 +308,7 @@ FAMILIES = {
 # pairs with and without captured_step, the cheapest first
 CAPTURED = {
     f"{name}{', steps captured' if captures else ', steps not captured'}": captured(one, captures)
-    for name, one in SMALL.items()
+    for name, one in SHORT.items()
     for captures in (False, True)
 }
 # a name that is also in VARIANTS or PEERS means that one

@@ -23,8 +23,9 @@ _ADAPTED = (nn.Linear, Conv1D)
 # peft/tuners/tuners_utils.py, _check_lora_target_modules_mamba
 _MIXERS = ("falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h")
 _MIXER_OUTPUTS = ("conv1d", "out_proj")
-# their mixers read the weight of this linear themselves, without what LoRA adds
-_WITH_DT_PROJ = ("mamba", "falcon_mamba", "jamba")
+# their mixers read the weight of dt_proj themselves, without what LoRA adds; two of them call the
+# layer where it is quantised
+_READING_DT_PROJ, _CALLING_QUANTISED = ("mamba", "falcon_mamba", "jamba"), ("falcon_mamba", "jamba")
 # what transformers raises for values of a config that contradict each other
 _UNBUILT = (AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 _SENSES = {"audio", "image", "speech", "vision", "visual"}
@@ -97,7 +98,8 @@ def _refuse_mixer_outputs(model: ModelArguments, linear: Collection[str], model_
     """
     targets = model.lora_target_modules
     outputs = _MIXER_OUTPUTS if model_type in _MIXERS else ()
-    without_effect = ("dt_proj",) if model_type in _WITH_DT_PROJ else ()
+    called = (model.load_in_4bit or model.load_in_8bit) and model_type in _CALLING_QUANTISED
+    without_effect = ("dt_proj",) if model_type in _READING_DT_PROJ and not called else ()
     left_out = (*outputs, *without_effect)
     if not left_out or targets is None:
         return

@@ -138,6 +138,9 @@ def _step(
         reference_once=once,
         fused_lora=fast.fused_lora,
         float8_mlp=_has_float8_mlp(recipe, fast, shape, targets),
+        float8_head=training.mixed_precision == "fp8"
+        and not pairs
+        and shape.hidden % 16 == shape.vocabulary % 16 == 0,
         captured=fast.captured_step,
         may_capture=fast.may_capture_step,
         steps=steps_of(recipe, rows),
@@ -149,7 +152,9 @@ def _has_float8_mlp(recipe: Recipe, fast: FastPath, shape: Shape, targets: froze
     if recipe.training.mixed_precision != "fp8" or not fast.compile_layers:
         return False
     model = recipe.model
-    other = model.use_peft and (model.lora_dropout > 0 or model.lora_bias)
+    # preference tuning from an adapter has a copy of it beside
+    two = recipe.training.method == "dpo" and bool(model.adapter_name_or_path)
+    other = model.use_peft and (model.lora_dropout > 0 or model.lora_bias or two)
     if other and targets & set(NAMES):
         return False
     return fast.layers.alike_and_gated and shape.mlp <= LARGEST_SIZE

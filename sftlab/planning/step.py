@@ -96,7 +96,8 @@ class Step:
     `reference`: preference tuning's frozen model runs forward too, with an adapter of its own where
     `reference_adapter` is set. `reference_once`: it runs before the first step alone. `measured` is
     what layers take that are not worked out. `layers_per_unit`: FSDP2 gathers so many at once.
-    `float8_mlp`: gate, up and down over float8 weights are one function.
+    `float8_mlp`: gate, up and down over float8 weights are one function. `float8_head`: gradients
+    come out of a head in float8.
     `captured`: micro-batches are captured as CUDA graphs, or with `may_capture` where that helps in
     so many `steps`, None for any number.
     """
@@ -127,6 +128,7 @@ class Step:
     reference_once: bool = False
     fused_lora: bool = False
     float8_mlp: bool = False
+    float8_head: bool = False
     captured: bool = False
     may_capture: bool = False
     steps: int | None = None

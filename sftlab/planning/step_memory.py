@@ -196,8 +196,9 @@ def _in_a_step(step: Step) -> Memory:
     trained_share = 1 if step.rank else share  # every process keeps LoRA matrices whole
     # without LoRA, gradients come as activations go, unless an earlier micro-batch left some
     gradients = _gradients(step) if step.rank or step.accumulation > 1 else 0
+    head = step.float8_head * step.shape.vocabulary * step.shape.hidden
     return Memory(
-        parameters=w.base // share,
+        parameters=w.base // share + head,
         adapter=w.adapter * (1 + step.reference_adapter) // trained_share + _fused_copies(step),
         gradients=gradients,
         optimizer_state=w.optimizer_state // trained_share,
@@ -247,7 +248,8 @@ def _logits(step: Step, tokens: int) -> int:
     s, b = step.shape, step.compute_bytes
     if step.whole_logits:
         return int(tokens * s.vocabulary * 4 * step.whole_logits)
-    return b * (min(tokens, CHUNK) * s.vocabulary + 2 * tokens * s.hidden)
+    a_logit = b + step.float8_head
+    return a_logit * min(tokens, CHUNK) * s.vocabulary + b * 2 * tokens * s.hidden
 
 
 def _after_the_backward(step: Step, in_a_step: Memory) -> list[Memory]:

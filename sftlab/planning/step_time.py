@@ -68,8 +68,8 @@ HOST_CHECKPOINTED, HOST_AGAIN = 1.6, 1.2
 HOST_REFERENCE = 1.4
 # Seconds of a step in which the GPU waits for float16's loss scale to be checked for overflow.
 HOST_SCALER = 0.010
-# Seconds of the host for each tensor that bitsandbytes' optimizers update: 73 us between two of
-# them were seen in a trace on a busy host.
+# Seconds of the host for each tensor that bitsandbytes' optimizers update: 73 us were seen in a
+# trace on a busy host, which is taken to be somewhat slower than others.
 HOST_TENSOR = 0.06e-3
 # Seconds of the host beside the layers: for a micro-batch (its rows, embedding, loss), for a step
 # (optimizer, logs).
@@ -151,12 +151,14 @@ def _matrix_seconds(step: Step, gpu: GPU) -> float:
     # again with checkpointing, and the reference's forward
     passes = 2.0 * (2 + (w.trained >= layer_weights) + step.checkpointing + step.reference)
     rate = gpu.tflops(step.precision) * 1e12
-    head_rate = gpu.tflops("fp32" if fp32 else "bf16") * 1e12  # the head is not rounded to float8
+    head_rate = gpu.tflops("fp32" if fp32 else "bf16") * 1e12
     layers = step.tokens * passes * layer_weights / (rate * reached)
     if step.shape.experts:  # every pass reads all experts, however few tokens each has
         read = w.layer * step.shape.layers * passes / 2
         layers = max(layers, read / (gpu.memory_gbs * 1e9 * MEMORY))
-    return layers + step.tokens * (4.0 + 2.0 * step.reference) * w.head / (head_rate * reached)
+    into_hidden = 2.0 / (rate if step.float8_head else head_rate)
+    head = (2.0 + 2.0 * step.reference) / head_rate + into_hidden
+    return layers + step.tokens * head * w.head / reached
 
 
 def _attention_seconds(step: Step, gpu: GPU) -> float:

@@ -27,8 +27,8 @@ def wait_to_read(optimizer: Optimizer) -> bool:
     """Let an optimizer of bitsandbytes wait for the GPU before its state is read, in place.
 
     What it computes, its state and what is saved of it stay as they are: the GPU does the same work
-    in the same order. Who reads `optimizer.state` without `state_dict` waits first. Returns whether
-    it is one; others, and those with a step of their own, are left alone.
+    in the same order. Who reads `optimizer.state` without `state_dict` must wait first. Returns
+    whether it is one; others, and those with a step of their own, are left alone.
     """
     own = type(optimizer)
     if not any(one.__module__.startswith("bitsandbytes.") for one in own.__mro__):

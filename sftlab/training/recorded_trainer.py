@@ -110,6 +110,7 @@ class RecordedTrainer(UpstreamFixes):
         self.clock = TrainingClock(lambda: self.meter.waited_s)
         self.peak_memory = PeakMemory(self.memory)
         self.first_step = FirstStepCheck(self.launch)
+        self._has_seen_gradients = False
         self.token_sums = TokenSums(self.args.device)
         self.source_counts = SourceCounts()
         parts = {
@@ -261,16 +262,20 @@ class RecordedTrainer(UpstreamFixes):
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> torch.Tensor:
-        """Run one micro-batch; check strategy and precision before the first, gradients after."""
+        """Run one micro-batch; check strategy and precision before the first, and gradients later.
+
+        Gradients are checked where a step is complete: under FSDP2 they are elsewhere until then.
+        """
         self.meter.count(inputs["real_tokens"], inputs["real_rows"], self.loss_tokens(inputs))
         self.source_counts.add(inputs.get("by_source", ()))
-        first = not self.first_step.done
-        if first:
+        if not self.first_step.done:
             self.check_first_step(model, inputs)
             phase_ended(FIRST_CHECKS)
         loss = self.forward_and_backward(model, inputs, *args, **kwargs)
-        if first and (unused := verify_gradients(self.model)) and self.is_world_process_zero():
-            _log.warning(unused)
+        if not self._has_seen_gradients and self.accelerator.sync_gradients:
+            self._has_seen_gradients = True
+            if (unused := verify_gradients(self.model)) and self.is_world_process_zero():
+                _log.warning(unused)
         self.finiteness.add_loss(loss)
         if self.accelerator.scaler is not None:  # a step that fp16 skips adds nothing to the mean
             loss = torch.nan_to_num(loss, nan=0.0, posinf=0.0, neginf=0.0)

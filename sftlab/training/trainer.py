@@ -98,7 +98,12 @@ class LabTrainer(RecordedTrainer, SFTTrainer):
 
     def add_fused_loss(self, changes: Changes) -> None:
         """Let the model return nats, entropies and hits of the tokens in the loss."""
-        fused_loss.add_frozen_head_loss(self._base, changes)
+        rounded = None
+        if self.args.mixed_precision == "fp8":
+            weight = self._base.get_output_embeddings().weight.data
+            rounded = fused_loss.in_float8(weight.to(self.accelerator.device))
+            self.fast.float8_head = rounded is not None
+        fused_loss.add_frozen_head_loss(self._base, changes, rounded)
 
     def sequences(self) -> list[tuple[str, Dataset]]:
         """Returns the encoded rows with the names of their splits; training first, no streams."""

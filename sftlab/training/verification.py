@@ -113,9 +113,9 @@ def verify_gradients(model: nn.Module) -> str | None:
     whole = [target for target, layers in trained.items() if not any(u for _, u in layers)]
     if whole:
         raise RuntimeError(
-            f"LoRA on {', '.join(whole)} has no effect: this model's forward does not call such "
-            "layers, and they get no gradient; leave them out with --exclude_modules "
-            f"{' '.join(whole)}"
+            f"LoRA on {', '.join(whole)} has no effect: the first step gave such layers no "
+            "gradient, as the model's forward does not call them; leave them out with "
+            f"--exclude_modules {' '.join(whole)}"
         )
     count = sum(map(len, trained.values()))
     return (
@@ -193,6 +193,7 @@ def what_ran(trainer: SFTTrainer, fast: FastPath, observed: Mapping[str, str]) -
         "compile_layers": fast.compile_layers,
         "fused_lora": fast.fused_lora,
         "fused_loss": fast.fused_loss,
+        **({"float8_head": True} if fast.float8_head else {}),
         **({"fsdp_layers_per_unit": fast.layers_per_unit} if fast.layers_per_unit else {}),
         "captured_step": fast.captured_step,
         **({"experts_implementation": fast.experts} if fast.experts else {}),

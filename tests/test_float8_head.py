@@ -1,0 +1,105 @@
+"""In fp8 the gradient of the fused loss comes out of a head in float8; the loss does not."""
+
+import pytest
+import torch
+from triton_interpreter import (
+    interpret_tests,
+    interpreted,
+    runs_kernels,
+    starts_interpreter,
+    with_triton,
+)
+
+from sftlab.fastpath import fused_loss
+from sftlab.fastpath.float8 import BACKWARD
+from sftlab.fastpath.fused_loss import FrozenHeadLoss, cross_entropy_, in_float8
+
+# a rounded slope has two bits after its first
+NEAREST = 2**-3
+
+
+@pytest.fixture
+def drawn() -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(50, 64, generator=generator).bfloat16()
+    weight = (torch.randn(992, 64, generator=generator) / 4).bfloat16()
+    targets = torch.randint(0, 992, (50,), generator=generator)
+    return {"hidden": hidden, "weight": weight, "targets": targets}
+
+
+def loss_and_gradient(drawn, rounded, **changes) -> tuple[torch.Tensor, torch.Tensor]:
+    hidden = drawn["hidden"].clone().requires_grad_()
+    every = torch.arange(len(hidden))
+    given = None, changes.get("factor", 1.0), changes.get("cap", 0.0), None, rounded
+    nats, _, hits = FrozenHeadLoss.apply(hidden, drawn["weight"], every, drawn["targets"], *given)
+    (nats * torch.linspace(0.5, 1.5, len(nats))).sum().backward()
+    return torch.stack([nats.detach(), hits]), hidden.grad
+
+
+@pytest.mark.parametrize("changes", [{}, {"cap": 5.0}, {"factor": 0.5}], ids=str)
+def test_the_loss_is_the_same_and_its_gradient_is_near(drawn, monkeypatch, changes):
+    monkeypatch.setattr(fused_loss, "CHUNK", 16)
+    loss, gradient = loss_and_gradient(drawn, None, **changes)
+    rounded = in_float8(drawn["weight"])
+    same, near = loss_and_gradient(drawn, rounded, **changes)
+    assert torch.equal(loss, same)
+    assert not torch.equal(gradient, near)
+    cosine = torch.cosine_similarity(gradient.float(), near.float(), dim=1)
+    assert cosine.min() > 0.99
+    assert near.float().norm() == pytest.approx(gradient.float().norm().item(), rel=0.02)
+
+
+def test_a_head_of_other_sizes_stays_as_it_is(drawn):
+    assert in_float8(drawn["weight"][:-1]) is None
+    assert in_float8(drawn["weight"][:, :40]) is None
+    rounded = in_float8(drawn["weight"])
+    assert rounded.weight_t.shape == (64, 992)
+    whole = rounded.weight_t.float() * rounded.scale.t()
+    assert torch.allclose(whole.t(), drawn["weight"].float(), rtol=2**-4, atol=1e-3)
+
+
+def slopes_of(logits, targets, rule, cap, dtype=BACKWARD) -> tuple[torch.Tensor, ...]:
+    found = [torch.empty(len(logits), device=logits.device) for _ in range(3)]
+    slopes = (
+        torch.empty_like(logits, dtype=dtype),
+        torch.empty(len(logits), 1, device=logits.device),
+    )
+    rule(logits, targets, *found, cap, slopes)
+    rounded = slopes[0].to(BACKWARD)  # Triton's interpreter cannot
+    return rounded.float() * slopes[1], torch.stack(found)
+
+
+@with_triton
+@runs_kernels
+@pytest.mark.parametrize("cap", [0.0, 3.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_kernel_rounds_slopes_as_torch_does(dtype, cap):
+    from sftlab.fastpath.loss_kernel import softmax_cross_entropy_
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    generator = torch.Generator().manual_seed(1)
+    logits = torch.randn(6, 9000, generator=generator).to(device, dtype)
+    logits[1, 7] = 60.0  # as sure as can be, of the target and of another word
+    logits[2, 7] = 60.0
+    targets = torch.tensor([0, 7, 8, 8999, 8192, 8191], device=device)
+    before = logits.clone()
+    room = torch.float32 if interpreted else BACKWARD
+    found, figures = slopes_of(logits, targets, softmax_cross_entropy_, cap, room)
+    assert torch.equal(logits, before)
+    exact = before.double()
+    exact = cap * torch.tanh(exact / cap) if cap else exact
+    plain = exact.softmax(-1)
+    plain[torch.arange(6), targets] -= 1
+    plain *= 1 - (exact / cap) ** 2 if cap else 1
+    largest = plain.abs().amax(1, keepdim=True)
+    assert ((found - plain).abs() <= NEAREST * plain.abs() + 1e-6 * largest + 1e-12).all()
+    on_cpu, of_cpu = slopes_of(before.cpu(), targets.cpu(), cross_entropy_, cap)
+    assert torch.allclose(figures.cpu(), of_cpu, atol=1e-4)
+    apart = (found.cpu() - on_cpu).norm(dim=1) / on_cpu.norm(dim=1).clamp(min=1e-9)
+    assert apart.max() < (0.12 if cap else 0.01), "under a cap the scales are apart"
+
+
+@with_triton
+@starts_interpreter
+def test_the_kernel_under_tritons_interpreter():
+    assert "4 passed" in interpret_tests(__file__, "-k", "rounds_slopes")
