@@ -28,6 +28,7 @@ from sftlab.tables import read_csv
 BLUE, ORANGE, GREY, GREEN = "#0072B2", "#D55E00", "#777777", "#009E73"
 # Who trained, by the first word of a variant's name.
 TRAINERS = {"sft.py": BLUE, "trl": ORANGE, "Unsloth": GREEN, "published loop": GREY}
+KEPT = "sft.py QLoRA, 7B, kept activations"
 # Question: the variants that answer it, and what they are called below it.
 GROUPS = {
     "1B shape, LoRA on q, v and o, 16 bits, one GPU": {
@@ -76,10 +77,7 @@ GROUPS = {
         "Unsloth bf16, 8B, 2 full rows of 4096": "Unsloth",
     },
     "7B shape in 4 bits (QLoRA), activations kept, rows to 1,024 tokens": {
-        "sft.py QLoRA, 7B, kept activations, 42 rows": "sft.py, 42 rows",
-        "sft.py QLoRA, 7B, kept activations, 16 rows": "sft.py, 16 rows",
-        "sft.py QLoRA, 7B, kept activations, 11 rows": "sft.py, 11 rows",
-        "sft.py QLoRA, 7B, kept activations, 4 rows": "sft.py, 4 rows",
+        **{f"{KEPT}, {rows} rows": f"sft.py, {rows} rows" for rows in (42, 16, 11, 4)},
         "Unsloth QLoRA, 7B, packed, 16 rows": "Unsloth, 16 full rows",
         "Unsloth QLoRA, 7B, packed, 4 rows": "Unsloth, 4 full rows",
     },
@@ -103,9 +101,7 @@ GROUPS = {
         for fused in (", LoRA fused", "")
     },
     "7B shape in 4 bits, all linears, with and without LoRA and its linear as one product": {
-        f"sft.py QLoRA, 7B, kept activations, {rows} rows, LoRA {fused}": (
-            f"sft.py, {rows} rows, LoRA {fused}"
-        )
+        f"{KEPT}, {rows} rows, LoRA {fused}": f"sft.py, {rows} rows, LoRA {fused}"
         for rows in (42, 16, 11, 4)
         for fused in ("fused", "not fused")
     },
