@@ -1,5 +1,6 @@
 """A run stops before its first step where a packed row sees another."""
 
+from contextlib import nullcontext
 from functools import partial
 
 import pytest
@@ -8,6 +9,9 @@ from packed_training import build, leaking_attention, pack_on_a_cpu, reference_a
 from tiny_base import write_base_of
 
 from sftlab.fastpath import varlen_attention
+from sftlab.fastpath.float8 import freeze_in_float8
+from sftlab.fastpath.float8_mlp import fuse_float8_mlps
+from sftlab.training import packing_check
 
 
 @pytest.fixture
@@ -78,3 +82,32 @@ def test_a_model_whose_own_attention_is_eager_trains_packed(
     assert not trainer._base._supports_sdpa
     assert len(train(trainer)) == 1
     assert trainer.model.config._attn_implementation == varlen_attention.NAME
+
+
+@pytest.mark.parametrize("attention", [reference_attention, leaking_attention])
+def test_in_fp8_a_deep_model_passes_and_rows_that_see_one_another_do_not(
+    fields, packed_with, tmp_path, attention
+):
+    """Rounded inputs of 24 layers of random weights make other values of everything."""
+    packed_with(attention)
+    config = {"num_hidden_layers": 24, "initializer_range": 0.3}
+    base = write_base_of("llama", tmp_path, **config)
+    trainer = build(fields | {"model_name_or_path": str(base)}, packing="true", max_steps=1)
+    freeze_in_float8(trainer.model)
+    assert fuse_float8_mlps(trainer.model) == 24
+    (inputs,) = (batch for _, batch in zip(range(1), trainer.get_train_dataloader(), strict=False))
+
+    def check() -> None:
+        with torch.autocast("cpu", torch.bfloat16):
+            trainer._verify_packing(trainer.model, inputs)
+
+    trainer.args.mixed_precision = "fp8"
+    if attention is leaking_attention:
+        with pytest.raises(RuntimeError, match=r"row 1's hidden states differ by"):
+            check()
+        return
+    check()
+    with pytest.MonkeyPatch.context() as rounded:
+        rounded.setattr(packing_check, "inputs_in_16_bits", nullcontext)
+        with pytest.raises(RuntimeError, match=r"row 0's hidden states differ by"):
+            check()

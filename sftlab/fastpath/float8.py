@@ -7,6 +7,9 @@ if a scale needed all tokens. The format is e4m3 in the forward and e5m2 for gra
 (Micikevicius et al. 2022, arXiv 2209.05433).
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from accelerate.utils import AORecipeKwargs
 from torch import nn
@@ -21,6 +24,9 @@ class FrozenFloat8Linear(nn.Linear):
     copies share one bfloat16 parameter of W's shape, one after the other: FSDP2 can shard and
     gather it, and gloo can send it.
     """
+
+    # whether inputs are rounded: see inputs_in_16_bits
+    rounds_inputs = True
 
     def __init__(self, linear: nn.Linear, device: torch.device | None = None) -> None:
         nn.Module.__init__(self)
@@ -37,6 +43,11 @@ class FrozenFloat8Linear(nn.Linear):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Returns x W^T: [..., in] to [..., out], in bfloat16."""
+        if not self.rounds_inputs:
+            weight, _, scale = self.stored()
+            whole = weight.to(torch.bfloat16) * scale[0, 0].to(torch.bfloat16)
+            bias = None if self.bias is None else self.bias.to(torch.bfloat16)
+            return nn.functional.linear(x.to(torch.bfloat16), whole, bias)
         y = _Float8Product.apply(x.reshape(-1, self.in_features), *self.stored())
         y = y.view(*x.shape[:-1], self.out_features)
         return y if self.bias is None else y + self.bias.to(y.dtype)
@@ -49,6 +60,16 @@ class FrozenFloat8Linear(nn.Linear):
             weight_t.view(self.in_features, -1),
             self.scale,
         )
+
+
+@contextmanager
+def inputs_in_16_bits() -> Iterator[None]:
+    """Inside, frozen float8 linears multiply in bfloat16; in code that is not compiled alone."""
+    FrozenFloat8Linear.rounds_inputs = False
+    try:
+        yield
+    finally:
+        FrozenFloat8Linear.rounds_inputs = True
 
 
 class _Float8Product(torch.autograd.Function):

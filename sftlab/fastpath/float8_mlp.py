@@ -112,11 +112,10 @@ def _class_of_lora(linear: nn.Module) -> type[nn.Module]:
 
 
 def _computes_as_here(layer: nn.Module, device: str) -> bool:
-    base = _base(layer)
-    if hasattr(base, "how") and not base.training:
+    if not getattr(_base(layer), "rounds_inputs", False):  # or peft merged and left
         return False
     if not _has_lora(layer):
-        return _in_float8(base)  # unless peft merged and left
+        return True
     if not one_adapter.adapts(layer) or (layer.training and one_adapter.dropped(layer)):
         return False
     return one_adapter.product_dtype(layer, device) == torch.bfloat16

@@ -35,13 +35,18 @@ class Float8Linear4bit(bitsandbytes.Linear4bit):
     scale: torch.Tensor
     how: How
 
+    @property
+    def rounds_inputs(self) -> bool:
+        """Whether it multiplies in float8."""
+        return self.training
+
     def stored(self) -> tuple[torch.Tensor | None, ...]:
         """Returns its weight in 4 bits, what its scales are, and the scale in float8."""
         return self.weight, *scales_of(self.weight), self.scale
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Returns x W^T: [..., in] to [..., out], in x's dtype."""
-        if not self.training or x.numel() == 0:
+        if not self.rounds_inputs or x.numel() == 0:
             return super().forward(x)
         return self.product(x)
 

@@ -5,7 +5,8 @@ another. The loss stays plausible. Before the first step, two rows of the first 
 through the model each alone, padded, under transformers' own attention, and then packed.
 
 A mixture's routers then choose as they did for the row alone: a rounding may send a token to other
-experts, and such a token is another from there on.
+experts, and such a token is another from there on. In fp8 linears do not round their inputs: they
+take one token at a time anyway, and in a deep model their rounding hides what the others do.
 """
 
 import re
@@ -19,11 +20,12 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from sftlab.data.collator import Collator
+from sftlab.fastpath.float8 import inputs_in_16_bits
 from sftlab.models.layers import decoder_of
 from sftlab.models.plain_attention import plain_attention
 
 # Largest difference of a row's last hidden states, relative to their norm.
-TOLERANCE = {"fp32": 0.01, "fp16": 0.1, "bf16": 0.15, "fp8": 0.3}
+TOLERANCE = {"fp32": 0.01, "fp16": 0.1, "bf16": 0.15, "fp8": 0.15}
 # A row's first tokens show whether it sees the row before it.
 TOKENS = 512
 # classes of modules that choose a token's experts
@@ -45,11 +47,11 @@ def verify_packing(
     rows = _first_rows(inputs)
     collate = Collator(pad_token_id, packed=True, mixers="seq_idx" in inputs)
     alone, choices = [], defaultdict(list)
-    with plain_attention(base), _noted(base, choices):
+    with inputs_in_16_bits(), plain_attention(base), _noted(base, choices):
         for row in rows:
             batch = Collator(pad_token_id, packed=False)([row])
             alone.append(_hidden_states(base, forward, batch)[0])
-    with _repeated(base, choices):
+    with inputs_in_16_bits(), _repeated(base, choices):
         packed = _hidden_states(base, forward, collate(rows))[0]
     start = 0
     for number, (row, expected) in enumerate(zip(rows, alone, strict=True)):
