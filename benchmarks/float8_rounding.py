@@ -6,10 +6,11 @@ python benchmarks/float8_rounding.py [--model data/smollm2/base] \
 A model with LoRA r=16 on all linears, whose B is drawn at random, since with zeros A would have no
 gradient. Rows are question and answer, one at a time, on a CPU. A line for float32; for bf16; for
 bf16 with frozen linears in float8, whose inputs and gradients have one scale for a tensor, or one
-for each token; and for weights in 4 bits (nf4, nested scales) that multiply in bf16, or in float8
-with a scale for each token. `perplexity` is that of all tokens, `nats_apart` the mean distance of a
-token's nats from float32's. `lowest_cosine` and `median_cosine` are over LoRA matrices, between the
-gradient of all rows and float32's. Writes float8_rounding.csv.
+for each token; for bf16 with the head in float8, or its gradient alone; and for weights in 4 bits
+(nf4, nested scales) that multiply in bf16, or in float8 with a scale for each token. `perplexity`
+is that of all tokens, `nats_apart` the mean distance of a token's nats from float32's.
+`lowest_cosine` and `median_cosine` are over LoRA matrices, between the gradient of all rows and
+float32's. Writes float8_rounding.csv.
 """
 
 import argparse
@@ -28,6 +29,7 @@ from transformers import AutoTokenizer, BitsAndBytesConfig
 from sftlab.exit_messages import mistakes_in_one_line
 from sftlab.fastpath import float8
 from sftlab.fastpath.four_bit_layers import four_bit_linears, swap
+from sftlab.fastpath.fused_loss import add_frozen_head_loss, in_float8
 from sftlab.models.loading import load_weights
 from sftlab.paths import ROOT
 from sftlab.runs.environment import provenance, typed_command
@@ -36,6 +38,8 @@ from sftlab.tables import write_csv
 
 FLOAT32, BF16, BY_TENSOR, BY_TOKEN = "float32", "bf16", "float8 by tensor", "float8 by token"
 FOUR_BITS, FOUR_BITS_FLOAT8 = "4 bits", "4 bits, float8"
+HEAD, HEADS_GRADIENT = "head in float8", "head's gradient in float8"
+PRECISIONS = FLOAT32, BF16, BY_TENSOR, BY_TOKEN, HEAD, HEADS_GRADIENT, FOUR_BITS, FOUR_BITS_FLOAT8
 B_SIZE = 0.02
 
 
@@ -46,7 +50,7 @@ def main(argv: list[str] | None = None) -> None:
     command = typed_command("benchmarks/float8_rounding.py", argv or sys.argv[1:])
     about = provenance() | {"command": command}
     lines, exact = [], None
-    for precision in (FLOAT32, BF16, BY_TENSOR, BY_TOKEN, FOUR_BITS, FOUR_BITS_FLOAT8):
+    for precision in PRECISIONS:
         found = losses_and_gradients(options.model, batches, precision)
         exact = exact or found
         line = {"precision": precision, "rows": len(batches)} | compared(*found, *exact)
@@ -84,6 +88,12 @@ def losses_and_gradients(
     model = with_lora(folder, dtype, in_four_bits).train()
     if precision in (BY_TENSOR, BY_TOKEN):
         float8.freeze_in_float8(model)
+    base = model.get_base_model()
+    rounded = in_float8(base.lm_head.weight.data) if precision == HEADS_GRADIENT else None
+    if precision == HEAD:
+        base.lm_head = float8.FrozenFloat8Linear(base.lm_head)
+    else:
+        add_frozen_head_loss(base, rounded=rounded)
     if precision == FOUR_BITS_FLOAT8 and (
         left := swap(four_bit_linears(model), torch.bfloat16, float8=True)
     ):
@@ -92,9 +102,15 @@ def losses_and_gradients(
     nats = []
     with casts, one_scale() if precision == BY_TENSOR else nullcontext():
         for ids in batches:
-            logits = model(input_ids=ids).logits[0, :-1].float()
-            nats.append(torch.nn.functional.cross_entropy(logits, ids[0, 1:], reduction="none"))
-            nats[-1].sum().backward()
+            targets = ids[0, 1:]
+            if precision == HEAD:
+                logits = model(input_ids=ids).logits[0, :-1].float()
+                found = torch.nn.functional.cross_entropy(logits, targets, reduction="none")
+            else:
+                places = torch.arange(len(targets))
+                found = model(input_ids=ids, loss_positions=places, targets=targets)[0]
+            nats.append(found)
+            found.sum().backward()
     trained = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
     return torch.cat(nats).detach(), trained
 

@@ -141,6 +141,7 @@ def measured(options: argparse.Namespace, sizes: tuple[Sizes, ...]) -> Iterator[
 
 def timed_case(size: Sizes, what: str, form: tuple | None, tokens: int) -> dict[str, Any]:
     """Returns what a line measures."""
+    torch.manual_seed(0)  # once: equal draws of a weight and its input would be equal rows
     if what in (PRODUCTS, FLOAT8_PRODUCTS):
         return products(size, tokens, float8=what == FLOAT8_PRODUCTS)
     if what == WEIGHTS:
@@ -230,7 +231,6 @@ def products(size: Sizes, tokens: int, float8: bool) -> dict[str, Any]:
 
 def drawn(size: Sizes, rows: int, columns: int | None = None) -> torch.Tensor:
     """Returns random numbers [rows, columns], `size`'s columns unless said."""
-    torch.manual_seed(0)
     shape = rows, columns or size.columns
     return torch.randn(shape, device=size.device, dtype=size.dtype) * 0.02
 
