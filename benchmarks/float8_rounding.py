@@ -2,6 +2,8 @@
 
 python benchmarks/float8_rounding.py [--model data/smollm2/base] \
     [--dataset data/gsm8k/train.jsonl] [--rows 16] [--out results/float8_rounding]
+python benchmarks/float8_rounding.py --only bf16 "head in float8" "head's gradient in float8" \
+    --out results/float8_head_rounding
 
 A model with LoRA r=16 on all linears, whose B is drawn at random, since with zeros A would have no
 gradient. Rows are question and answer, one at a time, on a CPU. A line for float32; for bf16; for
@@ -50,7 +52,7 @@ def main(argv: list[str] | None = None) -> None:
     command = typed_command("benchmarks/float8_rounding.py", argv or sys.argv[1:])
     about = provenance() | {"command": command}
     lines, exact = [], None
-    for precision in PRECISIONS:
+    for precision in dict.fromkeys([FLOAT32, *options.only]):
         found = losses_and_gradients(options.model, batches, precision)
         exact = exact or found
         line = {"precision": precision, "rows": len(batches)} | compared(*found, *exact)
@@ -66,6 +68,9 @@ def parse_options(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--model", type=Path, default=Path("data/smollm2/base"))
     parser.add_argument("--dataset", type=Path, default=Path("data/gsm8k/train.jsonl"))
     parser.add_argument("--rows", type=int, default=16, help="the first n rows (default: 16)")
+    parser.add_argument(
+        "--only", nargs="+", choices=PRECISIONS, default=PRECISIONS, help="beside float32"
+    )
     parser.add_argument("--out", type=Path, default=ROOT / "results" / "float8_rounding")
     return parser.parse_args(argv)
 

@@ -160,8 +160,9 @@ def prepare(
     for part, go_on in (
         ("fused_lora", fast.continue_with_fused_lora),
         ("captured_step", fast.continue_with_captured_steps),
+        ("float8_head", fast.continue_with_float8_head),
     ):
-        if start.checkpoint and getattr(training, part) is None:
+        if start.checkpoint and getattr(training, part, None) is None:
             # of a run that says nothing, it was off
             go_on(bool(start.must_match.get(part)), recipe.data.resume_anyway)
     compilers = start_compilers(recipe, config, fast)
@@ -204,7 +205,7 @@ def prepare(
         broadcast_object_list(captures)
     if captures[0]:
         trainer.capture_steps()
-    for part in ("fused_lora", "captured_step", "mixers"):
+    for part in ("fused_lora", "captured_step", "float8_head", "mixers"):
         must[part] = getattr(fast, part)
     trainer.checkpointer.must_match, trainer.checkpointer.hardware = must, now["hardware"]
     phase_ended(TRAINER)

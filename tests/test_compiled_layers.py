@@ -15,6 +15,8 @@ from packed_training import (
 )
 from peft import LoraConfig, get_peft_model
 from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
     GPTNeoXJapaneseConfig,
     GPTNeoXJapaneseForCausalLM,
     LlamaConfig,
@@ -158,6 +160,24 @@ def test_fp8_leaves_a_head_of_any_name():
     freeze_in_float8(model)
     head = base.get_output_embeddings()
     assert type(head) is torch.nn.Linear and head is base.embed_out
+
+
+@pytest.mark.parametrize("family", ["mamba", "falcon_mamba", "mamba2"])
+def test_fp8_leaves_what_a_mixer_reads_itself(family):
+    """Of Mamba's linears of such sizes all are multiples of 16."""
+    sizes = {"vocab_size": 64, "hidden_size": 256, "num_hidden_layers": 2, "pad_token_id": 0}
+    sizes |= {"bos_token_id": 1, "eos_token_id": 2}
+    if family == "mamba2":
+        sizes |= {"num_heads": 16, "head_dim": 32, "n_groups": 1, "state_size": 16}
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **sizes))
+    model.requires_grad_(requires_grad=False)
+    ids = torch.arange(3, 40)[None]
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = model(input_ids=ids, labels=ids).loss
+        assert freeze_in_float8(model) == 2, "in_proj of two layers"
+        found = model(input_ids=ids, labels=ids).loss
+    assert found.item() == pytest.approx(expected.item(), rel=0.02)
 
 
 def test_fp8_freezes_the_decoders_linears_and_no_others():

@@ -1,7 +1,12 @@
 """In fp8 the gradient of the fused loss comes out of a head in float8; the loss does not."""
 
+import shutil
+
 import pytest
 import torch
+from conftest import short_fields
+from packed_training import build
+from transformers import AutoModelForCausalLM
 from triton_interpreter import (
     interpret_tests,
     interpreted,
@@ -56,6 +61,20 @@ def test_a_head_of_other_sizes_stays_as_it_is(drawn):
     assert rounded.weight_t.shape == (64, 992)
     whole = rounded.weight_t.float() * rounded.scale.t()
     assert torch.allclose(whole.t(), drawn["weight"].float(), rtol=2**-4, atol=1e-3)
+
+
+@pytest.mark.parametrize(("began", "found"), [(None, True), (False, False), (True, True)])
+def test_a_run_goes_on_as_it_began(base, rows, tmp_path, began, found):
+    folder = shutil.copytree(base, tmp_path / "base")
+    model = AutoModelForCausalLM.from_pretrained(base)
+    model.resize_token_embeddings(pad_to_multiple_of=16)
+    model.save_pretrained(folder)
+    trainer = build(short_fields(folder, rows, tmp_path / "run"))
+    trainer.args.mixed_precision = "fp8"
+    if began is not None:
+        trainer.fast.continue_with_float8_head(began, settings_changed=False)
+    trainer.choose_loss()
+    assert trainer.fast.float8_head == found
 
 
 def slopes_of(logits, targets, rule, cap, dtype=BACKWARD) -> tuple[torch.Tensor, ...]:

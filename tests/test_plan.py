@@ -193,6 +193,7 @@ def test_compare_has_a_line_for_every_launch_config(printed):
         (["--row_tokens", "-5"], "--row_tokens -5: give a number above 0"),
         (["--max_length", "0"], "max_length is 0: give the most tokens"),
         (["--fused_loss", "false"], "plans are made for the fused loss alone"),
+        (["--label_smoothing_factor", "0.1"], "the loss is not fused (label smoothing needs"),
         (["--compare", "--lora_rr", "3"], "unknown field 'lora_rr'"),
         (["--optim", "adafactor"], "no plan for optim adafactor"),
     ],

@@ -107,6 +107,17 @@ def test_4_bits_in_float8_differ_in_precision_alone(make):
     assert suggest_axes(runs) == (["precision"], {})
 
 
+def test_fp8_of_before_and_after_the_head_was_in_float8_differ(make):
+    """A record of before says nothing of the head."""
+    launch = {"precision": "fp8", "settings": {"ACCELERATE_MIXED_PRECISION": "fp8"}}
+    ran = {"compute": {"linear": "FrozenFloat8Linear", "output_dtype": "bfloat16"}}
+    runs = {
+        name: facts(make(name, wrong=None, ran=ran | {"precision": "fp8"} | more, launch=launch))
+        for name, more in (("before", {}), ("after", {"float8_head": True}))
+    }
+    assert set(differences(runs)) == {"float8_head"}
+
+
 @pytest.mark.parametrize("name", ["strategy", "world_size", "precision"])
 def test_a_record_without_its_launch_is_named(make, name):
     folder = make("cut")

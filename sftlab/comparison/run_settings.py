@@ -77,6 +77,8 @@ def settings(
     facts = _recipe_facts(run["recipe"]) | _asked(run) | ran
     if not ran:  # a library would have chosen what is unset, and nobody knows what
         facts = {k: v for k, v in facts.items() if v is not None or k not in CHOSEN}
+    if ran.get("precision") == "fp8":  # the head was never in float8 before this was noted
+        facts.setdefault("float8_head", False)
     if facts.get("lora_target_modules"):
         facts["lora_target_modules"] = sorted(facts["lora_target_modules"])
     facts |= _launch_facts(run["launch"])

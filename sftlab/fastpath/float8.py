@@ -138,10 +138,11 @@ def freeze_in_float8(model: nn.Module, device: torch.device | None = None) -> in
     multiples of 16, as float8 products need.
     """
     head = getattr(model, "get_output_embeddings", lambda: None)()
+    left = {head, *_read_by_mixers(model)}
     names = [
         name
         for name, module in model.named_modules()
-        if module is not head and is_base_linear(module, name)
+        if module not in left and is_base_linear(module, name)
     ]
     if not names:
         raise ValueError(
@@ -156,6 +157,18 @@ def freeze_in_float8(model: nn.Module, device: torch.device | None = None) -> in
             FrozenFloat8Linear(model.get_submodule(name), device),
         )
     return len(names)
+
+
+def _read_by_mixers(model: nn.Module) -> Iterator[nn.Module]:
+    """Yields the linears of Mamba's mixers that may not be called.
+
+    The mixer, or a kernel that it calls, reads their weights itself; in_proj alone is called.
+    """
+    for mixer in model.modules():
+        if {"A_log", "D"} <= set(mixer._parameters):
+            for name, child in mixer.named_children():
+                if name != "in_proj":
+                    yield from child.modules()
 
 
 def convert_nothing() -> AORecipeKwargs:

@@ -94,7 +94,7 @@ def why_not(layer: nn.Module, dtype: torch.dtype) -> str | None:
     if reason := four_bit_linear.not_understood(layer, dtype):
         return reason
     if layer.in_features % 16 or layer.out_features % 16:
-        return "its sizes are no multiples of 16"
+        return "their sizes are no multiples of 16"
     return None
 
 

@@ -29,8 +29,8 @@ class FastPath:
 
     `layers` are the model's. `reasons` says, by part, why one that the recipe leaves unset is off.
     Compiled layers are off on a CPU without a reason. `float8_head` says whether the gradient of
-    the fused loss comes out of a head in float8. `experts` is how a loaded mixture multiplies
-    its experts, None for other models, and `experts_lora` how it adds LoRA to their stacked
+    the fused loss comes out of a head in float8, if it may. `experts` is how a loaded mixture
+    multiplies its experts, None for other models, and `experts_lora` how it adds LoRA to their stacked
     weights, None where these have none. `mixers` is what computes layers beside attention: the
     "kernels" of a package, or "torch". `four_bit_weights` is what gives weights in 4 bits back.
     `layers_per_unit` is how many decoder layers FSDP2 gathers at once, None without FSDP2. Where
@@ -45,6 +45,7 @@ class FastPath:
     layers: Layers
     reasons: dict[str, str] = field(default_factory=dict)
     float8_head: bool = False
+    may_have_float8_head: bool = True
     experts: str | None = None
     experts_lora: str | None = None
     mixers: str | None = None
@@ -68,6 +69,10 @@ class FastPath:
         self.fused_lora = began and (self.fused_lora or not settings_changed)
         self.needs_fused_lora = began and not settings_changed
         self.without_fused_lora = "the run began with it: begin anew with --overwrite"
+
+    def continue_with_float8_head(self, began: bool, settings_changed: bool) -> None:
+        """Leave the head's gradient in 16 bits if the run that is continued `began` so."""
+        self.may_have_float8_head = began or settings_changed
 
     def continue_with_captured_steps(self, began: bool, settings_changed: bool) -> None:
         """Capture steps if the run that is continued `began` so; the recipe leaves it unset.
@@ -152,10 +157,7 @@ def choose(
         layers,
         reasons,
         captured_step=bool(recipe.training.captured_step),
-        may_capture_step=recipe.training.captured_step is None
-        and compiled
-        and no_capture is None
-        and recipe.training.mixed_precision != "fp8",  # gains nothing at 64 rows
+        may_capture_step=recipe.training.captured_step is None and compiled and no_capture is None,
         fused_lora=fused_lora,
         needs_fused_lora=bool(recipe.training.fused_lora),
     )

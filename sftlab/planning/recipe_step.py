@@ -18,6 +18,7 @@ from sftlab.config.validation import is_bitsandbytes
 from sftlab.fastpath import varlen_attention
 from sftlab.fastpath.float8_mlp import LARGEST_SIZE
 from sftlab.fastpath.fsdp_units import layers_per_unit
+from sftlab.fastpath.fused_loss import needs_whole_logits
 from sftlab.fastpath.selection import FastPath
 from sftlab.models.adapter_names import is_target
 from sftlab.models.gated_mlp import NAMES
@@ -60,6 +61,11 @@ def step_of(
         raise ValueError(
             "fused_loss: false keeps whole logits, and plans are made for the fused loss alone: "
             "leave fused_loss out"
+        )
+    if training.method != "dpo" and (whole := needs_whole_logits(training)):
+        raise ValueError(
+            f"the loss is not fused ({whole}), and plans are made for the fused loss alone: no "
+            "plan is made"
         )
     weights, shape = count_weights(recipe, config), Shape.of(config, fast.layers)
     if fast.layers.mixture:

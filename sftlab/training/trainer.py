@@ -99,7 +99,7 @@ class LabTrainer(RecordedTrainer, SFTTrainer):
     def add_fused_loss(self, changes: Changes) -> None:
         """Let the model return nats, entropies and hits of the tokens in the loss."""
         rounded = None
-        if self.args.mixed_precision == "fp8":
+        if self.args.mixed_precision == "fp8" and self.fast.may_have_float8_head:
             weight = self._base.get_output_embeddings().weight.data
             rounded = fused_loss.in_float8(weight.to(self.accelerator.device))
             self.fast.float8_head = rounded is not None

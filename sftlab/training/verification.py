@@ -193,7 +193,7 @@ def what_ran(trainer: SFTTrainer, fast: FastPath, observed: Mapping[str, str]) -
         "compile_layers": fast.compile_layers,
         "fused_lora": fast.fused_lora,
         "fused_loss": fast.fused_loss,
-        **({"float8_head": True} if fast.float8_head else {}),
+        **({"float8_head": fast.float8_head} if accelerator.mixed_precision == "fp8" else {}),
         **({"fsdp_layers_per_unit": fast.layers_per_unit} if fast.layers_per_unit else {}),
         "captured_step": fast.captured_step,
         **({"experts_implementation": fast.experts} if fast.experts else {}),
