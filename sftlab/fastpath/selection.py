@@ -30,9 +30,9 @@ class FastPath:
     `layers` are the model's. `reasons` says, by part, why one that the recipe leaves unset is off.
     Compiled layers are off on a CPU without a reason. `float8_head` says whether the gradient of
     the fused loss comes out of a head in float8, if it may. `experts` is how a loaded mixture
-    multiplies its experts, None for other models, and `experts_lora` how it adds LoRA to their stacked
-    weights, None where these have none. `mixers` is what computes layers beside attention: the
-    "kernels" of a package, or "torch". `four_bit_weights` is what gives weights in 4 bits back.
+    multiplies its experts, None for other models, and `experts_lora` how it adds LoRA to their
+    stacked weights, None where these have none. `mixers` is what computes layers beside attention:
+    the "kernels" of a package, or "torch". `four_bit_weights` is what gives weights in 4 bits back.
     `layers_per_unit` is how many decoder layers FSDP2 gathers at once, None without FSDP2. Where
     fused LoRA is needed, it is an error if it cannot be, and `without_fused_lora` says what to do
     then.
