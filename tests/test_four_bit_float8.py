@@ -174,10 +174,12 @@ def test_some_linears_in_16_bits_are_said_and_all_of_them_refused():
     take_four_bits(model, fast, "single", torch.bfloat16, float8=True)
     assert fast.four_bit_weights == "one kernel, float8"
     assert fast.reasons == {
-        "four_bit_float8": "for 1 of 2 linears: its sizes are no multiples of 16"
+        "four_bit_float8": "for 1 of 2 linears: their sizes are no multiples of 16"
     }
     assert [type(one) for one in model] == [Float8Linear4bit, bitsandbytes.Linear4bit]
-    sentence = r"^fp8: no linear in 4 bits .* \(its sizes are .* of 16\): launch with single.yaml$"
+    sentence = (
+        r"^fp8: no linear in 4 bits .* \(their sizes are .* of 16\): launch with single.yaml$"
+    )
     with pytest.raises(ValueError, match=sentence):
         take_four_bits(model[1:], fast, "single", torch.bfloat16, float8=True)
 

@@ -56,6 +56,8 @@ def rows(count, **more):
         rows(4, **QLORA),
         rows(4, max_steps=500, **QLORA),
         rows(11, **QLORA),
+        rows(20, launch="fp8"),
+        rows(11, launch="fp8", **QLORA),
         rows(4, gradient_checkpointing="true", **QLORA),
         rows(20, targets=ALL, launch="ddp", flags={"num_processes": 2}, global_batch_size=40),
     ],
@@ -77,11 +79,11 @@ def test_small_micro_batches_are_captured(asked):
         rows(4, packing="false"),
         rows(4, launch="fp16"),
         rows(4, launch="fp32"),  # its products keep the GPU busy
-        rows(4, loss_type="dft"),
-        rows(4, label_smoothing_factor=0.1),
         rows(4, use_peft="false"),
         rows(4, gpu="l4", **QLORA),  # too little memory is left
-        rows(20, launch="fp8"),  # not measured
+        rows(64, launch="fp8"),
+        rows(64, targets=ALL, launch="fp8"),
+        rows(42, launch="fp8", **QLORA),
         rows(20, targets=ALL, max_steps=500),  # capturing some 40 sizes would cost more
         rows(20, launch="fsdp", flags={"num_processes": 2}, global_batch_size=40),
         rows(4, gradient_checkpointing="true", lora_dropout=0.05),  # its masks are drawn twice
