@@ -355,9 +355,8 @@ def test_layers_are_compiled_in_one_graph_for_any_number_of_tokens(family, monke
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 3
 
 
-@pytest.mark.parametrize(
-    "family", [pytest.param("Llama 4 (text)", marks=pytest.mark.long), "Qwen 3 MoE"]
-)
+@pytest.mark.long
+@pytest.mark.parametrize("family", ["Llama 4 (text)", "Qwen 3 MoE"])
 def test_where_peft_merges_in_every_forward_nothing_is_compiled_anew(family, monkeypatch):
     """Of Qwen 3 MoE, peft adds LoRA to the router that all-linear means too."""
     more = {"target_modules": "all-linear", "target_parameters": None}

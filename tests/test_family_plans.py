@@ -176,7 +176,8 @@ def test_fused_lora_of_measured_layers_is_planned_as_autograd_saves_it(family, m
     assert planned == pytest.approx(held, rel=1e-6)
 
 
-@pytest.mark.parametrize("family", ["Phi-2", pytest.param("LFM2", marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("family", ["Phi-2", "LFM2"])
 def test_compiled_layers_are_planned_as_inductors_partitioner_cuts_them(family, monkeypatch):
     kernels_without_numbers(monkeypatch)
     config = models.config_of(family)

