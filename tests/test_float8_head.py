@@ -1,12 +1,10 @@
 """In fp8 the gradient of the fused loss comes out of a head in float8; the loss does not."""
 
-import shutil
-
 import pytest
 import torch
 from conftest import short_fields
 from packed_training import build
-from transformers import AutoModelForCausalLM
+from tiny_base import with_words_of_16
 
 from sftlab.fastpath import fused_loss
 from sftlab.fastpath.fused_loss import FrozenHeadLoss, in_float8
@@ -54,10 +52,7 @@ def test_a_head_of_other_sizes_stays_as_it_is(drawn):
 
 @pytest.mark.parametrize(("began", "found"), [(None, True), (False, False), (True, True)])
 def test_a_run_goes_on_as_it_began(base, rows, tmp_path, began, found):
-    folder = shutil.copytree(base, tmp_path / "base")
-    model = AutoModelForCausalLM.from_pretrained(base)
-    model.resize_token_embeddings(pad_to_multiple_of=16)
-    model.save_pretrained(folder)
+    folder = with_words_of_16(base, tmp_path / "base")
     trainer = build(short_fields(folder, rows, tmp_path / "run"))
     trainer.args.mixed_precision = "fp8"
     if began is not None:

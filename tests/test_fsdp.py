@@ -4,7 +4,6 @@ the training that DDP does, to the last bit, and its continuation.
 """
 
 import os
-import shutil
 import signal
 import subprocess
 
@@ -13,10 +12,9 @@ import torch
 import torch.distributed as dist
 from conftest import ROOT, launch, launch_command, read, short_fields
 from packed_training import FOUR_BITS
-from tiny_base import write_base_of
+from tiny_base import with_words_of_16, write_base_of
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
-from transformers import AutoModelForCausalLM
 
 from sftlab.fastpath import fsdp
 
@@ -131,11 +129,7 @@ def test_all_that_trains_is_the_same_in_units_of_two_and_of_one(deep, rows, tmp_
 
 def test_fsdp_trains_in_fp8_as_ddp_does(base, rows, tmp_path):
     """All layers are one unit here; the head's words are a multiple of 16."""
-    of_16 = tmp_path / "of_16"
-    shutil.copytree(base, of_16)
-    model = AutoModelForCausalLM.from_pretrained(base)
-    model.resize_token_embeddings(pad_to_multiple_of=16)
-    model.save_pretrained(of_16)
+    of_16 = with_words_of_16(base, tmp_path / "of_16")
     runs = {config: tmp_path / config for config in ("fsdp", "cpu_ddp")}
     for config, folder in runs.items():
         fields = short_fields(of_16, rows, folder) | {"save_strategy": "no", "eval_strategy": "no"}

@@ -1,6 +1,7 @@
 """A tiny random base model with a byte-level tokenizer, and rows for it."""
 
 import json
+import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -40,6 +41,15 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
         pad_token="<pad>",
         model_max_length=512,
     )
+
+
+def with_words_of_16(base: Path, folder: Path) -> Path:
+    """A copy of a base whose words are a multiple of 16, as a head in float8 needs."""
+    shutil.copytree(base, folder)
+    model = AutoModelForCausalLM.from_pretrained(base)
+    model.resize_token_embeddings(pad_to_multiple_of=16)
+    model.save_pretrained(folder)
+    return folder
 
 
 def write_base(folder: Path, head_dim: int = 16) -> None:

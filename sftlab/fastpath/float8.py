@@ -34,9 +34,7 @@ class FrozenFloat8Linear(nn.Linear):
         rounded, scale = to_float8(linear.weight.data.to(device), FORWARD)
         # a product by rows takes a scale for each of its columns, of either copy
         self.scale = scale.repeat(1, max(self.in_features, self.out_features))
-        both = torch.cat(
-            [rounded.view(torch.uint8).flatten(), rounded.view(torch.uint8).t().flatten()]
-        )
+        both = torch.cat([one.view(torch.uint8).flatten() for one in (rounded, transpose(rounded))])
         stored = both.view(torch.bfloat16).view(linear.weight.shape).to(linear.weight.device)
         self.weight = nn.Parameter(stored, requires_grad=False)
         self.bias = linear.bias
@@ -129,6 +127,16 @@ def to_float8(
     most = tensor.abs().amax(dim=-1, keepdim=True) if by_row else tensor.abs().amax()
     scale = most.float().clamp(min=1e-12) / largest
     return (tensor.float() / scale).clamp(-largest, largest).to(dtype), scale
+
+
+def transpose(rounded: torch.Tensor) -> torch.Tensor:
+    """Returns a float8 matrix transposed and contiguous: not all of torch's operations know it."""
+    return rounded.view(torch.uint8).t().contiguous().view(rounded.dtype)
+
+
+def multiplies_in_float8(linear: nn.Module | None) -> bool:
+    """Whether it is one of these linears, or that of four_bit_float8.py."""
+    return hasattr(linear, "rounds_inputs")
 
 
 def freeze_in_float8(model: nn.Module, device: torch.device | None = None) -> int:

@@ -17,6 +17,7 @@ from sftlab.fastpath.float8 import (
     FORWARD,
     FrozenFloat8Linear,
     float8_product,
+    multiplies_in_float8,
     to_float8,
 )
 from sftlab.fastpath.float8_mlp_ops import (
@@ -89,18 +90,13 @@ def fuse_float8_mlps(model: nn.Module) -> int:
 
 def _is_understood(layer: nn.Module | None) -> bool:
     linear = layer.base_layer if isinstance(layer, lora.LoraLayer) else layer
-    if not (_in_float8(linear) and linear.bias is None):
+    if not (multiplies_in_float8(linear) and linear.bias is None):
         return False
     if linear is layer:
         return True
     if type(layer) is not _class_of_lora(linear) or layer.fan_in_fan_out:
         return False
     return not one_adapter.why_not_plain(layer)
-
-
-def _in_float8(linear: nn.Module | None) -> bool:
-    """Whether it is FrozenFloat8Linear or, not to import bitsandbytes, what Float8Linear4bit is."""
-    return isinstance(linear, FrozenFloat8Linear) or hasattr(linear, "how")
 
 
 def _class_of_lora(linear: nn.Module) -> type[nn.Module]:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import torch
 
-from sftlab.fastpath.float8 import FORWARD
+from sftlab.fastpath.float8 import FORWARD, transpose
 from sftlab.fastpath.four_bit_weight import given_back, table_of, whole_scales
 from sftlab.fastpath.mlp_ops import has_kernels
 
@@ -41,28 +41,19 @@ def four_bit_float8(
         return plainly(packed, scales, nested, block, kind, shape, scale, transposed)
     from sftlab.fastpath.four_bit_kernel import fill_four_bit_float8
 
-    shape = (columns, rows) if transposed else (rows, columns)
-    out = torch.empty(shape, dtype=FORWARD, device=packed.device)
+    out = _room(packed, rows, columns, transposed)
     table = table_of(kind, packed.device)
     fill_four_bit_float8(packed, scales, nested, table, block, scale, transposed, out)
     return out
 
 
-@four_bit_float8.register_fake
-def _(
-    packed: torch.Tensor,
-    scales: torch.Tensor,
-    code: torch.Tensor | None,
-    larger: torch.Tensor | None,
-    offset: torch.Tensor | None,
-    block: int,
-    kind: str,
-    rows: int,
-    columns: int,
-    scale: torch.Tensor,
-    transposed: bool,
-    after: torch.Tensor | None = None,
-) -> torch.Tensor:
+four_bit_float8.register_fake(
+    lambda packed, scales, code, larger, offset, block, kind, rows, columns, scale, transposed,
+    after=None: _room(packed, rows, columns, transposed)
+)  # fmt: skip
+
+
+def _room(packed: torch.Tensor, rows: int, columns: int, transposed: bool) -> torch.Tensor:
     return packed.new_empty((columns, rows) if transposed else (rows, columns), dtype=FORWARD)
 
 
@@ -79,8 +70,7 @@ def plainly(
     """Returns what four_bit_float8 does, without its kernel; `shape` is the weight's."""
     whole = given_back(packed, scales, nested, block, kind, shape, torch.float32)
     rounded = (whole / scale[0, 0]).clamp(-LARGEST, LARGEST).to(FORWARD)
-    # not all of torch's operations know float8
-    return rounded.view(torch.uint8).t().contiguous().view(FORWARD) if transposed else rounded
+    return transpose(rounded) if transposed else rounded
 
 
 def float8_scale(

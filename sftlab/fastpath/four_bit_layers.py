@@ -5,6 +5,7 @@ from types import ModuleType
 import torch
 from torch import nn
 
+from sftlab.fastpath.float8 import multiplies_in_float8
 from sftlab.fastpath.selection import FastPath
 
 ONE_KERNEL, BITSANDBYTES, FLOAT8 = "one kernel", "bitsandbytes", "one kernel, float8"
@@ -46,7 +47,7 @@ def _take_float8(layers: list[nn.Module], fast: FastPath, dtype: torch.dtype) ->
     if left:
         fast.reasons["four_bit_float8"] = _reason(left, layers)
     if fast.compile_layers:  # the others, in 16 bits
-        swap([one for one in layers if not hasattr(one, "scale")], dtype)
+        swap([one for one in layers if not multiplies_in_float8(one)], dtype)
 
 
 def _reason(left: dict[str, int], layers: list[nn.Module]) -> str:

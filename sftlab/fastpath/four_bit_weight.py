@@ -38,21 +38,11 @@ def four_bit_weight(
     return out
 
 
-@four_bit_weight.register_fake
-def _(
-    packed: torch.Tensor,
-    scales: torch.Tensor,
-    code: torch.Tensor | None,
-    larger: torch.Tensor | None,
-    offset: torch.Tensor | None,
-    block: int,
-    kind: str,
-    rows: int,
-    columns: int,
-    dtype: torch.dtype,
-    after: torch.Tensor | None = None,
-) -> torch.Tensor:
-    return packed.new_empty(rows, columns, dtype=dtype)
+four_bit_weight.register_fake(
+    lambda packed, scales, code, larger, offset, block, kind, rows, columns, dtype, after=None: (
+        packed.new_empty(rows, columns, dtype=dtype)
+    )
+)
 
 
 @torch.library.custom_op("sftlab::four_bit_beside", mutates_args=())
@@ -75,16 +65,9 @@ def four_bit_beside(
     return out
 
 
-@four_bit_beside.register_fake
-def _(
-    weights: Sequence[torch.Tensor],
-    sizes: Sequence[int],
-    b: torch.Tensor,
-    columns: int,
-    block: int,
-    kind: str,
-) -> torch.Tensor:
-    return b.new_empty(b.shape[0], columns + b.shape[1])
+four_bit_beside.register_fake(
+    lambda weights, sizes, b, columns, block, kind: b.new_empty(b.shape[0], columns + b.shape[1])
+)
 
 
 @torch.library.custom_op("sftlab::four_bit_above", mutates_args=())
@@ -107,16 +90,9 @@ def four_bit_above(
     return out
 
 
-@four_bit_above.register_fake
-def _(
-    weights: Sequence[torch.Tensor],
-    sizes: Sequence[int],
-    a: torch.Tensor,
-    block: int,
-    kind: str,
-    after: torch.Tensor,
-) -> torch.Tensor:
-    return a.new_empty(sum(sizes) + a.shape[0], a.shape[1])
+four_bit_above.register_fake(
+    lambda weights, sizes, a, block, kind, after: a.new_empty(sum(sizes) + a.shape[0], a.shape[1])
+)
 
 
 def _fill_each(

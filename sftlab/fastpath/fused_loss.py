@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel, TrainingArguments
 from trl.trainer.utils import FusedCausalLMOutput
 
-from sftlab.fastpath.float8 import BACKWARD, FORWARD, float8_product, to_float8
+from sftlab.fastpath.float8 import BACKWARD, FORWARD, float8_product, to_float8, transpose
 from sftlab.models.layers import decoder_of
 from sftlab.models.own_logits import NO_CHANGES, Changes
 
@@ -149,7 +149,7 @@ def in_float8(weight: torch.Tensor) -> Rounded | None:
     if any(size % 16 for size in weight.shape):
         return None
     rounded, scale = to_float8(weight, FORWARD)
-    weight_t = rounded.view(torch.uint8).t().contiguous().view(FORWARD)
+    weight_t = transpose(rounded)
     return Rounded(weight_t, scale.repeat(1, len(weight_t)))
 
 

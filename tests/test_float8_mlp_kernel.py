@@ -1,0 +1,110 @@
+"""The kernels that round an MLP's activation and gradients to float8 compute what torch does.
+
+Without a GPU, Triton's interpreter runs them, in a process of its own, as for
+tests/test_kernels.py. It rounds float8 otherwise than GPUs do, so the kernels store float32 there.
+"""
+
+import pytest
+import torch
+from triton_interpreter import (
+    interpret_tests,
+    interpreted,
+    on_a_gpu,
+    runs_kernels,
+    starts_interpreter,
+    with_triton,
+)
+
+from sftlab.fastpath.float8 import BACKWARD, FORWARD, to_float8
+from sftlab.models.gated_mlp import activation
+
+
+def room(*shape: int, dtype: torch.dtype) -> torch.Tensor:
+    return torch.full(shape, torch.nan, device="cuda" if on_a_gpu else "cpu").to(dtype)
+
+
+def check_rounded(rounded, scale, exact, dtype):
+    """Compare with `to_float8`: all but those on the border of two numbers are the same."""
+    expected, expected_scale = to_float8(exact, dtype, by_row=True)
+    torch.testing.assert_close(scale, expected_scale, rtol=1e-5 if interpreted else 1e-4, atol=0)
+    if interpreted:
+        largest = torch.finfo(dtype).max
+        assert rounded.abs().max() <= largest
+        torch.testing.assert_close(rounded * scale, exact, rtol=1e-5, atol=1e-5)
+        rounded = rounded.to(dtype)
+    assert (rounded.float() == expected.float()).float().mean() > 0.999
+
+
+@runs_kernels
+@pytest.mark.parametrize("tanh_gelu", [False, True])
+@pytest.mark.parametrize("size", [96] if interpreted else [96, 1024, 8192, 11008, 16384])
+@pytest.mark.parametrize("keep", [False, True])
+def test_kernels_are_plain_torch(tanh_gelu, size, keep):
+    from sftlab.fastpath import float8_mlp_kernel
+
+    torch.manual_seed(0)
+    dtype = torch.float32 if interpreted else torch.bfloat16
+    gate, up, into = (room(5, size, dtype=dtype).normal_(std=2) for _ in range(3))
+    gate[1] *= 1e-3
+    into[2] = 0
+    for tensor in (gate, up):
+        tensor[3] = 0
+    exact = [tensor.double().requires_grad_() for tensor in (gate, up)]
+    act = activation(exact[0], tanh_gelu) * exact[1]
+    gradients = [one.float() for one in torch.autograd.grad(act, exact, into.double())]
+    act = act.detach().float()
+    closeness = (
+        {"rtol": 1e-2, "atol": 1e-3} if dtype == torch.bfloat16 else {"rtol": 1e-5, "atol": 1e-5}
+    )
+
+    rounded, scale = room(5, size, dtype=dtype if interpreted else FORWARD), room(5, 1, dtype=dtype)
+    scale, kept = scale.float(), room(5, size, dtype=dtype)
+    float8_mlp_kernel.gated_to_float8(
+        gate, up, tanh_gelu, rounded, scale, kept if keep else None, torch.finfo(FORWARD).max
+    )
+    check_rounded(rounded, scale, act, FORWARD)
+    assert kept.isnan().all() or keep
+    if keep:
+        torch.testing.assert_close(kept.float(), act, **closeness)
+
+    pair = [room(5, size, dtype=dtype if interpreted else BACKWARD) for _ in range(2)]
+    scales = [room(5, 1, dtype=torch.float32) for _ in range(2)]
+    whole = [room(5, size, dtype=dtype) for _ in range(2)]
+    changed = into.clone()
+    float8_mlp_kernel.gated_backward_to_float8_(
+        changed, gate, up, tanh_gelu, pair, scales, whole if keep else None, keep,
+        torch.finfo(BACKWARD).max,
+    )  # fmt: skip
+    for place, gradient in enumerate(gradients):
+        check_rounded(pair[place], scales[place], gradient, BACKWARD)
+        if keep:
+            torch.testing.assert_close(whole[place].float(), gradient, **closeness)
+    expected = act if keep else into.float()
+    torch.testing.assert_close(changed.float(), expected, **closeness)
+
+
+@runs_kernels
+def test_kernels_keep_nan():
+    from sftlab.fastpath import float8_mlp_kernel
+
+    dtype = torch.float32 if interpreted else torch.bfloat16
+    gate, up, into = (room(4, 96, dtype=dtype).normal_() for _ in range(3))
+    gate[1, 7], up[2], into[3, 90] = torch.nan, torch.nan, torch.nan
+    rounded, scale = room(4, 96, dtype=dtype if interpreted else FORWARD), room(4, 1, dtype=dtype)
+    scale = scale.float()
+    float8_mlp_kernel.gated_to_float8(gate, up, False, rounded, scale, None, 448.0)
+    assert scale.isnan()[:, 0].tolist() == [False, True, True, False]
+    pair = [room(4, 96, dtype=dtype if interpreted else BACKWARD) for _ in range(2)]
+    scales = [torch.zeros_like(scale) for _ in range(2)]
+    float8_mlp_kernel.gated_backward_to_float8_(
+        into, gate, up, False, pair, scales, None, False, torch.finfo(BACKWARD).max
+    )
+    # the gradient of up is that of the activation times f(gate)
+    assert scales[0].isnan()[:, 0].tolist() == [False, True, True, True]
+    assert scales[1].isnan()[:, 0].tolist() == [False, True, False, True]
+
+
+@with_triton
+@starts_interpreter
+def test_the_kernels_run_under_tritons_interpreter():
+    assert "5 passed" in interpret_tests(__file__, "-k", "kernels_are_plain or kernels_keep")
