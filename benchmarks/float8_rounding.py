@@ -8,11 +8,11 @@ python benchmarks/float8_rounding.py --only bf16 "head in float8" "head's gradie
 A model with LoRA r=16 on all linears, whose B is drawn at random, since with zeros A would have no
 gradient. Rows are question and answer, one at a time, on a CPU. A line for float32; for bf16; for
 bf16 with frozen linears in float8, whose inputs and gradients have one scale for a tensor, or one
-for each token; for bf16 with the head in float8, or its gradient alone; and for weights in 4 bits
-(nf4, nested scales) that multiply in bf16, or in float8 with a scale for each token. `perplexity`
-is that of all tokens, `nats_apart` the mean distance of a token's nats from float32's.
-`lowest_cosine` and `median_cosine` are over LoRA matrices, between the gradient of all rows and
-float32's. Writes float8_rounding.csv.
+for each token, also with LoRA in the same products; for bf16 with the head in float8, or its
+gradient alone; and for weights in 4 bits (nf4, nested scales) that multiply in bf16, or in float8
+with a scale for each token. `perplexity` is that of all tokens, `nats_apart` the mean distance of a
+token's nats from float32's. `lowest_cosine` and `median_cosine` are over LoRA matrices, between the
+gradient of all rows and float32's. Writes float8_rounding.csv.
 """
 
 import argparse
@@ -31,6 +31,7 @@ from transformers import AutoTokenizer, BitsAndBytesConfig
 from sftlab.exit_messages import mistakes_in_one_line
 from sftlab.fastpath import float8
 from sftlab.fastpath.four_bit_layers import four_bit_linears, swap
+from sftlab.fastpath.fused_lora import SIBLINGS, fuse_lora
 from sftlab.fastpath.fused_loss import add_frozen_head_loss, in_float8
 from sftlab.models.loading import load_weights
 from sftlab.paths import ROOT
@@ -39,9 +40,13 @@ from sftlab.script_options import Options
 from sftlab.tables import write_csv
 
 FLOAT32, BF16, BY_TENSOR, BY_TOKEN = "float32", "bf16", "float8 by tensor", "float8 by token"
+FUSED = "float8, fused LoRA"
 FOUR_BITS, FOUR_BITS_FLOAT8 = "4 bits", "4 bits, float8"
 HEAD, HEADS_GRADIENT = "head in float8", "head's gradient in float8"
-PRECISIONS = FLOAT32, BF16, BY_TENSOR, BY_TOKEN, HEAD, HEADS_GRADIENT, FOUR_BITS, FOUR_BITS_FLOAT8
+PRECISIONS = (
+    *(FLOAT32, BF16, BY_TENSOR, BY_TOKEN, FUSED, HEAD, HEADS_GRADIENT),
+    *(FOUR_BITS, FOUR_BITS_FLOAT8),
+)
 B_SIZE = 0.02
 
 
@@ -91,8 +96,10 @@ def losses_and_gradients(
     in_four_bits = precision in (FOUR_BITS, FOUR_BITS_FLOAT8)
     dtype = torch.float32 if precision == FLOAT32 else torch.bfloat16
     model = with_lora(folder, dtype, in_four_bits).train()
-    if precision in (BY_TENSOR, BY_TOKEN):
-        float8.freeze_in_float8(model)
+    if precision in (BY_TENSOR, BY_TOKEN, FUSED):
+        float8.freeze_in_float8(model, together=SIBLINGS if precision == FUSED else ())
+    if precision == FUSED and (left := fuse_lora(model, torch.bfloat16)):
+        raise ValueError(f"not all LoRA layers are fused: {left}")
     base = model.get_base_model()
     rounded = in_float8(base.lm_head.weight.data) if precision == HEADS_GRADIENT else None
     if precision == HEAD:

@@ -57,17 +57,20 @@ def test_kernels_are_plain_torch(tanh_gelu, size, keep):
         {"rtol": 1e-2, "atol": 1e-3} if dtype == torch.bfloat16 else {"rtol": 1e-5, "atol": 1e-5}
     )
 
-    rounded, scale = room(5, size, dtype=dtype if interpreted else FORWARD), room(5, 1, dtype=dtype)
+    wide = room(5, size + 16, dtype=dtype if interpreted else FORWARD)
+    rounded, scale = wide[:, :size], room(5, 1, dtype=dtype)
     scale, kept = scale.float(), room(5, size, dtype=dtype)
     float8_mlp_kernel.gated_to_float8(
         gate, up, tanh_gelu, rounded, scale, kept if keep else None, torch.finfo(FORWARD).max
     )
     check_rounded(rounded, scale, act, FORWARD)
+    assert wide[:, size:].isnan().all()
     assert kept.isnan().all() or keep
     if keep:
         torch.testing.assert_close(kept.float(), act, **closeness)
 
-    pair = [room(5, size, dtype=dtype if interpreted else BACKWARD) for _ in range(2)]
+    wide = [room(5, size + more, dtype=dtype if interpreted else BACKWARD) for more in (0, 16)]
+    pair = [one[:, :size] for one in wide]
     scales = [room(5, 1, dtype=torch.float32) for _ in range(2)]
     whole = [room(5, size, dtype=dtype) for _ in range(2)]
     changed = into.clone()
@@ -79,6 +82,7 @@ def test_kernels_are_plain_torch(tanh_gelu, size, keep):
         check_rounded(pair[place], scales[place], gradient, BACKWARD)
         if keep:
             torch.testing.assert_close(whole[place].float(), gradient, **closeness)
+    assert wide[1][:, size:].isnan().all()
     expected = act if keep else into.float()
     torch.testing.assert_close(changed.float(), expected, **closeness)
 
@@ -104,7 +108,39 @@ def test_kernels_keep_nan():
     assert scales[1].isnan()[:, 0].tolist() == [False, True, False, True]
 
 
+@runs_kernels
+@pytest.mark.parametrize("sizes", [(96,), (64, 24, 40)] + [(2048, 512, 512)] * on_a_gpu)
+@pytest.mark.parametrize("large", [1e-3, 30.0])
+def test_rows_beside_what_lora_made_of_them_are_plain_torch(sizes, large):
+    from sftlab.fastpath import float8_join_kernel
+
+    torch.manual_seed(0)
+    dtype = torch.float32 if interpreted else torch.bfloat16
+    both = room(40, sum(sizes) + 8, dtype=dtype).normal_()
+    parts, h = both[:, : sum(sizes)].split(sizes, 1), room(40, 24, dtype=dtype).normal_()
+    h[3], both[5, 7], h[6, 2] = 0, torch.nan, torch.nan
+    factor = room(1, dtype=torch.float32).fill_(large)
+    exact = torch.cat([*parts, factor * h], 1).float()
+    out = room(40, sum(sizes) + 24, dtype=dtype if interpreted else FORWARD)
+    scale = room(40, 1, dtype=torch.float32)
+    float8_join_kernel.join_in_float8(parts, h, factor, out, scale, torch.finfo(FORWARD).max)
+    sound = [row for row in range(40) if row not in (5, 6)]
+    check_rounded(out[sound], scale[sound], exact[sound], FORWARD)
+    assert scale[[5, 6]].isnan().all()
+
+    # as if the rows had been rounded before h was known
+    before, room_for_h = out.clone(), out[:, sum(sizes) :]
+    room_for_h.copy_(room(40, 24, dtype=dtype))
+    float8_join_kernel.fill_ranks(h, factor, scale, room_for_h, torch.finfo(FORWARD).max)
+    apart = 1e-5 if interpreted else 0.15  # one number of float8
+    torch.testing.assert_close(out[sound].float(), before[sound].float(), rtol=apart, atol=1e-5)
+    float8_join_kernel.fill_ranks(h, factor, scale / 1e6, room_for_h, 448.0)
+    assert room_for_h[0].float().abs().max() == 448
+
+
 @with_triton
 @starts_interpreter
 def test_the_kernels_run_under_tritons_interpreter():
-    assert "5 passed" in interpret_tests(__file__, "-k", "kernels_are_plain or kernels_keep")
+    assert "9 passed" in interpret_tests(
+        __file__, "-k", "kernels_are_plain or kernels_keep or rows_beside"
+    )

@@ -7,7 +7,7 @@ if a scale needed all tokens. The format is e4m3 in the forward and e5m2 for gra
 (Micikevicius et al. 2022, arXiv 2209.05433).
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -27,11 +27,20 @@ class FrozenFloat8Linear(nn.Linear):
 
     # whether inputs are rounded: see inputs_in_16_bits
     rounds_inputs = True
+    # W and W^T where others hold them: see float8_lora.py
+    held: tuple[torch.Tensor, torch.Tensor] | None = None
 
-    def __init__(self, linear: nn.Linear, device: torch.device | None = None) -> None:
+    def __init__(
+        self,
+        linear: nn.Linear,
+        device: torch.device | None = None,
+        scale: torch.Tensor | None = None,
+    ) -> None:
         nn.Module.__init__(self)
         self.in_features, self.out_features = linear.in_features, linear.out_features
-        rounded, scale = to_float8(linear.weight.data.to(device), FORWARD)
+        weight = linear.weight.data.to(device)
+        scale = scale_of(weight.abs().amax(), FORWARD) if scale is None else scale.to(device)
+        rounded = over(weight, scale, FORWARD)
         # a product by rows takes a scale for each of its columns, of either copy
         self.scale = scale.repeat(1, max(self.in_features, self.out_features))
         both = torch.cat([one.view(torch.uint8).flatten() for one in (rounded, transpose(rounded))])
@@ -52,6 +61,8 @@ class FrozenFloat8Linear(nn.Linear):
 
     def stored(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Returns W [out, in] and W^T [in, out] in float8, and their scale for every column."""
+        if self.held:
+            return *self.held, self.scale
         weight, weight_t = self.weight.view(-1).view(FORWARD).view(2, -1)
         return (
             weight.view(self.out_features, -1),
@@ -123,10 +134,20 @@ def to_float8(
     The scale maps the largest absolute value, of the tensor or `by_row` of each row ([rows, 1]), to
     the largest one of `dtype`.
     """
-    largest = torch.finfo(dtype).max
     most = tensor.abs().amax(dim=-1, keepdim=True) if by_row else tensor.abs().amax()
-    scale = most.float().clamp(min=1e-12) / largest
-    return (tensor.float() / scale).clamp(-largest, largest).to(dtype), scale
+    scale = scale_of(most, dtype)
+    return over(tensor, scale, dtype), scale
+
+
+def scale_of(most: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Returns the scale under which `most`, a largest absolute value, is the largest number."""
+    return most.float().clamp(min=1e-12) / torch.finfo(dtype).max
+
+
+def over(tensor: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Returns `tensor` over `scale` in float8, cut off at the largest number."""
+    largest = torch.finfo(dtype).max
+    return (tensor.float() / scale).clamp(-largest, largest).to(dtype)
 
 
 def transpose(rounded: torch.Tensor) -> torch.Tensor:
@@ -139,10 +160,15 @@ def multiplies_in_float8(linear: nn.Module | None) -> bool:
     return hasattr(linear, "rounds_inputs")
 
 
-def freeze_in_float8(model: nn.Module, device: torch.device | None = None) -> int:
+def freeze_in_float8(
+    model: nn.Module,
+    device: torch.device | None = None,
+    together: Sequence[Sequence[str]] = (),
+) -> int:
     """Replace the frozen linears of the decoder by float8 ones; `device` does the rounding.
 
-    Returns the number of replaced linears. Raises ValueError if there is none whose sizes are
+    Linears of one module whose names are in one tuple of `together` get the same scale. Returns the
+    number of replaced linears. Raises ValueError if there is none whose sizes are
     multiples of 16, as float8 products need.
     """
     head = getattr(model, "get_output_embeddings", lambda: None)()
@@ -157,14 +183,28 @@ def freeze_in_float8(model: nn.Module, device: torch.device | None = None) -> in
             "fp8: the model has no frozen linear whose sizes are multiples of 16: launch with "
             "single.yaml"
         )
+    scales = dict(_shared_scales(model, names, together))
     for name in names:
         parent, _, child = name.rpartition(".")
-        setattr(
-            model.get_submodule(parent),
-            child,
-            FrozenFloat8Linear(model.get_submodule(name), device),
-        )
+        rounded = FrozenFloat8Linear(model.get_submodule(name), device, scales.get(name))
+        setattr(model.get_submodule(parent), child, rounded)
     return len(names)
+
+
+def _shared_scales(
+    model: nn.Module, names: Sequence[str], together: Sequence[Sequence[str]]
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yields the name of each linear that shares a scale, and that scale."""
+    sharing: dict[tuple, list[str]] = {}
+    for name in names:
+        *path, child = name.removesuffix(".base_layer").split(".")
+        for i, group in enumerate(together):
+            if child in group:
+                sharing.setdefault((i, *path), []).append(name)
+    for group in sharing.values():
+        most = torch.stack([model.get_submodule(name).weight.data.abs().amax() for name in group])
+        for name in group:
+            yield name, scale_of(most.amax(), FORWARD)
 
 
 def _read_by_mixers(model: nn.Module) -> Iterator[nn.Module]:

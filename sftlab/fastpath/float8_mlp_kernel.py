@@ -1,7 +1,7 @@
 """Triton kernels that round an MLP's activation, and its gradients, to float8 where they make them.
 
 A program holds a row: it reads it once, finds its largest absolute value, and writes it rounded.
-Matrices are [rows, size] and contiguous, scales [rows, 1].
+Matrices are [rows, size] and contiguous, those in float8 with any stride of rows, scales [rows, 1].
 """
 
 import torch
@@ -24,15 +24,28 @@ def gated_to_float8(
     scale: torch.Tensor,
     act: torch.Tensor | None,
     largest: float,
+    room: torch.Tensor | None = None,
 ) -> None:
     """Fill `rounded` and `scale` with act = f(gate) up; f is SiLU or `gelu`'s tanh form.
 
-    The largest absolute value of a row becomes `largest`. Fill `act` with act itself, if it is
-    given.
+    The largest absolute value of a row becomes `largest`, over `room` [1] if it is given. Fill
+    `act` with act itself, if it is given.
     """
     rows, size = gate.shape
     _gated_to_float8[(rows,)](
-        gate, up, rounded, scale, act, size, largest, gelu, act is not None, **_width(size)
+        gate,
+        up,
+        rounded,
+        rounded.stride(0),
+        scale,
+        act,
+        size,
+        largest,
+        room,
+        gelu,
+        act is not None,
+        room is not None,
+        **row_width(size),
     )
 
 
@@ -46,20 +59,23 @@ def gated_backward_to_float8_(
     whole: tuple[torch.Tensor, torch.Tensor] | None,
     keep_act: bool,
     largest: float,
+    room: torch.Tensor | None = None,
 ) -> None:
     """Fill `rounded` and `scales` with the gradients of gate and up, from `gradient`, act's.
 
-    Fill `whole` with the gradients themselves, if it is given. `gradient` is overwritten with act
-    if `keep_act`.
+    `largest` and `room` are as in gated_to_float8. Fill `whole` with the gradients themselves, if
+    it is given. `gradient` is overwritten with act if `keep_act`.
     """
     rows, size = gate.shape
     _gated_backward_to_float8[(rows,)](
-        gradient, gate, up, *rounded, *scales, *(whole or (None, None)), size, largest, gelu,
-        whole is not None, keep_act, maxnreg=REGISTERS, **_width(size),
+        gradient, gate, up, rounded[0], rounded[0].stride(0), rounded[1], rounded[1].stride(0),
+        *scales, *(whole or (None, None)), size, largest, room, gelu,
+        whole is not None, keep_act, room is not None, maxnreg=REGISTERS, **row_width(size),
     )  # fmt: skip
 
 
-def _width(size: int) -> dict[str, int]:
+def row_width(size: int) -> dict[str, int]:
+    """Returns how a program holds a row of so many columns."""
     width = triton.next_power_of_2(size)
     return {"WIDTH": width, "num_warps": min(max(width // (32 * HELD), 1), 32)}
 
@@ -71,34 +87,51 @@ def larger_or_nan(x, y) -> "tl.tensor":
 
 
 @triton.jit
-def _round(x, out, scale, row, size, at, inside, largest) -> None:
-    """Write a row of x in float8, and its scale, which is NaN where an element is."""
-    row_scale = larger_or_nan(tl.reduce(tl.abs(x), 0, larger_or_nan), 1e-12) / largest
+def row_scale_of(x, largest) -> "tl.tensor":
+    """Returns the scale of a row x in float8, which is NaN where an element is."""
+    return larger_or_nan(tl.reduce(tl.abs(x), 0, larger_or_nan), 1e-12) / largest
+
+
+@triton.jit
+def within(x, largest) -> "tl.tensor":
+    """Returns x, `largest` at most in absolute value; NaN stays."""
+    return tl.where(x == x, tl.minimum(tl.maximum(x, -largest), largest), x)
+
+
+@triton.jit
+def _round(x, out, out_stride, scale, row, at, inside, largest) -> None:
+    """Write a row of x in float8, and its scale."""
+    row_scale = row_scale_of(x, largest)
     tl.store(scale + row, row_scale)
-    small = tl.minimum(tl.maximum(x * (1.0 / row_scale), -largest), largest)
-    tl.store(out + row * size + at, small.to(out.dtype.element_ty), mask=inside)
+    small = within(x * (1.0 / row_scale), largest)
+    tl.store(out + row * out_stride + at, small.to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit
 def _gated_to_float8(
-    gate, up, rounded, scale, act, size, largest,
-    GELU: tl.constexpr, KEEP: tl.constexpr, WIDTH: tl.constexpr,
+    gate, up, rounded, rounded_stride, scale, act, size, largest, room,
+    GELU: tl.constexpr, KEEP: tl.constexpr, ROOM: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
+    if ROOM:
+        largest = largest / tl.load(room)
     row, at = tl.program_id(0).to(tl.int64), tl.arange(0, WIDTH)
     inside, place = at < size, row * size + at
     x = tl.load(gate + place, mask=inside, other=0.0).to(tl.float32)
     found = x * share(x, GELU) * tl.load(up + place, mask=inside, other=0.0).to(tl.float32)
     if KEEP:
         tl.store(act + place, found.to(act.dtype.element_ty), mask=inside)
-    _round(found, rounded, scale, row, size, at, inside, largest)
+    _round(found, rounded, rounded_stride, scale, row, at, inside, largest)
 
 
 @triton.jit
 def _gated_backward_to_float8(
-    gradient, gate, up, rounded_gate, rounded_up, scale_gate, scale_up, into_gate, into_up,
-    size, largest,
-    GELU: tl.constexpr, KEEP: tl.constexpr, KEEP_ACT: tl.constexpr, WIDTH: tl.constexpr,
+    gradient, gate, up, rounded_gate, gate_stride, rounded_up, up_stride, scale_gate, scale_up,
+    into_gate, into_up, size, largest, room,
+    GELU: tl.constexpr, KEEP: tl.constexpr, KEEP_ACT: tl.constexpr, ROOM: tl.constexpr,
+    WIDTH: tl.constexpr,
 ):  # fmt: skip
+    if ROOM:
+        largest = largest / tl.load(room)
     row, at = tl.program_id(0).to(tl.int64), tl.arange(0, WIDTH)
     inside, place = at < size, row * size + at
     into = tl.load(gradient + place, mask=inside, other=0.0).to(tl.float32)
@@ -110,5 +143,5 @@ def _gated_backward_to_float8(
     if KEEP:
         tl.store(into_gate + place, of_gate.to(into_gate.dtype.element_ty), mask=inside)
         tl.store(into_up + place, of_up.to(into_up.dtype.element_ty), mask=inside)
-    _round(of_gate, rounded_gate, scale_gate, row, size, at, inside, largest)
-    _round(of_up, rounded_up, scale_up, row, size, at, inside, largest)
+    _round(of_gate, rounded_gate, gate_stride, scale_gate, row, at, inside, largest)
+    _round(of_up, rounded_up, up_stride, scale_up, row, at, inside, largest)

@@ -6,35 +6,43 @@ float8_mlp_kernel.py; on a CPU plain torch.
 
 import torch
 
-from sftlab.fastpath.float8 import BACKWARD, FORWARD, to_float8
+from sftlab.fastpath.float8 import BACKWARD, FORWARD, over, scale_of, to_float8
 from sftlab.fastpath.mlp_ops import gated_backward_, has_kernels
 from sftlab.models.gated_mlp import activation
 
 
 @torch.library.custom_op("sftlab::gated_to_float8", mutates_args=())
 def gated_to_float8(
-    gate: torch.Tensor, up: torch.Tensor, tanh_gelu: bool, keep_act: bool
+    gate: torch.Tensor,
+    up: torch.Tensor,
+    tanh_gelu: bool,
+    keep_act: bool,
+    ranks: int = 0,
+    room: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Returns act = f(gate) up of [rows, size] in float8, its scales, and act if `keep_act`.
 
-    act is [0, size] otherwise.
+    act itself is [0, size] if it is not kept. Beside act in float8 are `ranks` columns to fill. The
+    scale of a row leaves room for values `room` [1] times its largest one.
     """
-    rounded, scale, act = _gated_room(gate, keep_act)
+    rounded, scale, act = _gated_room(gate, keep_act, ranks)
     if has_kernels(gate):
         from sftlab.fastpath import float8_mlp_kernel
 
         float8_mlp_kernel.gated_to_float8(
             gate.contiguous(), up.contiguous(), tanh_gelu, rounded, scale,
-            act if keep_act else None, torch.finfo(FORWARD).max,
+            act if keep_act else None, torch.finfo(FORWARD).max, room,
         )  # fmt: skip
         return rounded, scale, act
     found = activation(gate.float(), tanh_gelu) * up
     if keep_act:
         act.copy_(found)
-    return *to_float8(found, FORWARD, by_row=True), act
+    return *_rounded(found, FORWARD, ranks, room), act
 
 
-gated_to_float8.register_fake(lambda gate, up, tanh_gelu, keep_act: _gated_room(gate, keep_act))
+gated_to_float8.register_fake(
+    lambda gate, up, tanh_gelu, keep_act, ranks=0, room=None: _gated_room(gate, keep_act, ranks)
+)
 
 
 @torch.library.custom_op("sftlab::gated_backward_to_float8", mutates_args=("gradient",))
@@ -45,19 +53,22 @@ def gated_backward_to_float8_(
     tanh_gelu: bool,
     keep: bool,
     keep_act: bool,
+    ranks: int = 0,
+    room: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Returns the gradients of gate and up [rows, size], from `gradient`, that of f(gate) up.
 
     They are that of gate in float8, its scales, the same of up, and if `keep` both themselves,
-    [0, size] otherwise. `gradient` is overwritten with f(gate) up if `keep_act`.
+    [0, size] otherwise. Beside that of up in float8 are `ranks` columns to fill; `room` is as in
+    gated_to_float8. `gradient` is overwritten with f(gate) up if `keep_act`.
     """
-    found = _backward_room(gate, keep)
+    found = _backward_room(gate, keep, ranks)
     if has_kernels(gate):
         from sftlab.fastpath import float8_mlp_kernel
 
         float8_mlp_kernel.gated_backward_to_float8_(
             gradient, gate.contiguous(), up.contiguous(), tanh_gelu, found[0:4:2], found[1:4:2],
-            found[4:] if keep else None, keep_act, torch.finfo(BACKWARD).max,
+            found[4:] if keep else None, keep_act, torch.finfo(BACKWARD).max, room,
         )  # fmt: skip
         return found
     size = gate.shape[1]
@@ -67,12 +78,15 @@ def gated_backward_to_float8_(
         gradient.copy_(act)
     for part, into in zip(into_y.split(size, 1), found[4:], strict=True):
         into.copy_(part[: len(into)])
-    gate8, up8 = (to_float8(part, BACKWARD, by_row=True) for part in into_y.split(size, 1))
+    pairs = zip(into_y.split(size, 1), (0, ranks), strict=True)
+    gate8, up8 = (_rounded(part, BACKWARD, more, room) for part, more in pairs)
     return *gate8, *up8, *found[4:]
 
 
 gated_backward_to_float8_.register_fake(
-    lambda gradient, gate, up, tanh_gelu, keep, keep_act: _backward_room(gate, keep)
+    lambda gradient, gate, up, tanh_gelu, keep, keep_act, ranks=0, room=None: _backward_room(
+        gate, keep, ranks
+    )
 )
 
 
@@ -88,19 +102,39 @@ def add_product_(y: torch.Tensor, h: torch.Tensor, b: torch.Tensor, scale: float
 add_product_.register_fake(lambda y, h, b, scale: None)
 
 
-def _gated_room(gate: torch.Tensor, keep: bool) -> tuple[torch.Tensor, ...]:
+def _gated_room(gate: torch.Tensor, keep: bool, ranks: int) -> tuple[torch.Tensor, ...]:
     rows, size = gate.shape
-    return *_rounded_room(gate, FORWARD), gate.new_empty(rows if keep else 0, size)
+    return *rounded_room(gate, size + ranks, FORWARD), gate.new_empty(rows if keep else 0, size)
 
 
-def _backward_room(gate: torch.Tensor, keep: bool) -> tuple[torch.Tensor, ...]:
+def _backward_room(gate: torch.Tensor, keep: bool, ranks: int) -> tuple[torch.Tensor, ...]:
     rows, size = gate.shape
     whole = (gate.new_empty(rows if keep else 0, size) for _ in range(2))
-    return *_rounded_room(gate, BACKWARD), *_rounded_room(gate, BACKWARD), *whole
+    of_gate, of_up = (rounded_room(gate, size + more, BACKWARD) for more in (0, ranks))
+    return *of_gate, *of_up, *whole
 
 
-def _rounded_room(x: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    return (
-        x.new_empty(x.shape, dtype=dtype),
-        x.new_empty(x.shape[0], 1, dtype=torch.float32),
-    )
+def rounded_room(
+    x: torch.Tensor, columns: int, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns room for x's rows in float8 with so many columns, and for their scales."""
+    rows = x.shape[0]
+    return x.new_empty(rows, columns, dtype=dtype), x.new_empty(rows, 1, dtype=torch.float32)
+
+
+def _rounded(
+    x: torch.Tensor, dtype: torch.dtype, ranks: int, room: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns x in float8, plainly, beside `ranks` columns to fill, and its scales."""
+    if room is None:
+        rounded, scale = to_float8(x, dtype, by_row=True)
+    else:
+        scale = scale_of(x.abs().amax(1, keepdim=True), dtype) * room
+        rounded = over(x, scale, dtype)
+    return (side_by_side(rounded, rounded[:, :1].expand(-1, ranks)) if ranks else rounded), scale
+
+
+def side_by_side(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    """Returns two float8 matrices side by side: torch cannot join such."""
+    found = torch.cat([each.view(torch.uint8) for each in (one, other)], 1)
+    return found.view(one.dtype)

@@ -7,6 +7,9 @@ from peft.tuners import lora
 from torch import nn
 from transformers import PreTrainedModel
 
+from sftlab.fastpath import float8_lora
+from sftlab.fastpath.float8 import FrozenFloat8Linear
+from sftlab.fastpath.float8_lora import share_a_scale
 from sftlab.fastpath.four_bit_layers import four_bit_linears
 from sftlab.fastpath.fused_lora_check import differs
 from sftlab.fastpath.lora_mlp import LoraMlp, fuse_mlp, unfuse_mlp
@@ -124,7 +127,8 @@ def why_not(layer: lora.LoraLayer, dtype: torch.dtype) -> str | None:
     """Returns why a layer stays on peft's path; None if it need not."""
     base = layer.get_base_layer()
     in_four_bits = bool(four_bit_linears(base))
-    whole = (type(layer), type(base)) == (lora.Linear, nn.Linear)
+    in_float8 = isinstance(base, FrozenFloat8Linear)
+    whole = type(layer) is lora.Linear and (in_float8 or type(base) is nn.Linear)
     if not (whole or in_four_bits) or layer.fan_in_fan_out:
         return f"{type(base).__name__} under peft's {type(layer).__name__} has a product of its own"
     if reason := why_not_plain(layer):
@@ -139,6 +143,9 @@ def why_not(layer: lora.LoraLayer, dtype: torch.dtype) -> str | None:
 
         if reason := four_bit_lora.why_not(layer, dtype):
             return reason
+    elif in_float8:
+        if reason := float8_lora.why_not(layer, dtype):
+            return reason
     elif base.weight.dtype != dtype:
         return f"the weights are {base.weight.dtype}, and the products {dtype}"
     (dropout,) = layer.lora_dropout.values()
@@ -148,6 +155,8 @@ def why_not(layer: lora.LoraLayer, dtype: torch.dtype) -> str | None:
 
 
 def _group(layers: list[LoraProduct], far: bool) -> SharedInput:
+    if isinstance(layers[0].base_layer, FrozenFloat8Linear):
+        return float8_lora.Float8Input(layers, far)
     if not four_bit_linears(layers[0].base_layer):
         return SharedInput(layers, far)
     from sftlab.fastpath.four_bit_lora import FourBitInput
@@ -165,7 +174,7 @@ def _sharing(model: nn.Module) -> Iterator[tuple[list[LoraProduct], bool]]:
         for names in SIBLINGS:
             layers = [getattr(parent, name, None) for name in names]
             layers = [layer for layer in layers if isinstance(layer, LoraProduct)]
-            alike = len({one.kind for one in layers}) == 1
+            alike = len({one.kind for one in layers}) == 1 and share_a_scale(layers)
             rank = padded(sum(layer.rank for layer in layers))
             if alike and len(layers) > 1 and rank <= LARGEST_SHARED_RANK:
                 found.update(layers)

@@ -9,12 +9,15 @@ import torch
 from peft.utils.integrations import dequantize_module_weight
 from torch import nn
 
+from sftlab.fastpath.float8 import FrozenFloat8Linear
 from sftlab.fastpath.lora_mlp import LoraMlp
 from sftlab.fastpath.lora_products import LoraProduct, SharedInput, copy_matrices
 from sftlab.fastpath.own_class import own_class
 
 # Largest difference of equal outputs and gradients, relative to their norm.
 SAME = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 0.03, torch.float16: 0.01}
+# The same of products in float8: h, A and B are rounded, and what is near another number's border.
+SAME_IN_FLOAT8 = 0.2
 # Tokens of the comparison: sizes for which a step compiles the kernels anyway.
 TOKENS = 256
 
@@ -42,6 +45,8 @@ class _Part(NamedTuple):
     @property
     def most(self) -> float:
         """The largest difference of what is the same; a GPU may round float32 to TF32."""
+        if self.layers[0].together.in_float8:
+            return SAME_IN_FLOAT8
         tf32 = self.like.dtype == torch.float32 and self.like.is_cuda
         return SAME[torch.float16 if tf32 else self.like.dtype]
 
@@ -143,8 +148,7 @@ def _random(part: _Part, drawn: Callable[..., torch.Tensor]) -> Iterator[None]:
     try:
         for layer in part.layers:
             a, b = layer.matrices  # an update as large as the product that it adds to
-            weight = dequantize_module_weight(layer.base_layer)
-            spread = float(weight[:256].float().std()) or 1.0
+            spread = float(_some_weights(layer.base_layer).std()) or 1.0
             large = spread * (layer.in_features / layer.rank) ** 0.5 / (layer.scale or 1.0)
             a.data = (drawn(*a.shape) * layer.in_features**-0.5).to(a)
             b.data = (drawn(*b.shape) * large).to(b)
@@ -159,6 +163,13 @@ def _random(part: _Part, drawn: Callable[..., torch.Tensor]) -> Iterator[None]:
         for group, was in held.items():
             group.forget(weights)
             group.held = was
+
+
+def _some_weights(linear: nn.Module) -> torch.Tensor:
+    if isinstance(linear, FrozenFloat8Linear):
+        weight, _, scale = linear.stored()
+        return weight[:256].float() * scale[0, 0]
+    return dequantize_module_weight(linear)[:256].float()
 
 
 @contextmanager

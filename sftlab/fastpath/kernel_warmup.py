@@ -11,7 +11,8 @@ from transformers import PreTrainedConfig
 from sftlab.config.launch import COMPUTE_DTYPE, PRECISIONS
 from sftlab.config.recipe import Recipe
 from sftlab.data.collator import TOKENS_MULTIPLE, tiles
-from sftlab.fastpath import mlp_ops, varlen_attention
+from sftlab.fastpath import float8_lora_ops, float8_mlp_ops, mlp_ops, varlen_attention
+from sftlab.fastpath.float8_lora import LARGEST_SIZE
 from sftlab.fastpath.fused_loss import CHUNK, FrozenHeadLoss, in_float8
 from sftlab.fastpath.lora_products import padded
 from sftlab.fastpath.selection import FastPath
@@ -39,13 +40,15 @@ def start_compilers(recipe: Recipe, config: PreTrainedConfig, fast: FastPath) ->
     longest = recipe.training.max_length
     kinds = tuple(dict.fromkeys(one.for_rows(longest) for one in fast.layers.attention))
     fused_loss = fast.fused_loss is not False
-    float8_head = recipe.training.mixed_precision == "fp8" and recipe.training.method == "sft"
+    float8 = recipe.training.mixed_precision == "fp8"
+    float8_head = float8 and recipe.training.method == "sft"
 
     def rehearse_here() -> None:
         torch.cuda.set_device(device)  # a new thread begins on the first GPU
         rehearse(config.get_text_config(), kinds, dtype, device, fused_loss, float8_head)
         if fast.fused_lora and not recipe.model.lora_dropout:
-            rehearse_mlp(config.get_text_config(), recipe.model.lora_r, dtype, device)
+            mlp = rehearse_float8_mlp if float8 else rehearse_mlp
+            mlp(config.get_text_config(), recipe.model.lora_r, dtype, device)
 
     future = thread.submit(rehearse_here)
     thread.shutdown(wait=False)
@@ -105,3 +108,27 @@ def rehearse_mlp(
     mlp_ops.gated(y, tanh_gelu, make(size + padded(rank))[:, :size])
     mlp_ops.gated_backward_(act, y, tanh_gelu, make(2 * size + padded(2 * rank))[:, : 2 * size])
     mlp_ops.copy(gradient, make(hidden + padded(rank))[:, :hidden])
+
+
+def rehearse_float8_mlp(
+    config: PreTrainedConfig, rank: int, dtype: torch.dtype, device: torch.device
+) -> None:
+    """Run the kernels of fused LoRA over float8 weights once, as rehearse_mlp does its own."""
+    hidden, size = config.hidden_size, getattr(config, "intermediate_size", None)
+    if not isinstance(size, int) or max(hidden, size) > LARGEST_SIZE:
+        return
+    name = getattr(config, "hidden_activation", None) or getattr(config, "hidden_act", "")
+    tanh_gelu = "tanh" in str(name)
+    make = partial(torch.zeros, TOKENS_MULTIPLE, dtype=dtype, device=device)
+    of_h, of_into_h, room, room_back = make(4)[0].float().split(1)
+    ranks, ranks_down = padded(2 * rank), padded(rank)
+    gate, up, act, h, h_down = make(size), make(size), make(size), make(ranks), make(ranks_down)
+    x = make(hidden)
+    float8_lora_ops.join_in_float8([x], h, of_h, False)
+    float8_lora_ops.join_in_float8([x], h_down, of_into_h, True)
+    rounded, scale, _ = float8_mlp_ops.gated_to_float8(gate, up, tanh_gelu, True, ranks_down, room)
+    float8_lora_ops.fill_ranks_(h_down, of_h, scale, rounded)
+    _, _, rounded, scale, *_ = float8_mlp_ops.gated_backward_to_float8_(
+        act, gate, up, tanh_gelu, True, True, ranks, room_back
+    )
+    float8_lora_ops.fill_ranks_(h, of_into_h, scale, rounded)

@@ -7,6 +7,7 @@ and up read theirs. The activation is not kept for the backward: its gradient wo
 import torch
 from torch import nn
 
+from sftlab.fastpath.float8_lora_mlp import Float8LoraMlp
 from sftlab.fastpath.joined_product import Form, adapter_gradients, for_gradients, for_outputs
 from sftlab.fastpath.lora_products import LoraProduct
 from sftlab.fastpath.mlp_ops import gated_backward, gated_down
@@ -32,7 +33,7 @@ class LoraMlp(nn.Module):
         rows = x.reshape(-1, self.gate_proj.in_features).to(both.dtype)
         matrices = [matrix for layer in layers for matrix in layer.matrices]
         held = both.tensors()
-        found = _Mlp.apply(
+        found = (Float8LoraMlp if both.in_float8 else _Mlp).apply(
             rows, self.tanh_gelu, both.form, down.form, len(held),
             *held, *down.tensors(), *matrices,
         )  # fmt: skip
@@ -60,6 +61,8 @@ def fuse_mlp(module: nn.Module) -> None:
     if any(layer.base_layer.bias is not None for layer in layers):
         return
     if gate.together.dtype != down.together.dtype:
+        return
+    if gate.together.in_float8 != down.together.in_float8:
         return
     if not gate.out_features == up.out_features == down.in_features:
         return

@@ -73,6 +73,9 @@ class SharedInput:
     block is 0. It is None before the decoder's first forward. `far` is that of Form.
     """
 
+    # whether its products are in float8
+    in_float8 = False
+
     def __init__(self, layers: Sequence[LoraProduct], far: bool = False) -> None:
         self.layers, self.far = tuple(layers), far
         self.held: tuple[torch.Tensor, ...] | None = None
@@ -157,6 +160,10 @@ class SharedInput:
         """Whether what is held was made for adapters of today's ranks."""
         return self.held is not None and self.held_ranks == [layer.rank for layer in self.layers]
 
+    @staticmethod
+    def after_copies(groups: Sequence["SharedInput"]) -> None:
+        """Make what else products take of the copies of LoRA's matrices."""
+
     def columns(self) -> int:
         """Returns the columns of all A matrices, padded."""
         return padded(sum(layer.rank for layer in self.layers))
@@ -224,3 +231,5 @@ def copy_matrices(groups: Sequence[SharedInput]) -> None:
         return
     torch._foreach_copy_(into_a, a)
     torch._foreach_copy_(into_b, torch._foreach_mul(b, scales))
+    for kind in {type(group) for group in groups}:
+        kind.after_copies([group for group in groups if type(group) is kind])

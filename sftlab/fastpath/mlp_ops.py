@@ -19,7 +19,7 @@ def beside(parts: Sequence[torch.Tensor], columns: int) -> torch.Tensor:
     if has_kernels(out):
         from sftlab.fastpath import mlp_kernel
 
-        mlp_kernel.beside([_by_rows(part) for part in parts], out)
+        mlp_kernel.beside([by_rows(part) for part in parts], out)
         return out
     used = sum(part.shape[1] for part in parts)
     torch.cat([*parts, out.new_zeros(len(out), columns - used)], 1, out=out)
@@ -158,12 +158,13 @@ def copy(x: torch.Tensor, out: torch.Tensor) -> None:
         return
     from sftlab.fastpath import mlp_kernel
 
-    mlp_kernel.beside([_by_rows(x)], out)
+    mlp_kernel.beside([by_rows(x)], out)
 
 
 def _wide(x: torch.Tensor) -> torch.Tensor:
     return x.float() if x.element_size() < 4 else x
 
 
-def _by_rows(x: torch.Tensor) -> torch.Tensor:
+def by_rows(x: torch.Tensor) -> torch.Tensor:
+    """Returns x with each row's columns one after the other."""
     return x if x.stride(1) == 1 else x.contiguous()

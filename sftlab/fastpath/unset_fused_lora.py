@@ -28,7 +28,8 @@ def choose_fused_lora(recipe: Recipe, layers: Layers, launch: Launch) -> tuple[b
 
 def _is_expected(recipe: Recipe, layers: Layers) -> bool:
     model = recipe.model
-    rounded = model.load_in_8bit or recipe.training.mixed_precision == "fp8"
+    float8 = recipe.training.mixed_precision == "fp8"
+    rounded = model.load_in_8bit or (float8 and model.load_in_4bit)
     if rounded or not model.use_peft or model.lora_modules_to_save or model.lora_target_parameters:
         return False
     if any(getattr(model, name) for name in PARAMETER_FIELDS):

@@ -121,6 +121,9 @@ VARIANTS = {
     "sft.py fp8, 64 rows": sft("fp8", rows=64, gb=40),
     "sft.py bf16, all linears, 64 rows": sft("single", rows=64, gb=36, lora_target_modules=ALL),
     "sft.py fp8, all linears, 64 rows": sft("fp8", rows=64, gb=66, lora_target_modules=ALL),
+    "sft.py fp8, all linears, 64 rows, LoRA not fused": sft(
+        "fp8", rows=64, gb=66, lora_target_modules=ALL, fused_lora="false"
+    ),
     "sft.py bf16, 20 rows": sft("single", rows=20, gb=16),
     "sft.py fp32, 20 rows": sft("fp32", rows=20, gb=30),
     "sft.py bf16, dropout 0.05": sft("single", lora_dropout=0.05),

@@ -32,7 +32,7 @@ from sftlab.fastpath.fsdp import (
     resolve_plugin,
 )
 from sftlab.fastpath.fsdp_units import layers_in_units, take_units
-from sftlab.fastpath.fused_lora import take_fused_lora
+from sftlab.fastpath.fused_lora import SIBLINGS, take_fused_lora
 from sftlab.fastpath.packed_mixers import pack_mixers
 from sftlab.fastpath.selection import FastPath
 from sftlab.measurement.flops import flops_per_token
@@ -141,11 +141,12 @@ class RecordedTrainer(UpstreamFixes):
         self.choose_loss()
         float8 = self.args.mixed_precision == "fp8"
         if float8 and not four_bit_linears(self.model):
-            freeze_in_float8(self.model, self.accelerator.device)
+            together = SIBLINGS if self.fast.fused_lora else ()
+            freeze_in_float8(self.model, self.accelerator.device, together)
         take_four_bits(self.model, self.fast, self.launch.strategy, dtype, float8)
+        take_fused_lora(self.model, self.fast, self.launch.strategy, dtype)
         if float8 and self.fast.compile_layers and self.accelerator.device.type == "cuda":
             fuse_float8_mlps(self.model)
-        take_fused_lora(self.model, self.fast, self.launch.strategy, dtype)
         if self.fast.compile_layers:
             compile_layers(base)
 

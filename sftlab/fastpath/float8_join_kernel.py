@@ -1,0 +1,88 @@
+"""Triton kernels that round rows to float8 beside what LoRA made of them.
+
+Matrices are [rows, ...] with any stride of rows, scales [rows, 1].
+"""
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+
+from sftlab.fastpath.float8_mlp_kernel import larger_or_nan, row_scale_of, row_width, within
+
+# rows that a program of `fill_ranks` holds
+HEIGHT = 32
+
+
+def join_in_float8(
+    parts: Sequence[torch.Tensor],
+    h: torch.Tensor,
+    factor: torch.Tensor,
+    out: torch.Tensor,
+    scale: torch.Tensor,
+    largest: float,
+) -> None:
+    """Fill `out` and `scale` with up to three `parts` side by side, and then `factor` h.
+
+    The largest absolute value of a row, LoRA's part included, becomes `largest`.
+    """
+    given = [*parts, *[parts[0]] * (3 - len(parts))]
+    ends, end = [], 0
+    for part in given:
+        end += part.shape[1] if len(ends) < len(parts) else 0
+        ends.append(end)
+    rows = [one for part in given for one in (part, part.stride(0))]
+    _join[(len(out),)](
+        *rows, h, h.stride(0), factor, out, out.stride(0), scale, *ends, h.shape[1], largest,
+        triton.next_power_of_2(h.shape[1]), **row_width(end),
+    )  # fmt: skip
+
+
+def fill_ranks(
+    h: torch.Tensor, factor: torch.Tensor, scale: torch.Tensor, out: torch.Tensor, largest: float
+) -> None:
+    """Fill `out` [rows, ranks] with `factor` h over each row's `scale`, `largest` at most."""
+    rows, ranks = h.shape
+    _fill_ranks[(triton.cdiv(rows, HEIGHT),)](
+        h, h.stride(0), factor, scale, out, out.stride(0), rows, ranks, largest,
+        HEIGHT, triton.next_power_of_2(ranks),
+    )  # fmt: skip
+
+
+@triton.jit
+def _join(
+    one, one_stride, two, two_stride, three, three_stride, h, h_stride, factor, out, out_stride,
+    scale, first, second, third, ranks, largest, RANKS: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    row, at = tl.program_id(0).to(tl.int64), tl.arange(0, WIDTH)
+    in_one, in_two = at < first, (at >= first) & (at < second)
+    in_three = (at >= second) & (at < third)
+    a = tl.load(one + row * one_stride + at, mask=in_one, other=0.0)
+    b = tl.load(two + row * two_stride + (at - first), mask=in_two, other=0.0)
+    c = tl.load(three + row * three_stride + (at - second), mask=in_three, other=0.0)
+    x = tl.where(in_one, a, tl.where(in_two, b, c)).to(tl.float32)
+    rank = tl.arange(0, RANKS)
+    y = tl.load(h + row * h_stride + rank, mask=rank < ranks, other=0.0).to(tl.float32)
+    y *= tl.load(factor)
+    row_scale = larger_or_nan(row_scale_of(x, largest), row_scale_of(y, largest))
+    tl.store(scale + row, row_scale)
+    places = out + row * out_stride
+    small = within(x * (1.0 / row_scale), largest)
+    tl.store(places + at, small.to(out.dtype.element_ty), mask=at < third)
+    small = within(y * (1.0 / row_scale), largest)
+    tl.store(places + third + rank, small.to(out.dtype.element_ty), mask=rank < ranks)
+
+
+@triton.jit(do_not_specialize=["rows"])
+def _fill_ranks(
+    h, h_stride, factor, scale, out, out_stride, rows, ranks, largest,
+    HEIGHT: tl.constexpr, RANKS: tl.constexpr,
+):  # fmt: skip
+    row = (tl.program_id(0) * HEIGHT + tl.arange(0, HEIGHT)).to(tl.int64)[:, None]
+    rank = tl.arange(0, RANKS)[None, :]
+    inside = (row < rows) & (rank < ranks)
+    found = tl.load(h + row * h_stride + rank, mask=inside, other=0.0).to(tl.float32)
+    by = tl.load(factor) / tl.load(scale + row, mask=row < rows, other=1.0)
+    small = within(found * by, largest)
+    tl.store(out + row * out_stride + rank, small.to(out.dtype.element_ty), mask=inside)

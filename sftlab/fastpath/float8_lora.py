@@ -1,0 +1,199 @@
+"""Fused LoRA on frozen float8 linears: h stands beside x in float8, and s B beside W.
+
+One product gives x W^T + s h B^T, and another one the gradient of x. In them h, its gradient, A and
+B are in float8 like all else. h itself, and the gradients of A and B, are of bfloat16 products.
+"""
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+
+import torch
+from peft.tuners import lora
+from torch import nn
+
+from sftlab.fastpath.float8 import FORWARD, FrozenFloat8Linear, float8_product, over
+from sftlab.fastpath.float8_lora_ops import join_in_float8
+from sftlab.fastpath.joined_product import Form
+from sftlab.fastpath.lora_products import SharedInput, Views
+
+# columns of inputs, or of outputs side by side: a program of the kernels holds as many
+LARGEST_SIZE = 16384
+# The size of h in float8 where it is parallel to a row, over the mean size of the row's elements
+SIZE_OF_H = 4.0
+# How much larger than a row h may be that is not known yet when the row is rounded. It costs digits
+# of elements that are a thousandth of the largest one.
+HEADROOM = 32.0
+
+
+class Float8Input(SharedInput):
+    """Layers with frozen float8 weights that read one tensor, without dropout.
+
+    `held` are W beside s B, [out, in + ranks], and W^T beside A^T, [in, out + ranks], in float8; A
+    [ranks, in] and s B [out, ranks] in bfloat16; the weights' scale, for every column of either
+    product; and the four numbers of `_numbers`. The weights are views of the first two, and their
+    parameters keep no memory.
+    """
+
+    in_float8 = True
+
+    def tensors(self) -> list[torch.Tensor]:
+        """Returns what is held."""
+        return list(self.held)
+
+    def is_ready(self, x: torch.Tensor) -> bool:
+        """Whether its layers are ready for x, and multiply in float8."""
+        rounds = all(layer.base_layer.rounds_inputs for layer in self.layers)
+        return rounds and super().is_ready(x)
+
+    def _outputs(self, x: torch.Tensor) -> list[torch.Tensor]:
+        rows = x.reshape(-1, self.layers[0].in_features)
+        matrices = [matrix for layer in self.layers for matrix in layer.matrices]
+        found = Float8JoinedProduct.apply(rows, self.form, *self.tensors(), *matrices)
+        return [part.unflatten(0, x.shape[:-1]) for part in found]
+
+    def forget(self, weights: Mapping[nn.Parameter, torch.Tensor]) -> None:
+        """Be as before the decoder's first forward, with the frozen weights that are given."""
+        super().forget(weights)
+        for layer in self.layers:
+            layer.base_layer.held = None
+
+    def hold_weights(self) -> None:
+        """Make the frozen weights views of what is held, unless they are."""
+        linears = [layer.base_layer for layer in self.layers]
+        device = linears[0].weight.device
+        if self.holds_these_ranks() and self.held[0].device == device and linears[0].held:
+            return
+        stored, ranks = [linear.stored() for linear in linears], self.columns()
+        width, size = linears[0].in_features, sum(linear.out_features for linear in linears)
+        scale = stored[0][2][:, :1].repeat(1, max(size, width))
+        wide = torch.zeros(size, width + ranks, dtype=FORWARD, device=device)
+        tall = torch.zeros(width, size + ranks, dtype=FORWARD, device=device)
+        a = torch.zeros(ranks, width, dtype=self.dtype, device=device)
+        self.hold(wide, tall, a, a.new_zeros(size, ranks), scale, scale.new_ones(4))
+        begin = 0
+        for linear, (weight, weight_t, _) in zip(linears, stored, strict=True):
+            end = begin + linear.out_features
+            mine = wide[begin:end, : linear.in_features], tall[:, begin:end]
+            mine[0].view(torch.uint8).copy_(weight.view(torch.uint8))
+            mine[1].view(torch.uint8).copy_(weight_t.view(torch.uint8))
+            linear.held, begin = mine, end
+            linear.weight.data = linear.weight.data.new_zeros(()).expand(linear.weight.shape)
+
+    def find_views(self) -> Views:
+        """Returns where each layer's tensors are in what is held."""
+        return Views(self.held, *self.parts(self.held[2], self.held[3]), [])
+
+    @staticmethod
+    def after_copies(groups: Sequence["Float8Input"]) -> None:
+        """Round A and s B to float8 beside the weights, for all groups of a size at once."""
+        alike = defaultdict(list)
+        for group in groups:
+            if group.held is not None:
+                alike[group.held[0].shape, group.held[1].shape].append(group.held)
+        for held in alike.values():
+            wide, tall, a, b, scales, numbers = zip(*held, strict=True)
+            a, b = torch.stack(a).float(), torch.stack(b).float()
+            scale, ranks = torch.stack(scales)[:, :, :1], b.shape[2]
+            found = _numbers(a, b, scale)
+            of_h, of_into_h, *_ = found.view(-1, 4, 1, 1).unbind(1)
+            b8, a8 = over(b, of_h * scale, FORWARD), over(a.mT, of_into_h * scale, FORWARD)
+            for into, copies in ((wide, b8), (tall, a8)):
+                room = [one[:, -ranks:].view(torch.uint8) for one in into]
+                torch._foreach_copy_(room, list(copies.view(torch.uint8)))
+            torch._foreach_copy_(list(numbers), list(found))
+
+
+def _numbers(a: torch.Tensor, b: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """Returns what h and its gradient are multiplied with in float8, and room beside rows.
+
+    A product has one scale for W and B, so B [groups, out, ranks] is divided by the first number,
+    and A [groups, ranks, in] by the second; `scale` [groups, 1, 1] is the weights'. h becomes as
+    large as a row where it is parallel to it, or larger, so that B is within the numbers of e4m3.
+    A fills these: gradients have the range of e5m2. The third number is how much larger than its
+    row h may be, the fourth the same of its gradient: [groups, 4] in all.
+    """
+    largest, tiny = torch.finfo(FORWARD).max, torch.finfo(torch.float32).tiny
+    scale, of_a, of_b = scale.view(-1), a.abs().amax((1, 2)), b.abs().amax((1, 2))
+    parallel = a.norm(dim=2).amax(1) * a.shape[2] ** 0.5
+    # with A all zeros h is zero too
+    wanted = torch.where(parallel > 0, HEADROOM * SIZE_OF_H / parallel.clamp(min=tiny), 1.0)
+    of_h = torch.maximum(wanted, of_b / (largest * scale))
+    of_into_h = (of_a / (largest * scale)).clamp(min=tiny)
+    room_back = 1 + of_into_h * b.norm(dim=1).amax(1) * b.shape[1] ** 0.5
+    return torch.stack([of_h, of_into_h, HEADROOM * of_h / wanted, room_back], 1)
+
+
+def why_not(layer: lora.LoraLayer, dtype: torch.dtype) -> str | None:
+    """Returns why LoRA cannot be fused with a frozen float8 linear; None if it can.
+
+    `dtype` is that of the products' outputs.
+    """
+    base = layer.get_base_layer()
+    if dtype != torch.bfloat16:
+        return f"products in float8 give bfloat16, and the others {dtype}"
+    if max(base.in_features, base.out_features) > LARGEST_SIZE:
+        return f"a float8 linear has more than {LARGEST_SIZE:,} inputs or outputs"
+    if any(isinstance(one, nn.Dropout) for one in layer.lora_dropout.values()):
+        return "in float8 LoRA with dropout stays peft's"
+    return None
+
+
+def share_a_scale(layers: Sequence[lora.LoraLayer]) -> bool:
+    """Whether frozen weights can be one matrix: a product in float8 has one scale for all of it."""
+    linears = [layer.base_layer for layer in layers]
+    if not all(isinstance(linear, FrozenFloat8Linear) for linear in linears):
+        return not any(isinstance(linear, FrozenFloat8Linear) for linear in linears)
+    return len({float(linear.scale[0, 0]) for linear in linears}) == 1
+
+
+class Float8JoinedProduct(torch.autograd.Function):
+    """[x, h] [W, s B]^T in float8 with h = x A^T: [rows, in] to [rows, out] of each layer.
+
+    `tensors` are what Float8Input holds, and then each layer's A and B, whose gradients it returns.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: object, x: torch.Tensor, form: Form, *tensors: torch.Tensor
+    ) -> tuple[torch.Tensor, ...]:
+        wide, tall, a, b, scale, numbers = tensors[: -2 * len(form.sizes)]
+        of_h, of_into_h, _, _ = numbers.split(1)
+        h = x @ a.t()
+        joined = join_in_float8([x], h, of_h, False)
+        ctx.save_for_backward(x, h, tall, b, scale, of_into_h)
+        ctx.form, (ctx.rank, _) = form, tensors[-2].shape
+        ctx.dtypes = [one.dtype for one in tensors[-2 * len(form.sizes) :]]
+        return float8_product(*joined, wide, scale).split(form.sizes, 1)
+
+    @staticmethod
+    def backward(ctx: object, *gradients: torch.Tensor) -> tuple:
+        x, h, tall, b, scale, of_into_h = ctx.saved_tensors
+        form = ctx.form
+        parts = [g @ one for g, one in zip(gradients, b.split(form.sizes), strict=True)]
+        into_h = sum(parts[1:], parts[0])
+        joined = join_in_float8(list(gradients), into_h, of_into_h, True)
+        into_x = float8_product(*joined, tall, scale)
+        into_a = into_h.t() @ x
+        found = adapter_gradients(into_a, gradients, h, form, ctx.rank, ctx.dtypes)
+        return into_x, None, *[None] * 6, *found
+
+
+def adapter_gradients(
+    into_a: torch.Tensor,
+    gradients: Sequence[torch.Tensor],
+    h: torch.Tensor,
+    form: Form,
+    rank: int,
+    dtypes: Sequence[torch.dtype],
+) -> list[torch.Tensor]:
+    """Returns the gradients of each layer's A [rank, in] and B [out, rank], in turn.
+
+    `into_a` [ranks, in] is that of all A, `gradients` are those of the layers' outputs [rows, out],
+    h [rows, ranks] is what A makes of their input. `dtypes` are those of A and B in turn.
+    """
+    found = []
+    for i, (gradient, scale) in enumerate(zip(gradients, form.scales, strict=True)):
+        mine = slice(i * rank, (i + 1) * rank)
+        found.append(into_a[mine].to(dtypes[2 * i]))
+        found.append((gradient.t() @ h[:, mine]).to(dtypes[2 * i + 1]) * scale)
+    return found

@@ -1,0 +1,298 @@
+"""Fused LoRA over float8 weights computes what linears one by one do, LoRA's part in float8 too."""
+
+import time
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from test_float8_mlp import SIZES, difference, needs_a_gpu
+from torch import nn
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from sftlab.fastpath import (
+    compile_layers,
+    float8_lora_mlp,
+    float8_lora_ops,
+    float8_mlp_ops,
+    kernel_warmup,
+)
+from sftlab.fastpath.float8 import (
+    FrozenFloat8Linear,
+    float8_product,
+    freeze_in_float8,
+    inputs_in_16_bits,
+)
+from sftlab.fastpath.float8_lora import Float8Input
+from sftlab.fastpath.float8_lora_ops import fill_ranks_, join_in_float8
+from sftlab.fastpath.float8_mlp import fuse_float8_mlps
+from sftlab.fastpath.float8_mlp_ops import gated_backward_to_float8_, gated_to_float8
+from sftlab.fastpath.fused_lora import SIBLINGS, fuse_lora, unfuse_lora
+from sftlab.fastpath.fused_lora_check import differs
+from sftlab.fastpath.lora_mlp import LoraMlp
+
+LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+# e5m2 has two digits, and q, k and v share a scale in the backward
+ROUNDING = 0.12
+
+
+def build(
+    device: str = "cpu",
+    targets: list[str] = LINEARS,
+    b: float = 0.01,
+    together: tuple = SIBLINGS,
+    **fields: object,
+) -> PeftModel:
+    """A small model over float8 weights whose LoRA, in float32, is not zero."""
+    torch.manual_seed(0)
+    lora = {n: fields.pop(n) for n in ("lora_dropout", "use_dora") if n in fields}
+    config = LlamaConfig(**SIZES | {"num_key_value_heads": 2} | fields)
+    base = AutoModelForCausalLM.from_config(config).bfloat16()
+    found = get_peft_model(base, LoraConfig(r=8, lora_alpha=24, target_modules=targets, **lora))
+    for name, parameter in found.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter, std=b)
+    found.to(device)
+    freeze_in_float8(found, together=together)
+    return found.train()
+
+
+def logits(model: PeftModel) -> torch.Tensor:
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        return model(input_ids=torch.arange(64).view(2, 32)).logits
+
+
+def loss_and_gradients(model: PeftModel, rows: int = 2) -> dict[str, torch.Tensor]:
+    device = model.device.type
+    ids = torch.arange(rows * 40).view(rows, 40).to(device) * 7 % 64
+    model.zero_grad()
+    with torch.autocast(device, torch.bfloat16):
+        output = model(input_ids=ids, labels=ids)
+    output.loss.backward()
+    gradients = {n: p.grad.clone() for n, p in model.named_parameters() if p.requires_grad}
+    return {"logits": output.logits.detach(), "loss": output.loss.detach()} | gradients
+
+
+@pytest.mark.parametrize("targets", [LINEARS, ["q_proj", "v_proj", "o_proj"]], ids=len)
+@pytest.mark.parametrize("b", [0.0, 0.001, 0.03], ids=str)
+def test_losses_and_gradients_are_those_of_linears_one_by_one(targets, b):
+    model = build(targets=targets, b=b)
+    plain = loss_and_gradients(model)
+    names = [list(model.state_dict()), list(get_peft_model_state_dict(model))]
+    assert fuse_lora(model, torch.bfloat16) == {}
+    assert differs(model) is None
+    found = loss_and_gradients(model)
+    groups = {m.together for m in model.modules() if hasattr(m, "together")}
+    assert all(isinstance(group, Float8Input) and group.held for group in groups)
+    assert any(isinstance(m, LoraMlp) for m in model.modules()) == (targets is LINEARS)
+    zero = [name for name in plain if not plain[name].any()]
+    assert all(not found.pop(name).any() for name in zero)
+    assert difference(found, {n: one for n, one in plain.items() if n not in zero}) < ROUNDING
+    assert [list(model.state_dict()), list(get_peft_model_state_dict(model))] == names
+    unfuse_lora(model)
+    again = loss_and_gradients(model)
+    assert all(torch.equal(again[name], plain[name]) for name in plain)
+
+
+@pytest.mark.parametrize("size", [0.0, 0.001, 1.0, 100.0])
+def test_an_update_of_any_size_is_in_the_product(size):
+    """Float8 has 14 doublings above its smallest whole number: no update falls out of them."""
+    model = build(b=size)
+    fuse_lora(model, torch.bfloat16)
+    loss_and_gradients(model)
+    torch.manual_seed(3)
+    for group in {m.together for m in model.modules() if hasattr(m, "together")}:
+        wide, tall, a, b, scale, numbers = group.held
+        of_h, of_into_h, room, room_back = numbers.split(1)
+        x, y = torch.randn(30, a.shape[1]).bfloat16(), torch.randn(30, len(b)).bfloat16()
+        weight = wide[:, : a.shape[1]].float() * scale[0, 0]
+        exact = x.float() @ weight.t() + (x @ a.t()).float() @ b.float().t()
+        rows = [join_in_float8([x], x @ a.t(), of_h, False)]
+        # as in an MLP: f(gate) up is x where gate and up are these
+        gate, ranks = torch.full_like(x, 30), b.shape[1]
+        before, row, _ = gated_to_float8(gate, x / 30, False, False, ranks, room)
+        fill_ranks_(x @ a.t(), of_h, row, before)
+        for joined in (*rows, (before, row)):
+            found = float8_product(*joined, wide, scale)
+            assert (found - exact).norm() < 0.06 * exact.norm()
+        exact = y.float() @ weight + (y @ b).float() @ a.float()
+        _, _, up8, row, *_ = gated_backward_to_float8_(
+            y / 30, torch.full_like(y, 30), y, False, False, False, ranks, room_back
+        )
+        fill_ranks_(y @ b, of_into_h, row, up8)
+        for joined in (join_in_float8([y], y @ b, of_into_h, True), (up8, row)):
+            found = float8_product(*joined, tall, scale)
+            assert (found - exact).norm() < 0.12 * exact.norm()
+
+
+def test_weights_are_held_once_and_multiply_alone_as_before():
+    model = build()
+    linears = {n: m for n, m in model.named_modules() if isinstance(m, FrozenFloat8Linear)}
+    x = {n: torch.randn(20, m.in_features).bfloat16() for n, m in linears.items()}
+    plain = {n: m(x[n]) for n, m in linears.items()}
+    stored = sum(_bytes(m.weight) for m in linears.values())
+    fuse_lora(model, torch.bfloat16)
+    loss_and_gradients(model)
+    assert all(torch.equal(m(x[n]), plain[n]) for n, m in linears.items())
+    assert sum(_bytes(m.weight) for m in linears.values()) < stored / 100
+    groups = {m.together for m in model.modules() if hasattr(m, "together")}
+    ranks = sum(sum(one.shape) for group in groups for one in group.held[:2]) * 64
+    assert sum(_bytes(*group.held[:2]) for group in groups) < stored + ranks
+
+
+def _bytes(*tensors: torch.Tensor) -> int:
+    return sum(tensor.untyped_storage().nbytes() for tensor in tensors)
+
+
+def test_without_adapters_or_rounding_of_inputs_layers_are_pefts():
+    plain, mine = build(), build()
+    fuse_lora(mine, torch.bfloat16)
+    loss_and_gradients(mine)
+    for inside in (lambda model: model.disable_adapter(), lambda _: inputs_in_16_bits()):
+        found = []
+        for model in (plain, mine):
+            with inside(model):
+                found.append(logits(model))
+        assert torch.equal(*found)
+    assert difference(loss_and_gradients(mine), loss_and_gradients(plain)) < ROUNDING
+
+
+def test_compiled_for_any_number_of_tokens_it_is_the_same():
+    model = build()
+    fuse_lora(model, torch.bfloat16)
+    plain = [loss_and_gradients(model, rows) for rows in (2, 3)]
+    torch._dynamo.reset()
+    layer = model.get_base_model().model.layers[0]
+    layer.forward = torch.compile(layer.forward, backend="aot_eager", fullgraph=True, dynamic=True)
+    for rows, right in zip((2, 3), plain, strict=True):
+        with torch.profiler.profile() as profile:
+            found = loss_and_gradients(model, rows)
+        assert difference(found, right) < ROUNDING
+        done = {event.name for event in profile.events()}
+        assert done >= {"sftlab::join_in_float8", "sftlab::fill_ranks"}
+        assert "sftlab::add_product" not in done
+
+
+def test_what_lora_trains_is_copied_before_every_forward():
+    model = build()
+    fuse_lora(model, torch.bfloat16)
+    before = loss_and_gradients(model)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.data.mul_(3)
+    after = loss_and_gradients(model)
+    unfuse_lora(model)
+    plain = loss_and_gradients(model)
+    assert difference(after, plain) < ROUNDING < difference(after, before)
+
+
+def test_the_kernels_that_are_rehearsed_are_those_of_every_step(monkeypatch):
+    called = {}
+
+    def note(plain):
+        def noted(*given):
+            given = [one for part in given for one in (part if type(part) is list else [part])]
+            tensors = [one for one in given if isinstance(one, torch.Tensor)]
+            forms = [(t.dtype, t.stride(0), t.shape[1:], t.data_ptr() % 16) for t in tensors]
+            others = [one for one in given if not isinstance(one, torch.Tensor)]
+            called.setdefault(plain._name, set()).add((*forms, *others))
+            return plain(*given) if plain is not join_in_float8 else plain([given[0]], *given[1:])
+
+        return noted
+
+    names = {
+        float8_lora_ops: ("join_in_float8", "fill_ranks_"),
+        float8_mlp_ops: ("gated_to_float8", "gated_backward_to_float8_"),
+    }
+    for module, ops in names.items():
+        for name in ops:
+            noted = note(getattr(module, name))
+            monkeypatch.setattr(module, name, noted)
+            monkeypatch.setattr(float8_lora_mlp, name, noted)
+    model = build(targets=["gate_proj", "up_proj", "down_proj"])
+    fuse_lora(model, torch.bfloat16)
+    kernel_warmup.rehearse_float8_mlp(model.config, 8, torch.bfloat16, torch.device("cpu"))
+    rehearsed, called = called, {}
+    for rows in (2, 3):
+        loss_and_gradients(model, rows)
+    assert {name: len(forms) for name, forms in called.items()} == {
+        "join_in_float8": 2,
+        "fill_ranks": 2,
+        "gated_to_float8": 1,
+        "gated_backward_to_float8": 1,
+    }
+    assert called == rehearsed
+
+
+@pytest.mark.parametrize(
+    "fields, reason",
+    [
+        ({"lora_dropout": 0.1}, "in float8 LoRA with dropout stays peft's"),
+        ({"intermediate_size": 16400}, "a float8 linear has more than 16,384 inputs or outputs"),
+        ({"use_dora": True}, "DoraLinearVariant changes the LoRA update"),
+    ],
+    ids=str,
+)
+def test_what_is_not_known_is_left_alone(fields, reason):
+    model = build(**fields)
+    left = fuse_lora(model, torch.bfloat16)
+    assert left == {reason: 3 if "intermediate_size" in fields else 7}
+
+
+def test_weights_with_scales_of_their_own_share_no_product():
+    model = build(together=())
+    assert fuse_lora(model, torch.bfloat16) == {}
+    groups = [m.together.layers for m in model.modules() if hasattr(m, "together")]
+    assert {len(layers) for layers in groups} == {1}
+    assert differs(model) is None
+
+
+@needs_a_gpu
+def test_compiled_layers_have_the_loss_and_gradients_of_linears_one_by_one():
+    found = []
+    for fuse in (False, True):
+        torch._dynamo.reset()
+        model = build("cuda", hidden_size=256, intermediate_size=512)
+        if fuse:
+            assert fuse_lora(model, torch.bfloat16) == {}
+            assert differs(model) is None
+        compile_layers.compile_layers(model.get_base_model())
+        found.append(loss_and_gradients(model))
+    assert difference(*found) < 2 * ROUNDING
+    assert abs(found[0]["loss"] - found[1]["loss"]) < 0.01
+
+
+@needs_a_gpu
+def test_how_long_a_compiled_layer_takes():
+    x = torch.randn(1, 20480, 2048, device="cuda").bfloat16().requires_grad_()
+    gradient = torch.randn_like(x)
+    sizes = {"num_attention_heads": 32, "num_key_value_heads": 8}
+    for fuse in (False, True):
+        torch._dynamo.reset()
+        model = build("cuda", hidden_size=2048, intermediate_size=8192, **sizes)
+        if fuse:
+            fuse_lora(model, torch.bfloat16)
+        else:
+            fuse_float8_mlps(model)
+        layer = model.get_base_model().model.layers[0]
+        for hook in list(model.get_base_model().model._forward_pre_hooks.values()):
+            hook()
+        linears = torch.compile(lambda x, layer=layer: projected(layer, x))
+        for step in range(15):
+            if step == 5:
+                torch.cuda.synchronize()
+                start = time.perf_counter()
+            with torch.autocast("cuda", torch.bfloat16):
+                output = linears(x)
+            output.backward(gradient)
+        torch.cuda.synchronize()
+        ms = (time.perf_counter() - start) * 100
+        print(f"linears of a layer, LoRA fused {fuse}: {ms:.2f} ms forward and backward")
+        assert ms > 0
+
+
+def projected(layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """What the layer's linears make of x, with sums where the attention is."""
+    attention, y = layer.self_attn, layer.input_layernorm(x)
+    q, k, v = attention.q_proj(y), attention.k_proj(y), attention.v_proj(y)
+    x = x + attention.o_proj(q + torch.cat([k, v], -1).repeat(1, 1, 2))
+    return x + layer.mlp(layer.post_attention_layernorm(x))
