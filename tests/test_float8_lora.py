@@ -44,10 +44,12 @@ def build(
 ) -> PeftModel:
     """A small model over float8 weights whose LoRA, in float32, is not zero."""
     torch.manual_seed(0)
-    lora = {n: fields.pop(n) for n in ("lora_dropout", "use_dora") if n in fields}
+    lora = {n: fields.pop(n) for n in ("lora_dropout", "use_dora", "r") if n in fields}
     config = LlamaConfig(**SIZES | {"num_key_value_heads": 2} | fields)
     base = AutoModelForCausalLM.from_config(config).bfloat16()
-    found = get_peft_model(base, LoraConfig(r=8, lora_alpha=24, target_modules=targets, **lora))
+    found = get_peft_model(
+        base, LoraConfig(**{"r": 8, "lora_alpha": 24, "target_modules": targets} | lora)
+    )
     for name, parameter in found.named_parameters():
         if "lora_B" in name:
             nn.init.normal_(parameter, std=b)
@@ -105,7 +107,8 @@ def test_an_update_of_any_size_is_in_the_product(size):
         of_h, of_into_h, room, room_back = numbers.split(1)
         x, y = torch.randn(30, a.shape[1]).bfloat16(), torch.randn(30, len(b)).bfloat16()
         weight = wide[:, : a.shape[1]].float() * scale[0, 0]
-        exact = x.float() @ weight.t() + (x @ a.t()).float() @ b.float().t()
+        one_a, one_b = (part[: sum(group.held_ranks)] for part in (a, b.t()))
+        exact = x.float() @ weight.t() + (x @ one_a.t()).float() @ one_b.float()
         rows = [join_in_float8([x], x @ a.t(), of_h, False)]
         # as in an MLP: f(gate) up is x where gate and up are these
         gate, ranks = torch.full_like(x, 30), b.shape[1]
@@ -114,7 +117,7 @@ def test_an_update_of_any_size_is_in_the_product(size):
         for joined in (*rows, (before, row)):
             found = float8_product(*joined, wide, scale)
             assert (found - exact).norm() < 0.06 * exact.norm()
-        exact = y.float() @ weight + (y @ b).float() @ a.float()
+        exact = y.float() @ weight + (y @ one_b.t()).float() @ one_a.float()
         _, _, up8, row, *_ = gated_backward_to_float8_(
             y / 30, torch.full_like(y, 30), y, False, False, False, ranks, room_back
         )
@@ -122,6 +125,25 @@ def test_an_update_of_any_size_is_in_the_product(size):
         for joined in (join_in_float8([y], y @ b, of_into_h, True), (up8, row)):
             found = float8_product(*joined, tall, scale)
             assert (found - exact).norm() < 0.12 * exact.norm()
+
+
+@pytest.mark.parametrize("rank", [8, 16, 40])
+def test_a_and_b_have_twice_float8s_digits_where_there_is_room(rank):
+    model = build(b=0.02, r=rank)
+    fuse_lora(model, torch.bfloat16)
+    loss_and_gradients(model)
+    for group in {m.together for m in model.modules() if hasattr(m, "together")}:
+        wide, tall, a, b, scale, numbers = group.held
+        ranks = sum(group.held_ranks)
+        assert len(a) == b.shape[1] == wide.shape[1] - a.shape[1] <= max(128, ranks + 63)
+        for held, right, factor in ((wide, b, numbers[0]), (tall, a.t(), numbers[1])):
+            right = right[:, :ranks].float()
+            found = held[:, -len(a) :].float() * factor * scale[0, 0]
+            digits = [found[:, :ranks]]
+            if 2 * ranks <= 128:
+                digits.append(found[:, ranks : 2 * ranks])
+            apart = (sum(digits) - right).norm() / right.norm()
+            assert 0 < apart < (0.004 if len(digits) == 2 else 0.04)
 
 
 def test_weights_are_held_once_and_multiply_alone_as_before():

@@ -1,7 +1,8 @@
 """Fused LoRA on frozen float8 linears: h stands beside x in float8, and s B beside W.
 
 One product gives x W^T + s h B^T, and another one the gradient of x. In them h, its gradient, A and
-B are in float8 like all else. h itself, and the gradients of A and B, are of bfloat16 products.
+B are in float8 like all else; A and B are the sum of two float8 numbers where there is room. h
+itself, and the gradients of A and B, are of bfloat16 products.
 """
 
 from collections import defaultdict
@@ -14,7 +15,7 @@ from torch import nn
 from sftlab.fastpath.float8 import FORWARD, FrozenFloat8Linear, float8_product, over
 from sftlab.fastpath.float8_lora_ops import join_in_float8
 from sftlab.fastpath.joined_product import Form
-from sftlab.fastpath.lora_products import SharedInput, Views
+from sftlab.fastpath.lora_products import LARGEST_SHARED_RANK, SharedInput, Views, padded
 
 # columns of inputs, or of outputs side by side: a program of the kernels holds as many
 LARGEST_SIZE = 16384
@@ -32,6 +33,9 @@ class Float8Input(SharedInput):
     [ranks, in] and s B [out, ranks] in bfloat16; the weights' scale, for every column of either
     product; and the four numbers of `_numbers`. The weights are views of the first two, and their
     parameters keep no memory.
+
+    Where `ranks` are at least twice those of all layers, A and s B stand there twice: in float8 as
+    what they are rounded to, and what that is away from them.
     """
 
     in_float8 = True
@@ -79,6 +83,10 @@ class Float8Input(SharedInput):
             linear.held, begin = mine, end
             linear.weight.data = linear.weight.data.new_zeros(()).expand(linear.weight.shape)
 
+    def columns(self) -> int:
+        """Returns the columns beside the input."""
+        return columns_beside(sum(layer.rank for layer in self.layers))
+
     def find_views(self) -> Views:
         """Returns where each layer's tensors are in what is held."""
         return Views(self.held, *self.parts(self.held[2], self.held[3]), [])
@@ -89,18 +97,43 @@ class Float8Input(SharedInput):
         alike = defaultdict(list)
         for group in groups:
             if group.held is not None:
-                alike[group.held[0].shape, group.held[1].shape].append(group.held)
-        for held in alike.values():
+                shapes = group.held[0].shape, group.held[1].shape
+                alike[*shapes, sum(group.held_ranks)].append(group.held)
+        for (_, _, ranks), held in alike.items():
             wide, tall, a, b, scales, numbers = zip(*held, strict=True)
-            a, b = torch.stack(a).float(), torch.stack(b).float()
-            scale, ranks = torch.stack(scales)[:, :, :1], b.shape[2]
-            found = _numbers(a, b, scale)
-            of_h, of_into_h, *_ = found.view(-1, 4, 1, 1).unbind(1)
-            b8, a8 = over(b, of_h * scale, FORWARD), over(a.mT, of_into_h * scale, FORWARD)
-            for into, copies in ((wide, b8), (tall, a8)):
-                room = [one[:, -ranks:].view(torch.uint8) for one in into]
-                torch._foreach_copy_(room, list(copies.view(torch.uint8)))
+            twice = 2 * ranks <= len(a[0])
+            if twice:
+                torch._foreach_copy_([x[ranks:][:ranks] for x in a], [x[:ranks] for x in a])
+                right = [x[:, ranks:][:, :ranks] for x in b]
+                torch._foreach_copy_(right, [x[:, :ranks] for x in b])
+            a_all = torch.stack([x[:ranks] for x in a]).float()
+            b_all = torch.stack([x[:, :ranks] for x in b]).float()
+            scale = torch.stack(scales)[:, :, :1]
+            found = _numbers(a_all, b_all, scale)
             torch._foreach_copy_(list(numbers), list(found))
+            of_h, of_into_h, *_ = found.view(-1, 4, 1, 1).unbind(1)
+            for into, whole in (
+                (wide, b_all / (of_h * scale)),
+                (tall, a_all.mT / (of_into_h * scale)),
+            ):
+                copies = _rounded(whole, twice)
+                begin = into[0].shape[1] - len(a[0])
+                room = [one[:, begin:][:, : copies.shape[2]].view(torch.uint8) for one in into]
+                torch._foreach_copy_(room, list(copies.view(torch.uint8)))
+
+
+def columns_beside(ranks: int) -> int:
+    """Returns the columns beside an input of layers that have so many ranks in all."""
+    return padded(2 * ranks if 2 * ranks <= LARGEST_SHARED_RANK else ranks)
+
+
+def _rounded(whole: torch.Tensor, twice: bool) -> torch.Tensor:
+    """Returns [groups, rows, ranks] in float8, beside it what that is away from it if `twice`."""
+    rounded = over(whole, torch.ones_like(whole[0, 0, 0]), FORWARD)
+    if not twice:
+        return rounded
+    rest = (whole - rounded.float()).to(FORWARD)
+    return torch.cat([one.view(torch.uint8) for one in (rounded, rest)], 2).view(FORWARD)
 
 
 def _numbers(a: torch.Tensor, b: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:

@@ -12,7 +12,7 @@ from sftlab.config.launch import COMPUTE_DTYPE, PRECISIONS
 from sftlab.config.recipe import Recipe
 from sftlab.data.collator import TOKENS_MULTIPLE, tiles
 from sftlab.fastpath import float8_lora_ops, float8_mlp_ops, mlp_ops, varlen_attention
-from sftlab.fastpath.float8_lora import LARGEST_SIZE
+from sftlab.fastpath.float8_lora import LARGEST_SIZE, columns_beside
 from sftlab.fastpath.fused_loss import CHUNK, FrozenHeadLoss, in_float8
 from sftlab.fastpath.lora_products import padded
 from sftlab.fastpath.selection import FastPath
@@ -121,7 +121,7 @@ def rehearse_float8_mlp(
     tanh_gelu = "tanh" in str(name)
     make = partial(torch.zeros, TOKENS_MULTIPLE, dtype=dtype, device=device)
     of_h, of_into_h, room, room_back = make(4)[0].float().split(1)
-    ranks, ranks_down = padded(2 * rank), padded(rank)
+    ranks, ranks_down = columns_beside(2 * rank), columns_beside(rank)
     gate, up, act, h, h_down = make(size), make(size), make(size), make(ranks), make(ranks_down)
     x = make(hidden)
     float8_lora_ops.join_in_float8([x], h, of_h, False)
