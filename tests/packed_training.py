@@ -14,8 +14,8 @@ from torch.nn.functional import scaled_dot_product_attention
 from sftlab.config.launch import Launch
 from sftlab.config.parser import parse_recipe
 from sftlab.data.chat_template import set_template
-from sftlab.data.collator import TILE
 from sftlab.data.splits import load_splits
+from sftlab.data.tiles import TILE
 from sftlab.fastpath import selection, varlen_attention
 from sftlab.models.loading import load_config, load_tokenizer
 from sftlab.runs import checkpoint_manifest
@@ -26,7 +26,7 @@ from sftlab.training.trainer import LabTrainer
 def reference_attention(query, key, value, table, scale, window=0, cap=0.0, sinks=None):
     """[tokens, heads, size] under the mask that `tiles` and `window` stand for."""
     tokens, groups = query.shape[0], query.shape[1] // key.shape[1]
-    pieces = table[0]
+    pieces = table[0].flatten(0, 1)
     at = torch.arange(tokens)[:, None]
     owned = (at >= pieces[:, 2]) & (at < torch.minimum(pieces[:, 2] + TILE, pieces[:, 1]))
     start = (owned * pieces[:, 0]).sum(dim=1)

@@ -4,7 +4,8 @@ import torch
 from packed_training import examples
 
 from sftlab.data.buckets import loss_bucket, loss_parts, most_tiles, token_bucket
-from sftlab.data.collator import TILE, Collator
+from sftlab.data.collator import Collator
+from sftlab.data.tiles import TILE
 from sftlab.training import step_capture
 
 

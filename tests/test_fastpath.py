@@ -18,8 +18,8 @@ from packed_training import (
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sftlab.data import collator
-from sftlab.data.collator import TILE
 from sftlab.data.samplers import BalancedSampler
+from sftlab.data.tiles import TILE
 from sftlab.fastpath import fused_loss
 
 
