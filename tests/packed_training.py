@@ -142,11 +142,11 @@ def stop_in_step_two(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(LabTrainer, "training_step", told_to_stop)
 
 
-def assert_checkpoints_say(run: Path, part: str, chosen: bool, forget: bool) -> None:
-    """Checkpoints say whether the run has the part; to `forget` makes them of a time before it."""
+def assert_checkpoints_say(run: Path, part: str, chosen: bool | int, forget: bool) -> None:
+    """Checkpoints say what the run has of a part; to `forget` makes them of a time before it."""
     for path in run.glob("checkpoint-*/manifest.json"):
         content = json.loads(path.read_text())["content"]
-        assert content["must_match"].pop(part) is chosen
+        assert content["must_match"].pop(part) == chosen
         if forget:
             made = {"sha256": checkpoint_manifest._hash(content), "content": content}
             path.write_text(json.dumps(made))

@@ -184,6 +184,8 @@ def test_attention_keeps_its_sums_in_registers(
     assert len(started) == 3
     for kernel, arguments, options in started:
         constants = {p.name: arguments[p.name] for p in kernel.params if p.is_constexpr}
+        if dtype == torch.bfloat16 and size == 128:
+            assert max(constants["ROWS"], constants["COLUMNS"]) == tile, "the tokens owned"
         of = {
             n: types[a.dtype] if torch.is_tensor(a) else "fp32" if isinstance(a, float) else "i32"
             for n, a in arguments.items()
