@@ -128,7 +128,7 @@ LONG_HEADS = {
 def test_attention_over_long_tiles_and_its_gradients(case, dtype):
     if interpreted and dtype == torch.float32 and len(case) > 3:
         pytest.skip("in float32 programs own the same part of a tile, whatever the head")
-    lengths = [1, 127, 129, 300] if interpreted else [1, 127, 128, 129, 1000, 2100]
+    lengths = [1, 129, 300] if interpreted else [1, 127, 128, 129, 1000, 2100]
     tolerance = TOLERANCE[dtype] if dtype == torch.float16 else 5e-6
     assert_attention_is_by_hand(lengths, dtype, *case, tile=LONG_TILE, tolerance=tolerance)
 
@@ -386,4 +386,4 @@ def test_an_mlps_products_and_gradients_are_plain_ones(monkeypatch, dtype, tanh_
 @starts_interpreter
 def test_the_kernels_run_under_tritons_interpreter():
     said = interpret_tests(__file__, "-k", "gradients or frozen_head or slopes")
-    assert "40 passed, 4 skipped" in said
+    assert "46 passed, 7 skipped" in said

@@ -333,10 +333,10 @@ def _backward_key(
             edge = last
         for group in range(GROUPS):
             head = key_head * GROUPS + group
-            for MASKED in tl.static_range(2):
-                from_here, to_here = edge, last
-                if MASKED:
-                    from_here, to_here = first, edge
+            for BEHIND in tl.static_range(2):
+                from_here, to_here = first, edge
+                if BEHIND:
+                    from_here, to_here = edge, last
                 for row in range(from_here, to_here, ROWS):
                     rows = row + tl.arange(0, ROWS)
                     inside = rows < end
@@ -359,7 +359,7 @@ def _backward_key(
                         bent = _tanh(scores / cap)
                         scores = cap * bent
                     weights = tl.exp2(scores - log_sum[None, :])
-                    if MASKED:
+                    if not BEHIND:
                         seen = _seen(rows[None, :], columns[:, None], WINDOW)
                         weights = tl.where(seen, weights, 0.0)
                     dv = tl.dot(weights.to(dy.dtype), dy, dv, input_precision=PRECISION)
