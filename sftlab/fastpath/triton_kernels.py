@@ -39,7 +39,7 @@ def attention_forward(
     cap: float = 0.0,
     sinks: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Causal attention within each sequence.
+    """Causal attention within each sequence of `tiles` (sftlab/data/tiles.py).
 
     With a `window`, a token sees the last `window` ones, itself included. A `cap` bounds scores by
     tanh. `sinks` [heads] are scores that take weight and have no value.
