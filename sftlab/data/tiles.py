@@ -18,7 +18,7 @@ def tile_for(lengths: Sequence[int] | np.ndarray) -> int:
     It is 128 where the average token is in a row of 2,048 tokens or more, since the work on a row
     grows with its square. On an H200 in bfloat16, kernels over heads of 128 elements then took 0.90
     to 0.93 of the time over 64 on rows of 4,096 tokens. On rows of 300 to 1,024 tokens they took
-    1.05 to 1.09. Which part of a tile a program takes, the kernels decide from the head's size.
+    1.05 to 1.09. How much of a tile a program takes, the kernels decide from head and window.
     """
     tokens = np.asarray(lengths, dtype=np.float64)
     return LONG_TILE if 0 < LONG_ROW * tokens.sum() <= (tokens**2).sum() else TILE

@@ -13,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-from sftlab.data.tiles import LONG_TILE, TILE, tile_of
+from sftlab.data.tiles import LONG_ROW, LONG_TILE, TILE, tile_of
 
 LOG2_E = math.log2(math.e)
 # Per program: tokens owned (of a tile), tokens read at a time, warps, stages. These were the
@@ -50,7 +50,7 @@ def attention_forward(
     tokens, heads, _ = query.shape
     output = query.new_empty(tokens, heads, value.shape[-1])
     lse = torch.empty(heads, tokens, device=query.device, dtype=torch.float32)
-    own, read, precision, options = _launch(query, tiles)
+    own, read, precision, options = _launch(query, value, tiles, window)
     _forward[(_programs(tiles, own), heads)](
         query, key, value, output, lse, tiles, lse if sinks is None else sinks, scale * LOG2_E,
         cap * LOG2_E, tokens, heads, heads // key.shape[1], *_sizes(query, value), window, cap > 0,
@@ -84,12 +84,12 @@ def attention_backward(
         *(scale, scale * LOG2_E, cap * LOG2_E, tokens, heads, groups),
         *(*_sizes(query, value), window, cap > 0),
     )
-    own, read, precision, options = _launch(query, tiles)
+    own, read, precision, options = _launch(query, value, tiles, window)
     _backward_query[(_programs(tiles, own), heads)](
         query, key, value, output, gradient, lse, delta, d_query, tiles[0], *shape,
         TILE, own, read, precision, **options,
     )  # fmt: skip
-    own, read, precision, options = _launch(query, tiles, by_keys=True)
+    own, read, precision, options = _launch(query, value, tiles, window, by_keys=True)
     _backward_key[(_programs(tiles, own), heads // groups)](
         query, key, value, gradient, lse, delta, d_key, d_value, tiles[1], *shape,
         TILE, own, read, precision, **options,
@@ -108,7 +108,11 @@ def _programs(tiles: torch.Tensor, own: int) -> int:
 
 
 def _launch(
-    query: torch.Tensor, tiles: torch.Tensor, by_keys: bool = False
+    query: torch.Tensor,
+    value: torch.Tensor,
+    tiles: torch.Tensor,
+    window: int,
+    by_keys: bool = False,
 ) -> tuple[int, int, str, dict[str, int]]:
     """Returns tokens owned and read at a time, the precision of products, and Triton's options.
 
@@ -116,14 +120,18 @@ def _launch(
     the bits that follow. Its error is no larger than a plain one's (tests/test_kernels.py).
     """
     whole, size = query.dtype == torch.float32, query.shape[-1]
+    # in a window rows are as good as short
+    short = tile_of(tiles) < LONG_TILE or 0 < window < LONG_ROW
     if whole:
         chosen = FLOAT32 if size <= 128 else WIDE_FLOAT32
     elif size > 128:
         chosen = WIDE_KEYS if by_keys else WIDE_ROWS
-    elif tile_of(tiles) == LONG_TILE and size > 64 and _has_room(query.device):
-        chosen = LONG_KEYS if by_keys else LONG_ROWS
-    elif tile_of(tiles) == LONG_TILE and size <= 64:
+    elif short or value.shape[-1] > 128:
+        chosen = BY_KEYS if by_keys else BY_ROWS
+    elif size <= 64:
         chosen = BY_KEYS if by_keys else SMALL_LONG_ROWS
+    elif _has_room(query.device):
+        chosen = LONG_KEYS if by_keys else LONG_ROWS
     else:
         chosen = BY_KEYS if by_keys else BY_ROWS
     own, read, warps, stages = chosen
