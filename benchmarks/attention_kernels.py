@@ -32,6 +32,7 @@ from sftlab.script_options import Options
 from sftlab.tables import write_csv
 
 CALLS = 10
+TOKENS_MULTIPLE = 128
 TORCH = {"FlashAttention-2": SDPBackend.FLASH_ATTENTION, "cuDNN": SDPBackend.CUDNN_ATTENTION}
 
 
@@ -45,8 +46,12 @@ class Shape(NamedTuple):
 
 
 def drawn(count: int, shortest: int, longest: int) -> tuple[int, ...]:
-    """Returns the lengths of so many rows, the same ones every time."""
-    return tuple(np.random.default_rng(0).integers(shortest, longest + 1, count).tolist())
+    """Returns the lengths of so many rows, the same ones every time.
+
+    Another row fills them up to a multiple of 128 tokens, as it does in a batch.
+    """
+    found = np.random.default_rng(0).integers(shortest, longest + 1, count).tolist()
+    return (*found, -sum(found) % TOKENS_MULTIPLE)
 
 
 SHORT = drawn(64, 120, 512)

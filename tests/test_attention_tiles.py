@@ -13,6 +13,7 @@ from packed_training import (
     train,
 )
 from preference_runs import pair_fields
+from triton_interpreter import with_triton
 
 from sftlab.data import tiles as tables
 from sftlab.data.collator import Collator
@@ -61,6 +62,35 @@ def test_batches_of_long_tiles_are_those_of_others():
     assert [tile_of(one.pop("tiles")) for one in (usual, long)] == [TILE, LONG_TILE]
     assert usual.keys() == long.keys()
     assert all(torch.equal(*map(torch.as_tensor, (usual[name], long[name]))) for name in usual)
+
+
+@with_triton
+@pytest.mark.parametrize(
+    ("tile", "size", "window", "dtype", "chosen"),
+    [
+        (TILE, 128, 0, torch.bfloat16, (64, 32)),
+        (LONG_TILE, 128, 0, torch.bfloat16, (128, 64)),
+        (LONG_TILE, 128, 4096, torch.bfloat16, (128, 64)),
+        (LONG_TILE, 128, 512, torch.bfloat16, (64, 32)),
+        (LONG_TILE, 64, 0, torch.bfloat16, (64, 64)),
+        (LONG_TILE, 192, 0, torch.bfloat16, (64, 32)),
+        (LONG_TILE, 128, 0, torch.float32, (32, 32)),
+    ],
+)
+def test_programs_own_and_read_what_was_fastest(monkeypatch, tile, size, window, dtype, chosen):
+    from sftlab.fastpath import triton_kernels
+
+    class Kernel:
+        def __getitem__(self, grid):
+            return lambda *given, **options: started.append((grid, given[-3:-1]))
+
+    started = []
+    monkeypatch.setattr(triton_kernels, "_forward", Kernel())
+    query = torch.zeros(300, 2, size, dtype=dtype)
+    table = tiles([300], tile)
+    triton_kernels.attention_forward(query, query, query, table, 1.0, window)
+    programs = table[0].numel() // 3 * TILE // chosen[0]
+    assert started == [((programs, 2), chosen)]
 
 
 # ---- in a training ----
