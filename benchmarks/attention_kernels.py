@@ -32,7 +32,7 @@ from sftlab.script_options import Options
 from sftlab.tables import write_csv
 
 CALLS = 10
-TOKENS_MULTIPLE = 128
+TOKENS_MULTIPLE = 128  # as in sftlab/data/collator.py, which needs other libraries
 TORCH = {"FlashAttention-2": SDPBackend.FLASH_ATTENTION, "cuDNN": SDPBackend.CUDNN_ATTENTION}
 
 
