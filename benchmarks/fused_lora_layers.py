@@ -33,7 +33,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from sftlab.data.collator import tiles
+from sftlab.data.tiles import tiles
 from sftlab.exit_messages import mistakes_in_one_line
 from sftlab.fastpath import compile_layers, varlen_attention
 from sftlab.fastpath.fused_lora import fuse_lora

@@ -165,6 +165,8 @@ def prepare(
         if start.checkpoint and getattr(training, part, None) is None:
             # of a run that says nothing, it was off
             go_on(bool(start.must_match.get(part)), recipe.data.resume_anyway)
+    if start.checkpoint:
+        fast.continue_with_tile(start.must_match.get("attention_tile"), recipe.data.resume_anyway)
     compilers = start_compilers(recipe, config, fast)
 
     splits, facts = read_data(recipe, tokenizer, template)
@@ -205,7 +207,7 @@ def prepare(
         broadcast_object_list(captures)
     if captures[0]:
         trainer.capture_steps()
-    for part in ("fused_lora", "captured_step", "float8_head", "mixers"):
+    for part in ("fused_lora", "captured_step", "float8_head", "mixers", "attention_tile"):
         must[part] = getattr(fast, part)
     trainer.checkpointer.must_match, trainer.checkpointer.hardware = must, now["hardware"]
     phase_ended(TRAINER)

@@ -14,8 +14,8 @@ from torch.nn.functional import scaled_dot_product_attention
 from sftlab.config.launch import Launch
 from sftlab.config.parser import parse_recipe
 from sftlab.data.chat_template import set_template
-from sftlab.data.collator import TILE
 from sftlab.data.splits import load_splits
+from sftlab.data.tiles import TILE
 from sftlab.fastpath import selection, varlen_attention
 from sftlab.models.loading import load_config, load_tokenizer
 from sftlab.runs import checkpoint_manifest
@@ -26,7 +26,7 @@ from sftlab.training.trainer import LabTrainer
 def reference_attention(query, key, value, table, scale, window=0, cap=0.0, sinks=None):
     """[tokens, heads, size] under the mask that `tiles` and `window` stand for."""
     tokens, groups = query.shape[0], query.shape[1] // key.shape[1]
-    pieces = table[0]
+    pieces = table[0].flatten(0, 1)
     at = torch.arange(tokens)[:, None]
     owned = (at >= pieces[:, 2]) & (at < torch.minimum(pieces[:, 2] + TILE, pieces[:, 1]))
     start = (owned * pieces[:, 0]).sum(dim=1)
@@ -142,11 +142,11 @@ def stop_in_step_two(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(LabTrainer, "training_step", told_to_stop)
 
 
-def assert_checkpoints_say(run: Path, part: str, chosen: bool, forget: bool) -> None:
-    """Checkpoints say whether the run has the part; to `forget` makes them of a time before it."""
+def assert_checkpoints_say(run: Path, part: str, chosen: bool | int, forget: bool) -> None:
+    """Checkpoints say what the run has of a part; to `forget` makes them of a time before it."""
     for path in run.glob("checkpoint-*/manifest.json"):
         content = json.loads(path.read_text())["content"]
-        assert content["must_match"].pop(part) is chosen
+        assert content["must_match"].pop(part) == chosen
         if forget:
             made = {"sha256": checkpoint_manifest._hash(content), "content": content}
             path.write_text(json.dumps(made))

@@ -1,10 +1,14 @@
 """Batches of a few sizes hold what they would hold otherwise, and little besides."""
 
+from itertools import pairwise
+
+import pytest
 import torch
 from packed_training import examples
 
 from sftlab.data.buckets import loss_bucket, loss_parts, most_tiles, token_bucket
-from sftlab.data.collator import TILE, Collator
+from sftlab.data.collator import Collator
+from sftlab.data.tiles import LONG_TILE, TILE
 from sftlab.training import step_capture
 
 
@@ -27,8 +31,9 @@ def test_sizes_hold_what_they_must_and_waste_little():
     assert {share: loss_parts(share) for share in shares} == shares
 
 
-def test_batches_of_a_size_have_tensors_of_the_same_shapes():
-    collate = Collator(0, packed=True, parts=4)
+@pytest.mark.parametrize("tile", [TILE, LONG_TILE])
+def test_batches_of_a_size_have_tensors_of_the_same_shapes(tile):
+    collate = Collator(0, packed=True, parts=4, tile=tile)
     rows, shapes = examples(200), {}
     for first in range(0, 200, 5):
         batch = collate(rows[first : first + 5])
@@ -50,17 +55,19 @@ def test_batches_of_a_size_have_tensors_of_the_same_shapes():
     assert len(shapes) < 20
 
 
-def test_padding_is_in_short_rows_of_its_own():
+@pytest.mark.parametrize("tile", [TILE, LONG_TILE])
+def test_padding_is_in_short_rows_of_its_own(tile):
     rows = examples(44)
-    batch = Collator(0, packed=True, multiple=384, parts=8)(rows)
+    batch = Collator(0, packed=True, multiple=384, parts=8, tile=tile)(rows)
     real, size = sum(len(row["input_ids"]) for row in rows), batch["input_ids"].numel()
-    assert size - real > 2 * TILE
-    for half in batch["tiles"].tolist():
+    table = batch["tiles"].flatten(1, 2).tolist()
+    for half in table:
         seen = [at for start, end, first in half for at in range(first, min(first + TILE, end))]
         assert sorted(seen) == list(range(size))
-        assert all(end <= real or (start >= real and end - start <= TILE) for start, end, _ in half)
-    assert batch["tiles"].shape[1] >= most_tiles(size, len(rows) + 1, TILE)
+        assert all(end <= real or (start >= real and end - start <= tile) for start, end, _ in half)
+    assert batch["tiles"].shape[1] >= most_tiles(size, len(rows) + 1, tile)
     starts = (batch["position_ids"][0] == 0).nonzero()[:, 0].tolist()
-    assert starts == sorted({start for start, end, _ in batch["tiles"][0].tolist() if start < end})
-    assert batch["position_ids"][0, real:].max() < TILE
+    assert starts == sorted({start for start, end, _ in table[0] if start < end})
+    padding = [end - start for start, end in pairwise([*starts, size]) if start >= real]
+    assert len(padding) > 1 and {*padding[:-1]} == {tile}
     assert (batch["labels"][0, real:] == -100).all()

@@ -17,8 +17,6 @@ from packed_training import (
 )
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sftlab.data import collator
-from sftlab.data.collator import TILE
 from sftlab.data.samplers import BalancedSampler
 from sftlab.fastpath import fused_loss
 
@@ -208,20 +206,6 @@ def test_a_packed_run_goes_on_in_the_middle_of_an_epoch_as_if_nothing_had_happen
         undisturbed.model.named_parameters(), again.model.parameters(), strict=True
     ):
         assert torch.equal(parameter, other), name
-
-
-@pytest.mark.parametrize("lengths", [[64], [65], [200, 3, 64], [64, 64, 64, 64], [1, 0]])
-def test_tables_of_tiles_cover_every_token_once_and_are_aligned(lengths):
-    table = collator.tiles(lengths)
-    assert table.shape[1] * 3 * 4 % 16 == 0, "Triton would compile the backward for both alignments"
-    ends = [sum(lengths[: i + 1]) for i in range(len(lengths))]
-    for half in table.tolist():
-        seen = [at for start, end, first in half for at in range(first, min(first + TILE, end))]
-        assert sorted(seen) == list(range(sum(lengths)))
-        assert all(end in ends for _, end, _ in half)
-        assert all(first >= end for _, end, first in half[sum(-(-n // TILE) for n in lengths) :]), (
-            "empty ones last"
-        )
 
 
 def test_the_loss_does_not_depend_on_the_chunk(monkeypatch):

@@ -81,7 +81,9 @@ def test_the_rehearsed_kernels_are_those_of_every_step(fields, monkeypatch, weig
         weight.data = weight.data if weight.requires_grad else weight.data.to(weights)
     kinds = trainer.fast.layers.distinct
     kernel_warmup.rehearse(
-        trainer.model.config, kinds, dtype, torch.device("cpu"), fused_loss=True, float8_head=False
+        *(trainer.model.config, kinds, [trainer.fast.attention_tile], dtype, torch.device("cpu")),
+        fused_loss=True,
+        float8_head=False,
     )
     rehearsed, called = called, {}
     assert {name: len(forms) for name, forms in rehearsed.items()} == {
@@ -166,12 +168,29 @@ def test_kernels_are_rehearsed_on_the_gpu_of_the_process(fields, monkeypatch):
     kinds = (Attention(2, 1, 16, 16, 0.25),)
     assert done == [
         ("rehearsal_0", "device", gpu),
-        ("rehearsal_0", "rehearsed", config, kinds, torch.float32, gpu, True, False),
+        ("rehearsal_0", "rehearsed", config, kinds, [64], torch.float32, gpu, True, False),
     ]
     recipe.training.dataset_num_proc = 2
     assert kernel_warmup.start_compilers(recipe, config, fast).done() and len(done) == 2, (
         "tokenizing forks"
     )
+
+
+@pytest.mark.parametrize(
+    ("longest", "began", "sizes"),
+    [(2047, 128, [64]), (2048, 128, [64, 128]), (None, 128, [64, 128]), (None, None, [64])],
+)
+def test_kernels_are_rehearsed_for_the_tiles_that_rows_may_have(
+    fields, monkeypatch, longest, began, sizes
+):
+    done = []
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.setattr(kernel_warmup, "rehearse", lambda *given: done.append(given[2]))
+    recipe, config, fast = packed(fields, Attention(2, 1, 16, 16, 0.25))
+    recipe.training.max_length = longest
+    fast.continue_with_tile(began, settings_changed=False)
+    assert kernel_warmup.start_compilers(recipe, config, fast).exception(20) is None
+    assert done == [sizes]
 
 
 def test_a_gpu_that_cannot_be_set_ends_the_wait(fields, monkeypatch):

@@ -186,6 +186,13 @@ def test_steps_that_runs_captured_by_themselves_are_no_second_axis(make):
     assert list(differences(runs, ["lora_r"])) == ["captured_step"]
 
 
+def test_tiles_of_longer_rows_are_no_second_axis(make):
+    ran = {length: {"attention_tile": 128 if length > 2048 else 64} for length in (512, 4096)}
+    runs = {f"{one}": facts(make(f"{one}", ran=ran[one], max_length=one)) for one in ran}
+    assert list(differences(runs, ["max_length"])) == []
+    assert set(differences(runs)) == {"max_length", "attention_tile"}
+
+
 def test_strategy_explains_how_gradients_are_reduced_and_not_the_optimizer(make):
     ddp = facts(make("ddp", **processes(2)))
     fsdp = facts(

@@ -26,7 +26,7 @@ from transformers import (
 
 from sftlab.config.launch import exported, launched
 from sftlab.config.parser import parse_recipe
-from sftlab.data.collator import tiles
+from sftlab.data.tiles import tiles
 from sftlab.fastpath import compile_layers
 from sftlab.fastpath.experts import GROUPED
 from sftlab.fastpath.fused_lora import fuse_lora

@@ -42,6 +42,8 @@ _QUANTIZED = (
     "quantization compute *_dtypes gradients_reduced_in bnb_4bit_* use_bnb_nested_quant "
     "four_bit_weights fsdp_layers_per_unit fused_lora"
 )
+# what runs choose from the sizes of their batches and rows; the training is the same
+_FROM_SIZES = ("captured_step", "attention_tile")
 # what a stage of training has of its own: its data, its loss, its steps
 _STAGE = (
     "adapter_name_or_path data.* dataset_* datasets* columns tokens *_file loss_on "
@@ -134,9 +136,9 @@ def _differs(runs: Mapping[str, Settings], axis: str) -> bool:
 def _follows_from_sizes(field: str, runs: Mapping[str, Settings]) -> bool:
     """Returns whether runs chose the field by themselves, from sizes that every axis may change.
 
-    Captured steps are the same training at another speed. A run says so, and a report has it.
+    They are the same training at another speed. A run says so, and a report has it.
     """
-    return field == "captured_step" and all(one.recipe.get(field) is None for one in runs.values())
+    return field in _FROM_SIZES and all(one.recipe.get(field) is None for one in runs.values())
 
 
 def _is_covered(field: str, runs: Mapping[str, Settings]) -> bool:

@@ -14,9 +14,8 @@ from torch.nn.functional import pad
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from sftlab.data.buckets import loss_bucket, most_tiles, token_bucket
+from sftlab.data.tiles import TILE, tiles
 
-# queries (and keys) per program of the attention kernels
-TILE = 64
 # Packed batches are padded to a multiple of this many tokens, so that matrix shapes are aligned.
 TOKENS_MULTIPLE = 128
 # what the collator adds for the loss and the meter; the model does not take it
@@ -33,7 +32,7 @@ class Collator:
     next tokens are `targets`, and their rows `loss_rows`. `real_tokens`, `real_rows` and
     `loss_tokens` are ints.
     Of a stream, `by_source` has the data set's number and the tokens of each row.
-    With `packed`, rows are concatenated to [1, tokens], and `tiles` tells the
+    With `packed`, rows are concatenated to [1, tokens], and `tiles`, of `tile` tokens, tells the
     attention where they begin; with `mixers`, `boundaries` tells it to the other layers. The
     number of tokens is padded to a `multiple`. With `parts`, all tensors but `loss_rows` have one
     of a few sizes (sftlab/data/buckets.py): `loss_positions` and `targets` go on behind the tokens
@@ -47,8 +46,9 @@ class Collator:
         multiple: int | None = None,
         mixers: bool = False,
         parts: int = 0,
+        tile: int = TILE,
     ) -> None:
-        self._parts = parts
+        self._parts, self._tile = parts, tile
         self._collate = DataCollatorForLanguageModeling(
             pad_token_id=pad_token_id,
             padding_free=packed,
@@ -94,8 +94,8 @@ class Collator:
         tokens = batch["input_ids"].shape[1]
         if self._parts:  # or several short ones, whose attention costs least
             tail = token_bucket(tokens, self._multiple, len(lengths)) - tokens
-            padding = [TILE] * (tail // TILE) + [tail % TILE]
-            count = most_tiles(tokens + tail, len(lengths) + 1, TILE)
+            padding = [self._tile] * (tail // self._tile) + [tail % self._tile]
+            count = most_tiles(tokens + tail, len(lengths) + 1, self._tile)
         else:
             tail = -tokens % self._multiple
             padding, count = [tail], 0
@@ -105,7 +105,7 @@ class Collator:
             "input_ids": pad(batch["input_ids"], (0, tail), value=self._pad),
             "labels": pad(batch["labels"], (0, tail), value=-100),
             "position_ids": torch.cat([batch["position_ids"], places], dim=1),
-            "tiles": tiles(sequences, count),
+            "tiles": tiles(sequences, self._tile, count),
             **(boundaries(sequences) if self._mixers else {}),
         }
 
@@ -148,22 +148,3 @@ def _scored_in_bucket(
         "targets": pad(scored["targets"], (0, size - count)),
         "in_loss": torch.arange(size) < count,
     }
-
-
-def tiles(lengths: Sequence[int], count: int = 0) -> torch.Tensor:
-    """Returns sequences of these lengths in pieces of at most `TILE` tokens, [2, pieces, 3] int32.
-
-    A piece is its sequence's start and end, and its own first token. The first table is for
-    programs that read what comes before a piece, the second for those that read what comes after
-    it. Both begin with the most work. Empty pieces at the end fill up to `count`, and keep the
-    second table aligned to 16 bytes, because Triton compiles a kernel anew for one that is not.
-    """
-    pieces, start = [], 0
-    for length in lengths:
-        pieces += [(start, start + length, first) for first in range(start, start + length, TILE)]
-        start += length
-    pieces += [(start, start, start)] * (count - len(pieces))
-    pieces += [(start, start, start)] * (-len(pieces) % 4)
-    before = sorted(pieces, key=lambda piece: piece[0] - piece[2])
-    after = sorted(pieces, key=lambda piece: piece[2] - piece[1])
-    return torch.tensor([before, after], dtype=torch.int32)

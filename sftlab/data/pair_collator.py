@@ -6,8 +6,9 @@ import torch
 from torch.nn.functional import pad
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
-from sftlab.data.collator import TOKENS_MULTIPLE, boundaries, tiles
+from sftlab.data.collator import TOKENS_MULTIPLE, boundaries
 from sftlab.data.encoded_pairs import PROMPT
+from sftlab.data.tiles import TILE, tiles
 
 # what trl's own collator gives
 OF_TRL = ("input_ids", "attention_mask", "completion_mask")
@@ -20,7 +21,7 @@ class PairCollator:
 
     A batch has the chosen sides first, then the rejected ones: [2 pairs, tokens], padded. `fused`
     adds `answer_positions`, the flat places of tokens whose next one is in an answer. `packed` adds
-    the sides without padding, as `pack_decoder` takes them.
+    the sides without padding, as `pack_decoder` takes them, in tiles of `tile` tokens.
     """
 
     def __init__(
@@ -30,10 +31,11 @@ class PairCollator:
         packed: bool = False,
         fused: bool = False,
         mixers: bool = False,
+        tile: int = TILE,
     ) -> None:
         self._collate = DataCollatorForPreference(pad_token_id, pad_to_multiple_of=multiple)
         self._pad, self._packed, self._fused = pad_token_id, packed, fused
-        self._mixers = mixers
+        self._mixers, self._tile = mixers, tile
 
     def __call__(self, pairs: list[dict[str, Any]]) -> dict[str, Any]:
         """Returns one batch of encoded pairs."""
@@ -70,6 +72,6 @@ class PairCollator:
             "packed_ids": pad(ids[places[:, 0]], (0, tail), value=self._pad)[None],
             "packed_places": pad(places[:, 0], (0, tail), value=len(ids)),
             "position_ids": torch.cat([torch.arange(one) for one in sequences])[None],
-            "tiles": tiles(sequences),
+            "tiles": tiles(sequences, self._tile),
             **(boundaries(sequences) if self._mixers else {}),
         }

@@ -4,13 +4,15 @@ import os
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
+from itertools import product
 
 import torch
 from transformers import PreTrainedConfig
 
 from sftlab.config.launch import COMPUTE_DTYPE, PRECISIONS
 from sftlab.config.recipe import Recipe
-from sftlab.data.collator import TOKENS_MULTIPLE, tiles
+from sftlab.data.collator import TOKENS_MULTIPLE
+from sftlab.data.tiles import LONG_ROW, TILE, tiles
 from sftlab.fastpath import float8_lora_ops, float8_mlp_ops, mlp_ops, varlen_attention
 from sftlab.fastpath.float8_lora import LARGEST_SIZE, columns_beside
 from sftlab.fastpath.fused_loss import CHUNK, FrozenHeadLoss, in_float8
@@ -39,13 +41,16 @@ def start_compilers(recipe: Recipe, config: PreTrainedConfig, fast: FastPath) ->
     thread = ThreadPoolExecutor(1, "rehearsal")
     longest = recipe.training.max_length
     kinds = tuple(dict.fromkeys(one.for_rows(longest) for one in fast.layers.attention))
+    # rows are not read yet: where some may be long, tiles of either size are possible
+    some_long = longest is None or longest >= LONG_ROW
+    sizes = sorted({TILE, fast.largest_tile if some_long else TILE})
     fused_loss = fast.fused_loss is not False
     float8 = recipe.training.mixed_precision == "fp8"
     float8_head = float8 and recipe.training.method == "sft"
 
     def rehearse_here() -> None:
         torch.cuda.set_device(device)  # a new thread begins on the first GPU
-        rehearse(config.get_text_config(), kinds, dtype, device, fused_loss, float8_head)
+        rehearse(config.get_text_config(), kinds, sizes, dtype, device, fused_loss, float8_head)
         if fast.fused_lora and not recipe.model.lora_dropout:
             mlp = rehearse_float8_mlp if float8 else rehearse_mlp
             mlp(config.get_text_config(), recipe.model.lora_r, dtype, device)
@@ -58,6 +63,7 @@ def start_compilers(recipe: Recipe, config: PreTrainedConfig, fast: FastPath) ->
 def rehearse(
     config: PreTrainedConfig,
     kinds: Sequence[Attention],
+    sizes: Sequence[int],
     dtype: torch.dtype,
     device: torch.device,
     fused_loss: bool,
@@ -65,13 +71,14 @@ def rehearse(
 ) -> None:
     """Run the kernels of a packed step once, in the form in which the step will call them.
 
-    `kinds` are the different attentions of the layers. The fused loss runs on less than a chunk:
-    with the stand-in for the head, it takes about the memory of the step's own chunk.
+    `kinds` are the different attentions of the layers, and `sizes` the tokens that a tile may have.
+    The fused loss runs on less than a chunk: with the stand-in for the head, it takes about the
+    memory of the step's own chunk.
     """
     make = partial(torch.zeros, dtype=dtype, device=device, requires_grad=True)
     tokens = TOKENS_MULTIPLE
-    table = tiles([tokens]).to(device)
-    for one in kinds:
+    tables = [tiles([tokens], size).to(device) for size in sizes]
+    for one, table in product(kinds, tables):
         query = make(tokens, one.heads, one.size)
         key, value = (make(tokens, one.key_heads, size) for size in (one.size, one.value_size))
         sinks = torch.zeros(one.heads, device=device) if one.sinks else None

@@ -12,6 +12,7 @@ from transformers import PreTrainedConfig
 from sftlab.config.launch import Launch
 from sftlab.config.preference_fields import MICRO_BATCH_LOSSES, REFUSED_OF_PAIRS
 from sftlab.config.recipe import Recipe
+from sftlab.data.tiles import LONG_TILE, TILE
 from sftlab.fastpath import varlen_attention
 from sftlab.fastpath.fused_loss import needs_whole_logits
 from sftlab.fastpath.recomputed_layers import dropout_in
@@ -33,9 +34,10 @@ class FastPath:
     multiplies its experts, None for other models, and `experts_lora` how it adds LoRA to their
     stacked weights, None where these have none. `mixers` is what computes layers beside attention:
     the "kernels" of a package, or "torch". `four_bit_weights` is what gives weights in 4 bits back.
-    `layers_per_unit` is how many decoder layers FSDP2 gathers at once, None without FSDP2. Where
-    fused LoRA is needed, it is an error if it cannot be, and `without_fused_lora` says what to do
-    then.
+    `layers_per_unit` is how many decoder layers FSDP2 gathers at once, None without FSDP2.
+    `attention_tile` is the tokens of a tile of packed rows, None until their lengths are known, and
+    `largest_tile` the most it may be. Where fused LoRA is needed, it is an error if it cannot be,
+    and `without_fused_lora` says what to do then.
     """
 
     packing: bool
@@ -52,6 +54,8 @@ class FastPath:
     fused_lora: bool = False
     four_bit_weights: str | None = None
     layers_per_unit: int | None = None
+    attention_tile: int | None = None
+    largest_tile: int = LONG_TILE
     captured_step: bool = False
     may_capture_step: bool = False
     needs_fused_lora: bool = False
@@ -73,6 +77,14 @@ class FastPath:
     def continue_with_float8_head(self, began: bool, settings_changed: bool) -> None:
         """Leave the head's gradient in 16 bits if the run that is continued `began` so."""
         self.may_have_float8_head = began or settings_changed
+
+    def continue_with_tile(self, began: int | None, settings_changed: bool) -> None:
+        """Let tiles have no more tokens than in the run that is continued, which `began` so.
+
+        None is of a run that says nothing: tiles had 64 then.
+        """
+        if not settings_changed:
+            self.largest_tile = began or TILE
 
     def continue_with_captured_steps(self, began: bool, settings_changed: bool) -> None:
         """Capture steps if the run that is continued `began` so; the recipe leaves it unset.

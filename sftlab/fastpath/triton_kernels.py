@@ -13,15 +13,20 @@ import torch
 import triton
 import triton.language as tl
 
-from sftlab.data.collator import TILE
+from sftlab.data.tiles import LONG_ROW, LONG_TILE, TILE, tile_of
 
 LOG2_E = math.log2(math.e)
-# Per program: tokens owned (a tile's or half of them), tokens read at a time, warps, stages. These
-# were the fastest on an H200 for rows of a few hundred to some thousand tokens: the first two in
-# bfloat16, the third in float32, where larger ones spill registers (tests/test_kernels.py).
+# Per program: tokens owned (of a tile), tokens read at a time, warps, stages. These were the
+# fastest on an H200 for rows of some hundred tokens: the first two in bfloat16, the third in
+# float32, where larger ones spill registers (tests/test_kernels.py).
 BY_ROWS, BY_KEYS, FLOAT32 = (TILE, 32, 4, 3), (TILE, TILE, 4, 1), (32, 32, 4, 1)
 # The same for heads wider than 128. They spill least, compiled without a GPU.
 WIDE_ROWS, WIDE_KEYS, WIDE_FLOAT32 = (TILE, 32, 8, 2), (32, 32, 8, 1), (16, 16, 4, 1)
+# The same in bfloat16 for long tiles, the fastest on an H200 for rows of some thousand tokens: for
+# heads of 65 to 128 elements, which need more shared memory than other GPUs have, and for smaller
+# ones.
+LONG_ROWS, LONG_KEYS = (LONG_TILE, TILE, 8, 3), (LONG_TILE, TILE, 8, 1)
+SMALL_LONG_ROWS = (TILE, TILE, 4, 3)
 
 
 def attention_forward(
@@ -34,7 +39,7 @@ def attention_forward(
     cap: float = 0.0,
     sinks: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Causal attention within each sequence.
+    """Causal attention within each sequence of `tiles` (sftlab/data/tiles.py).
 
     With a `window`, a token sees the last `window` ones, itself included. A `cap` bounds scores by
     tanh. `sinks` [heads] are scores that take weight and have no value.
@@ -45,8 +50,8 @@ def attention_forward(
     tokens, heads, _ = query.shape
     output = query.new_empty(tokens, heads, value.shape[-1])
     lse = torch.empty(heads, tokens, device=query.device, dtype=torch.float32)
-    own, read, precision, options = _launch(query, BY_ROWS, WIDE_ROWS)
-    _forward[(tiles.shape[1] * (TILE // own), heads)](
+    own, read, precision, options = _launch(query, value, tiles, window)
+    _forward[(_programs(tiles, own), heads)](
         query, key, value, output, lse, tiles, lse if sinks is None else sinks, scale * LOG2_E,
         cap * LOG2_E, tokens, heads, heads // key.shape[1], *_sizes(query, value), window, cap > 0,
         sinks is not None, TILE, own, read, precision, **options,
@@ -79,13 +84,13 @@ def attention_backward(
         *(scale, scale * LOG2_E, cap * LOG2_E, tokens, heads, groups),
         *(*_sizes(query, value), window, cap > 0),
     )
-    own, read, precision, options = _launch(query, BY_ROWS, WIDE_ROWS)
-    _backward_query[(tiles.shape[1] * (TILE // own), heads)](
+    own, read, precision, options = _launch(query, value, tiles, window)
+    _backward_query[(_programs(tiles, own), heads)](
         query, key, value, output, gradient, lse, delta, d_query, tiles[0], *shape,
         TILE, own, read, precision, **options,
     )  # fmt: skip
-    own, read, precision, options = _launch(query, BY_KEYS, WIDE_KEYS)
-    _backward_key[(tiles.shape[1] * (TILE // own), heads // groups)](
+    own, read, precision, options = _launch(query, value, tiles, window, by_keys=True)
+    _backward_key[(_programs(tiles, own), heads // groups)](
         query, key, value, gradient, lse, delta, d_key, d_value, tiles[1], *shape,
         TILE, own, read, precision, **options,
     )  # fmt: skip
@@ -98,27 +103,51 @@ def _sizes(query: torch.Tensor, value: torch.Tensor) -> tuple[int, int, int, int
     return *sizes, *(max(16, triton.next_power_of_2(size)) for size in sizes)
 
 
+def _programs(tiles: torch.Tensor, own: int) -> int:
+    return tiles.shape[1] * (tile_of(tiles) // own)
+
+
 def _launch(
-    tensor: torch.Tensor, in_16_bits: tuple[int, int, int, int], wide: tuple[int, int, int, int]
+    query: torch.Tensor,
+    value: torch.Tensor,
+    tiles: torch.Tensor,
+    window: int,
+    by_keys: bool = False,
 ) -> tuple[int, int, str, dict[str, int]]:
     """Returns tokens owned and read at a time, the precision of products, and Triton's options.
 
     A float32 product takes three TF32 products: of the numbers' first 11 bits, and of these with
     the bits that follow. Its error is no larger than a plain one's (tests/test_kernels.py).
     """
-    whole = tensor.dtype == torch.float32
-    narrow = tensor.shape[-1] <= 128
+    whole, size = query.dtype == torch.float32, query.shape[-1]
+    # in a window rows are as good as short
+    short = tile_of(tiles) < LONG_TILE or 0 < window < LONG_ROW
     if whole:
-        own, read, warps, stages = FLOAT32 if narrow else WIDE_FLOAT32
+        chosen = FLOAT32 if size <= 128 else WIDE_FLOAT32
+    elif size > 128:
+        chosen = WIDE_KEYS if by_keys else WIDE_ROWS
+    elif short or value.shape[-1] > 128:
+        chosen = BY_KEYS if by_keys else BY_ROWS
+    elif size <= 64:
+        chosen = BY_KEYS if by_keys else SMALL_LONG_ROWS
+    elif _has_room(query.device):
+        chosen = LONG_KEYS if by_keys else LONG_ROWS
     else:
-        own, read, warps, stages = in_16_bits if narrow else wide
+        chosen = BY_KEYS if by_keys else BY_ROWS
+    own, read, warps, stages = chosen
     return own, read, "tf32x3" if whole else "tf32", {"num_warps": warps, "num_stages": stages}
 
 
+def _has_room(device: torch.device) -> bool:
+    # long tiles have been measured on Hopper alone; the interpreter has room for them
+    return device.type != "cuda" or torch.cuda.get_device_capability(device)[0] == 9
+
+
 @triton.jit
-def _part(tiles, index, TILE: tl.constexpr, OWN: tl.constexpr):
-    tile = tiles + 3 * (index // (TILE // OWN))
-    return tl.load(tile), tl.load(tile + 1), tl.load(tile + 2) + OWN * (index % (TILE // OWN))
+def _own(tiles, index, TILE: tl.constexpr, OWN: tl.constexpr):
+    # a program owns several parts of a tile, or one, or a piece of one
+    part = tiles + 3 * (index * OWN // TILE)
+    return tl.load(part), tl.load(part + 1), tl.load(part + 2) + index * OWN % TILE
 
 
 @triton.jit
@@ -146,6 +175,15 @@ def _first_seen(start, first, WINDOW: tl.constexpr, COLUMNS: tl.constexpr):
 
 
 @triton.jit
+def _masked_from(start, first, WINDOW: tl.constexpr, COLUMNS: tl.constexpr):
+    # whole tiles before the rows' own are seen by all of them
+    if WINDOW > 0:
+        return start
+    else:
+        return start + (first - start) // COLUMNS * COLUMNS
+
+
+@triton.jit
 def _tanh(x):
     return 2.0 * tl.sigmoid(2.0 * x) - 1.0
 
@@ -158,7 +196,7 @@ def _forward(
     SINKS: tl.constexpr, TILE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    start, end, first = _part(tiles, tl.program_id(0), TILE, ROWS)
+    start, end, first = _own(tiles, tl.program_id(0), TILE, ROWS)
     head = tl.program_id(1)
     if first < end:
         KEY_HEADS: tl.constexpr = HEADS // GROUPS
@@ -173,33 +211,40 @@ def _forward(
         sums = tl.zeros((ROWS, BLOCK_V), tl.float32)
         offset, offset_v = (head // GROUPS) * SIZE, (head // GROUPS) * VALUE
         start = _first_seen(start, first, WINDOW, COLUMNS)
-        for column in range(start, tl.minimum(first + ROWS, end), COLUMNS):
-            columns = column + tl.arange(0, COLUMNS)
-            inside = columns < end
-            k = tl.load(
-                key + columns[None, :] * (KEY_HEADS * SIZE) + offset + unit[:, None],
-                mask=_within(inside[None, :], unit[:, None], SIZE, BLOCK),
-                other=0.0,
-            )
-            v = tl.load(
-                value + columns[:, None] * (KEY_HEADS * VALUE) + offset_v + unit_v[None, :],
-                mask=_within(inside[:, None], unit_v[None, :], VALUE, BLOCK_V),
-                other=0.0,
-            )
-            scores = tl.dot(q, k, input_precision=PRECISION) * scale_log2
-            if CAPPED:
-                scores = cap * _tanh(scores / cap)
-            seen = _seen(rows[:, None], columns[None, :], WINDOW)
-            scores = tl.where(seen, scores, float("-inf"))
-            higher = tl.maximum(top, tl.max(scores, 1))
-            finite = higher
-            if WINDOW > 0:  # a row may see nothing of a tile
-                finite = tl.where(higher == float("-inf"), 0.0, higher)
-            weights = tl.exp2(scores - finite[:, None])
-            shrink = tl.exp2(top - finite)
-            total = total * shrink + tl.sum(weights, 1)
-            sums = tl.dot(weights.to(v.dtype), v, sums * shrink[:, None], input_precision=PRECISION)
-            top = higher
+        edge = _masked_from(start, first, WINDOW, COLUMNS)
+        for MASKED in tl.static_range(2):
+            from_here, to_here = start, edge
+            if MASKED:
+                from_here, to_here = edge, tl.minimum(first + ROWS, end)
+            for column in range(from_here, to_here, COLUMNS):
+                columns = column + tl.arange(0, COLUMNS)
+                inside = (columns < end) | (MASKED == 0)
+                k = tl.load(
+                    key + columns[None, :] * (KEY_HEADS * SIZE) + offset + unit[:, None],
+                    mask=_within(inside[None, :], unit[:, None], SIZE, BLOCK),
+                    other=0.0,
+                )
+                v = tl.load(
+                    value + columns[:, None] * (KEY_HEADS * VALUE) + offset_v + unit_v[None, :],
+                    mask=_within(inside[:, None], unit_v[None, :], VALUE, BLOCK_V),
+                    other=0.0,
+                )
+                scores = tl.dot(q, k, input_precision=PRECISION) * scale_log2
+                if CAPPED:
+                    scores = cap * _tanh(scores / cap)
+                if MASKED:
+                    seen = _seen(rows[:, None], columns[None, :], WINDOW)
+                    scores = tl.where(seen, scores, float("-inf"))
+                higher = tl.maximum(top, tl.max(scores, 1))
+                finite = higher
+                if WINDOW > 0:  # a row may see nothing of a tile
+                    finite = tl.where(higher == float("-inf"), 0.0, higher)
+                weights = tl.exp2(scores - finite[:, None])
+                shrink = tl.exp2(top - finite)
+                total = total * shrink + tl.sum(weights, 1)
+                sums = sums * shrink[:, None]
+                sums = tl.dot(weights.to(v.dtype), v, sums, input_precision=PRECISION)
+                top = higher
         if SINKS:
             total += tl.exp2(tl.load(sinks + head).to(tl.float32) * 1.4426950408889634 - top)
         real_v = _within(real, unit_v[None, :], VALUE, BLOCK_V)
@@ -214,7 +259,7 @@ def _backward_query(
     BLOCK: tl.constexpr, BLOCK_V: tl.constexpr, WINDOW: tl.constexpr, CAPPED: tl.constexpr,
     TILE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    start, end, first = _part(tiles, tl.program_id(0), TILE, ROWS)
+    start, end, first = _own(tiles, tl.program_id(0), TILE, ROWS)
     head = tl.program_id(1)
     if first < end:
         KEY_HEADS: tl.constexpr = HEADS // GROUPS
@@ -233,31 +278,38 @@ def _backward_query(
         dq = tl.zeros((ROWS, BLOCK), tl.float32)
         offset, offset_v = (head // GROUPS) * SIZE, (head // GROUPS) * VALUE
         start = _first_seen(start, first, WINDOW, COLUMNS)
-        for column in range(start, tl.minimum(first + ROWS, end), COLUMNS):
-            columns = column + tl.arange(0, COLUMNS)
-            inside = columns[:, None] < end
-            k = tl.load(
-                key + columns[:, None] * (KEY_HEADS * SIZE) + offset + unit[None, :],
-                mask=_within(inside, unit[None, :], SIZE, BLOCK),
-                other=0.0,
-            )
-            v = tl.load(
-                value + columns[:, None] * (KEY_HEADS * VALUE) + offset_v + unit_v[None, :],
-                mask=_within(inside, unit_v[None, :], VALUE, BLOCK_V),
-                other=0.0,
-            )
-            scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale_log2
-            if CAPPED:
-                bent = _tanh(scores / cap)
-                scores = cap * bent
-            weights = tl.exp2(scores - log_sum[:, None])
-            weights = tl.where(_seen(rows[:, None], columns[None, :], WINDOW), weights, 0.0)
-            d_scores = weights * (
-                tl.dot(dy, tl.trans(v), input_precision=PRECISION) - mean[:, None]
-            )
-            if CAPPED:
-                d_scores *= 1.0 - bent * bent
-            dq = tl.dot(d_scores.to(k.dtype), k, dq, input_precision=PRECISION)
+        edge = _masked_from(start, first, WINDOW, COLUMNS)
+        for MASKED in tl.static_range(2):
+            from_here, to_here = start, edge
+            if MASKED:
+                from_here, to_here = edge, tl.minimum(first + ROWS, end)
+            for column in range(from_here, to_here, COLUMNS):
+                columns = column + tl.arange(0, COLUMNS)
+                inside = (columns[:, None] < end) | (MASKED == 0)
+                k = tl.load(
+                    key + columns[:, None] * (KEY_HEADS * SIZE) + offset + unit[None, :],
+                    mask=_within(inside, unit[None, :], SIZE, BLOCK),
+                    other=0.0,
+                )
+                v = tl.load(
+                    value + columns[:, None] * (KEY_HEADS * VALUE) + offset_v + unit_v[None, :],
+                    mask=_within(inside, unit_v[None, :], VALUE, BLOCK_V),
+                    other=0.0,
+                )
+                scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale_log2
+                if CAPPED:
+                    bent = _tanh(scores / cap)
+                    scores = cap * bent
+                weights = tl.exp2(scores - log_sum[:, None])
+                if MASKED:
+                    seen = _seen(rows[:, None], columns[None, :], WINDOW)
+                    weights = tl.where(seen, weights, 0.0)
+                d_scores = weights * (
+                    tl.dot(dy, tl.trans(v), input_precision=PRECISION) - mean[:, None]
+                )
+                if CAPPED:
+                    d_scores *= 1.0 - bent * bent
+                dq = tl.dot(d_scores.to(k.dtype), k, dq, input_precision=PRECISION)
         tl.store(d_query + at, (dq * scale).to(d_query.dtype.element_ty), mask=real)
 
 
@@ -268,7 +320,7 @@ def _backward_key(
     BLOCK: tl.constexpr, BLOCK_V: tl.constexpr, WINDOW: tl.constexpr, CAPPED: tl.constexpr,
     TILE: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    _, end, first = _part(tiles, tl.program_id(0), TILE, COLUMNS)
+    _, end, first = _own(tiles, tl.program_id(0), TILE, COLUMNS)
     key_head = tl.program_id(1)
     if first < end:
         KEY_HEADS: tl.constexpr = HEADS // GROUPS
@@ -282,40 +334,48 @@ def _backward_key(
         v = tl.load(value + at_v, mask=real_v, other=0.0)
         dk = tl.zeros((COLUMNS, BLOCK), tl.float32)
         dv = tl.zeros((COLUMNS, BLOCK_V), tl.float32)
-        last = end
+        # whole tiles behind the keys' own see all of them
+        last, edge = end, tl.minimum(first + tl.cdiv(COLUMNS, ROWS) * ROWS, end)
         if WINDOW > 0:  # no row behind the window sees these keys
             last = tl.minimum(end, first + COLUMNS + WINDOW - 1)
+            edge = last
         for group in range(GROUPS):
             head = key_head * GROUPS + group
-            for row in range(first, last, ROWS):
-                rows = row + tl.arange(0, ROWS)
-                inside = rows < end
-                there = rows[:, None] * (HEADS * SIZE) + head * SIZE + unit[None, :]
-                there_v = rows[:, None] * (HEADS * VALUE) + head * VALUE + unit_v[None, :]
-                q = tl.load(
-                    query + there,
-                    mask=_within(inside[:, None], unit[None, :], SIZE, BLOCK),
-                    other=0.0,
-                )
-                dy = tl.load(
-                    gradient + there_v,
-                    mask=_within(inside[:, None], unit_v[None, :], VALUE, BLOCK_V),
-                    other=0.0,
-                )
-                log_sum = tl.load(lse + head * tokens + rows, mask=inside, other=float("inf"))
-                mean = tl.load(delta + head * tokens + rows, mask=inside, other=0.0)
-                scores = tl.dot(k, tl.trans(q), input_precision=PRECISION) * scale_log2
-                if CAPPED:
-                    bent = _tanh(scores / cap)
-                    scores = cap * bent
-                weights = tl.exp2(scores - log_sum[None, :])
-                weights = tl.where(_seen(rows[None, :], columns[:, None], WINDOW), weights, 0.0)
-                dv = tl.dot(weights.to(dy.dtype), dy, dv, input_precision=PRECISION)
-                d_scores = weights * (
-                    tl.dot(v, tl.trans(dy), input_precision=PRECISION) - mean[None, :]
-                )
-                if CAPPED:
-                    d_scores *= 1.0 - bent * bent
-                dk = tl.dot(d_scores.to(q.dtype), q, dk, input_precision=PRECISION)
+            for BEHIND in tl.static_range(2):
+                from_here, to_here = first, edge
+                if BEHIND:
+                    from_here, to_here = edge, last
+                for row in range(from_here, to_here, ROWS):
+                    rows = row + tl.arange(0, ROWS)
+                    inside = rows < end
+                    there = rows[:, None] * (HEADS * SIZE) + head * SIZE + unit[None, :]
+                    there_v = rows[:, None] * (HEADS * VALUE) + head * VALUE + unit_v[None, :]
+                    q = tl.load(
+                        query + there,
+                        mask=_within(inside[:, None], unit[None, :], SIZE, BLOCK),
+                        other=0.0,
+                    )
+                    dy = tl.load(
+                        gradient + there_v,
+                        mask=_within(inside[:, None], unit_v[None, :], VALUE, BLOCK_V),
+                        other=0.0,
+                    )
+                    log_sum = tl.load(lse + head * tokens + rows, mask=inside, other=float("inf"))
+                    mean = tl.load(delta + head * tokens + rows, mask=inside, other=0.0)
+                    scores = tl.dot(k, tl.trans(q), input_precision=PRECISION) * scale_log2
+                    if CAPPED:
+                        bent = _tanh(scores / cap)
+                        scores = cap * bent
+                    weights = tl.exp2(scores - log_sum[None, :])
+                    if not BEHIND:
+                        seen = _seen(rows[None, :], columns[:, None], WINDOW)
+                        weights = tl.where(seen, weights, 0.0)
+                    dv = tl.dot(weights.to(dy.dtype), dy, dv, input_precision=PRECISION)
+                    d_scores = weights * (
+                        tl.dot(v, tl.trans(dy), input_precision=PRECISION) - mean[None, :]
+                    )
+                    if CAPPED:
+                        d_scores *= 1.0 - bent * bent
+                    dk = tl.dot(d_scores.to(q.dtype), q, dk, input_precision=PRECISION)
         tl.store(d_key + at, (dk * scale).to(d_key.dtype.element_ty), mask=real)
         tl.store(d_value + at_v, dv.to(d_value.dtype.element_ty), mask=real_v)

@@ -22,7 +22,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional
 from transformers import PreTrainedModel
 
-from sftlab.data.collator import TILE
+from sftlab.data.tiles import TILE
 from sftlab.fastpath.compile_layers import decoder_layers
 from sftlab.fastpath.experts import GROUPED
 from sftlab.fastpath.experts_lora import factor_experts
@@ -211,7 +211,7 @@ def _batch(rows: Rows, count: int, mixers: bool) -> dict[str, Any]:
     batch = {
         "input_ids": torch.zeros(1, tokens, dtype=torch.long),
         "position_ids": torch.zeros(1, tokens, dtype=torch.long),
-        "tiles": torch.zeros(2, count * -(-rows.mean // TILE), 3, dtype=torch.int32),
+        "tiles": torch.zeros(2, count * -(-rows.mean // TILE), 1, 3, dtype=torch.int32),
     }
     if mixers:
         batch |= {

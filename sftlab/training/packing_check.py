@@ -20,6 +20,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from sftlab.data.collator import Collator
+from sftlab.data.tiles import tile_of
 from sftlab.fastpath.float8 import inputs_in_16_bits
 from sftlab.models.layers import decoder_of
 from sftlab.models.plain_attention import plain_attention
@@ -45,7 +46,8 @@ def verify_packing(
     `inputs` is a packed batch, `forward` runs the wrapped model on another. Every rank calls it.
     """
     rows = _first_rows(inputs)
-    collate = Collator(pad_token_id, packed=True, mixers="seq_idx" in inputs)
+    mixers, tile = "seq_idx" in inputs, tile_of(inputs["tiles"])
+    collate = Collator(pad_token_id, packed=True, mixers=mixers, tile=tile)
     alone, choices = [], defaultdict(list)
     with inputs_in_16_bits(), plain_attention(base), _noted(base, choices):
         for row in rows:

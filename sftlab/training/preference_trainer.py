@@ -17,6 +17,7 @@ from sftlab.data.collator import for_the_model
 from sftlab.data.encoded_pairs import IDS, sequences_of
 from sftlab.data.pair_collator import OF_TRL, REFERENCE_OF_TRL, PairCollator
 from sftlab.data.samplers import row_lengths
+from sftlab.data.tiles import TILE
 from sftlab.fastpath.fused_loss import add_frozen_head_log_probs
 from sftlab.fastpath.packed_decoder import pack_decoder
 from sftlab.measurement.flops import Flops
@@ -79,6 +80,7 @@ class PreferenceTrainer(RecordedTrainer, DPOTrainer):
             packed=self.fast.packing,
             fused=bool(self.fast.fused_loss),
             mixers=self.fast.layers.mixers > 0,
+            tile=self.fast.attention_tile or TILE,
         )
         if not self.reference_once:
             # the reference's forward takes 2 of the 4 FLOPs of a frozen weight once more
@@ -100,7 +102,14 @@ class PreferenceTrainer(RecordedTrainer, DPOTrainer):
 
     def row_lengths(self) -> np.ndarray:
         """Returns the tokens of every training pair, of both sides."""
-        return sum(row_lengths(self.train_dataset, side) for side in IDS)
+        return sum(self._side_lengths())
+
+    def sequence_lengths(self) -> np.ndarray:
+        """Returns the tokens of every side of the training pairs."""
+        return np.concatenate(self._side_lengths())
+
+    def _side_lengths(self) -> list[np.ndarray]:
+        return [row_lengths(self.train_dataset, side) for side in IDS]
 
     def logit_changes(self) -> Changes | str:
         """Returns what the model does to its logits, or why there is no fused loss."""

@@ -17,6 +17,7 @@ from transformers.trainer_utils import TrainOutput
 
 from sftlab.config.launch import COMPUTE_DTYPE, PRECISIONS, Launch
 from sftlab.data.samplers import BalancedSampler, WholeBatches, row_lengths, whole_batches
+from sftlab.data.tiles import tile_for
 from sftlab.fastpath import fused_loss
 from sftlab.fastpath.compile_layers import compile_layers
 from sftlab.fastpath.experts import take_experts_product
@@ -130,6 +131,9 @@ class RecordedTrainer(UpstreamFixes):
 
     def _take_fast_path(self) -> None:
         base = self._base
+        if self.fast.packing:
+            tile = tile_for(self.sequence_lengths())
+            self.fast.attention_tile = min(tile, self.fast.largest_tile)
         if off := leave_out_frozen_router(self):
             self.fast.reasons["router_loss"] = off
         if differs := own_log_probs_if_needed(base):
@@ -211,6 +215,10 @@ class RecordedTrainer(UpstreamFixes):
     def row_lengths(self) -> np.ndarray:
         """Returns the tokens of every training row."""
         return row_lengths(self.train_dataset)
+
+    def sequence_lengths(self) -> np.ndarray:
+        """Returns the tokens of every sequence that training packs."""
+        return self.row_lengths()
 
     def sequences(self) -> list[tuple[str, Dataset]]:
         """Returns rows of `input_ids` and `labels` with the names of their splits."""

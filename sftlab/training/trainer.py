@@ -21,6 +21,7 @@ from trl import SFTTrainer
 from sftlab.config.launch import PRECISIONS
 from sftlab.data.buckets import loss_parts
 from sftlab.data.collator import Collator, for_the_model
+from sftlab.data.tiles import TILE
 from sftlab.fastpath import fused_loss
 from sftlab.fastpath.captured_step import NotCaptured
 from sftlab.models.likelihood import nats_per_token
@@ -74,6 +75,7 @@ class LabTrainer(RecordedTrainer, SFTTrainer):
             self.args.pad_to_multiple_of,
             mixers=self.fast.layers.mixers > 0,
             parts=parts,
+            tile=self.fast.attention_tile or TILE,
         )
 
     def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:

@@ -190,6 +190,7 @@ def what_ran(trainer: SFTTrainer, fast: FastPath, observed: Mapping[str, str]) -
         "lora_scale": lora_scales(model),
         "attn_implementation": model.config._attn_implementation,
         "packing": fast.packing,
+        **({"attention_tile": fast.attention_tile} if fast.packing else {}),
         "compile_layers": fast.compile_layers,
         "fused_lora": fast.fused_lora,
         "fused_loss": fast.fused_loss,
