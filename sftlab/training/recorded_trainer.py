@@ -147,7 +147,7 @@ class RecordedTrainer(UpstreamFixes):
             fuse_float8_mlps(self.model)
         take_fused_lora(self.model, self.fast, self.launch.strategy, dtype)
         if self.fast.compile_layers:
-            compile_layers(base)
+            compile_layers(base, checkpointed=self.args.gradient_checkpointing)
 
     def _take_mixers(self, base: PreTrainedModel, dtype: torch.dtype) -> None:
         if not packed_mixers(base):
