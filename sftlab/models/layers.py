@@ -77,8 +77,8 @@ class Layers(NamedTuple):
     `norms` are the elements and the vectors of a token that a layer normalises beside the two norms
     of a Llama layer. `norms_first`: linears of the first layer's attention and MLP read what a norm
     makes. `linears` are the names of the layers' linears, and `gated_mlps` those of modules that
-    compute down(f(gate(x)) up(x)) of linears without biases. `unknown` says why the attention cannot
-    be described; None where it is. `sees_later` is set where a token attends to later ones.
+    compute down(f(gate(x)) up(x)) of linears without biases. `unknown` says why the attention
+    cannot be described; None where it is. `sees_later` is set where a token attends to later ones.
     """
 
     count: int
