@@ -17,7 +17,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from sftlab.models.layers import describe
 from sftlab.planning.step import Shape, Step, widths
-from sftlab.planning.step_time import traffic
+from sftlab.planning.step_time import TRAFFIC_COMPILED, traffic
 from sftlab.planning.weight_memory import Weights
 
 # The proportions of Llama-3.2-1B and of Llama-2-7B, an eighth as wide.
@@ -196,6 +196,16 @@ def test_compiled_layers_move_what_the_plan_says(shape, targets, monkeypatch):
         step = step_of(shape, targets, torch.bfloat16, True)
         moved = compiled(step, shape) - products(step)
     assert traffic(step) == pytest.approx(moved, rel=0.12)
+
+
+def test_a_norm_that_is_computed_again_is_read_and_written_once_more():
+    for targets, norms in ((ATTENTION, 1), (ALL, 2)):
+        step = step_of("1b", targets, torch.bfloat16, False)
+        kept = traffic(replace(step, keeps_inputs=True))
+        # its scales, in float32, are not kept
+        assert traffic(step) - kept == pytest.approx(norms * 2 * 2 * 256 - TRAFFIC_COMPILED * 8)
+        for as_before in (replace(step, checkpointing=True), replace(step, compiled=False)):
+            assert traffic(as_before) == traffic(replace(as_before, keeps_inputs=True))
 
 
 def test_dropout_and_float8_move_more():

@@ -204,19 +204,29 @@ def test_what_a_layer_of_fused_lora_keeps_is_what_autograd_keeps(attention_on_cp
 
 @pytest.mark.long
 @pytest.mark.parametrize("targets", [ATTENTION, ALL], ids=["attention", "all"])
-@pytest.mark.parametrize("fused, dropout", [(False, 0.0), (True, 0.0), (True, 0.1)])
+@pytest.mark.parametrize(
+    "fused, dropout, casts, checkpointed",
+    [
+        (False, 0.0, True, False),
+        (False, 0.0, False, False),
+        (True, 0.0, True, False),
+        (True, 0.1, True, False),
+        (True, 0.0, True, True),
+    ],
+)
 def test_what_a_compiled_layer_keeps_is_what_inductors_partitioner_keeps(
-    attention_on_cpu, targets, monkeypatch, fused, dropout
+    attention_on_cpu, targets, monkeypatch, fused, dropout, casts, checkpointed
 ):
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=PARTITIONED))
     torch.compiler.reset()
-    model = llama(targets, torch.bfloat16, True, dropout)
+    model = llama(targets, torch.bfloat16, casts, dropout)
     if fused:
         assert fuse_lora(model, torch.bfloat16) == {}
-    compile_layers.compile_layers(model.get_base_model())
-    held = kept_by_autograd(model, torch.bfloat16, True)
-    step = planned_step(targets, "bf16", True, True, dropout)
-    step = dataclasses.replace(step, fused_lora=fused)
+    compile_layers.compile_layers(model.get_base_model(), checkpointed)
+    kept_by_autograd(model, torch.bfloat16, casts)  # the first forward moves the weights
+    held = kept_by_autograd(model, torch.bfloat16, casts)
+    step = planned_step(targets, "bf16", casts, True, dropout)
+    step = dataclasses.replace(step, fused_lora=fused, checkpointing=checkpointed)
     assert TOKENS * kept_bytes(step) == pytest.approx(held, rel=0.01)
 
 
@@ -235,6 +245,18 @@ def test_other_layers_than_llamas_keep_what_autograd_keeps(attention_on_cpu, con
     sizes = {"vocab_size": 64, "hidden_size": HIDDEN, "intermediate_size": MLP, "head_dim": 16}
     heads = {"num_attention_heads": HEADS, "num_key_value_heads": KEY_HEADS}
     config = config_class(**sizes, **heads, num_hidden_layers=3, pad_token_id=0)
+    held = kept_by_autograd(of_config(config, targets, torch.float32), torch.bfloat16, True)
+    shape = Shape.of(config, describe(config, model_class(config)))
+    assert (shape.norm_elements > 0) == (config_class is not Phi3Config)
+    named = frozenset(one for name in targets for one in FUSED.get(name, (name,)))
+    step = planned_step(named, "bf16", True, False, 0.0)
+    weights = step.weights._replace(fused=frozenset(targets) & set(FUSED))
+    step = dataclasses.replace(step, shape=shape, weights=weights)
+    assert TOKENS * kept_bytes(step) == pytest.approx(held, rel=0.01)
+
+
+def of_config(config, targets, dtype):
+    """A tiny model in bf16 with LoRA in `dtype`."""
     model = AutoModelForCausalLM.from_config(
         config, attn_implementation="varlen", dtype=torch.bfloat16
     )
@@ -243,14 +265,28 @@ def test_other_layers_than_llamas_keep_what_autograd_keeps(attention_on_cpu, con
     )
     for name, parameter in model.named_parameters():
         if "lora_" in name:
-            parameter.data = parameter.data.float()
-    held = kept_by_autograd(model.train(), torch.bfloat16, True)
+            parameter.data = parameter.data.to(dtype)
+    return model.train()
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("config_class, norms_first", [(Qwen3Config, True), (Olmo2Config, False)])
+def test_compiled_layers_with_norms_in_other_places_keep_what_is_planned(
+    attention_on_cpu, monkeypatch, config_class, norms_first
+):
+    """Where linears read the residual stream itself, there is no norm before them to recompute."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=PARTITIONED))
+    torch.compiler.reset()
+    sizes = {"vocab_size": 64, "hidden_size": HIDDEN, "intermediate_size": MLP, "pad_token_id": 0}
+    heads = {"num_attention_heads": HEADS, "num_key_value_heads": KEY_HEADS, "head_dim": 16}
+    config = config_class(**sizes, **heads, num_hidden_layers=3)
+    model = of_config(config, ALL, torch.bfloat16)
+    compile_layers.compile_layers(model.get_base_model())
+    held = kept_by_autograd(model, torch.bfloat16, False)
     shape = Shape.of(config, describe(config, model_class(config)))
-    assert (shape.norm_elements > 0) == (config_class is not Phi3Config)
-    named = frozenset(one for name in targets for one in FUSED.get(name, (name,)))
-    step = planned_step(named, "bf16", True, False, 0.0)
-    weights = step.weights._replace(fused=frozenset(targets) & set(FUSED))
-    step = dataclasses.replace(step, shape=shape, weights=weights)
+    assert shape.norms_first == norms_first
+    step = planned_step(ALL, "bf16", False, True, 0.0)
+    step = dataclasses.replace(step, shape=shape)
     assert TOKENS * kept_bytes(step) == pytest.approx(held, rel=0.01)
 
 

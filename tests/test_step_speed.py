@@ -8,6 +8,7 @@ from planned_steps import ALL, ATTENTION, forecast
 from sftlab.models.random_models import random_lengths
 from sftlab.paths import ROOT
 from sftlab.planning.gpu_specs import GPUS
+from sftlab.planning.plan import resized
 from sftlab.planning.row_lengths import RowLengths, of_lengths
 from sftlab.planning.step_memory import memory
 from sftlab.planning.step_time import MATRIX, step_time
@@ -76,6 +77,8 @@ def test_speed_and_memory_with_fused_layers_are_near_what_was_measured(table, va
         per_device_train_batch_size=rows, global_batch_size=rows, max_length=longest,
         lora_dropout=0, max_steps=steps, **{"targets": ALL} | fields,
     )  # fmt: skip
+    # these were measured before norms were computed again
+    planned = resized(planned, planned.micro_batch, keeps_inputs=True)
     assert planned.tokens_per_s == pytest.approx(float(line["tokens_per_s"]), rel=0.06)
     assert planned.memory.allocated / 2**30 == pytest.approx(float(line["peak_gb"]), rel=0.07)
 

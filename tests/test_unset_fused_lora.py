@@ -183,7 +183,7 @@ def fields(base, rows, tmp_path) -> dict[str, str]:
 def on_a_gpu(monkeypatch, fields):
     """Choose parts as on a GPU in bf16; layers are not compiled, and rows are padded."""
     monkeypatch.setattr(varlen_attention, "no_triton", lambda: None)
-    monkeypatch.setattr(recorded_trainer, "compile_layers", lambda base: None)
+    monkeypatch.setattr(recorded_trainer, "compile_layers", lambda *_, **__: None)
     for name, value in exported(ROOT / "accelerate_configs" / "cpu.yaml").items():
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")

@@ -8,16 +8,18 @@ from transformers import PreTrainedModel
 
 from sftlab.fastpath.experts_lora import keep_peft_uncompiled
 from sftlab.fastpath.four_bit_layers import four_bit_linears
+from sftlab.fastpath.recomputed_norms import recompute_norms
 from sftlab.models.layers import decoder_of
 
 
-def compile_layers(model: PreTrainedModel) -> None:
+def compile_layers(model: PreTrainedModel, checkpointed: bool = False) -> None:
     """Compile the forward of every decoder layer and of the last norm, in place.
 
     Layers share one graph. The token dimension is dynamic from the start, so batches of other sizes
     do not recompile. Only the forward is compiled: hooks of FSDP, peft and gradient checkpointing
     stay outside. The output of frozen embeddings needs no gradient, which would give the first
     layer a graph of its own; if that layer trains something, its input gets a gradient to drop.
+    Norms of layers are computed again in the backward, unless `checkpointed` layers are as a whole.
     Raises ValueError for a model without a list of decoder layers.
     """
     layers = decoder_layers(model)
@@ -29,6 +31,9 @@ def compile_layers(model: PreTrainedModel) -> None:
     _keep_graphs_of_functions()
     _compile_what_would_run()
     norms = [m for name, m in decoder_of(model).named_children() if "norm" in name]
+    if not checkpointed:
+        for layer in layers:
+            recompute_norms(layer)
     for module in [*layers, *norms]:
         module.forward = _with_dynamic_tokens(torch.compile(module.forward))
         if in_4bit := four_bit_linears(module):

@@ -63,7 +63,8 @@ class JoinedProduct(torch.autograd.Function):
     """[x, h] [W, s B]^T with h = `factor` dropout(x) A^T: [rows, in] to [rows, out] of each layer.
 
     h comes of x with zeros beside it, and is written over them: Inductor copies the whole matrix
-    where a product reads a part of it.
+    where a product reads a part of it. x and h are kept apart: x is kept by what made it already,
+    as attention keeps its output, or is a norm's output, which a compiled layer computes again.
 
     `tensors` are what `for_outputs` takes, and then each layer's A and B, whose gradients it
     returns. `kept` are dropout's bits.
@@ -83,21 +84,20 @@ class JoinedProduct(torch.autograd.Function):
         width, rank = x.shape[1], len(matrices[0])
         beside = torch.cat([x, x.new_zeros(len(x), len(a))], 1)
         if kept is None:
-            beside[:, width:] = beside @ a.t()
+            beside[:, width:] = h = beside @ a.t()
         else:
             project_dropped_(beside, a[:, :width], kept, rank, factor)
-        ctx.save_for_backward(beside, kept, *held)
+            h = beside[:, width:].clone()
+        ctx.save_for_backward(x, h, kept, *held)
         ctx.form, ctx.rank, ctx.factor = form, rank, factor
         ctx.dtype = matrices[0].dtype
         return (beside @ wide.t()).split(form.sizes, 1)
 
     @staticmethod
     def backward(ctx: object, *gradients: torch.Tensor) -> tuple:
-        both, kept, *held = ctx.saved_tensors
+        x, h, kept, *held = ctx.saved_tensors
         form, rank, out = ctx.form, ctx.rank, sum(ctx.form.sizes)
         tall, b = for_gradients(form, held, gradients[0])
-        width = tall.shape[1]
-        x, h = both[:, :width], both[:, width:]
         if kept is None:
             if form.far:
                 beside = mlp_ops.beside(list(gradients), len(tall))

@@ -99,23 +99,23 @@ class _Mlp(torch.autograd.Function):
         wide, a = for_outputs(form, held)
         width = x.shape[1]
         both = torch.cat([x, x.new_zeros(len(x), len(a))], 1)
-        both[:, width:] = both @ a.t()
+        both[:, width:] = h = both @ a.t()
         y = both @ wide.t()
         wide_down, a_down = for_outputs(form_down, held_down)
-        found, h = gated_down(y, wide_down, a_down[:, : y.shape[1] // 2], tanh_gelu)
-        ctx.save_for_backward(both, y, h, *held, *held_down)
+        found, h_down = gated_down(y, wide_down, a_down[:, : y.shape[1] // 2], tanh_gelu)
+        ctx.save_for_backward(x, h, y, h_down, *held, *held_down)
         ctx.tanh_gelu, ctx.form, ctx.form_down, ctx.count = tanh_gelu, form, form_down, count
         ctx.rank, ctx.rank_down, ctx.dtype = len(matrices[0]), len(matrices[4]), matrices[0].dtype
         return found
 
     @staticmethod
     def backward(ctx: object, gradient: torch.Tensor) -> tuple:
-        both, y, h, *held = ctx.saved_tensors
+        x, h, y, h_down, *held = ctx.saved_tensors
         tall, b = for_gradients(ctx.form, held[: ctx.count], gradient)
         tall_down, b_down = for_gradients(ctx.form_down, held[ctx.count :], gradient)
-        into_b_down = gradient.t() @ h
+        into_b_down = gradient.t() @ h_down
         into_x, into_a, into_b, into_a_down = gated_backward(
-            gradient, y, both, tall, b[: y.shape[1]], tall_down, b_down[: gradient.shape[1]],
+            gradient, y, x, h, tall, b[: y.shape[1]], tall_down, b_down[: gradient.shape[1]],
             ctx.tanh_gelu,
         )  # fmt: skip
         found = adapter_gradients(into_a, into_b, ctx.rank, ctx.form, ctx.dtype)

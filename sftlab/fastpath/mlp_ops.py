@@ -59,7 +59,8 @@ def _(
 def gated_backward(
     gradient: torch.Tensor,
     y: torch.Tensor,
-    both: torch.Tensor,
+    x: torch.Tensor,
+    h: torch.Tensor,
     tall: torch.Tensor,
     b: torch.Tensor,
     tall_down: torch.Tensor,
@@ -68,30 +69,30 @@ def gated_backward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """The gradients of an MLP, from `gradient` [rows, out], that of its output.
 
-    `both` [rows, in + ranks] holds its input and the h of gate and up. `tall` [2 size + ranks, in]
-    is W above A of gate and up, and `b` [2 size, ranks] their s B; `tall_down` and `b_down` are
+    `x` [rows, in] is its input, and `h` [rows, ranks] that of gate and up. `tall` [2 size + ranks,
+    in] is W above A of gate and up, and `b` [2 size, ranks] their s B; `tall_down` and `b_down` are
     down's. Returns the gradients of the input, of A and of s B of gate and up, and of A of down.
     """
     wide, out = y.shape[1], gradient.shape[1]
-    width = tall.shape[1]
     into_down = _room(y, len(tall_down))
     copy(gradient, into_down[:, :out])
     into_down[:, out:] = into_h = gradient @ b_down
     act = into_down @ tall_down  # the gradient of act; then act itself, in its place
     into_both = _room(y, len(tall))
-    into_y, h = into_both[:, :wide], both[:, width:]
+    into_y = into_both[:, :wide]
     gated_backward_(act, y, tanh_gelu, into_y)
     into_b, into_a_down = into_y.t() @ h, into_h.t() @ act
     del act, into_down, into_h
     into_both[:, wide:] = into_h = into_y @ b
-    return into_both @ tall, into_h.t() @ both[:, :width], into_b, into_a_down
+    return into_both @ tall, into_h.t() @ x, into_b, into_a_down
 
 
 @gated_backward.register_fake
 def _(
     gradient: torch.Tensor,
     y: torch.Tensor,
-    both: torch.Tensor,
+    x: torch.Tensor,
+    h: torch.Tensor,
     tall: torch.Tensor,
     b: torch.Tensor,
     tall_down: torch.Tensor,

@@ -24,6 +24,11 @@ from sftlab.models.without_numbers import NOT_WITHOUT_NUMBERS
 _NAME = "described"
 _LATER = "lets tokens attend to later ones"
 _TOKENS = 4
+# Linears that read what a layer's norm makes, in layers like Llama's.
+_AFTER_NORMS = (
+    *("q_proj", "k_proj", "v_proj", "qkv_proj"),
+    *("gate_proj", "up_proj", "gate_up_proj"),
+)
 # Tensors among an attention's arguments that do not change it, or are understood.
 _KNOWN_TENSORS = {"position_ids", "tiles", "s_aux"}
 # "hybrid" layers attend to all earlier tokens, and carry a state besides
@@ -70,10 +75,10 @@ class Layers(NamedTuple):
     and `tokenwise` that of layers that mix nothing. `experts` is the share of the parameters that
     belong to experts and are no linears, but stacked in one tensor; `mixture` has their sizes.
     `norms` are the elements and the vectors of a token that a layer normalises beside the two norms
-    of a Llama layer. `linears` are the names of the layers' linears, and `gated_mlps` those of
-    modules that compute down(f(gate(x)) up(x)) of linears without biases. `unknown` says why the
-    attention cannot be described; None where it is. `sees_later` is set where a token attends to
-    later ones.
+    of a Llama layer. `norms_first`: linears of the first layer's attention and MLP read what a norm
+    makes. `linears` are the names of the layers' linears, and `gated_mlps` those of modules that
+    compute down(f(gate(x)) up(x)) of linears without biases. `unknown` says why the attention
+    cannot be described; None where it is. `sees_later` is set where a token attends to later ones.
     """
 
     count: int
@@ -83,6 +88,7 @@ class Layers(NamedTuple):
     tokenwise: int = 0
     experts: float = 0.0
     norms: tuple[int, int] = (0, 0)
+    norms_first: bool = True
     unknown: str | None = None
     mixture: Mixture | None = None
     linears: tuple[str, ...] = ()
@@ -153,6 +159,7 @@ def _described(pickled: bytes, takes_another: bool) -> Layers:
         if unknown is None:
             takes_another = takes_another or bool(packed_mixers(model))
             other = f"{decoder.model_type} does not take another attention"
+            read_norms = _watched(model)
             unknown = _run(model) if takes_another else other
     said = [one for one in found if isinstance(one, str)]
     unknown = next(iter(said), unknown)
@@ -164,6 +171,7 @@ def _described(pickled: bytes, takes_another: bool) -> Layers:
         tokenwise_layers(model),
         _stacked(model) / max(1, sum(p.numel() for p in model.parameters())),
         (0, 0) if unknown or not found else _norms(model, decoder.hidden_size, found[0]),
+        unknown is not None or read_norms(),
         unknown,
         mixture_of(model, decoder),
         tuple(_linears(model)),
@@ -203,6 +211,24 @@ def _norms(model: PreTrainedModel, hidden: int, attention: Attention) -> tuple[i
         of_a_head = heads and getattr(module, "weight", torch.empty(0)).numel() == attention.size
         elements, vectors = elements + width, vectors + (heads if of_a_head else 1)
     return max(0, elements), max(0, vectors)
+
+
+def _watched(model: PreTrainedModel) -> Callable[[], bool]:
+    """Returns what says after a forward whether linears of the first layer read norms' outputs."""
+    lists = (one for one in model.modules() if isinstance(one, nn.ModuleList) and len(one))
+    made: list[torch.Tensor] = []
+    others: list[nn.Module] = []
+
+    def look(linear: nn.Module, given: tuple[torch.Tensor, ...]) -> None:
+        if not any(given[0] is one for one in made):
+            others.append(linear)
+
+    for name, module in next(lists, nn.ModuleList([nn.Module()]))[0].named_modules():
+        if type(module).__name__.endswith("Norm"):
+            module.register_forward_hook(lambda _, __, output: made.append(output))
+        elif isinstance(module, nn.Linear) and name.rpartition(".")[2] in _AFTER_NORMS:
+            module.register_forward_pre_hook(look)
+    return lambda: not others
 
 
 def _run(model: PreTrainedModel) -> str | None:

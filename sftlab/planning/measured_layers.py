@@ -27,6 +27,7 @@ from sftlab.fastpath.compile_layers import decoder_layers
 from sftlab.fastpath.experts import GROUPED
 from sftlab.fastpath.experts_lora import factor_experts
 from sftlab.fastpath.packed_mixers import pack_mixers
+from sftlab.fastpath.recomputed_norms import recompute_norms
 from sftlab.models.layers import decoder_of
 from sftlab.models.mixers import packed_mixers, without_kernels
 from sftlab.models.without_numbers import NOT_WITHOUT_NUMBERS
@@ -58,15 +59,17 @@ class Rows(NamedTuple):
 class Measured(NamedTuple):
     """Bytes a token: of a decoder layer on average, of the one that keeps most, outside of all.
 
-    `working` is what is alive at once beside what is kept, of an uncompiled layer. `operations` is
-    how many of torch's operations a layer takes forward and backward, 0 where all are compiled, and
-    `adapters` how many modules of a layer have LoRA, both on average. `recurrent` layers carry a
-    state from token to token.
+    `again` are those of a layer that are computed again instead of kept, on average. `working` is
+    what is alive at once beside what is kept, of an uncompiled layer. `operations` is how many of
+    torch's operations a layer takes forward and backward, 0 where all are compiled, and `adapters`
+    how many modules of a layer have LoRA, both on average. `recurrent` layers carry a state from
+    token to token.
     """
 
     kept: float
     largest: float
     outside: float
+    again: float
     working: float
     operations: float
     adapters: float
@@ -88,12 +91,14 @@ def measured(
     rows: Rows,
     casts: bool,
     compiled: bool,
+    recomputes_norms: bool = False,
 ) -> Measured:
     """Returns what the layers of a model on the meta device take for each token.
 
-    `model` is `base` with an adapter, or itself. `casts` is autocast to 16 bits. The model is
-    of no use afterwards. Raises ValueError for a model that does not run without numbers, and for
-    LoRA on experts that peft adds to a copy of their weights.
+    `model` is `base` with an adapter, or itself. `casts` is autocast to 16 bits. With
+    `recomputes_norms` compiled layers compute their norms again in the backward. The model is of no
+    use afterwards. Raises ValueError for a model that does not run without numbers, and for LoRA on
+    experts that peft adds to a copy of their weights.
     """
     if left := factor_experts(model):
         raise ValueError(
@@ -109,10 +114,16 @@ def measured(
             batches = [_batch(rows, count, mixers) for count in (ROWS, 2 * ROWS)]
             one, two = (_run(model, base, batch, casts, alike) for batch in batches)
             layers = [b - a for a, b in zip(one.layers, two.layers, strict=True)]
+            again = [0] * len(layers)
             if compiled:  # what does not grow with the tokens is copies of weights
                 copies = [a - b for a, b in zip(one.layers, layers, strict=True)]
-                cut = _compiled(model, base, batches[0], casts, alike)
-                layers = [a - b for a, b in zip(cut, copies, strict=True)]
+                cut = less = _compiled(model, base, batches[0], casts, alike)
+                if recomputes_norms:
+                    for layer in decoder_layers(base):
+                        recompute_norms(layer)
+                    less = _compiled(model, base, batches[0], casts, alike)
+                layers = [a - b for a, b in zip(less, copies, strict=True)]
+                again = [a - b for a, b in zip(cut, less, strict=True)]
     except _NOT_ON_FAKE as error:
         reason = " ".join(str(error).split())[:120]
         raise ValueError(
@@ -124,6 +135,7 @@ def measured(
     return Measured(
         kept=sum(every) / len(every) / tokens,
         largest=max(every) / tokens,
+        again=sum(again[first] for first in alike) / len(alike) / tokens,
         outside=(two.outside - one.outside) / tokens,
         working=(two.working - one.working) / tokens,
         operations=0 if compiled and not mixers else one.operations / len(set(alike)),
@@ -247,9 +259,10 @@ def _compiled(
         partition_fn=min_cut_rematerialization_partition,
         decompositions=select_decomp_table(),
     )
-    for index, layer in enumerate(decoder_layers(base)):
-        if alike[index] == index:
-            layer.forward = torch.compile(layer.forward, backend=backend, dynamic=False)
+    first = [layer for i, layer in enumerate(decoder_layers(base)) if alike[i] == i]
+    own = [layer.forward for layer in first]
+    for layer in first:
+        layer.forward = torch.compile(layer.forward, backend=backend, dynamic=False)
     saved = SavedTensors(model.parameters())
     with (
         warnings.catch_warnings(action="ignore"),
@@ -257,6 +270,8 @@ def _compiled(
         _saving(saved, base, casts, alike),
     ):
         decoder_of(base)(**batch, use_cache=False)
+    for layer, forward in zip(first, own, strict=True):
+        layer.forward = forward
     return [saved.bytes[index] for index in range(len(alike))]
 
 

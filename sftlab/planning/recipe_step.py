@@ -27,7 +27,7 @@ from sftlab.models.plain_attention import PACKED
 from sftlab.planning.measured_layers import Measured, Rows, measured
 from sftlab.planning.row_lengths import RowLengths, of_encoded
 from sftlab.planning.step import Shape, Step
-from sftlab.planning.step_memory import kept_bytes
+from sftlab.planning.step_memory import kept_bytes, recomputed_norms
 from sftlab.planning.weight_memory import (
     FUSED,
     LINEARS,
@@ -82,7 +82,8 @@ def step_of(
         # its linears are Llama's, whatever else the layer keeps
         one = _step(recipe, launch, fast, tokens, rows, weights, shape, targets)
         more = kept_bytes(one) - kept_bytes(replace(one, fused_lora=False))
-        found = found._replace(kept=found.kept + more, largest=found.largest + more)
+        again = found.again + one.compute_bytes * shape.hidden * sum(recomputed_norms(one))
+        found = found._replace(kept=found.kept + more, largest=found.largest + more, again=again)
     elif training.fused_lora:
         name = config.get_text_config().model_type
         raise ValueError(f"no plan is made for fused_lora of {name}: leave fused_lora out")
@@ -267,7 +268,11 @@ def _measured(
     training = recipe.training
     casts = COMPUTE_DTYPE[PRECISIONS[training.mixed_precision]] != "float32"
     key = (config.to_json_string(), repr(recipe.model), training.max_length, casts, asked)
-    if (key, fast.compile_layers) not in _FOUND:
+    # LoRA in float32 has copies of what norms make
+    cast = recipe.model.use_peft and casts and not recipe.model.load_in_4bit
+    again = fast.compile_layers and not (training.gradient_checkpointing or cast)
+    key = (*key, fast.compile_layers, again)
+    if key not in _FOUND:
         attention = PACKED if fast.packing else recipe.model.attn_implementation
         varlen_attention.register(training.max_length)
         model, _ = on_meta(recipe, config, attention)
@@ -277,5 +282,5 @@ def _measured(
             casts = False
             for parameter in model.parameters():
                 parameter.data = parameter.data.to(torch.bfloat16)
-        _FOUND[key, fast.compile_layers] = measured(model, base, asked, casts, fast.compile_layers)
-    return _FOUND[key, fast.compile_layers]
+        _FOUND[key] = measured(model, base, asked, casts, fast.compile_layers, again)
+    return _FOUND[key]

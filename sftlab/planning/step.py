@@ -18,7 +18,7 @@ class Shape(NamedTuple):
 
     `norm_elements` and `norm_vectors` of a token are normalised beside a Llama layer's two norms.
     Of a mixture, `mlp` is the width of all experts that a token visits, `taken` is how many these
-    are, and `experts` how many a layer has.
+    are, and `experts` how many a layer has. `norms_first`: attention and MLP read what norms make.
     """
 
     hidden: int
@@ -32,6 +32,7 @@ class Shape(NamedTuple):
     norm_vectors: int = 0
     experts: int = 0
     taken: int = 0
+    norms_first: bool = True
 
     @classmethod
     def of(cls, config: PreTrainedConfig, layers: Layers) -> "Shape | None":
@@ -68,7 +69,7 @@ class Shape(NamedTuple):
         if heads_of:
             heads, key_heads, size, _ = heads_of.pop()
             sizes = (hidden, mlp, count, heads, key_heads, size, vocabulary)
-            return cls(*sizes, *layers.norms, experts, taken)
+            return cls(*sizes, *layers.norms, experts, taken, layers.norms_first)
         key_heads = getattr(config, "num_key_value_heads", None) or heads
         size = getattr(config, "head_dim", None) or hidden // heads
         return cls(hidden, mlp, count, heads, key_heads, size, vocabulary)
@@ -97,9 +98,10 @@ class Step:
     `reference_adapter` is set. `reference_once`: it runs before the first step alone. `measured` is
     what layers take that are not worked out. `layers_per_unit`: FSDP2 gathers so many at once.
     `float8_mlp`: gate, up and down over float8 weights are one function. `float8_head`: gradients
-    come out of a head in float8.
-    `captured`: micro-batches are captured as CUDA graphs, or with `may_capture` where that helps in
-    so many `steps`, None for any number.
+    come out of a head in float8. `keeps_inputs`: norms' outputs are kept, and under fused LoRA a
+    copy of each input, as it was when the tables in results/ were measured. `captured`:
+    micro-batches are captured as CUDA graphs, or with `may_capture` where that helps in so many
+    `steps`, None for any number.
     """
 
     shape: Shape
@@ -129,6 +131,7 @@ class Step:
     fused_lora: bool = False
     float8_mlp: bool = False
     float8_head: bool = False
+    keeps_inputs: bool = False
     captured: bool = False
     may_capture: bool = False
     steps: int | None = None
@@ -148,6 +151,12 @@ class Step:
     def casts(self) -> bool:
         """Whether LoRA's inputs are copies: peft casts them to float32 and autocast back."""
         return self.compute_bytes == 2 and not self.quantized
+
+    @property
+    def recomputes_norms(self) -> bool:
+        """Whether norms are computed again in the backward, and their outputs are not kept."""
+        kept = self.checkpointing or self.keeps_inputs
+        return self.compiled and not kept and self.weight_bytes == self.compute_bytes
 
 
 def widths(step: Step) -> dict[str, tuple[int, int]]:

@@ -91,12 +91,11 @@ def kept_bytes(step: Step) -> float:
     # with a padding mask, keys and values are repeated for every query head
     attention = b * 2 * (query + (key if step.packed else query)) + 4 * s.heads
     residual = max(b, step.weight_bytes)
-    qkv, gate_up = "qkv_proj" in step.fused, "gate_up_proj" in step.fused
-    into_attention = 1 if qkv else len(targets & {"q_proj", "k_proj", "v_proj"})
-    into_mlp = 1 if gate_up else len(targets & {"gate_proj", "up_proj"})
-    adapters = len(targets) - 2 * qkv - gate_up
+    into_attention, into_mlp = _readers(step)
+    normed = list(zip((into_attention, into_mlp), recomputed_norms(step), strict=True))
+    adapters = len(targets) - 2 * ("qkv_proj" in step.fused) - ("gate_up_proj" in step.fused)
     separate = step.dropout or (step.casts and not step.compiled)
-    inputs = s.hidden * sum(n if separate else min(n, 1) for n in (into_attention, into_mlp))
+    inputs = s.hidden * sum(n if separate else min(n, 1) for n, again in normed if not again)
     inputs += query * ("o_proj" in targets and (step.casts or step.dropout))
     inputs += s.mlp * ("down_proj" in targets and not step.float8_mlp)
     masks = step.dropout * (s.hidden * (into_attention + into_mlp) + query * ("o_proj" in targets))
@@ -107,18 +106,40 @@ def kept_bytes(step: Step) -> float:
         lora = _kept_by_fused_lora(
             step,
             [
-                (s.hidden, into_attention),
-                (s.hidden, into_mlp),
-                (query, "o_proj" in targets),
-                (0 if as_one else s.mlp, "down_proj" in targets),
+                *((s.hidden, n, not again) for n, again in normed),
+                # with a padding mask, what attention keeps has its heads in another order
+                (query, "o_proj" in targets, step.keeps_inputs or not step.packed),
+                (0 if as_one else s.mlp, "down_proj" in targets, True),
             ],
         )
     lora += _routing_bytes(step)
     if step.compiled:
-        norms = 2 * (residual * s.hidden + 4) + b * s.norm_elements + 4 * s.norm_vectors
+        scales = 0 if step.recomputes_norms else 2 * 4
+        norms = 2 * residual * s.hidden + scales + b * s.norm_elements + 4 * s.norm_vectors
         return norms + attention + b * 2 * s.mlp + lora
     norms = 2 * (4 * s.hidden + 4) + 4 * (s.norm_elements + s.norm_vectors)
     return norms + attention + b * (2 if as_one else 3) * s.mlp + lora
+
+
+def _readers(step: Step) -> tuple[int, int]:
+    """Returns how many trained linears read the input of the attention, and that of the MLP."""
+    attention, mlp = {"q_proj", "k_proj", "v_proj"}, {"gate_proj", "up_proj"}
+    return (
+        1 if "qkv_proj" in step.fused else len(step.targets & attention),
+        1 if "gate_up_proj" in step.fused else len(step.targets & mlp),
+    )
+
+
+def recomputed_norms(step: Step) -> tuple[bool, bool]:
+    """Whether the backward computes the norms before attention and MLP again for their outputs.
+
+    What peft drops or casts of an output is a tensor of its own, which is kept.
+    """
+    if not (step.recomputes_norms and step.shape.norms_first):
+        return False, False
+    copied = step.rank > 0 and not step.fused_lora and (step.dropout or step.casts)
+    into_attention, into_mlp = _readers(step)
+    return into_attention > 0 and not copied, into_mlp > 0 and (not copied or step.float8_mlp)
 
 
 def has_fused_mlp(step: Step) -> bool:
@@ -156,17 +177,19 @@ def _routing_bytes(step: Step) -> float:
     return 4 * s.experts + s.taken * (4 * 8 + b * s.hidden + b)
 
 
-def _kept_by_fused_lora(step: Step, inputs: Sequence[tuple[int, int]]) -> float:
-    """Returns the bytes a token of what LoRA adds: each input with its ranks, and dropout's bits.
+def _kept_by_fused_lora(step: Step, inputs: Sequence[tuple[int, int, bool]]) -> float:
+    """Returns the bytes a token of what LoRA adds: inputs, their ranks, and dropout's bits.
 
-    `inputs` have the size of an input, and how many linears with LoRA read it.
+    `inputs` have the size of an input, how many linears with LoRA read it, and whether it is kept
+    for them alone.
     """
     kept = 0.0
-    for size, readers in inputs:
+    for size, readers, own in inputs:
         together = readers == 1 or padded(readers * step.rank) <= LARGEST_SHARED_RANK
-        copies, rank = (1, readers * step.rank) if together else (readers, step.rank)
+        products, rank = (1, readers * step.rank) if together else (readers, step.rank)
+        copies = products if step.keeps_inputs else 1
         if readers:
-            kept += step.compute_bytes * copies * (size + padded(rank))
+            kept += step.compute_bytes * (own * copies * size + products * padded(rank))
             kept += step.dropout * readers * size / 8
     return kept
 

@@ -13,7 +13,7 @@ from typing import NamedTuple
 from sftlab.models.gated_mlp import NAMES
 from sftlab.planning.gpu_specs import GPU, HOST_US
 from sftlab.planning.step import Step, widths
-from sftlab.planning.step_memory import has_fused_mlp, kept_bytes
+from sftlab.planning.step_memory import has_fused_mlp, kept_bytes, recomputed_norms
 
 # Share of the published matrix rate: a large product's, times that of a decoder's products on
 # average.
@@ -196,11 +196,12 @@ def traffic(step: Step) -> float:
 
     Forward and backward together.
     """
-    b, again = step.compute_bytes, step.checkpointing + step.reference
+    s, b, again = step.shape, step.compute_bytes, step.checkpointing + step.reference
     uncompiled = TRAFFIC_EAGER_FP32 if b == 4 else TRAFFIC_EAGER
     if step.measured:  # what LoRA keeps is in it
         ratio = TRAFFIC_COMPILED if step.compiled else uncompiled
-        return kept_bytes(step) * ratio * (1 + FORWARD * again)
+        computed = kept_bytes(step) + step.measured.again
+        return computed * ratio * (1 + FORWARD * again) + 2 * step.measured.again
     ends = widths(step)
     with_lora = [ends[name] for name in step.targets if step.rank]
     bare = replace(step, targets=frozenset(), dropout=False)
@@ -212,6 +213,7 @@ def traffic(step: Step) -> float:
     lora_again = step.checkpointing + (step.reference and step.reference_adapter)
     lora = sum(_lora_elements(step, name) * sum(ends[name]) for name in step.targets if step.rank)
     moved += b * lora * (1 + FORWARD_LORA * lora_again)
+    moved += 2 * b * s.hidden * sum(recomputed_norms(step))
     # an element read and written, and a byte of mask; the same in the backward
     moved += step.dropout * (2 * b + 1) * sum(a for a, _ in with_lora) * (2 + again)
     if step.precision == "fp8":

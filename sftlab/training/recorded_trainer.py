@@ -152,7 +152,7 @@ class RecordedTrainer(UpstreamFixes):
         if float8 and self.fast.compile_layers and self.accelerator.device.type == "cuda":
             fuse_float8_mlps(self.model)
         if self.fast.compile_layers:
-            compile_layers(base)
+            compile_layers(base, checkpointed=self.args.gradient_checkpointing)
 
     def _take_mixers(self, base: PreTrainedModel, dtype: torch.dtype) -> None:
         if not packed_mixers(base):
