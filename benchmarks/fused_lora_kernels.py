@@ -164,7 +164,7 @@ def inputs_of_kernels(tokens: int, shape: Shape) -> SimpleNamespace:
     torch.manual_seed(0)
     hidden, mlp, heads, key_heads, rank, device, dtype = shape
     size = hidden // heads
-    sizes = {"y": 2 * mlp, "both": hidden + RANKS, "into": mlp}
+    sizes = {"y": 2 * mlp, "x": hidden, "h": RANKS, "into": mlp}
     sizes |= {"gradient": hidden, "act": mlp + RANKS, "into_y": 2 * mlp + RANKS}
     sizes |= {"q": hidden, "k": key_heads * size, "v": key_heads * size}
     sizes["beside"] = sizes["q"] + 2 * sizes["k"] + RANKS
@@ -215,7 +215,7 @@ def cases(shape: Shape) -> dict[str, Case]:
             for_gradients(form, [held], g.y)
             for form, held in ((of_both, g.joined), (of_down, g.down))
         )
-        of = g.gradient, g.y, g.both, tall, b[: 2 * mlp], tall_down, b_down[:hidden]
+        of = g.gradient, g.y, g.x, g.h, tall, b[: 2 * mlp], tall_down, b_down[:hidden]
         x, a, b, a_down = mlp_ops.gated_backward(*of, False)
         return [x, a, b[:mlp, :r], b[mlp:, r : 2 * r], a_down[:r]]
 

@@ -371,8 +371,8 @@ def test_an_mlps_products_and_gradients_are_plain_ones(monkeypatch, dtype, tanh_
     torch.manual_seed(0)
     rows, width, size, ranks = 150, 48, 72, 64
     y, down = (rows, 2 * size), ((width, size + ranks), (ranks, size))
-    shapes = (rows, width), y, (rows, width + ranks), (2 * size + ranks, width), (2 * size, ranks)
-    shapes += (width + ranks, size), (width, ranks)
+    shapes = (rows, width), y, (rows, width), (rows, ranks), (2 * size + ranks, width)
+    shapes += (2 * size, ranks), (width + ranks, size), (width, ranks)
     down, given = ([torch.randn(s, device=device).to(dtype) for s in of] for of in (down, shapes))
     exact_down, exact = ([one.double().cpu() for one in of] for of in (down, given))
     expected = mlp_ops.gated_down(exact[1], *exact_down, tanh_gelu)
