@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 from sftlab.data.collator import TOKENS_MULTIPLE
 from sftlab.fastpath.fused_loss import CHUNK
+from sftlab.fastpath.float8_lora import columns_beside
 from sftlab.fastpath.lora_products import LARGEST_SHARED_RANK, padded
 from sftlab.planning.step import Step, widths
 
@@ -150,10 +151,15 @@ def has_fused_mlp(step: Step) -> bool:
     return all_three and padded(2 * step.rank) <= LARGEST_SHARED_RANK
 
 
+def _columns(step: Step, ranks: int) -> int:
+    """Returns the columns beside an input of linears that have so many ranks in all."""
+    return columns_beside(ranks) if step.precision == "fp8" else padded(ranks)
+
+
 def _fused_copies(step: Step) -> int:
     """Returns the bytes of A and B of fused LoRA, padded, beside the matrices that train.
 
-    Weights in 4 bits are whole meanwhile: those of an MLP that is one function at the same time.
+    Those in float8, beside float8 weights, are a byte each. Weights in 4 bits are whole meanwhile: those of an MLP that is one function at the same time.
     """
     if not step.fused_lora:
         return 0
@@ -161,10 +167,11 @@ def _fused_copies(step: Step) -> int:
     for names in _READ_ONE_TENSOR:
         mine = [ends[name] for name in names if name in step.targets]
         if mine:
-            ranks = padded(len(mine) * step.rank)
+            ranks = _columns(step, len(mine) * step.rank)
             found += ranks * (mine[0][0] + sum(out for _, out in mine) + ranks)
     whole = 3 * s.mlp * s.hidden if step.quantized and has_fused_mlp(step) else 0
-    return step.compute_bytes * (s.layers * found + whole)
+    rounded = s.layers * found * (step.precision == "fp8")
+    return step.compute_bytes * (s.layers * found + whole) + rounded
 
 
 def _routing_bytes(step: Step) -> float:
@@ -189,7 +196,8 @@ def _kept_by_fused_lora(step: Step, inputs: Sequence[tuple[int, int, bool]]) -> 
         products, rank = (1, readers * step.rank) if together else (readers, step.rank)
         copies = products if step.keeps_inputs else 1
         if readers:
-            kept += step.compute_bytes * (own * copies * size + products * padded(rank))
+            columns = products * _columns(step, rank)
+            kept += step.compute_bytes * (own * copies * size + columns)
             kept += step.dropout * readers * size / 8
     return kept
 
