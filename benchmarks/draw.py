@@ -51,6 +51,7 @@ GROUPS = {
     },
     "1B shape, LoRA on all seven linears": {
         "sft.py fp8, all linears, 64 rows": "sft.py, fp8, 64 rows",
+        "sft.py fp8, all linears, 64 rows, LoRA not fused": "sft.py, fp8, LoRA in bf16, 64 rows",
         "sft.py fp8, all linears": "sft.py, fp8, 32 rows",
         "sft.py bf16, all linears, 64 rows": "sft.py, bf16, 64 rows",
         "sft.py bf16, all linears": "sft.py, bf16, 32 rows",
@@ -331,9 +332,7 @@ def draw_loss_curves(rows: Sequence[Row]) -> plt.Figure:
     below.set_ylabel("difference from\nthe reference (%)")
     below.set_xlabel(f"step (means of {WINDOW} steps)")
     below.legend(frameon=False)
-    figure.suptitle(
-        f"Llama-3.2-1B shape, LoRA r=16 on q, v and o, {rows[0]['hardware']}", fontsize=10
-    )
+    figure.suptitle(f"1B shape, LoRA r=16 on q, v and o, {rows[0]['hardware']}", fontsize=10)
     return figure
 
 

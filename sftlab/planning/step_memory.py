@@ -15,8 +15,8 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from sftlab.data.collator import TOKENS_MULTIPLE
-from sftlab.fastpath.fused_loss import CHUNK
 from sftlab.fastpath.float8_lora import columns_beside
+from sftlab.fastpath.fused_loss import CHUNK
 from sftlab.fastpath.lora_products import LARGEST_SHARED_RANK, padded
 from sftlab.planning.step import Step, widths
 
