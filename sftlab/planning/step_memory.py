@@ -159,7 +159,8 @@ def _columns(step: Step, ranks: int) -> int:
 def _fused_copies(step: Step) -> int:
     """Returns the bytes of A and B of fused LoRA, padded, beside the matrices that train.
 
-    Those in float8, beside float8 weights, are a byte each. Weights in 4 bits are whole meanwhile: those of an MLP that is one function at the same time.
+    Those in float8, beside float8 weights, are a byte each. Weights in 4 bits are whole meanwhile:
+    those of an MLP that is one function at the same time.
     """
     if not step.fused_lora:
         return 0
