@@ -135,7 +135,9 @@ def test_sides_of_pairs_are_rows_of_their_own(base, tmp_path, seen, monkeypatch)
     assert tile_for(sides) == TILE != tile_for(trainer.row_lengths())
 
 
-@pytest.mark.parametrize("began", ["before long tiles", "with them"])
+@pytest.mark.parametrize(
+    "began", [pytest.param("before long tiles", marks=pytest.mark.long), "with them"]
+)
 def test_a_run_goes_on_with_the_tiles_that_it_began_with(
     fields, tmp_path, seen, monkeypatch, train_here, trained_here, began
 ):

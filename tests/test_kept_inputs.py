@@ -60,7 +60,14 @@ def kept(model: nn.Module) -> int:
     return sum(one.untyped_storage().nbytes() for one in found.values())
 
 
-@pytest.mark.parametrize("make", [peft, lambda: fused(peft()), whole])
+@pytest.mark.parametrize(
+    "make",
+    [
+        pytest.param(peft, marks=pytest.mark.long),
+        lambda: fused(peft()),
+        pytest.param(whole, marks=pytest.mark.long),
+    ],
+)
 def test_gradients_are_those_of_kept_norms_and_less_is_kept(partitioned, make):
     found, bytes_kept = [], []
     for checkpointed in (True, False):

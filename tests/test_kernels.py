@@ -363,7 +363,9 @@ def test_gradients_side_by_side_are_what_cat_makes(dtype, sizes):
 
 @with_triton
 @runs_kernels
-@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize(
+    "dtype", [one for one in TOLERANCE if on_a_gpu or one != torch.float16], ids=str
+)
 @pytest.mark.parametrize("tanh_gelu", [False, True])
 def test_an_mlps_products_and_gradients_are_plain_ones(monkeypatch, dtype, tanh_gelu):
     from sftlab.fastpath import mlp_ops
