@@ -391,4 +391,4 @@ def test_an_mlps_products_and_gradients_are_plain_ones(monkeypatch, dtype, tanh_
 @starts_interpreter
 def test_the_kernels_run_under_tritons_interpreter():
     said = interpret_tests(__file__, "-k", "gradients or frozen_head or slopes")
-    assert "46 passed, 7 skipped" in said
+    assert "44 passed, 7 skipped" in said
