@@ -101,8 +101,8 @@ def predicted(cell: Cell, line: Mapping[str, str]) -> dict[str, Any]:
     with launched(exported(ROOT / file, flags)) as launch:
         recipe = parse_recipe(cell.argv(), launch)
         forecast = make_plan(recipe, LlamaConfig(**MODEL_SHAPES[shape]), launch, gpu, rows)
-    # results/plan_accuracy was measured before float8's MLPs were one function, before gradients came
-    # out of a head in float8, and before norms were computed again
+    # results/plan_accuracy was measured before float8's MLPs were one function, before gradients
+    # came out of a head in float8, and before norms were computed again
     before = {"float8_mlp": False, "float8_head": False, "keeps_inputs": True}
     forecast = resized(forecast, forecast.micro_batch, **before)
     peak, speed = forecast.memory.allocated / 2**30, forecast.tokens_per_s

@@ -15,8 +15,8 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from sftlab.data.collator import TOKENS_MULTIPLE
-from sftlab.fastpath.fused_loss import CHUNK
 from sftlab.fastpath.float8_lora import columns_beside
+from sftlab.fastpath.fused_loss import CHUNK
 from sftlab.fastpath.lora_products import LARGEST_SHARED_RANK, padded
 from sftlab.planning.step import Step, widths
 
@@ -159,7 +159,8 @@ def _columns(step: Step, ranks: int) -> int:
 def _fused_copies(step: Step) -> int:
     """Returns the bytes of A and B of fused LoRA, padded, beside the matrices that train.
 
-    Those in float8, beside float8 weights, are a byte each. Weights in 4 bits are whole meanwhile: those of an MLP that is one function at the same time.
+    Those in float8, beside float8 weights, are a byte each. Weights in 4 bits are whole meanwhile:
+    those of an MLP that is one function at the same time.
     """
     if not step.fused_lora:
         return 0

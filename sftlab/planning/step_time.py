@@ -36,8 +36,8 @@ LORA_COMPILED, LORA_EAGER, LORA_CASTS = 5.5, 8.0, 14.0
 # The same where gate, up and down are one function with it, fitted to whole runs (results/float8,
 # captured_step, peers_8b, qlora).
 LORA_FUSED = 1.8
-# The same of gate, up and down where they are one function over float8 weights (results/float8), and
-# where LoRA is in its products too (results/float8_lora, results/llama3_8b).
+# The same of gate, up and down where they are one function over float8 weights (results/float8),
+# and where LoRA is in its products too (results/float8_lora, results/llama3_8b).
 LORA_FLOAT8, LORA_FLOAT8_FUSED = 3.0, 2.2
 # The forward's share of both, which checkpointing moves again.
 FORWARD, FORWARD_LORA = 0.32, 0.45
