@@ -184,6 +184,15 @@ def test_a_family_that_no_plan_with_it_is_made_for_plans_and_trains_without(fami
     assert kept_bytes(step) == kept_bytes(planned(family, "--fused_lora=false")[1])
 
 
+@pytest.mark.parametrize("option", ["--lora_dropout=0.1", "--load_in_4bit=true"])
+def test_no_plan_is_made_for_what_a_training_under_fp8_refuses(option):
+    recipe, launch = asked("fp8", option, "--fused_lora=true")
+    config = models.config_of(LLAMA)
+    fast = choose(recipe, config, launch, lambda: None)
+    with pytest.raises(ValueError, match="fused_lora under fp8 is for weights that are not in 4"):
+        step_of(recipe, config, launch, fast, models.ROWS.longest, models.ROWS)
+
+
 # ---- trainings ----
 
 
