@@ -161,6 +161,7 @@ def prepare(
         ("fused_lora", fast.continue_with_fused_lora),
         ("captured_step", fast.continue_with_captured_steps),
         ("float8_head", fast.continue_with_float8_head),
+        ("shared_scales", fast.continue_with_shared_scales),
     ):
         if start.checkpoint and getattr(training, part, None) is None:
             # of a run that says nothing, it was off
@@ -207,7 +208,8 @@ def prepare(
         broadcast_object_list(captures)
     if captures[0]:
         trainer.capture_steps()
-    for part in ("fused_lora", "captured_step", "float8_head", "mixers", "attention_tile"):
+    own = "fused_lora", "captured_step", "float8_head", "shared_scales", "mixers", "attention_tile"
+    for part in own:
         must[part] = getattr(fast, part)
     trainer.checkpointer.must_match, trainer.checkpointer.hardware = must, now["hardware"]
     phase_ended(TRAINER)

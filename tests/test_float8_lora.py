@@ -207,6 +207,49 @@ def test_what_lora_trains_is_copied_before_every_forward():
     assert difference(after, plain) < ROUNDING < difference(after, before)
 
 
+def test_a_second_forward_before_the_backward_leaves_gradients_as_they_are():
+    """As of a reference, and of evaluation within a step: it copies the same once more."""
+    model = build()
+    fuse_lora(model, torch.bfloat16)
+    right, ids = loss_and_gradients(model), torch.arange(80).view(2, 40) * 7 % 64
+    model.zero_grad()
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = model(input_ids=ids, labels=ids).loss
+        logits(model)
+    loss.backward()
+    found = {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
+    assert all(torch.equal(right[name], one) for name, one in found.items())
+
+
+@pytest.mark.parametrize("again", [False, True], ids=["compared", "fused again"])
+def test_weights_that_are_held_outlive_a_comparison(again):
+    model = build()
+    fuse_lora(model, torch.bfloat16)
+    before = loss_and_gradients(model)
+    if again:
+        unfuse_lora(model)
+        fuse_lora(model, torch.bfloat16)
+    assert differs(model) is None
+    after = loss_and_gradients(model)
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_ddp_takes_a_model_that_has_run(tmp_path):
+    """A start that reads rows runs it first; then its frozen weights keep no memory to write to."""
+    model = build()
+    fuse_lora(model, torch.bfloat16)
+    right = loss_and_gradients(model)
+    where = f"file://{tmp_path / 'store'}"
+    torch.distributed.init_process_group("gloo", init_method=where, rank=0, world_size=1)
+    try:
+        wrapped = nn.parallel.DistributedDataParallel(model)
+        ids = torch.arange(80).view(2, 40) * 7 % 64
+        with torch.autocast("cpu", torch.bfloat16):
+            assert torch.equal(wrapped(input_ids=ids, labels=ids).loss, right["loss"])
+    finally:
+        torch.distributed.destroy_process_group()
+
+
 def test_the_kernels_that_are_rehearsed_are_those_of_every_step(monkeypatch):
     called = {}
 

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import conftest
 import pytest
 from conftest import load_script, read, short_fields
 from packed_training import assert_checkpoints_say, build, stop_in_step_two, train
@@ -58,6 +59,7 @@ TARGETS = "--lora_target_modules"
         ("single", ["--compile_layers=true"]),
         ("single", ["--packing=false"]),
         ("single", ["--load_in_4bit=true"]),
+        ("fp8", []),
     ],
     ids=str,
 )
@@ -110,6 +112,18 @@ def test_it_is_off_on_a_cpu_and_where_layers_are_not_llamas():
     fast = chosen("single", family="Qwen 3.5 (text)")
     assert fast.reasons["fused_lora"] == "not measured where layers are of several kinds"
     assert not fast.fused_lora
+
+
+@pytest.mark.parametrize("size", ["intermediate_size", "hidden_size"])
+def test_it_is_off_over_float8_weights_that_are_too_wide_for_it(size):
+    config = models.config_of(LLAMA)
+    setattr(config, size, 16640)
+    found = {}
+    for name in ("single", "fp8"):
+        recipe, launch = asked(name)
+        found[name] = choose(recipe, config, launch, lambda: None)
+    assert found["single"].fused_lora and not found["fp8"].fused_lora
+    assert found["fp8"].reasons["fused_lora"].endswith("more than 16,384 inputs or outputs")
 
 
 def test_asked_for_it_is_needed_and_has_no_reason():
@@ -168,6 +182,15 @@ def test_a_family_that_no_plan_with_it_is_made_for_plans_and_trains_without(fami
     fast, step = planned(family)
     assert not fast.fused_lora and not step.fused_lora
     assert kept_bytes(step) == kept_bytes(planned(family, "--fused_lora=false")[1])
+
+
+@pytest.mark.parametrize("option", ["--lora_dropout=0.1", "--load_in_4bit=true"])
+def test_no_plan_is_made_for_what_a_training_under_fp8_refuses(option):
+    recipe, launch = asked("fp8", option, "--fused_lora=true")
+    config = models.config_of(LLAMA)
+    fast = choose(recipe, config, launch, lambda: None)
+    with pytest.raises(ValueError, match="fused_lora under fp8 is for weights that are not in 4"):
+        step_of(recipe, config, launch, fast, models.ROWS.longest, models.ROWS)
 
 
 # ---- trainings ----
@@ -278,6 +301,26 @@ def test_a_run_goes_on_as_it_began(
     trained_here(fields | {"output_dir": str(tmp_path / "whole")})
     run, whole = read(tmp_path / "run"), read(tmp_path / "whole")
     assert run["ran"]["fused_lora"] is whole["ran"]["fused_lora"] is fused
+    assert run["losses"] == whole["losses"]
+    assert adapter_hash(tmp_path / "run") == adapter_hash(tmp_path / "whole")
+
+
+def test_float8_weights_keep_the_scales_that_they_began_with(
+    fields, sft, tmp_path, monkeypatch, train_here, trained_here
+):
+    """They are rounded before it is known that LoRA stays peft's."""
+    from sftlab.fastpath import fused_lora
+
+    monkeypatch.setattr(sft, "check_devices", lambda _: None)
+    monkeypatch.setattr(fused_lora, "fuse_mlp", lambda module: None)
+    in_fp8 = exported(ROOT / "accelerate_configs" / "cpu.yaml", {"mixed_precision": "fp8"})
+    monkeypatch.setattr(conftest, "exported", lambda _: in_fp8)
+    stopped(fields, sft, monkeypatch, train_here, True)
+    choosing(sft, monkeypatch, True)
+    trained_here(fields)
+    trained_here(fields | {"output_dir": str(tmp_path / "whole")})
+    run, whole = read(tmp_path / "run"), read(tmp_path / "whole")
+    assert run["ran"]["fused_lora"] is whole["ran"]["fused_lora"] is False
     assert run["losses"] == whole["losses"]
     assert adapter_hash(tmp_path / "run") == adapter_hash(tmp_path / "whole")
 

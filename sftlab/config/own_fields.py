@@ -63,7 +63,7 @@ class OwnFields:
         metadata={
             "help": "Compute a frozen linear and its LoRA update, and linears that share their "
             "input, in one product. Unset: on a GPU with compiled layers, where LoRA without "
-            "dropout is on every linear of an MLP in 16 or 4 bits."
+            "dropout is on every linear of an MLP in 16 or 4 bits or float8."
         },
     )
     fsdp_layers_per_unit: int | None = field(

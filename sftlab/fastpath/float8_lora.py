@@ -56,10 +56,14 @@ class Float8Input(SharedInput):
         return [part.unflatten(0, x.shape[:-1]) for part in found]
 
     def forget(self, weights: Mapping[nn.Parameter, torch.Tensor]) -> None:
-        """Be as before the decoder's first forward, with the frozen weights that are given."""
+        """Be as before the decoder's first forward, with the frozen weights that are given.
+
+        Where what is given keeps no memory, they were held before already, and still are.
+        """
         super().forget(weights)
         for layer in self.layers:
-            layer.base_layer.held = None
+            if any(layer.base_layer.weight.stride()):
+                layer.base_layer.held = None
 
     def hold_weights(self) -> None:
         """Make the frozen weights views of what is held, unless they are."""
@@ -93,12 +97,15 @@ class Float8Input(SharedInput):
 
     @staticmethod
     def after_copies(groups: Sequence["Float8Input"]) -> None:
-        """Round A and s B to float8 beside the weights, for all groups of a size at once."""
+        """Round A and s B to float8 beside the weights, for all groups of a size at once.
+
+        As in `parts`, it writes to tensors with versions of their own.
+        """
         alike = defaultdict(list)
         for group in groups:
             if group.held is not None:
                 shapes = group.held[0].shape, group.held[1].shape
-                alike[*shapes, sum(group.held_ranks)].append(group.held)
+                alike[*shapes, sum(group.held_ranks)].append([one.data for one in group.held])
         for (_, _, ranks), held in alike.items():
             wide, tall, a, b, scales, numbers = zip(*held, strict=True)
             twice = 2 * ranks <= len(a[0])

@@ -83,10 +83,23 @@ def fuse_lora(model: nn.Module, dtype: torch.dtype) -> dict[str, int]:
             layer.together, layer.place = group, place
     for module in decoder.modules():
         fuse_mlp(module)
+    _leave_out_of_broadcasts(model, groups)
     if groups:
         copies = _Copies(groups)
         copies.hook = decoder.register_forward_pre_hook(copies)
     return left
+
+
+def _leave_out_of_broadcasts(model: nn.Module, groups: list[SharedInput]) -> None:
+    """Let DDP send no frozen weights that will keep no memory: it could not write to them.
+
+    Every process has read the same.
+    """
+    frozen = {one.base_layer.weight for group in groups if group.in_float8 for one in group.layers}
+    left = set(getattr(model, "_ddp_params_and_buffers_to_ignore", ()))
+    left |= {name for name, parameter in model.named_parameters() if parameter in frozen}
+    if left:
+        model._ddp_params_and_buffers_to_ignore = sorted(left)
 
 
 def unfuse_lora(model: nn.Module) -> None:

@@ -30,7 +30,8 @@ class FastPath:
 
     `layers` are the model's. `reasons` says, by part, why one that the recipe leaves unset is off.
     Compiled layers are off on a CPU without a reason. `float8_head` says whether the gradient of
-    the fused loss comes out of a head in float8, if it may. `experts` is how a loaded mixture
+    the fused loss comes out of a head in float8, if it may. `shared_scales` says whether float8
+    weights have one scale where fused LoRA joins them. `experts` is how a loaded mixture
     multiplies its experts, None for other models, and `experts_lora` how it adds LoRA to their
     stacked weights, None where these have none. `mixers` is what computes layers beside attention:
     the "kernels" of a package, or "torch". `four_bit_weights` is what gives weights in 4 bits back.
@@ -48,6 +49,7 @@ class FastPath:
     reasons: dict[str, str] = field(default_factory=dict)
     float8_head: bool = False
     may_have_float8_head: bool = True
+    shared_scales: bool = False
     experts: str | None = None
     experts_lora: str | None = None
     mixers: str | None = None
@@ -77,6 +79,13 @@ class FastPath:
     def continue_with_float8_head(self, began: bool, settings_changed: bool) -> None:
         """Leave the head's gradient in 16 bits if the run that is continued `began` so."""
         self.may_have_float8_head = began or settings_changed
+
+    def continue_with_shared_scales(self, began: bool, settings_changed: bool) -> None:
+        """Give float8 weights that LoRA joins one scale if the run that is continued `began` so.
+
+        It may have begun so without fused LoRA, where only the weights showed that it cannot be.
+        """
+        self.shared_scales = began and not settings_changed
 
     def continue_with_tile(self, began: int | None, settings_changed: bool) -> None:
         """Let tiles have no more tokens than in the run that is continued, which `began` so.

@@ -7,6 +7,7 @@ That is on a GPU with compiled layers, where LoRA without dropout makes one func
 from sftlab.config.launch import COMPUTE_DTYPE, PRECISIONS, Launch
 from sftlab.config.lora_variants import PARAMETER_FIELDS
 from sftlab.config.recipe import Recipe
+from sftlab.fastpath.float8_lora import LARGEST_SIZE
 from sftlab.fastpath.lora_products import LARGEST_SHARED_RANK, padded
 from sftlab.models.adapter_names import is_target
 from sftlab.models.gated_mlp import NAMES
@@ -54,6 +55,8 @@ def _why_off(recipe: Recipe, layers: Layers, launch: Launch) -> str | None:
         return "the reference of preference tuning would be rounded in another way than the policy"
     if padded(2 * model.lora_r) > LARGEST_SHARED_RANK:
         return f"gate and up share no product at rank {model.lora_r}"
+    if recipe.training.mixed_precision == "fp8" and layers.widest > LARGEST_SIZE:
+        return f"a float8 linear of an MLP has more than {LARGEST_SIZE:,} inputs or outputs"
     if not layers.alike_and_gated:
         return "not measured where layers are of several kinds"
     return None

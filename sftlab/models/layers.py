@@ -77,7 +77,8 @@ class Layers(NamedTuple):
     `norms` are the elements and the vectors of a token that a layer normalises beside the two norms
     of a Llama layer. `norms_first`: linears of the first layer's attention and MLP read what a norm
     makes. `linears` are the names of the layers' linears, and `gated_mlps` those of modules that
-    compute down(f(gate(x)) up(x)) of linears without biases. `unknown` says why the attention
+    compute down(f(gate(x)) up(x)) of linears without biases; `widest` is the most inputs or outputs
+    that a linear of these has. `unknown` says why the attention
     cannot be described; None where it is. `sees_later` is set where a token attends to later ones.
     """
 
@@ -94,6 +95,7 @@ class Layers(NamedTuple):
     linears: tuple[str, ...] = ()
     gated_mlps: tuple[str, ...] = ()
     sees_later: bool = False
+    widest: int = 0
 
     @property
     def alike_and_gated(self) -> bool:
@@ -177,7 +179,14 @@ def _described(pickled: bytes, takes_another: bool) -> Layers:
         tuple(_linears(model)),
         tuple(gated_mlps(model)),
         any(one.endswith(_LATER) for one in said),
+        _widest(model),
     )
+
+
+def _widest(model: nn.Module) -> int:
+    """Returns the most inputs or outputs of a linear in a gated MLP; 0 where there is none."""
+    linears = (model.get_submodule(f"{mlp}.up_proj") for mlp in gated_mlps(model))
+    return max((max(one.in_features, one.out_features) for one in linears), default=0)
 
 
 def _stacked(model: nn.Module) -> int:

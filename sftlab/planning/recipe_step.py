@@ -67,6 +67,12 @@ def step_of(
             f"the loss is not fused ({whole}), and plans are made for the fused loss alone: no "
             "plan is made"
         )
+    rounded = training.mixed_precision == "fp8" and (model.lora_dropout or model.load_in_4bit)
+    if training.fused_lora and model.use_peft and rounded:
+        raise ValueError(
+            "fused_lora under fp8 is for weights that are not in 4 bits, and LoRA without dropout: "
+            "leave fused_lora out"
+        )
     weights, shape = count_weights(recipe, config), Shape.of(config, fast.layers)
     if fast.layers.mixture:
         _refuse_mixture(recipe)

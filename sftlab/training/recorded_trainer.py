@@ -145,7 +145,8 @@ class RecordedTrainer(UpstreamFixes):
         self.choose_loss()
         float8 = self.args.mixed_precision == "fp8"
         if float8 and not four_bit_linears(self.model):
-            together = SIBLINGS if self.fast.fused_lora else ()
+            self.fast.shared_scales |= self.fast.fused_lora
+            together = SIBLINGS if self.fast.shared_scales else ()
             freeze_in_float8(self.model, self.accelerator.device, together)
         take_four_bits(self.model, self.fast, self.launch.strategy, dtype, float8)
         take_fused_lora(self.model, self.fast, self.launch.strategy, dtype)
