@@ -108,6 +108,7 @@ def test_an_update_of_any_size_is_in_the_product(size):
         x, y = torch.randn(30, a.shape[1]).bfloat16(), torch.randn(30, len(b)).bfloat16()
         weight = wide[:, : a.shape[1]].float() * scale[0, 0]
         one_a, one_b = (part[: sum(group.held_ranks)] for part in (a, b.t()))
+        x[:2], y[:2] = torch.stack([one_a[0], one_a[0].sign()]), one_b[0].sign()  # the largest h
         exact = x.float() @ weight.t() + (x @ one_a.t()).float() @ one_b.float()
         rows = [join_in_float8([x], x @ a.t(), of_h, False)]
         # as in an MLP: f(gate) up is x where gate and up are these
@@ -118,13 +119,17 @@ def test_an_update_of_any_size_is_in_the_product(size):
             found = float8_product(*joined, wide, scale)
             assert (found - exact).norm() < 0.06 * exact.norm()
         exact = y.float() @ weight + (y @ one_b.t()).float() @ one_a.float()
+        found = float8_product(*join_in_float8([y], y @ b, of_into_h, True), tall, scale)
+        assert (found - exact).norm() < 0.12 * exact.norm()
+        # the gradient of gate is 33 times that of up, and h is of both
+        gate, up = torch.full_like(y, 30), torch.full_like(y, 1000)
         _, _, up8, row, *_ = gated_backward_to_float8_(
-            y / 30, torch.full_like(y, 30), y, False, False, False, ranks, room_back
+            y / 30, gate, up, False, False, False, ranks, room_back
         )
-        fill_ranks_(y @ b, of_into_h, row, up8)
-        for joined in (join_in_float8([y], y @ b, of_into_h, True), (up8, row)):
-            found = float8_product(*joined, tall, scale)
-            assert (found - exact).norm() < 0.12 * exact.norm()
+        fill_ranks_(34 * (y @ b), of_into_h, row, up8)
+        found = float8_product(up8, row, tall, scale)
+        exact = y.float() @ weight + 34 * (y @ one_b.t()).float() @ one_a.float()
+        assert (found - exact).norm() < 0.12 * exact.norm()
 
 
 @pytest.mark.parametrize("rank", [8, 16, 40])
@@ -192,6 +197,16 @@ def test_compiled_for_any_number_of_tokens_it_is_the_same():
         done = {event.name for event in profile.events()}
         assert done >= {"sftlab::join_in_float8", "sftlab::fill_ranks"}
         assert "sftlab::add_product" not in done
+
+
+def test_a_first_forward_in_inference_mode_leaves_a_model_that_trains():
+    plain, mine = build(), build()
+    fuse_lora(plain, torch.bfloat16)
+    fuse_lora(mine, torch.bfloat16)
+    with torch.inference_mode():
+        logits(mine)
+    found, right = loss_and_gradients(mine), loss_and_gradients(plain)
+    assert all(torch.equal(found[name], right[name]) for name in right)
 
 
 def test_what_lora_trains_is_copied_before_every_forward():

@@ -15,7 +15,7 @@ from triton_interpreter import (
     with_triton,
 )
 
-from sftlab.fastpath.float8 import BACKWARD, FORWARD, to_float8
+from sftlab.fastpath.float8 import BACKWARD, FORWARD, over, scale_of
 from sftlab.models.gated_mlp import activation
 
 
@@ -23,9 +23,14 @@ def room(*shape: int, dtype: torch.dtype) -> torch.Tensor:
     return torch.full(shape, torch.nan, device="cuda" if on_a_gpu else "cpu").to(dtype)
 
 
-def check_rounded(rounded, scale, exact, dtype):
-    """Compare with `to_float8`: all but those on the border of two numbers are the same."""
-    expected, expected_scale = to_float8(exact, dtype, by_row=True)
+def check_rounded(rounded, scale, exact, dtype, most=None):
+    """Compare with plain float8: all but those on the border of two numbers are the same.
+
+    `most` is what the scale leaves room for, the largest number of a row unless given.
+    """
+    most = exact.abs().amax(1, keepdim=True) if most is None else most
+    expected_scale = scale_of(most, dtype)
+    expected = over(exact, expected_scale, dtype)
     torch.testing.assert_close(scale, expected_scale, rtol=1e-5 if interpreted else 1e-4, atol=0)
     if interpreted:
         largest = torch.finfo(dtype).max
@@ -60,10 +65,12 @@ def test_kernels_are_plain_torch(tanh_gelu, size, keep):
     wide = room(5, size + 16, dtype=dtype if interpreted else FORWARD)
     rounded, scale = wide[:, :size], room(5, 1, dtype=dtype)
     scale, kept = scale.float(), room(5, size, dtype=dtype)
+    more = room(1, dtype=torch.float32).fill_(8) if keep else None
     float8_mlp_kernel.gated_to_float8(
-        gate, up, tanh_gelu, rounded, scale, kept if keep else None, torch.finfo(FORWARD).max
+        gate, up, tanh_gelu, rounded, scale, kept if keep else None, torch.finfo(FORWARD).max, more
     )
-    check_rounded(rounded, scale, act, FORWARD)
+    most = 8 * act.abs().amax(1, keepdim=True).clamp(min=1e-12) if keep else None
+    check_rounded(rounded, scale, act, FORWARD, most)
     assert wide[:, size:].isnan().all()
     assert kept.isnan().all() or keep
     if keep:
@@ -76,10 +83,12 @@ def test_kernels_are_plain_torch(tanh_gelu, size, keep):
     changed = into.clone()
     float8_mlp_kernel.gated_backward_to_float8_(
         changed, gate, up, tanh_gelu, pair, scales, whole if keep else None, keep,
-        torch.finfo(BACKWARD).max,
+        torch.finfo(BACKWARD).max, more,
     )  # fmt: skip
+    most = torch.cat(gradients, 1).abs().amax(1, keepdim=True).clamp(min=1e-12)
+    most = 8 * most if keep else None
     for place, gradient in enumerate(gradients):
-        check_rounded(pair[place], scales[place], gradient, BACKWARD)
+        check_rounded(pair[place], scales[place], gradient, BACKWARD, most)
         if keep:
             torch.testing.assert_close(whole[place].float(), gradient, **closeness)
     assert wide[1][:, size:].isnan().all()

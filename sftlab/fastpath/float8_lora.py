@@ -19,10 +19,8 @@ from sftlab.fastpath.lora_products import LARGEST_SHARED_RANK, SharedInput, View
 
 # columns of inputs, or of outputs side by side: a program of the kernels holds as many
 LARGEST_SIZE = 16384
-# The size of h in float8 where it is parallel to a row, over the mean size of the row's elements
-SIZE_OF_H = 4.0
-# How much larger than a row h may be that is not known yet when the row is rounded. It costs digits
-# of elements that are a thousandth of the largest one.
+# How much larger than a row h may be that is not known yet when the row is rounded, unless B wants
+# more. It costs digits of elements that are a thousandth of the largest one.
 HEADROOM = 32.0
 
 
@@ -65,8 +63,12 @@ class Float8Input(SharedInput):
             if any(layer.base_layer.weight.stride()):
                 layer.base_layer.held = None
 
+    @torch.inference_mode(False)
     def hold_weights(self) -> None:
-        """Make the frozen weights views of what is held, unless they are."""
+        """Make the frozen weights views of what is held, unless they are.
+
+        A first forward in inference mode holds what trainings can use too.
+        """
         linears = [layer.base_layer for layer in self.layers]
         device = linears[0].weight.device
         if self.holds_these_ranks() and self.held[0].device == device and linears[0].held:
@@ -147,16 +149,17 @@ def _numbers(a: torch.Tensor, b: torch.Tensor, scale: torch.Tensor) -> torch.Ten
     """Returns what h and its gradient are multiplied with in float8, and room beside rows.
 
     A product has one scale for W and B, so B [groups, out, ranks] is divided by the first number,
-    and A [groups, ranks, in] by the second; `scale` [groups, 1, 1] is the weights'. h becomes as
-    large as a row where it is parallel to it, or larger, so that B is within the numbers of e4m3.
-    A fills these: gradients have the range of e5m2. The third number is how much larger than its
-    row h may be, the fourth the same of its gradient: [groups, 4] in all.
+    and A [groups, ranks, in] by the second; `scale` [groups, 1, 1] is the weights'. h is at most
+    the size of its row times that of A's (Cauchy and Schwarz), and so becomes at most HEADROOM
+    times the largest element of its row, or more, so that B is within the numbers of e4m3. A fills
+    these: gradients have the range of e5m2. The third number is how much larger than its row h may
+    be, the fourth the same of its gradient: [groups, 4] in all.
     """
     largest, tiny = torch.finfo(FORWARD).max, torch.finfo(torch.float32).tiny
     scale, of_a, of_b = scale.view(-1), a.abs().amax((1, 2)), b.abs().amax((1, 2))
     parallel = a.norm(dim=2).amax(1) * a.shape[2] ** 0.5
     # with A all zeros h is zero too
-    wanted = torch.where(parallel > 0, HEADROOM * SIZE_OF_H / parallel.clamp(min=tiny), 1.0)
+    wanted = torch.where(parallel > 0, HEADROOM / parallel.clamp(min=tiny), 1.0)
     of_h = torch.maximum(wanted, of_b / (largest * scale))
     of_into_h = (of_a / (largest * scale)).clamp(min=tiny)
     room_back = 1 + of_into_h * b.norm(dim=1).amax(1) * b.shape[1] ** 0.5

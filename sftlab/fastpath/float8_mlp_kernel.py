@@ -63,8 +63,9 @@ def gated_backward_to_float8_(
 ) -> None:
     """Fill `rounded` and `scales` with the gradients of gate and up, from `gradient`, act's.
 
-    `largest` and `room` are as in gated_to_float8. Fill `whole` with the gradients themselves, if
-    it is given. `gradient` is overwritten with act if `keep_act`.
+    `largest` and `room` are as in gated_to_float8; with `room` both have the larger scale. Fill
+    `whole` with the gradients themselves, if it is given. `gradient` is overwritten with act if
+    `keep_act`.
     """
     rows, size = gate.shape
     _gated_backward_to_float8[(rows,)](
@@ -99,9 +100,8 @@ def within(x, largest) -> "tl.tensor":
 
 
 @triton.jit
-def _round(x, out, out_stride, scale, row, at, inside, largest) -> None:
+def _round(x, row_scale, out, out_stride, scale, row, at, inside, largest) -> None:
     """Write a row of x in float8, and its scale."""
-    row_scale = row_scale_of(x, largest)
     tl.store(scale + row, row_scale)
     small = within(x * (1.0 / row_scale), largest)
     tl.store(out + row * out_stride + at, small.to(out.dtype.element_ty), mask=inside)
@@ -120,7 +120,8 @@ def _gated_to_float8(
     found = x * share(x, GELU) * tl.load(up + place, mask=inside, other=0.0).to(tl.float32)
     if KEEP:
         tl.store(act + place, found.to(act.dtype.element_ty), mask=inside)
-    _round(found, rounded, rounded_stride, scale, row, at, inside, largest)
+    row_scale = row_scale_of(found, largest)
+    _round(found, row_scale, rounded, rounded_stride, scale, row, at, inside, largest)
 
 
 @triton.jit
@@ -143,5 +144,9 @@ def _gated_backward_to_float8(
     if KEEP:
         tl.store(into_gate + place, of_gate.to(into_gate.dtype.element_ty), mask=inside)
         tl.store(into_up + place, of_up.to(into_up.dtype.element_ty), mask=inside)
-    _round(of_gate, rounded_gate, gate_stride, scale_gate, row, at, inside, largest)
-    _round(of_up, rounded_up, up_stride, scale_up, row, at, inside, largest)
+    gate_scale, up_scale = row_scale_of(of_gate, largest), row_scale_of(of_up, largest)
+    if ROOM:  # what stands beside one comes of both
+        gate_scale = larger_or_nan(gate_scale, up_scale)
+        up_scale = gate_scale
+    _round(of_gate, gate_scale, rounded_gate, gate_stride, scale_gate, row, at, inside, largest)
+    _round(of_up, up_scale, rounded_up, up_stride, scale_up, row, at, inside, largest)

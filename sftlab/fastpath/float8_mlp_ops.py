@@ -37,7 +37,8 @@ def gated_to_float8(
     found = activation(gate.float(), tanh_gelu) * up
     if keep_act:
         act.copy_(found)
-    return *_rounded(found, FORWARD, ranks, room), act
+    most = None if room is None else room * found.abs().amax(1, keepdim=True)
+    return *_rounded(found, FORWARD, ranks, most), act
 
 
 gated_to_float8.register_fake(
@@ -60,7 +61,8 @@ def gated_backward_to_float8_(
 
     They are that of gate in float8, its scales, the same of up, and if `keep` both themselves,
     [0, size] otherwise. Beside that of up in float8 are `ranks` columns to fill; `room` is as in
-    gated_to_float8. `gradient` is overwritten with f(gate) up if `keep_act`.
+    gated_to_float8, and with it both have the larger scale. `gradient` is overwritten with
+    f(gate) up if `keep_act`.
     """
     found = _backward_room(gate, keep, ranks)
     if has_kernels(gate):
@@ -78,8 +80,9 @@ def gated_backward_to_float8_(
         gradient.copy_(act)
     for part, into in zip(into_y.split(size, 1), found[4:], strict=True):
         into.copy_(part[: len(into)])
-    pairs = zip(into_y.split(size, 1), (0, ranks), strict=True)
-    gate8, up8 = (_rounded(part, BACKWARD, more, room) for part, more in pairs)
+    of_gate, of_up = into_y.split(size, 1)
+    most = None if room is None else room * into_y.abs().amax(1, keepdim=True)
+    gate8, up8 = _rounded(of_gate, BACKWARD, 0, most), _rounded(of_up, BACKWARD, ranks, most)
     return *gate8, *up8, *found[4:]
 
 
@@ -123,13 +126,16 @@ def rounded_room(
 
 
 def _rounded(
-    x: torch.Tensor, dtype: torch.dtype, ranks: int, room: torch.Tensor | None
+    x: torch.Tensor, dtype: torch.dtype, ranks: int, most: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Returns x in float8, plainly, beside `ranks` columns to fill, and its scales."""
-    if room is None:
+    """Returns x in float8, plainly, beside `ranks` columns to fill, and its scales.
+
+    They leave room for values as large as `most` [rows, 1].
+    """
+    if most is None:
         rounded, scale = to_float8(x, dtype, by_row=True)
     else:
-        scale = scale_of(x.abs().amax(1, keepdim=True), dtype) * room
+        scale = scale_of(most, dtype)
         rounded = over(x, scale, dtype)
     return (side_by_side(rounded, rounded[:, :1].expand(-1, ranks)) if ranks else rounded), scale
 
