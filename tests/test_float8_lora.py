@@ -183,6 +183,7 @@ def test_without_adapters_or_rounding_of_inputs_layers_are_pefts():
     assert difference(loss_and_gradients(mine), loss_and_gradients(plain)) < ROUNDING
 
 
+@pytest.mark.long
 def test_compiled_for_any_number_of_tokens_it_is_the_same():
     model = build()
     fuse_lora(model, torch.bfloat16)

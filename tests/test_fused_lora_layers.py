@@ -160,6 +160,7 @@ script.main(["--tokens", "70", "--out", sys.argv[1]], shape)
 """
 
 
+@pytest.mark.long
 @with_triton
 def test_kernels_are_held_to_float64_under_tritons_interpreter(tmp_path):
     interpret("-c", INTERPRETED, str(tmp_path), timeout=120)

@@ -304,7 +304,7 @@ def with_a_kernel(monkeypatch):
     return model, kernel
 
 
-@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("packed", [pytest.param(False, marks=pytest.mark.long), True])
 def test_compiled_layers_take_the_kernels(monkeypatch, on_a_cpu, packed):
     """torch 2.11 tells compiled code that it is exported, which has no kernels."""
     model, kernel = with_a_kernel(monkeypatch)

@@ -44,6 +44,7 @@ def test_every_part_of_a_start_is_measured(monkeypatch, tmp_path, capsys):
     assert "first_full_speed_step" in shown and "accelerate, warm" in shown
 
 
+@pytest.mark.long
 def test_a_training_that_fails_is_an_error_with_its_last_line(tmp_path):
     make_random_files("tiny", 64)
     words = script.typed("python", ARGUMENTS, tmp_path / "run", ["--no_such_field", "1"])

@@ -93,6 +93,7 @@ def test_a_worker_that_is_never_ready_is_ended_and_the_next_group_starts(monkeyp
     assert set(psutil.Process().children(recursive=True)) <= before
 
 
+@pytest.mark.long
 def test_at_the_end_of_its_time_the_command_writes_what_it_has(monkeypatch, tmp_path):
     variants = {"trl bf16": TRL, "sft.py bf16": SFT}
     before = set(psutil.Process().children(recursive=True))

@@ -170,7 +170,11 @@ def choosing(sft, monkeypatch, captures: bool) -> None:
     )
 
 
-@pytest.mark.parametrize("began", ["before this default", "without", "with"])
+@pytest.mark.parametrize(
+    "began",
+    [pytest.param("before this default", marks=pytest.mark.long), "with"]
+    + [pytest.param("without", marks=pytest.mark.long)],
+)
 def test_a_run_goes_on_as_it_began(
     fields, sft, tmp_path, monkeypatch, train_here, trained_here, began
 ):
