@@ -180,6 +180,7 @@ def test_a_mixture_is_planned_by_the_experts_that_a_token_visits():
     assert few.time.matrices > read, "a pass reads every expert, however few tokens there are"
 
 
+@pytest.mark.long
 def test_lora_on_experts_is_planned_without_a_copy_of_them():
     config, targets = (
         Qwen3MoeConfig(**QWEN_30B),

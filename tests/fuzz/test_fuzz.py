@@ -3,9 +3,11 @@
 import subprocess
 
 import fork_server
+import pytest
 from conftest import ROOT
 
 
+@pytest.mark.long
 def test_a_hundred_broken_inputs_end_in_a_sentence():
     command = [fork_server.python(), "tests/fuzz/campaign.py", "--cases", "100", "--quick"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=400)
