@@ -1,11 +1,9 @@
 """Fused LoRA over float8 weights computes what linears one by one do, LoRA's part in float8 too."""
 
-import time
-
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
-from test_float8_mlp import SIZES, difference, needs_a_gpu
+from test_float8_mlp import SIZES, difference, milliseconds, needs_a_gpu
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig
 
@@ -358,15 +356,7 @@ def test_how_long_a_compiled_layer_takes():
         for hook in list(model.get_base_model().model._forward_pre_hooks.values()):
             hook()
         linears = torch.compile(lambda x, layer=layer: projected(layer, x))
-        for step in range(15):
-            if step == 5:
-                torch.cuda.synchronize()
-                start = time.perf_counter()
-            with torch.autocast("cuda", torch.bfloat16):
-                output = linears(x)
-            output.backward(gradient)
-        torch.cuda.synchronize()
-        ms = (time.perf_counter() - start) * 100
+        ms = milliseconds(linears, x, gradient)
         print(f"linears of a layer, LoRA fused {fuse}: {ms:.2f} ms forward and backward")
         assert ms > 0
 

@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 
 from sftlab.fastpath.float8_mlp_kernel import larger_or_nan, row_scale_of, row_width, within
+from sftlab.fastpath.mlp_kernel import of_three, three_parts
 
 # rows that a program of `fill_ranks` holds
 HEIGHT = 32
@@ -27,15 +28,10 @@ def join_in_float8(
 
     The largest absolute value of a row, LoRA's part included, becomes `largest`.
     """
-    given = [*parts, *[parts[0]] * (3 - len(parts))]
-    ends, end = [], 0
-    for part in given:
-        end += part.shape[1] if len(ends) < len(parts) else 0
-        ends.append(end)
-    rows = [one for part in given for one in (part, part.stride(0))]
+    given, ends = three_parts(parts)
     _join[(len(out),)](
-        *rows, h, h.stride(0), factor, out, out.stride(0), scale, *ends, h.shape[1], largest,
-        triton.next_power_of_2(h.shape[1]), **row_width(end),
+        *given, h, h.stride(0), factor, out, out.stride(0), scale, *ends, h.shape[1], largest,
+        triton.next_power_of_2(h.shape[1]), **row_width(ends[-1]),
     )  # fmt: skip
 
 
@@ -56,12 +52,10 @@ def _join(
     scale, first, second, third, ranks, largest, RANKS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     row, at = tl.program_id(0).to(tl.int64), tl.arange(0, WIDTH)
-    in_one, in_two = at < first, (at >= first) & (at < second)
-    in_three = (at >= second) & (at < third)
-    a = tl.load(one + row * one_stride + at, mask=in_one, other=0.0)
-    b = tl.load(two + row * two_stride + (at - first), mask=in_two, other=0.0)
-    c = tl.load(three + row * three_stride + (at - second), mask=in_three, other=0.0)
-    x = tl.where(in_one, a, tl.where(in_two, b, c)).to(tl.float32)
+    inside = at < third
+    x = of_three(
+        one, one_stride, two, two_stride, three, three_stride, row, at, first, second, third, inside
+    ).to(tl.float32)
     rank = tl.arange(0, RANKS)
     y = tl.load(h + row * h_stride + rank, mask=rank < ranks, other=0.0).to(tl.float32)
     y *= tl.load(factor)
@@ -69,7 +63,7 @@ def _join(
     tl.store(scale + row, row_scale)
     places = out + row * out_stride
     small = within(x * (1.0 / row_scale), largest)
-    tl.store(places + at, small.to(out.dtype.element_ty), mask=at < third)
+    tl.store(places + at, small.to(out.dtype.element_ty), mask=inside)
     small = within(y * (1.0 / row_scale), largest)
     tl.store(places + third + rank, small.to(out.dtype.element_ty), mask=rank < ranks)
 

@@ -14,11 +14,10 @@ from torch import nn
 
 from sftlab.fastpath.float8 import FORWARD, FrozenFloat8Linear, float8_product, over
 from sftlab.fastpath.float8_lora_ops import join_in_float8
+from sftlab.fastpath.float8_mlp_ops import LARGEST_SIZE, side_by_side
 from sftlab.fastpath.joined_product import Form
 from sftlab.fastpath.lora_products import LARGEST_SHARED_RANK, SharedInput, Views, padded
 
-# columns of inputs, or of outputs side by side: a program of the kernels holds as many
-LARGEST_SIZE = 16384
 # How much larger than a row h may be that is not known yet when the row is rounded, unless B wants
 # more. It costs digits of elements that are a thousandth of the largest one.
 HEADROOM = 32.0
@@ -138,11 +137,8 @@ def columns_beside(ranks: int) -> int:
 
 def _rounded(whole: torch.Tensor, twice: bool) -> torch.Tensor:
     """Returns [groups, rows, ranks] in float8, beside it what that is away from it if `twice`."""
-    rounded = over(whole, torch.ones_like(whole[0, 0, 0]), FORWARD)
-    if not twice:
-        return rounded
-    rest = (whole - rounded.float()).to(FORWARD)
-    return torch.cat([one.view(torch.uint8) for one in (rounded, rest)], 2).view(FORWARD)
+    rounded = over(whole, whole.new_ones(()), FORWARD)
+    return side_by_side(rounded, (whole - rounded.float()).to(FORWARD)) if twice else rounded
 
 
 def _numbers(a: torch.Tensor, b: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
@@ -184,9 +180,10 @@ def why_not(layer: lora.LoraLayer, dtype: torch.dtype) -> str | None:
 def share_a_scale(layers: Sequence[lora.LoraLayer]) -> bool:
     """Whether frozen weights can be one matrix: a product in float8 has one scale for all of it."""
     linears = [layer.base_layer for layer in layers]
-    if not all(isinstance(linear, FrozenFloat8Linear) for linear in linears):
-        return not any(isinstance(linear, FrozenFloat8Linear) for linear in linears)
-    return len({float(linear.scale[0, 0]) for linear in linears}) == 1
+    scales = {
+        float(one.scale[0, 0]) if isinstance(one, FrozenFloat8Linear) else None for one in linears
+    }
+    return len(scales) == 1
 
 
 class Float8JoinedProduct(torch.autograd.Function):
@@ -204,8 +201,7 @@ class Float8JoinedProduct(torch.autograd.Function):
         h = x @ a.t()
         joined = join_in_float8([x], h, of_h, False)
         ctx.save_for_backward(x, h, tall, b, scale, of_into_h)
-        ctx.form, (ctx.rank, _) = form, tensors[-2].shape
-        ctx.dtypes = [one.dtype for one in tensors[-2 * len(form.sizes) :]]
+        ctx.form, ctx.rank, ctx.dtype = form, len(tensors[-2]), tensors[-2].dtype
         return float8_product(*joined, wide, scale).split(form.sizes, 1)
 
     @staticmethod
@@ -217,7 +213,7 @@ class Float8JoinedProduct(torch.autograd.Function):
         joined = join_in_float8(list(gradients), into_h, of_into_h, True)
         into_x = float8_product(*joined, tall, scale)
         into_a = into_h.t() @ x
-        found = adapter_gradients(into_a, gradients, h, form, ctx.rank, ctx.dtypes)
+        found = adapter_gradients(into_a, gradients, h, form, ctx.rank, ctx.dtype)
         return into_x, None, *[None] * 6, *found
 
 
@@ -227,16 +223,16 @@ def adapter_gradients(
     h: torch.Tensor,
     form: Form,
     rank: int,
-    dtypes: Sequence[torch.dtype],
+    dtype: torch.dtype,
 ) -> list[torch.Tensor]:
     """Returns the gradients of each layer's A [rank, in] and B [out, rank], in turn.
 
     `into_a` [ranks, in] is that of all A, `gradients` are those of the layers' outputs [rows, out],
-    h [rows, ranks] is what A makes of their input. `dtypes` are those of A and B in turn.
+    h [rows, ranks] is what A makes of their input.
     """
     found = []
     for i, (gradient, scale) in enumerate(zip(gradients, form.scales, strict=True)):
         mine = slice(i * rank, (i + 1) * rank)
-        found.append(into_a[mine].to(dtypes[2 * i]))
-        found.append((gradient.t() @ h[:, mine]).to(dtypes[2 * i + 1]) * scale)
+        found.append(into_a[mine].to(dtype))
+        found.append((gradient.t() @ h[:, mine]).to(dtype) * scale)
     return found

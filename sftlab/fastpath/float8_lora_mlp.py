@@ -46,8 +46,7 @@ class Float8LoraMlp(torch.autograd.Function):
             tall_down, b_down, scale_down, of_into_h_down,
         )  # fmt: skip
         ctx.tanh_gelu, ctx.form, ctx.form_down = tanh_gelu, form, form_down
-        ctx.ranks = len(tensors[-6]), len(tensors[-2])
-        ctx.dtypes = [matrix.dtype for matrix in tensors[-6:]]
+        ctx.ranks, ctx.dtype = (len(tensors[-6]), len(tensors[-2])), tensors[-6].dtype
         return float8_product(act8, act_scale, wide_down, scale_down)
 
     @staticmethod
@@ -66,10 +65,9 @@ class Float8LoraMlp(torch.autograd.Function):
         fill_ranks_(into_h, of_into_h, up_scale, up8)
         into_x = float8_product(gate8, gate_scale, tall[:, :size], scale)
         into_x = into_x + float8_product(up8, up_scale, tall[:, size:], scale)
-        of_both, of_down = ctx.dtypes[:4], ctx.dtypes[4:]
         into_ys = [into_gate, into_up]
-        found = adapter_gradients(into_h.t() @ x, into_ys, h, ctx.form, rank, of_both)
+        found = adapter_gradients(into_h.t() @ x, into_ys, h, ctx.form, rank, ctx.dtype)
         found += adapter_gradients(
-            into_h_down.t() @ act, [gradient], h_down, ctx.form_down, rank_down, of_down
+            into_h_down.t() @ act, [gradient], h_down, ctx.form_down, rank_down, ctx.dtype
         )
         return into_x, None, None, None, None, *[None] * 12, *found

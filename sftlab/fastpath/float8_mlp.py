@@ -21,6 +21,7 @@ from sftlab.fastpath.float8 import (
     to_float8,
 )
 from sftlab.fastpath.float8_mlp_ops import (
+    LARGEST_SIZE,
     add_product_,
     gated_backward_to_float8_,
     gated_to_float8,
@@ -29,8 +30,6 @@ from sftlab.fastpath.four_bit_float8_weight import four_bit_float8
 from sftlab.fastpath.own_class import is_watched, with_forward
 from sftlab.models.gated_mlp import NAMES, tanh_gelu_of
 
-# columns of an activation: a program holds as many
-LARGEST_SIZE = 16384
 # tensors of a weight in 4 bits
 IN_FOUR_BITS = 6
 

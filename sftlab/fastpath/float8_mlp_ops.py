@@ -10,6 +10,9 @@ from sftlab.fastpath.float8 import BACKWARD, FORWARD, over, scale_of, to_float8
 from sftlab.fastpath.mlp_ops import gated_backward_, has_kernels
 from sftlab.models.gated_mlp import activation
 
+# columns of a row that a program of the kernels holds
+LARGEST_SIZE = 16384
+
 
 @torch.library.custom_op("sftlab::gated_to_float8", mutates_args=())
 def gated_to_float8(
@@ -141,6 +144,6 @@ def _rounded(
 
 
 def side_by_side(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
-    """Returns two float8 matrices side by side: torch cannot join such."""
-    found = torch.cat([each.view(torch.uint8) for each in (one, other)], 1)
+    """Returns two float8 matrices, or stacks of them, side by side: torch cannot join such."""
+    found = torch.cat([each.view(torch.uint8) for each in (one, other)], -1)
     return found.view(one.dtype)

@@ -14,7 +14,8 @@ from sftlab.config.recipe import Recipe
 from sftlab.data.collator import TOKENS_MULTIPLE
 from sftlab.data.tiles import LONG_ROW, TILE, tiles
 from sftlab.fastpath import float8_lora_ops, float8_mlp_ops, mlp_ops, varlen_attention
-from sftlab.fastpath.float8_lora import LARGEST_SIZE, columns_beside
+from sftlab.fastpath.float8_lora import columns_beside
+from sftlab.fastpath.float8_mlp_ops import LARGEST_SIZE
 from sftlab.fastpath.fused_loss import CHUNK, FrozenHeadLoss, in_float8
 from sftlab.fastpath.lora_products import padded
 from sftlab.fastpath.selection import FastPath
@@ -105,11 +106,9 @@ def rehearse_mlp(
 
     They are those of an MLP whose gate, up and down have LoRA, and of gradients side by side.
     """
-    hidden, size = config.hidden_size, getattr(config, "intermediate_size", None)
-    if not isinstance(size, int):
+    hidden, size, tanh_gelu = _mlp_of(config)
+    if size is None:
         return
-    name = getattr(config, "hidden_activation", None) or getattr(config, "hidden_act", "")
-    tanh_gelu = "tanh" in str(name)
     make = partial(torch.zeros, TOKENS_MULTIPLE, dtype=dtype, device=device)
     y, act, gradient = make(2 * size), make(size), make(hidden)
     mlp_ops.gated(y, tanh_gelu, make(size + padded(rank))[:, :size])
@@ -121,11 +120,9 @@ def rehearse_float8_mlp(
     config: PreTrainedConfig, rank: int, dtype: torch.dtype, device: torch.device
 ) -> None:
     """Run the kernels of fused LoRA over float8 weights once, as rehearse_mlp does its own."""
-    hidden, size = config.hidden_size, getattr(config, "intermediate_size", None)
-    if not isinstance(size, int) or max(hidden, size) > LARGEST_SIZE:
+    hidden, size, tanh_gelu = _mlp_of(config)
+    if size is None or max(hidden, size) > LARGEST_SIZE:
         return
-    name = getattr(config, "hidden_activation", None) or getattr(config, "hidden_act", "")
-    tanh_gelu = "tanh" in str(name)
     make = partial(torch.zeros, TOKENS_MULTIPLE, dtype=dtype, device=device)
     of_h, of_into_h, room, room_back = make(4)[0].float().split(1)
     ranks, ranks_down = columns_beside(2 * rank), columns_beside(rank)
@@ -139,3 +136,10 @@ def rehearse_float8_mlp(
         act, gate, up, tanh_gelu, True, True, ranks, room_back
     )
     float8_lora_ops.fill_ranks_(h, of_into_h, scale, rounded)
+
+
+def _mlp_of(config: PreTrainedConfig) -> tuple[int, int | None, bool]:
+    """Returns an MLP's inputs, its width if all have one, and whether it has GELU's tanh form."""
+    size = getattr(config, "intermediate_size", None)
+    name = getattr(config, "hidden_activation", None) or getattr(config, "hidden_act", "")
+    return config.hidden_size, size if isinstance(size, int) else None, "tanh" in str(name)

@@ -5,6 +5,9 @@ consecutive 16 bytes. Matrices are [rows, ...], and their rows may be parts of l
 results stand in what the next product reads whole.
 """
 
+from collections.abc import Sequence
+from itertools import accumulate
+
 import torch
 import triton
 import triton.language as tl
@@ -45,15 +48,21 @@ def beside(parts: list[torch.Tensor], out: torch.Tensor, tile: tuple = COPIED) -
     """Fill `out` [rows, ...] with one to three `parts` [rows, ...] side by side, then zeros."""
     rows, columns = out.shape
     height, width, warps = tile
-    one, two, three = (*parts, parts[0], parts[0])[:3]
-    ends, end = [], 0
-    for part in (*parts, None, None)[:3]:
-        end += 0 if part is None else part.shape[1]
-        ends.append(end)
+    given, ends = three_parts(parts)
     _beside[_grid(rows, columns, tile)](
-        one, one.stride(0), two, two.stride(0), three, three.stride(0), out, out.stride(0),
-        rows, columns, *ends, height, width, num_warps=warps,
+        *given, out, out.stride(0), rows, columns, *ends, height, width, num_warps=warps,
     )  # fmt: skip
+
+
+def three_parts(parts: Sequence[torch.Tensor]) -> tuple[list[torch.Tensor | int], list[int]]:
+    """Returns what a kernel takes of one to three `parts` [rows, ...] side by side.
+
+    That is each with its stride, the first one in the place of those that lack, and the column
+    behind each.
+    """
+    given = (*parts, parts[0], parts[0])[:3]
+    sizes = [part.shape[1] for part in parts] + [0] * (3 - len(parts))
+    return [one for part in given for one in (part, part.stride(0))], list(accumulate(sizes))
 
 
 def _grid(rows: int, columns: int, tile: tuple) -> tuple[int]:
@@ -128,6 +137,19 @@ def _gated_backward(
     tl.store(act_place, act.to(gradient.dtype.element_ty), mask=inside)
 
 
+@triton.jit
+def of_three(
+    one, one_stride, two, two_stride, three, three_stride, row, at, first, second, third, inside
+) -> "tl.tensor":
+    """What `inside` holds of three matrices side by side, which end at these columns."""
+    in_one, in_two = at < first, (at >= first) & (at < second)
+    in_three = (at >= second) & (at < third)
+    a = tl.load(one + row * one_stride + at, mask=inside & in_one, other=0.0)
+    b = tl.load(two + row * two_stride + (at - first), mask=inside & in_two, other=0.0)
+    c = tl.load(three + row * three_stride + (at - second), mask=inside & in_three, other=0.0)
+    return tl.where(in_one, a, tl.where(in_two, b, c))
+
+
 @triton.jit(do_not_specialize=["rows"])
 def _beside(
     one, one_stride, two, two_stride, three, three_stride, out, out_stride,
@@ -135,10 +157,7 @@ def _beside(
 ):  # fmt: skip
     row, at = _place(columns, HEIGHT, WIDTH)
     inside = row < rows
-    in_one, in_two = at < first, (at >= first) & (at < second)
-    in_three = (at >= second) & (at < third)
-    a = tl.load(one + row * one_stride + at, mask=inside & in_one, other=0.0)
-    b = tl.load(two + row * two_stride + (at - first), mask=inside & in_two, other=0.0)
-    c = tl.load(three + row * three_stride + (at - second), mask=inside & in_three, other=0.0)
-    found = tl.where(in_one, a, tl.where(in_two, b, c))
+    found = of_three(
+        one, one_stride, two, two_stride, three, three_stride, row, at, first, second, third, inside
+    )
     tl.store(out + row * out_stride + at, found, mask=inside & (at < columns))

@@ -7,7 +7,7 @@ That is on a GPU with compiled layers, where LoRA without dropout makes one func
 from sftlab.config.launch import COMPUTE_DTYPE, PRECISIONS, Launch
 from sftlab.config.lora_variants import PARAMETER_FIELDS
 from sftlab.config.recipe import Recipe
-from sftlab.fastpath.float8_lora import LARGEST_SIZE
+from sftlab.fastpath.float8_mlp_ops import LARGEST_SIZE
 from sftlab.fastpath.lora_products import LARGEST_SHARED_RANK, padded
 from sftlab.models.adapter_names import is_target
 from sftlab.models.gated_mlp import NAMES

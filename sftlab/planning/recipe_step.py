@@ -16,7 +16,7 @@ from sftlab.config.launch import COMPUTE_DTYPE, PRECISIONS, Launch
 from sftlab.config.recipe import ModelArguments, Recipe
 from sftlab.config.validation import is_bitsandbytes
 from sftlab.fastpath import varlen_attention
-from sftlab.fastpath.float8_mlp import LARGEST_SIZE
+from sftlab.fastpath.float8_mlp_ops import LARGEST_SIZE
 from sftlab.fastpath.fsdp_units import layers_per_unit
 from sftlab.fastpath.fused_loss import needs_whole_logits
 from sftlab.fastpath.selection import FastPath
