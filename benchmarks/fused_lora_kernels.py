@@ -176,6 +176,9 @@ def inputs_of_kernels(tokens: int, shape: Shape) -> SimpleNamespace:
     g["joined"] /= hidden**0.5
     g["down"] /= mlp**0.5
     g["down"][hidden + rank :] = 0
+    g["joined"][:mlp, hidden + rank :] = 0
+    g["joined"][mlp:, hidden : hidden + rank] = 0
+    g["joined"][mlp:, hidden + 2 * rank :] = 0
     g["into_y"] = g["into_y"][:, : 2 * mlp]
     return SimpleNamespace(**g)
 
@@ -207,7 +210,7 @@ def cases(shape: Shape) -> dict[str, Case]:
 
     def down(g: SimpleNamespace, form: tuple) -> list[torch.Tensor]:
         wide, a = for_outputs(of_down, [g.down])
-        found, h = mlp_ops.gated_down(g.y, wide, a[:, :mlp], False)
+        found, h = mlp_ops.gated_down(g.y, wide, a[:, :mlp], r, False)
         return [found, h[:, :r]]
 
     def whole(g: SimpleNamespace, form: tuple) -> list[torch.Tensor]:
@@ -216,7 +219,7 @@ def cases(shape: Shape) -> dict[str, Case]:
             for form, held in ((of_both, g.joined), (of_down, g.down))
         )
         of = g.gradient, g.y, g.x, g.h, tall, b[: 2 * mlp], tall_down, b_down[:hidden]
-        x, a, b, a_down = mlp_ops.gated_backward(*of, False)
+        x, a, b, a_down = mlp_ops.gated_backward(*of, r, r, False)
         return [x, a, b[:mlp, :r], b[mlp:, r : 2 * r], a_down[:r]]
 
     size = hidden // shape.heads * (shape.heads + 2 * shape.key_heads)

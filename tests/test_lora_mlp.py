@@ -1,6 +1,8 @@
 """An MLP with fused LoRA as one function computes what peft's layers do, and keeps less."""
 
+import sys
 from collections.abc import Callable
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,7 +11,7 @@ from test_lora_products import ALL, SIZES, adapted, compiled, difference, loss_a
 from torch import nn
 from transformers import AutoModelForCausalLM, GemmaConfig, LlamaConfig, Qwen3Config
 
-from sftlab.fastpath import fused_lora, lora_mlp
+from sftlab.fastpath import fused_lora, lora_mlp, mlp_ops
 from sftlab.fastpath.fused_lora import fuse_lora
 from sftlab.fastpath.lora_mlp import LoraMlp
 
@@ -213,3 +215,71 @@ def test_merged_for_good_it_is_the_models_own(whole):
     assert whole == [40, 40]
     torch.testing.assert_close(model.merge_and_unload()(ids).logits, tuned, atol=1e-5, rtol=0)
     assert whole == [40, 40]
+
+
+class OfAGpu:
+    """Stands for [gate, up] of a few tokens on a GPU."""
+
+    is_cuda, device = True, torch.device("cuda", 0)
+
+    def __init__(self, size: int = 128, bytes_each: int = 2) -> None:
+        self.shape, self.bytes_each = (5, 2 * size), bytes_each
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def element_size(self) -> int:
+        return self.bytes_each
+
+
+@pytest.fixture
+def hopper(monkeypatch) -> None:
+    """A GPU of compute capability 9, and a Triton whose Gluon the kernels are for."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(mlp_ops, "module_with_lora", lambda: "kernels")
+
+
+def test_thin_products_have_own_kernels_where_those_can_run(hopper, monkeypatch):
+    assert mlp_ops.kernels_with_lora(OfAGpu(), 16) == "kernels"
+    assert mlp_ops.kernels_with_lora(OfAGpu(size=192), 32) == "kernels"
+    for y, rank in (
+        (torch.zeros(5, 256, dtype=torch.bfloat16), 16),
+        (OfAGpu(bytes_each=4), 16),
+        (OfAGpu(size=96), 16),
+        (OfAGpu(), 20),
+        (OfAGpu(), 40),
+    ):
+        assert mlp_ops.kernels_with_lora(y, rank) is None
+    for other in ((8, 9), (10, 0), (12, 0)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, of=other: of)
+        assert mlp_ops.kernels_with_lora(OfAGpu(), 16) is None
+
+
+@pytest.mark.parametrize("lacks", ["triton", "triton.experimental.gluon", "a known Triton"])
+def test_without_gluon_thin_products_have_no_own_kernels(lacks, monkeypatch):
+    if lacks == "a known Triton":
+        monkeypatch.setitem(sys.modules, "triton", SimpleNamespace(__version__="4.0.0"))
+    else:
+        monkeypatch.setitem(sys.modules, lacks, None)
+    monkeypatch.delitem(sys.modules, "sftlab.fastpath.gated_lora_kernel", raising=False)
+    mlp_ops.module_with_lora.cache_clear()
+    assert mlp_ops.module_with_lora() is None
+    mlp_ops.module_with_lora.cache_clear()
+
+
+def test_on_a_cpu_an_mlps_steps_take_the_kernels_of_today(monkeypatch):
+    done = []
+    for name in ("gated", "gated_backward_"):
+        plain = getattr(mlp_ops, name)
+        monkeypatch.setattr(
+            mlp_ops, name, lambda *given, of=plain, name=name: (done.append(name), of(*given))
+        )
+    rows, size, ranks = 3, 64, 64
+    y, act, h = (torch.randn(rows, n) for n in (2 * size, size, ranks))
+    mlp_ops.gated_beside(y, torch.randn(ranks, size), 16, False, torch.empty(rows, size + ranks))
+    out = torch.empty(rows, 2 * size + ranks)
+    b = torch.randn(2 * size, ranks)
+    into_h, into_b, _ = mlp_ops.gated_backward_beside(act, y, h, b, h, 16, 16, False, out)
+    assert done == ["gated", "gated_backward_"]
+    assert torch.equal(out[:, 2 * size :], into_h)
+    assert torch.allclose(into_b, out[:, : 2 * size].t() @ h)

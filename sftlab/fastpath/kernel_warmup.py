@@ -109,10 +109,15 @@ def rehearse_mlp(
     hidden, size, tanh_gelu = _mlp_of(config)
     if size is None:
         return
-    make = partial(torch.zeros, TOKENS_MULTIPLE, dtype=dtype, device=device)
+    zeros = partial(torch.zeros, dtype=dtype, device=device)
+    make = partial(zeros, TOKENS_MULTIPLE)
     y, act, gradient = make(2 * size), make(size), make(hidden)
-    mlp_ops.gated(y, tanh_gelu, make(size + padded(rank))[:, :size])
-    mlp_ops.gated_backward_(act, y, tanh_gelu, make(2 * size + padded(2 * rank))[:, : 2 * size])
+    ranks, ranks_down = padded(2 * rank), padded(rank)
+    mlp_ops.gated_beside(y, zeros(ranks_down, size), rank, tanh_gelu, make(size + ranks_down))
+    mlp_ops.gated_backward_beside(
+        act, y, make(ranks), zeros(2 * size, ranks), make(ranks_down), rank, rank, tanh_gelu,
+        make(2 * size + ranks),
+    )  # fmt: skip
     mlp_ops.copy(gradient, make(hidden + padded(rank))[:, :hidden])
 
 

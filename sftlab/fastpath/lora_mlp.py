@@ -102,10 +102,11 @@ class _Mlp(torch.autograd.Function):
         both[:, width:] = h = both @ a.t()
         y = both @ wide.t()
         wide_down, a_down = for_outputs(form_down, held_down)
-        found, h_down = gated_down(y, wide_down, a_down[:, : y.shape[1] // 2], tanh_gelu)
+        ctx.rank, ctx.rank_down, ctx.dtype = len(matrices[0]), len(matrices[4]), matrices[0].dtype
+        a_down = a_down[:, : y.shape[1] // 2]
+        found, h_down = gated_down(y, wide_down, a_down, ctx.rank_down, tanh_gelu)
         ctx.save_for_backward(x, h, y, h_down, *held, *held_down)
         ctx.tanh_gelu, ctx.form, ctx.form_down, ctx.count = tanh_gelu, form, form_down, count
-        ctx.rank, ctx.rank_down, ctx.dtype = len(matrices[0]), len(matrices[4]), matrices[0].dtype
         return found
 
     @staticmethod
@@ -116,7 +117,7 @@ class _Mlp(torch.autograd.Function):
         into_b_down = gradient.t() @ h_down
         into_x, into_a, into_b, into_a_down = gated_backward(
             gradient, y, x, h, tall, b[: y.shape[1]], tall_down, b_down[: gradient.shape[1]],
-            ctx.tanh_gelu,
+            ctx.rank, ctx.rank_down, ctx.tanh_gelu,
         )  # fmt: skip
         found = adapter_gradients(into_a, into_b, ctx.rank, ctx.form, ctx.dtype)
         found += adapter_gradients(

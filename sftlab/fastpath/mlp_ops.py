@@ -1,15 +1,20 @@
 """Steps of fused LoRA that torch.compile takes as they are: it would make slower kernels of them.
 
 Its own kernel for gradients side by side works out every gradient for every column, and one for
-SwiGLU's gradient copies what the products read. On a GPU these are kernels of mlp_kernel.py; on a
-CPU plain torch.
+SwiGLU's gradient copies what the products read. On a GPU these are kernels of mlp_kernel.py, or of
+gated_lora_kernel.py where those can run; on a CPU plain torch.
 """
 
 from collections.abc import Sequence
+from functools import cache
+from types import ModuleType
 
 import torch
 
 from sftlab.models.gated_mlp import activation
+
+# of gated_lora_kernel.py, which nothing imports where it cannot run
+LARGEST_RANK = 32
 
 
 @torch.library.custom_op("sftlab::beside", mutates_args=())
@@ -33,24 +38,21 @@ def _(parts: Sequence[torch.Tensor], columns: int) -> torch.Tensor:
 
 @torch.library.custom_op("sftlab::gated_down", mutates_args=())
 def gated_down(
-    y: torch.Tensor, wide: torch.Tensor, a: torch.Tensor, tanh_gelu: bool
+    y: torch.Tensor, wide: torch.Tensor, a: torch.Tensor, rank: int, tanh_gelu: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The down product of act = f(gate) up, with y [rows, 2 size] = [gate, up].
 
-    `wide` [out, size + ranks] is down's W beside s B, and `a` [ranks, size] its A. Returns the
-    output [rows, out] and h = act A^T [rows, ranks].
+    `wide` [out, size + ranks] is down's W beside s B, and `a` [ranks, size] its A, of which `rank`
+    rows are not 0. Returns the output [rows, out] and h = act A^T [rows, ranks].
     """
-    size = a.shape[1]
     both = _room(y, wide.shape[1])
-    act = both[:, :size]
-    gated(y, tanh_gelu, act)
-    both[:, size:] = h = act @ a.t()
+    h = gated_beside(y, a, rank, tanh_gelu, both)
     return both @ wide.t(), h
 
 
 @gated_down.register_fake
 def _(
-    y: torch.Tensor, wide: torch.Tensor, a: torch.Tensor, tanh_gelu: bool
+    y: torch.Tensor, wide: torch.Tensor, a: torch.Tensor, rank: int, tanh_gelu: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
     return y.new_empty(y.shape[0], wide.shape[0]), y.new_empty(y.shape[0], a.shape[0])
 
@@ -65,25 +67,28 @@ def gated_backward(
     b: torch.Tensor,
     tall_down: torch.Tensor,
     b_down: torch.Tensor,
+    rank: int,
+    rank_down: int,
     tanh_gelu: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """The gradients of an MLP, from `gradient` [rows, out], that of its output.
 
     `x` [rows, in] is its input, and `h` [rows, ranks] that of gate and up. `tall` [2 size + ranks,
-    in] is W above A of gate and up, and `b` [2 size, ranks] their s B; `tall_down` and `b_down` are
-    down's. Returns the gradients of the input, of A and of s B of gate and up, and of A of down.
+    in] is W above A of gate and up, and `b` [2 size, ranks] their s B, `rank` columns of gate, then
+    of up; `tall_down` and `b_down` are down's. Returns the gradients of the input, of A and of s B
+    of gate and up, and of A of down. That of s B is right in each part's own `rank` columns.
     """
-    wide, out = y.shape[1], gradient.shape[1]
+    out = gradient.shape[1]
     into_down = _room(y, len(tall_down))
     copy(gradient, into_down[:, :out])
-    into_down[:, out:] = into_h = gradient @ b_down
-    act = into_down @ tall_down  # the gradient of act; then act itself, in its place
+    into_down[:, out:] = into_h_down = gradient @ b_down
+    into_act = into_down @ tall_down
+    del into_down
     into_both = _room(y, len(tall))
-    into_y = into_both[:, :wide]
-    gated_backward_(act, y, tanh_gelu, into_y)
-    into_b, into_a_down = into_y.t() @ h, into_h.t() @ act
-    del act, into_down, into_h
-    into_both[:, wide:] = into_h = into_y @ b
+    into_h, into_b, into_a_down = gated_backward_beside(
+        into_act, y, h, b, into_h_down, rank, rank_down, tanh_gelu, into_both
+    )
+    del into_act, into_h_down
     return into_both @ tall, into_h.t() @ x, into_b, into_a_down
 
 
@@ -97,6 +102,8 @@ def _(
     b: torch.Tensor,
     tall_down: torch.Tensor,
     b_down: torch.Tensor,
+    rank: int,
+    rank_down: int,
     tanh_gelu: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     (width, ranks), ranks_down = (tall.shape[1], b.shape[1]), b_down.shape[1]
@@ -111,6 +118,74 @@ def _(
 def has_kernels(x: torch.Tensor) -> bool:
     """Whether x is where Triton's kernels run."""
     return x.is_cuda
+
+
+@cache
+def module_with_lora() -> ModuleType | None:
+    """Returns gated_lora_kernel.py, where Triton is one whose Gluon it was written for."""
+    try:
+        import triton
+
+        if triton.__version__.split(".")[:2] not in (["3", "6"], ["3", "7"]):
+            return None
+        from sftlab.fastpath import gated_lora_kernel
+    except (ImportError, AttributeError):
+        return None
+    return gated_lora_kernel
+
+
+def kernels_with_lora(y: torch.Tensor, rank: int) -> ModuleType | None:
+    """Returns gated_lora_kernel.py where it can run on y [rows, 2 size] with so many ranks.
+
+    TMA begins a tile at any multiple of 16 bytes.
+    """
+    if not has_kernels(y) or not y.is_cuda or y.element_size() != 2:
+        return None
+    if rank % 8 or rank > LARGEST_RANK or y.shape[1] % 128 or not len(y):
+        return None
+    return module_with_lora() if torch.cuda.get_device_capability(y.device)[0] == 9 else None
+
+
+def gated_beside(
+    y: torch.Tensor, a: torch.Tensor, rank: int, tanh_gelu: bool, out: torch.Tensor
+) -> torch.Tensor:
+    """Fill `out` [rows, size + ranks] with act and h = act A^T; returns h. See gated_down."""
+    act = out[:, : a.shape[1]]
+    if with_lora := kernels_with_lora(y, rank):
+        h = with_lora.gated_with_lora(y, a, rank, tanh_gelu, act)
+    else:
+        gated(y, tanh_gelu, act)
+        h = act @ a.t()
+    out[:, a.shape[1] :] = h
+    return h
+
+
+def gated_backward_beside(
+    into_act: torch.Tensor,
+    y: torch.Tensor,
+    h: torch.Tensor,
+    b: torch.Tensor,
+    into_h_down: torch.Tensor,
+    rank: int,
+    rank_down: int,
+    tanh_gelu: bool,
+    out: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Fill `out` [rows, 2 size + ranks] with the gradients of y and h. See gated_backward.
+
+    `into_act` is overwritten. Returns the gradients of h, of s B of gate and up, and of A of down.
+    """
+    into_y, into_h = out[:, : y.shape[1]], out[:, y.shape[1] :]
+    with_lora = kernels_with_lora(y, rank) and kernels_with_lora(y, rank_down)
+    if with_lora:
+        found = with_lora.gated_backward_with_lora(
+            into_act, y, h, b, into_h_down, rank, rank_down, tanh_gelu, into_y, into_h
+        )
+        return into_h, *found
+    gated_backward_(into_act, y, tanh_gelu, into_y)
+    into_b, into_a_down = into_y.t() @ h, into_h_down.t() @ into_act  # act by now
+    into_h[:] = found = into_y @ b
+    return found, into_b, into_a_down
 
 
 def gated(y: torch.Tensor, tanh_gelu: bool, out: torch.Tensor) -> None:
