@@ -162,6 +162,7 @@ def prepare(
         ("captured_step", fast.continue_with_captured_steps),
         ("float8_head", fast.continue_with_float8_head),
         ("shared_scales", fast.continue_with_shared_scales),
+        ("kernels_with_lora", fast.continue_with_kernels_with_lora),
     ):
         if start.checkpoint and getattr(training, part, None) is None:
             # of a run that says nothing, it was off
@@ -208,8 +209,10 @@ def prepare(
         broadcast_object_list(captures)
     if captures[0]:
         trainer.capture_steps()
-    own = "fused_lora", "captured_step", "float8_head", "shared_scales", "mixers", "attention_tile"
-    for part in own:
+    for part in (
+        *("fused_lora", "captured_step", "float8_head", "shared_scales", "kernels_with_lora"),
+        *("mixers", "attention_tile"),
+    ):
         must[part] = getattr(fast, part)
     trainer.checkpointer.must_match, trainer.checkpointer.hardware = must, now["hardware"]
     phase_ended(TRAINER)

@@ -255,6 +255,25 @@ def test_thin_products_have_own_kernels_where_those_can_run(hopper, monkeypatch)
         assert mlp_ops.kernels_with_lora(OfAGpu(), 16) is None
 
 
+def test_a_run_can_leave_them_out(hopper):
+    mlp_ops.let_kernels_have_lora(False)
+    try:
+        assert mlp_ops.kernels_with_lora(OfAGpu(), 16) is None
+    finally:
+        mlp_ops.let_kernels_have_lora(True)
+    assert mlp_ops.kernels_with_lora(OfAGpu(), 16) == "kernels"
+
+
+def test_an_mlp_says_whether_its_kernels_have_lora_in_them(monkeypatch):
+    model, asked = build(r=16), []
+    assert not mlp(model).kernels_have_lora, "a CPU"
+    monkeypatch.setattr(
+        lora_mlp, "kernels_with_lora", lambda y, rank: asked.append((y.shape, y.dtype, rank)) or 1
+    )
+    assert mlp(model).kernels_have_lora
+    assert asked == [((1, 2 * 96), torch.float64, 16)] * 2
+
+
 @pytest.mark.parametrize("lacks", ["triton", "triton.experimental.gluon", "a known Triton"])
 def test_without_gluon_thin_products_have_no_own_kernels(lacks, monkeypatch):
     if lacks == "a known Triton":

@@ -46,6 +46,7 @@ def test_speed_follows_the_gpu_and_what_is_known_of_the_h200():
 
 FUSED = {  # the table's folder and variant: rows a step, their shortest and longest, steps, fields
     ("float8", "sft.py bf16, all linears, 64 rows"): (64, 16, 512, 60, {}),
+    ("fused_lora_hopper", "sft.py bf16, all linears, 64 rows"): (64, 16, 512, 60, {}),
     ("captured_step", "sft.py bf16, all linears, 20 rows"): (20, 16, 512, 130, CAPTURED),
     ("peers_8b", "sft.py bf16, 8B, 2 full rows of 4096"): (2, 4096, 4096, 40, LLAMA_8B),
     ("qlora", "sft.py QLoRA, 7B, kept activations, 42 rows, LoRA fused"): (

@@ -336,3 +336,26 @@ def test_a_run_that_cannot_go_on_with_it_is_refused(
     assert "the run began with it: begin anew with --overwrite" in done.stderr
     choosing(sft, monkeypatch, False)
     trained_here(fields | {"resume_anyway": "true"})
+
+
+@pytest.mark.parametrize("began", [pytest.param("before", marks=pytest.mark.long), "with them"])
+def test_a_run_goes_on_with_the_kernels_that_it_began_with(
+    fields, sft, tmp_path, monkeypatch, train_here, trained_here, began
+):
+    from sftlab.fastpath import fused_lora
+
+    before = began == "before"
+    stopped(fields, sft, monkeypatch, train_here, True)
+    assert_checkpoints_say(tmp_path / "run", "kernels_with_lora", True, forget=before)
+    let, said = fused_lora.let_kernels_have_lora, []
+    monkeypatch.setattr(
+        fused_lora, "let_kernels_have_lora", lambda may: (said.append(may), let(may))
+    )
+    choosing(sft, monkeypatch, True)
+    try:
+        trained_here(fields)
+        assert said == [not before]
+        assert mlp_ops.may_have_lora() is not before
+    finally:
+        let(True)
+    assert read(tmp_path / "run")["ran"]["kernels_with_lora"] is False, "a CPU"

@@ -42,8 +42,8 @@ _QUANTIZED = (
     "quantization compute *_dtypes gradients_reduced_in bnb_4bit_* use_bnb_nested_quant "
     "four_bit_weights fsdp_layers_per_unit fused_lora"
 )
-# what runs choose from the sizes of their batches and rows; the training is the same
-_FROM_SIZES = ("captured_step", "attention_tile")
+# what runs choose from the sizes of batches, rows and layers; the training is the same
+_FROM_SIZES = ("captured_step", "attention_tile", "kernels_with_lora")
 # what a stage of training has of its own: its data, its loss, its steps
 _STAGE = (
     "adapter_name_or_path data.* dataset_* datasets* columns tokens *_file loss_on "

@@ -20,6 +20,7 @@ from sftlab.fastpath.lora_products import (
     copy_matrices,
     padded,
 )
+from sftlab.fastpath.mlp_ops import let_kernels_have_lora
 from sftlab.fastpath.one_adapter import why_not_plain
 from sftlab.fastpath.own_class import own_class, with_forward
 from sftlab.fastpath.selection import FastPath
@@ -40,6 +41,7 @@ def take_fused_lora(model: nn.Module, fast: FastPath, strategy: str, dtype: torc
     if no layer can, or if one computes something else.
     Where it is not, the model then is as peft made it, as it is where no MLP is one function.
     """
+    let_kernels_have_lora(fast.kernels_with_lora)
     if not fast.fused_lora:
         return
     layers = sum(isinstance(module, lora.LoraLayer) for module in model.modules())

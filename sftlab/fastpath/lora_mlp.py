@@ -10,7 +10,7 @@ from torch import nn
 from sftlab.fastpath.float8_lora_mlp import Float8LoraMlp
 from sftlab.fastpath.joined_product import Form, adapter_gradients, for_gradients, for_outputs
 from sftlab.fastpath.lora_products import LoraProduct
-from sftlab.fastpath.mlp_ops import gated_backward, gated_down
+from sftlab.fastpath.mlp_ops import gated_backward, gated_down, kernels_with_lora
 from sftlab.fastpath.own_class import is_watched, own_class, with_forward
 from sftlab.models.gated_mlp import NAMES, tanh_gelu_of
 
@@ -38,6 +38,16 @@ class LoraMlp(nn.Module):
             *held, *down.tensors(), *matrices,
         )  # fmt: skip
         return found.unflatten(0, x.shape[:-1])
+
+    @property
+    def kernels_have_lora(self) -> bool:
+        """Whether its kernels have LoRA's thin products in them."""
+        both, down = self.gate_proj.together, self.down_proj.together
+        if both.in_float8:
+            return False
+        place = self.gate_proj.base_layer.weight.device
+        y = torch.empty(1, 2 * self.gate_proj.out_features, dtype=both.dtype, device=place)
+        return all(kernels_with_lora(y, one.layers[0].rank) for one in (both, down))
 
     def _is_ready(self, x: torch.Tensor) -> bool:
         layers = self.gate_proj, self.up_proj, self.down_proj

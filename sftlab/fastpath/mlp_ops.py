@@ -15,6 +15,7 @@ from sftlab.models.gated_mlp import activation
 
 # of gated_lora_kernel.py, which nothing imports where it cannot run
 LARGEST_RANK = 32
+_process = {"may_have_lora": True}
 
 
 @torch.library.custom_op("sftlab::beside", mutates_args=())
@@ -120,6 +121,16 @@ def has_kernels(x: torch.Tensor) -> bool:
     return x.is_cuda
 
 
+def let_kernels_have_lora(may: bool) -> None:
+    """Let MLPs' kernels have LoRA's thin products in them in this process, or leave these out."""
+    _process["may_have_lora"] = may
+
+
+def may_have_lora() -> bool:
+    """Whether an MLP's kernels may have LoRA's thin products in them in this process."""
+    return _process["may_have_lora"]
+
+
 @cache
 def module_with_lora() -> ModuleType | None:
     """Returns gated_lora_kernel.py, where Triton is one whose Gluon it was written for."""
@@ -135,11 +146,13 @@ def module_with_lora() -> ModuleType | None:
 
 
 def kernels_with_lora(y: torch.Tensor, rank: int) -> ModuleType | None:
-    """Returns gated_lora_kernel.py where it can run on y [rows, 2 size] with so many ranks.
+    """Returns gated_lora_kernel.py where it may and can run on y [rows, 2 size] with these ranks.
 
     TMA begins a tile at any multiple of 16 bytes.
     """
-    if not has_kernels(y) or not y.is_cuda or y.element_size() != 2:
+    if not may_have_lora() or not has_kernels(y):
+        return None
+    if not y.is_cuda or y.element_size() != 2:
         return None
     if rank % 8 or rank > LARGEST_RANK or y.shape[1] % 128 or not len(y):
         return None

@@ -31,10 +31,12 @@ class FastPath:
     `layers` are the model's. `reasons` says, by part, why one that the recipe leaves unset is off.
     Compiled layers are off on a CPU without a reason. `float8_head` says whether the gradient of
     the fused loss comes out of a head in float8, if it may. `shared_scales` says whether float8
-    weights have one scale where fused LoRA joins them. `experts` is how a loaded mixture
-    multiplies its experts, None for other models, and `experts_lora` how it adds LoRA to their
-    stacked weights, None where these have none. `mixers` is what computes layers beside attention:
-    the "kernels" of a package, or "torch". `four_bit_weights` is what gives weights in 4 bits back.
+    weights have one scale where fused LoRA joins them. `kernels_with_lora` says whether kernels of
+    a fused MLP may have LoRA's thin products in them, where they can. `experts` is how a loaded
+    mixture multiplies its experts, None for other models, and `experts_lora` how it adds LoRA to
+    their stacked weights, None where these have none. `mixers` is what computes layers beside
+    attention: the "kernels" of a package, or "torch". `four_bit_weights` is what gives weights in 4
+    bits back.
     `layers_per_unit` is how many decoder layers FSDP2 gathers at once, None without FSDP2.
     `attention_tile` is the tokens of a tile of packed rows, None until their lengths are known, and
     `largest_tile` the most it may be. Where fused LoRA is needed, it is an error if it cannot be,
@@ -50,6 +52,7 @@ class FastPath:
     float8_head: bool = False
     may_have_float8_head: bool = True
     shared_scales: bool = False
+    kernels_with_lora: bool = True
     experts: str | None = None
     experts_lora: str | None = None
     mixers: str | None = None
@@ -86,6 +89,10 @@ class FastPath:
         It may have begun so without fused LoRA, where only the weights showed that it cannot be.
         """
         self.shared_scales = began and not settings_changed
+
+    def continue_with_kernels_with_lora(self, began: bool, settings_changed: bool) -> None:
+        """Leave LoRA's thin products to cuBLAS if the run that is continued `began` so."""
+        self.kernels_with_lora = began or settings_changed
 
     def continue_with_tile(self, began: int | None, settings_changed: bool) -> None:
         """Let tiles have no more tokens than in the run that is continued, which `began` so.

@@ -13,6 +13,7 @@ from transformers import TrainingArguments
 from trl import SFTTrainer
 
 from sftlab.config.launch import COMPUTE_DTYPE, PRECISIONS, Launch
+from sftlab.fastpath.lora_mlp import LoraMlp
 from sftlab.fastpath.selection import FastPath
 from sftlab.models.inner_model import inner_model
 from sftlab.models.loading import LINEAR_LAYERS
@@ -193,6 +194,7 @@ def what_ran(trainer: SFTTrainer, fast: FastPath, observed: Mapping[str, str]) -
         **({"attention_tile": fast.attention_tile} if fast.packing else {}),
         "compile_layers": fast.compile_layers,
         "fused_lora": fast.fused_lora,
+        **({"kernels_with_lora": _kernels_have_lora(model)} if fast.fused_lora else {}),
         "fused_loss": fast.fused_loss,
         **({"float8_head": fast.float8_head} if accelerator.mixed_precision == "fp8" else {}),
         **({"fsdp_layers_per_unit": fast.layers_per_unit} if fast.layers_per_unit else {}),
@@ -205,6 +207,10 @@ def what_ran(trainer: SFTTrainer, fast: FastPath, observed: Mapping[str, str]) -
         "accumulation": args.gradient_accumulation_steps,
         "global_batch": global_batch(args),
     }
+
+
+def _kernels_have_lora(model: nn.Module) -> bool:
+    return any(m.kernels_have_lora for m in model.modules() if isinstance(m, LoraMlp))
 
 
 def global_batch(args: TrainingArguments) -> int:
