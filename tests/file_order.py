@@ -7,7 +7,7 @@ import pytest
 # Files that take the longest come first, so that the workers end together. One of the first four
 # trains the run that most of the others look at, in a minute; the other three do not wait for it.
 SLOWEST_FIRST = (
-    *("demo", "browser", "harness_refusals", "compiled", "kernels", "pace"),
+    *("demo", "browser", "harness_refusals", "compiled", "interpreted_kernels", "pace"),
     *("harness", "quality", "continuation", "sft", "app", "report", "plan", "tokens"),
     *("fsdp", "faults", "study", "significance", "step_memory", "fuzz", "families"),
     *("reference", "tokenizing", "fastpath", "chat"),

@@ -31,7 +31,7 @@ WRITES = re.compile(r"--(?:out|table|output_dir|runs|votes)[ =]\S+")
 FOREIGN = OPTION.findall(
     "--nodes --gpus-per-node --cpus-per-task --ntasks-per-node --dependency --parsable --time "
     "--model --model_args --apply_chat_template --type --sdk --include --logdir --enable-lora "
-    "--enforce-eager"
+    "--enforce-eager --query-gpu --format"
 )
 # Its text is the code's and its libraries', which mention options of other programs.
 REFERENCE = ROOT / "docs" / "reference.md"

@@ -7,12 +7,9 @@ tests/test_kernels.py. It rounds float8 otherwise than GPUs do, so the kernels s
 import pytest
 import torch
 from triton_interpreter import (
-    interpret_tests,
     interpreted,
     on_a_gpu,
     runs_kernels,
-    starts_interpreter,
-    with_triton,
 )
 
 from sftlab.fastpath.float8 import BACKWARD, FORWARD, over, scale_of
@@ -145,11 +142,3 @@ def test_rows_beside_what_lora_made_of_them_are_plain_torch(sizes, large):
     torch.testing.assert_close(out[sound].float(), before[sound].float(), rtol=apart, atol=1e-5)
     float8_join_kernel.fill_ranks(h, factor, scale / 1e6, room_for_h, 448.0)
     assert room_for_h[0].float().abs().max() == 448
-
-
-@with_triton
-@starts_interpreter
-def test_the_kernels_run_under_tritons_interpreter():
-    assert "9 passed" in interpret_tests(
-        __file__, "-k", "kernels_are_plain or kernels_keep or rows_beside"
-    )

@@ -11,10 +11,8 @@ import pytest
 import torch
 from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 from triton_interpreter import (
-    interpret_tests,
     interpreted,
     runs_kernels,
-    starts_interpreter,
     with_triton,
 )
 
@@ -218,9 +216,3 @@ def test_compiled_it_rounds_to_float8_once_and_writes_what_lies_together(
     assert "fma" not in ptx and "cvt.rn.satfinite.e4m3x2.f32" in ptx
     stores = re.findall(r"st\.global\S*", ptx)
     assert stores and set(stores) == {"st.global.v4.b32" if transposed else "st.global.v2.b32"}
-
-
-@with_triton
-@starts_interpreter
-def test_the_kernel_runs_under_tritons_interpreter():
-    assert "18 passed, 11 skipped" in interpret_tests(__file__)

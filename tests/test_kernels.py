@@ -14,11 +14,9 @@ import pytest
 import torch
 from torch.nn.functional import pad
 from triton_interpreter import (
-    interpret_tests,
     interpreted,
     on_a_gpu,
     runs_kernels,
-    starts_interpreter,
     with_triton,
 )
 
@@ -461,10 +459,3 @@ def test_thin_products_of_an_mlp_on_hopper_are_plain_ones(
         assert mine.shape == plain.shape
         assert (mine.cpu() - plain).abs().max() < 3 * TOLERANCE[dtype] * plain.abs().max(), place
     assert all(torch.equal(*pair) for pair in zip(found, again, strict=True))
-
-
-@with_triton
-@starts_interpreter
-def test_the_kernels_run_under_tritons_interpreter():
-    said = interpret_tests(__file__, "-k", "gradients or frozen_head or slopes")
-    assert "46 passed, 7 skipped" in said

@@ -285,7 +285,9 @@ def stopped(fields, sft, monkeypatch, train_here, fused: bool) -> None:
         assert read(Path(fields["output_dir"]))["status"] == "interrupted", done.stderr[-2000:]
 
 
-@pytest.mark.parametrize("began", ["before this default", "without", "with"])
+@pytest.mark.parametrize(
+    "began", [pytest.param("before this default", marks=pytest.mark.long), "without", "with"]
+)
 def test_a_run_goes_on_as_it_began(
     fields, sft, tmp_path, monkeypatch, train_here, trained_here, began
 ):

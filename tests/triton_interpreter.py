@@ -16,7 +16,8 @@ with_triton = pytest.mark.skipif(find_spec("triton") is None, reason="Triton is 
 interpreted = os.environ.get("TRITON_INTERPRET") == "1"
 on_a_gpu = torch.cuda.is_available()
 runs_kernels = pytest.mark.skipif(
-    not (on_a_gpu or interpreted), reason="run under Triton's interpreter, by the test below"
+    not (on_a_gpu or interpreted),
+    reason="run under Triton's interpreter, by test_interpreted_kernels.py",
 )
 starts_interpreter = pytest.mark.skipif(
     interpreted or on_a_gpu, reason="the kernels run here themselves"
@@ -37,6 +38,6 @@ def interpret(*words: str, timeout: int = 300) -> str:
     return done.stdout
 
 
-def interpret_tests(file: str, *words: str) -> str:
-    """Runs the tests of a file so; returns what pytest printed."""
-    return interpret("-m", "pytest", "-q", "-p", "no:cacheprovider", file, *words)
+def interpret_tests(*words: str) -> str:
+    """Runs tests so, which `words` name as pytest takes them; returns what it printed."""
+    return interpret("-m", "pytest", "-q", "-p", "no:cacheprovider", *words)
