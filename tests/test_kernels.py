@@ -8,11 +8,9 @@ import os
 import re
 import subprocess
 from collections import defaultdict
-from functools import partial
 
 import pytest
 import torch
-from torch.nn.functional import pad
 from triton_interpreter import (
     interpreted,
     on_a_gpu,
@@ -385,77 +383,3 @@ def test_an_mlps_products_and_gradients_are_plain_ones(monkeypatch, dtype, tanh_
     for place, (mine, plain) in enumerate(zip(found, expected, strict=True)):
         assert mine.shape == plain.shape
         assert (mine.cpu() - plain).abs().max() < 3 * TOLERANCE[dtype] * plain.abs().max(), place
-
-
-@with_triton
-@runs_kernels
-@pytest.mark.parametrize("rank, padded", [(8, 16), (32, 32)])
-def test_parts_of_gradients_are_added_up_each_in_its_place(rank, padded):
-    from sftlab.fastpath.parts_kernel import add_up, add_up_all
-
-    torch.manual_seed(0)
-    rows, size, ranks, groups, splits = 21, 19, 64, 9, 3
-    filled = partial(torch.full, fill_value=float("nan"), device=device)
-    part_rows = torch.randn(groups, rows, 2 * padded, device=device)
-    of_b, of_a = (torch.randn(splits, n, padded, device=device) for n in (2 * size, size))
-    into_h, into_b = filled((rows, ranks + 8))[:, 8:], filled((2 * size, ranks))
-    into_a, h = filled((ranks, size)), filled((rows, ranks))
-    parts = torch.cat([of_b.flatten(), of_a.flatten()])
-    add_up_all(part_rows, parts, splits, (rank, rank), into_h, into_b, into_a)
-    add_up(part_rows[:, :, :padded].contiguous(), rank, h)
-    whole = part_rows.sum(0)
-    gate_and_up = torch.cat([whole[:, :rank], whole[:, padded : padded + rank]], 1)
-    gate, up = (of_b.sum(0)[:, :rank]).split(size)
-    expected = (
-        (into_h, pad(gate_and_up, (0, ranks - 2 * rank))),
-        (h, pad(whole[:, :rank], (0, ranks - rank))),
-        (into_b[:size], pad(gate, (0, ranks - rank))),
-        (into_b[size:], pad(up, (rank, ranks - 2 * rank))),
-        (into_a.t(), pad(of_a.sum(0)[:, :rank], (0, ranks - rank))),
-    )
-    for mine, plain in expected:
-        assert (mine - plain).abs().max() < 1e-5
-
-
-@pytest.mark.skipif(
-    not on_a_gpu or torch.cuda.get_device_capability()[0] != 9,
-    reason="these kernels are for GPUs of compute capability 9",
-)
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("tanh_gelu", [False, True])
-@pytest.mark.parametrize("rank, rank_down", [(8, 8), (16, 16), (32, 32), (24, 8)])
-@pytest.mark.parametrize("rows, size", [(1, 64), (333, 320), (1501, 1024)])
-def test_thin_products_of_an_mlp_on_hopper_are_plain_ones(
-    dtype, tanh_gelu, rank, rank_down, rows, size
-):
-    from sftlab.fastpath import mlp_ops
-
-    torch.manual_seed(0)
-    width, ranks = 48, 64
-    shapes = (rows, width), (rows, 2 * size), (rows, width), (rows, ranks)
-    shapes += (2 * size + ranks, width), (2 * size, ranks), (width + ranks, size), (width, ranks)
-    given = [torch.randn(shape, device=device) for shape in shapes]
-    b, tall_down, b_down = given[5:]
-    given[0] *= rows**-0.5  # gradients of A would be too large for float16
-    used = torch.arange(ranks, device=device) // rank
-    b[:size] *= used == 0
-    b[size:] *= used == 1
-    tall_down[width + rank_down :] = 0
-    b_down[:, rank_down:] = 0
-    given = [one.to(dtype) for one in given]
-    down = torch.randn(width, size + ranks, device=device).to(dtype), given[6][width:]
-    assert mlp_ops.kernels_with_lora(given[1], rank) is not None
-    exact_down, exact = ([one.double().cpu() for one in of] for of in (down, given))
-    expected = mlp_ops.gated_down(exact[1], *exact_down, rank_down, tanh_gelu)
-    expected += mlp_ops.gated_backward(*exact, rank, rank_down, tanh_gelu)
-    expected[4][:size] *= (used == 0).cpu()
-    expected[4][size:] *= (used == 1).cpu()
-    found, again = (
-        mlp_ops.gated_down(given[1], *down, rank_down, tanh_gelu)
-        + mlp_ops.gated_backward(*given, rank, rank_down, tanh_gelu)
-        for _ in range(2)
-    )
-    for place, (mine, plain) in enumerate(zip(found, expected, strict=True)):
-        assert mine.shape == plain.shape
-        assert (mine.cpu() - plain).abs().max() < 3 * TOLERANCE[dtype] * plain.abs().max(), place
-    assert all(torch.equal(*pair) for pair in zip(found, again, strict=True))

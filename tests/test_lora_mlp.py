@@ -2,7 +2,6 @@
 
 import sys
 from collections.abc import Callable
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,7 +9,9 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from test_lora_products import ALL, SIZES, adapted, compiled, difference, loss_and_gradients
 from torch import nn
 from transformers import AutoModelForCausalLM, GemmaConfig, LlamaConfig, Qwen3Config
+from triton_interpreter import with_triton
 
+from sftlab import fastpath
 from sftlab.fastpath import fused_lora, lora_mlp, mlp_ops
 from sftlab.fastpath.fused_lora import fuse_lora
 from sftlab.fastpath.lora_mlp import LoraMlp
@@ -222,8 +223,8 @@ class OfAGpu:
 
     is_cuda, device = True, torch.device("cuda", 0)
 
-    def __init__(self, size: int = 128, bytes_each: int = 2) -> None:
-        self.shape, self.bytes_each = (5, 2 * size), bytes_each
+    def __init__(self, size: int = 128, bytes_each: int = 2, rows: int = 5) -> None:
+        self.shape, self.bytes_each = (rows, 2 * size), bytes_each
 
     def __len__(self) -> int:
         return self.shape[0]
@@ -248,11 +249,15 @@ def test_thin_products_have_own_kernels_where_those_can_run(hopper, monkeypatch)
         (OfAGpu(size=96), 16),
         (OfAGpu(), 20),
         (OfAGpu(), 40),
+        (OfAGpu(rows=0), 16),
     ):
         assert mlp_ops.kernels_with_lora(y, rank) is None
     for other in ((8, 9), (10, 0), (12, 0)):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, of=other: of)
         assert mlp_ops.kernels_with_lora(OfAGpu(), 16) is None
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    assert mlp_ops.kernels_with_lora(OfAGpu(), 16) is None, "another maker's 9.x"
 
 
 def test_a_run_can_leave_them_out(hopper):
@@ -271,19 +276,90 @@ def test_an_mlp_says_whether_its_kernels_have_lora_in_them(monkeypatch):
         lora_mlp, "kernels_with_lora", lambda y, rank: asked.append((y.shape, y.dtype, rank)) or 1
     )
     assert mlp(model).kernels_have_lora
+    assert not mlp(build(r=16, lora_dropout=0.1)).kernels_have_lora, "linear by linear"
     assert asked == [((1, 2 * 96), torch.float64, 16)] * 2
 
 
-@pytest.mark.parametrize("lacks", ["triton", "triton.experimental.gluon", "a known Triton"])
-def test_without_gluon_thin_products_have_no_own_kernels(lacks, monkeypatch):
-    if lacks == "a known Triton":
-        monkeypatch.setitem(sys.modules, "triton", SimpleNamespace(__version__="4.0.0"))
-    else:
-        monkeypatch.setitem(sys.modules, lacks, None)
+@pytest.fixture
+def looked_for_anew():
+    """Whether Gluon is there is asked again."""
+    mlp_ops.module_with_lora.cache_clear()
+    yield
+    mlp_ops.module_with_lora.cache_clear()
+
+
+@pytest.mark.parametrize("lacks", ["triton", "triton.experimental.gluon"])
+def test_without_gluon_thin_products_have_no_own_kernels(lacks, monkeypatch, looked_for_anew):
+    monkeypatch.setitem(sys.modules, lacks, None)
     monkeypatch.delitem(sys.modules, "sftlab.fastpath.gated_lora_kernel", raising=False)
-    mlp_ops.module_with_lora.cache_clear()
+    monkeypatch.delattr(fastpath, "gated_lora_kernel", raising=False)
     assert mlp_ops.module_with_lora() is None
-    mlp_ops.module_with_lora.cache_clear()
+
+
+@with_triton
+@pytest.mark.parametrize("version, known", [("3.7.9", True), ("3.8.0", False), ("4.6.0", False)])
+def test_their_kernels_are_for_tritons_whose_gluon_is_known(
+    version, known, monkeypatch, looked_for_anew
+):
+    import triton
+
+    monkeypatch.setattr(triton, "__version__", version)
+    assert (mlp_ops.module_with_lora() is not None) is known
+
+
+class Recorded:
+    """Stands for gated_lora_kernel.py, and notes what it is asked for."""
+
+    def __init__(self) -> None:
+        self.asked = []
+
+    def gated_with_lora(self, y, a, rank, gelu, out):
+        self.asked.append(("forward", rank))
+        return y.new_zeros(len(y), len(a))
+
+    def gated_backward_with_lora(self, *given):
+        self.asked.append(("backward", *given[5:7]))
+        return given[3], given[4]
+
+
+@pytest.mark.parametrize(
+    "rank, rank_down, done",
+    [
+        (16, 16, [("forward", 16), ("backward", 16, 16)]),
+        (16, 8, [("forward", 8), ("backward", 16, 8)]),
+        (16, 64, []),
+        (64, 16, [("forward", 16)]),
+    ],
+)
+def test_each_step_takes_them_where_they_are_for_the_ranks_in_it(
+    rank, rank_down, done, monkeypatch
+):
+    kernels = Recorded()
+    monkeypatch.setattr(
+        mlp_ops,
+        "kernels_with_lora",
+        lambda y, of: kernels if mlp_ops.may_be_in_kernels(of) else None,
+    )
+    rows, size, ranks = 3, 64, 128
+    y, act, h = (torch.randn(rows, n) for n in (2 * size, size, ranks))
+    a, b = torch.randn(ranks, size), torch.randn(2 * size, ranks)
+    mlp_ops.gated_beside(y, a, rank_down, False, torch.empty(rows, size + ranks))
+    out = torch.empty(rows, 2 * size + ranks)
+    mlp_ops.gated_backward_beside(act, y, h, b, h, rank, rank_down, False, out)
+    assert kernels.asked == done
+
+
+def test_the_steps_are_told_each_rank_in_its_place(monkeypatch):
+    found = []
+    for name in ("gated_down", "gated_backward"):
+        plain = getattr(lora_mlp, name)
+        monkeypatch.setattr(
+            lora_mlp, name, lambda *of, plain=plain: (found.append(of[-3:-1]), plain(*of))[1]
+        )
+    model = build(rank_pattern={"down_proj": 4})
+    loss_and_gradients(model)
+    assert [of[-1] for of in found[:2]] == [4, 4], "down's rank, in the forward"
+    assert found[2:] == [(8, 4), (8, 4)]
 
 
 def test_on_a_cpu_an_mlps_steps_take_the_kernels_of_today(monkeypatch):

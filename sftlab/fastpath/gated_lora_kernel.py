@@ -7,6 +7,7 @@ rows of a product, so each writes a part of its sums in float32. A second kernel
 in a fixed order: results are the same every time.
 """
 
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -127,12 +128,14 @@ def _tiled(x: torch.Tensor, height: int, width: int) -> TensorDescriptor:
 
 
 def _splits(rows: int, groups: int, tiles: Tiles, device: torch.device) -> int:
-    """Returns how many programs share the rows of the same columns, so that few wait at the end.
-
-    A processor of the GPU runs one program at a time.
-    """
+    """Returns how many programs share the rows of columns: one at a time runs on a processor."""
     processors = torch.cuda.get_device_properties(device).multi_processor_count
-    blocks = triton.cdiv(rows, tiles.height)
+    return _fewest_waits(triton.cdiv(rows, tiles.height), groups, processors)
+
+
+@cache
+def _fewest_waits(blocks: int, groups: int, processors: int) -> int:
+    """Returns into how many parts blocks are best divided, so that few processors wait."""
 
     def tiles_in_turn(splits: int) -> int:
         in_turn = triton.cdiv(groups * splits, processors)

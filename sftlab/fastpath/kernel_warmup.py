@@ -28,6 +28,7 @@ def start_compilers(recipe: Recipe, config: PreTrainedConfig, fast: FastPath) ->
     Returns a future that ends with the thread. By then Triton has compiled its kernels for this
     model, and the libraries of the head's matrix products are loaded.
     """
+    mlp_ops.let_kernels_have_lora(fast.kernels_with_lora)
     if fast.compile_layers:
         from torch._inductor.async_compile import maybe_warm_pool
 

@@ -41,9 +41,10 @@ class LoraMlp(nn.Module):
 
     @property
     def kernels_have_lora(self) -> bool:
-        """Whether its kernels have LoRA's thin products in them."""
+        """Whether its kernels have LoRA's thin products in them while it trains."""
+        layers = self.gate_proj, self.up_proj, self.down_proj
         both, down = self.gate_proj.together, self.down_proj.together
-        if both.in_float8:
+        if both.in_float8 or any(layer.dropped for layer in layers):
             return False
         place = self.gate_proj.base_layer.weight.device
         y = torch.empty(1, 2 * self.gate_proj.out_features, dtype=both.dtype, device=place)

@@ -13,8 +13,8 @@ import torch
 
 from sftlab.models.gated_mlp import activation
 
-# of gated_lora_kernel.py, which nothing imports where it cannot run
-LARGEST_RANK = 32
+# of gated_lora_kernel.py, which nothing imports where it cannot run; compute capability 9.x
+LARGEST_RANK, HOPPER = 32, 9
 _process = {"may_have_lora": True}
 
 
@@ -145,6 +145,11 @@ def module_with_lora() -> ModuleType | None:
     return gated_lora_kernel
 
 
+def may_be_in_kernels(rank: int) -> bool:
+    """Whether LoRA of a rank may be in an MLP's kernels on a Hopper GPU."""
+    return not rank % 8 and rank <= LARGEST_RANK
+
+
 def kernels_with_lora(y: torch.Tensor, rank: int) -> ModuleType | None:
     """Returns gated_lora_kernel.py where it may and can run on y [rows, 2 size] with these ranks.
 
@@ -154,9 +159,11 @@ def kernels_with_lora(y: torch.Tensor, rank: int) -> ModuleType | None:
         return None
     if not y.is_cuda or y.element_size() != 2:
         return None
-    if rank % 8 or rank > LARGEST_RANK or y.shape[1] % 128 or not len(y):
+    if not may_be_in_kernels(rank) or y.shape[1] % 128 or not len(y):
         return None
-    return module_with_lora() if torch.cuda.get_device_capability(y.device)[0] == 9 else None
+    if torch.version.hip or torch.cuda.get_device_capability(y.device)[0] != HOPPER:
+        return None
+    return module_with_lora()
 
 
 def gated_beside(

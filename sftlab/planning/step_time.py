@@ -10,6 +10,7 @@ extrapolated. On other hosts the times scale with the time of a small operation.
 from dataclasses import replace
 from typing import NamedTuple
 
+from sftlab.fastpath.mlp_ops import HOPPER, may_be_in_kernels
 from sftlab.models.gated_mlp import NAMES
 from sftlab.planning.gpu_specs import GPU, HOST_US
 from sftlab.planning.step import Step, widths
@@ -33,9 +34,9 @@ TRAFFIC_COMPILED, TRAFFIC_EAGER, TRAFFIC_EAGER_FP32 = 5.0, 13.7, 10.9
 # Elements moved for each one that enters or leaves a linear with LoRA; float32 LoRA matrices have
 # them cast and cast back.
 LORA_COMPILED, LORA_EAGER, LORA_CASTS = 5.5, 8.0, 14.0
-# The same where gate, up and down are one function with it, fitted to whole runs (results/
-# fused_lora_hopper, llama3_8b, and captured_step and qlora, which are older).
-LORA_FUSED = 1.2
+# The same where gate, up and down are one function with it, and where its kernels have LoRA in them
+# too; fitted to whole runs (results/float8, captured_step, peers_8b, qlora; fused_lora_hopper).
+LORA_FUSED, LORA_IN_KERNELS = 1.8, 1.0
 # The same of gate, up and down where they are one function over float8 weights (results/float8),
 # and where LoRA is in its products too (results/float8_lora, results/llama3_8b).
 LORA_FLOAT8, LORA_FLOAT8_FUSED = 3.0, 2.2
@@ -133,7 +134,10 @@ def step_time(step: Step, gpu: GPU, captured: bool = False) -> StepTime:
     return StepTime(
         matrices=_matrix_seconds(step, gpu),
         attention=_attention_seconds(step, gpu),
-        memory_traffic=tokens * s.layers * traffic(step) / (bandwidth * MEMORY),
+        memory_traffic=tokens
+        * s.layers
+        * traffic(step, _lora_in_kernels(step, gpu))
+        / (bandwidth * MEMORY),
         loss=(3 + step.reference) * b * tokens * s.vocabulary / bandwidth / 0.6,
         dequantising=_dequantised_bytes(step) / bandwidth,
         communication=_sent_bytes(step) / (gpu.link_gbs * 1e9 * LINK),
@@ -192,10 +196,11 @@ def _sent_bytes(step: Step) -> float:
     return 0.0
 
 
-def traffic(step: Step) -> float:
+def traffic(step: Step, lora_in_kernels: bool = False) -> float:
     """Returns the bytes a token that the kernels between a decoder layer's products move.
 
-    Forward and backward together.
+    Forward and backward together. `lora_in_kernels` says whether a fused MLP's kernels have LoRA's
+    thin products in them.
     """
     s, b, again = step.shape, step.compute_bytes, step.checkpointing + step.reference
     uncompiled = TRAFFIC_EAGER_FP32 if b == 4 else TRAFFIC_EAGER
@@ -212,7 +217,11 @@ def traffic(step: Step) -> float:
         * (1 + FORWARD * again)
     )
     lora_again = step.checkpointing + (step.reference and step.reference_adapter)
-    lora = sum(_lora_elements(step, name) * sum(ends[name]) for name in step.targets if step.rank)
+    lora = sum(
+        _lora_elements(step, name, lora_in_kernels) * sum(ends[name])
+        for name in step.targets
+        if step.rank
+    )
     moved += b * lora * (1 + FORWARD_LORA * lora_again)
     moved += 2 * b * s.hidden * sum(recomputed_norms(step))
     # an element read and written, and a byte of mask; the same in the backward
@@ -224,12 +233,19 @@ def traffic(step: Step) -> float:
     return moved
 
 
-def _lora_elements(step: Step, name: str) -> float:
+def _lora_in_kernels(step: Step, gpu: GPU) -> bool:
+    of_hopper = gpu.capability[0] == HOPPER and step.compute_bytes == 2
+    return of_hopper and has_fused_mlp(step) and may_be_in_kernels(step.rank)
+
+
+def _lora_elements(step: Step, name: str, lora_in_kernels: bool) -> float:
     """Returns the elements moved for each one that enters or leaves a linear with LoRA."""
     if not step.compiled:
         return LORA_CASTS if step.casts else LORA_EAGER
     if step.float8_mlp and name in NAMES:
         return LORA_FLOAT8_FUSED if step.fused_lora else LORA_FLOAT8
+    if lora_in_kernels:
+        return LORA_IN_KERNELS
     return LORA_FUSED if has_fused_mlp(step) else LORA_COMPILED
 
 
