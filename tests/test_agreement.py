@@ -8,13 +8,13 @@ from sftlab.export.agreement import Behaviour, compare
 ROWS = 20
 
 
-def behaviour(nats=0.0, ended=ROWS, prompts=None, ends=(2,)):
+def behaviour(nats=0.0, ended=ROWS, prompts=None, ends=(2,), dtype="float32"):
     """Rows of ten tokens whose nats differ by `nats`, of which the first `ended` end."""
     summed = np.full(ROWS, 12.0) + nats
     tokens = np.full(ROWS, 10.0)
     stops = [row < ended for row in range(ROWS)]
     ids = prompts or [[row, 1] for row in range(ROWS)]
-    return Behaviour(ids, np.stack([summed, tokens], axis=1), stops, list(ends))
+    return Behaviour(ids, np.stack([summed, tokens], axis=1), stops, list(ends), dtype)
 
 
 def differs(dtype="float16", **what):
@@ -43,6 +43,15 @@ def test_one_row_that_differs_is_named():
 def test_rounding_is_allowed_by_the_dtype():
     assert differs("float16", nats=0.05) is None
     assert "0.0001 is allowed in float32" in differs("float32", nats=0.05)
+
+
+@pytest.mark.parametrize("export", ["float32", "float16", "f32", "bf16"])
+def test_a_run_in_16_bits_is_given_its_own_rounding(export):
+    run = behaviour(dtype="bfloat16")
+    found = compare(run, behaviour(nats=0.3, ended=ROWS - 4), export)
+    assert (found.differs, found.tolerance_nats) == (None, 0.05)
+    worse = compare(run, behaviour(nats=0.6), export).differs
+    assert "responses differ by 0.06 nats a token (0.05 is allowed in b" in worse
 
 
 def test_answers_that_end_otherwise_are_counted():

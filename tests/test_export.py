@@ -69,6 +69,18 @@ def exported(script, finished, tmp_path):
     return export
 
 
+def test_a_run_in_bfloat16_over_a_base_in_float32_is_exported(script, finished, tmp_path):
+    run = copy_of(finished[0], tmp_path / "run")
+    record = read(run)
+    record["recipe"]["dtype"] = "bfloat16"
+    (run / "run.json").write_text(json.dumps(record))
+    out = tmp_path / "out"
+    script.main(["--run", str(run), "--to", "merged", "--out", str(out), "--prompts", "8"])
+    verified = json.loads((out / "verified.json").read_text())
+    assert (verified["dtype"], verified["tolerance_nats"]) == ("float32", 0.05)
+    assert verified["nats"] > 1e-4, "the run's own rounding"
+
+
 def logits(model, tokenizer):
     ids = tokenizer.apply_chat_template(
         QUESTION, add_generation_prompt=True, return_tensors="pt", return_dict=True

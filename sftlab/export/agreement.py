@@ -1,7 +1,8 @@
 """Does an exported model answer as the run that it was made from?
 
-The same held-out prompts go to both. Token ids must be equal, nats a response token must agree
-within the tolerance of the export's dtype, and greedy answers must end alike.
+The same held-out prompts go to both. Token ids must be equal. Nats a response token must agree
+within the tolerance of the export's dtype or the run's, the larger, and greedy answers must end
+alike.
 """
 
 from collections.abc import Sequence
@@ -15,13 +16,14 @@ from sftlab.data.chat_template import pad_id
 from sftlab.evaluation.generation import Sampling, left_padded, longest_prompt
 from sftlab.evaluation.held_out import HeldOut, ScoredRows, select
 from sftlab.evaluation.row_scores import right_padded
+from sftlab.models.inner_model import inner_model
 from sftlab.models.likelihood import likelihood
 
 # prompts that are compared, and the longest greedy answer to each
 PROMPTS = 64
 MAX_NEW_TOKENS = 64
-# Largest mean difference in nats a response token, by the dtype of the exported weights. They are
-# chosen: docs/use.md has what a real model differs by, which is a tenth or less of each.
+# Largest mean difference in nats a response token, by the dtype of the weights. They are chosen:
+# docs/use.md has what a real model differs by, which is a tenth or less of each.
 TOLERANCE = {"float32": 1e-4, "float16": 0.01, "bfloat16": 0.05}
 TOLERANCE |= {"f32": 1e-4, "f16": 0.01, "bf16": 0.05, "q8_0": 0.05}
 # Share of answers that may end otherwise: rounding moves near ties of two tokens, and a long answer
@@ -35,30 +37,32 @@ class Behaviour(NamedTuple):
 
     `prompts` are token ids, `nats` [rows, 2] the summed nats and the tokens of the responses,
     `ended` whether a greedy answer ended by itself within MAX_NEW_TOKENS tokens, and `ends` the
-    token ids that end one.
+    token ids that end one. `dtype` is that of the weights, float32 where it is not known.
     """
 
     prompts: list[list[int]]
     nats: np.ndarray
     ended: list[bool]
     ends: list[int]
+    dtype: str = "float32"
 
 
 class Agreement(NamedTuple):
     """How far an export is from its run. `differs` says in a sentence what disagrees, if anything.
 
-    `nats` is the mean of the prompts' differences a response token, whatever their signs, and
-    `other_ends` the number of answers that end otherwise.
+    `nats` is the mean of the prompts' differences a response token, whatever their signs,
+    `tolerance_nats` what it may be, and `other_ends` the number of answers that end otherwise.
     """
 
     prompts: int
     nats: float
+    tolerance_nats: float
     other_ends: int
     differs: str | None
 
     def facts(self, dtype: str) -> dict[str, Any]:
-        """Returns what verified.json holds."""
-        return self._asdict() | {"dtype": dtype, "tolerance_nats": TOLERANCE[dtype]}
+        """Returns what verified.json holds of an export of this dtype."""
+        return self._asdict() | {"dtype": dtype}
 
 
 def observe(
@@ -80,7 +84,8 @@ def observe(
     nats = likelihood(model, batches, names=rows.numbers).response
     pad = pad_id(tokenizer)
     ended = [one for part in parts for one in _ended(model, rows.prompts[part], pad, list(ends))]
-    return Behaviour(rows.prompts, nats, ended, sorted(ends))
+    dtype = str(inner_model(model).dtype).removeprefix("torch.")
+    return Behaviour(rows.prompts, nats, ended, sorted(ends), dtype)
 
 
 def compared_rows(
@@ -111,8 +116,11 @@ def _ended(model: Any, prompts: list[list[int]], pad: int, ends: list[int]) -> l
 
 
 def compare(run: Behaviour, export: Behaviour, dtype: str) -> Agreement:
-    """Returns how far an export of this dtype is from its run."""
-    rows = len(run.prompts)
+    """Returns how far an export of this dtype is from its run.
+
+    A run in 16 bits computes in them, so what is exported in 32 answers with other roundings.
+    """
+    rows, dtype = len(run.prompts), max(dtype, run.dtype, key=lambda one: TOLERANCE[one])
     apart, tokens = np.abs(export.nats[:, 0] - run.nats[:, 0]), run.nats[:, 1]
     mean, difference = float(apart.sum() / tokens.sum()), apart / tokens
     other = [i for i, (a, b) in enumerate(zip(run.ended, export.ended, strict=True)) if a != b]
@@ -141,4 +149,4 @@ def compare(run: Behaviour, export: Behaviour, dtype: str) -> Agreement:
             f"{len(other)} of {rows} greedy answers end otherwise, first at prompt {other[0]}, "
             f"which {ends} in the run"
         )
-    return Agreement(rows, mean, len(other), found)
+    return Agreement(rows, mean, TOLERANCE[dtype], len(other), found)
