@@ -379,11 +379,7 @@ def test_sharded_weights_and_those_of_another_dtype_than_the_products_are_refuse
     trainer.fast.fused_lora = trainer.fast.needs_fused_lora = True
     for strategy, dtype, why in (
         ("fsdp", torch.float32, "FSDP shards the frozen weights"),
-        (
-            "single",
-            torch.bfloat16,
-            "weights are torch.float32, and the products torch.bfloat16",
-        ),
+        ("single", torch.bfloat16, "weights are torch.float32, and the products torch.bfloat16"),
     ):
         with pytest.raises(ValueError, match=why):
             fused_lora.take_fused_lora(trainer.model, trainer.fast, strategy, dtype)
