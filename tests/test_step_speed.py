@@ -94,6 +94,18 @@ def test_speed_and_memory_with_fused_layers_are_near_what_was_measured(table, va
     assert planned.memory.allocated / 2**30 == pytest.approx(float(line["peak_gb"]), rel=0.07)
 
 
+@pytest.mark.parametrize(
+    "launch, rank, less", [("single", 16, 1), ("single", 12, 0), ("single", 40, 0), ("fp8", 16, 0)]
+)
+def test_lora_in_the_mlps_kernels_is_planned_where_those_are(launch, rank, less):
+    step = forecast(launch, targets=ALL, lora_dropout=0, lora_r=rank).step
+    hopper = GPUS["h200"]
+    moved, elsewhere = (
+        step_time(step, gpu).memory_traffic for gpu in (hopper, replace(hopper, capability=(8, 0)))
+    )
+    assert (moved < elsewhere) == less
+
+
 PAIRS = {"method": "dpo"}
 
 

@@ -234,8 +234,9 @@ def traffic(step: Step, lora_in_kernels: bool = False) -> float:
 
 
 def _lora_in_kernels(step: Step, gpu: GPU) -> bool:
-    of_hopper = gpu.capability[0] == HOPPER and step.compute_bytes == 2
-    return of_hopper and has_fused_mlp(step) and may_be_in_kernels(step.rank)
+    if gpu.capability[0] != HOPPER or step.compute_bytes != 2 or step.precision == "fp8":
+        return False
+    return has_fused_mlp(step) and may_be_in_kernels(step.rank)
 
 
 def _lora_elements(step: Step, name: str, lora_in_kernels: bool) -> float:
