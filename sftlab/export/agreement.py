@@ -120,7 +120,8 @@ def compare(run: Behaviour, export: Behaviour, dtype: str) -> Agreement:
 
     A run in 16 bits computes in them, so what is exported in 32 answers with other roundings.
     """
-    rows, dtype = len(run.prompts), max(dtype, run.dtype, key=lambda one: TOLERANCE[one])
+    rows = len(run.prompts)
+    dtype = max(dtype, run.dtype, key=TOLERANCE.__getitem__)
     apart, tokens = np.abs(export.nats[:, 0] - run.nats[:, 0]), run.nats[:, 1]
     mean, difference = float(apart.sum() / tokens.sum()), apart / tokens
     other = [i for i, (a, b) in enumerate(zip(run.ended, export.ended, strict=True)) if a != b]

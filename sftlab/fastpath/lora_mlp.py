@@ -28,10 +28,9 @@ class LoraMlp(nn.Module):
         """Returns the MLP's output: [..., hidden] to [..., hidden]."""
         if args or kwargs or not self._is_ready(x):
             return super().forward(x, *args, **kwargs)
-        layers = self.gate_proj, self.up_proj, self.down_proj
         both, down = self.gate_proj.together, self.down_proj.together
         rows = x.reshape(-1, self.gate_proj.in_features).to(both.dtype)
-        matrices = [matrix for layer in layers for matrix in layer.matrices]
+        matrices = [matrix for layer in self._linears for matrix in layer.matrices]
         held = both.tensors()
         found = (Float8LoraMlp if both.in_float8 else _Mlp).apply(
             rows, self.tanh_gelu, both.form, down.form, len(held),
@@ -42,16 +41,19 @@ class LoraMlp(nn.Module):
     @property
     def kernels_have_lora(self) -> bool:
         """Whether its kernels have LoRA's thin products in them while it trains."""
-        layers = self.gate_proj, self.up_proj, self.down_proj
         both, down = self.gate_proj.together, self.down_proj.together
-        if both.in_float8 or any(layer.dropped for layer in layers):
+        if both.in_float8 or any(layer.dropped for layer in self._linears):
             return False
         place = self.gate_proj.base_layer.weight.device
         y = torch.empty(1, 2 * self.gate_proj.out_features, dtype=both.dtype, device=place)
         return all(kernels_with_lora(y, one.layers[0].rank) for one in (both, down))
 
+    @property
+    def _linears(self) -> tuple[nn.Module, nn.Module, nn.Module]:
+        return self.gate_proj, self.up_proj, self.down_proj
+
     def _is_ready(self, x: torch.Tensor) -> bool:
-        layers = self.gate_proj, self.up_proj, self.down_proj
+        layers = self._linears
         if not all(isinstance(layer, LoraProduct) for layer in layers):  # peft merged and left
             return False
         if not self.gate_proj.together.is_ready(x) or not self.down_proj.together.is_ready(x):

@@ -155,9 +155,7 @@ def kernels_with_lora(y: torch.Tensor, rank: int) -> ModuleType | None:
 
     TMA begins a tile at any multiple of 16 bytes.
     """
-    if not may_have_lora() or not has_kernels(y):
-        return None
-    if not y.is_cuda or y.element_size() != 2:
+    if not may_have_lora() or not y.is_cuda or y.element_size() != 2:
         return None
     if not may_be_in_kernels(rank) or y.shape[1] % 128 or not len(y):
         return None

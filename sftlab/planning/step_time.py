@@ -131,13 +131,11 @@ def step_time(step: Step, gpu: GPU, captured: bool = False) -> StepTime:
     s, tokens, b = step.shape, step.tokens, step.compute_bytes
     bandwidth, slower = gpu.memory_gbs * 1e9, gpu.host_us / HOST_US
     scaler = HOST_SCALER * (step.precision == "fp16")
+    moved = tokens * s.layers * traffic(step, _lora_in_kernels(step, gpu))
     return StepTime(
         matrices=_matrix_seconds(step, gpu),
         attention=_attention_seconds(step, gpu),
-        memory_traffic=tokens
-        * s.layers
-        * traffic(step, _lora_in_kernels(step, gpu))
-        / (bandwidth * MEMORY),
+        memory_traffic=moved / (bandwidth * MEMORY),
         loss=(3 + step.reference) * b * tokens * s.vocabulary / bandwidth / 0.6,
         dequantising=_dequantised_bytes(step) / bandwidth,
         communication=_sent_bytes(step) / (gpu.link_gbs * 1e9 * LINK),
