@@ -53,7 +53,8 @@ def test_kernels_are_plain_torch(tanh_gelu, size, keep):
         tensor[3] = 0
     exact = [tensor.double().requires_grad_() for tensor in (gate, up)]
     act = activation(exact[0], tanh_gelu) * exact[1]
-    gradients = [one.float() for one in torch.autograd.grad(act, exact, into.double())]
+    gradients = torch.autograd.grad(act, exact, into.double(), retain_graph=True)
+    gradients, of_one = [one.float() for one in gradients], act.sum()
     act = act.detach().float()
     closeness = (
         {"rtol": 1e-2, "atol": 1e-3} if dtype == torch.bfloat16 else {"rtol": 1e-5, "atol": 1e-5}
@@ -61,29 +62,33 @@ def test_kernels_are_plain_torch(tanh_gelu, size, keep):
 
     wide = room(5, size + 16, dtype=dtype if interpreted else FORWARD)
     rounded, scale = wide[:, :size], room(5, 1, dtype=dtype)
-    scale, kept = scale.float(), room(5, size, dtype=dtype)
+    scale, kept, steepest = scale.float(), room(5, size, dtype=dtype), room(5, 1, dtype=dtype)
     more = room(1, dtype=torch.float32).fill_(8) if keep else None
     float8_mlp_kernel.gated_to_float8(
-        gate, up, tanh_gelu, rounded, scale, kept if keep else None, torch.finfo(FORWARD).max, more
-    )
+        gate, up, tanh_gelu, rounded, scale, kept if keep else None, torch.finfo(FORWARD).max, more,
+        steepest if keep else None,
+    )  # fmt: skip
     most = 8 * act.abs().amax(1, keepdim=True).clamp(min=1e-12) if keep else None
     check_rounded(rounded, scale, act, FORWARD, most)
     assert wide[:, size:].isnan().all()
     assert kept.isnan().all() or keep
     if keep:
         torch.testing.assert_close(kept.float(), act, **closeness)
+        slopes = torch.cat([one.abs() for one in torch.autograd.grad(of_one, exact)], 1)
+        torch.testing.assert_close(steepest.float(), slopes.amax(1, True).float(), **closeness)
 
     wide = [room(5, size + more, dtype=dtype if interpreted else BACKWARD) for more in (0, 16)]
     pair = [one[:, :size] for one in wide]
     scales = [room(5, 1, dtype=torch.float32) for _ in range(2)]
     whole = [room(5, size, dtype=dtype) for _ in range(2)]
-    changed = into.clone()
+    changed, most = into.clone(), None
+    if keep:  # a scale is given
+        most = 8 * torch.cat(gradients, 1).abs().amax(1, keepdim=True).clamp(min=1e-12)
+        scales = [scale_of(most, BACKWARD)] * 2
     float8_mlp_kernel.gated_backward_to_float8_(
-        changed, gate, up, tanh_gelu, pair, scales, whole if keep else None, keep,
-        torch.finfo(BACKWARD).max, more,
+        changed, gate, up, tanh_gelu, pair, None if keep else scales, whole if keep else None, keep,
+        torch.finfo(BACKWARD).max, scales[0] if keep else None,
     )  # fmt: skip
-    most = torch.cat(gradients, 1).abs().amax(1, keepdim=True).clamp(min=1e-12)
-    most = 8 * most if keep else None
     for place, gradient in enumerate(gradients):
         check_rounded(pair[place], scales[place], gradient, BACKWARD, most)
         if keep:

@@ -7,6 +7,11 @@ import torch
 from torch.nn.functional import pad
 from triton_interpreter import interpreted, on_a_gpu, runs_kernels, with_triton
 
+from sftlab.fastpath.float8 import BACKWARD, FORWARD, over
+from sftlab.fastpath.float8_lora import columns_beside
+from sftlab.fastpath.float8_lora_ops import gated_backward_in_float8, stand_twice
+from sftlab.models.gated_mlp import activation
+
 device = "cuda" if on_a_gpu and not interpreted else "cpu"
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1.5e-2}
 
@@ -108,6 +113,68 @@ def test_thin_products_of_an_mlp_on_hopper_are_plain_ones(dtype, tanh_gelu, rank
     y = torch.empty(rows, 2 * size, dtype=dtype, device=device)
     assert all(mlp_ops.kernels_with_lora(y, rank) is not None for rank in ranks)
     compare_thin_products(dtype, tanh_gelu, ranks, rows, size)
+
+
+def compare_float8_gradients(tanh_gelu: bool, ranks: tuple[int, int], rows: int, size: int) -> None:
+    """Hold the step in float8 to float64, and twice to the same bits; down changes nothing."""
+    torch.manual_seed(0)
+    (rank, rank_down), columns, to_down = ranks, columns_beside(2 * ranks[0]), 64
+    shapes = (rows, size), (rows, size), (rows, size), (rows, columns), (2 * size, columns)
+    gradient, gate, up, h, b, b_down = (
+        torch.randn(shape).bfloat16() for shape in (*shapes, (size, to_down))
+    )
+    gradient = gradient.clamp(-3.5, 3.5).to(BACKWARD).bfloat16()
+    gradient[:, 0] = 3.5  # so each row's scale is a power of two: nothing is rounded twice
+    gradient[rows // 2] *= 2.0**-10
+    used = torch.arange(columns) // rank
+    if stand_twice(2 * rank, columns):
+        b[:, 2 * rank : 4 * rank] = b[:, : 2 * rank]
+    b[:size] *= (used == 0) | (used == 2)
+    b[size:] *= (used == 1) | (used == 3)
+    b_down[:, rank_down:] = 0
+    one, down = torch.ones(1, size), torch.eye(size, size + to_down).to(FORWARD)
+    given = gradient, gate, up, h, b, one[0, :1] * 2, down, b_down, one, one[0, :1] * 2.0**-20
+    given = [each.to(device) for each in (*given, torch.full((rows, 1), 2.0**24))]
+    found, again = (gated_backward_in_float8(*given, rank, rank_down, tanh_gelu) for _ in range(2))
+    assert all(
+        torch.equal(a.view(-1).view(torch.uint8), b.view(-1).view(torch.uint8))
+        for a, b in zip(found, again, strict=True)
+    )
+    gate8, up8, scale, into_h, into_b, into_a_down = (one.cpu() for one in found)
+
+    gate, up = (each.double().requires_grad_() for each in (gate, up))
+    act = activation(gate, tanh_gelu) * up
+    into_gate, into_up = torch.autograd.grad(act, (gate, up), gradient.double())
+    for mine, exact in ((gate8, into_gate), (up8[:, :size], into_up)):
+        expected = over(exact, scale, BACKWARD)
+        assert (mine.float() == expected.float()).double().mean() > 0.97, "but for borders"
+        assert torch.isclose(mine.double(), expected.double(), rtol=0.26, atol=1e-4).all()
+    both = torch.cat([into_gate, into_up], 1)
+    expected_h = both @ b.double()
+    of_h = up8[:, size:].double() * scale
+    assert ((of_h - 2 * expected_h).abs() < 0.3 * expected_h.abs().amax(1, True) + 1e-6).all()
+    own = torch.cat([(used == i).expand(size, -1) for i in range(2)])
+    into_h_down = gradient.double() @ b_down.double()
+    for mine, exact in (
+        (into_h, expected_h),
+        (into_b * own, both.t() @ h.double() * own),
+        (into_a_down, into_h_down.t() @ act.detach()),
+    ):
+        away = (mine.double() - exact).abs().max()
+        assert away < 3 * TOLERANCE[torch.bfloat16] * exact.abs().max()
+
+
+@on_hopper
+@pytest.mark.parametrize("tanh_gelu", [False, True])
+@pytest.mark.parametrize("ranks", [(8, 8), (16, 16), (32, 32), (24, 8)])
+@pytest.mark.parametrize("rows, size", [(1501, 1088), (333, 2112), (1, 64)])
+def test_gradients_in_float8_on_hopper_are_plain_ones(tanh_gelu, ranks, rows, size):
+    compare_float8_gradients(tanh_gelu, ranks, rows, size)
+
+
+@pytest.mark.parametrize("ranks", [(8, 8), (24, 8), (48, 16)])
+def test_gradients_in_float8_elsewhere_are_plain_ones(ranks):
+    compare_float8_gradients(True, ranks, 33, 64)
 
 
 @pytest.mark.parametrize("ranks", [(8, 8), (24, 8)])

@@ -12,15 +12,18 @@ import torch
 from peft.tuners import lora
 from torch import nn
 
-from sftlab.fastpath.float8 import FORWARD, FrozenFloat8Linear, float8_product, over
-from sftlab.fastpath.float8_lora_ops import join_in_float8
+from sftlab.fastpath.float8 import BACKWARD, FORWARD, FrozenFloat8Linear, float8_product, over
+from sftlab.fastpath.float8_lora_ops import join_in_float8, stand_twice
 from sftlab.fastpath.float8_mlp_ops import LARGEST_SIZE, side_by_side
 from sftlab.fastpath.joined_product import Form
 from sftlab.fastpath.lora_products import LARGEST_SHARED_RANK, SharedInput, Views, padded
+from sftlab.fastpath.many_copies import copy_all, scatter
 
 # How much larger than a row h may be that is not known yet when the row is rounded, unless B wants
 # more. It costs digits of elements that are a thousandth of the largest one.
 HEADROOM = 32.0
+# How much more than exact numbers what is rounded, and added up roughly, may be.
+ROUNDED = 1.1
 
 
 class Float8Input(SharedInput):
@@ -28,14 +31,17 @@ class Float8Input(SharedInput):
 
     `held` are W beside s B, [out, in + ranks], and W^T beside A^T, [in, out + ranks], in float8; A
     [ranks, in] and s B [out, ranks] in bfloat16; the weights' scale, for every column of either
-    product; and the four numbers of `_numbers`. The weights are views of the first two, and their
+    product; and the five numbers of `_numbers`. The weights are views of the first two, and their
     parameters keep no memory.
 
     Where `ranks` are at least twice those of all layers, A and s B stand there twice: in float8 as
     what they are rounded to, and what that is away from them.
+
+    `weight_reach` [1] is the norm of W's longest column, in numbers of float8.
     """
 
     in_float8 = True
+    weight_reach: torch.Tensor
 
     def tensors(self) -> list[torch.Tensor]:
         """Returns what is held."""
@@ -78,7 +84,7 @@ class Float8Input(SharedInput):
         wide = torch.zeros(size, width + ranks, dtype=FORWARD, device=device)
         tall = torch.zeros(width, size + ranks, dtype=FORWARD, device=device)
         a = torch.zeros(ranks, width, dtype=self.dtype, device=device)
-        self.hold(wide, tall, a, a.new_zeros(size, ranks), scale, scale.new_ones(4))
+        self.hold(wide, tall, a, a.new_zeros(size, ranks), scale, scale.new_ones(5))
         begin = 0
         for linear, (weight, weight_t, _) in zip(linears, stored, strict=True):
             end = begin + linear.out_features
@@ -87,6 +93,7 @@ class Float8Input(SharedInput):
             mine[1].view(torch.uint8).copy_(weight_t.view(torch.uint8))
             linear.held, begin = mine, end
             linear.weight.data = linear.weight.data.new_zeros(()).expand(linear.weight.shape)
+        self.weight_reach = _largest_norm(tall[:, :size])
 
     def columns(self) -> int:
         """Returns the columns beside the input."""
@@ -106,28 +113,27 @@ class Float8Input(SharedInput):
         for group in groups:
             if group.held is not None:
                 shapes = group.held[0].shape, group.held[1].shape
-                alike[*shapes, sum(group.held_ranks)].append([one.data for one in group.held])
+                held = [one.data for one in (*group.held, group.weight_reach)]
+                alike[*shapes, sum(group.held_ranks)].append(held)
         for (_, _, ranks), held in alike.items():
-            wide, tall, a, b, scales, numbers = zip(*held, strict=True)
-            twice = 2 * ranks <= len(a[0])
+            wide, tall, a, b, scales, numbers, reach = zip(*held, strict=True)
+            twice = stand_twice(ranks, len(a[0]))
             if twice:
-                torch._foreach_copy_([x[ranks:][:ranks] for x in a], [x[:ranks] for x in a])
-                right = [x[:, ranks:][:, :ranks] for x in b]
-                torch._foreach_copy_(right, [x[:, :ranks] for x in b])
+                again = [x[ranks:][:ranks] for x in a] + [x[:, ranks:][:, :ranks] for x in b]
+                copy_all(again, [x[:ranks] for x in a] + [x[:, :ranks] for x in b])
             a_all = torch.stack([x[:ranks] for x in a]).float()
             b_all = torch.stack([x[:, :ranks] for x in b]).float()
             scale = torch.stack(scales)[:, :, :1]
-            found = _numbers(a_all, b_all, scale)
+            found = _numbers(a_all, b_all, scale, torch.cat(reach))
             torch._foreach_copy_(list(numbers), list(found))
-            of_h, of_into_h, *_ = found.view(-1, 4, 1, 1).unbind(1)
+            of_h, of_into_h, *_ = found.view(-1, 5, 1, 1).unbind(1)
             for into, whole in (
                 (wide, b_all / (of_h * scale)),
                 (tall, a_all.mT / (of_into_h * scale)),
             ):
                 copies = _rounded(whole, twice)
                 begin = into[0].shape[1] - len(a[0])
-                room = [one[:, begin:][:, : copies.shape[2]].view(torch.uint8) for one in into]
-                torch._foreach_copy_(room, list(copies.view(torch.uint8)))
+                scatter(copies, [one[:, begin:][:, : copies.shape[2]] for one in into])
 
 
 def columns_beside(ranks: int) -> int:
@@ -141,15 +147,25 @@ def _rounded(whole: torch.Tensor, twice: bool) -> torch.Tensor:
     return side_by_side(rounded, (whole - rounded.float()).to(FORWARD)) if twice else rounded
 
 
-def _numbers(a: torch.Tensor, b: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """Returns what h and its gradient are multiplied with in float8, and room beside rows.
+def _largest_norm(x: torch.Tensor) -> torch.Tensor:
+    """Returns the norm of the longest row of a float8 matrix, [1], some rows at a time."""
+    each = [rows.float().norm(dim=1).amax() for rows in x.split(1024)]
+    return torch.stack(each).amax(0, keepdim=True)
+
+
+def _numbers(
+    a: torch.Tensor, b: torch.Tensor, scale: torch.Tensor, weight_reach: torch.Tensor
+) -> torch.Tensor:
+    """Returns what h and its gradient are multiplied with in float8, and how large rows may be.
 
     A product has one scale for W and B, so B [groups, out, ranks] is divided by the first number,
     and A [groups, ranks, in] by the second; `scale` [groups, 1, 1] is the weights'. h is at most
     the size of its row times that of A's (Cauchy and Schwarz), and so becomes at most HEADROOM
     times the largest element of its row, or more, so that B is within the numbers of e4m3. A fills
     these: gradients have the range of e5m2. The third number is how much larger than its row h may
-    be, the fourth the same of its gradient: [groups, 4] in all.
+    be, the fourth the same of its gradient. The fifth times a joined gradient's scale is the most
+    that the product makes of it, by Cauchy and Schwarz again, with the norms of rows of float8 and
+    of W's and A's columns (`weight_reach` [groups]). [groups, 5] in all.
     """
     largest, tiny = torch.finfo(FORWARD).max, torch.finfo(torch.float32).tiny
     scale, of_a, of_b = scale.view(-1), a.abs().amax((1, 2)), b.abs().amax((1, 2))
@@ -159,7 +175,10 @@ def _numbers(a: torch.Tensor, b: torch.Tensor, scale: torch.Tensor) -> torch.Ten
     of_h = torch.maximum(wanted, of_b / (largest * scale))
     of_into_h = (of_a / (largest * scale)).clamp(min=tiny)
     room_back = 1 + of_into_h * b.norm(dim=1).amax(1) * b.shape[1] ** 0.5
-    return torch.stack([of_h, of_into_h, HEADROOM * of_h / wanted, room_back], 1)
+    longest = torch.finfo(BACKWARD).max * (b.shape[1] + 2 * a.shape[1]) ** 0.5
+    of_columns = torch.hypot(scale * weight_reach, a.norm(dim=1).amax(1) / of_into_h)
+    reach = ROUNDED * longest * of_columns
+    return torch.stack([of_h, of_into_h, HEADROOM * of_h / wanted, room_back, reach], 1)
 
 
 def why_not(layer: lora.LoraLayer, dtype: torch.dtype) -> str | None:
@@ -197,7 +216,7 @@ class Float8JoinedProduct(torch.autograd.Function):
         ctx: object, x: torch.Tensor, form: Form, *tensors: torch.Tensor
     ) -> tuple[torch.Tensor, ...]:
         wide, tall, a, b, scale, numbers = tensors[: -2 * len(form.sizes)]
-        of_h, of_into_h, _, _ = numbers.split(1)
+        of_h, of_into_h, *_ = numbers.split(1)
         h = x @ a.t()
         joined = join_in_float8([x], h, of_h, False)
         ctx.save_for_backward(x, h, tall, b, scale, of_into_h)

@@ -25,11 +25,13 @@ def gated_to_float8(
     act: torch.Tensor | None,
     largest: float,
     room: torch.Tensor | None = None,
+    steepest: torch.Tensor | None = None,
 ) -> None:
     """Fill `rounded` and `scale` with act = f(gate) up; f is SiLU or `gelu`'s tanh form.
 
     The largest absolute value of a row becomes `largest`, over `room` [1] if it is given. Fill
-    `act` with act itself, if it is given.
+    `act` with act itself, if it is given, and `steepest` [rows, 1] with the largest slope of act in
+    a row: as gate or as up changes.
     """
     rows, size = gate.shape
     _gated_to_float8[(rows,)](
@@ -42,9 +44,11 @@ def gated_to_float8(
         size,
         largest,
         room,
+        steepest,
         gelu,
         act is not None,
         room is not None,
+        steepest is not None,
         **row_width(size),
     )
 
@@ -55,23 +59,23 @@ def gated_backward_to_float8_(
     up: torch.Tensor,
     gelu: bool,
     rounded: tuple[torch.Tensor, torch.Tensor],
-    scales: tuple[torch.Tensor, torch.Tensor],
+    scales: tuple[torch.Tensor, torch.Tensor] | None,
     whole: tuple[torch.Tensor, torch.Tensor] | None,
     keep_act: bool,
     largest: float,
-    room: torch.Tensor | None = None,
+    given: torch.Tensor | None = None,
 ) -> None:
     """Fill `rounded` and `scales` with the gradients of gate and up, from `gradient`, act's.
 
-    `largest` and `room` are as in gated_to_float8; with `room` both have the larger scale. Fill
-    `whole` with the gradients themselves, if it is given. `gradient` is overwritten with act if
-    `keep_act`.
+    The largest absolute value of a row becomes `largest`, unless the scale of both is `given`
+    [rows, 1]. Fill `whole` with the gradients themselves, if it is there. `gradient` is overwritten
+    with act if `keep_act`.
     """
     rows, size = gate.shape
     _gated_backward_to_float8[(rows,)](
         gradient, gate, up, rounded[0], rounded[0].stride(0), rounded[1], rounded[1].stride(0),
-        *scales, *(whole or (None, None)), size, largest, room, gelu,
-        whole is not None, keep_act, room is not None, maxnreg=REGISTERS, **row_width(size),
+        *(scales or (None, None)), *(whole or (None, None)), size, largest, given, gelu,
+        whole is not None, keep_act, given is not None, maxnreg=REGISTERS, **row_width(size),
     )  # fmt: skip
 
 
@@ -100,39 +104,44 @@ def within(x, largest) -> "tl.tensor":
 
 
 @triton.jit
-def _round(x, row_scale, out, out_stride, scale, row, at, inside, largest) -> None:
-    """Write a row of x in float8, and its scale."""
-    tl.store(scale + row, row_scale)
+def _round(x, row_scale, out, out_stride, row, at, inside, largest) -> None:
+    """Write a row of x over its scale in float8."""
     small = within(x * (1.0 / row_scale), largest)
     tl.store(out + row * out_stride + at, small.to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit
 def _gated_to_float8(
-    gate, up, rounded, rounded_stride, scale, act, size, largest, room,
-    GELU: tl.constexpr, KEEP: tl.constexpr, ROOM: tl.constexpr, WIDTH: tl.constexpr,
+    gate, up, rounded, rounded_stride, scale, act, size, largest, room, steepest,
+    GELU: tl.constexpr, KEEP: tl.constexpr, ROOM: tl.constexpr, STEEPEST: tl.constexpr,
+    WIDTH: tl.constexpr,
 ):  # fmt: skip
     if ROOM:
         largest = largest / tl.load(room)
     row, at = tl.program_id(0).to(tl.int64), tl.arange(0, WIDTH)
     inside, place = at < size, row * size + at
     x = tl.load(gate + place, mask=inside, other=0.0).to(tl.float32)
-    found = x * share(x, GELU) * tl.load(up + place, mask=inside, other=0.0).to(tl.float32)
+    y = tl.load(up + place, mask=inside, other=0.0).to(tl.float32)
+    if STEEPEST:
+        by_gate, by_up, found = gradients(1.0, x, y, GELU)
+        slope = larger_or_nan(tl.abs(by_gate), tl.abs(by_up))
+        tl.store(steepest + row, tl.reduce(slope, 0, larger_or_nan))
+    else:
+        found = x * share(x, GELU) * y
     if KEEP:
         tl.store(act + place, found.to(act.dtype.element_ty), mask=inside)
     row_scale = row_scale_of(found, largest)
-    _round(found, row_scale, rounded, rounded_stride, scale, row, at, inside, largest)
+    tl.store(scale + row, row_scale)
+    _round(found, row_scale, rounded, rounded_stride, row, at, inside, largest)
 
 
 @triton.jit
 def _gated_backward_to_float8(
     gradient, gate, up, rounded_gate, gate_stride, rounded_up, up_stride, scale_gate, scale_up,
-    into_gate, into_up, size, largest, room,
-    GELU: tl.constexpr, KEEP: tl.constexpr, KEEP_ACT: tl.constexpr, ROOM: tl.constexpr,
+    into_gate, into_up, size, largest, given,
+    GELU: tl.constexpr, KEEP: tl.constexpr, KEEP_ACT: tl.constexpr, GIVEN: tl.constexpr,
     WIDTH: tl.constexpr,
 ):  # fmt: skip
-    if ROOM:
-        largest = largest / tl.load(room)
     row, at = tl.program_id(0).to(tl.int64), tl.arange(0, WIDTH)
     inside, place = at < size, row * size + at
     into = tl.load(gradient + place, mask=inside, other=0.0).to(tl.float32)
@@ -144,9 +153,12 @@ def _gated_backward_to_float8(
     if KEEP:
         tl.store(into_gate + place, of_gate.to(into_gate.dtype.element_ty), mask=inside)
         tl.store(into_up + place, of_up.to(into_up.dtype.element_ty), mask=inside)
-    gate_scale, up_scale = row_scale_of(of_gate, largest), row_scale_of(of_up, largest)
-    if ROOM:  # what stands beside one comes of both
-        gate_scale = larger_or_nan(gate_scale, up_scale)
+    if GIVEN:
+        gate_scale = tl.load(given + row)
         up_scale = gate_scale
-    _round(of_gate, gate_scale, rounded_gate, gate_stride, scale_gate, row, at, inside, largest)
-    _round(of_up, up_scale, rounded_up, up_stride, scale_up, row, at, inside, largest)
+    else:
+        gate_scale, up_scale = row_scale_of(of_gate, largest), row_scale_of(of_up, largest)
+        tl.store(scale_gate + row, gate_scale)
+        tl.store(scale_up + row, up_scale)
+    _round(of_gate, gate_scale, rounded_gate, gate_stride, row, at, inside, largest)
+    _round(of_up, up_scale, rounded_up, up_stride, row, at, inside, largest)

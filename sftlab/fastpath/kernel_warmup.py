@@ -13,7 +13,8 @@ from sftlab.config.launch import COMPUTE_DTYPE, PRECISIONS
 from sftlab.config.recipe import Recipe
 from sftlab.data.collator import TOKENS_MULTIPLE
 from sftlab.data.tiles import LONG_ROW, TILE, tiles
-from sftlab.fastpath import float8_lora_ops, float8_mlp_ops, mlp_ops, varlen_attention
+from sftlab.fastpath import float8_lora_ops, mlp_ops, varlen_attention
+from sftlab.fastpath.float8 import FORWARD
 from sftlab.fastpath.float8_lora import columns_beside
 from sftlab.fastpath.float8_mlp_ops import LARGEST_SIZE
 from sftlab.fastpath.fused_loss import CHUNK, FrozenHeadLoss, in_float8
@@ -130,18 +131,21 @@ def rehearse_float8_mlp(
     if size is None or max(hidden, size) > LARGEST_SIZE:
         return
     make = partial(torch.zeros, TOKENS_MULTIPLE, dtype=dtype, device=device)
-    of_h, of_into_h, room, room_back = make(4)[0].float().split(1)
+    rounded = partial(torch.zeros, dtype=FORWARD, device=device)
+    of_h, of_into_h, room = make(3)[0].float().split(1)
+    scale = torch.ones(1, max(hidden, size), device=device)
     ranks, ranks_down = columns_beside(2 * rank), columns_beside(rank)
-    gate, up, act, h, h_down = make(size), make(size), make(size), make(ranks), make(ranks_down)
-    x = make(hidden)
+    gate, up, h, x = make(size), make(size), make(ranks), make(hidden)
     float8_lora_ops.join_in_float8([x], h, of_h, False)
-    float8_lora_ops.join_in_float8([x], h_down, of_into_h, True)
-    rounded, scale, _ = float8_mlp_ops.gated_to_float8(gate, up, tanh_gelu, True, ranks_down, room)
-    float8_lora_ops.fill_ranks_(h_down, of_h, scale, rounded)
-    _, _, rounded, scale, *_ = float8_mlp_ops.gated_backward_to_float8_(
-        act, gate, up, tanh_gelu, True, True, ranks, room_back
-    )
-    float8_lora_ops.fill_ranks_(h, of_into_h, scale, rounded)
+    float8_lora_ops.gated_down_in_float8(
+        gate, up, rounded(hidden, size + ranks_down), x.new_zeros(ranks_down, size), scale, of_h,
+        room, tanh_gelu,
+    )  # fmt: skip
+    float8_lora_ops.gated_backward_in_float8(
+        x, gate, up, h, x.new_zeros(2 * size, ranks), of_into_h,
+        rounded(size, hidden + ranks_down), x.new_zeros(hidden, ranks_down), scale, of_into_h,
+        scale.new_zeros(TOKENS_MULTIPLE, 1), rank, rank, tanh_gelu,
+    )  # fmt: skip
 
 
 def _mlp_of(config: PreTrainedConfig) -> tuple[int, int | None, bool]:

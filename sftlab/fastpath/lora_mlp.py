@@ -42,11 +42,11 @@ class LoraMlp(nn.Module):
     def kernels_have_lora(self) -> bool:
         """Whether its kernels have LoRA's thin products in them while it trains."""
         both, down = self.gate_proj.together, self.down_proj.together
-        if both.in_float8 or any(layer.dropped for layer in self._linears):
+        if any(layer.dropped for layer in self._linears):
             return False
         place = self.gate_proj.base_layer.weight.device
-        y = torch.empty(1, 2 * self.gate_proj.out_features, dtype=both.dtype, device=place)
-        return all(kernels_with_lora(y, one.layers[0].rank) for one in (both, down))
+        act = torch.empty(1, self.gate_proj.out_features, dtype=both.dtype, device=place)
+        return all(kernels_with_lora(act, one.layers[0].rank) for one in (both, down))
 
     @property
     def _linears(self) -> tuple[nn.Module, nn.Module, nn.Module]:

@@ -16,6 +16,7 @@ from torch import nn
 from sftlab.fastpath import one_adapter
 from sftlab.fastpath.dropout_bits import dropout_bits, kept_share
 from sftlab.fastpath.joined_product import Form, JoinedProduct
+from sftlab.fastpath.many_copies import copy_all
 
 # products are fast where the rank is padded to this
 RANK_MULTIPLE = 64
@@ -229,7 +230,6 @@ def copy_matrices(groups: Sequence[SharedInput]) -> None:
             scales.append(layer.scale)
     if not a:
         return
-    torch._foreach_copy_(into_a, a)
-    torch._foreach_copy_(into_b, torch._foreach_mul(b, scales))
+    copy_all([*into_a, *into_b], [*a, *b], [1.0] * len(a) + scales)
     for kind in {type(group) for group in groups}:
         kind.after_copies([group for group in groups if type(group) is kind])

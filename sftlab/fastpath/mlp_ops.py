@@ -150,18 +150,22 @@ def may_be_in_kernels(rank: int) -> bool:
     return not rank % 8 and rank <= LARGEST_RANK
 
 
-def kernels_with_lora(y: torch.Tensor, rank: int) -> ModuleType | None:
-    """Returns gated_lora_kernel.py where it may and can run on y [rows, 2 size] with these ranks.
+def kernels_with_lora(act: torch.Tensor, rank: int) -> ModuleType | None:
+    """Returns gated_lora_kernel.py where it may and can run on act [rows, size] with these ranks.
 
     TMA begins a tile at any multiple of 16 bytes.
     """
-    if not may_have_lora() or not y.is_cuda or y.element_size() != 2:
+    if not may_have_lora() or not act.is_cuda or act.element_size() != 2:
         return None
-    if not may_be_in_kernels(rank) or y.shape[1] % 128 or not len(y):
+    if not may_be_in_kernels(rank) or act.shape[1] % 64 or not len(act):
         return None
-    if torch.version.hip or torch.cuda.get_device_capability(y.device)[0] != HOPPER:
-        return None
-    return module_with_lora()
+    return module_with_lora() if is_hopper(act.device) else None
+
+
+@cache
+def is_hopper(device: torch.device) -> bool:
+    """Whether it is a GPU of compute capability 9.x; asked once, as it takes longer than a step."""
+    return not torch.version.hip and torch.cuda.get_device_capability(device)[0] == HOPPER
 
 
 def gated_beside(
@@ -169,7 +173,7 @@ def gated_beside(
 ) -> torch.Tensor:
     """Fill `out` [rows, size + ranks] with act and h = act A^T; returns h. See gated_down."""
     act = out[:, : a.shape[1]]
-    if with_lora := kernels_with_lora(y, rank):
+    if with_lora := kernels_with_lora(act, rank):
         h = with_lora.gated_with_lora(y, a, rank, tanh_gelu, act)
     else:
         gated(y, tanh_gelu, act)
@@ -194,7 +198,7 @@ def gated_backward_beside(
     `into_act` is overwritten. Returns the gradients of h, of s B of gate and up, and of A of down.
     """
     into_y, into_h = out[:, : y.shape[1]], out[:, y.shape[1] :]
-    with_lora = kernels_with_lora(y, rank) and kernels_with_lora(y, rank_down)
+    with_lora = kernels_with_lora(into_act, rank) and kernels_with_lora(into_act, rank_down)
     if with_lora:
         found = with_lora.gated_backward_with_lora(
             into_act, y, h, b, into_h_down, rank, rank_down, tanh_gelu, into_y, into_h

@@ -1,7 +1,7 @@
 """What every trainer here shares: counting, checkpoints, order of rows, checks of what runs."""
 
 import logging
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack
 from functools import partial
 from typing import Any
 
@@ -58,6 +58,7 @@ from sftlab.training.log_sums import TokenSums, TrainerSums
 from sftlab.training.loraplus import speed_up_b
 from sftlab.training.optimizer_waits import wait_to_read
 from sftlab.training.router_loss import leave_out_frozen_router
+from sftlab.training.short_walks import short_walks
 from sftlab.training.source_counts import SourceCounts
 from sftlab.training.upstream_fixes import SaveAfterEvaluation, UpstreamFixes
 from sftlab.training.verification import (
@@ -112,6 +113,7 @@ class RecordedTrainer(UpstreamFixes):
         self.peak_memory = PeakMemory(self.memory)
         self.first_step = FirstStepCheck(self.launch)
         self._has_seen_gradients = False
+        self._walks = ExitStack()  # what is undone when training ends
         self.token_sums = TokenSums(self.args.device)
         self.source_counts = SourceCounts()
         parts = {
@@ -257,7 +259,8 @@ class RecordedTrainer(UpstreamFixes):
                 self.adapter_start.begin(
                     self.model, self.train_dataset, self.data_collator, self.args.seed
                 )
-        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        with self._walks:
+            return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
 
     def before_training(self) -> None:
         """Do what a method needs before its first step; the clock runs."""
@@ -280,6 +283,7 @@ class RecordedTrainer(UpstreamFixes):
         self.source_counts.add(inputs.get("by_source", ()))
         if not self.first_step.done:
             self.check_first_step(model, inputs)
+            self._walks.enter_context(short_walks(model, self._trained))
             phase_ended(FIRST_CHECKS)
         loss = self.forward_and_backward(model, inputs, *args, **kwargs)
         if not self._has_seen_gradients and self.accelerator.sync_gradients:

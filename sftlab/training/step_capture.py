@@ -169,7 +169,7 @@ class StepCapture:
         """Drop all recordings; steps are plain from now on, and gradients are the model's own."""
         self.off = why
         if self._model is not None:
-            del self._model.zero_grad
+            vars(self._model).pop("zero_grad", None)
         if self._steps is not None:
             self._steps.forget()
         if self._layers is not None:
