@@ -38,8 +38,9 @@ LORA_COMPILED, LORA_EAGER, LORA_CASTS = 5.5, 8.0, 14.0
 # too; fitted to whole runs (results/float8, captured_step, peers_8b, qlora; fused_lora_hopper).
 LORA_FUSED, LORA_IN_KERNELS = 1.8, 1.0
 # The same of gate, up and down where they are one function over float8 weights (results/float8),
-# and where LoRA is in its products too (results/float8_lora, results/llama3_8b).
-LORA_FLOAT8, LORA_FLOAT8_FUSED = 3.0, 2.2
+# where LoRA is in its products too (results/float8_lora of then), and where it is in its kernels
+# besides (results/peers_all_linears, results/peers_8b).
+LORA_FLOAT8, LORA_FLOAT8_FUSED, LORA_FLOAT8_IN_KERNELS = 3.0, 2.2, 1.5
 # The forward's share of both, which checkpointing moves again.
 FORWARD, FORWARD_LORA = 0.32, 0.45
 # Bytes moved for each element that enters or leaves a float8 product. Compiled, it is rounded in
@@ -232,7 +233,7 @@ def traffic(step: Step, lora_in_kernels: bool = False) -> float:
 
 
 def _lora_in_kernels(step: Step, gpu: GPU) -> bool:
-    if gpu.capability[0] != HOPPER or step.compute_bytes != 2 or step.precision == "fp8":
+    if gpu.capability[0] != HOPPER or step.compute_bytes != 2:
         return False
     return has_fused_mlp(step) and may_be_in_kernels(step.rank)
 
@@ -242,7 +243,9 @@ def _lora_elements(step: Step, name: str, lora_in_kernels: bool) -> float:
     if not step.compiled:
         return LORA_CASTS if step.casts else LORA_EAGER
     if step.float8_mlp and name in NAMES:
-        return LORA_FLOAT8_FUSED if step.fused_lora else LORA_FLOAT8
+        if step.fused_lora:
+            return LORA_FLOAT8_IN_KERNELS if lora_in_kernels else LORA_FLOAT8_FUSED
+        return LORA_FLOAT8
     if lora_in_kernels:
         return LORA_IN_KERNELS
     return LORA_FUSED if has_fused_mlp(step) else LORA_COMPILED
