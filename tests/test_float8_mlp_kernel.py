@@ -133,11 +133,12 @@ def test_rows_beside_what_lora_made_of_them_are_plain_torch(sizes, large):
     factor = room(1, dtype=torch.float32).fill_(large)
     exact = torch.cat([*parts, factor * h], 1).float()
     out = room(40, sum(sizes) + 24, dtype=dtype if interpreted else FORWARD)
-    scale = room(40, 1, dtype=torch.float32)
-    float8_join_kernel.join_in_float8(parts, h, factor, out, scale, torch.finfo(FORWARD).max)
+    scale, norm = (room(40, 1, dtype=torch.float32) for _ in range(2))
+    float8_join_kernel.join_in_float8(parts, h, factor, out, scale, torch.finfo(FORWARD).max, norm)
     sound = [row for row in range(40) if row not in (5, 6)]
     check_rounded(out[sound], scale[sound], exact[sound], FORWARD)
     assert scale[[5, 6]].isnan().all()
+    torch.testing.assert_close(norm, exact.norm(dim=1, keepdim=True), equal_nan=True)
 
     # as if the rows had been rounded before h was known
     before, room_for_h = out.clone(), out[:, sum(sizes) :]

@@ -10,6 +10,11 @@ FILES += ("test_many_copies",)
 @with_triton
 @starts_interpreter
 def test_the_kernels_run_under_tritons_interpreter():
-    parts = f"({FILES[0]} and ({OF_TEST_KERNELS}))", *FILES[1:3], "added_up", "each_matrix"
+    parts = (
+        f"({FILES[0]} and ({OF_TEST_KERNELS}))",
+        *FILES[1:3],
+        "added_up",
+        "each_matrix or in_one_thing",
+    )
     said = interpret_tests(*(f"tests/{name}.py" for name in FILES), "-k", " or ".join(parts))
-    assert "74 passed, 17 skipped" in said
+    assert "75 passed, 17 skipped" in said

@@ -1,5 +1,8 @@
 """Training walks over all modules where that changes something, and leaves the model as it was."""
 
+import copy
+import pickle
+
 import torch
 from packed_training import build
 from torch import nn
@@ -38,7 +41,8 @@ def test_only_a_module_that_does_not_train_is_a_reason_to_walk():
 def test_gradients_of_what_trains_are_gone_and_the_model_is_as_before():
     model = Counted()
     before = dict(vars(model))
-    with short_walks(model, list(model.parameters())):
+    groups = [{"params": list(model.parameters())}]
+    with short_walks(model, groups):
         for set_to_none in (True, False):
             model.inner(torch.ones(1, 2)).sum().backward()
             model.zero_grad(set_to_none=set_to_none)
@@ -47,6 +51,41 @@ def test_gradients_of_what_trains_are_gone_and_the_model_is_as_before():
     assert vars(model) == before | {"told": 0}
     model.zero_grad()
     assert model.inner.weight.grad is None
+
+
+def test_copies_of_a_model_that_trains_are_models_of_their_own():
+    model = Counted()
+    with short_walks(model, [{"params": list(model.parameters())}]):
+        for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+            for one in (model, copied):
+                one.inner(torch.ones(1, 2)).sum().backward()
+            copied.eval()
+            copied.zero_grad()
+            assert model.inner.training
+            assert not copied.inner.training
+            assert all(one.grad is not None for one in model.parameters())
+            assert all(one.grad is None for one in copied.parameters())
+            assert copied.train().inner.training
+
+
+def test_a_parameter_that_comes_later_loses_its_gradient_too():
+    model = Counted()
+    optimizer = torch.optim.SGD(model.parameters(), 1.0)
+    with short_walks(model, optimizer.param_groups):
+        model.later = nn.Linear(2, 2)
+        optimizer.add_param_group({"params": list(model.later.parameters())})
+        model.later(torch.ones(1, 2)).sum().backward()
+        model.zero_grad()
+    assert model.later.weight.grad is None
+
+
+def test_what_a_model_was_given_before_is_given_back_and_what_came_since_stays():
+    model = Counted()
+    model.train = before = lambda mode=True: model
+    with short_walks(model, []):
+        model.zero_grad = since = lambda set_to_none=True: None
+    assert vars(model)["train"] is before
+    assert vars(model)["zero_grad"] is since
 
 
 def test_steps_of_a_training_do_not_walk(fields, tmp_path, monkeypatch):
@@ -69,7 +108,9 @@ def test_steps_of_a_training_do_not_walk(fields, tmp_path, monkeypatch):
         return loss
 
     monkeypatch.setattr(trainer, "forward_and_backward", step)
-    trainer.train()
-    walks = [count for count, _ in seen]
-    assert walks[2:] == [0, 1, 1, 0], "to evaluate, and to train again"
+    for _ in range(2):
+        seen.clear()
+        trainer.train()
+        walks = [count for count, _ in seen]
+        assert walks[2:] == [0, 1, 1, 0], "to evaluate, and to train again"
     assert not {"train", "zero_grad"} & set(vars(trainer.model))

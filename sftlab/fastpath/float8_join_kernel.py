@@ -23,15 +23,17 @@ def join_in_float8(
     out: torch.Tensor,
     scale: torch.Tensor,
     largest: float,
+    norm: torch.Tensor | None = None,
 ) -> None:
     """Fill `out` and `scale` with up to three `parts` side by side, and then `factor` h.
 
-    The largest absolute value of a row, LoRA's part included, becomes `largest`.
+    The largest absolute value of a row, LoRA's part included, becomes `largest`. Fill `norm`
+    [rows, 1] with each row's norm before it is rounded, if it is given.
     """
     given, ends = three_parts(parts)
     _join[(len(out),)](
-        *given, h, h.stride(0), factor, out, out.stride(0), scale, *ends, h.shape[1], largest,
-        triton.next_power_of_2(h.shape[1]), **row_width(ends[-1]),
+        *given, h, h.stride(0), factor, out, out.stride(0), scale, norm, *ends, h.shape[1], largest,
+        triton.next_power_of_2(h.shape[1]), norm is not None, **row_width(ends[-1]),
     )  # fmt: skip
 
 
@@ -49,7 +51,8 @@ def fill_ranks(
 @triton.jit
 def _join(
     one, one_stride, two, two_stride, three, three_stride, h, h_stride, factor, out, out_stride,
-    scale, first, second, third, ranks, largest, RANKS: tl.constexpr, WIDTH: tl.constexpr,
+    scale, norm, first, second, third, ranks, largest, RANKS: tl.constexpr, NORM: tl.constexpr,
+    WIDTH: tl.constexpr,
 ):  # fmt: skip
     row, at = tl.program_id(0).to(tl.int64), tl.arange(0, WIDTH)
     inside = at < third
@@ -61,6 +64,10 @@ def _join(
     y *= tl.load(factor)
     row_scale = larger_or_nan(row_scale_of(x, largest), row_scale_of(y, largest))
     tl.store(scale + row, row_scale)
+    if NORM:  # of what is at most 1, whose squares are numbers
+        x_part, y_part = x / row_scale / largest, y / row_scale / largest
+        squares = tl.sum(x_part * x_part) + tl.sum(y_part * y_part)
+        tl.store(norm + row, tl.sqrt(squares) * row_scale * largest)
     places = out + row * out_stride
     small = within(x * (1.0 / row_scale), largest)
     tl.store(places + at, small.to(out.dtype.element_ty), mask=inside)

@@ -12,7 +12,7 @@ import torch
 from peft.tuners import lora
 from torch import nn
 
-from sftlab.fastpath.float8 import BACKWARD, FORWARD, FrozenFloat8Linear, float8_product, over
+from sftlab.fastpath.float8 import FORWARD, FrozenFloat8Linear, float8_product, over
 from sftlab.fastpath.float8_lora_ops import join_in_float8, stand_twice
 from sftlab.fastpath.float8_mlp_ops import LARGEST_SIZE, side_by_side
 from sftlab.fastpath.joined_product import Form
@@ -22,8 +22,8 @@ from sftlab.fastpath.many_copies import copy_all, scatter
 # How much larger than a row h may be that is not known yet when the row is rounded, unless B wants
 # more. It costs digits of elements that are a thousandth of the largest one.
 HEADROOM = 32.0
-# How much more than exact numbers what is rounded, and added up roughly, may be.
-ROUNDED = 1.1
+# How much more than exact numbers what is rounded to e5m2, and added up roughly, may be.
+ROUNDED = 1.25
 
 
 class Float8Input(SharedInput):
@@ -93,7 +93,7 @@ class Float8Input(SharedInput):
             mine[1].view(torch.uint8).copy_(weight_t.view(torch.uint8))
             linear.held, begin = mine, end
             linear.weight.data = linear.weight.data.new_zeros(()).expand(linear.weight.shape)
-        self.weight_reach = _largest_norm(tall[:, :size])
+        self.weight_reach = largest_norm(tall[:, :size])
 
     def columns(self) -> int:
         """Returns the columns beside the input."""
@@ -147,7 +147,7 @@ def _rounded(whole: torch.Tensor, twice: bool) -> torch.Tensor:
     return side_by_side(rounded, (whole - rounded.float()).to(FORWARD)) if twice else rounded
 
 
-def _largest_norm(x: torch.Tensor) -> torch.Tensor:
+def largest_norm(x: torch.Tensor) -> torch.Tensor:
     """Returns the norm of the longest row of a float8 matrix, [1], some rows at a time."""
     each = [rows.float().norm(dim=1).amax() for rows in x.split(1024)]
     return torch.stack(each).amax(0, keepdim=True)
@@ -163,9 +163,9 @@ def _numbers(
     the size of its row times that of A's (Cauchy and Schwarz), and so becomes at most HEADROOM
     times the largest element of its row, or more, so that B is within the numbers of e4m3. A fills
     these: gradients have the range of e5m2. The third number is how much larger than its row h may
-    be, the fourth the same of its gradient. The fifth times a joined gradient's scale is the most
-    that the product makes of it, by Cauchy and Schwarz again, with the norms of rows of float8 and
-    of W's and A's columns (`weight_reach` [groups]). [groups, 5] in all.
+    be, the fourth the same of its gradient. The fifth times a joined gradient's norm is the most
+    that the product makes of it, by Cauchy and Schwarz again, with the norms of W's columns, whose
+    largest `weight_reach` [groups] is, and of A's. [groups, 5] in all.
     """
     largest, tiny = torch.finfo(FORWARD).max, torch.finfo(torch.float32).tiny
     scale, of_a, of_b = scale.view(-1), a.abs().amax((1, 2)), b.abs().amax((1, 2))
@@ -175,9 +175,8 @@ def _numbers(
     of_h = torch.maximum(wanted, of_b / (largest * scale))
     of_into_h = (of_a / (largest * scale)).clamp(min=tiny)
     room_back = 1 + of_into_h * b.norm(dim=1).amax(1) * b.shape[1] ** 0.5
-    longest = torch.finfo(BACKWARD).max * (b.shape[1] + 2 * a.shape[1]) ** 0.5
-    of_columns = torch.hypot(scale * weight_reach, a.norm(dim=1).amax(1) / of_into_h)
-    reach = ROUNDED * longest * of_columns
+    of_a = (a / of_into_h.view(-1, 1, 1)).norm(dim=1).amax(1)
+    reach = ROUNDED * torch.hypot(scale * weight_reach, of_a)
     return torch.stack([of_h, of_into_h, HEADROOM * of_h / wanted, room_back, reach], 1)
 
 

@@ -4,7 +4,7 @@ Its activation is rounded by the kernel that makes it, and so are the gradients 
 where a product reads it beside LoRA's part. The activation is not kept for the backward.
 
 Gradients are rounded in one pass, so their scale is known before: it is the most that they can be.
-That is 2^7 times what they are, as it is found (SmolLM2; 2^11 at most), and e5m2 has the range.
+That is 2^5 times what they are, as it is found (SmolLM2; 2^9 at most), and e5m2 has the range.
 """
 
 import torch

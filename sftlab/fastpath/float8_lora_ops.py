@@ -28,7 +28,7 @@ def join_in_float8(
     h is [rows, ranks], `factor` [1]. A row has one scale, the second tensor, [rows, 1]. The format
     is that of gradients in a `backward`.
     """
-    return _joined(parts, h, factor, BACKWARD if backward else FORWARD)
+    return _joined(parts, h, factor, BACKWARD if backward else FORWARD)[:2]
 
 
 join_in_float8.register_fake(
@@ -92,16 +92,16 @@ def gated_backward_in_float8(
     both stand there twice, so does the gradient of h. `tall_down` [size, out + ranks] is down's W^T
     beside A^T, with `scale_down`, and `b_down` [out, ranks] its s B, of which `rank_down` columns
     are not 0. What is joined in float8 is `factor` times h's gradients. Gradients of gate and up
-    are at most `larger` [rows, 1] times the scale of `gradient`'s row.
+    are at most `larger` [rows, 1] times the norm of what is joined to `gradient`'s row.
 
     Returns those of gate, and of up beside LoRA's, in float8 with each row's scale [rows, 1]; that
     of h; that of s B, right in each part's own columns; and that of down's A [ranks, size].
     """
     into_h_down = gradient @ b_down
-    joined, joined_scale = _joined([gradient], into_h_down, factor_down, BACKWARD)
+    joined, joined_scale, norm = _joined([gradient], into_h_down, factor_down, BACKWARD, True)
     into_act = float8_product(joined, joined_scale, tall_down, scale_down)
     del joined
-    scale = scale_of(joined_scale * larger, BACKWARD)
+    scale = scale_of(norm * larger, BACKWARD)
     size, ranks = gate.shape[1], b.shape[1]
     gate8, up8 = _gradients_room(gate, ranks)
     room = up8[:, :size]
@@ -198,19 +198,27 @@ def _round_gradients(
 
 
 def _joined(
-    parts: Sequence[torch.Tensor], h: torch.Tensor, factor: torch.Tensor, dtype: torch.dtype
-) -> tuple[torch.Tensor, torch.Tensor]:
+    parts: Sequence[torch.Tensor],
+    h: torch.Tensor,
+    factor: torch.Tensor,
+    dtype: torch.dtype,
+    norms: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """Returns rows and scales as join_in_float8 does, and if `norms` each row's norm, [rows, 1]."""
     largest = torch.finfo(dtype).max
     if has_kernels(h):
         from sftlab.fastpath import float8_join_kernel
 
         out, scale = _joined_room(parts, h, dtype)
+        norm = torch.empty_like(scale) if norms else None
         by_row = [by_rows(part) for part in parts]
-        float8_join_kernel.join_in_float8(by_row, by_rows(h), factor, out, scale, largest)
-        return out, scale
-    x, y = torch.cat(list(parts), 1).float(), h.float() * factor
-    scale = scale_of(torch.cat([x, y], 1).abs().amax(1, keepdim=True), dtype)
-    return side_by_side(over(x, scale, dtype), over(y, scale, dtype)), scale
+        float8_join_kernel.join_in_float8(by_row, by_rows(h), factor, out, scale, largest, norm)
+        return out, scale, norm
+    whole = torch.cat([*(part.float() for part in parts), h.float() * factor], 1)
+    scale = scale_of(whole.abs().amax(1, keepdim=True), dtype)
+    x, y = whole.split([whole.shape[1] - h.shape[1], h.shape[1]], 1)
+    norm = (whole / scale).norm(dim=1, keepdim=True) * scale if norms else None
+    return side_by_side(over(x, scale, dtype), over(y, scale, dtype)), scale, norm
 
 
 def _gradients_room(gate: torch.Tensor, ranks: int) -> tuple[torch.Tensor, torch.Tensor]:

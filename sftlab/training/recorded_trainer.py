@@ -113,7 +113,7 @@ class RecordedTrainer(UpstreamFixes):
         self.peak_memory = PeakMemory(self.memory)
         self.first_step = FirstStepCheck(self.launch)
         self._has_seen_gradients = False
-        self._walks = ExitStack()  # what is undone when training ends
+        self._walks, self._has_short_walks = ExitStack(), True  # until train() is called
         self.token_sums = TokenSums(self.args.device)
         self.source_counts = SourceCounts()
         parts = {
@@ -259,6 +259,7 @@ class RecordedTrainer(UpstreamFixes):
                 self.adapter_start.begin(
                     self.model, self.train_dataset, self.data_collator, self.args.seed
                 )
+        self._has_short_walks = False
         with self._walks:
             return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
 
@@ -283,8 +284,10 @@ class RecordedTrainer(UpstreamFixes):
         self.source_counts.add(inputs.get("by_source", ()))
         if not self.first_step.done:
             self.check_first_step(model, inputs)
-            self._walks.enter_context(short_walks(model, self._trained))
             phase_ended(FIRST_CHECKS)
+        if not self._has_short_walks:
+            self._has_short_walks = True
+            self._walks.enter_context(short_walks(model, self.optimizer.param_groups))
         loss = self.forward_and_backward(model, inputs, *args, **kwargs)
         if not self._has_seen_gradients and self.accelerator.sync_gradients:
             self._has_seen_gradients = True
