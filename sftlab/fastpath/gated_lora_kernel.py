@@ -118,10 +118,8 @@ def gated_backward_with_lora_to_float8(
     What is beyond the largest number of float8 becomes that.
     """
     given = gradient, gate, up, h, b, into_h_down, rank, rank_down, gelu
-    tiles, strides = (
-        TO_FLOAT8[_padded(max(rank, rank_down))],
-        (into_gate.stride(0), into_up.stride(0)),
-    )
+    tiles = TO_FLOAT8[_padded(max(rank, rank_down))]
+    strides = into_gate.stride(0), into_up.stride(0)
     return _backward(*given, tiles, (into_gate, into_up, strides, scale), into_h)
 
 

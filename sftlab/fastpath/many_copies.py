@@ -62,19 +62,11 @@ def _has_kernel(one: torch.Tensor, matrix: torch.Tensor) -> bool:
     return one.dtype in TYPES and matrix.dtype in TYPES and one.dim() == 2 and one.numel() > 0
 
 
-def _start(
-    to: torch.Tensor,
-    out: torch.Tensor,
-    given: torch.Tensor,
-    matrix: torch.Tensor,
-    count: int,
-    apart: int,
-    factor: float,
-) -> None:
-    """Copy `count` matrices like `matrix` to ones like `out`: see copy_many."""
+def _start(*given: object) -> None:
+    """Start copy_many, whose file needs Triton."""
     from sftlab.fastpath import copies_kernel
 
-    copies_kernel.copy_many(to, out, given, matrix, count, apart, factor)
+    copies_kernel.copy_many(*given)
 
 
 def _table(matrices: Sequence[torch.Tensor]) -> torch.Tensor:
