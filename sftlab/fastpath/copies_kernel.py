@@ -4,6 +4,8 @@ import torch
 import triton
 import triton.language as tl
 
+from sftlab.fastpath.ceil_div import ceil_div
+
 # elements of a matrix that a program copies, in whole rows or parts of one
 ELEMENTS = 4096
 TYPES = {
@@ -31,7 +33,7 @@ def copy_many(
     (rows, columns), row_strides = out.shape, (out.stride(0), matrix.stride(0))
     width = min(triton.next_power_of_2(columns), ELEMENTS)
     height = ELEMENTS // width
-    across, down = -(-columns // width), -(-rows // height)
+    across, down = ceil_div(columns, width), ceil_div(rows, height)
     _copy[(count * across * down,)](
         to, given, apart, *row_strides, out.stride(1), matrix.stride(1), rows, columns, factor,
         across, down, TYPES[out.dtype], TYPES[matrix.dtype], apart > 0, height, width,

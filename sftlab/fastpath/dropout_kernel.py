@@ -9,6 +9,8 @@ import torch
 import triton
 import triton.language as tl
 
+from sftlab.fastpath.ceil_div import ceil_div
+
 # the fewest rounds of Philox4x32 that pass every test of randomness (Salmon et al. 2011)
 ROUNDS = tl.constexpr(7)
 # into how many parts the sum over all rows is cut
@@ -20,7 +22,7 @@ ROWS = 64
 def fill_with_bits(out: torch.Tensor, seed: torch.Tensor, threshold: int) -> None:
     """Fill uint8 `out` with bits that are 0 with probability `threshold` / 2^16."""
     count, block = out.numel(), 1024
-    _fill[(triton.cdiv(count, block),)](out, seed, count, threshold, block)
+    _fill[(ceil_div(count, block),)](out, seed, count, threshold, block)
 
 
 @triton.jit
@@ -55,7 +57,7 @@ def project(
     `out` may be parts of wider matrices.
     """
     layers, rows = bits.shape[:2]
-    _project[(triton.cdiv(rows, ROWS) * layers,)](
+    _project[(ceil_div(rows, ROWS) * layers,)](
         x, x.stride(0), a, a.stride(0), bits, out, out.stride(0), rows, x.shape[1], factor,
         rank, _block(rank), layers, ROWS, _columns(x), num_warps=4, num_stages=3,
     )  # fmt: skip
@@ -103,9 +105,9 @@ def project_transposed(
     layers, rows = bits.shape[:2]
     columns = x.shape[1]
     parts = torch.empty(PARTS, layers * rank, columns, dtype=torch.float32, device=x.device)
-    _project_transposed[(triton.cdiv(columns, _columns(x)) * layers, PARTS)](
+    _project_transposed[(ceil_div(columns, _columns(x)) * layers, PARTS)](
         gradient, gradient.stride(0), x, x.stride(0), bits, parts, rows, columns,
-        triton.cdiv(triton.cdiv(rows, PARTS), ROWS) * ROWS,
+        ceil_div(ceil_div(rows, PARTS), ROWS) * ROWS,
         rank, _block(rank), layers, ROWS, _columns(x), num_warps=4, num_stages=3,
     )  # fmt: skip
     return parts.sum(0)

@@ -9,6 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
+from sftlab.fastpath.ceil_div import ceil_div
 from sftlab.fastpath.float8_mlp_kernel import larger_or_nan, row_scale_of, row_width, within
 from sftlab.fastpath.mlp_kernel import of_three, three_parts
 
@@ -42,7 +43,7 @@ def fill_ranks(
 ) -> None:
     """Fill `out` [rows, ranks] with `factor` h over each row's `scale`, `largest` at most."""
     rows, ranks = h.shape
-    _fill_ranks[(triton.cdiv(rows, HEIGHT),)](
+    _fill_ranks[(ceil_div(rows, HEIGHT),)](
         h, h.stride(0), factor, scale, out, out.stride(0), rows, ranks, largest,
         HEIGHT, triton.next_power_of_2(ranks),
     )  # fmt: skip

@@ -16,6 +16,8 @@ import torch
 import triton
 import triton.language as tl
 
+from sftlab.fastpath.ceil_div import ceil_div
+
 # weights of four bits that a word of 32 bits holds: a program reads words and writes 16 bytes each
 A_WORD = 8
 # blocks whose scales share one larger scale: bitsandbytes knows no other number
@@ -48,7 +50,7 @@ def fill_four_bit_weight(
     code, larger, offset = nested or (scales, scales, scales)
     gaps = not out.is_contiguous()
     row, stride = (out.shape[1] // A_WORD, out.stride(0)) if gaps else (1, 0)
-    _weights[(triton.cdiv(words, width),)](
+    _weights[(ceil_div(words, width),)](
         packed, scales, code, larger, offset, table, out, words, block // A_WORD,
         nested is not None, NESTED_BLOCK, A_WORD, gaps, row, stride, width,
         num_warps=warps, enable_fp_fusion=False,
@@ -76,10 +78,10 @@ def fill_four_bit_float8(
     if transposed:
         (columns, rows), (high, wide, warps) = out.shape, form or TILE
         row = columns // A_WORD
-        programs = triton.cdiv(rows, high) * triton.cdiv(row, wide)
+        programs = ceil_div(rows, high) * ceil_div(row, wide)
     else:
         (rows, row), (wide, warps), high = (1, words), form or FORM, 1
-        programs = triton.cdiv(words, wide)
+        programs = ceil_div(words, wide)
     _float8_weights[(programs,)](
         packed, scales, code, larger, offset, table, scale, out, rows, row, block // A_WORD,
         nested is not None, NESTED_BLOCK, A_WORD, transposed, high, wide,

@@ -12,8 +12,9 @@ import torch
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from sftlab.fastpath.ceil_div import ceil_div
 from sftlab.fastpath.gated_lora_gluon import backward, forward
-from sftlab.fastpath.parts_kernel import add_up, add_up_all, parts_of
+from sftlab.fastpath.parts_kernel import add_up, add_up_all
 
 
 class Tiles(NamedTuple):
@@ -61,10 +62,10 @@ def gated_with_lora(
     padded = _padded(rank)
     tiles = FORWARD[padded]
     found = y.new_empty(rows, len(a))
-    splits = parts_of(size, tiles.columns)
+    splits = ceil_div(size, tiles.columns)
     parts = y.new_empty(splits, rows, padded, dtype=torch.float32)
     given = [_tiled(one, tiles.height, tiles.width) for one in (y[:, :size], y[:, size:], out)]
-    forward[(parts_of(rows, tiles.height) * splits,)](
+    forward[(ceil_div(rows, tiles.height) * splits,)](
         *given, _tiled(a, padded, tiles.width), parts, rows, size, splits, gelu, padded,
         tiles.height, tiles.width, tiles.stages, tiles.warps, num_warps=tiles.warps,
     )  # fmt: skip
@@ -139,7 +140,7 @@ def _backward(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     (rows, size), ranks, ranks_down = gradient.shape, b.shape[1], into_h_down.shape[1]
     padded = _padded(max(rank, rank_down))
-    groups = parts_of(size, tiles.width * tiles.chunks)
+    groups = ceil_div(size, tiles.width * tiles.chunks)
     splits = _splits(rows, groups, tiles, gradient.device)
     part_rows = gate.new_empty(groups, rows, 2 * padded, dtype=torch.float32)
     part_columns = gate.new_empty(splits * 3 * size * padded, dtype=torch.float32)
@@ -172,7 +173,7 @@ def _layout(width: int) -> gl.NVMMASharedLayout:
 def _splits(rows: int, groups: int, tiles: Tiles, device: torch.device) -> int:
     """Returns how many programs share the rows of columns."""
     at_once = _processors(device) * tiles.at_once
-    return _fewest_waits(parts_of(rows, tiles.height), groups, at_once)
+    return _fewest_waits(ceil_div(rows, tiles.height), groups, at_once)
 
 
 @cache
@@ -185,7 +186,7 @@ def _fewest_waits(blocks: int, groups: int, at_once: int) -> int:
     """Returns into how many parts blocks are best divided, so that few processors wait."""
 
     def tiles_in_turn(splits: int) -> int:
-        in_turn = parts_of(groups * splits, at_once)
-        return in_turn * (parts_of(blocks, splits) + 2)  # its first tile and its last sums
+        in_turn = ceil_div(groups * splits, at_once)
+        return in_turn * (ceil_div(blocks, splits) + 2)  # its first tile and its last sums
 
     return min(range(1, 17), key=tiles_in_turn)

@@ -12,6 +12,8 @@ import torch
 import triton
 import triton.language as tl
 
+from sftlab.fastpath.ceil_div import ceil_div
+
 # rows and columns of a tile, and warps
 TILE = (1, 1024, 4)
 COPIED = (4, 512, 4)
@@ -66,7 +68,7 @@ def three_parts(parts: Sequence[torch.Tensor]) -> tuple[list[torch.Tensor | int]
 
 
 def _grid(rows: int, columns: int, tile: tuple) -> tuple[int]:
-    return (triton.cdiv(rows, tile[0]) * triton.cdiv(columns, tile[1]),)
+    return (ceil_div(rows, tile[0]) * ceil_div(columns, tile[1]),)
 
 
 @triton.jit

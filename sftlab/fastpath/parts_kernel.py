@@ -4,13 +4,10 @@ import torch
 import triton
 import triton.language as tl
 
+from sftlab.fastpath.ceil_div import ceil_div
+
 # parts that a program adds up at once, and the columns of its rows in all
 AT_ONCE, COLUMNS = 8, 512
-
-
-def parts_of(count: int, each: int) -> int:
-    """Returns how many parts `count` things make; triton.cdiv takes the host ten times as long."""
-    return -(-count // each)
 
 
 def add_up(parts: torch.Tensor, rank: int, out: torch.Tensor) -> None:
@@ -19,7 +16,7 @@ def add_up(parts: torch.Tensor, rank: int, out: torch.Tensor) -> None:
     `rank` columns of each part are used.
     """
     (rows, columns), height = out.shape, COLUMNS // parts.shape[2]
-    _add_up[(parts_of(rows, height),)](
+    _add_up[(ceil_div(rows, height),)](
         parts, len(parts), out, out.stride(0), rows, rank, columns, parts.shape[2],
         triton.next_power_of_2(columns), height, AT_ONCE,
     )  # fmt: skip
@@ -42,7 +39,7 @@ def add_up_all(
     """
     (groups, rows, pairs), (ranks, size) = part_rows.shape, into_a.shape
     height = COLUMNS // pairs
-    programs = sum(parts_of(n, height) for n in (rows, 2 * size, size))
+    programs = sum(ceil_div(n, height) for n in (rows, 2 * size, size))
     _add_up_all[(programs,)](
         part_rows, part_columns, into_h, into_h.stride(0), into_b, into_a, rows, size, *used,
         groups, splits, into_b.shape[1], ranks, pairs // 2,
